@@ -1,0 +1,47 @@
+"""What every test shares: golden data and small problems."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+WHURS19 = ("rn50", "vit-b-32", "vit-l-14")
+
+
+@pytest.fixture(scope="session")
+def golden_dir():
+    """Folder of the golden data, named by TRANSCLIP_GOLDEN."""
+    folder = os.environ.get("TRANSCLIP_GOLDEN")
+    if not folder:
+        pytest.skip("TRANSCLIP_GOLDEN does not name the golden data")
+    return Path(folder)
+
+
+@pytest.fixture(params=WHURS19)
+def golden(request, golden_dir):
+    """One golden WHU-RS19 file: features, labels and the published code's assignments."""
+    with np.load(golden_dir / f"whurs19_clip_{request.param}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.fixture
+def problem():
+    """Maker of small float32 problems: features (N, d), prototypes (K, d), labels (N,)."""
+
+    def make(n=77, k=6, d=33, seed=0, noise=0.15):
+        rng = np.random.default_rng(seed)
+        prototypes = unit(rng.normal(size=(k, d)) + 1)
+        labels = rng.integers(k, size=n)
+        centres = unit(prototypes + 0.4 * rng.normal(size=(k, d)))
+        features = unit(centres[labels] + noise * rng.normal(size=(n, d)))
+        return features.astype(np.float32), prototypes.astype(np.float32), labels
+
+    return make
+
+
+def unit(rows):
+    """Rows scaled to unit norm."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

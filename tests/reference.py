@@ -1,0 +1,172 @@
+"""The whole method in float64 numpy, written from the paper: the truth of every other test.
+
+Dense and slow on purpose: N x N similarities, the N x K x d mixture term one class at a time.
+Symbols follow the paper: N queries, M support rows, K classes, d dimensions, k neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+GAMMAS = (0.002, 0.01, 0.02, 0.2)
+
+
+@dataclass
+class Parameters:
+    n_neighbors: int = 3
+    max_iter: int = 10
+    inner_iter: int = 5
+    logit_scale: float = 100.0
+    kl_weight: float | None = None  # lambda: 1 zero-shot, 0.5 few-shot
+    likelihood_weight: float = 1 / 50
+    unit_means: bool = True
+    update_means: bool = True
+    update_variance: bool = True
+    covariance: str = "diagonal"
+    graph_mode: str = "symmetric"
+    clamp_similarity: bool = False
+
+
+@dataclass
+class Solution:
+    z: np.ndarray  # (N, K)
+    means: np.ndarray  # (K, d)
+    variances: np.ndarray  # (d,)
+    objective: list[float] = field(default_factory=list)
+    gamma: float | None = None
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def log_prior(features, prototypes, logit_scale=100.0):
+    """log y_hat (N, K) of a linear prior."""
+    return log_softmax(logit_scale * features @ prototypes.T)
+
+
+def knn_weights(rows, queries, k, same, clamp):
+    """W (rows, N): each row's k most similar queries, weighted by the inner product."""
+    similarity = rows @ queries.T
+    allowed = similarity.copy()
+    if same:  # a query is not its own neighbour
+        np.fill_diagonal(allowed, -np.inf)
+    k = min(k, len(queries) - same)
+    weights = np.zeros_like(similarity)
+    nearest = np.argsort(-allowed, axis=1, kind="stable")[:, :k]
+    np.put_along_axis(weights, nearest, np.take_along_axis(similarity, nearest, 1), 1)
+    return np.maximum(weights, 0) if clamp else weights
+
+
+def log_gaussian(features, means, variances):
+    """g (N, K), without the log-determinant."""
+    return np.stack([-0.5 * ((features - m) ** 2 / variances).sum(1) for m in means], axis=1)
+
+
+def start_means(features, z, support, labels):
+    means = np.empty((z.shape[1], features.shape[1]))
+    for c in range(z.shape[1]):
+        shots = support[labels == c] if support is not None else []
+        if len(shots):
+            means[c] = shots.sum(0)
+        else:
+            top = np.argsort(-z[:, c], kind="stable")[:8]
+            means[c] = z[top, c] @ features[top]
+    return unit(means)
+
+
+def solve(features, log_y, *, support=None, labels=None, gamma=0.0, parameters=None):
+    """One run at one gamma; `support` (M, d) and `labels` (M,) make it few-shot."""
+    p = parameters or Parameters()
+    f = np.asarray(features, np.float64)
+    n, d = f.shape
+    n_classes = log_y.shape[1]
+    few_shot = support is not None
+    lam = p.kl_weight if p.kl_weight is not None else (0.5 if few_shot else 1.0)
+    s = np.asarray(support, np.float64) if few_shot else np.zeros((0, d))
+    y = np.eye(n_classes)[labels] if few_shot else np.zeros((0, n_classes))  # (M, K)
+    w = 50 * gamma / len(s) if few_shot else 0.0
+
+    graph = knn_weights(f, f, p.n_neighbors, True, p.clamp_similarity)  # W (N, N)
+    if p.graph_mode == "symmetric":
+        a = (graph + graph.T) / (2 * p.n_neighbors)
+    else:
+        a = graph / p.n_neighbors
+    shots = knn_weights(s, f, p.n_neighbors, False, p.clamp_similarity).T / (2 * p.n_neighbors)
+
+    z = np.exp(log_y)
+    means = start_means(f, z, support, labels)
+    variances = np.full(d, 1 / d)
+    kl_term = lam * log_y if lam else np.zeros_like(log_y)
+    objective = []
+    for step in range(p.max_iter + 1):
+        score = p.likelihood_weight * log_gaussian(f, means, variances) + kl_term
+        for _ in range(p.inner_iter):
+            z = np.exp(log_softmax(score + a @ z + shots @ y))
+        if step < p.max_iter:
+            numerator = z.T @ f / n + w * y.T @ s  # (K, d)
+            count = z.sum(0) / n + w * y.sum(0)  # (K,)
+            if p.update_means:
+                has_mass = count > 0
+                means = means.copy()
+                means[has_mass] = numerator[has_mass] / count[has_mass, None]
+                if p.unit_means:
+                    means[has_mass] = unit(means[has_mass])
+            if p.update_variance:
+                spread = sum(((f - m) ** 2 * z[:, [c]]).sum(0) for c, m in enumerate(means)) / n
+                if few_shot:
+                    spread = spread + w * ((s - means[labels]) ** 2).sum(0)
+                variances = np.maximum(spread / (1 + w * len(s)), 1e-6 / d)
+                if p.covariance == "isotropic":
+                    variances = np.full(d, variances.mean())
+        objective.append(
+            _objective(f, z, means, variances, a, shots @ y, kl_term, s, labels, w * n, p)
+        )
+    return Solution(z, means, variances, objective, gamma if few_shot else None)
+
+
+def _objective(f, z, means, variances, a, messages, kl_term, s, labels, support_weight, p):
+    log_det = 0.5 * np.log(variances).sum()
+    value = -p.likelihood_weight * (z * (log_gaussian(f, means, variances) - log_det)).sum()
+    if len(s):
+        own = log_gaussian(s, means, variances)[np.arange(len(s)), labels] - log_det
+        value -= p.likelihood_weight * support_weight * own.sum()
+    value -= 0.5 * (z * (a @ z)).sum() + (z * messages).sum()
+    entropy = (z * np.log(np.where(z > 0, z, 1))).sum()
+    return value + entropy - (z * np.where(z > 0, kl_term, 0)).sum()
+
+
+def zero_shot(features, prototypes, parameters=None):
+    f = np.asarray(features, np.float64)
+    p = parameters or Parameters()
+    return solve(f, log_prior(f, np.asarray(prototypes, np.float64), p.logit_scale), parameters=p)
+
+
+def few_shot(features, prototypes, support, labels, gamma=None, validation=None, parameters=None):
+    """Few-shot with a given gamma, or the best of GAMMAS on `validation` (rows, labels)."""
+    f = np.asarray(features, np.float64)
+    p = parameters or Parameters()
+    log_y = log_prior(f, np.asarray(prototypes, np.float64), p.logit_scale)
+    runs = [
+        solve(f, log_y, support=support, labels=labels, gamma=g, parameters=p)
+        for g in (GAMMAS if gamma is None else (gamma,))
+    ]
+    if gamma is not None:
+        return runs[0]
+    rows, truth = validation
+    nearest = (np.asarray(rows, np.float64) @ f.T).argmax(1)
+    accuracy = [(run.z[nearest].argmax(1) == truth).mean() for run in runs]
+    return runs[int(np.argmax(accuracy))]
+
+
+def predict(features, solution, log_y, kl_weight, likelihood_weight=1 / 50):
+    """z (N, K) of new rows from the fitted mixture and the prior, no messages."""
+    g = log_gaussian(np.asarray(features, np.float64), solution.means, solution.variances)
+    return np.exp(log_softmax(likelihood_weight * g + kl_weight * log_y))

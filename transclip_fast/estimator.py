@@ -1,0 +1,297 @@
+"""TransCLIP as a scikit-learn style estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from transclip_fast.errors import InputError
+from transclip_fast.graph import NeighborGraph, build_graph, nearest
+from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
+from transclip_fast.prior import GivenPrior, LinearPrior, Prior
+from transclip_fast.solver import Parameters, Progress, Solution, predict, solve
+from transclip_fast.support import Support
+
+GAMMAS = (0.002, 0.01, 0.02, 0.2)
+
+
+@dataclass(kw_only=True, eq=False)
+class TransCLIP(Parameters):
+    """
+    Transductive classification of the features of a CLIP-like model.
+
+    All queries are classified jointly: a Gaussian mixture over the image features, messages
+    between nearest neighbours, and a KL term that ties the assignments to the text prediction.
+
+    Parameters
+    ----------
+    gamma : float, optional
+        Few-shot only: weight of the labelled rows. Where it is not given, the best of 0.002,
+        0.01, 0.02 and 0.2 on a validation set.
+    device : str
+        "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+    **
+        All other parameters are those of `transclip_fast.solver.Parameters`.
+
+    Attributes
+    ----------
+    transduction_ : ndarray (N,) int64
+        Label of each query.
+    label_distributions_ : ndarray (N, K) float32
+        Assignments z.
+    means_ : ndarray (K, d) float32
+    variances_ : ndarray (d,) float32
+    n_iter_ : int
+        Outer steps taken.
+    objective_ : ndarray (n_iter_ + 1,) float64
+        L after each outer step, and at the end.
+    gamma_ : float or None
+        The gamma used; None in zero-shot.
+    kl_weight_ : float
+        The lambda used.
+    graph_ : NeighborGraph
+        The graph used.
+
+    References
+    ----------
+    Zanella, Gerin, Ben Ayed. Boosting Vision-Language Models with Transduction. NeurIPS 2024.
+    """
+
+    gamma: float | None = None
+    device: str = "auto"
+
+    def fit(
+        self,
+        X: Any,
+        text_features: Any = None,
+        *,
+        prior: Any = None,
+        prior_logits: Any = None,
+        prototypes: Any = None,
+        support_features: Any = None,
+        support_labels: Any = None,
+        validation_features: Any = None,
+        validation_labels: Any = None,
+        graph: NeighborGraph | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> TransCLIP:
+        """
+        Classify the rows of X. Arrays are numpy or torch, of any float type, and never modified.
+
+        Parameters
+        ----------
+        X : array_like (N, d)
+            Image features of the queries; rows off the unit sphere are normalised.
+        text_features : array_like (K, d), optional
+            Text embedding of each class: the prior, unless another is given.
+        prior : array_like (N, K), optional
+            Probabilities of another method; or
+        prior_logits : array_like (N, K), optional
+            its logits, on the scale that a softmax takes; or
+        prototypes : array_like (K, d), optional
+            its class prototypes, used like text features.
+        support_features, support_labels : array_like (M, d), (M,), optional
+            Labelled rows: few-shot.
+        validation_features, validation_labels : array_like (V, d), (V,), optional
+            Labelled rows that choose gamma where it is not given.
+        graph : NeighborGraph, optional
+            Neighbour lists of X; built by exact search where not given.
+        progress : callable, optional
+            Called with a `transclip_fast.solver.Progress` after every outer step.
+
+        Raises
+        ------
+        InputError
+            Input that cannot be used: which, where, and what to do.
+        """
+        self.check()
+        device = self._device()
+        features = as_unit_rows(X, "X").to(device)
+        prior_ = self._make_prior(features, text_features, prior, prior_logits, prototypes)
+        support = self._make_support(features, prior_, support_features, support_labels)
+        validation = self._make_validation(
+            features, prior_, validation_features, validation_labels
+        )
+        if support is not None and self.gamma is None and validation is None:
+            raise InputError(
+                "support_features: few-shot needs gamma, or validation_features and "
+                "validation_labels to choose it"
+            )
+        if graph is None:
+            graph = build_graph(features, self.n_neighbors, device=device)
+        self.graph_ = graph.check(len(features), self.n_neighbors)
+        self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
+
+        def run(gamma: float) -> Solution:
+            return solve(
+                features,
+                prior_,
+                self.graph_,
+                self,
+                kl_weight=self.kl_weight_,
+                support=support,
+                gamma=gamma,
+                progress=progress,
+            )
+
+        if support is None:
+            self.gamma_, solution = None, run(0.0)
+        elif self.gamma is not None:
+            self.gamma_, solution = self.gamma, run(self.gamma)
+        else:
+            self.gamma_, solution = _best_gamma(run, *validation)
+        self._prior = prior_ if isinstance(prior_, LinearPrior) else None
+        self._mixture = solution.mixture
+        self.label_distributions_ = solution.assignments.dense().cpu().numpy()
+        self.transduction_ = solution.assignments.labels().cpu().numpy()
+        self.means_ = solution.mixture.means.float().cpu().numpy()
+        self.variances_ = solution.mixture.variances.float().cpu().numpy()
+        self.n_iter_ = solution.n_iter
+        self.objective_ = np.array(solution.objective)
+        return self
+
+    def predict_proba(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
+        """
+        Class probabilities of new rows from the fitted mixture and the prior, without neighbours.
+
+        Parameters
+        ----------
+        X : array_like (N, d)
+        prior, prior_logits : array_like (N, K), optional
+            Of the new rows; needed after a fit with `prior` or `prior_logits`, and only then.
+
+        Returns
+        -------
+        ndarray (N, K) float32
+
+        Raises
+        ------
+        InputError
+            As `fit`; a prior that is missing, or given where the fit was linear.
+        """
+        if not hasattr(self, "_mixture"):
+            raise InputError("predict_proba: call fit first")
+        device, (n_classes, d) = self._mixture.means.device, self._mixture.means.shape
+        features = as_unit_rows(X, "X", columns=d).to(device)
+        given = prior is not None or prior_logits is not None
+        if given == (self._prior is not None):
+            raise InputError(
+                "predict_proba: the fit took its prior from prototypes; give no prior here"
+                if given
+                else "predict_proba: the fit was given a prior; give prior or prior_logits again"
+            )
+        new_prior: Prior = self._prior or self._make_prior(
+            features, None, prior, prior_logits, None
+        )
+        if new_prior.n_classes != n_classes:
+            raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
+        z = predict(
+            features,
+            self._mixture,
+            new_prior,
+            likelihood_weight=self.likelihood_weight,
+            kl_weight=self.kl_weight_,
+        )
+        return z.cpu().numpy()
+
+    def check(self) -> None:
+        """Raise InputError for a parameter outside its range."""
+        super().check()
+        if self.gamma is not None and not 0 <= self.gamma < float("inf"):
+            raise InputError(f"gamma must be a finite number >= 0, got {self.gamma!r}")
+
+    def _device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA is compiled in
+            reason = str(error).splitlines()[0]
+            raise InputError(f"device {self.device!r} cannot be used: {reason}") from error
+        return device
+
+    def _make_prior(
+        self,
+        features: torch.Tensor,
+        text_features: Any,
+        prior: Any,
+        prior_logits: Any,
+        prototypes: Any,
+    ) -> Prior:
+        if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
+            raise InputError("give one of prior, prior_logits and prototypes, not several")
+        n_rows, d = features.shape
+        result: Prior
+        if prior is not None:
+            result = GivenPrior(as_log_probabilities(prior, "prior", rows=n_rows))
+        elif prior_logits is not None:
+            result = GivenPrior(as_logits(prior_logits, "prior_logits", rows=n_rows))
+        elif prototypes is not None:
+            rows = as_unit_rows(prototypes, "prototypes", columns=d)
+            result = LinearPrior.from_prototypes(rows, self.logit_scale)
+        elif text_features is not None:
+            rows = as_unit_rows(text_features, "text_features", columns=d)
+            result = LinearPrior.from_prototypes(rows, self.logit_scale)
+        else:
+            raise InputError(
+                "no text features and no prior: give text_features, prototypes, prior or "
+                "prior_logits"
+            )
+        return result.to(features.device)
+
+    def _make_support(
+        self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
+    ) -> Support | None:
+        labelled = _labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
+        if labelled is None:
+            return None
+        return Support.build(
+            *(part.to(features.device) for part in labelled),
+            features,
+            n_classes=prior.n_classes,
+            n_neighbors=self.n_neighbors,
+            clamp_similarity=self.clamp_similarity,
+        )
+
+    def _make_validation(
+        self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The most similar query (V,) of each validation row, and the labels (V,)."""
+        labelled = _labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)
+        if labelled is None:
+            return None
+        ids, _ = nearest(labelled[0].to(features.device), features, 1)
+        return ids[:, 0], labelled[1].numpy()
+
+
+def _labelled_rows(
+    name: str, rows: Any, labels: Any, dim: int, n_classes: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if rows is None and labels is None:
+        return None
+    if rows is None or labels is None:
+        raise InputError(f"{name}_features and {name}_labels come together; one is missing")
+    features = as_unit_rows(rows, f"{name}_features", columns=dim)
+    return features, as_labels(
+        labels, f"{name}_labels", rows=len(features), n_classes=n_classes
+    ).cpu()
+
+
+def _best_gamma(
+    run: Callable[[float], Solution], queries: np.ndarray, labels: np.ndarray
+) -> tuple[float, Solution]:
+    """The gamma whose solution is most accurate on the validation rows; the first wins ties."""
+    best: tuple[float, Solution] | None = None
+    best_accuracy = -1.0
+    for gamma in GAMMAS:
+        solution = run(gamma)
+        accuracy = float((solution.assignments.labels().cpu().numpy()[queries] == labels).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = (gamma, solution), accuracy
+    assert best is not None
+    return best

@@ -1,0 +1,64 @@
+"""Directed neighbour lists to the affinity that carries messages between queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from transclip_fast.graph.lists import NeighborGraph
+
+GRAPH_MODES = ("symmetric", "directed")
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """
+    A (N, N) in rows of entries; two entries of a row may name the same column.
+
+    `offsets` (N + 1,) int64 bounds each row's part of `columns` (E,) int64 and `weights` (E,)
+    float32.
+    """
+
+    offsets: torch.Tensor
+    columns: torch.Tensor
+    weights: torch.Tensor
+
+
+def affinity(
+    graph: NeighborGraph,
+    *,
+    mode: str = "symmetric",
+    clamp_similarity: bool = False,
+    device: torch.device | str = "cpu",
+) -> Affinity:
+    """
+    A = (W + W^T) / 2k of a directed graph W ("symmetric"), or W / k ("directed").
+
+    Parameters
+    ----------
+    clamp_similarity : bool
+        Weights are max(0, similarity), as the paper writes them.
+    """
+    rows, columns, weights = edges(graph, clamp_similarity=clamp_similarity, device=device)
+    if mode == "symmetric":
+        rows, columns = torch.cat([rows, columns]), torch.cat([columns, rows])
+        weights = torch.cat([weights, weights]) / (2 * graph.n_neighbors)
+    else:
+        weights = weights / graph.n_neighbors
+    order = rows.argsort(stable=True)
+    offsets = torch.zeros(len(graph) + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=len(graph)), 0, out=offsets[1:])
+    return Affinity(offsets, columns[order].contiguous(), weights[order].contiguous())
+
+
+def edges(
+    graph: NeighborGraph, *, clamp_similarity: bool, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The entries of W: rows (E,) int64, columns (E,) int64, weights (E,) float32."""
+    columns = torch.as_tensor(graph.neighbors).to(device)
+    weights = torch.as_tensor(graph.similarities).to(device, torch.float32)
+    rows = torch.arange(len(columns), device=device)[:, None].expand_as(columns)
+    present = columns >= 0
+    weights = weights[present]
+    return rows[present], columns[present], weights.clamp_min(0) if clamp_similarity else weights

@@ -1,0 +1,179 @@
+"""Checks of everything a user hands over, each failing with one line that names the row."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from transclip_fast.errors import InputError
+
+# fp16 rows are off by up to 6e-4; renormalising those would move z by up to 3e-2.
+UNIT_NORM_TOLERANCE = 2e-3
+PROBABILITY_TOLERANCE = 1e-2
+ROWS_PER_CHECK = 65536
+ALIGNMENT = 64  # bytes
+
+
+def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Tensor:
+    """
+    A finite two-dimensional float tensor from a numpy array, a torch tensor or nested lists.
+
+    Parameters
+    ----------
+    array : array_like (rows, columns)
+        Any floating or integer type; the type is kept, float64 becomes float32.
+    name : str
+        What the array is called in error messages.
+    columns : int, optional
+        Required number of columns.
+
+    Raises
+    ------
+    InputError
+        Not two-dimensional, no rows, wrong number of columns, not numeric, NaN or infinite.
+    """
+    tensor = _as_tensor(array, name)
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise InputError(
+            f"{name}: expected a non-empty (rows, columns) array, got shape {tuple(tensor.shape)}"
+        )
+    if columns is not None and tensor.shape[1] != columns:
+        raise InputError(f"{name}: has {tensor.shape[1]} columns, expected {columns}")
+    for start in range(0, len(tensor), ROWS_PER_CHECK):
+        finite = torch.isfinite(tensor[start : start + ROWS_PER_CHECK]).all(1)
+        if not finite.all():
+            row = start + int((~finite).nonzero()[0, 0])
+            kind = "NaN" if tensor[row].isnan().any() else "an infinite value"
+            raise InputError(f"{name}: row {row} contains {kind}; remove or recompute that row")
+    return tensor
+
+
+def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.Tensor:
+    """
+    A float32 matrix whose rows have unit norm; `array` itself is never modified.
+
+    Rows whose norm is within 2e-3 of 1 are used as they are, rows further off are normalised,
+    with one warning.
+
+    Raises
+    ------
+    InputError
+        As `as_matrix`, and for an all-zero row.
+    """
+    matrix = _aligned(as_matrix(array, name, columns=columns).to(torch.float32))
+    # Squares can overflow or vanish in float32 while the row itself is fine.
+    norms = torch.cat(
+        [
+            torch.linalg.vector_norm(matrix[start : start + ROWS_PER_CHECK], dim=1, dtype=torch.float64)
+            for start in range(0, len(matrix), ROWS_PER_CHECK)
+        ]
+    )
+    if not norms.all():
+        row = int((norms == 0).nonzero()[0, 0])
+        raise InputError(f"{name}: row {row} is all zero; remove or recompute that row")
+    if not norms.isfinite().all():
+        row = int((~norms.isfinite()).nonzero()[0, 0])
+        raise InputError(f"{name}: row {row} is too large for float32; rescale that row")
+    off = ((norms - 1).abs() > UNIT_NORM_TOLERANCE).nonzero()[:, 0]
+    if len(off):
+        row = int(off[0])
+        warnings.warn(
+            f"{name}: {len(off)} of {len(matrix)} rows were not unit vectors and were normalised "
+            f"(row {row} has norm {norms[row]:.4g})",
+            stacklevel=2,
+        )
+        matrix = matrix.clone()
+        matrix[off] = (matrix[off].double() / norms[off, None]).float()
+    return matrix
+
+
+def as_labels(array: Any, name: str, *, rows: int, n_classes: int) -> torch.Tensor:
+    """
+    Class indices (rows,) as int64.
+
+    Raises
+    ------
+    InputError
+        Wrong length, not whole numbers, or outside 0 .. n_classes - 1.
+    """
+    tensor = _as_tensor(array, name)
+    if tensor.shape != (rows,):
+        raise InputError(f"{name}: expected {rows} labels, got shape {tuple(tensor.shape)}")
+    labels = tensor.to(torch.int64)
+    if tensor.is_floating_point() and not bool((labels == tensor).all()):
+        raise InputError(f"{name}: labels must be whole numbers, got {tensor.dtype}")
+    wrong = ((labels < 0) | (labels >= n_classes)).nonzero()[:, 0]
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"{name}: row {row} has label {int(labels[row])}, outside 0 .. {n_classes - 1}; "
+            "labels are positions in the list of classes"
+        )
+    return labels
+
+
+def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
+    """
+    log of a (rows, K) matrix of probabilities, float32; a probability of 0 gives -inf.
+
+    Raises
+    ------
+    InputError
+        Wrong number of rows, a negative entry, or a row whose sum is not 1 (to 1e-2).
+    """
+    matrix = _checked_rows(as_matrix(array, name), name, rows).to(torch.float32)
+    negative = (matrix < 0).any(1)
+    if negative.any():
+        row = int(negative.nonzero()[0, 0])
+        raise InputError(
+            f"{name}: row {row} has a negative probability; scores go in prior_logits"
+        )
+    totals = matrix.sum(1)
+    off = ((totals - 1).abs() > PROBABILITY_TOLERANCE).nonzero()[:, 0]
+    if len(off):
+        row = int(off[0])
+        raise InputError(
+            f"{name}: row {row} sums to {totals[row]:.4g}, not 1; scores go in prior_logits"
+        )
+    return (matrix / totals[:, None]).log()
+
+
+def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
+    """log_softmax of a (rows, K) matrix of logits, float32, on the scale a softmax takes."""
+    matrix = _checked_rows(as_matrix(array, name), name, rows)
+    return torch.log_softmax(matrix.to(torch.float32), dim=1)
+
+
+def _as_tensor(array: Any, name: str) -> torch.Tensor:
+    if isinstance(array, torch.Tensor):
+        tensor = array.detach()
+    else:
+        values = np.asarray(array)
+        if values.dtype.kind not in "fiub":
+            raise InputError(f"{name}: expected numbers, got an array of {values.dtype}")
+        if values.dtype.byteorder == ">" or any(stride < 0 for stride in values.strides):
+            values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("=")))
+        if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+            values = values.astype(np.float64)
+        with warnings.catch_warnings():  # of a read-only array; nothing here writes to it
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+            tensor = torch.from_numpy(values)
+    if tensor.is_complex():
+        raise InputError(f"{name}: expected real numbers, got {tensor.dtype}")
+    return tensor
+
+
+def _checked_rows(matrix: torch.Tensor, name: str, rows: int) -> torch.Tensor:
+    if len(matrix) != rows:
+        raise InputError(f"{name}: has {len(matrix)} rows, expected {rows}, one per query")
+    return matrix
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    # The order of a BLAS library's sums depends on the alignment of its operands.
+    if matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)

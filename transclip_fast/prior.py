@@ -1,0 +1,58 @@
+"""The text prediction y_hat that the KL term ties the assignments to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from transclip_fast import ops
+
+
+@dataclass(frozen=True)
+class LinearPrior:
+    """
+    log y_hat = log_softmax(tau F V^T) for prototypes V: text embeddings, or another method's.
+
+    `weights` (K, d) float32 is tau V.
+    """
+
+    weights: torch.Tensor
+    log_probabilities: None = None  # linear in F, so it joins the score's GEMM instead
+
+    @classmethod
+    def from_prototypes(cls, prototypes: torch.Tensor, logit_scale: float) -> LinearPrior:
+        return cls((prototypes.double() * logit_scale).float())
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.weights)
+
+    def to(self, device: torch.device) -> LinearPrior:
+        return LinearPrior(self.weights.to(device))
+
+    def evaluate(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log y_hat (N, K) float32 and the normaliser (N,) that log_softmax subtracted."""
+        return ops.log_prior(features, self.weights)
+
+
+@dataclass(frozen=True)
+class GivenPrior:
+    """log y_hat (N, K) float32 given row by row by another method; -inf excludes a class."""
+
+    log_probabilities: torch.Tensor
+    weights: None = None
+
+    @property
+    def n_classes(self) -> int:
+        return self.log_probabilities.shape[1]
+
+    def to(self, device: torch.device) -> GivenPrior:
+        return GivenPrior(self.log_probabilities.to(device))
+
+    def evaluate(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log y_hat (N, K), and a normaliser of zeros: it is normalised already."""
+        return self.log_probabilities, features.new_zeros(len(features))
+
+
+Prior = LinearPrior | GivenPrior

@@ -1,0 +1,80 @@
+"""Labelled support rows of the few-shot setting (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from transclip_fast.graph import nearest
+from transclip_fast.mixture import Moments
+
+
+@dataclass(frozen=True)
+class Support:
+    """
+    What M labelled rows add: to the mixture their moments, to the graph their messages.
+
+    Parameters
+    ----------
+    n_rows : int
+        M.
+    moments : Moments
+        Of the support rows with their one-hot labels.
+    rows, classes : Tensor (E,) int64
+    weights : Tensor (E,) float32
+        The messages W_S^T Y / 2k: what each query hears about each class. No pair occurs twice.
+    """
+
+    n_rows: int
+    moments: Moments
+    rows: torch.Tensor
+    classes: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        support: torch.Tensor,
+        labels: torch.Tensor,
+        features: torch.Tensor,
+        *,
+        n_classes: int,
+        n_neighbors: int,
+        clamp_similarity: bool = False,
+    ) -> Support:
+        """Support rows (M, d) with labels (M,), each joined to its k most similar queries."""
+        ids, similarities = nearest(support, features, n_neighbors)  # (M, k)
+        queries = torch.from_numpy(ids).to(features.device)
+        weights = torch.from_numpy(similarities).to(features.device)
+        if clamp_similarity:
+            weights = weights.clamp_min(0)
+        cells = queries * n_classes + labels[:, None]
+        # Summed here and in float64: a query may be the neighbour of many shots of one class.
+        cells, cell_of = cells.unique(return_inverse=True)
+        totals = torch.bincount(
+            cell_of.flatten(), weights.double().flatten() / (2 * n_neighbors), len(cells)
+        )
+        return cls(
+            len(support),
+            _moments(support, labels, n_classes),
+            cells // n_classes,
+            cells % n_classes,
+            totals.float(),
+        )
+
+    def add_messages(self, base: torch.Tensor) -> None:
+        """Add the support's constant messages to a base score (N, K), in place."""
+        base[self.rows, self.classes] += self.weights
+
+    def received(self, z: torch.Tensor) -> torch.Tensor:
+        """sum_ik z_ik times the messages, float64 scalar."""
+        return (z[self.rows, self.classes].double() * self.weights).sum()
+
+
+def _moments(support: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Moments:
+    order = labels.argsort(stable=True)
+    counts = torch.bincount(labels, minlength=n_classes)
+    rows = support[order].double()
+    sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)  # (K, d)
+    return Moments(counts.double(), sums, rows.square().sum(0))
