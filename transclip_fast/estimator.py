@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
 from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
@@ -53,8 +54,13 @@ class TransCLIP(Parameters):
         The gamma used; None in zero-shot.
     kl_weight_ : float
         The lambda used.
+    device_ : torch.device
+        The device used.
     graph_ : NeighborGraph
         The graph used.
+    zero_shot_labels_ : ndarray (N,) int64
+    zero_shot_confidences_ : ndarray (N,) float32
+        What the text features alone predict; without text features, what the prior does.
 
     References
     ----------
@@ -76,7 +82,7 @@ class TransCLIP(Parameters):
         support_labels: Any = None,
         validation_features: Any = None,
         validation_labels: Any = None,
-        graph: NeighborGraph | None = None,
+        graph: NeighborGraph | Callable[[torch.Tensor], NeighborGraph] | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> TransCLIP:
         """
@@ -87,7 +93,8 @@ class TransCLIP(Parameters):
         X : array_like (N, d)
             Image features of the queries; rows off the unit sphere are normalised.
         text_features : array_like (K, d), optional
-            Text embedding of each class: the prior, unless another is given.
+            Text embedding of each class: the prior, unless another is given; then only the
+            zero-shot attributes come from it.
         prior : array_like (N, K), optional
             Probabilities of another method; or
         prior_logits : array_like (N, K), optional
@@ -98,8 +105,9 @@ class TransCLIP(Parameters):
             Labelled rows: few-shot.
         validation_features, validation_labels : array_like (V, d), (V,), optional
             Labelled rows that choose gamma where it is not given.
-        graph : NeighborGraph, optional
-            Neighbour lists of X; built by exact search where not given.
+        graph : NeighborGraph or callable, optional
+            Neighbour lists of X, or what makes them from the unit rows, a tensor (N, d); exact
+            search where not given.
         progress : callable, optional
             Called with a `transclip_fast.solver.Progress` after every outer step.
 
@@ -109,20 +117,22 @@ class TransCLIP(Parameters):
             Input that cannot be used: which, where, and what to do.
         """
         self.check()
-        device = self._device()
+        device = self.device_ = resolve_device(self.device)
         features = as_unit_rows(X, "X").to(device)
         prior_ = self._make_prior(features, text_features, prior, prior_logits, prototypes)
         support = self._make_support(features, prior_, support_features, support_labels)
-        validation = self._make_validation(
-            features, prior_, validation_features, validation_labels
-        )
+        validation = self._make_validation(features, prior_, validation_features, validation_labels)
         if support is not None and self.gamma is None and validation is None:
             raise InputError(
                 "support_features: few-shot needs gamma, or validation_features and "
                 "validation_labels to choose it"
             )
+        self._zero_shot = self._make_zero_shot(features, prior_, text_features)
+        self.zero_shot_labels_, self.zero_shot_confidences_ = self._zero_shot.predict(features)
         if graph is None:
             graph = build_graph(features, self.n_neighbors, device=device)
+        elif callable(graph):
+            graph = graph(features)
         self.graph_ = graph.check(len(features), self.n_neighbors)
         self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
 
@@ -145,6 +155,8 @@ class TransCLIP(Parameters):
         else:
             self.gamma_, solution = _best_gamma(run, *validation)
         self._prior = prior_ if isinstance(prior_, LinearPrior) else None
+        if isinstance(self._zero_shot, GivenPrior):
+            self._zero_shot = None  # (N, K), of these rows only
         self._mixture = solution.mixture
         self.label_distributions_ = solution.assignments.dense().cpu().numpy()
         self.transduction_ = solution.assignments.labels().cpu().numpy()
@@ -198,22 +210,26 @@ class TransCLIP(Parameters):
         )
         return z.cpu().numpy()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """
+        All that labels new rows later, on the CPU.
+
+        `means` (K, d) and `variances` (d,) float64; `prior_weights` (K, d) float32, tau times the
+        prototypes of a linear prior; `zero_shot_weights`, the same of text features beside another
+        prior.
+        """
+        found = {"means": self._mixture.means, "variances": self._mixture.variances}
+        if self._prior is not None:
+            found["prior_weights"] = self._prior.weights
+        if self._zero_shot is not None and self._zero_shot is not self._prior:
+            found["zero_shot_weights"] = self._zero_shot.weights
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
     def check(self) -> None:
         """Raise InputError for a parameter outside its range."""
         super().check()
         if self.gamma is not None and not 0 <= self.gamma < float("inf"):
             raise InputError(f"gamma must be a finite number >= 0, got {self.gamma!r}")
-
-    def _device(self) -> torch.device:
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA is compiled in
-            reason = str(error).splitlines()[0]
-            raise InputError(f"device {self.device!r} cannot be used: {reason}") from error
-        return device
 
     def _make_prior(
         self,
@@ -225,24 +241,36 @@ class TransCLIP(Parameters):
     ) -> Prior:
         if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
             raise InputError("give one of prior, prior_logits and prototypes, not several")
-        n_rows, d = features.shape
+        n_rows = len(features)
         result: Prior
         if prior is not None:
             result = GivenPrior(as_log_probabilities(prior, "prior", rows=n_rows))
         elif prior_logits is not None:
             result = GivenPrior(as_logits(prior_logits, "prior_logits", rows=n_rows))
         elif prototypes is not None:
-            rows = as_unit_rows(prototypes, "prototypes", columns=d)
-            result = LinearPrior.from_prototypes(rows, self.logit_scale)
+            result = self._linear_prior(features, prototypes, "prototypes")
         elif text_features is not None:
-            rows = as_unit_rows(text_features, "text_features", columns=d)
-            result = LinearPrior.from_prototypes(rows, self.logit_scale)
+            result = self._linear_prior(features, text_features, "text_features")
         else:
             raise InputError(
                 "no text features and no prior: give text_features, prototypes, prior or "
                 "prior_logits"
             )
         return result.to(features.device)
+
+    def _linear_prior(self, features: torch.Tensor, rows: Any, name: str) -> LinearPrior:
+        prototypes = as_unit_rows(rows, name, columns=features.shape[1])
+        return LinearPrior.from_prototypes(prototypes, self.logit_scale)
+
+    def _make_zero_shot(self, features: torch.Tensor, prior: Prior, text_features: Any) -> Prior:
+        if text_features is None:
+            return prior
+        zero_shot = self._linear_prior(features, text_features, "text_features")
+        if zero_shot.n_classes != prior.n_classes:
+            raise InputError(
+                f"text_features: has {zero_shot.n_classes} classes, the prior {prior.n_classes}"
+            )
+        return zero_shot.to(features.device)
 
     def _make_support(
         self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any

@@ -67,7 +67,9 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
     # Squares can overflow or vanish in float32 while the row itself is fine.
     norms = torch.cat(
         [
-            torch.linalg.vector_norm(matrix[start : start + ROWS_PER_CHECK], dim=1, dtype=torch.float64)
+            torch.linalg.vector_norm(
+                matrix[start : start + ROWS_PER_CHECK], dim=1, dtype=torch.float64
+            )
             for start in range(0, len(matrix), ROWS_PER_CHECK)
         ]
     )
@@ -128,9 +130,7 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
     negative = (matrix < 0).any(1)
     if negative.any():
         row = int(negative.nonzero()[0, 0])
-        raise InputError(
-            f"{name}: row {row} has a negative probability; scores go in prior_logits"
-        )
+        raise InputError(f"{name}: row {row} has a negative probability; scores go in prior_logits")
     totals = matrix.sum(1)
     off = ((totals - 1).abs() > PROBABILITY_TOLERANCE).nonzero()[:, 0]
     if len(off):

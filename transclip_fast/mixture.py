@@ -80,6 +80,10 @@ class Mixture:
         d = features.shape[1]
         return cls(_unit(means), means.new_full((d,), 1 / d))
 
+    def to(self, device: torch.device) -> Mixture:
+        """The same on another device."""
+        return Mixture(self.means.to(device), self.variances.to(device))
+
     def update_means(self, moments: Moments, *, unit: bool = True) -> Mixture:
         """mu_k <- unit(sum_i z_ik f_i), or the plain mean; a class without mass keeps its mean."""
         means = _unit(moments.sums) if unit else moments.sums / moments.counts[:, None]

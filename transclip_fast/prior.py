@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from transclip_fast import ops
+from transclip_fast.device import exact_float32
+
+ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class LinearPrior:
         """log y_hat (N, K) float32 and the normaliser (N,) that log_softmax subtracted."""
         return ops.log_prior(features, self.weights)
 
+    def predict(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Most likely class (N,) int64 of each row and its probability (N,) float32."""
+        return _most_likely(ops.log_prior(rows, self.weights)[0] for rows in _blocks(features))
+
 
 @dataclass(frozen=True)
 class GivenPrior:
@@ -54,5 +63,20 @@ class GivenPrior:
         """log y_hat (N, K), and a normaliser of zeros: it is normalised already."""
         return self.log_probabilities, features.new_zeros(len(features))
 
+    def predict(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Most likely class (N,) int64 of each row and its probability (N,) float32."""
+        return _most_likely(_blocks(self.log_probabilities))
+
 
 Prior = LinearPrior | GivenPrior
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    return iter(tensor.split(ROWS))
+
+
+def _most_likely(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    with exact_float32():
+        best = [block.max(1) for block in blocks]
+    labels = torch.cat([block.indices for block in best])
+    return labels.cpu().numpy(), torch.cat([block.values for block in best]).exp().cpu().numpy()

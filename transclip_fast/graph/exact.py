@@ -11,7 +11,7 @@ import torch
 
 from transclip_fast.graph.lists import NeighborGraph
 from transclip_fast.inputs import as_unit_rows
-from transclip_fast.precision import exact_float32
+from transclip_fast.device import exact_float32
 
 FAISS_ROWS = 4096
 BLOCK_BYTES = 1 << 26  # of torch's (rows, N) float32 block of similarities
@@ -104,9 +104,7 @@ def _search(
     if use_faiss:
         import faiss
 
-        values, ids = faiss.knn(
-            rows.numpy(), queries.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT
-        )
+        values, ids = faiss.knn(rows.numpy(), queries.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
         return ids, values
     with exact_float32():
         values, ids = (rows @ queries.T).topk(k, dim=1)

@@ -1,0 +1,50 @@
+"""The command line `transclip-fast`; each command is a file of this folder."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from transclip_fast.errors import InputError
+from transclip_fast.version import __version__
+
+COMMANDS = ("solve", "predict", "evaluate", "graph", "doctor")
+
+
+class _Commands(click.Group):
+    """Commands imported when they are called, so that --help does not wait for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = __import__(f"transclip_fast.cli.{name}", fromlist=["command"])
+        command: click.Command = module.command
+        return command
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="transclip-fast")
+def _cli() -> None:
+    """Label images with a CLIP-like model, all of them jointly, without training.
+
+    \b
+    Example:
+      transclip-fast solve features.npz --out result
+      transclip-fast evaluate result
+    """
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on standard error and exit code 2."""
+    try:
+        _cli()
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

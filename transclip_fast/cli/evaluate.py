@@ -1,0 +1,71 @@
+"""`transclip-fast evaluate`: a result against the true labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import click
+
+from transclip_fast.cli import common
+from transclip_fast.errors import InputError
+from transclip_fast.evaluate import Evaluation, check_class_order, evaluate
+from transclip_fast.inputs import as_labels
+from transclip_fast.store.arrays import read_array
+from transclip_fast.store.results import load_result
+
+SHOWN = 5
+
+
+@click.command("evaluate")
+@click.argument("result", type=click.Path())
+@click.option("--labels", type=click.Path(), help="True labels (N,), where the result has none.")
+@common.json_option
+def command(result: str, labels: str | None, as_json: bool) -> None:
+    """Compare the labels in RESULT with the truth: accuracy, what changed, the worst classes.
+
+    \b
+    Example:
+      transclip-fast evaluate result --labels labels.npy
+    """
+    loaded = load_result(result)
+    n_classes, names = loaded.run["n_classes"], loaded.run.get("class_names")
+    predicted = loaded.column("label")
+    zero_shot = loaded.column("zero_shot_label")
+    if labels is not None:
+        truth = as_labels(
+            read_array(labels, "labels"), labels, rows=len(predicted), n_classes=n_classes
+        ).numpy()
+    elif "true_label" in loaded.predictions.column_names:
+        truth = loaded.column("true_label")
+    else:
+        raise InputError(f"{result}: was solved without labels; give --labels")
+    scores = evaluate(predicted, zero_shot, truth)
+    messages: list[str] = []
+    for message in check_class_order(zero_shot, truth, n_classes):
+        common.warn(messages, message)
+    summary = {**asdict(scores), "warnings": messages}
+
+    def name(k: int) -> str:
+        return str(names[k]) if names else f"class {k}"
+
+    common.summarise(summary, _text(scores, name), as_json)
+
+
+def _text(scores: Evaluation, name: Callable[[int], str]) -> str:
+    lines = [
+        f"{scores.n_queries:,} images",
+        f"accuracy {scores.zero_shot_accuracy:.2f} % zero-shot -> {scores.accuracy:.2f} %, "
+        f"mean over classes {scores.mean_class_accuracy:.2f} %",
+        f"{scores.n_flipped:,} labels changed: {scores.corrected:,} corrected, "
+        f"{scores.broken:,} broken",
+        "",
+        "worst classes           images  zero-shot  transductive",
+    ]
+    for k, rows, before, after in scores.per_class[:SHOWN]:
+        lines.append(f"  {name(k):20.20}  {rows:7,}  {before:7.2f} %     {after:7.2f} %")
+    if scores.confusions:
+        lines += ["", "most frequent errors    (true -> predicted)"]
+    for true, predicted, rows in scores.confusions[:SHOWN]:
+        lines.append(f"  {name(true)} -> {name(predicted)}: {rows:,}")
+    return "\n".join(lines)

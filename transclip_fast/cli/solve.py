@@ -1,0 +1,230 @@
+"""`transclip-fast solve`: features to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from transclip_fast.cli import common
+from transclip_fast.device import resolve_device
+from transclip_fast.errors import InputError
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
+from transclip_fast.graph import NeighborGraph, build_graph
+from transclip_fast.graph.affinity import GRAPH_MODES
+from transclip_fast.inputs import as_labels, as_unit_rows
+from transclip_fast.mixture import COVARIANCES
+from transclip_fast.solver import Progress
+from transclip_fast.store.atomic import new_folder
+from transclip_fast.store.features import ARRAYS, Features, load_features
+from transclip_fast.store.graphs import load_graph
+from transclip_fast.store.results import CONTENTS, predictions_table, save_result
+
+FIT_ARRAYS = tuple(
+    name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
+)
+CHOICES = {"covariance": COVARIANCES, "graph_mode": GRAPH_MODES}
+PARAMETERS = {
+    "n_neighbors": "Neighbours of each query in the graph.",
+    "max_iter": "Outer steps.",
+    "inner_iter": "Sweeps over the assignments in each step.",
+    "tol": "Stop when a step changes the objective by at most this, per query.",
+    "logit_scale": "Temperature of the text prediction.",
+    "kl_weight": "Lambda, the tie to the prior.  [default: 1, few-shot 0.5]",
+    "likelihood_weight": "Weight of the mixture.",
+    "unit_means": "Keep class means on the unit sphere.",
+    "update_means": "Update the means.",
+    "update_variance": "Update the variance.",
+    "covariance": "Shape of the shared covariance.",
+    "graph_mode": "Messages both ways along an edge, or only towards its start.",
+    "clamp_similarity": "Edge weights are max(0, cosine).",
+    "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
+}
+
+
+def _array_options(command: Callable[..., None]) -> Callable[..., None]:
+    for name in reversed(ARRAYS[1:]):
+        flag = f"--{name.replace('_', '-')}"
+        also = " or a text file, one name a line" if name == "class_names" else ""
+        text = f"{name} from this array file{also}, not from FEATURES."
+        command = click.option(flag, name, type=click.Path(), help=text)(command)
+    return command
+
+
+def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
+    for field in reversed(fields(TransCLIP)):
+        if field.name not in PARAMETERS:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        kind: Any = type(field.default) if field.default is not None else float
+        if kind is bool:
+            flag, kind = f"{flag}/--no-{flag[2:]}", None
+        if field.name in CHOICES:
+            kind = click.Choice(CHOICES[field.name])
+        command = click.option(
+            flag,
+            field.name,
+            default=field.default,
+            type=kind,
+            show_default=field.default is not None,
+            help=PARAMETERS[field.name],
+        )(command)
+    return command
+
+
+@click.command("solve")
+@click.argument("features", type=click.Path())
+@common.out_option
+@click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
+@common.device_option
+@common.json_option
+@_array_options
+@_parameter_options
+def command(
+    features: str,
+    out: str,
+    graph_folder: str | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Label all rows of FEATURES jointly.
+
+    FEATURES is a feature folder, or a .npz file with image_features (N, d), text_features (K, d)
+    and optionally labels (N,), class_names (K,), support_features (M, d), support_labels (M,),
+    validation_features, validation_labels, and a prior (N, K), prior_logits (N, K) or prototypes
+    (K, d) of another method. --out receives predictions.parquet, mixture.safetensors and run.json.
+
+    \b
+    Examples:
+      transclip-fast solve features.npz --out result
+      transclip-fast solve images.npy --text-features text.npy --class-names names.txt --out result
+      transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
+          --gamma 0.02 --out result
+    """
+    stages = common.Stages()
+    model = TransCLIP(device=device, **{name: options[name] for name in PARAMETERS})
+    model.check()
+    resolve_device(device)
+    with stages.time("load"):
+        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
+        graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
+    origins = {**stored.origins, "graph": graph_folder or "graph"}
+    with common.collected_warnings(origins) as warnings, new_folder(out, CONTENTS) as folder:
+        with common.named(origins):
+            truth = _truth(stored)
+            _fit(model, stored, graph, stages)
+        n_classes = model.label_distributions_.shape[1]
+        for message in [
+            *check_assignments(
+                model.transduction_, model.zero_shot_labels_, n_classes, stored.class_names
+            ),
+            *(
+                []
+                if truth is None
+                else check_class_order(model.zero_shot_labels_, truth, n_classes)
+            ),
+        ]:
+            common.warn(warnings, message)
+        run = _summary(model, stored, truth, warnings)
+        with stages.time("write"):
+            table = predictions_table(
+                model.label_distributions_,
+                (model.zero_shot_labels_, model.zero_shot_confidences_),
+                stored,
+                truth,
+            )
+            run["seconds"] = stages.seconds
+            save_result(folder, table, run, model.tensors())
+    common.summarise(run, _text(run, out), as_json)
+
+
+def _fit(
+    model: TransCLIP, stored: Features, graph: NeighborGraph | None, stages: common.Stages
+) -> None:
+    rows = as_unit_rows(stored.get("image_features"), "image_features")
+
+    def search(unit_rows: torch.Tensor) -> NeighborGraph:
+        with stages.time("graph"), common.progress("graph", "rows") as show:
+            return build_graph(unit_rows, model.n_neighbors, device=unit_rows.device, progress=show)
+
+    with stages.time("solve"), common.progress("solve", "steps") as show:
+
+        def step(state: Progress) -> None:
+            show(state.step, state.last, objective=f"{state.objective:.5f}")
+
+        arrays = {name: stored.get(name) for name in FIT_ARRAYS}
+        model.fit(rows, graph=search if graph is None else graph, progress=step, **arrays)
+    stages.seconds["solve"] -= stages.seconds.get("graph", 0.0)
+
+
+def _truth(stored: Features) -> np.ndarray | None:
+    """The checked labels (N,), where there are any; also checks the number of class names."""
+    n_classes = _n_classes(stored)
+    names, labels = stored.class_names, stored.get("labels")
+    if n_classes is None:  # the fit will say what is wrong
+        return None
+    if names is not None and len(names) != n_classes:
+        raise InputError(
+            f"class_names: {len(names)} names for {n_classes} classes; give one name a class"
+        )
+    if labels is None:
+        return None
+    n_rows = len(stored.get("image_features"))
+    return as_labels(labels, "labels", rows=n_rows, n_classes=n_classes).cpu().numpy()
+
+
+def _n_classes(stored: Features) -> int | None:
+    for name, axis in (("prior", 1), ("prior_logits", 1), ("prototypes", 0), ("text_features", 0)):
+        array = stored.get(name)
+        if array is not None and array.ndim == 2:
+            return int(array.shape[axis])
+    return None
+
+
+def _summary(
+    model: TransCLIP, stored: Features, truth: np.ndarray | None, warnings: list[str]
+) -> dict[str, Any]:
+    n_queries, n_classes = model.label_distributions_.shape
+    config = {name: value for name, value in asdict(model).items() if name != "device"}
+    return {
+        "accuracy": None if truth is None else accuracy(model.transduction_, truth),
+        "zero_shot_accuracy": (None if truth is None else accuracy(model.zero_shot_labels_, truth)),
+        "n_queries": n_queries,
+        "n_classes": n_classes,
+        "dim": model.means_.shape[1],
+        "n_flipped": int((model.transduction_ != model.zero_shot_labels_).sum()),
+        "n_iter": model.n_iter_,
+        "objective": model.objective_.tolist(),
+        "graph": {"n_neighbors": model.n_neighbors, **model.graph_.info},
+        "backend": "torch",
+        "device": str(model.device_),
+        "features_sha256": stored.sha256(),
+        "class_names": stored.class_names,
+        "config": {**config, "kl_weight": model.kl_weight_, "gamma": model.gamma_},
+        "versions": common.versions(),
+        "warnings": warnings,
+    }
+
+
+def _text(run: dict[str, Any], out: str) -> str:
+    graph, seconds = run["graph"], run["seconds"]
+    lines = [
+        f"{run['n_queries']:,} images, {run['n_classes']:,} classes, {run['dim']} dimensions",
+        f"{run['n_flipped']:,} labels differ from zero-shot",
+    ]
+    if run["accuracy"] is not None:
+        lines.append(
+            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
+        )
+    built = f" {seconds['graph']:.1f} s" if "graph" in seconds else " reused"
+    lines += [
+        f"graph {graph['method']}{built}, solve {seconds['solve']:.1f} s on {run['device']}",
+        f"written to {out}: predictions.parquet, mixture.safetensors, run.json",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,42 @@
+"""Where the arithmetic runs, and what float32 means there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from transclip_fast.errors import InputError
+
+
+def resolve_device(name: str) -> torch.device:
+    """
+    The device of a name; "auto" is CUDA where there is one.
+
+    Raises
+    ------
+    InputError
+        No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA is compiled in
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Matrix products in true float32 (no tf32, no bf16) and without gradients."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,115 @@
+"""How good a labelling is, and signs that its input was wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
+ORDER_GAIN = 30.0  # points of accuracy that renaming the classes must bring
+
+
+def accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
+    """Share of rows (N,) whose label is the true one, in percent with four decimals."""
+    return round(100 * float(np.mean(labels == truth)), 4)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Accuracies in percent, what the joint solution changed, and where the errors are.
+
+    `per_class` is (class, rows, zero-shot accuracy, accuracy) for each class that occurs, worst
+    first; `confusions` is (true class, predicted class, rows), most frequent first; `corrected`
+    and `broken` count rows that zero-shot had wrong and right.
+    """
+
+    accuracy: float
+    zero_shot_accuracy: float
+    mean_class_accuracy: float
+    n_queries: int
+    n_flipped: int
+    corrected: int
+    broken: int
+    per_class: list[tuple[int, int, float, float]]
+    confusions: list[tuple[int, int, int]]
+
+
+def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Evaluation:
+    """Compare labels (N,) and zero-shot labels (N,) with the truth (N,), all int64."""
+    right, zero_shot_right = labels == truth, zero_shot == truth
+    per_class = []
+    for k in np.unique(truth):
+        rows = truth == k
+        per_class.append(
+            (
+                int(k),
+                int(rows.sum()),
+                accuracy(zero_shot[rows], truth[rows]),
+                accuracy(labels[rows], truth[rows]),
+            )
+        )
+    pairs, counts = np.unique(np.stack([truth[~right], labels[~right]]), axis=1, return_counts=True)
+    frequent = np.argsort(-counts, kind="stable")
+    return Evaluation(
+        accuracy=accuracy(labels, truth),
+        zero_shot_accuracy=accuracy(zero_shot, truth),
+        mean_class_accuracy=round(float(np.mean([row[3] for row in per_class])), 4),
+        n_queries=len(labels),
+        n_flipped=int((labels != zero_shot).sum()),
+        corrected=int((right & ~zero_shot_right).sum()),
+        broken=int((~right & zero_shot_right).sum()),
+        per_class=sorted(per_class, key=lambda row: (row[3], row[0])),
+        confusions=[(int(pairs[0, i]), int(pairs[1, i]), int(counts[i])) for i in frequent],
+    )
+
+
+def check_assignments(
+    labels: np.ndarray, zero_shot: np.ndarray, n_classes: int, names: Sequence[str] | None = None
+) -> list[str]:
+    """Warnings about labels (N,) in which one class swallows the others or classes are empty."""
+
+    def name(k: int) -> str:
+        return f"class {k}" + (f" ({names[k]})" if names else "")
+
+    counts = np.bincount(labels, minlength=n_classes)
+    before = np.bincount(zero_shot, minlength=n_classes)
+    warnings = []
+    largest = int(counts.argmax())
+    if n_classes > 1 and counts[largest] > max(SWALLOWED * len(labels), 2 * before[largest]):
+        warnings.append(
+            f"{name(largest)} got {counts[largest]} of {len(labels)} queries, {before[largest]} "
+            "by zero-shot alone: it may be swallowing the others; check its prompt, or raise "
+            "kl_weight"
+        )
+    lost = np.flatnonzero((counts == 0) & (before > 0))
+    empty = np.flatnonzero((counts == 0) & (before == 0))
+    if len(lost):
+        warnings.append(
+            f"{len(lost)} of {n_classes} classes lost all their queries, e.g. {name(int(lost[0]))}"
+        )
+    if len(empty) and len(labels) >= n_classes:
+        warnings.append(
+            f"{len(empty)} of {n_classes} classes got no query, not even by zero-shot, "
+            f"e.g. {name(int(empty[0]))}"
+        )
+    return warnings
+
+
+def check_class_order(labels: np.ndarray, truth: np.ndarray, n_classes: int) -> list[str]:
+    """A warning where the labels (N,) would fit the truth (N,) far better with other names."""
+    from scipy.optimize import linear_sum_assignment
+
+    confusion = np.zeros((n_classes, n_classes), dtype=np.int64)
+    np.add.at(confusion, (labels, truth), 1)
+    predicted, true = linear_sum_assignment(confusion, maximize=True)
+    renamed = 100 * confusion[predicted, true].sum() / len(labels)
+    as_is = accuracy(labels, truth)
+    if n_classes < 3 or renamed - as_is < ORDER_GAIN or as_is > renamed / 2:
+        return []
+    return [
+        f"labels match on {as_is:.1f} % of rows but would on {renamed:.1f} % if classes were "
+        "renamed: class names, text features and labels do not seem to be in one order"
+    ]

@@ -1,0 +1,231 @@
+"""FEATURES on disk: one file of arrays, or a feature folder in clip-retrieval's layout."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import SINGLE, read_array, read_arrays
+from transclip_fast.store.atomic import read_json
+
+ARRAYS = (
+    "image_features",
+    "text_features",
+    "labels",
+    "class_names",
+    "support_features",
+    "support_labels",
+    "validation_features",
+    "validation_labels",
+    "prior",
+    "prior_logits",
+    "prototypes",
+)
+
+
+@dataclass
+class Features:
+    """
+    The arrays of a problem as stored, and for each where it came from.
+
+    Parameters
+    ----------
+    arrays : dict
+        By the names in `ARRAYS`; `image_features` (N, d) is always there.
+    origins : dict
+        For error messages: "FILE: name" of each array.
+    source_rows : ndarray (N,) int64, optional
+        Position of each row in the source it was encoded from.
+    keys : list of str, optional
+        Key or path of each row.
+    """
+
+    arrays: dict[str, Any]
+    origins: dict[str, str]
+    source_rows: np.ndarray | None = None
+    keys: list[str | None] | None = None
+    class_names: list[str] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        names = self.arrays.pop("class_names", None)
+        if names is not None:
+            self.class_names = _names(names, self.origins["class_names"])
+
+    def get(self, name: str) -> Any:
+        """The array of that name, or None."""
+        return self.arrays.get(name)
+
+    def sha256(self) -> str:
+        """Hash of the image features: type, shape and bytes."""
+        return features_sha256(self.arrays["image_features"])
+
+
+def load_features(path: str | Path, overrides: Mapping[str, str | None] | None = None) -> Features:
+    """
+    FEATURES, with single arrays replaced by other files.
+
+    Parameters
+    ----------
+    path : path
+        A feature folder, or a .npz, .npy, .pt or .safetensors file; one nameless array in it is
+        the image features.
+    overrides : mapping, optional
+        Name in `ARRAYS` to a file; class names may be a text file with one name a line.
+
+    Raises
+    ------
+    InputError
+        A file that is missing, damaged or pickled, or without image features.
+    """
+    path = Path(path)
+    features = _load_folder(path) if path.is_dir() else _load_file(path)
+    for name, file in (overrides or {}).items():
+        if file is None:
+            continue
+        features.origins[name] = str(file)
+        if name == "class_names":
+            features.class_names = read_names(file)
+        else:
+            features.arrays[name] = read_array(file, name)
+    return features
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Class names from a text file, one a line, or from an array file."""
+    path = Path(path)
+    if path.suffix in (".npy", ".npz"):
+        return _names(read_array(path, "class_names"), str(path))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def features_sha256(image_features: Any) -> str:
+    """Hash of image features (N, d): type, shape and bytes."""
+    dtype = str(image_features.dtype).removeprefix("torch.")
+    digest = hashlib.sha256(f"{dtype} {tuple(image_features.shape)} ".encode())
+    for start in range(0, len(image_features), 65536):
+        rows = image_features[start : start + 65536]
+        if isinstance(rows, torch.Tensor):
+            rows = rows.cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(np.ascontiguousarray(rows).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _load_file(path: Path) -> Features:
+    arrays = read_arrays(path)
+    if SINGLE in arrays:
+        arrays = {"image_features": arrays[SINGLE]}
+    if "image_features" not in arrays:
+        raise InputError(
+            f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
+        )
+    known = {name: arrays[name] for name in ARRAYS if name in arrays}
+    return Features(known, {name: f"{path}: {name}" for name in known})
+
+
+def _load_folder(folder: Path) -> Features:
+    shards = _numbered(folder, "img_emb", ".npy")
+    if not shards:
+        raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; is it a feature folder?")
+    parts = [read_array(shard, "image_features") for shard in shards]
+    for shard, part in zip(shards, parts, strict=True):
+        if part.ndim != 2 or part.shape[1] != parts[0].shape[1]:
+            raise InputError(f"{shard}: has shape {part.shape}, the first shard {parts[0].shape}")
+    arrays: dict[str, Any] = {"image_features": np.concatenate(parts)}
+    origins = {"image_features": f"{folder}: image_features"}
+    if (folder / "prototypes.npy").exists():
+        arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
+        origins["text_features"] = str(folder / "prototypes.npy")
+    if (folder / "manifest.json").exists():
+        names = read_json(inside(folder, "manifest.json")).get("class_names")
+        if names is not None:
+            arrays["class_names"] = np.asarray(names)
+            origins["class_names"] = f"{folder / 'manifest.json'}: class_names"
+    source_rows, keys, labels = _metadata(folder, [len(part) for part in parts])
+    if labels is not None:
+        arrays["labels"], origins["labels"] = labels, f"{folder / 'metadata'}: label"
+    return Features(arrays, origins, source_rows, keys)
+
+
+def _metadata(
+    folder: Path, rows: list[int]
+) -> tuple[np.ndarray | None, list[str | None] | None, np.ndarray | None]:
+    """source_row, key (or path) and label of every row, each None where no shard has it."""
+    files = _numbered(folder, "metadata", ".parquet")
+    if not files:
+        return None, None, None
+    if len(files) != len(rows):
+        raise InputError(f"{folder}: {len(rows)} shards of features, {len(files)} of metadata")
+    tables = []
+    for file, n_rows in zip(files, rows, strict=True):
+        try:
+            table = pq.read_table(file)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file}: damaged or truncated ({error})") from error
+        if table.num_rows != n_rows:
+            raise InputError(f"{file}: has {table.num_rows} rows, its features {n_rows}")
+        tables.append(table)
+    columns = set(tables[0].column_names).intersection(*(t.column_names for t in tables))
+    key = next((name for name in ("key", "path", "image_path") if name in columns), None)
+
+    def column(name: str | None) -> Any:
+        if name not in columns:
+            return None
+        return pa.chunked_array([c for t in tables for c in t.column(name).chunks])
+
+    keys, source_rows, labels = column(key), column("source_row"), column("label")
+    return (
+        None if source_rows is None else source_rows.to_numpy(),
+        None if keys is None else keys.cast(pa.string()).to_pylist(),
+        None if labels is None or labels.null_count else labels.to_numpy(),
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """
+    A file of a folder by name.
+
+    Raises
+    ------
+    InputError
+        The name, or a link that it is, leads out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{path}: leads out of {folder}")
+    return path
+
+
+def _numbered(folder: Path, kind: str, suffix: str) -> list[Path]:
+    """The files KIND/KIND_<number>SUFFIX in the order of their numbers."""
+    pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")
+    found = []
+    for path in folder.glob(f"{kind}/{kind}_*{suffix}"):
+        match = pattern.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), inside(folder, f"{kind}/{path.name}")))
+    return [path for _, path in sorted(found)]
+
+
+def _names(array: Any, origin: str) -> list[str]:
+    values = np.asarray(array)
+    if values.ndim != 1 or values.dtype.kind not in "US":
+        raise InputError(f"{origin}: expected a list of strings, got {values.dtype}")
+    if values.dtype.kind == "S":
+        return [name.decode("utf-8", errors="replace") for name in values.tolist()]
+    return [str(name) for name in values]

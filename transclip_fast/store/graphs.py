@@ -1,0 +1,44 @@
+"""Graph folders: neighbors.npy, similarities.npy and a manifest that names the features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transclip_fast.errors import InputError
+from transclip_fast.graph import NeighborGraph
+from transclip_fast.store.arrays import read_array
+from transclip_fast.store.atomic import read_json, write_json
+from transclip_fast.store.features import inside
+
+CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
+
+
+def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> None:
+    """Write a graph into a folder that `new_folder` gave; see `load_graph` for `manifest`."""
+    np.save(folder / "neighbors.npy", graph.neighbors, allow_pickle=False)
+    np.save(folder / "similarities.npy", graph.similarities, allow_pickle=False)
+    write_json(folder / "manifest.json", {**graph.info, **manifest})
+
+
+def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
+    """
+    The graph in a folder, whose manifest must name the hash of the features.
+
+    Raises
+    ------
+    InputError
+        Not a graph folder, damaged, or built from other features.
+    """
+    folder = Path(path)
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"{path}: is not a graph folder (no manifest.json)")
+    manifest = read_json(inside(folder, "manifest.json"))
+    if manifest.get("features_sha256") != features_sha256:
+        raise InputError(f"{path}: was built from other features; build it again")
+    neighbors = read_array(inside(folder, "neighbors.npy"), "neighbors")
+    similarities = read_array(inside(folder, "similarities.npy"), "similarities")
+    info = {name: manifest.get(name) for name in ("method", "recall")}
+    return NeighborGraph(neighbors, similarities, info)

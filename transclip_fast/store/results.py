@@ -1,0 +1,126 @@
+"""Result folders: predictions.parquet, mixture.safetensors and run.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save
+
+from transclip_fast.errors import InputError
+from transclip_fast.mixture import Mixture
+from transclip_fast.store.arrays import read_arrays
+from transclip_fast.store.atomic import new_folder, read_json, write_json
+from transclip_fast.store.features import Features, inside
+
+CONTENTS = frozenset({"predictions.parquet", "mixture.safetensors", "run.json"})
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result folder: `run` is run.json, `predictions` the parquet table."""
+
+    folder: Path
+    run: dict[str, Any]
+    predictions: pa.Table
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the predictions, (N,)."""
+        return self.predictions.column(name).to_numpy()
+
+
+def predictions_table(
+    distributions: np.ndarray,
+    zero_shot: tuple[np.ndarray, np.ndarray],
+    features: Features,
+    labels: np.ndarray | None = None,
+) -> pa.Table:
+    """
+    One row a query: its label with its five most likely classes, and what zero-shot said.
+
+    Parameters
+    ----------
+    distributions : ndarray (N, K) float32
+    zero_shot : ndarray (N,), ndarray (N,)
+        Labels and confidences.
+    features : Features
+        Source rows, keys and class names.
+    labels : ndarray (N,), optional
+        The truth, kept as `true_label`.
+    """
+    rows = np.arange(len(distributions))
+    values, classes = torch.from_numpy(distributions).topk(min(TOP, distributions.shape[1]), 1)
+    label = distributions.argmax(1)
+    confidence = distributions[rows, label]
+    names = np.asarray(features.class_names or [str(k) for k in range(distributions.shape[1])])
+    columns = {
+        "row": rows,
+        "source_row": rows if features.source_rows is None else features.source_rows,
+        "key": pa.array(features.keys or [None] * len(rows), pa.string()),
+        "label": label,
+        "label_name": pa.array(names[label], pa.string()),
+        "confidence": confidence,
+        "zero_shot_label": zero_shot[0],
+        "zero_shot_confidence": zero_shot[1],
+        "top5_labels": _lists(classes.numpy()),
+        "top5_confidences": _lists(values.numpy()),
+    }
+    if labels is not None:
+        columns["true_label"] = labels
+    return pa.table(columns)
+
+
+def save_result(
+    folder: Path, table: pa.Table, run: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write the files of a result into a folder that `new_folder` gave."""
+    pq.write_table(table, folder / "predictions.parquet")
+    # As bytes: a full disk is then the OSError that it is everywhere else.
+    (folder / "mixture.safetensors").write_bytes(save(tensors))
+    write_json(folder / "run.json", run)
+
+
+def load_result(path: str | Path) -> Result:
+    """
+    A result folder.
+
+    Raises
+    ------
+    InputError
+        Missing, not a result folder, or damaged.
+    """
+    folder = Path(path)
+    if not (folder / "run.json").is_file():
+        raise InputError(f"{path}: is not a result folder (no run.json)")
+    run = read_json(inside(folder, "run.json"))
+    file = inside(folder, "predictions.parquet")
+    try:
+        table = pq.read_table(file)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file}: damaged or truncated ({error}); solve again") from error
+    return Result(folder, run, table)
+
+
+def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
+    """The fitted mixture of a result folder, and the tensors saved beside it."""
+    file = inside(Path(path), "mixture.safetensors")
+    tensors = read_arrays(file)
+    try:
+        return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
+    except KeyError as error:
+        raise InputError(f"{file}: has no tensor {error}; solve again") from error
+
+
+def _lists(array: np.ndarray) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    offsets: Sequence[int] = np.arange(0, array.size + 1, array.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)
