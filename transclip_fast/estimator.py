@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,16 +119,16 @@ class TransCLIP(Parameters):
         self.check()
         device = self.device_ = resolve_device(self.device)
         features = as_unit_rows(X, "X").to(device)
-        prior_ = self._make_prior(features, text_features, prior, prior_logits, prototypes)
+        prior_, zero_shot = self._make_priors(
+            features, text_features, prior, prior_logits, prototypes
+        )
         support = self._make_support(features, prior_, support_features, support_labels)
         validation = self._make_validation(features, prior_, validation_features, validation_labels)
         if support is not None and self.gamma is None and validation is None:
             raise InputError(
-                "support_features: few-shot needs gamma, or validation_features and "
-                "validation_labels to choose it"
+                "few-shot needs gamma, or validation_features and validation_labels to choose it"
             )
-        self._zero_shot = self._make_zero_shot(features, prior_, text_features)
-        self.zero_shot_labels_, self.zero_shot_confidences_ = self._zero_shot.predict(features)
+        self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         if graph is None:
             graph = build_graph(features, self.n_neighbors, device=device)
         elif callable(graph):
@@ -148,23 +148,25 @@ class TransCLIP(Parameters):
                 progress=progress,
             )
 
-        if support is None:
-            self.gamma_, solution = None, run(0.0)
-        elif self.gamma is not None:
-            self.gamma_, solution = self.gamma, run(self.gamma)
-        else:
-            self.gamma_, solution = _best_gamma(run, *validation)
-        self._prior = prior_ if isinstance(prior_, LinearPrior) else None
-        if isinstance(self._zero_shot, GivenPrior):
-            self._zero_shot = None  # (N, K), of these rows only
+        gammas: Sequence[float] = GAMMAS if self.gamma is None else (self.gamma,)
+        runs = ((gamma, run(gamma)) for gamma in (gammas if support else (0.0,)))
+        gamma, solution = _most_accurate(runs, validation)
+        self.gamma_ = gamma if support else None
+        self._keep(solution, prior_, zero_shot)
+        return self
+
+    def _keep(self, solution: Solution, prior: Prior, zero_shot: Prior) -> None:
+        """Set the attributes, and what `predict_proba` and `tensors` need of the fit."""
         self._mixture = solution.mixture
+        # A given prior (N, K) is of these rows only.
+        self._prior = prior if isinstance(prior, LinearPrior) else None
+        self._zero_shot = zero_shot if isinstance(zero_shot, LinearPrior) else None
         self.label_distributions_ = solution.assignments.dense().cpu().numpy()
         self.transduction_ = solution.assignments.labels().cpu().numpy()
         self.means_ = solution.mixture.means.float().cpu().numpy()
         self.variances_ = solution.mixture.variances.float().cpu().numpy()
         self.n_iter_ = solution.n_iter
         self.objective_ = np.array(solution.objective)
-        return self
 
     def predict_proba(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
         """
@@ -196,9 +198,7 @@ class TransCLIP(Parameters):
                 if given
                 else "predict_proba: the fit was given a prior; give prior or prior_logits again"
             )
-        new_prior: Prior = self._prior or self._make_prior(
-            features, None, prior, prior_logits, None
-        )
+        new_prior = self._prior or self._make_priors(features, None, prior, prior_logits, None)[0]
         if new_prior.n_classes != n_classes:
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
         z = predict(
@@ -231,46 +231,44 @@ class TransCLIP(Parameters):
         if self.gamma is not None and not 0 <= self.gamma < float("inf"):
             raise InputError(f"gamma must be a finite number >= 0, got {self.gamma!r}")
 
-    def _make_prior(
+    def _make_priors(
         self,
         features: torch.Tensor,
         text_features: Any,
         prior: Any,
         prior_logits: Any,
         prototypes: Any,
-    ) -> Prior:
+    ) -> tuple[Prior, Prior]:
+        """The prior, and the one that counts as zero-shot: of the text features, if there are."""
         if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
             raise InputError("give one of prior, prior_logits and prototypes, not several")
-        n_rows = len(features)
-        result: Prior
+
+        def linear(array: Any, name: str) -> Prior:
+            rows = as_unit_rows(array, name, columns=features.shape[1])
+            return LinearPrior.from_prototypes(rows, self.logit_scale).to(features.device)
+
+        def given(log_probabilities: torch.Tensor) -> Prior:
+            return GivenPrior(log_probabilities).to(features.device)
+
+        text = None if text_features is None else linear(text_features, "text_features")
         if prior is not None:
-            result = GivenPrior(as_log_probabilities(prior, "prior", rows=n_rows))
+            chosen = given(as_log_probabilities(prior, "prior", rows=len(features)))
         elif prior_logits is not None:
-            result = GivenPrior(as_logits(prior_logits, "prior_logits", rows=n_rows))
+            chosen = given(as_logits(prior_logits, "prior_logits", rows=len(features)))
         elif prototypes is not None:
-            result = self._linear_prior(features, prototypes, "prototypes")
-        elif text_features is not None:
-            result = self._linear_prior(features, text_features, "text_features")
+            chosen = linear(prototypes, "prototypes")
+        elif text is not None:
+            chosen = text
         else:
             raise InputError(
                 "no text features and no prior: give text_features, prototypes, prior or "
                 "prior_logits"
             )
-        return result.to(features.device)
-
-    def _linear_prior(self, features: torch.Tensor, rows: Any, name: str) -> LinearPrior:
-        prototypes = as_unit_rows(rows, name, columns=features.shape[1])
-        return LinearPrior.from_prototypes(prototypes, self.logit_scale)
-
-    def _make_zero_shot(self, features: torch.Tensor, prior: Prior, text_features: Any) -> Prior:
-        if text_features is None:
-            return prior
-        zero_shot = self._linear_prior(features, text_features, "text_features")
-        if zero_shot.n_classes != prior.n_classes:
+        if text is not None and text.n_classes != chosen.n_classes:
             raise InputError(
-                f"text_features: has {zero_shot.n_classes} classes, the prior {prior.n_classes}"
+                f"text_features: has {text.n_classes} classes, the prior {chosen.n_classes}"
             )
-        return zero_shot.to(features.device)
+        return chosen, text or chosen
 
     def _make_support(
         self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
@@ -278,8 +276,10 @@ class TransCLIP(Parameters):
         labelled = _labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
+        shots, classes = labelled
         return Support.build(
-            *(part.to(features.device) for part in labelled),
+            shots.to(features.device),
+            classes.to(features.device),
             features,
             n_classes=prior.n_classes,
             n_neighbors=self.n_neighbors,
@@ -310,16 +310,16 @@ def _labelled_rows(
     ).cpu()
 
 
-def _best_gamma(
-    run: Callable[[float], Solution], queries: np.ndarray, labels: np.ndarray
+def _most_accurate(
+    runs: Iterable[tuple[float, Solution]], validation: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[float, Solution]:
-    """The gamma whose solution is most accurate on the validation rows; the first wins ties."""
-    best: tuple[float, Solution] | None = None
-    best_accuracy = -1.0
-    for gamma in GAMMAS:
-        solution = run(gamma)
-        accuracy = float((solution.assignments.labels().cpu().numpy()[queries] == labels).mean())
-        if accuracy > best_accuracy:
-            best, best_accuracy = (gamma, solution), accuracy
-    assert best is not None
-    return best
+    """The first of the runs that label the validation rows' most similar queries best."""
+
+    def accuracy(run: tuple[float, Solution]) -> float:
+        if validation is None:
+            return 0.0
+        queries, labels = validation
+        predicted = run[1].assignments.labels().cpu().numpy()
+        return float((predicted[queries] == labels).mean())
+
+    return max(runs, key=accuracy)

@@ -124,7 +124,9 @@ class Mixture:
     def _spread(self, moments: Moments) -> torch.Tensor:
         """sum_ik z_ik (f_id - mu_kd)^2, (d,)."""
         cross = (self.means * moments.sums).sum(0)
-        return moments.squares - 2 * cross + moments.counts @ self.means.square()
+        own = torch.mv(self.means.square().T, moments.counts)
+        spread: torch.Tensor = moments.squares - 2 * cross + own
+        return spread
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,8 @@ Prior = LinearPrior | GivenPrior
 
 
 def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    return iter(tensor.split(ROWS))
+    for start in range(0, len(tensor), ROWS):
+        yield tensor[start : start + ROWS]
 
 
 def _most_likely(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:

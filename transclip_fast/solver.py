@@ -13,12 +13,12 @@ import torch
 
 from transclip_fast import ops
 from transclip_fast.assignments import Assignments
+from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph import Affinity, NeighborGraph, affinity
 from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.mixture import COVARIANCES, Mixture, Moments
 from transclip_fast.objective import objective
-from transclip_fast.device import exact_float32
 from transclip_fast.prior import Prior
 from transclip_fast.support import Support
 

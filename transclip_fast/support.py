@@ -51,7 +51,7 @@ class Support:
             weights = weights.clamp_min(0)
         cells = queries * n_classes + labels[:, None]
         # Summed here and in float64: a query may be the neighbour of many shots of one class.
-        cells, cell_of = cells.unique(return_inverse=True)
+        cells, cell_of = torch.unique(cells, return_inverse=True)
         totals = torch.bincount(
             cell_of.flatten(), weights.double().flatten() / (2 * n_neighbors), len(cells)
         )

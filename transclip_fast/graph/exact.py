@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from transclip_fast.device import exact_float32
 from transclip_fast.graph.lists import NeighborGraph
 from transclip_fast.inputs import as_unit_rows
-from transclip_fast.device import exact_float32
 
 FAISS_ROWS = 4096
 BLOCK_BYTES = 1 << 26  # of torch's (rows, N) float32 block of similarities
@@ -107,8 +107,8 @@ def _search(
         values, ids = faiss.knn(rows.numpy(), queries.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
         return ids, values
     with exact_float32():
-        values, ids = (rows @ queries.T).topk(k, dim=1)
-    return ids.cpu().numpy(), values.cpu().numpy()
+        best = (rows @ queries.T).topk(k, dim=1)
+    return best.indices.cpu().numpy(), best.values.cpu().numpy()
 
 
 def _without_self(

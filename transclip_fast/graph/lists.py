@@ -35,7 +35,7 @@ class NeighborGraph:
 
     @property
     def n_neighbors(self) -> int:
-        return self.neighbors.shape[1]
+        return int(self.neighbors.shape[1])
 
     def check(self, n_rows: int, n_neighbors: int, name: str = "graph") -> NeighborGraph:
         """

@@ -122,7 +122,7 @@ def features_sha256(image_features: Any) -> str:
         rows = image_features[start : start + 65536]
         if isinstance(rows, torch.Tensor):
             rows = rows.cpu().contiguous().view(torch.uint8).numpy()
-        digest.update(np.ascontiguousarray(rows).view(np.uint8))
+        digest.update(np.ascontiguousarray(rows).tobytes())
     return digest.hexdigest()
 
 

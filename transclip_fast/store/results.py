@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import save
 from transclip_fast.errors import InputError
 from transclip_fast.mixture import Mixture
 from transclip_fast.store.arrays import read_arrays
-from transclip_fast.store.atomic import new_folder, read_json, write_json
+from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.features import Features, inside
 
 CONTENTS = frozenset({"predictions.parquet", "mixture.safetensors", "run.json"})
@@ -32,8 +31,18 @@ class Result:
     predictions: pa.Table
 
     def column(self, name: str) -> np.ndarray:
-        """A column of the predictions, (N,)."""
-        return self.predictions.column(name).to_numpy()
+        """
+        A column of the predictions, (N,).
+
+        Raises
+        ------
+        InputError
+            There is none of that name.
+        """
+        if name not in self.predictions.column_names:
+            raise InputError(f"{self.folder}: predictions.parquet has no column {name!r}")
+        values: np.ndarray = self.predictions.column(name).to_numpy()
+        return values
 
 
 def predictions_table(
@@ -122,5 +131,5 @@ def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
 
 def _lists(array: np.ndarray) -> pa.Array:
     flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-    offsets: Sequence[int] = np.arange(0, array.size + 1, array.shape[1], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), flat)
+    offsets = pa.array(np.arange(0, array.size + 1, array.shape[1], dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, flat)
