@@ -125,10 +125,9 @@ class Mixture:
         """sum_ik z_ik (f_id - mu_kd)^2, (d,)."""
         cross = (self.means * moments.sums).sum(0)
         own = torch.mv(self.means.square().T, moments.counts)
-        spread: torch.Tensor = moments.squares - 2 * cross + own
-        return spread
+        return moments.squares - 2 * cross + own
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)
