@@ -1,0 +1,1 @@
+"""Benchmarks: how fast, how much memory, and whether the labels still agree."""

@@ -1,0 +1,369 @@
+"""What every benchmark shares: made problems, machine facts, timing, and results on disk.
+
+Needs numpy only, so that it runs wherever a solver runs. Memory is read from Linux's /proc.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics as stats
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+LOGIT_SCALE = 100.0
+BLOCK = 16384  # rows drawn at a time; part of what a seed means
+
+# Lengths of the parts that add up to an image or a text feature, before it is made a unit row.
+# Set so that `statistics` of a made problem falls among those of real CLIP features.
+IMAGE_CONE, IMAGE_GROUP, IMAGE_CLASS, WITHIN_CLASS, NOISE = 0.79, 0.36, 0.36, 0.46, 0.12
+TEXT_CONE, TEXT_GROUP, TEXT_CLASS = 0.91, 0.36, 0.45
+CONE_COSINE, GROUP_COSINE, CLASS_COSINE = 0.3, 0.7, 0.42  # of a text part with its image part
+IMAGE_PEAKS, TEXT_PEAKS = (-0.75, 0.3, 0.2, -0.15, 0.1), (0.6, -0.5, 0.1)
+SPREAD = 0.35  # of log(distance to the class mean) between images
+CLASSES_PER_GROUP = 20
+MAX_RANK = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A transduction problem: unit rows to label, one unit prototype a class, the true labels."""
+
+    features: np.ndarray  # (N, d)
+    prototypes: np.ndarray  # (K, d)
+    labels: np.ndarray  # (N,) int64
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    scaled: np.ndarray = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    return scaled
+
+
+def _cone(rng: np.random.Generator, d: int, peaks: tuple[float, ...]) -> np.ndarray:
+    """Return a unit direction (d,) whose few largest entries are `peaks`, as CLIP's means have."""
+    peaks = peaks[:d]
+    direction = _unit(rng.standard_normal(d)) * np.sqrt(1 - np.square(peaks).sum())
+    direction[rng.choice(d, len(peaks), replace=False)] = peaks
+    return _unit(direction)
+
+
+def _basis(rng: np.random.Generator, d: int) -> np.ndarray:
+    """Return directions (r, d) of falling length in which image features vary.
+
+    A standard normal r-vector times the basis has unit expected squared length, a variance that
+    falls like the spectrum of CLIP features, and a few dimensions with most of the variance.
+    """
+    rank = min(max(1, d // 2), MAX_RANK)
+    order = np.arange(rank)
+    spectrum = np.exp(-order / 200) / (1 + order / 5)
+    variance = rng.permutation(1 + 12 / (1 + np.arange(d) / 4))  # (d,)
+    directions = _unit(rng.standard_normal((rank, d)) * np.sqrt(variance))
+    directions *= np.sqrt(spectrum / spectrum.sum())[:, None]
+    return directions
+
+
+def _offsets(
+    rng: np.random.Generator, n: int, basis: np.ndarray, cosine: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return image offsets (n, d) and text offsets (n, d) that agree only up to `cosine`."""
+    rank, d = basis.shape
+    image = rng.standard_normal((n, rank)) @ basis
+    error = rng.standard_normal((n, d)) / np.sqrt(d)
+    return image, cosine * image + np.sqrt(1 - cosine**2) * error
+
+
+def make_problem(
+    n: int, k: int, d: int, *, seed: int = 0, dtype: type[np.floating] = np.float32
+) -> Problem:
+    """Make a problem whose features look like CLIP's.
+
+    Images and texts live in two narrow cones, a few dimensions dominate, classes come in groups of
+    similar ones, variation is of low rank plus a little isotropic noise, texts are imperfect
+    pictures of the class means, and class sizes fall like a shifted power law (the largest has
+    about eleven times the rows of the median one; a class may have none when N is small).
+
+    Parameters
+    ----------
+    n, k, d : int
+        Queries, classes, dimensions.
+    seed : int
+        Same seed and sizes, same problem.
+    dtype : numpy floating type
+        Type of features and prototypes, float32 or float16.
+
+    Returns
+    -------
+    Problem
+        Features (N, d) and prototypes (K, d) with unit rows, labels (N,) int64.
+    """
+    rng = np.random.default_rng(seed)
+    basis = _basis(rng, d)
+    image_cone = _cone(rng, d, IMAGE_PEAKS)
+    own_cone = np.sqrt(1 - CONE_COSINE**2) * _cone(rng, d, TEXT_PEAKS)
+    text_cone = _unit(CONE_COSINE * image_cone + own_cone)
+    n_groups = -(-k // CLASSES_PER_GROUP)
+    group = np.arange(k) % n_groups
+    image_group, text_group = _offsets(rng, n_groups, basis, GROUP_COSINE)
+    image_class, text_class = _offsets(rng, k, basis, CLASS_COSINE)
+    means = IMAGE_CONE * image_cone + IMAGE_GROUP * image_group[group] + IMAGE_CLASS * image_class
+    texts = TEXT_CONE * text_cone + TEXT_GROUP * text_group[group] + TEXT_CLASS * text_class
+    sizes = rng.permutation(1 / (np.arange(k) + k / 20))
+    labels = rng.choice(k, n, p=sizes / sizes.sum())
+
+    features = np.empty((n, d), dtype)
+    means, basis = means.astype(np.float32), basis.astype(np.float32)
+    for start in range(0, n, BLOCK):
+        block = labels[start : start + BLOCK]
+        features[start : start + BLOCK] = _images([seed, start], means[block], basis)
+    return Problem(features, _unit(texts).astype(dtype), labels)
+
+
+def _images(seed: list[int], means: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Return one float32 unit row for each row of class means (n, d)."""
+    rng = np.random.default_rng(seed)
+    n, d = means.shape
+    spread = np.exp(SPREAD * rng.standard_normal((n, 1), np.float32) - SPREAD**2)
+    rows = rng.standard_normal((n, len(basis)), np.float32) @ basis
+    rows *= WITHIN_CLASS * spread
+    rows += rng.standard_normal((n, d), np.float32) * np.float32(NOISE / np.sqrt(d))
+    rows += means
+    return _unit(rows)
+
+
+def _mean_cosine(rows: np.ndarray) -> float:
+    """Return the mean cosine of two different unit rows of (n, d)."""
+    n, total = len(rows), rows.sum(0)
+    return float((total @ total - n) / (n * (n - 1)))
+
+
+def statistics(
+    features: np.ndarray,
+    prototypes: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    *,
+    max_rows: int = 4096,
+) -> dict[str, float]:
+    """Describe the first `max_rows` features by the numbers that decide how a solver behaves.
+
+    Parameters
+    ----------
+    features : (N, d) float
+        Unit rows.
+    prototypes : (K, d) float, optional
+        Unit rows; without them the numbers about texts are left out.
+    labels : (N,) int, optional
+        True labels; without them the numbers about classes are left out.
+
+    Returns
+    -------
+    dict
+        Cosines, ratios of a dimension's largest to median value, shares between 0 and 1.
+    """
+    f = features[:max_rows].astype(np.float64)
+    mean, variance = np.abs(f.mean(0)), f.var(0)
+    spectrum = np.linalg.eigvalsh(np.cov(f.T))
+    cosine = f @ f.T
+    np.fill_diagonal(cosine, -np.inf)
+    neighbors = np.argpartition(-cosine, 3, axis=1)[:, :3]
+    found = {
+        "image_cosine": _mean_cosine(f),
+        "mean_peak": mean.max() / np.median(mean),
+        "variance_peak": variance.max() / np.median(variance),
+        "participation_ratio": spectrum.sum() ** 2 / np.square(spectrum).sum(),
+        "nearest_cosine": cosine.max(1).mean(),
+    }
+    if prototypes is not None:
+        t = prototypes.astype(np.float64)
+        cosine = f @ t.T  # (n, K)
+        guess = cosine.argmax(1)
+        mass = np.exp(LOGIT_SCALE * (cosine - cosine.max(1, keepdims=True)))
+        mass = -np.sort(-mass / mass.sum(1, keepdims=True), axis=1)
+        found |= {
+            "text_cosine": _mean_cosine(t),
+            "image_text_cosine": cosine.mean(),
+            "image_text_std": cosine.std(),
+            "top1_mass": mass[:, 0].mean(),
+            "top8_mass": mass[:, :8].sum(1).mean(),
+            "neighbors_agree": (guess[neighbors] == guess[:, None]).mean(),
+        }
+        if labels is not None:
+            found["zero_shot_accuracy"] = (guess == labels[:max_rows]).mean()
+    if labels is not None:
+        found["neighbors_same_class"] = (labels[neighbors] == labels[:max_rows, None]).mean()
+    return {name: float(value) for name, value in found.items()}
+
+
+def _output(*command: str) -> str | None:
+    """Return what a command prints, or None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(  # noqa: S603 - the callers below name every command
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(*names: str) -> str | None:
+    """Return the version of the first installed distribution among `names`."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what a time depends on: processor, memory, GPU, versions, commit (None: absent)."""
+    processor = "".join(Path("/proc/cpuinfo").read_text().partition("model name")[2:])
+    changes = _output("git", "status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    return {
+        "cpu": processor.partition("\n")[0].strip("\t :") or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "faiss": _version("faiss-gpu", "faiss-gpu-cu12", "faiss-cpu"),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], object]], repeats: int, *, cold: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """Time the arms in turns, so that a slow spell of the machine hits all of them.
+
+    Parameters
+    ----------
+    arms : mapping of name to callable
+        What to time. A GPU arm synchronises before it returns.
+    repeats : int
+        Rounds.
+    cold : collection of str
+        Arms that are not run once beforehand.
+
+    Returns
+    -------
+    dict
+        Seconds of every round for each arm.
+    """
+    for name, arm in arms.items():
+        if name not in cold:
+            arm()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            arm()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return each arm's median of `interleaved` times, in seconds."""
+    return {name: stats.median(seconds) for name, seconds in times.items()}
+
+
+def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
+    """Return how many times longer `slow` takes than `fast`, median against median of one run."""
+    found = medians(times)
+    return found[slow] / found[fast]
+
+
+@dataclass(frozen=True)
+class Isolated:
+    """What a function did in a process of its own."""
+
+    result: Any
+    seconds: float  # of the whole process, with its imports
+    peak_bytes: int  # largest resident memory of that process alone
+
+
+def process_memory(field: str) -> int:
+    """Return this process's resident memory in bytes: "VmRSS" now, "VmHWM" at its peak."""
+    # Not ru_maxrss: it starts at the peak of the parent that forked the process.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(field + ":")[2].split()[0]) * 1024
+
+
+def reset_peak_memory() -> None:
+    """Let "VmHWM" start over from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_isolated(target: str, **arguments: Any) -> Isolated:
+    """Call a function in a new Python process.
+
+    Parameters
+    ----------
+    target : str
+        "package.module:function"; what it returns must fit in JSON.
+    **arguments
+        Its keyword arguments; they must fit in JSON.
+
+    Returns
+    -------
+    Isolated
+        The function's result, the process's seconds and peak bytes.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        call = "from bench.common import answer_call; answer_call()"
+        command = [sys.executable, "-c", call, target, json.dumps(arguments), str(answer)]
+        start = time.perf_counter()
+        done = subprocess.run(  # noqa: S603 - this interpreter, with the caller's arguments
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        )
+        seconds = time.perf_counter() - start
+        if done.returncode != 0:
+            raise RuntimeError(f"{target} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        found = json.loads(answer.read_text())
+    return Isolated(found["result"], seconds, found["peak_bytes"])
+
+
+def answer_call() -> None:
+    """Make the call that `run_isolated` put on this process's command line."""
+    target, arguments, answer = sys.argv[1:]
+    module, _, function = target.partition(":")
+    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    found = {"result": result, "peak_bytes": process_memory("VmHWM")}
+    Path(answer).write_text(json.dumps(found))
+
+
+def record(name: str, row: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
+    """Append a row, with date, command line and machine facts, to `folder`/`name`.jsonl.
+
+    Returns the path of the file. Earlier rows are never changed.
+    """
+    line = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "machine": machine_facts(),
+        **row,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    return path

@@ -1,0 +1,259 @@
+"""Same problem to the published code, to the strong baseline and to transclip_fast.
+
+Labels come first: unless every arm agrees with the reference (the published code where it runs, or
+else the baseline) on 99.9 % of the rows at every size, no time is printed and the exit code is 1.
+Everything runs on the CPU, each run in a process of its own. Memory is that of the first solve
+there, time that of the second, when all is compiled; the published code has a first one only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.common import (
+    Isolated,
+    interleaved,
+    make_problem,
+    medians,
+    process_memory,
+    ratio,
+    record,
+    reset_peak_memory,
+    run_isolated,
+)
+from bench.published import VARIABLE, available
+
+SAME_LABELS = 0.999
+N_NEIGHBORS = 3
+Stages = dict[str, float]
+
+
+@contextmanager
+def _timed(stages: Stages, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    stages[name] = time.perf_counter() - start
+
+
+def run_published(features: np.ndarray, prototypes: np.ndarray) -> tuple[np.ndarray, Stages]:
+    """Return labels (N,) and the seconds of each stage."""
+    import torch
+
+    from bench.published import zero_shot
+
+    z, stages = zero_shot(torch.from_numpy(features), torch.from_numpy(prototypes))
+    return z.argmax(1).numpy(), stages
+
+
+def run_baseline(features: np.ndarray, prototypes: np.ndarray) -> tuple[np.ndarray, Stages]:
+    """Return labels (N,) and the seconds of each stage."""
+    import torch
+
+    from bench.baseline import nearest, solve
+
+    stages: Stages = {}
+    f, t = torch.from_numpy(features), torch.from_numpy(prototypes)
+    with _timed(stages, "knn"):
+        graph = nearest(f, N_NEIGHBORS)
+    with _timed(stages, "solve"):
+        labels = solve(f, t, graph).argmax(1).numpy()
+    return labels, stages
+
+
+def run_ours(features: np.ndarray, prototypes: np.ndarray) -> tuple[np.ndarray, Stages]:
+    """Return labels (N,) and the seconds of each stage."""
+    from transclip_fast import TransCLIP
+    from transclip_fast.graph import build_graph
+
+    stages: Stages = {}
+    with _timed(stages, "knn"):
+        graph = build_graph(features, N_NEIGHBORS)
+    with _timed(stages, "solve"):
+        model = TransCLIP(n_neighbors=N_NEIGHBORS, device="cpu")
+        labels = model.fit(features, text_features=prototypes, graph=graph).transduction_
+    return np.asarray(labels), stages
+
+
+ARMS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, Stages]]] = {
+    "published": run_published,
+    "baseline": run_baseline,
+    "transclip_fast": run_ours,
+}
+
+
+def run_arm(arm: str, folder: str) -> dict[str, Any]:
+    """Run one arm in this process on the problem in `folder`, and leave its labels there.
+
+    The peak is counted from what is resident after a small problem has brought in every import,
+    and before the problem is loaded: the features themselves count.
+    """
+    place = Path(folder)
+    dim = np.load(place / "features.npy", mmap_mode="r").shape[1]
+    small = make_problem(300, 20, dim)
+    ARMS[arm](small.features, small.prototypes)
+    reset_peak_memory()
+    before = process_memory("VmRSS")
+    features, prototypes = np.load(place / "features.npy"), np.load(place / "prototypes.npy")
+    labels, stages = ARMS[arm](features, prototypes)
+    peak = process_memory("VmHWM")
+    if arm != "published":  # minutes a run: what its first one adds is not seen
+        labels, stages = ARMS[arm](features, prototypes)
+    np.save(place / f"{arm}.npy", labels)
+    return {"stages": stages, "peak_bytes": peak - before}
+
+
+@dataclass
+class Case:
+    """One size: where its problem lies, the arms that run on it, and what they did."""
+
+    queries: int
+    classes: int
+    dim: int
+    folder: Path
+    arms: list[str]
+    runs: dict[str, list[Isolated]] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> str:
+        """The arm whose labels the others must have."""
+        return self.arms[0]
+
+    def run(self, arm: str) -> None:
+        """Run an arm once more in a process of its own."""
+        done = run_isolated("bench.compare:run_arm", arm=arm, folder=str(self.folder))
+        self.runs.setdefault(arm, []).append(done)
+
+
+def why_not_published(queries: int, classes: int, dim: int) -> str | None:
+    """Return why the published code cannot run at this size, or None where it can."""
+    if not available():
+        return f"{VARIABLE} names no checkout of it"
+    if queries < max(8, classes):
+        return "it needs at least 8 queries and one a class"
+    chunk = min(queries, 2500) * classes * dim  # its fp32 temporary; two are alive at once
+    needed = 4 * (2.2 * chunk + queries**2 + 8 * queries * classes)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.9 * free:
+        return f"it needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+    return None
+
+
+def make_case(queries: int, classes: int, dim: int, folder: Path) -> Case:
+    """Write a problem to `folder` and choose its arms."""
+    folder.mkdir()
+    problem = make_problem(queries, classes, dim)
+    np.save(folder / "features.npy", problem.features)
+    np.save(folder / "prototypes.npy", problem.prototypes)
+    reason = why_not_published(queries, classes, dim)
+    if reason:
+        print(f"N = {queries}: published code skipped: {reason}", flush=True)
+    return Case(
+        queries, classes, dim, folder, [arm for arm in ARMS if arm != "published" or not reason]
+    )
+
+
+def same_labels(case: Case) -> bool:
+    """Run every arm once and say whether all agree with the reference; print those that do not."""
+    for arm in case.arms:
+        case.run(arm)
+    labels = {arm: np.load(case.folder / f"{arm}.npy") for arm in case.arms}
+    expected = labels[case.reference]
+    for arm, found in labels.items():
+        case.agreement[arm] = float((found == expected).mean())
+        if case.agreement[arm] < SAME_LABELS:
+            print(
+                f"N = {case.queries}: {arm} has other labels than {case.reference} on "
+                f"{(found != expected).sum()} rows ({100 * case.agreement[arm]:.2f} % equal)"
+            )
+    return min(case.agreement.values()) >= SAME_LABELS
+
+
+def time_arms(case: Case, repeats: int) -> dict[str, Any]:
+    """Run the fast arms in turns, the published one no more, and return the row to record."""
+    quick = [arm for arm in case.arms if arm != "published"]
+    for arm in quick:
+        case.runs[arm].clear()  # the run that was checked came before the turns
+    interleaved({arm: partial(case.run, arm) for arm in quick}, repeats, cold=quick)
+    seconds = {
+        arm: [sum(run.result["stages"].values()) for run in runs] for arm, runs in case.runs.items()
+    }
+    return {
+        "queries": case.queries,
+        "classes": case.classes,
+        "dim": case.dim,
+        "arms": {
+            arm: {
+                "seconds": seconds[arm],
+                "median": medians(seconds)[arm],
+                "stages": {
+                    stage: float(np.median([run.result["stages"][stage] for run in runs]))
+                    for stage in runs[0].result["stages"]
+                },
+                "process_seconds": float(np.median([run.seconds for run in runs])),
+                "peak_bytes": max(run.result["peak_bytes"] for run in runs),
+                "agreement": case.agreement[arm],
+                "times_faster": {
+                    slow: ratio(seconds, slow, arm) for slow in case.arms[: case.arms.index(arm)]
+                },
+            }
+            for arm, runs in case.runs.items()
+        },
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print one line for each arm at each size."""
+    print(
+        f"{'N':>8} {'K':>6} {'d':>5}  {'arm':<15} {'knn s':>8} {'solve s':>8} {'total s':>8} "
+        f"{'peak GB':>8} {'same labels':>12}  faster than"
+    )
+    for row in rows:
+        for name, arm in row["arms"].items():
+            faster = ", ".join(
+                f"{slow} {times:.1f}x" for slow, times in arm["times_faster"].items()
+            )
+            print(
+                f"{row['queries']:>8} {row['classes']:>6} {row['dim']:>5}  {name:<15} "
+                f"{arm['stages']['knn']:>8.2f} {arm['stages']['solve']:>8.2f} "
+                f"{arm['median']:>8.2f} "
+                f"{arm['peak_bytes'] / 1e9:>8.3f} {100 * arm['agreement']:>10.2f} %  {faster}"
+            )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("--queries", type=int, nargs="+", default=[2500, 5000], metavar="N")
+    parser.add_argument("--classes", type=int, default=1000, metavar="K")
+    parser.add_argument("--dim", type=int, default=512, metavar="D")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [
+            make_case(n, options.classes, options.dim, Path(folder) / str(i))
+            for i, n in enumerate(options.queries)
+        ]
+        agreed = [same_labels(case) for case in cases]  # all sizes, to report every failure
+        if not all(agreed):
+            return 1
+        rows = [time_arms(case, options.repeats) for case in cases]
+    for row in rows:
+        record("compare", row)
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,183 @@
+"""The problems look like CLIP's, and what is measured and recorded is what is said."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.common import (
+    BLOCK,
+    interleaved,
+    machine_facts,
+    make_problem,
+    medians,
+    ratio,
+    record,
+    run_isolated,
+    statistics,
+)
+
+GOLDEN = os.environ.get("TRANSCLIP_GOLDEN")
+BACKBONES = {"rn50": 1024, "vit-b-32": 512, "vit-l-14": 768}
+
+# Smallest and largest allowed value, at 19 classes and at 1000.
+FEW_CLASSES = {
+    "image_cosine": (0.60, 0.75),
+    "mean_peak": (30, 90),
+    "variance_peak": (8, 55),
+    "participation_ratio": (15, 50),
+    "nearest_cosine": (0.87, 0.94),
+    "text_cosine": (0.75, 0.87),
+    "image_text_cosine": (0.19, 0.31),
+    "image_text_std": (0.027, 0.045),
+    "top1_mass": (0.55, 0.85),
+    "top8_mass": (0.93, 0.995),
+    "neighbors_agree": (0.62, 0.95),
+    "zero_shot_accuracy": (0.55, 0.95),
+    "neighbors_same_class": (0.5, 0.995),
+}
+MANY_CLASSES = FEW_CLASSES | {
+    "image_cosine": (0.50, 0.70),  # more kinds of images than any one of the golden sets
+    "text_cosine": (0.65, 0.80),
+    "image_text_cosine": (0.15, 0.30),
+    "image_text_std": (0.027, 0.05),
+    "top8_mass": (0.80, 0.99),
+    "neighbors_agree": (0.50, 0.80),
+    "nearest_cosine": (0.85, 0.94),
+}
+
+
+def outside(found, ranges):
+    return {
+        name: value
+        for name, value in found.items()
+        if not ranges[name][0] <= value <= ranges[name][1]
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("dim", BACKBONES.values())
+def test_statistics_of_few_classes(dim, seed):
+    problem = make_problem(1005, 19, dim, seed=seed)
+    found = statistics(problem.features, problem.prototypes, problem.labels)
+    assert found.keys() == FEW_CLASSES.keys()
+    assert outside(found, FEW_CLASSES) == {}
+
+
+def test_statistics_of_many_classes():
+    problem = make_problem(4096, 1000, 512)
+    found = statistics(problem.features, problem.prototypes, problem.labels)
+    assert outside(found, MANY_CLASSES) == {}
+
+
+@pytest.mark.skipif(not GOLDEN, reason="TRANSCLIP_GOLDEN names no folder of golden features")
+def test_statistics_are_near_those_of_real_features():
+    real, made = [], []
+    for backbone, dim in BACKBONES.items():
+        data = np.load(Path(GOLDEN) / f"whurs19_clip_{backbone}.npz")
+        real.append(statistics(data["image_features"], data["text_features"], data["labels"]))
+        problem = make_problem(1005, 19, dim)
+        made.append(statistics(problem.features, problem.prototypes, problem.labels))
+    near = {
+        name: (min(r[name] for r in real) / 1.25, max(r[name] for r in real) * 1.25)
+        for name in real[0]
+    }
+    assert [outside(found, FEW_CLASSES) for found in real] == [{}, {}, {}]
+    assert [outside(found, near) for found in made] == [{}, {}, {}]
+
+
+@pytest.mark.skipif(not GOLDEN, reason="TRANSCLIP_GOLDEN names no folder of golden features")
+@pytest.mark.parametrize("name", ["oxford_pets", "dtd"])
+def test_real_images_are_within_the_ranges(name):
+    data = np.load(Path(GOLDEN) / f"{name}_vitb32.npz")
+    features = data["test_features"].astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    assert (
+        outside(statistics(features, labels=data["test_labels"], max_rows=2048), FEW_CLASSES) == {}
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_shapes_types_and_unit_rows(dtype):
+    problem = make_problem(77, 33, 96, dtype=dtype)
+    assert problem.features.shape == (77, 96)
+    assert problem.prototypes.shape == (33, 96)
+    assert problem.labels.shape == (77,)
+    assert problem.labels.dtype == np.int64
+    for rows in (problem.features, problem.prototypes):
+        assert rows.dtype == dtype
+        norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+        np.testing.assert_allclose(norms, 1, atol=1e-3 if dtype == np.float16 else 1e-6)
+
+
+def test_a_seed_fixes_the_problem_and_another_changes_it():
+    n = BLOCK + 5  # more than one block
+    first, again, other = (make_problem(n, 7, 16, seed=seed) for seed in (3, 3, 4))
+    for name in ("features", "prototypes", "labels"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+        assert not np.array_equal(getattr(first, name), getattr(other, name))
+    assert len(np.unique(first.features, axis=0)) == n  # no block repeats another
+
+
+def test_class_sizes_have_a_heavy_tail():
+    sizes = np.bincount(make_problem(50_000, 200, 8).labels, minlength=200)
+    assert sizes.max() > 8 * np.median(sizes) > 8 * sizes.min() > 0
+
+
+def test_interleaved_takes_turns_and_warms_up_all_but_the_cold():
+    calls = []
+    arms = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = interleaved(arms, 2, cold=["b"])
+    assert calls == list("ac" + "abc" * 2)
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_medians_and_ratio():
+    times = {"slow": [4.0, 90.0, 6.0], "fast": [2.0, 1.0, 3.0]}
+    assert medians(times) == {"slow": 6.0, "fast": 2.0}
+    assert ratio(times, "slow", "fast") == 3.0
+
+
+@pytest.fixture
+def touch(tmp_path, monkeypatch):
+    """A module for other processes: its function touches some memory, or fails."""
+    code = "def touch(mib):\n    return sum(bytearray(b'1') * (mib << 20)) // 49 >> 20\n"
+    (tmp_path / "touching.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "touching:touch"
+
+
+def test_run_isolated_returns_the_result_and_that_process_peak(touch):
+    own = np.ones(400 << 17)  # 400 MiB here must not show up there
+    small, large = (run_isolated(touch, mib=mib) for mib in (1, 65))
+    assert (small.result, large.result) == (1, 65)
+    assert 60 << 20 < large.peak_bytes - small.peak_bytes < 80 << 20
+    assert small.peak_bytes < own.nbytes
+    assert small.seconds > 0
+
+
+def test_run_isolated_passes_on_what_went_wrong(touch):
+    with pytest.raises(RuntimeError, match=r"touching:touch ended with 1:(.|\n)*TypeError"):
+        run_isolated(touch, mib="none")
+
+
+def test_record_appends_and_never_rewrites(tmp_path):
+    folder = tmp_path / "new" / "results"
+    path = record("speed", {"seconds": 1.5}, folder=folder)
+    first = path.read_text()
+    assert record("speed", {"seconds": 2.5}, folder=folder) == path == folder / "speed.jsonl"
+    assert path.read_text().startswith(first)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["seconds"] for row in rows] == [1.5, 2.5]
+    assert rows[0].keys() == {"date", "command", "machine", "seconds"}
+
+
+def test_machine_facts_fit_in_json_and_name_the_essentials():
+    facts = json.loads(json.dumps(machine_facts()))
+    assert facts["cpu"]
+    assert facts["cores"] >= 1
+    assert facts["memory_gb"] > 0
+    assert facts["numpy"] == np.__version__
+    assert facts.keys() >= {"gpu", "python", "torch", "triton", "faiss", "commit", "dirty"}
