@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
+import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,15 +22,18 @@ from transclip_fast.errors import InputError
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 
+# What the readers were seen to raise on damaged files.
 _DAMAGE = (
     ValueError,
     OSError,
     EOFError,
-    KeyError,
+    LookupError,
+    TypeError,
+    AssertionError,
     RuntimeError,
     MemoryError,  # a damaged header can claim any size
-    NotImplementedError,
     struct.error,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
     SafetensorError,
@@ -46,23 +52,21 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise InputError(f"{path}: {'is not a file' if path.exists() else 'no such file'}")
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        raise InputError(
+            f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}"
+        )
     try:
-        if path.suffix == ".pt":
-            return _tensors(path, torch.load(path, map_location="cpu", weights_only=True))
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {SINGLE: loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except pickle.UnpicklingError as error:
-        raise _pickled(path) from error
+        with warnings.catch_warnings():  # of torch, about damage that the error tells better
+            warnings.simplefilter("ignore")
+            return _read(path)
     except InputError:
         raise
+    except pickle.UnpicklingError as error:
+        raise _pickled(path) from error
     except _DAMAGE as error:
+        if isinstance(error, PermissionError):
+            raise InputError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
         if isinstance(error, ValueError) and "pickle" in str(error):
             raise _pickled(path) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -88,16 +92,30 @@ def read_array(path: str | Path, name: str) -> Any:
     raise InputError(f"{path}: has no array {name!r}, only {', '.join(sorted(arrays)) or 'none'}")
 
 
-def _tensors(path: Path, loaded: Any) -> dict[str, Any]:
-    if isinstance(loaded, torch.Tensor):
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".pt":
+        return _tensors(path, torch.load(path, map_location="cpu", weights_only=True))
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
         return {SINGLE: loaded}
-    if isinstance(loaded, dict) and all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        return {str(name): value for name, value in loaded.items()}
-    raise InputError(f"{path}: expected a tensor or a dictionary of tensors")
+    with loaded:
+        return {name: loaded[name] for name in loaded.files}
+
+
+def _tensors(path: Path, loaded: Any) -> dict[str, Any]:
+    tensors = loaded if isinstance(loaded, dict) else {SINGLE: loaded}
+    for tensor in tensors.values():
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{path}: expected a tensor or a dictionary of tensors")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise InputError(f"{path}: expected dense tensors; save it again with .to_dense()")
+    return {str(name): tensor.detach() for name, tensor in tensors.items()}
 
 
 def _pickled(path: Path) -> InputError:
     return InputError(
-        f"{path}: holds pickled Python objects, which are never loaded; "
-        "save plain numbers or fixed-width strings instead"
+        f"{path}: damaged, or holds pickled Python objects, which are never loaded; "
+        "write it again, with nothing but numbers and fixed-width strings"
     )

@@ -38,7 +38,7 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,7 +49,7 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
             yield partial
             _publish(partial, target)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     finally:
@@ -122,6 +122,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unwritable(path: str | Path, error: OSError) -> InputError:
+def unwritable(path: str | Path, error: OSError) -> InputError:
+    """The one line for a path that the system will not write."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return InputError(f"{path}: cannot be written ({reason}); free space or name another folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ ARRAYS = (
     "prior_logits",
     "prototypes",
 )
+KEYS = ("key", "path", "image_path")  # the first of these columns that there is names the rows
 
 
 @dataclass
@@ -88,7 +90,7 @@ def load_features(path: str | Path, overrides: Mapping[str, str | None] | None =
         A file that is missing, damaged or pickled, or without image features.
     """
     path = Path(path)
-    features = _load_folder(path) if path.is_dir() else _load_file(path)
+    features = _load_folder(path) if os.path.isdir(path) else _load_file(path)
     for name, file in (overrides or {}).items():
         if file is None:
             continue
@@ -97,6 +99,12 @@ def load_features(path: str | Path, overrides: Mapping[str, str | None] | None =
             features.class_names = read_names(file)
         else:
             features.arrays[name] = read_array(file, name)
+    shape = tuple(features.arrays["image_features"].shape)
+    if len(shape) != 2:
+        raise InputError(
+            f"{features.origins['image_features']}: expected a (rows, columns) array, "
+            f"got shape {shape}"
+        )
     return features
 
 
@@ -106,7 +114,7 @@ def read_names(path: str | Path) -> list[str]:
     if path.suffix in (".npy", ".npz"):
         return _names(read_array(path, "class_names"), str(path))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -139,7 +147,8 @@ def _load_file(path: Path) -> Features:
 
 
 def _load_folder(folder: Path) -> Features:
-    shards = _numbered(folder, "img_emb", ".npy")
+    numbered = _numbered(folder, "img_emb", ".npy")
+    shards = list(numbered.values())
     if not shards:
         raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; is it a feature folder?")
     parts = [read_array(shard, "image_features") for shard in shards]
@@ -154,44 +163,52 @@ def _load_folder(folder: Path) -> Features:
     if (folder / "manifest.json").exists():
         names = read_json(inside(folder, "manifest.json")).get("class_names")
         if names is not None:
-            arrays["class_names"] = np.asarray(names)
+            arrays["class_names"] = names
             origins["class_names"] = f"{folder / 'manifest.json'}: class_names"
-    source_rows, keys, labels = _metadata(folder, [len(part) for part in parts])
+    source_rows, keys, labels = _metadata(
+        folder, {number: len(part) for number, part in zip(numbered, parts, strict=True)}
+    )
     if labels is not None:
         arrays["labels"], origins["labels"] = labels, f"{folder / 'metadata'}: label"
     return Features(arrays, origins, source_rows, keys)
 
 
 def _metadata(
-    folder: Path, rows: list[int]
+    folder: Path, rows: Mapping[int, int]
 ) -> tuple[np.ndarray | None, list[str | None] | None, np.ndarray | None]:
     """source_row, key (or path) and label of every row, each None where no shard has it."""
     files = _numbered(folder, "metadata", ".parquet")
     if not files:
         return None, None, None
-    if len(files) != len(rows):
-        raise InputError(f"{folder}: {len(rows)} shards of features, {len(files)} of metadata")
+    if files.keys() != rows.keys():
+        number = min(files.keys() ^ rows.keys())
+        raise InputError(
+            f"{folder}: shard {number} has no {'img_emb' if number in files else 'metadata'} file"
+        )
     tables = []
-    for file, n_rows in zip(files, rows, strict=True):
+    for number, file in files.items():
         try:
             table = pq.read_table(file)
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{file}: damaged or truncated ({error})") from error
-        if table.num_rows != n_rows:
-            raise InputError(f"{file}: has {table.num_rows} rows, its features {n_rows}")
+            raise InputError(f"{file}: damaged or truncated ({_line(error)})") from error
+        if table.num_rows != rows[number]:
+            raise InputError(f"{file}: has {table.num_rows} rows, its features {rows[number]}")
         tables.append(table)
     columns = set(tables[0].column_names).intersection(*(t.column_names for t in tables))
-    key = next((name for name in ("key", "path", "image_path") if name in columns), None)
-
-    def column(name: str | None) -> Any:
-        if name not in columns:
-            return None
-        return pa.chunked_array([c for t in tables for c in t.column(name).chunks])
-
-    keys, source_rows, labels = column(key), column("source_row"), column("label")
+    key = next((name for name in KEYS if name in columns), None)
+    wanted = [name for name in (key, "source_row", "label") if name in columns]
+    try:
+        table = pa.concat_tables(
+            [table.select(wanted) for table in tables], promote_options="permissive"
+        )
+        keys = None if key is None else table[key].cast(pa.string()).to_pylist()
+        source_rows = table["source_row"].cast(pa.int64()) if "source_row" in wanted else None
+    except pa.ArrowException as error:
+        raise InputError(f"{folder / 'metadata'}: {_line(error)}") from error
+    labels = table["label"] if "label" in wanted else None
     return (
         None if source_rows is None else source_rows.to_numpy(),
-        None if keys is None else keys.cast(pa.string()).to_pylist(),
+        keys,
         None if labels is None or labels.null_count else labels.to_numpy(),
     )
 
@@ -211,18 +228,29 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _numbered(folder: Path, kind: str, suffix: str) -> list[Path]:
-    """The files KIND/KIND_<number>SUFFIX in the order of their numbers."""
+def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
+    """The files KIND/KIND_<number>SUFFIX by their numbers, in order."""
     pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")
-    found = []
+    found: dict[int, Path] = {}
     for path in folder.glob(f"{kind}/{kind}_*{suffix}"):
         match = pattern.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), inside(folder, f"{kind}/{path.name}")))
-    return [path for _, path in sorted(found)]
+        if match is None:
+            continue
+        if int(match[1]) in found:
+            raise InputError(f"{path}: has the same number as {found[int(match[1])].name}")
+        found[int(match[1])] = inside(folder, f"{kind}/{path.name}")
+    return dict(sorted(found.items()))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _names(array: Any, origin: str) -> list[str]:
+    if isinstance(array, list):  # of JSON
+        if not all(isinstance(name, str) for name in array):
+            raise InputError(f"{origin}: expected a list of strings")
+        return array
     values = np.asarray(array)
     if values.ndim != 1 or values.dtype.kind not in "US":
         raise InputError(f"{origin}: expected a list of strings, got {values.dtype}")

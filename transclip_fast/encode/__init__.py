@@ -1,0 +1,1 @@
+"""Images and class names to unit features, by any open_clip model."""

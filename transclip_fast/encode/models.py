@@ -1,0 +1,124 @@
+"""Backbones: open_clip models by name, with weights by tag, from a file, or random."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transclip_fast.errors import InputError
+
+NONE = "none"  # pretrained: random weights, always the same
+
+
+@dataclass
+class Backbone:
+    """
+    An image tower and a text tower, ready to encode.
+
+    Parameters
+    ----------
+    model : Module
+        With `encode_image` (B, 3, H, W) -> (B, d) and `encode_text` (B, L) -> (B, d).
+    preprocess : callable
+        PIL image to tensor (3, H, W) float32.
+    tokenizer : callable
+        List of strings to token ids (B, L) int64.
+    identity : dict
+        What decides the features, for the manifest: model, pretrained, preprocessing.
+    """
+
+    model: Any
+    preprocess: Callable[[Any], torch.Tensor]
+    tokenizer: Callable[[Sequence[str]], torch.Tensor]
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @functools.cached_property
+    def dim(self) -> int:
+        """d, the length of an embedding."""
+        with torch.inference_mode():
+            return int(self.model.encode_text(self.tokenizer(["a"]).to(self.device)).shape[1])
+
+
+def load_backbone(model: str, pretrained: str, device: torch.device) -> Backbone:
+    """
+    An open_clip model in float32, in evaluation mode.
+
+    Parameters
+    ----------
+    model : str
+        A name that open_clip knows, e.g. "ViT-B-32".
+    pretrained : str
+        A tag that open_clip knows for it, a checkpoint file, or "none": random weights from a
+        fixed seed.
+
+    Raises
+    ------
+    InputError
+        Unknown model or tag (with the nearest names), or a checkpoint that does not load.
+    """
+    import open_clip
+
+    name = _known(model, open_clip.list_models(), "model")
+    source = _pretrained(name, pretrained, open_clip.list_pretrained_tags_by_model(name))
+    logging.getLogger().addFilter(_no_random_weights_warning)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net, _, preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=source, device=device, precision="fp32"
+            )
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model {name}, pretrained {pretrained}: does not load ({reason})") from error
+    finally:
+        logging.getLogger().removeFilter(_no_random_weights_warning)
+    net.eval()
+    identity = {
+        "model": name,
+        "pretrained": pretrained if source is None or not Path(source).is_file() else _sha256(source),
+        "preprocessing": open_clip.get_model_preprocess_cfg(net),
+    }
+    return Backbone(net, preprocess, open_clip.get_tokenizer(name), identity)
+
+
+def _known(name: str, names: Sequence[str], what: str) -> str:
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    raise InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
+
+
+def _pretrained(model: str, pretrained: str, tags: Sequence[str]) -> str | None:
+    if pretrained == NONE:
+        return None
+    if pretrained in tags or Path(pretrained).is_file():
+        return pretrained
+    if Path(pretrained).suffix:
+        raise InputError(f"{pretrained}: no such file")
+    return _known(pretrained, tags, f"weights for {model}")
+
+
+def _no_random_weights_warning(record: logging.LogRecord) -> bool:
+    return "initialized randomly" not in record.getMessage()
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

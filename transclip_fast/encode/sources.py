@@ -1,0 +1,260 @@
+"""Where images come from: a folder, ImageNet's folders, a list of paths, webdataset tars."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from transclip_fast.errors import InputError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+TAR_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+
+
+@dataclass
+class Source:
+    """
+    The images to encode, in a fixed order; row r is the r-th image.
+
+    Parameters
+    ----------
+    kind : str
+        "folder", "list" or "webdataset".
+    keys : list of str
+        Name of each image within the source.
+    files : list of str
+        File that holds each image.
+    spans : list of (offset, size), optional
+        Where in its file each image lies; without spans the file is the image.
+    labels : list of int, str or None, optional
+        As the source has them: class positions, class names or synsets.
+    """
+
+    kind: str
+    keys: list[str]
+    files: list[str]
+    spans: list[tuple[int, int]] | None = None
+    labels: Sequence[int | str | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, row: int) -> bytes:
+        """The bytes of one image."""
+        with open(self.files[row], "rb") as file:
+            if self.spans is None:
+                return file.read()
+            offset, size = self.spans[row]
+            file.seek(offset)
+            return file.read(size)
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest remembers the source by: kind, rows, hash of keys and sizes."""
+        digest = hashlib.sha256()
+        for row, key in enumerate(self.keys):
+            size = self.spans[row][1] if self.spans else _size(self.files[row])
+            digest.update(f"{key}\0{size}\0".encode(errors="surrogateescape"))
+        return {"kind": self.kind, "rows": len(self), "sha256": digest.hexdigest()}
+
+
+def open_source(path: str | Path, *, folder_labels: bool = False) -> Source:
+    """
+    The source at a path.
+
+    Parameters
+    ----------
+    path : path
+        A folder of images (with sub-folders, in order of their paths); a folder of .tar files or
+        one .tar file (webdataset); or a .txt, .csv or .parquet list with a column `path` (a .txt
+        has one path a line) and optionally `label` and `key`, paths relative to the list.
+    folder_labels : bool
+        The name of an image's first sub-folder is its label.
+
+    Raises
+    ------
+    InputError
+        Nothing there, no images, or a list or tar that cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        source = _webdataset(tars) if tars else _folder(path, folder_labels)
+    elif path.suffix == ".tar":
+        source = _webdataset([path])
+    elif path.suffix in (".txt", ".csv", ".parquet"):
+        source = _list(path)
+    else:
+        raise InputError(f"{path}: expected a folder, a .tar, or a .txt, .csv or .parquet list")
+    if not len(source):
+        raise InputError(f"{path}: holds no images ({', '.join(sorted(SUFFIXES))})")
+    return source
+
+
+def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
+    """
+    Labels of a source as positions in `names`, (rows,) int64; None where it has none.
+
+    A label may be a position, a class name (case, "_" and " " alike) or one of ImageNet's
+    synsets, which stand for their positions among the 1000 classes.
+
+    Texts of a webdataset may be captions: where one is no class name there are no labels, with a
+    warning.
+
+    Raises
+    ------
+    InputError
+        A label that is none of these, or missing.
+    """
+    if source.labels is None:
+        return None
+    positions = {_plain(name): k for k, name in enumerate(names)}
+    synsets = _synsets(len(names)) if any(_is_synset(label) for label in source.labels) else {}
+    found = np.empty(len(source), dtype=np.int64)
+    for row, label in enumerate(source.labels):
+        if isinstance(label, str):
+            position = positions.get(_plain(label), synsets.get(label))
+        else:
+            position = label
+        if position is None or not 0 <= position < len(names):
+            message = f"{source.keys[row]}: label {label!r} is none of the {len(names)} classes"
+            if source.kind == "webdataset" and isinstance(label, str):
+                warnings.warn(f"{message}; texts are taken for captions", stacklevel=2)
+                return None
+            raise InputError(message)
+        found[row] = position
+    return found
+
+
+def _folder(root: Path, folder_labels: bool) -> Source:
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders.sort()
+        for name in files:
+            file = Path(folder, name)
+            if file.suffix.lower() in SUFFIXES:
+                found.append((file.relative_to(root).as_posix(), str(file)))
+    found.sort()
+    keys = [key for key, _ in found]
+    labels = None
+    if folder_labels:
+        for key in keys:
+            if "/" not in key:
+                raise InputError(f"{root / key}: is in no sub-folder, so it has no label")
+        labels = [key.split("/", 1)[0] for key in keys]
+    return Source("folder", keys, [file for _, file in found], labels=labels)
+
+
+def _list(path: Path) -> Source:
+    try:
+        if path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            table = pa.table({"path": [line.strip() for line in lines if line.strip()]})
+        elif path.suffix == ".csv":
+            table = pyarrow.csv.read_csv(path)
+        else:
+            table = pq.read_table(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as a list ({error})") from error
+    if "path" not in table.column_names:
+        raise InputError(f"{path}: has no column 'path', only {', '.join(table.column_names)}")
+    paths = [str(value) for value in table.column("path").to_pylist()]
+    keys = paths
+    if "key" in table.column_names:
+        keys = [str(value) for value in table.column("key").to_pylist()]
+    labels = table.column("label").to_pylist() if "label" in table.column_names else None
+    return Source("list", keys, [str(path.parent / value) for value in paths], labels=labels)
+
+
+def _webdataset(tars: Iterable[Path]) -> Source:
+    keys: list[str] = []
+    files: list[str] = []
+    spans: list[tuple[int, int]] = []
+    labels: list[int | str | None] = []
+    for tar in tars:
+        for key, (member, label) in _samples(tar).items():
+            if member is not None:
+                keys.append(f"{tar.name}/{key}")
+                files.append(str(tar))
+                spans.append((member.offset_data, member.size))
+                labels.append(label)
+    labelled = any(label is not None for label in labels)
+    return Source("webdataset", keys, files, spans, labels if labelled else None)
+
+
+def _samples(tar: Path) -> dict[str, tuple[tarfile.TarInfo | None, int | str | None]]:
+    """Image and label of each sample: files of one name up to its first dot belong together."""
+    samples: dict[str, tuple[tarfile.TarInfo | None, int | str | None]] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                if not member.isreg() or not suffix:
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                image, label = samples.get(key, (None, None))
+                if suffix.lower() in TAR_SUFFIXES:
+                    image = member
+                elif suffix in ("cls", "txt", "json") and label is None:
+                    content = archive.extractfile(member)
+                    label = _label(suffix, content.read() if content else b"", tar, member.name)
+                samples[key] = (image, label)
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(
+            f"{tar}: cannot be read as an uncompressed tar ({error}); pack it again"
+        ) from error
+    return samples
+
+
+def _label(suffix: str, content: bytes, tar: Path, member: str) -> int | str | None:
+    try:
+        text = content.decode("utf-8").strip()
+        if suffix == "cls":
+            return int(text)
+        if suffix == "txt":
+            return text
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{tar}: {member} is not a label ({error})") from error
+    for name in ("label", "cls", "class"):
+        if isinstance(value, dict) and isinstance(value.get(name), int | str):
+            label: int | str = value[name]
+            return label
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").casefold().strip()
+
+
+def _is_synset(label: object) -> bool:
+    return isinstance(label, str) and len(label) == 9 and label[0] == "n" and label[1:].isdigit()
+
+
+def _synsets(n_classes: int) -> dict[str, int]:
+    """ImageNet's synsets to their positions, where the class names can be those of ImageNet."""
+    from timm.data import ImageNetInfo
+
+    names = ImageNetInfo("imagenet-1k").label_names()
+    return {name: k for k, name in enumerate(names)} if n_classes == len(names) else {}
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return -1  # it will be listed among the failures

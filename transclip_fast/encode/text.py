@@ -1,0 +1,113 @@
+"""Class names and templates to one text prototype a class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from transclip_fast.encode.models import Backbone
+from transclip_fast.errors import InputError
+from transclip_fast.store.features import read_names
+
+PROMPTS_PER_BATCH = 256
+Prompts = Callable[[str], Sequence[str]]
+
+
+def class_names(spec: str) -> list[str]:
+    """
+    Class names: one a line of a text file, or "imagenet" for the 1000 of ImageNet.
+
+    Raises
+    ------
+    InputError
+        No such file, or no name in it.
+    """
+    if spec == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return list(IMAGENET_CLASSNAMES)
+    names = read_names(spec)
+    if not names:
+        raise InputError(f"{spec}: holds no class names")
+    return names
+
+
+def templates(spec: str) -> Prompts:
+    """
+    The prompts of a class name.
+
+    Parameters
+    ----------
+    spec : str
+        "openai" (80 templates) or "simple" (7); a text file with one template a line, each with
+        `{}` or `{c}` where the name goes; or a JSON file of prompts by class name, as CuPL has it.
+
+    Raises
+    ------
+    InputError
+        No such file, a template without a place for the name, a class without prompts.
+    """
+    if spec in ("openai", "simple"):
+        import open_clip
+
+        known = getattr(open_clip, f"{spec.upper()}_IMAGENET_TEMPLATES")
+        return lambda name: [template(name) for template in known]
+    path = Path(spec)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{spec}: cannot be read ({error}); give openai, simple or a file"
+        ) from error
+    return _written_out(path, content) if path.suffix == ".json" else _filled_in(path, content)
+
+
+def encode_text(backbone: Backbone, names: Sequence[str], prompts: Prompts) -> torch.Tensor:
+    """
+    Unit prototypes (K, d) float32: of each class the mean over its prompts' unit embeddings.
+    """
+    by_class = [list(prompts(name)) for name in names]
+    flat = [prompt for of_class in by_class for prompt in of_class]
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(flat), PROMPTS_PER_BATCH):
+            tokens = backbone.tokenizer(flat[start : start + PROMPTS_PER_BATCH]).to(backbone.device)
+            embedded = backbone.model.encode_text(tokens).float()
+            rows.append(torch.nn.functional.normalize(embedded, dim=1).cpu())
+    parts = torch.cat(rows).split([len(of_class) for of_class in by_class])
+    return torch.nn.functional.normalize(torch.stack([part.mean(0) for part in parts]), dim=1)
+
+
+def _filled_in(path: Path, content: str) -> Prompts:
+    lines = [line.strip() for line in content.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if line and "{}" not in line and "{c}" not in line:
+            raise InputError(f"{path}: line {number} has no {{}} for the class name: {line!r}")
+    found = [line for line in lines if line]
+    if not found:
+        raise InputError(f"{path}: holds no templates")
+    return lambda name: [line.replace("{}", name).replace("{c}", name) for line in found]
+
+
+def _written_out(path: Path, content: str) -> Prompts:
+    try:
+        table = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(table, Mapping):
+        raise InputError(f"{path}: expected an object of class names to lists of prompts")
+
+    def prompts(name: str) -> Sequence[str]:
+        of_class = table.get(name)
+        if (
+            not isinstance(of_class, list)
+            or not of_class
+            or not all(isinstance(prompt, str) for prompt in of_class)
+        ):
+            raise InputError(f"{path}: has no list of prompts for class {name!r}")
+        return of_class
+
+    return prompts
