@@ -1,0 +1,218 @@
+"""The encode loop and the folder it writes: what is in it, and what survives interruption."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from transclip_fast.cli.common import Stages
+from transclip_fast.cli.encode import encode_with
+from transclip_fast.encode import encoder
+from transclip_fast.encode.sources import open_source
+from transclip_fast.encode.text import ClassPrompts
+from transclip_fast.errors import InputError
+from transclip_fast.store.features import load_features
+
+TEXT = ClassPrompts(["dog", "cat"], [["a dog"], ["a cat"]], "here")
+
+
+def encode(folder, backbone, out, text=TEXT, **options):
+    options = {"batch_size": 2, "workers": 0, "shard_rows": 3, **options}
+    source = open_source(folder, folder_labels=True)
+    return encode_with(source, backbone, str(out), text, Stages(), **options)
+
+
+def contents(folder):
+    """Bytes of every file by its path."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_features_are_unit_rows_in_source_order(images, backbone, tmp_path):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    stored = load_features(tmp_path / "out")
+    weights = backbone.model.image.detach().double().numpy()
+    for row, key in enumerate(open_source(folder).keys):
+        pixels = np.asarray(Image.open(folder / key).convert("RGB").resize((8, 8)), float) / 255
+        expected = pixels.transpose(2, 0, 1).reshape(-1) @ weights
+        np.testing.assert_allclose(
+            stored.get("image_features")[row], expected / np.linalg.norm(expected), atol=1e-3
+        )
+    assert stored.get("image_features").dtype == np.float16
+    assert stored.keys == open_source(folder).keys
+    assert stored.source_rows.tolist() == list(range(7))
+    assert stored.get("labels").tolist() == [1, 1, 1, 1, 0, 0, 0]
+    assert stored.class_names == ["dog", "cat"]
+    assert stored.get("text_features").shape == (2, 5)
+
+
+def test_manifest_names_every_shard_with_its_hash(images, backbone, tmp_path):
+    encode(images(7), backbone, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["complete"] is True
+    assert manifest["rows"] == 7
+    assert [entry["rows"] for entry in manifest["shards"].values()] == [3, 3, 1]
+    for number, entry in manifest["shards"].items():
+        data = (tmp_path / f"out/img_emb/img_emb_{int(number):05}.npy").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == entry["features_sha256"]
+
+
+def test_unreadable_images_leave_no_row_and_shift_none(images, backbone, tmp_path):
+    folder = images(7)
+    (folder / "cat/002.png").write_bytes((folder / "cat/002.png").read_bytes()[:60])
+    (folder / "dog/001.png").write_text("no picture")
+    (folder / "dog/003.png").write_text("no picture either")
+    (folder / "dog/005.png").write_text("nor this")
+    writer = encode(folder, backbone, tmp_path / "out", shard_rows=4)
+    stored = load_features(tmp_path / "out")
+    assert stored.source_rows.tolist() == [0, 2, 3]
+    assert stored.keys == ["cat/000.png", "cat/004.png", "cat/006.png"]
+    with open(tmp_path / "out/failures.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["source_row"]), row["key"]) for row in rows] == [
+        (1, "cat/002.png"),
+        (4, "dog/001.png"),
+        (5, "dog/003.png"),
+        (6, "dog/005.png"),
+    ]
+    assert all(row["reason"] for row in rows)
+    assert [failure.source_row for failure in writer.failures()] == [1, 4, 5, 6]
+
+
+class Killed(Exception):
+    """Stands for a signal."""
+
+
+@pytest.mark.parametrize(("batches", "repeated"), [(0, 5), (1, 5), (2, 3), (3, 3), (4, 1)])
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    images, backbone, tmp_path, monkeypatch, batches, repeated
+):
+    folder = images(7)
+    (folder / "dog/001.png").write_text("no picture")
+    encode(folder, backbone, tmp_path / "whole")
+    embed, left = encoder._embed, [batches]
+
+    def dies(*arguments):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return embed(*arguments)
+
+    monkeypatch.setattr(encoder, "_embed", dies)
+    with pytest.raises(Killed):
+        encode(folder, backbone, tmp_path / "resumed")
+    assert not json.loads((tmp_path / "resumed/manifest.json").read_text())["complete"]
+    with pytest.raises(InputError, match=r"is not finished|no img_emb"):
+        load_features(tmp_path / "resumed")
+    left[0] = 99
+    encode(folder, backbone, tmp_path / "resumed", batch_size=5)  # the first run's 2 is kept
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    assert 99 - left[0] == repeated  # of the 5 batches, those of unfinished shards
+
+
+def test_finished_shards_are_not_encoded_again(images, backbone, tmp_path, monkeypatch):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(encoder, "_embed", None)
+    encode(folder, backbone, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_damaged_shard_is_encoded_again(images, backbone, tmp_path):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    shard = tmp_path / "out/img_emb/img_emb_00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(InputError, match="img_emb_00001.npy"):
+        load_features(tmp_path / "out")
+    encode(folder, backbone, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_prompts_replace_only_the_prototypes(images, backbone, tmp_path, monkeypatch):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(encoder, "_embed", None)
+    encode(
+        folder, backbone, tmp_path / "out", ClassPrompts(["dog", "cat"], [["x"], ["y"]], "there")
+    )
+    after = contents(tmp_path / "out")
+    assert {name for name in before if before[name] != after[name]} == {
+        "prototypes.npy",
+        "manifest.json",
+    }
+
+
+def test_another_source_or_model_is_refused(images, backbone, tmp_path):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    backbone.identity["weights"] = "laion"
+    with pytest.raises(InputError, match="was begun with weights 'none', now 'laion'"):
+        encode(folder, backbone, tmp_path / "out")
+    backbone.identity["weights"] = "none"
+    (folder / "cat/000.png").unlink()
+    with pytest.raises(InputError, match="was begun with source"):
+        encode(folder, backbone, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_of_other_files_is_refused(images, backbone, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.doc").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        encode(images(), backbone, tmp_path / "out")
+    assert contents(tmp_path / "out") == {"thesis.doc": b"mine"}
+
+
+def test_workers_change_nothing(images, backbone, tmp_path):
+    folder = images(7)
+    (folder / "dog/001.png").write_text("no picture")
+    encode(folder, backbone, tmp_path / "none")
+    encode(folder, backbone, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "two") == contents(tmp_path / "none")
+
+
+def test_the_number_of_threads_is_given_back(images, backbone, tmp_path):
+    before = torch.get_num_threads()
+    encode(images(), backbone, tmp_path / "out")
+    assert torch.get_num_threads() == before
+
+
+def test_progress_counts_failures_and_what_was_there(images, backbone, tmp_path):
+    folder = images(7)
+    (folder / "dog/001.png").write_text("no picture")
+    seen = []
+    writer = encode(folder, backbone, tmp_path / "out")
+    shard = tmp_path / "out/img_emb/img_emb_00002.npy"
+    shard.unlink()
+    writer = type(writer)(tmp_path / "out", writer.config)
+    encoder.encode_images(
+        open_source(folder), backbone, writer, None, workers=0, progress=seen.append
+    )
+    assert [(state.done, state.total) for state in seen] == [(7, 7)]
+    assert 0 <= seen[0].waiting <= 1
+
+
+def test_metadata_has_paths_and_keys(images, backbone, tmp_path):
+    folder = images(2)
+    encode(folder, backbone, tmp_path / "out")
+    table = pq.read_table(tmp_path / "out/metadata/metadata_00000.parquet")
+    assert table.column_names == ["source_row", "key", "path", "label"]
+    assert table.column("path").to_pylist() == [
+        str(folder / key) for key in table["key"].to_pylist()
+    ]

@@ -1,0 +1,158 @@
+"""Every kind of source lists the same images in a fixed order, with their labels."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from transclip_fast.encode.sources import open_source, resolve_labels
+from transclip_fast.errors import InputError
+
+
+def write_tar(path, files):
+    """A tar of (name, bytes)."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_folder_is_sorted_and_labelled_on_request(images):
+    folder = images(5)
+    (folder / "notes.txt").write_text("no image")
+    source = open_source(folder)
+    assert source.keys == [
+        "cat/000.png",
+        "cat/002.png",
+        "cat/004.png",
+        "dog/001.png",
+        "dog/003.png",
+    ]
+    assert source.labels is None
+    assert source.read(3) == (folder / "dog/001.png").read_bytes()
+    labelled = open_source(folder, folder_labels=True)
+    assert resolve_labels(labelled, ["dog", "Cat"]).tolist() == [1, 1, 1, 0, 0]
+
+
+def test_folder_label_that_is_no_class(images):
+    source = open_source(images(), folder_labels=True)
+    with pytest.raises(InputError, match=r"dog/001.png: label 'dog' is none of the 2 classes"):
+        resolve_labels(source, ["cat", "bird"])
+
+
+def test_image_without_folder_has_no_label(images):
+    folder = images(2)
+    (folder / "cat/000.png").rename(folder / "loose.png")
+    with pytest.raises(InputError, match=r"loose.png: is in no sub-folder"):
+        open_source(folder, folder_labels=True)
+
+
+def test_synsets_are_positions_in_imagenet(images):
+    folder = images(2)
+    (folder / "cat").rename(folder / "n01443537")
+    (folder / "dog").rename(folder / "n01440764")
+    source = open_source(folder, folder_labels=True)
+    names = [f"class {k}" for k in range(1000)]
+    assert dict(zip(source.keys, resolve_labels(source, names), strict=True)) == {
+        "n01440764/001.png": 0,
+        "n01443537/000.png": 1,
+    }
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "parquet"])
+def test_lists(images, suffix):
+    folder = images(3)
+    paths = ["images/dog/001.png", "images/cat/000.png"]
+    file = folder.parent / f"list.{suffix}"
+    if suffix == "txt":
+        file.write_text("\n".join(paths) + "\n\n")
+    elif suffix == "csv":
+        file.write_text(
+            "path,label,key\n" + "".join(f"{p},{i},k{i}\n" for i, p in enumerate(paths))
+        )
+    else:
+        pq.write_table(pa.table({"path": paths, "label": [0, 1], "key": ["k0", "k1"]}), file)
+    source = open_source(file)
+    assert source.read(0) == (folder / "dog/001.png").read_bytes()
+    if suffix == "txt":
+        assert (source.keys, source.labels) == (paths, None)
+    else:
+        assert source.keys == ["k0", "k1"]
+        assert resolve_labels(source, ["a", "b"]).tolist() == [0, 1]
+
+
+def test_webdataset_with_class_numbers(images):
+    folder = images(3)
+    pictures = [(folder / key).read_bytes() for key in ("cat/000.png", "dog/001.png")]
+    write_tar(
+        folder.parent / "part-1.tar", [("a/x.png", pictures[1]), ("a/x.cls", b"1"), ("b", b"")]
+    )
+    write_tar(folder.parent / "part-0.tar", [("y.cls", b" 0\n"), ("y.PNG", pictures[0])])
+    (folder.parent / "images").rename(folder.parent / "elsewhere")
+    source = open_source(folder.parent)
+    assert source.keys == ["part-0.tar/y", "part-1.tar/a/x"]
+    assert [source.read(0), source.read(1)] == pictures
+    assert resolve_labels(source, ["zero", "one"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "label"),
+    [("x.json", json.dumps({"label": "dog"}).encode(), 1), ("x.txt", b"cat", 0)],
+)
+def test_webdataset_with_class_names(images, member, content, label):
+    picture = (images(1) / "cat/000.png").read_bytes()
+    tar = images(1).parent / "a.tar"
+    write_tar(tar, [("x.jpg", picture), (member, content)])
+    assert resolve_labels(open_source(tar), ["cat", "dog"]).tolist() == [label]
+
+
+def test_captions_are_not_labels(images):
+    picture = (images(1) / "cat/000.png").read_bytes()
+    tar = images(1).parent / "a.tar"
+    write_tar(tar, [("x.jpg", picture), ("x.txt", b"a cat on a mat")])
+    with pytest.warns(UserWarning, match="taken for captions"):
+        assert resolve_labels(open_source(tar), ["cat", "dog"]) is None
+
+
+def test_identity_follows_names_and_sizes(images):
+    folder = images(3)
+    before = open_source(folder).identity()
+    assert open_source(folder).identity() == before
+    with open(folder / "cat/000.png", "ab") as file:
+        file.write(b"more")
+    after = open_source(folder).identity()
+    assert after["rows"] == before["rows"] == 3
+    assert after["sha256"] != before["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing", None, "no such file or folder"),
+        ("a.doc", b"x", "expected a folder"),
+        ("a.tar", b"not a tar" * 200, "uncompressed tar"),
+        ("a.csv", b"file\nx.png\n", "no column 'path'"),
+        ("a.parquet", b"nonsense", "cannot be read as a list"),
+        ("a.txt", b"\n", "holds no images"),
+    ],
+)
+def test_bad_sources_are_one_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        open_source(tmp_path / name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_out_of_range(tmp_path):
+    pq.write_table(pa.table({"path": ["x.png"], "label": np.array([2])}), tmp_path / "l.parquet")
+    with pytest.raises(InputError, match="x.png: label 2 is none of the 2 classes"):
+        resolve_labels(open_source(tmp_path / "l.parquet"), ["a", "b"])
