@@ -215,8 +215,8 @@ class TransCLIP(Parameters):
         All that labels new rows later, on the CPU.
 
         `means` (K, d) and `variances` (d,) float64; `prior_weights` (K, d) float32, tau times the
-        prototypes of a linear prior; `zero_shot_weights`, the same of text features beside another
-        prior.
+        prototypes of a linear prior, centred; `zero_shot_weights`, the same of text features
+        beside another prior.
         """
         found = {"means": self._mixture.means, "variances": self._mixture.variances}
         if self._prior is not None:
@@ -294,7 +294,7 @@ class TransCLIP(Parameters):
         if labelled is None:
             return None
         ids, _ = nearest(labelled[0].to(features.device), features, 1)
-        return ids[:, 0], labelled[1].numpy()
+        return ids[:, 0].cpu().numpy(), labelled[1].numpy()
 
 
 def _labelled_rows(

@@ -19,7 +19,8 @@ class LinearPrior:
     """
     log y_hat = log_softmax(tau F V^T) for prototypes V: text embeddings, or another method's.
 
-    `weights` (K, d) float32 is tau V.
+    `weights` (K, d) float32 is tau V less its mean over the classes, which cancels in the softmax
+    and would only cost digits.
     """
 
     weights: torch.Tensor
@@ -27,7 +28,8 @@ class LinearPrior:
 
     @classmethod
     def from_prototypes(cls, prototypes: torch.Tensor, logit_scale: float) -> LinearPrior:
-        return cls((prototypes.double() * logit_scale).float())
+        weights = prototypes.double() * logit_scale
+        return cls((weights - weights.mean(0)).float())
 
     @property
     def n_classes(self) -> int:

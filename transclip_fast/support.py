@@ -45,15 +45,12 @@ class Support:
     ) -> Support:
         """Support rows (M, d) with labels (M,), each joined to its k most similar queries."""
         ids, similarities = nearest(support, features, n_neighbors)  # (M, k)
-        queries = torch.from_numpy(ids).to(features.device)
-        weights = torch.from_numpy(similarities).to(features.device)
-        if clamp_similarity:
-            weights = weights.clamp_min(0)
-        cells = queries * n_classes + labels[:, None]
-        # Summed here and in float64: a query may be the neighbour of many shots of one class.
+        weights = similarities.clamp_min(0) if clamp_similarity else similarities
+        cells = ids * n_classes + labels[:, None]
+        # Summed here: a query may be the neighbour of many shots of one class.
         cells, cell_of = torch.unique(cells, return_inverse=True)
         totals = torch.bincount(
-            cell_of.flatten(), weights.double().flatten() / (2 * n_neighbors), len(cells)
+            cell_of.flatten(), weights.flatten() / (2 * n_neighbors), len(cells)
         )
         return cls(
             len(support),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from transclip_fast.graph.lists import NeighborGraph
@@ -56,8 +57,9 @@ def edges(
     graph: NeighborGraph, *, clamp_similarity: bool, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The entries of W: rows (E,) int64, columns (E,) int64, weights (E,) float32."""
-    columns = torch.as_tensor(graph.neighbors).to(device)
-    weights = torch.as_tensor(graph.similarities).to(device, torch.float32)
+    # The lists of a memory map are read-only, of which torch warns.
+    columns = torch.from_numpy(np.require(graph.neighbors, np.int64, "W")).to(device)
+    weights = torch.from_numpy(np.require(graph.similarities, np.float32, "W")).to(device)
     rows = torch.arange(len(columns), device=device)[:, None].expand_as(columns)
     present = columns >= 0
     weights = weights[present]

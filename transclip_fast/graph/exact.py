@@ -1,4 +1,9 @@
-"""Exact search: every row against every other, in blocks of rows."""
+"""
+Exact search: every row against every other, in blocks of rows.
+
+Candidates come from float32 products; which of them are nearest is decided in float64, equal ones
+by the lower id. So no library's rounding decides who is a neighbour.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,8 @@ from transclip_fast.inputs import as_unit_rows
 
 FAISS_ROWS = 4096
 BLOCK_BYTES = 1 << 26  # of torch's (rows, N) float32 block of similarities
+RANK_ROWS = 512
+SPARE = 4  # candidates beyond those asked for, which float32 may have misplaced
 
 
 def build_graph(
@@ -55,29 +62,31 @@ def build_graph(
     step = FAISS_ROWS if use_faiss else _torch_rows(n_rows)
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
-        ids, values = _search(rows[start:stop], rows, n_neighbors + 1, use_faiss)
-        ids, values = _without_self(ids, values, np.arange(start, stop), n_neighbors)
-        neighbors[start:stop, : ids.shape[1]] = ids
-        similarities[start:stop, : ids.shape[1]] = values
+        found = _candidates(rows[start:stop], rows, n_neighbors + 1 + SPARE, use_faiss)
+        own = torch.arange(start, stop, device=rows.device)
+        ids, values = _best(rows[start:stop], rows, found, min(n_neighbors, n_rows - 1), own)
+        neighbors[start:stop, : ids.shape[1]] = ids.cpu().numpy()
+        similarities[start:stop, : ids.shape[1]] = values.cpu().numpy()
         if progress is not None:
             progress(stop, n_rows)
     method = "exact (FAISS)" if use_faiss else "exact (torch)"
     return NeighborGraph(neighbors, similarities, {"method": method, "recall": 1.0})
 
 
-def nearest(rows: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(rows: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The k most similar queries of each row, best first: ids (M, k) int64, similarities (M, k).
 
-    k is cut to the number of queries.
+    k is cut to the number of queries; the similarities are float64.
     """
-    step = _torch_rows(len(queries))
+    k = min(k, len(queries))
+    blocks = torch.split(rows, _torch_rows(len(queries)))
     found = [
-        _search(rows[start : start + step], queries, k, use_faiss=False)
-        for start in range(0, len(rows), step)
+        _best(block, queries, _candidates(block, queries, k + SPARE, use_faiss=False), k)
+        for block in blocks
     ]
     ids, values = zip(*found, strict=True)
-    return np.concatenate(ids), np.concatenate(values)
+    return torch.cat(ids), torch.cat(values)
 
 
 def _torch_rows(n_queries: int) -> int:
@@ -97,24 +106,33 @@ def _faiss_answers(device: torch.device) -> bool:
     return True
 
 
-def _search(
-    rows: torch.Tensor, queries: torch.Tensor, k: int, use_faiss: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _candidates(rows: torch.Tensor, queries: torch.Tensor, k: int, use_faiss: bool) -> torch.Tensor:
+    """Ids (B, k) of the queries with the largest float32 products, in any order."""
     k = min(k, len(queries))
     if use_faiss:
         import faiss
 
-        values, ids = faiss.knn(rows.numpy(), queries.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-        return ids, values
+        _, ids = faiss.knn(rows.numpy(), queries.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(ids)
     with exact_float32():
-        best = (rows @ queries.T).topk(k, dim=1)
-    return best.indices.cpu().numpy(), best.values.cpu().numpy()
+        return (rows @ queries.T).topk(k, dim=1, sorted=False).indices
 
 
-def _without_self(
-    ids: np.ndarray, values: np.ndarray, own: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each list without the row's own id, wherever it stands; at most k entries."""
-    # An exact duplicate can push the row itself out of its list: then the last entry goes.
-    keep = np.argsort(ids == own[:, None], axis=1, kind="stable")[:, : min(k, ids.shape[1] - 1)]
-    return np.take_along_axis(ids, keep, 1), np.take_along_axis(values, keep, 1)
+def _best(
+    rows: torch.Tensor,
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    k: int,
+    own: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best candidates (B, k) of each row, and their similarities in float64."""
+    ids = candidates.sort(dim=1).values
+    similarity = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
+    for start in range(0, len(rows), RANK_ROWS):
+        block = slice(start, start + RANK_ROWS)
+        found = queries[ids[block]].double()  # (B, C, d)
+        similarity[block] = (found @ rows[block].double()[:, :, None])[:, :, 0]
+    if own is not None:
+        similarity[ids == own[:, None]] = -torch.inf
+    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return ids.gather(1, order), similarity.gather(1, order)
