@@ -40,18 +40,20 @@ class Evaluation:
 def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Evaluation:
     """Compare labels (N,) and zero-shot labels (N,) with the truth (N,), all int64."""
     right, zero_shot_right = labels == truth, zero_shot == truth
-    per_class = []
-    for k in np.unique(truth):
-        rows = truth == k
-        per_class.append(
-            (
-                int(k),
-                int(rows.sum()),
-                accuracy(zero_shot[rows], truth[rows]),
-                accuracy(labels[rows], truth[rows]),
-            )
+    rows = np.bincount(truth)
+    hits = np.bincount(truth[right], minlength=len(rows))
+    zero_shot_hits = np.bincount(truth[zero_shot_right], minlength=len(rows))
+    per_class = [
+        (
+            int(k),
+            int(rows[k]),
+            round(100 * float(zero_shot_hits[k] / rows[k]), 4),
+            round(100 * float(hits[k] / rows[k]), 4),
         )
-    pairs, counts = np.unique(np.stack([truth[~right], labels[~right]]), axis=1, return_counts=True)
+        for k in np.flatnonzero(rows)
+    ]
+    base = max(len(rows), int(labels.max()) + 1)
+    pairs, counts = np.unique(truth[~right] * base + labels[~right], return_counts=True)
     frequent = np.argsort(-counts, kind="stable")
     return Evaluation(
         accuracy=accuracy(labels, truth),
@@ -62,7 +64,7 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
         corrected=int((right & ~zero_shot_right).sum()),
         broken=int((~right & zero_shot_right).sum()),
         per_class=sorted(per_class, key=lambda row: (row[3], row[0])),
-        confusions=[(int(pairs[0, i]), int(pairs[1, i]), int(counts[i])) for i in frequent],
+        confusions=[(*divmod(int(pairs[i]), base), int(counts[i])) for i in frequent],
     )
 
 
@@ -102,12 +104,14 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray, n_classes: int) -> 
     """A warning where the labels (N,) would fit the truth (N,) far better with other names."""
     from scipy.optimize import linear_sum_assignment
 
+    as_is = accuracy(labels, truth)
+    if n_classes < 3 or as_is > 50:
+        return []
     confusion = np.zeros((n_classes, n_classes), dtype=np.int64)
     np.add.at(confusion, (labels, truth), 1)
     predicted, true = linear_sum_assignment(confusion, maximize=True)
     renamed = 100 * confusion[predicted, true].sum() / len(labels)
-    as_is = accuracy(labels, truth)
-    if n_classes < 3 or renamed - as_is < ORDER_GAIN or as_is > renamed / 2:
+    if renamed - as_is < ORDER_GAIN or as_is > renamed / 2:
         return []
     return [
         f"labels match on {as_is:.1f} % of rows but would on {renamed:.1f} % if classes were "

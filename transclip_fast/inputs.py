@@ -24,7 +24,7 @@ def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Ten
     Parameters
     ----------
     array : array_like (rows, columns)
-        Any floating or integer type; the type is kept, float64 becomes float32.
+        Any floating or integer type, which is kept.
     name : str
         What the array is called in error messages.
     columns : int, optional
@@ -41,7 +41,9 @@ def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Ten
             f"{name}: expected a non-empty (rows, columns) array, got shape {tuple(tensor.shape)}"
         )
     if columns is not None and tensor.shape[1] != columns:
-        raise InputError(f"{name}: has {tensor.shape[1]} columns, expected {columns}")
+        raise InputError(
+            f"{name}: has {tensor.shape[1]} columns, expected {columns}; encode both with one model"
+        )
     for start in range(0, len(tensor), ROWS_PER_CHECK):
         finite = torch.isfinite(tensor[start : start + ROWS_PER_CHECK]).all(1)
         if not finite.all():
@@ -103,10 +105,16 @@ def as_labels(array: Any, name: str, *, rows: int, n_classes: int) -> torch.Tens
     """
     tensor = _as_tensor(array, name)
     if tensor.shape != (rows,):
-        raise InputError(f"{name}: expected {rows} labels, got shape {tuple(tensor.shape)}")
+        raise InputError(
+            f"{name}: expected {rows} labels, one a row, got shape {tuple(tensor.shape)}"
+        )
     labels = tensor.to(torch.int64)
     if tensor.is_floating_point() and not bool((labels == tensor).all()):
-        raise InputError(f"{name}: labels must be whole numbers, got {tensor.dtype}")
+        row = int((labels != tensor).nonzero()[0, 0])
+        raise InputError(
+            f"{name}: row {row} has label {tensor[row]:.4g}; labels are whole numbers, positions "
+            "in the list of classes"
+        )
     wrong = ((labels < 0) | (labels >= n_classes)).nonzero()[:, 0]
     if len(wrong):
         row = int(wrong[0])
@@ -143,18 +151,25 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
 
 def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
     """log_softmax of a (rows, K) matrix of logits, float32, on the scale a softmax takes."""
-    matrix = _checked_rows(as_matrix(array, name), name, rows)
-    return torch.log_softmax(matrix.to(torch.float32), dim=1)
+    matrix = _checked_rows(as_matrix(array, name), name, rows).to(torch.float32)
+    if not matrix.isfinite().all():
+        row = int((~matrix.isfinite().all(1)).nonzero()[0, 0])
+        raise InputError(f"{name}: row {row} is too large for float32; rescale the logits")
+    return torch.log_softmax(matrix, dim=1)
 
 
 def _as_tensor(array: Any, name: str) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         tensor = array.detach()
     else:
-        values = np.asarray(array)
+        try:
+            values = np.asarray(array)
+        except ValueError as error:
+            raise InputError(f"{name}: expected an array, got rows of different lengths") from error
         if values.dtype.kind not in "fiub":
             raise InputError(f"{name}: expected numbers, got an array of {values.dtype}")
-        if values.dtype.byteorder == ">" or any(stride < 0 for stride in values.strides):
+        odd = any(stride < 0 or stride % values.itemsize for stride in values.strides)
+        if values.dtype.byteorder == ">" or odd:
             values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("=")))
         if values.dtype.kind == "f" and values.dtype.itemsize > 8:
             values = values.astype(np.float64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -74,7 +75,7 @@ class Parameters:
         """Raise InputError for a value outside its range."""
         for name, least in (("n_neighbors", 1), ("max_iter", 0), ("inner_iter", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, Integral) or value < least:
                 raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
         for name in ("tol", "logit_scale", "kl_weight", "likelihood_weight"):
             value = getattr(self, name)

@@ -44,7 +44,7 @@ def _cli() -> None:
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 2."""
     try:
-        _cli()
+        _cli(prog_name="transclip-fast")
     except InputError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

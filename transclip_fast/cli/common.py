@@ -57,7 +57,7 @@ def progress(name: str, unit: str) -> Iterator[Callable[..., None]]:
     On a terminal a bar with rate and time left; otherwise a plain line now and then.
     """
     if sys.stderr.isatty():
-        with tqdm.tqdm(desc=name, unit=f" {unit}", unit_scale=True, leave=False) as bar:
+        with tqdm.tqdm(desc=name, unit=f" {unit}", unit_scale=unit != "steps", leave=False) as bar:
 
             def show(done: int, total: int, **figures: Any) -> None:
                 bar.total = total
@@ -93,7 +93,8 @@ def collected_warnings(origins: Mapping[str, str]) -> Iterator[list[str]]:
         warn(messages, _named(str(message), origins))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("default")
+        warnings.simplefilter("ignore")  # libraries' warnings to their developers
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         yield messages
 
@@ -105,12 +106,19 @@ def warn(messages: list[str], message: str) -> None:
 
 
 @contextmanager
-def named(origins: Mapping[str, str]) -> Iterator[None]:
-    """Errors about an argument ("labels: ...") become errors about the file it came from."""
+def named(origins: Mapping[str, str], file: str) -> Iterator[None]:
+    """
+    Errors about an argument ("labels: ...") become errors about the file it came from.
+
+    Those about what is missing or does not go together name `file`.
+    """
     try:
         yield
     except InputError as error:
-        raise InputError(_named(str(error), origins)) from error
+        message = _named(str(error), origins)
+        if message == str(error):
+            message = f"{file}: {message}"
+        raise InputError(message) from error
 
 
 def _named(message: str, origins: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ class Finding:
     message: str
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check versions, devices and conflicts.")
 @common.json_option
 def command(as_json: bool) -> None:
     """Check versions, devices and known conflicts; exit code 1 if something will not work.
@@ -99,6 +99,6 @@ def _importable(module: str, distribution: str) -> Finding:
         importlib.import_module(module)
         return Finding(module, True, f"{distribution} {metadata.version(distribution)}")
     except (ImportError, RuntimeError, OSError) as error:  # torchvision: unknown operators
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         message = f"cannot be imported ({reason}); reinstall {distribution} beside this torch"
         return Finding(module, False, message)

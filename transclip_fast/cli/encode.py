@@ -15,7 +15,7 @@ from transclip_fast.device import resolve_device
 from transclip_fast.encode.encoder import EncodeProgress, encode_images
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.encode.sources import Source, open_source, resolve_labels
-from transclip_fast.encode.text import class_names, encode_text, templates
+from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.store.shards import FeatureWriter
 
 SHOWN_FAILURES = 5
@@ -118,19 +118,18 @@ def encode(
     chosen = resolve_device(device)
     with stages.time("list"):
         source = open_source(images, folder_labels=folder_labels)
-        listed = class_names(names) if names else None
-        prompts = templates(template_spec)
+        text = ClassPrompts.read(names, template_spec) if names else None
     with stages.time("load"):
         backbone = load_backbone(model, pretrained, chosen)
     writer = encode_with(
         source,
         backbone,
         out,
+        text,
         stages,
         batch_size=batch_size,
         workers=workers,
         shard_rows=shard_rows,
-        text=None if listed is None else (listed, prompts, template_spec),
     )
     return writer, stages.seconds
 
@@ -139,15 +138,15 @@ def encode_with(
     source: Source,
     backbone: Backbone,
     out: str,
+    text: ClassPrompts | None,
     stages: common.Stages,
     *,
     batch_size: int = 64,
     workers: int = 0,
     shard_rows: int = 4096,
-    text: tuple[list[str], Callable[[str], Any], str] | None = None,
 ) -> FeatureWriter:
-    """Encode a source, and class names with their prompts, into the feature folder `out`."""
-    labels = None if text is None else resolve_labels(source, text[0])
+    """Encode a source, and the prompts of its classes, into the feature folder `out`."""
+    labels = None if text is None else resolve_labels(source, text.names)
     config = {
         **backbone.identity,
         "source": source.identity(),
@@ -158,10 +157,9 @@ def encode_with(
         "shard_rows": shard_rows,
     }
     writer = FeatureWriter(out, config)
-    if text is not None:
-        names, prompts, origin = text
+    if text is not None and not writer.has_prototypes(text.identity()):
         with stages.time("text"):
-            writer.write_prototypes(encode_text(backbone, names, prompts).numpy(), names, origin)
+            writer.write_prototypes(encode_text(backbone, text), text.identity())
     with stages.time("images"), common.progress("encode", "images") as show:
 
         def step(state: EncodeProgress) -> None:

@@ -17,7 +17,7 @@ from transclip_fast.store.results import load_result
 SHOWN = 5
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Compare a result with the true labels.")
 @click.argument("result", type=click.Path())
 @click.option("--labels", type=click.Path(), help="True labels (N,), where the result has none.")
 @common.json_option
@@ -29,15 +29,15 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
       transclip-fast evaluate result --labels labels.npy
     """
     loaded = load_result(result)
-    n_classes, names = loaded.run["n_classes"], loaded.run.get("class_names")
-    predicted = loaded.column("label")
-    zero_shot = loaded.column("zero_shot_label")
+    n_classes, names = loaded.run["n_classes"], loaded.run["class_names"]
+    predicted = loaded.labels("label")
+    zero_shot = loaded.labels("zero_shot_label")
     if labels is not None:
         truth = as_labels(
             read_array(labels, "labels"), labels, rows=len(predicted), n_classes=n_classes
         ).numpy()
     elif "true_label" in loaded.predictions.column_names:
-        truth = loaded.column("true_label")
+        truth = loaded.labels("true_label")
     else:
         raise InputError(f"{result}: was solved without labels; give --labels")
     scores = evaluate(predicted, zero_shot, truth)
@@ -49,10 +49,11 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
     def name(k: int) -> str:
         return str(names[k]) if names else f"class {k}"
 
-    common.summarise(summary, _text(scores, name), as_json)
+    common.summarise(summary, text(scores, name), as_json)
 
 
-def _text(scores: Evaluation, name: Callable[[int], str]) -> str:
+def text(scores: Evaluation, name: Callable[[int], str]) -> str:
+    """An evaluation for a reader."""
     lines = [
         f"{scores.n_queries:,} images",
         f"accuracy {scores.zero_shot_accuracy:.2f} % zero-shot -> {scores.accuracy:.2f} %, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,17 +15,18 @@ from transclip_fast.evaluate import accuracy
 from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
 from transclip_fast.prior import GivenPrior, LinearPrior, Prior
 from transclip_fast.solver import predict
-from transclip_fast.store.atomic import new_folder, read_json
-from transclip_fast.store.features import Features, inside, load_features
+from transclip_fast.store.atomic import new_folder
+from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import (
     CONTENTS,
     load_mixture,
+    load_run,
     predictions_table,
     save_result,
 )
 
 
-@click.command("predict")
+@click.command("predict", short_help="Label new rows with a fitted mixture.")
 @click.argument("result", type=click.Path())
 @click.argument("new_features", type=click.Path())
 @common.out_option
@@ -57,15 +57,20 @@ def command(
     stages = common.Stages()
     chosen = resolve_device(device)
     with stages.time("load"):
+        solved = load_run(result)
         mixture, weights = load_mixture(result)
-        solved = read_json(inside(Path(result), "run.json"))
+        if "prior_weights" in weights and (prior or prior_logits):
+            raise InputError(
+                f"{prior or prior_logits}: {result} was solved with prototypes, not with a prior; "
+                "leave the option out"
+            )
         stored = load_features(
             new_features, {"prior": prior, "prior_logits": prior_logits, "labels": labels}
         )
-        stored.class_names = solved.get("class_names")
+        stored.class_names = solved["class_names"]
     n_classes, d = mixture.means.shape
     with common.collected_warnings(stored.origins) as warnings, new_folder(out, CONTENTS) as folder:
-        with common.named(stored.origins):
+        with common.named(stored.origins, stored.path):
             rows = as_unit_rows(stored.get("image_features"), "image_features", columns=d)
             priors = _priors(stored, weights, rows, n_classes, chosen)
             truth = stored.get("labels")
@@ -130,7 +135,7 @@ def _priors(
 
 
 def _weight(solved: dict[str, Any], result: str, name: str) -> float:
-    value = solved.get("config", {}).get(name)
+    value = solved["config"].get(name)
     if not isinstance(value, int | float):
         raise InputError(f"{result}: run.json has no {name}; solve again")
     return float(value)

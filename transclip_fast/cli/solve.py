@@ -114,34 +114,37 @@ def command(
     with stages.time("load"):
         stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
-    origins = {**stored.origins, "graph": graph_folder or "graph"}
-    with common.collected_warnings(origins) as warnings, new_folder(out, CONTENTS) as folder:
-        with common.named(origins):
+    stored.origins["graph"] = graph_folder or "graph"
+    run = solve_features(stored, out, model, graph, stages)
+    common.summarise(run, text(run, out), as_json)
+
+
+def solve_features(
+    stored: Features,
+    out: str,
+    model: TransCLIP,
+    graph: NeighborGraph | None,
+    stages: common.Stages,
+) -> dict[str, Any]:
+    """Solve stored features and write the result folder `out`; what is in its run.json."""
+    with (
+        common.collected_warnings(stored.origins) as warnings,
+        new_folder(out, CONTENTS) as folder,
+    ):
+        with common.named(stored.origins, stored.path):
             truth = _truth(stored)
             _fit(model, stored, graph, stages)
-        n_classes = model.label_distributions_.shape[1]
-        for message in [
-            *check_assignments(
-                model.transduction_, model.zero_shot_labels_, n_classes, stored.class_names
-            ),
-            *(
-                []
-                if truth is None
-                else check_class_order(model.zero_shot_labels_, truth, n_classes)
-            ),
-        ]:
-            common.warn(warnings, message)
+        _check(model, stored, truth, warnings)
         run = _summary(model, stored, truth, warnings)
-        with stages.time("write"):
-            table = predictions_table(
-                model.label_distributions_,
-                (model.zero_shot_labels_, model.zero_shot_confidences_),
-                stored,
-                truth,
-            )
-            run["seconds"] = stages.seconds
-            save_result(folder, table, run, model.tensors())
-    common.summarise(run, _text(run, out), as_json)
+        run["seconds"] = stages.seconds
+        table = predictions_table(
+            model.label_distributions_,
+            (model.zero_shot_labels_, model.zero_shot_confidences_),
+            stored,
+            truth,
+        )
+        save_result(folder, table, run, model.tensors())
+    return run
 
 
 def _fit(
@@ -167,7 +170,7 @@ def _truth(stored: Features) -> np.ndarray | None:
     """The checked labels (N,), where there are any; also checks the number of class names."""
     n_classes = _n_classes(stored)
     names, labels = stored.class_names, stored.get("labels")
-    if n_classes is None:  # the fit will say what is wrong
+    if not n_classes:  # the fit will say what is wrong
         return None
     if names is not None and len(names) != n_classes:
         raise InputError(
@@ -185,6 +188,19 @@ def _n_classes(stored: Features) -> int | None:
         if array is not None and array.ndim == 2:
             return int(array.shape[axis])
     return None
+
+
+def _check(
+    model: TransCLIP, stored: Features, truth: np.ndarray | None, warnings: list[str]
+) -> None:
+    """Warn of signs that the input was wrong."""
+    labels, zero_shot = model.transduction_, model.zero_shot_labels_
+    n_classes = model.label_distributions_.shape[1]
+    found = check_assignments(labels, zero_shot, n_classes, stored.class_names)
+    if truth is not None:
+        found += check_class_order(zero_shot, truth, n_classes)
+    for message in found:
+        common.warn(warnings, message)
 
 
 def _summary(
@@ -212,7 +228,8 @@ def _summary(
     }
 
 
-def _text(run: dict[str, Any], out: str) -> str:
+def text(run: dict[str, Any], out: str) -> str:
+    """The summary of a solve for a reader."""
     graph, seconds = run["graph"], run["seconds"]
     lines = [
         f"{run['n_queries']:,} images, {run['n_classes']:,} classes, {run['dim']} dimensions",

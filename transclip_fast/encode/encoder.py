@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.sources import Source
-from transclip_fast.store.shards import FeatureWriter, Failure
+from transclip_fast.store.shards import Failure, FeatureWriter
 
 # What Pillow's decoders raise on damaged files.
 UNREADABLE = (
@@ -159,9 +159,7 @@ def _embed(backbone: Backbone, images: torch.Tensor | None) -> np.ndarray:
 class _Clock:
     """Counts rows, and the time spent waiting for images."""
 
-    def __init__(
-        self, total: int, missing: int, report: Callable[[EncodeProgress], None]
-    ) -> None:
+    def __init__(self, total: int, missing: int, report: Callable[[EncodeProgress], None]) -> None:
         self.start = time.perf_counter()
         self.total, self.rows, self.report = total, total - missing, report
         self.waited = 0.0

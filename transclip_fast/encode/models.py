@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,44 +73,53 @@ def load_backbone(model: str, pretrained: str, device: torch.device) -> Backbone
     """
     import open_clip
 
-    name = _known(model, open_clip.list_models(), "model")
-    source = _pretrained(name, pretrained, open_clip.list_pretrained_tags_by_model(name))
+    identity = identify(model, pretrained)
+    source = None if identity["weights"] == NONE else pretrained
     logging.getLogger().addFilter(_no_random_weights_warning)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net, _, preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=source, device=device, precision="fp32"
+                model, pretrained=source, device=device, precision="fp32"
             )
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"model {name}, pretrained {pretrained}: does not load ({reason})") from error
+        raise InputError(
+            f"model {model}, pretrained {pretrained}: does not load ({reason})"
+        ) from error
     finally:
         logging.getLogger().removeFilter(_no_random_weights_warning)
     net.eval()
-    identity = {
-        "model": name,
-        "pretrained": pretrained if source is None or not Path(source).is_file() else _sha256(source),
-        "preprocessing": open_clip.get_model_preprocess_cfg(net),
-    }
-    return Backbone(net, preprocess, open_clip.get_tokenizer(name), identity)
+    identity["preprocessing"] = open_clip.get_model_preprocess_cfg(net)
+    return Backbone(net, preprocess, open_clip.get_tokenizer(model), identity)
 
 
-def _known(name: str, names: Sequence[str], what: str) -> str:
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
-    raise InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
+def identify(model: str, pretrained: str) -> dict[str, Any]:
+    """
+    What a backbone is known by before it is loaded: model, and weights by tag or by file hash.
 
+    Raises
+    ------
+    InputError
+        Unknown model or tag (with the nearest names), or no such file.
+    """
+    import open_clip
 
-def _pretrained(model: str, pretrained: str, tags: Sequence[str]) -> str | None:
-    if pretrained == NONE:
-        return None
-    if pretrained in tags or Path(pretrained).is_file():
-        return pretrained
-    if Path(pretrained).suffix:
+    if model not in open_clip.list_models():
+        raise _unknown(model, open_clip.list_models(), "model")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained == NONE or pretrained in tags:
+        return {"model": model, "weights": pretrained}
+    if Path(pretrained).is_file():
+        return {"model": model, "weights": _sha256(pretrained)}
+    if Path(pretrained).suffix or "/" in pretrained:
         raise InputError(f"{pretrained}: no such file")
-    return _known(pretrained, tags, f"weights for {model}")
+    raise _unknown(pretrained, [*tags, NONE], f"weights for {model}")
+
+
+def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
 
 
 def _no_random_weights_warning(record: logging.LogRecord) -> bool:

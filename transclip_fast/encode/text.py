@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from transclip_fast.encode.models import Backbone
@@ -65,20 +69,50 @@ def templates(spec: str) -> Prompts:
     return _written_out(path, content) if path.suffix == ".json" else _filled_in(path, content)
 
 
-def encode_text(backbone: Backbone, names: Sequence[str], prompts: Prompts) -> torch.Tensor:
+@dataclass(frozen=True)
+class ClassPrompts:
     """
-    Unit prototypes (K, d) float32: of each class the mean over its prompts' unit embeddings.
+    Class names, the prompts of each, and what they were made from.
+
+    Raises
+    ------
+    InputError
+        See `class_names` and `templates`.
     """
-    by_class = [list(prompts(name)) for name in names]
-    flat = [prompt for of_class in by_class for prompt in of_class]
+
+    names: list[str]
+    prompts: list[list[str]]
+    origin: str
+
+    @classmethod
+    def read(cls, names: str, template_spec: str) -> ClassPrompts:
+        """From the specifications that `class_names` and `templates` take."""
+        listed, fill = class_names(names), templates(template_spec)
+        return cls(listed, [list(fill(name)) for name in listed], template_spec)
+
+    def identity(self) -> dict[str, Any]:
+        """What the manifest remembers: names, origin, hash of the prompts."""
+        digest = hashlib.sha256(json.dumps(self.prompts).encode())
+        return {
+            "class_names": self.names,
+            "templates": self.origin,
+            "prompts_sha256": digest.hexdigest(),
+        }
+
+
+def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
+    """Unit prototypes (K, d) float32: of each class the mean of its prompts' unit embeddings."""
+    flat = [prompt for of_class in text.prompts for prompt in of_class]
     rows = []
     with torch.inference_mode():
         for start in range(0, len(flat), PROMPTS_PER_BATCH):
-            tokens = backbone.tokenizer(flat[start : start + PROMPTS_PER_BATCH]).to(backbone.device)
-            embedded = backbone.model.encode_text(tokens).float()
+            tokens = backbone.tokenizer(flat[start : start + PROMPTS_PER_BATCH])
+            embedded = backbone.model.encode_text(tokens.to(backbone.device)).float()
             rows.append(torch.nn.functional.normalize(embedded, dim=1).cpu())
-    parts = torch.cat(rows).split([len(of_class) for of_class in by_class])
-    return torch.nn.functional.normalize(torch.stack([part.mean(0) for part in parts]), dim=1)
+    parts = torch.split(torch.cat(rows), [len(of_class) for of_class in text.prompts])
+    means = torch.stack([part.mean(0) for part in parts])
+    unit: np.ndarray = torch.nn.functional.normalize(means, dim=1).numpy()
+    return unit
 
 
 def _filled_in(path: Path, content: str) -> Prompts:

@@ -53,9 +53,7 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
     if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
-        raise InputError(
-            f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}"
-        )
+        raise InputError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
     try:
         with warnings.catch_warnings():  # of torch, about damage that the error tells better
             warnings.simplefilter("ignore")
@@ -66,7 +64,7 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
         raise _pickled(path) from error
     except _DAMAGE as error:
         if isinstance(error, PermissionError):
-            raise InputError(f"{path}: cannot be read ({os.strerror(error.errno)})") from error
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if isinstance(error, ValueError) and "pickle" in str(error):
             raise _pickled(path) from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -93,15 +91,16 @@ def read_array(path: str | Path, name: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if path.suffix == ".pt":
-        return _tensors(path, torch.load(path, map_location="cpu", weights_only=True))
     if path.suffix == ".safetensors":
         return load_file(path)
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return {SINGLE: loaded}
-    with loaded:
-        return {name: loaded[name] for name in loaded.files}
+    with open(path, "rb") as file:  # given a path, the readers leave damaged files open
+        if path.suffix == ".pt":
+            return _tensors(path, torch.load(file, map_location="cpu", weights_only=True))
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {SINGLE: loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
 
 
 def _tensors(path: Path, loaded: Any) -> dict[str, Any]:

@@ -31,29 +31,23 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
         `path` is a file, holds other files, is being written by another process, or cannot be
         written (permissions, full disk).
     """
-    target = Path(path).resolve()
-    partial = target.with_name(f".{target.name}.partial")
+    target = Path(os.path.realpath(path))  # Path.resolve fails on a loop of links before 3.13
+    partial, replaced, lock_file = (
+        target.parent / f".{target.name}.{end}" for end in ("partial", "replaced", "lock")
+    )
     try:
         _check_replaceable(target, path, contents)
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(lock_file, path):
+            try:
+                _recover(target, partial, replaced)
+                partial.mkdir()
+                yield partial
+                _publish(partial, target, replaced)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise unwritable(path, error) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{path}: another process is writing this folder") from error
-        try:
-            _empty(partial)  # what a killed run left behind
-            yield partial
-            _publish(partial, target)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+        raise InputError(f"{path}: cannot be read as JSON ({error}); write it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
@@ -83,6 +77,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]) -> None:
     if not target.exists():
+        above = next(folder for folder in target.parents if folder.exists())
+        if not above.is_dir():
+            raise InputError(f"{shown}: {above} is a file; name another folder")
         return
     if not target.is_dir():
         raise InputError(f"{shown}: is a file; name a folder")
@@ -93,25 +90,49 @@ def _check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]
         )
 
 
-def _publish(partial: Path, target: Path) -> None:
+@contextmanager
+def _locked(file: Path, shown: str | Path) -> Iterator[None]:
+    # A file opened for writing: NFS locks nothing else.
+    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owned = os.fstat(lock).st_nlink > 0  # or its owner has just finished and removed it
+        except BlockingIOError:
+            owned = False
+        if not owned:
+            raise InputError(f"{shown}: another process is writing this folder; wait for it")
+        try:
+            yield
+        finally:
+            file.unlink()
+    finally:
+        os.close(lock)
+
+
+def _recover(target: Path, partial: Path, replaced: Path) -> None:
+    """Undo what a killed run left behind."""
+    if replaced.exists() and not target.exists():  # killed between the two renames
+        replaced.rename(target)
+    for left in (replaced, partial):
+        if left.exists():
+            shutil.rmtree(left)
+
+
+def _publish(partial: Path, target: Path, replaced: Path) -> None:
     for file in partial.iterdir():
         _sync(file)
     _sync(partial)
-    replaced = target.with_name(f".{target.name}.replaced")
     if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _sync(path: Path) -> None:

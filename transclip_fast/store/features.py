@@ -42,6 +42,8 @@ class Features:
 
     Parameters
     ----------
+    path : str
+        Where they were read.
     arrays : dict
         By the names in `ARRAYS`; `image_features` (N, d) is always there.
     origins : dict
@@ -52,6 +54,7 @@ class Features:
         Key or path of each row.
     """
 
+    path: str
     arrays: dict[str, Any]
     origins: dict[str, str]
     source_rows: np.ndarray | None = None
@@ -100,10 +103,10 @@ def load_features(path: str | Path, overrides: Mapping[str, str | None] | None =
         else:
             features.arrays[name] = read_array(file, name)
     shape = tuple(features.arrays["image_features"].shape)
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise InputError(
-            f"{features.origins['image_features']}: expected a (rows, columns) array, "
-            f"got shape {shape}"
+            f"{features.origins['image_features']}: expected a non-empty "
+            f"(rows, columns) array, got shape {shape}"
         )
     return features
 
@@ -120,6 +123,25 @@ def read_names(path: str | Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def read_table(file: Path) -> pa.Table:
+    """
+    The table in a parquet file.
+
+    Raises
+    ------
+    InputError
+        Missing or damaged.
+    """
+    try:
+        return pq.read_table(file)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{file}: damaged or truncated ({_line(error)}); write or copy it again"
+        ) from error
 
 
 def features_sha256(image_features: Any) -> str:
@@ -143,7 +165,7 @@ def _load_file(path: Path) -> Features:
             f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
         )
     known = {name: arrays[name] for name in ARRAYS if name in arrays}
-    return Features(known, {name: f"{path}: {name}" for name in known})
+    return Features(str(path), known, {name: f"{path}: {name}" for name in known})
 
 
 def _load_folder(folder: Path) -> Features:
@@ -161,7 +183,9 @@ def _load_folder(folder: Path) -> Features:
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
     if (folder / "manifest.json").exists():
-        names = read_json(inside(folder, "manifest.json")).get("class_names")
+        manifest = read_json(inside(folder, "manifest.json"))
+        _check_manifest(folder, manifest, shards)
+        names = manifest.get("class_names")
         if names is not None:
             arrays["class_names"] = names
             origins["class_names"] = f"{folder / 'manifest.json'}: class_names"
@@ -170,7 +194,15 @@ def _load_folder(folder: Path) -> Features:
     )
     if labels is not None:
         arrays["labels"], origins["labels"] = labels, f"{folder / 'metadata'}: label"
-    return Features(arrays, origins, source_rows, keys)
+    return Features(str(folder), arrays, origins, source_rows, keys)
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
+    if not manifest.get("complete", True):
+        raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
+    for shard, entry in zip(shards, manifest.get("shards", {}).values(), strict=False):
+        if hashlib.sha256(shard.read_bytes()).hexdigest() != entry.get("features_sha256"):
+            raise InputError(f"{shard}: is not what the manifest says; encode it again")
 
 
 def _metadata(
@@ -187,10 +219,7 @@ def _metadata(
         )
     tables = []
     for number, file in files.items():
-        try:
-            table = pq.read_table(file)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{file}: damaged or truncated ({_line(error)})") from error
+        table = read_table(file)
         if table.num_rows != rows[number]:
             raise InputError(f"{file}: has {table.num_rows} rows, its features {rows[number]}")
         tables.append(table)

@@ -40,5 +40,10 @@ def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
         raise InputError(f"{path}: was built from other features; build it again")
     neighbors = read_array(inside(folder, "neighbors.npy"), "neighbors")
     similarities = read_array(inside(folder, "similarities.npy"), "similarities")
+    if similarities.dtype.kind != "f":
+        raise InputError(
+            f"{folder / 'similarities.npy'}: expected floats, got {similarities.dtype}; "
+            "build the graph again"
+        )
     info = {name: manifest.get(name) for name in ("method", "recall")}
     return NeighborGraph(neighbors, similarities, info)

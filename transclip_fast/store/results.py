@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import save
 
 from transclip_fast.errors import InputError
+from transclip_fast.inputs import as_labels
 from transclip_fast.mixture import Mixture
 from transclip_fast.store.arrays import read_arrays
 from transclip_fast.store.atomic import read_json, write_json
-from transclip_fast.store.features import Features, inside
+from transclip_fast.store.features import Features, inside, read_table
 
 CONTENTS = frozenset({"predictions.parquet", "mixture.safetensors", "run.json"})
 TOP = 5
@@ -30,19 +32,24 @@ class Result:
     run: dict[str, Any]
     predictions: pa.Table
 
-    def column(self, name: str) -> np.ndarray:
+    def labels(self, name: str) -> np.ndarray:
         """
-        A column of the predictions, (N,).
+        A column of class indices, (N,) int64.
 
         Raises
         ------
         InputError
-            There is none of that name.
+            There is none of that name, or it holds something else.
         """
+        file = self.folder / "predictions.parquet"
         if name not in self.predictions.column_names:
-            raise InputError(f"{self.folder}: predictions.parquet has no column {name!r}")
-        values: np.ndarray = self.predictions.column(name).to_numpy()
-        return values
+            raise InputError(f"{file}: has no column {name!r}; solve again")
+        return as_labels(
+            self.predictions.column(name).to_numpy(),
+            f"{file}: {name}",
+            rows=self.predictions.num_rows,
+            n_classes=self.run["n_classes"],
+        ).numpy()
 
 
 def predictions_table(
@@ -105,28 +112,56 @@ def load_result(path: str | Path) -> Result:
     InputError
         Missing, not a result folder, or damaged.
     """
+    run = load_run(path)
+    file = inside(Path(path), "predictions.parquet")
+    return Result(Path(path), run, read_table(file))
+
+
+def load_run(path: str | Path) -> dict[str, Any]:
+    """
+    run.json of a result folder, with `n_classes`, `class_names` (or None) and `config`.
+
+    Raises
+    ------
+    InputError
+        Missing, not a result folder, or damaged.
+    """
     folder = Path(path)
-    if not (folder / "run.json").is_file():
-        raise InputError(f"{path}: is not a result folder (no run.json)")
-    run = read_json(inside(folder, "run.json"))
-    file = inside(folder, "predictions.parquet")
-    try:
-        table = pq.read_table(file)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{file}: damaged or truncated ({error}); solve again") from error
-    return Result(folder, run, table)
+    if not os.path.isfile(folder / "run.json"):
+        raise InputError(f"{path}: is not a result folder (no run.json); name one that solve wrote")
+    file = inside(folder, "run.json")
+    run = read_json(file)
+    n_classes, names = run.get("n_classes"), run.setdefault("class_names", None)
+    if not isinstance(n_classes, int) or not isinstance(run.get("config"), dict):
+        raise InputError(f"{file}: has no n_classes or config; solve again")
+    if names is not None and (
+        not isinstance(names, list)
+        or len(names) != n_classes
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise InputError(f"{file}: class_names are not {n_classes} names; solve again")
+    return run
 
 
 def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
-    """The fitted mixture of a result folder, and the tensors saved beside it."""
+    """
+    The fitted mixture of a result folder, and the tensors saved beside it.
+
+    Raises
+    ------
+    InputError
+        Missing, or damaged.
+    """
     file = inside(Path(path), "mixture.safetensors")
     tensors = read_arrays(file)
-    try:
-        return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
-    except KeyError as error:
-        raise InputError(f"{file}: has no tensor {error}; solve again") from error
+    shape = tensors["means"].shape if "means" in tensors else ()
+    for name, tensor in tensors.items():
+        expected = shape[1:] if name == "variances" else shape
+        if len(shape) != 2 or tensor.shape != expected or not tensor.isfinite().all():
+            raise InputError(f"{file}: {name} is damaged; solve again")
+    if "variances" not in tensors or not (tensors["variances"] > 0).all():
+        raise InputError(f"{file}: means or variances are missing or damaged; solve again")
+    return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
 
 
 def _lists(array: np.ndarray) -> pa.Array:

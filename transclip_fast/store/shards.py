@@ -25,6 +25,7 @@ FAILURES = "failures.csv"
 PROTOTYPES = "prototypes.npy"
 # Decided by the first run and kept by those that continue it: other values change some last bits.
 KEPT = ("batch_size", "threads", "shard_rows")
+TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,19 @@ class FeatureWriter:
         except OSError as error:
             raise unwritable(self.folder, error) from error
 
-    def write_prototypes(self, prototypes: np.ndarray, names: Sequence[str], origin: str) -> None:
-        """Prototypes (K, d) float32 with their class names; `origin` says how they were made."""
+    def has_prototypes(self, identity: Mapping[str, Any]) -> bool:
+        """Whether prototypes.npy is there, whole, and of this identity."""
+        return all(self.text.get(name) == value for name, value in identity.items()) and (
+            self._whole(PROTOTYPES, self.text.get("prototypes_sha256"))
+        )
+
+    def write_prototypes(self, prototypes: np.ndarray, identity: Mapping[str, Any]) -> None:
+        """Prototypes (K, d) float32; `identity` tells class names and how they were made."""
         data = io.BytesIO()
         np.save(data, prototypes, allow_pickle=False)
         try:
-            self.text = {
-                "class_names": list(names),
-                "templates": origin,
-                "prototypes_sha256": self._save(PROTOTYPES, data.getvalue()),
-            }
+            sha256 = self._save(PROTOTYPES, data.getvalue())
+            self.text = {**identity, "prototypes_sha256": sha256}
             self._save_manifest()
         except OSError as error:
             raise unwritable(self.folder, error) from error
@@ -162,18 +166,14 @@ class FeatureWriter:
                     f"{self.config.get(name)!r}; name a new folder"
                 )
         self.config = begun
-        self.text = {
-            name: manifest[name]
-            for name in ("class_names", "templates", "prototypes_sha256")
-            if name in manifest
-        }
+        self.text = {name: manifest[name] for name in TEXT if name in manifest}
         for number, entry in manifest["shards"].items():
             if self._whole(_features_name(int(number)), entry["features_sha256"]) and self._whole(
                 _metadata_name(int(number)), entry["metadata_sha256"]
             ):
                 self.shards[number] = entry
 
-    def _whole(self, name: str, sha256: str) -> bool:
+    def _whole(self, name: str, sha256: str | None) -> bool:
         file = inside(self.folder, name)
         return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256
 

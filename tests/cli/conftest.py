@@ -1,0 +1,107 @@
+"""The command line as a user meets it, and small files to give it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from transclip_fast.cli import main
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Small problems; threads that wait for each other cost most of the time on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command line in this process."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["transclip-fast", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Ran(stopped.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def succeeds(cli):
+    """Run a command that must succeed without a word on standard error; its standard output."""
+
+    def run(*args):
+        ran = cli(*args)
+        assert (ran.code, ran.err) == (0, "")
+        return ran.out
+
+    return run
+
+
+@pytest.fixture
+def refused(cli, tmp_path):
+    """Run a command that must refuse its input in one line and leave every file as it was."""
+
+    def run(*args):
+        before = contents(tmp_path)
+        ran = cli(*args)
+        assert ran.code == 2
+        assert ran.err.startswith("error: ")
+        assert ran.err.count("\n") == 1
+        assert ran.err.endswith("\n")
+        assert ran.out == ""
+        assert contents(tmp_path) == before
+        return ran.err
+
+    return run
+
+
+@pytest.fixture
+def arrays(problem):
+    """A problem as the arrays of a FEATURES file."""
+    features, prototypes, labels = problem()
+    return {"image_features": features, "text_features": prototypes, "labels": labels}
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write arrays to an .npz file in the test's folder."""
+
+    def write(arrays, name="features.npz"):
+        np.savez(tmp_path / name, **arrays)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def solved(save, arrays, succeeds, tmp_path):
+    """A result folder of `arrays`."""
+    succeeds("solve", save(arrays), "--out", tmp_path / "result")
+    return tmp_path / "result"
+
+
+def contents(folder):
+    """Every path below a folder, hidden ones too, with the bytes of files."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }

@@ -1,0 +1,103 @@
+"""`evaluate`: a result folder against the truth."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from transclip_fast.evaluate import evaluate
+
+
+def table_of(folder):
+    return pq.read_table(folder / "predictions.parquet")
+
+
+def test_numbers(solved, arrays, succeeds):
+    summary = json.loads(succeeds("evaluate", solved, "--json"))
+    table, truth = table_of(solved), arrays["labels"]
+    labels, zero_shot = table["label"].to_numpy(), table["zero_shot_label"].to_numpy()
+    scores = evaluate(labels, zero_shot, truth)
+    assert summary["accuracy"] == round(100 * (labels == truth).mean(), 4)
+    assert summary["zero_shot_accuracy"] == round(100 * (zero_shot == truth).mean(), 4)
+    assert summary["corrected"] == ((labels == truth) & (zero_shot != truth)).sum()
+    assert summary["broken"] == ((labels != truth) & (zero_shot == truth)).sum()
+    assert summary["per_class"] == [list(row) for row in scores.per_class]
+    assert summary["warnings"] == []
+
+
+def test_labels_from_a_file(save, arrays, succeeds, refused, tmp_path):
+    truth = arrays.pop("labels")
+    np.save(tmp_path / "labels.npy", truth)
+    result = tmp_path / "result"
+    succeeds("solve", save(arrays), "--out", result)
+    assert "give --labels" in refused("evaluate", result)
+    given = json.loads(succeeds("evaluate", result, "--labels", tmp_path / "labels.npy", "--json"))
+    right = table_of(result)["label"].to_numpy() == truth
+    assert given["accuracy"] == round(100 * right.mean(), 4)
+
+
+def test_text_names_the_worst_classes(save, arrays, succeeds, tmp_path):
+    names = [f"name of {k}" for k in range(6)]
+    file = save({**arrays, "class_names": np.array(names)})
+    succeeds("solve", file, "--out", tmp_path / "result")
+    out = succeeds("evaluate", tmp_path / "result")
+    worst = json.loads(succeeds("evaluate", tmp_path / "result", "--json"))["per_class"][0]
+    assert f"{names[worst[0]]:20}  {worst[1]:7}" in out
+    assert f"{worst[3]:.2f} %" in out
+
+
+def test_warns_of_classes_in_another_order(solved, cli, tmp_path):
+    np.save(tmp_path / "labels.npy", (table_of(solved)["zero_shot_label"].to_numpy() + 1) % 6)
+    ran = cli("evaluate", solved, "--labels", tmp_path / "labels.npy", "--json")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: ")
+    assert json.loads(ran.out)["warnings"] == [ran.err.removeprefix("warning: ").rstrip()]
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [(np.zeros(5), "expected 77 labels"), (np.full(77, 6), "row 0 has label 6"),
+     (np.full(77, 0.5), "row 0 has label 0.5")],
+)  # fmt: skip
+def test_bad_labels(labels, told, solved, refused, tmp_path):
+    np.save(tmp_path / "labels.npy", labels)
+    message = refused("evaluate", solved, "--labels", tmp_path / "labels.npy")
+    assert message.startswith(f"error: {tmp_path / 'labels.npy'}: ")
+    assert told in message
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.drop(["label"]), "has no column 'label'"),
+        (lambda t: t.set_column(3, "label", pa.array([6] * 77)), "label: row 0 has label 6"),
+        (lambda t: t.set_column(3, "label", pa.array(["cat"] * 77)), "label: expected numbers"),
+    ],
+)
+def test_tampered_predictions(change, told, solved, refused):
+    pq.write_table(change(table_of(solved)), solved / "predictions.parquet")
+    message = refused("evaluate", solved)
+    assert "predictions.parquet" in message
+    assert told in message
+
+
+@pytest.mark.parametrize("end", [0, 3, 100, -1])
+def test_truncated_predictions(end, solved, refused):
+    file = solved / "predictions.parquet"
+    file.write_bytes(file.read_bytes()[:end])
+    assert "predictions.parquet: damaged or truncated" in refused("evaluate", solved)
+
+
+def test_missing_predictions(solved, refused):
+    (solved / "predictions.parquet").unlink()
+    assert "predictions.parquet: no such file" in refused("evaluate", solved)
+
+
+def test_predictions_that_lead_out(solved, refused, tmp_path):
+    (solved / "predictions.parquet").rename(tmp_path / "elsewhere")
+    (solved / "predictions.parquet").symlink_to(tmp_path / "elsewhere")
+    assert "leads out of" in refused("evaluate", solved)

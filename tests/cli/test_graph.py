@@ -1,0 +1,130 @@
+"""`graph`: its folder, and `solve --graph`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.cli.test_solve import read
+from transclip_fast.store.features import features_sha256
+
+
+@pytest.fixture
+def graph(save, arrays, succeeds, tmp_path):
+    """A graph folder of the features in features.npz."""
+    succeeds("graph", save(arrays), "--out", tmp_path / "graph")
+    return tmp_path / "graph"
+
+
+def test_contents(graph, arrays):
+    x = arrays["image_features"].astype(np.float64)
+    similarities = x @ x.T
+    np.fill_diagonal(similarities, -np.inf)
+    neighbors = np.load(graph / "neighbors.npy")
+    assert neighbors.dtype == np.int64
+    np.testing.assert_array_equal(neighbors, np.argsort(-similarities, axis=1)[:, :3])
+    expected = np.take_along_axis(similarities, neighbors, 1)
+    np.testing.assert_allclose(np.load(graph / "similarities.npy"), expected, atol=1e-6)
+    manifest = json.loads((graph / "manifest.json").read_text())
+    assert manifest["features_sha256"] == features_sha256(arrays["image_features"])
+    assert (manifest["n_rows"], manifest["n_neighbors"], manifest["recall"]) == (77, 3, 1.0)
+    assert manifest["method"].startswith("exact")
+
+
+def test_json(save, arrays, succeeds, tmp_path):
+    out = succeeds("graph", save(arrays), "--out", tmp_path / "graph", "--json")
+    assert json.loads(out) == json.loads((tmp_path / "graph" / "manifest.json").read_text())
+
+
+def test_solve_takes_it(graph, solved, succeeds, tmp_path):
+    out = tmp_path / "reused"
+    succeeds("solve", tmp_path / "features.npz", "--graph", graph, "--out", out)
+    run, table = read(out)
+    fresh, expected = read(solved)
+    assert table.equals(expected)
+    assert run["objective"] == fresh["objective"]
+    assert run["graph"] == fresh["graph"]
+    assert (out / "mixture.safetensors").read_bytes() == (
+        solved / "mixture.safetensors"
+    ).read_bytes()
+
+
+def test_longer_lists_are_cut(save, arrays, solved, succeeds, tmp_path):
+    file = save(arrays)
+    succeeds("graph", file, "--out", tmp_path / "graph", "--n-neighbors", 7)
+    succeeds("solve", file, "--graph", tmp_path / "graph", "--out", tmp_path / "reused")
+    assert read(tmp_path / "reused")[1].equals(read(solved)[1])
+
+
+def test_fewer_rows_than_neighbours(save, succeeds, cli, tmp_path):
+    file = save({"image_features": np.eye(3), "text_features": np.eye(3)[:2]})
+    succeeds("graph", file, "--out", tmp_path / "graph", "--n-neighbors", 5)
+    neighbors = np.load(tmp_path / "graph" / "neighbors.npy")
+    np.testing.assert_array_equal((neighbors >= 0).sum(1), [2, 2, 2])
+    ran = cli("solve", file, "--graph", tmp_path / "graph", "--out", tmp_path / "result")
+    assert ran.code == 0
+
+
+def test_of_other_features(graph, arrays, save, refused, tmp_path):
+    arrays["image_features"] = arrays["image_features"][::-1]
+    message = refused("solve", save(arrays), "--graph", graph, "--out", tmp_path / "result")
+    assert f"{graph}: was built from other features; build it again" in message
+
+
+def array(name, change):
+    def spoil(folder):
+        np.save(folder / name, change(np.load(folder / name)))
+
+    return spoil
+
+
+def changed(index, value):
+    def change(values):
+        values[index] = value
+        return values
+
+    return change
+
+
+TAMPERED = {
+    "truncated": (
+        lambda f: (f / "neighbors.npy").write_bytes((f / "neighbors.npy").read_bytes()[:-40]),
+        "neighbors.npy: damaged or truncated",
+    ),
+    "missing": (lambda f: (f / "similarities.npy").unlink(), "similarities.npy: no such file"),
+    "id too high": (array("neighbors.npy", changed((4, 1), 77)), "row 4 has an impossible"),
+    "id too low": (array("neighbors.npy", changed((5, 2), -2)), "row 5 has an impossible"),
+    "itself": (array("neighbors.npy", changed((6, 0), 6)), "row 6 has an impossible"),
+    "NaN": (array("similarities.npy", changed((7, 0), np.nan)), "row 7 has an impossible"),
+    "float ids": (array("neighbors.npy", lambda a: a.astype(float)), "must be integers"),
+    "strings": (array("similarities.npy", lambda a: a.astype("U5")), "expected floats"),
+    "few rows": (array("neighbors.npy", lambda a: a[:-1]), "differ in shape"),
+    "manifest": (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: expected"),
+}
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_tampered(kind, graph, refused, tmp_path):
+    spoil, told = TAMPERED[kind]
+    spoil(graph)
+    file = tmp_path / "features.npz"
+    message = refused("solve", file, "--graph", graph, "--out", tmp_path / "result")
+    assert message.startswith(f"error: {graph}")
+    assert told in message
+
+
+def test_short_lists(graph, refused, tmp_path):
+    message = refused("solve", tmp_path / "features.npz", "--graph", graph, "--n-neighbors", 4,
+                      "--out", tmp_path / "result")  # fmt: skip
+    assert "lists have 3 neighbours, 4 are needed" in message
+
+
+@pytest.mark.parametrize(
+    ("row", "told"), [(np.nan, "row 2 contains NaN"), (0, "row 2 is all zero")]
+)
+def test_bad_rows(row, told, arrays, save, refused, tmp_path):
+    arrays["image_features"][2] = row
+    message = refused("graph", save(arrays), "--out", tmp_path / "graph")
+    assert f"features.npz: image_features: {told}" in message

@@ -1,0 +1,122 @@
+"""`predict`: new rows, labelled from a result folder as by the estimator that made it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from transclip_fast import TransCLIP
+
+
+@pytest.fixture
+def new(problem, save):
+    """New rows of the same classes, and the file they are in."""
+    features, _, labels = problem(n=120, noise=0.05)
+    return features[77:], labels[77:], save({"image_features": features[77:]}, "new.npz")
+
+
+def test_equals_the_estimator(solved, new, arrays, succeeds, tmp_path):
+    rows, labels, file = new
+    np.save(tmp_path / "labels.npy", labels)
+    out = succeeds("predict", solved, file, "--out", tmp_path / "more", "--labels",
+                   tmp_path / "labels.npy", "--json")  # fmt: skip
+    model = TransCLIP().fit(arrays["image_features"], arrays["text_features"])
+    expected = model.predict_proba(rows)
+    table = pq.read_table(tmp_path / "more" / "predictions.parquet")
+    run = json.loads((tmp_path / "more" / "run.json").read_text())
+    np.testing.assert_array_equal(table["confidence"], expected.max(1))
+    np.testing.assert_array_equal(table["label"], expected.argmax(1))
+    zero_shot = (rows @ arrays["text_features"].T).argmax(1)
+    np.testing.assert_array_equal(table["zero_shot_label"], zero_shot)
+    assert run["accuracy"] == round(100 * (expected.argmax(1) == labels).mean(), 4)
+    assert run["n_flipped"] == (expected.argmax(1) != zero_shot).sum()
+    assert (run["n_queries"], run["n_classes"], run["dim"]) == (43, 6, 33)
+    assert json.loads(out) == run
+
+
+@pytest.mark.parametrize("kind", ["prior", "prior_logits"])
+def test_after_a_prior_fit(kind, new, arrays, save, succeeds, refused, tmp_path):
+    rows, labels, file = new
+    known, given = (
+        np.full((len(y), 6), 0.1) + 0.4 * np.eye(6)[y] for y in (arrays["labels"], labels)
+    )
+    option = "--" + kind.replace("_", "-")
+    np.save(tmp_path / "given.npy", given)
+    succeeds("solve", save({**arrays, kind: known}), "--out", tmp_path / "result")
+    message = refused("predict", tmp_path / "result", file, "--out", tmp_path / "more")
+    assert "give one of --prior and --prior-logits" in message
+    succeeds("predict", tmp_path / "result", file, "--out", tmp_path / "more", option,
+             tmp_path / "given.npy")  # fmt: skip
+    model = TransCLIP().fit(arrays["image_features"], arrays["text_features"], **{kind: known})
+    table = pq.read_table(tmp_path / "more" / "predictions.parquet")
+    expected = model.predict_proba(rows, **{kind: given})
+    np.testing.assert_array_equal(table["confidence"], expected.max(1))
+    zero_shot = (rows @ arrays["text_features"].T).argmax(1)
+    np.testing.assert_array_equal(table["zero_shot_label"], zero_shot)
+
+
+def test_a_prior_that_the_result_has_no_use_for(solved, new, refused, tmp_path):
+    np.save(tmp_path / "prior.npy", np.full((43, 6), 1 / 6))
+    message = refused("predict", solved, new[2], "--out", tmp_path / "more", "--prior",
+                      tmp_path / "prior.npy")  # fmt: skip
+    assert "prior.npy" in message
+    assert "not with a prior" in message
+
+
+def test_rows_of_another_model(solved, save, refused, tmp_path):
+    file = save({"image_features": np.eye(30)}, "new.npz")
+    message = refused("predict", solved, file, "--out", tmp_path / "more")
+    assert "new.npz: image_features: has 30 columns, expected 33" in message
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def rewrite(**change):
+    def spoil(folder):
+        tensors = load_file(folder / "mixture.safetensors") | change
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, folder / "mixture.safetensors")
+
+    return spoil
+
+
+def run_json(**change):
+    def spoil(folder):
+        run = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(run | change))
+
+    return spoil
+
+
+DAMAGE = {
+    "folder": (shutil.rmtree, "is not a result folder"),
+    "run.json": (remove("run.json"), "is not a result folder"),
+    "n_classes": (run_json(n_classes=None), "run.json: has no n_classes"),
+    "config": (run_json(config=3), "run.json: has no n_classes or config"),
+    "class_names": (run_json(class_names=["a"]), "run.json: class_names are not 6 names"),
+    "kl_weight": (run_json(config={"likelihood_weight": 0.02}), "has no kl_weight"),
+    "mixture": (remove("mixture.safetensors"), "mixture.safetensors: no such file"),
+    "means": (rewrite(means=None), "mixture.safetensors: "),
+    "flat means": (rewrite(means=np.ones(6)), "means is damaged"),
+    "NaN": (rewrite(means=np.full((6, 33), np.nan)), "means is damaged"),
+    "variances": (rewrite(variances=None), "variances are missing"),
+    "short variances": (rewrite(variances=np.ones(32)), "variances is damaged"),
+    "zero variances": (rewrite(variances=np.zeros(33)), "variances are missing or damaged"),
+    "weights": (rewrite(prior_weights=np.ones((5, 33))), "prior_weights is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_results(kind, solved, new, refused, tmp_path):
+    spoil, told = DAMAGE[kind]
+    spoil(solved)
+    message = refused("predict", solved, new[2], "--out", tmp_path / "more")
+    assert str(solved) in message
+    assert told in message

@@ -1,0 +1,196 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from transclip_fast.errors import InputError
+from transclip_fast.store.atomic import new_folder, read_json, write_json
+
+CONTENTS = frozenset({"a", "b"})
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A folder that an earlier run wrote."""
+    write(tmp_path / "out", a="old")
+    return tmp_path / "out"
+
+
+def write(path, **files):
+    with new_folder(path, CONTENTS) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+
+def listing(folder):
+    """What lies in a folder, hidden entries too, with the text of files one level down."""
+    return {
+        entry.name: {file.name: file.read_text() for file in entry.iterdir()}
+        for entry in folder.iterdir()
+    }
+
+
+def test_appears_only_when_it_is_whole(tmp_path):
+    with new_folder(tmp_path / "out", CONTENTS) as folder:
+        (folder / "a").write_text("new")
+        assert not (tmp_path / "out").exists()
+    assert listing(tmp_path) == {"out": {"a": "new"}}
+
+
+def test_parents_are_made(tmp_path):
+    write(tmp_path / "x" / "y" / "out", a="new")
+    assert listing(tmp_path / "x" / "y") == {"out": {"a": "new"}}
+
+
+def test_replaces_an_earlier_result(earlier, tmp_path):
+    with new_folder(earlier, CONTENTS) as folder:
+        (folder / "b").write_text("new")
+        assert (earlier / "a").read_text() == "old"
+    assert listing(tmp_path) == {"out": {"b": "new"}}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
+def test_failure_leaves_nothing_and_the_earlier_result(error, earlier, tmp_path):
+    def fail(path):
+        with new_folder(path, CONTENTS) as folder:
+            (folder / "a").write_text("half")
+            raise error
+
+    for path in (earlier, tmp_path / "other"):
+        with pytest.raises(error):
+            fail(path)
+    assert listing(tmp_path) == {"out": {"a": "old"}}
+
+
+def test_an_empty_folder_is_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", a="new")
+    assert listing(tmp_path) == {"out": {"a": "new"}}
+
+
+def test_other_files_are_never_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    (tmp_path / "out" / "thesis").write_text("mine")
+    with pytest.raises(InputError, match="holds other files \\(thesis\\)"):
+        write(tmp_path / "out", a="new")
+    assert listing(tmp_path) == {"out": {"a": "old", "thesis": "mine"}}
+
+
+def test_a_link_to_the_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/out")
+    for text in ("first", "second"):
+        write(tmp_path / "out", a=text)
+        assert (tmp_path / "out").is_symlink()
+        assert listing(tmp_path / "disk") == {"out": {"a": text}}
+
+
+@pytest.mark.parametrize("failing", ["first", "second"])
+def test_a_rename_that_fails_leaves_the_earlier_result(failing, earlier, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def fail(self, target):
+        if (failing == "first") == (self.name == "out") and not self.name.endswith("replaced"):
+            raise OSError(errno.EACCES, "")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(InputError, match="cannot be written \\(Permission denied\\)"):
+        write(earlier, a="new")
+    assert listing(tmp_path) == {"out": {"a": "old"}}
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("state", ["writing", "between the renames", "after the renames"])
+def test_what_a_killed_run_left_is_cleaned(state, again, earlier, tmp_path):
+    (tmp_path / ".out.lock").touch()
+    if state == "writing":
+        (tmp_path / ".out.partial" / "deep").mkdir(parents=True)
+        (tmp_path / ".out.partial" / "a").write_text("half")
+    elif state == "between the renames":
+        earlier.rename(tmp_path / ".out.replaced")
+        (tmp_path / ".out.partial").mkdir()
+    else:
+        (tmp_path / ".out.replaced").mkdir()
+    if again:
+        write(earlier, b="new")
+        assert listing(tmp_path) == {"out": {"b": "new"}}
+    else:
+        with pytest.raises(RuntimeError), new_folder(earlier, CONTENTS):
+            raise RuntimeError
+        assert listing(tmp_path) == {"out": {"a": "old"}}
+
+
+def test_two_writers(earlier, tmp_path):
+    with new_folder(earlier, CONTENTS) as folder:
+        (folder / "a").write_text("first")
+        with pytest.raises(InputError, match="out: another process is writing this folder"):
+            write(earlier, a="second")
+        assert (folder / "a").read_text() == "first"
+        write(tmp_path / "beside", a="third")
+    assert listing(tmp_path) == {"out": {"a": "first"}, "beside": {"a": "third"}}
+
+
+def test_a_lock_that_its_owner_has_just_removed_is_not_taken(tmp_path, monkeypatch):
+    open_ = os.open
+
+    def slow(path, *args, **kwargs):
+        lock = open_(path, *args, **kwargs)
+        if str(path).endswith(".lock"):
+            os.unlink(path)
+        return lock
+
+    monkeypatch.setattr(os, "open", slow)
+    with pytest.raises(InputError, match="another process"):
+        write(tmp_path / "out", a="new")
+    assert listing(tmp_path) == {}
+
+
+def test_no_locks_on_this_file_system(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(InputError, match="No locks available"):
+        write(tmp_path / "out", a="new")
+
+
+def test_files_and_folder_are_synced_before_the_rename(tmp_path, monkeypatch):
+    synced = []
+    fsync, rename = os.fsync, Path.rename
+
+    def record(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def check(self, target):
+        assert set(synced) >= {"a", ".out.partial"}
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "rename", check)
+    write(tmp_path / "out", a="new")
+    assert synced[-1] == tmp_path.name
+
+
+def test_json_there_and_back(tmp_path):
+    value = {"name": "ç", "list": [1, 2.5, None]}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "no such file"), (b"{", "as JSON"), (b"\xff", "as JSON"), (b"[1]", "a JSON object")],
+)
+def test_bad_json(content, told, tmp_path):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"x.json: .*{told}"):
+        read_json(tmp_path / "x.json")

@@ -1,0 +1,208 @@
+"""Feature folders in clip-retrieval's layout, and the hash of features."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from transclip_fast.errors import InputError
+from transclip_fast.store.features import features_sha256, load_features, read_names
+
+ROWS = [2, 1, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1]  # of twelve shards: 10 comes after 9, not after 1
+FEATURES = np.random.default_rng(0).normal(size=(sum(ROWS), 4)).astype(np.float16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What clip-retrieval writes, with captions in text_emb, and prototypes beside them."""
+    folder = tmp_path / "features"
+    for name in ("img_emb", "text_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    paths = [f"cat {row}.jpg" for row in range(len(FEATURES))]
+    start = 0
+    for number, rows in enumerate(ROWS):
+        stop = start + rows
+        np.save(folder / f"img_emb/img_emb_{number}.npy", FEATURES[start:stop])
+        np.save(folder / f"text_emb/text_emb_{number}.npy", -FEATURES[start:stop])
+        table = pa.table({"caption": ["a cat"] * rows, "image_path": paths[start:stop]})
+        pq.write_table(table, folder / f"metadata/metadata_{number}.parquet")
+        start = stop
+    (folder / "img_emb" / "notes.npy").write_bytes(b"")
+    np.save(folder / "prototypes.npy", FEATURES[:3])
+    return folder
+
+
+def metadata(folder, number, **columns):
+    pq.write_table(pa.table(columns), folder / f"metadata/metadata_{number}.parquet")
+
+
+def test_clip_retrieval_s_own_folder(folder):
+    features = load_features(folder)
+    np.testing.assert_array_equal(features.get("image_features"), FEATURES)
+    np.testing.assert_array_equal(features.get("text_features"), FEATURES[:3])
+    assert features.keys == [f"cat {row}.jpg" for row in range(len(FEATURES))]
+    assert features.get("labels") is features.source_rows is features.class_names is None
+
+
+def test_captions_are_never_prototypes(folder):
+    (folder / "prototypes.npy").unlink()
+    assert load_features(folder).get("text_features") is None
+
+
+def test_all_columns(folder):
+    (folder / "manifest.json").write_text(json.dumps({"class_names": ["ç", "b", "c"]}))
+    start = 0
+    for number, rows in enumerate(ROWS):
+        ids = np.arange(start, start + rows)
+        # int32 in one shard and int64 in the next, as readers of csv files produce
+        dtype = np.int32 if number % 2 else np.int64
+        metadata(folder, number, source_row=2 * ids, key=ids.astype(str), label=ids.astype(dtype))
+        start += rows
+    features = load_features(folder)
+    np.testing.assert_array_equal(features.source_rows, 2 * np.arange(start))
+    np.testing.assert_array_equal(features.get("labels"), np.arange(start))
+    assert features.keys == [str(row) for row in range(start)]
+    assert features.class_names == ["ç", "b", "c"]
+
+
+def test_labels_that_are_known_in_part_are_unknown(folder):
+    for number, rows in enumerate(ROWS):
+        metadata(folder, number, label=pa.array([None] + [1] * (rows - 1), pa.int64()))
+    assert load_features(folder).get("labels") is None
+
+
+def test_a_shard_without_rows(folder):
+    np.save(folder / "img_emb/img_emb_12.npy", FEATURES[:0])
+    metadata(folder, 12, image_path=pa.array([], pa.string()))
+    assert len(load_features(folder).keys) == len(FEATURES)
+
+
+def test_single_arrays_replaced(folder, tmp_path):
+    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    np.save(tmp_path / "text.npy", FEATURES[:5])
+    features = load_features(
+        folder,
+        {"text_features": tmp_path / "text.npy", "class_names": tmp_path / "names.txt"},
+    )
+    np.testing.assert_array_equal(features.get("text_features"), FEATURES[:5])
+    assert features.class_names == ["x", "y", "z"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+SPOILT = {
+    "no shards": (lambda f: [p.unlink() for p in f.glob("img_emb/*")], "has no img_emb"),
+    "shard missing": (lambda f: (f / "img_emb/img_emb_3.npy").unlink(), "shard 3 has no img_emb"),
+    "metadata missing": (
+        lambda f: (f / "metadata/metadata_4.parquet").unlink(),
+        "shard 4 has no metadata",
+    ),
+    "numbered twice": (
+        lambda f: np.save(f / "img_emb/img_emb_03.npy", FEATURES[:1]),
+        "same number",
+    ),
+    "shard cut": (lambda f: truncate(f / "img_emb/img_emb_2.npy"), "img_emb_2.npy: damaged"),
+    "metadata cut": (
+        lambda f: truncate(f / "metadata/metadata_2.parquet"),
+        "metadata_2.parquet: damaged",
+    ),
+    "row missing": (
+        lambda f: metadata(f, 2, image_path=["a", "b"]),
+        "metadata_2.parquet: has 2 rows, its features 3",
+    ),
+    "narrow shard": (
+        lambda f: np.save(f / "img_emb/img_emb_5.npy", FEATURES[:1, :3]),
+        r"img_emb_5.npy: has shape \(1, 3\)",
+    ),
+    "flat shard": (lambda f: np.save(f / "img_emb/img_emb_0.npy", FEATURES[0]), "img_emb_0.npy"),
+    "odd keys": (
+        lambda f: [metadata(f, i, key=[[1]] * n) for i, n in enumerate(ROWS)],
+        "metadata: ",
+    ),
+    "odd source rows": (
+        lambda f: [metadata(f, i, source_row=["x"] * n) for i, n in enumerate(ROWS)],
+        "metadata: ",
+    ),
+    "manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: cannot be read"),
+    "names": (
+        lambda f: (f / "manifest.json").write_text('{"class_names": [["a"], ["b", "c"]]}'),
+        "manifest.json: class_names: expected a list of strings",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_damaged_folders(kind, folder):
+    spoil, told = SPOILT[kind]
+    spoil(folder)
+    with pytest.raises(InputError, match=told) as error:
+        load_features(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["img_emb/img_emb_1.npy", "metadata/metadata_1.parquet", "prototypes.npy", "manifest.json"],
+)
+def test_paths_that_lead_out(name, folder, tmp_path):
+    file = folder / name
+    outside = tmp_path / file.name
+    if file.exists():
+        file.rename(outside)
+    else:
+        outside.write_text("{}")
+    file.symlink_to(outside)
+    with pytest.raises(InputError, match="leads out of"):
+        load_features(folder)
+
+
+def test_a_folder_that_leads_out(folder, tmp_path):
+    (folder / "img_emb").rename(tmp_path / "elsewhere")
+    (folder / "img_emb").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="leads out of"):
+        load_features(folder)
+
+
+def test_a_link_to_the_folder_itself_is_fine(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert load_features(tmp_path / "link").sha256() == load_features(folder).sha256()
+
+
+def test_hash_tells_type_shape_and_bytes():
+    tensor = torch.from_numpy(FEATURES)
+    same = {
+        features_sha256(x)
+        for x in (FEATURES, tensor, np.asfortranarray(FEATURES), tensor.T.contiguous().T)
+    }
+    assert len(same) == 1
+    others = (FEATURES[::-1], FEATURES.astype(np.float32), FEATURES.reshape(-1, 2), FEATURES[:-1],
+              tensor.view(torch.bfloat16))  # fmt: skip
+    assert len({features_sha256(x) for x in others} | same) == 6
+
+
+@pytest.mark.parametrize("array", [["a", "ç"], [b"a", "ç".encode()]])
+def test_names_from_arrays(array, tmp_path):
+    np.save(tmp_path / "names.npy", array)
+    assert read_names(tmp_path / "names.npy") == ["a", "ç"]
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (lambda p: None, "no such file"),
+        (lambda p: p.write_bytes(b"\xff\xfe\n"), "UTF-8"),
+        (lambda p: p.mkdir(), "cannot be read"),
+    ],
+)
+def test_bad_names(write, told, tmp_path):
+    write(tmp_path / "names.txt")
+    with pytest.raises(InputError, match=rf"names\.txt: .*{told}"):
+        read_names(tmp_path / "names.txt")

@@ -1,0 +1,92 @@
+"""`transclip-fast run`: images and class names to labels; each stage's folder is kept."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from transclip_fast.cli import common
+from transclip_fast.cli.encode import encode, encode_options, report
+from transclip_fast.cli.evaluate import evaluate_result
+from transclip_fast.cli.evaluate import text as evaluation_text
+from transclip_fast.cli.graph import make_graph
+from transclip_fast.cli.solve import inputs_sha256, solve_features
+from transclip_fast.cli.solve import text as solve_text
+from transclip_fast.device import resolve_device
+from transclip_fast.errors import InputError
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.store.atomic import read_json
+from transclip_fast.store.features import Features, load_features
+
+
+@click.command("run")
+@click.argument("images", type=click.Path())
+@common.out_option
+@encode_options
+@common.device_option
+@common.json_option
+def command(images: str, out: str, device: str, as_json: bool, **options: Any) -> None:
+    """Label IMAGES with the class names in --classes: encode, graph, solve, report.
+
+    IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths, or
+    webdataset tars. --out receives the folders features/, graph/ and result/. Started again it
+    skips each stage that is whole, and continues an encode that was killed.
+
+    \b
+    Example:
+      transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
+    """
+    strict = options.pop("strict")
+    if options["names"] is None:
+        raise InputError("run needs --classes: a text file with one name a line, or imagenet")
+    folder = Path(out)
+    with common.collected_warnings({}) as warnings:
+        writer, seconds = encode(images, str(folder / "features"), device, **options)
+        encoded, encoded_text = report(writer, str(folder / "features"))
+        solved, solved_text = solve_folder(folder, TransCLIP(device=device))
+    summary = {
+        **solved,
+        "failures": encoded["failures"],
+        "seconds": {**seconds, **solved["seconds"]},
+        "warnings": [*warnings, *solved["warnings"]],
+    }
+    common.summarise(summary, f"{encoded_text}\n{solved_text}", as_json)
+    if strict and encoded["failures"]:
+        sys.exit(1)
+
+
+def solve_folder(folder: Path, model: TransCLIP) -> tuple[dict[str, Any], str]:
+    """Graph, result and report of folder/features, in folder/graph and folder/result."""
+    stages = common.Stages()
+    stored = load_features(folder / "features")
+    result = folder / "result"
+    run = _solved(result, stored, model)
+    if run is None:
+        graph = make_graph(
+            stored,
+            str(folder / "graph"),
+            model.n_neighbors,
+            resolve_device(model.device),
+            stages,
+        )
+        run = solve_features(stored, str(result), model, graph, stages)
+    text = solve_text(run, str(result))
+    if run["accuracy"] is not None:
+        text = f"{text}\n\n{evaluation_text(*evaluate_result(result))}"
+    return run, text
+
+
+def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] | None:
+    """run.json of a result of these very inputs and parameters, where there is one."""
+    if not (result / "run.json").is_file():
+        return None
+    run = read_json(result / "run.json")
+    config = run.get("config", {})
+    asked = {name: value for name, value in asdict(model).items() if value is not None}
+    del asked["device"]
+    same = all(config.get(name) == value for name, value in asked.items())
+    return run if same and run.get("inputs_sha256") == inputs_sha256(stored) else None
