@@ -82,8 +82,22 @@ def start_means(features, z, support, labels):
     return unit(means)
 
 
-def solve(features, log_y, *, support=None, labels=None, gamma=0.0, parameters=None):
-    """One run at one gamma; `support` (M, d) and `labels` (M,) make it few-shot."""
+def solve(
+    features,
+    log_y,
+    *,
+    support=None,
+    labels=None,
+    gamma=0.0,
+    parameters=None,
+    graph=None,
+    support_graph=None,
+):
+    """
+    One run at one gamma; `support` (M, d) and `labels` (M,) make it few-shot.
+
+    `graph` (N, N) and `support_graph` (M, N) are W where duplicates leave the neighbours open.
+    """
     p = parameters or Parameters()
     f = np.asarray(features, np.float64)
     n, d = f.shape
@@ -94,12 +108,15 @@ def solve(features, log_y, *, support=None, labels=None, gamma=0.0, parameters=N
     y = np.eye(n_classes)[labels] if few_shot else np.zeros((0, n_classes))  # (M, K)
     w = 50 * gamma / len(s) if few_shot else 0.0
 
-    graph = knn_weights(f, f, p.n_neighbors, True, p.clamp_similarity)  # W (N, N)
+    if graph is None:
+        graph = knn_weights(f, f, p.n_neighbors, True, p.clamp_similarity)  # W (N, N)
     if p.graph_mode == "symmetric":
         a = (graph + graph.T) / (2 * p.n_neighbors)
     else:
         a = graph / p.n_neighbors
-    shots = knn_weights(s, f, p.n_neighbors, False, p.clamp_similarity).T / (2 * p.n_neighbors)
+    if support_graph is None:
+        support_graph = knn_weights(s, f, p.n_neighbors, False, p.clamp_similarity)  # (M, N)
+    shots = support_graph.T / (2 * p.n_neighbors)
 
     z = np.exp(log_y)
     means = start_means(f, z, support, labels)

@@ -9,7 +9,7 @@ import click
 
 from transclip_fast.cli import common
 from transclip_fast.errors import InputError
-from transclip_fast.evaluate import Evaluation, check_class_order, evaluate
+from transclip_fast.evaluate import Evaluation, evaluate
 from transclip_fast.inputs import as_labels
 from transclip_fast.store.arrays import read_array
 from transclip_fast.store.results import load_result
@@ -28,10 +28,19 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
     Example:
       transclip-fast evaluate result --labels labels.npy
     """
+    scores, name = evaluate_result(result, labels)
+    messages: list[str] = []
+    summary = {**asdict(scores), "warnings": messages}
+    common.summarise(summary, text(scores, name), as_json)
+
+
+def evaluate_result(
+    result: str, labels: str | None = None
+) -> tuple[Evaluation, Callable[[int], str]]:
+    """The evaluation of a result folder, and the name of each class."""
     loaded = load_result(result)
     n_classes, names = loaded.run["n_classes"], loaded.run["class_names"]
     predicted = loaded.labels("label")
-    zero_shot = loaded.labels("zero_shot_label")
     if labels is not None:
         truth = as_labels(
             read_array(labels, "labels"), labels, rows=len(predicted), n_classes=n_classes
@@ -40,16 +49,8 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
         truth = loaded.labels("true_label")
     else:
         raise InputError(f"{result}: was solved without labels; give --labels")
-    scores = evaluate(predicted, zero_shot, truth)
-    messages: list[str] = []
-    for message in check_class_order(zero_shot, truth, n_classes):
-        common.warn(messages, message)
-    summary = {**asdict(scores), "warnings": messages}
-
-    def name(k: int) -> str:
-        return str(names[k]) if names else f"class {k}"
-
-    common.summarise(summary, text(scores, name), as_json)
+    scores = evaluate(predicted, loaded.labels("zero_shot_label"), truth)
+    return scores, lambda k: str(names[k]) if names else f"class {k}"
 
 
 def text(scores: Evaluation, name: Callable[[int], str]) -> str:

@@ -94,7 +94,7 @@ def command(
             "device": str(chosen),
             "class_names": stored.class_names,
             "config": solved["config"],
-            "features_sha256": stored.sha256(),
+            "inputs_sha256": stored.inputs_sha256(),
             "versions": common.versions(),
             "warnings": warnings,
         }

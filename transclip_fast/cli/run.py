@@ -13,14 +13,16 @@ from transclip_fast.cli import common
 from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
-from transclip_fast.cli.graph import make_graph
-from transclip_fast.cli.solve import inputs_sha256, solve_features
+from transclip_fast.cli.graph import graph_features
+from transclip_fast.cli.solve import solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
+from transclip_fast.graph import NeighborGraph
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.graphs import load_graph
 
 
 @click.command("run")
@@ -66,18 +68,27 @@ def solve_folder(folder: Path, model: TransCLIP) -> tuple[dict[str, Any], str]:
     result = folder / "result"
     run = _solved(result, stored, model)
     if run is None:
-        graph = make_graph(
-            stored,
-            str(folder / "graph"),
-            model.n_neighbors,
-            resolve_device(model.device),
-            stages,
-        )
+        graph = _graph(folder / "graph", stored, model, stages)
         run = solve_features(stored, str(result), model, graph, stages)
     text = solve_text(run, str(result))
     if run["accuracy"] is not None:
-        text = f"{text}\n\n{evaluation_text(*evaluate_result(result))}"
+        text = f"{text}\n\n{evaluation_text(*evaluate_result(str(result)))}"
     return run, text
+
+
+def _graph(
+    folder: Path, stored: Features, model: TransCLIP, stages: common.Stages
+) -> NeighborGraph:
+    """The graph in a folder where it is of these features, otherwise a new one."""
+    if (folder / "manifest.json").is_file():
+        manifest = read_json(folder / "manifest.json")
+        if (manifest.get("features_sha256"), manifest.get("n_neighbors")) == (
+            stored.sha256(),
+            model.n_neighbors,
+        ):
+            return load_graph(folder, stored.sha256())
+    device = resolve_device(model.device)
+    return graph_features(stored, str(folder), model.n_neighbors, device, stages)[0]
 
 
 def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] | None:
@@ -89,4 +100,5 @@ def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] 
     asked = {name: value for name, value in asdict(model).items() if value is not None}
     del asked["device"]
     same = all(config.get(name) == value for name, value in asked.items())
-    return run if same and run.get("inputs_sha256") == inputs_sha256(stored) else None
+    same &= run.get("inputs_sha256") == stored.inputs_sha256()
+    return run if same and run.get("class_names") == stored.class_names else None

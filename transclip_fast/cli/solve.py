@@ -220,7 +220,7 @@ def _summary(
         "graph": {"n_neighbors": model.n_neighbors, **model.graph_.info},
         "backend": "torch",
         "device": str(model.device_),
-        "features_sha256": stored.sha256(),
+        "inputs_sha256": stored.inputs_sha256(),
         "class_names": stored.class_names,
         "config": {**config, "kl_weight": model.kl_weight_, "gamma": model.gamma_},
         "versions": common.versions(),

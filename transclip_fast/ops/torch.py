@@ -120,10 +120,15 @@ def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, to
     """
     sums = features.new_zeros(z.n_classes, features.shape[1], dtype=torch.float64)
     counts = features.new_zeros(z.n_classes, dtype=torch.float64)
+    # The variance is what is left when the squares of the means are taken off: sums of centred
+    # rows keep its digits, where float32 sums of thousands of similar rows lose them.
+    centre = features[:GEMM_ROWS].mean(0)
+    centred = torch.empty_like(features[:GEMM_ROWS])
     for rows in blocks(len(z), GEMM_ROWS):
-        sums += z.values[rows].T @ features[rows]
-        counts += z.values[rows].sum(0)
-    return sums, counts
+        block = torch.sub(features[rows], centre, out=centred[: rows.stop - rows.start])
+        sums += z.values[rows].T @ block
+        counts += z.values[rows].sum(0, dtype=torch.float64)
+    return sums.addr_(counts, centre.double()), counts
 
 
 def sum_of_squares(features: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import struct
@@ -88,6 +89,13 @@ def read_array(path: str | Path, name: str) -> Any:
     if len(arrays) == 1:
         return next(iter(arrays.values()))
     raise InputError(f"{path}: has no array {name!r}, only {', '.join(sorted(arrays)) or 'none'}")
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as the content of a .npy file; written as bytes, a full disk says so."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
 
 
 def _read(path: Path) -> dict[str, Any]:

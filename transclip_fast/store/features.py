@@ -72,7 +72,11 @@ class Features:
 
     def sha256(self) -> str:
         """Hash of the image features: type, shape and bytes."""
-        return features_sha256(self.arrays["image_features"])
+        return array_sha256(self.arrays["image_features"])
+
+    def inputs_sha256(self) -> dict[str, str]:
+        """Hash of every array, by name."""
+        return {name: array_sha256(array) for name, array in sorted(self.arrays.items())}
 
 
 def load_features(path: str | Path, overrides: Mapping[str, str | None] | None = None) -> Features:
@@ -144,12 +148,12 @@ def read_table(file: Path) -> pa.Table:
         ) from error
 
 
-def features_sha256(image_features: Any) -> str:
-    """Hash of image features (N, d): type, shape and bytes."""
-    dtype = str(image_features.dtype).removeprefix("torch.")
-    digest = hashlib.sha256(f"{dtype} {tuple(image_features.shape)} ".encode())
-    for start in range(0, len(image_features), 65536):
-        rows = image_features[start : start + 65536]
+def array_sha256(array: Any) -> str:
+    """Hash of an array or tensor: type, shape and bytes."""
+    dtype = str(array.dtype).removeprefix("torch.")
+    digest = hashlib.sha256(f"{dtype} {tuple(array.shape)} ".encode())
+    for start in range(0, len(array), 65536):
+        rows = array[start : start + 65536]
         if isinstance(rows, torch.Tensor):
             rows = rows.cpu().contiguous().view(torch.uint8).numpy()
         digest.update(np.ascontiguousarray(rows).tobytes())
@@ -184,7 +188,7 @@ def _load_folder(folder: Path) -> Features:
         origins["text_features"] = str(folder / "prototypes.npy")
     if (folder / "manifest.json").exists():
         manifest = read_json(inside(folder, "manifest.json"))
-        _check_manifest(folder, manifest, shards)
+        _check_manifest(folder, manifest, numbered)
         names = manifest.get("class_names")
         if names is not None:
             arrays["class_names"] = names
@@ -197,11 +201,17 @@ def _load_folder(folder: Path) -> Features:
     return Features(str(folder), arrays, origins, source_rows, keys)
 
 
-def _check_manifest(folder: Path, manifest: dict[str, Any], shards: list[Path]) -> None:
+def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int, Path]) -> None:
     if not manifest.get("complete", True):
         raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
-    for shard, entry in zip(shards, manifest.get("shards", {}).values(), strict=False):
-        if hashlib.sha256(shard.read_bytes()).hexdigest() != entry.get("features_sha256"):
+    entries = manifest.get("shards")
+    if not isinstance(entries, dict):  # not a manifest of ours
+        return
+    if set(entries) != {str(number) for number in shards}:
+        raise InputError(f"{folder}: its shards are not those of its manifest; encode it again")
+    for number, shard in shards.items():
+        known, found = entries[str(number)], hashlib.sha256(shard.read_bytes()).hexdigest()
+        if not isinstance(known, dict) or known.get("features_sha256") != found:
             raise InputError(f"{shard}: is not what the manifest says; encode it again")
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph
-from transclip_fast.store.arrays import read_array
+from transclip_fast.store.arrays import npy_bytes, read_array
 from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.features import inside
 
@@ -18,8 +16,8 @@ CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
 
 def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> None:
     """Write a graph into a folder that `new_folder` gave; see `load_graph` for `manifest`."""
-    np.save(folder / "neighbors.npy", graph.neighbors, allow_pickle=False)
-    np.save(folder / "similarities.npy", graph.similarities, allow_pickle=False)
+    for name, array in (("neighbors", graph.neighbors), ("similarities", graph.similarities)):
+        (folder / f"{name}.npy").write_bytes(npy_bytes(array))
     write_json(folder / "manifest.json", {**graph.info, **manifest})
 
 

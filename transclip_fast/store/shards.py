@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import npy_bytes
 from transclip_fast.store.atomic import read_json, unwritable
 from transclip_fast.store.features import inside
 
@@ -121,13 +122,12 @@ class FeatureWriter:
         }
         if labels is not None:
             columns["label"] = pa.array(labels, pa.int64())
-        data, table = io.BytesIO(), io.BytesIO()
-        np.save(data, features, allow_pickle=False)
+        table = io.BytesIO()
         pq.write_table(pa.table(columns), table)
         try:
             entry = {
                 "rows": len(features),
-                "features_sha256": self._save(_features_name(number), data.getvalue()),
+                "features_sha256": self._save(_features_name(number), npy_bytes(features)),
                 "metadata_sha256": self._save(_metadata_name(number), table.getvalue()),
                 "failures": [[f.source_row, f.key, f.reason] for f in failures],
             }
@@ -145,10 +145,8 @@ class FeatureWriter:
 
     def write_prototypes(self, prototypes: np.ndarray, identity: Mapping[str, Any]) -> None:
         """Prototypes (K, d) float32; `identity` tells class names and how they were made."""
-        data = io.BytesIO()
-        np.save(data, prototypes, allow_pickle=False)
         try:
-            sha256 = self._save(PROTOTYPES, data.getvalue())
+            sha256 = self._save(PROTOTYPES, npy_bytes(prototypes))
             self.text = {**identity, "prototypes_sha256": sha256}
             self._save_manifest()
         except OSError as error:

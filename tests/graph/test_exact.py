@@ -1,0 +1,140 @@
+"""Exact search, by FAISS and by torch, against a float64 sort of all pairs."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import unit
+from transclip_fast import InputError
+from transclip_fast.graph import build_graph, exact, nearest
+
+pytestmark = pytest.mark.filterwarnings("ignore:FAISS is not installed")
+HAS_FAISS = importlib.util.find_spec("faiss") is not None
+
+
+@pytest.fixture(params=["faiss", "torch"])
+def engine(request, monkeypatch):
+    """Each engine, in blocks that do not divide the number of rows."""
+    if request.param == "faiss" and not HAS_FAISS:
+        pytest.skip("FAISS is not installed")
+    if request.param == "torch":
+        monkeypatch.setattr(exact, "_faiss_answers", lambda device: False)
+    monkeypatch.setattr(exact, "FAISS_ROWS", 64)
+    monkeypatch.setattr(exact, "BLOCK_BYTES", 1)  # the smallest block, 64 rows
+    return request.param
+
+
+def brute_force(rows, queries, k, same=True):
+    """Ids and similarities (rows, k) in float64; a row is not its own neighbour."""
+    similarities = rows.astype(np.float64) @ queries.astype(np.float64).T
+    if same:
+        np.fill_diagonal(similarities, -np.inf)
+    order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(similarities, order, 1)
+
+
+def assert_lists(ids, values, rows, queries, same=True):
+    """Best first, the right similarities, and the right ids where no other is as similar."""
+    k = ids.shape[1]
+    expected_ids, expected = brute_force(rows, queries, k + 1, same)
+    np.testing.assert_allclose(values, expected[:, :k], atol=1e-6)
+    assert (np.diff(values, axis=1) <= 0).all()
+    gaps = -np.diff(expected, axis=1)  # (rows, k)
+    clear = (gaps > 1e-5) & (np.pad(gaps, ((0, 0), (1, 0)), constant_values=1)[:, :k] > 1e-5)
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(ids[clear], expected_ids[:, :k][clear])
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_lists(engine, problem, k, dtype):
+    features, _, _ = problem(n=203)
+    features = features.astype(dtype)
+    graph = build_graph(features, k)
+    assert graph.neighbors.dtype == np.int64
+    assert graph.similarities.dtype == np.float32
+    assert graph.neighbors.shape == graph.similarities.shape == (203, k)
+    assert (graph.neighbors != np.arange(203)[:, None]).all()
+    assert_lists(graph.neighbors, graph.similarities, features, features)
+    assert graph.info["recall"] == 1.0
+    assert engine in graph.info["method"].lower()
+
+
+def test_progress_counts_rows(engine, problem):
+    seen = []
+    build_graph(problem(n=203)[0], 3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(64, 203), (128, 203), (192, 203), (203, 203)]
+
+
+def test_exact_duplicates(engine, problem):
+    """Each copy has other copies as neighbours, never itself."""
+    features, _, _ = problem(n=40)
+    features = np.concatenate([features, np.repeat(features[:1], 100, axis=0)])
+    graph = build_graph(features, 3)
+    assert (graph.neighbors != np.arange(140)[:, None]).all()
+    copies = np.r_[0, 40:140]
+    assert np.isin(graph.neighbors[copies], copies).all()
+    np.testing.assert_allclose(graph.similarities[copies], 1, atol=1e-6)
+    _, expected = brute_force(features, features, 3)
+    np.testing.assert_allclose(graph.similarities, expected, atol=1e-6)
+    assert all(len(set(row)) == 3 for row in graph.neighbors.tolist())
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 5])
+def test_fewer_rows_than_neighbours(engine, problem, n):
+    features, _, _ = problem(n=n)
+    graph = build_graph(features, 4)
+    found = n - 1
+    assert graph.neighbors.shape == (n, 4)
+    for i, row in enumerate(graph.neighbors.tolist()):
+        assert sorted(row[:found]) == [j for j in range(n) if j != i]
+    assert (graph.neighbors[:, found:] == -1).all()
+    assert (graph.similarities[:, found:] == 0).all()
+    _, expected = brute_force(features, features, found)
+    np.testing.assert_allclose(graph.similarities[:, :found], expected, atol=1e-6)
+    graph.check(n, 4)
+
+
+def test_features_are_checked_and_normalised(engine, problem):
+    features, _, _ = problem()
+    broken = features.copy()
+    broken[5, 1] = np.nan
+    with pytest.raises(InputError, match=r"^features: row 5 contains NaN"):
+        build_graph(broken)
+    with pytest.warns(UserWarning, match="features: 77 of 77 rows were not unit"):
+        graph = build_graph(7 * features)
+    assert_lists(graph.neighbors, graph.similarities, features, features)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_nearest_of_other_rows(monkeypatch, k):
+    monkeypatch.setattr(exact, "BLOCK_BYTES", 1)
+    rng = np.random.default_rng(0)
+    rows, queries = (unit(rng.normal(size=(n, 9))).astype(np.float32) for n in (150, 60))
+    found = nearest(torch.from_numpy(rows), torch.from_numpy(queries), k)
+    ids, values = map(np.asarray, found)
+    assert ids.shape == values.shape == (150, k)
+    assert_lists(ids, values, rows, queries, same=False)
+
+
+def test_nearest_cuts_k_and_keeps_the_row_itself():
+    rows = torch.eye(3)
+    ids, values = nearest(rows, rows, 5)
+    assert ids.shape == (3, 3)
+    assert ids[:, 0].tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(values, [[1, 0, 0]] * 3)
+
+
+def test_a_missing_faiss_is_announced(problem, monkeypatch):
+    features, _, _ = problem()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "faiss" else find_spec(name)
+    )
+    with pytest.warns(UserWarning, match="FAISS is not installed: .* in torch") as caught:
+        graph = build_graph(features)
+    assert len(caught) == 1
+    assert graph.info["method"] == "exact (torch)"
+    assert_lists(graph.neighbors, graph.similarities, features, features)

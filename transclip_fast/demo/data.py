@@ -1,0 +1,103 @@
+"""The held-out digits of the demo, their shifts, and the words that name them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from transclip_fast.errors import InputError
+
+FOLDER = Path(__file__).parent
+DIGITS = "digits.npz"
+SIZE = 64  # pixels a side of a written image
+
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a photo of the digit {}.",
+    "a photo of a handwritten {}.",
+    "the number {} written by hand.",
+)
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """A digit (8, 8) uint8 as the image (64, 64) uint8 that the demo writes, white on black."""
+    return np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+def _plain(image: np.ndarray) -> np.ndarray:
+    return image
+
+
+def _thick(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.MaxFilter(7)))
+
+
+def _thin(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.MinFilter(7)))
+
+
+def _blur(image: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(5)))
+
+
+# Functions of an image (64, 64) uint8. The training's augmentations know none of them.
+SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "plain": _plain,
+    "thick strokes": _thick,
+    "thin strokes": _thin,
+    "blur": _blur,
+}
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """The held-out images (N, 8, 8) uint8, 0 (paper) to 255 (ink), and labels (N,) int64."""
+    with np.load(FOLDER / DIGITS, allow_pickle=False) as file:
+        return file["images"], file["labels"].astype(np.int64)
+
+
+def training_hashes() -> frozenset[str]:
+    """`image_hash` of every image that training or the choice of model and shifts has seen."""
+    with np.load(FOLDER / DIGITS, allow_pickle=False) as file:
+        return frozenset(bytes(row).hex() for row in file["training_hashes"])
+
+
+def image_hash(image: np.ndarray) -> str:
+    """The first 8 bytes of the sha256 of a digit's pixels (8, 8) uint8, in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()[:8].hex()
+
+
+def write_images(folder: str | Path, shift: str = "plain") -> Path:
+    """
+    Write the held-out digits as PNG files `<class name>/<row>_<class name>.png`.
+
+    Parameters
+    ----------
+    folder : path
+        Created, with its parents; files of the same names are replaced.
+    shift : str
+        A key of `SHIFTS`.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    InputError
+        No such shift.
+    """
+    if shift not in SHIFTS:
+        raise InputError(f"shift: no {shift!r}; choose one of {', '.join(SHIFTS)}")
+    folder = Path(folder)
+    for name in CLASS_NAMES:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for row, (image, label) in enumerate(zip(*digits(), strict=True)):
+        name = CLASS_NAMES[label]
+        shifted = SHIFTS[shift](enlarge(image))
+        Image.fromarray(shifted).save(folder / name / f"{row:04d}_{name}.png")
+    return folder

@@ -1,0 +1,103 @@
+"""The demo's CLIP: open_clip's classes, weights of our own, a vocabulary of the demo's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from open_clip import image_transform
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+from safetensors.torch import load_file
+
+from transclip_fast.demo.data import FOLDER
+from transclip_fast.errors import InputError
+from transclip_fast.store.atomic import read_json
+
+CONFIG = "model.json"
+WEIGHTS = "weights.safetensors"
+VOCABULARY = "vocabulary.json"
+
+
+class Backbone(NamedTuple):
+    """A CLIP in eval mode, its preprocessing of a PIL image, and its tokenizer."""
+
+    model: CLIP
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    tokenizer: TrimmedTokenizer
+
+
+class TrimmedTokenizer:
+    """
+    open_clip's tokenizer with its token ids renumbered to the few that the model knows.
+
+    Parameters
+    ----------
+    ids : sequence of int
+        The kept ids of open_clip's vocabulary, ascending: the model reads the end of a text where
+        the largest id is. Their positions are the new ids.
+    context_length : int
+        Tokens a text is padded or cut to.
+    """
+
+    def __init__(self, ids: Sequence[int], context_length: int) -> None:
+        self._tokenizer = SimpleTokenizer(context_length=context_length)
+        self._new_ids = {old: new for new, old in enumerate(ids)}
+        self.context_length = context_length
+        self.vocab_size = len(ids)
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """
+        Token ids (len(texts), context_length) int64.
+
+        Raises
+        ------
+        InputError
+            A word that the demo's model has never read.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = self._tokenizer(texts).tolist()
+        for text, row in zip(texts, rows, strict=True):
+            unknown = [token for token in row if token not in self._new_ids]
+            if unknown:
+                raise InputError(
+                    f"text {text!r}: the demo's model does not know "
+                    f"{self._tokenizer.decode(unknown).strip()!r}; it reads digits only, "
+                    "give --model and --pretrained for anything else"
+                )
+        return torch.tensor([[self._new_ids[token] for token in row] for row in rows])
+
+
+def build(config: dict[str, Any]) -> CLIP:
+    """An open_clip CLIP with random weights from the content of a `model.json`."""
+    return CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]))
+
+
+def make_preprocess(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """open_clip's preprocessing of a PIL image to (3, size, size) for a `model.json`."""
+    transform: Callable[[Image.Image], torch.Tensor] = image_transform(
+        config["vision_cfg"]["image_size"], is_train=False
+    )
+    return transform
+
+
+def backbone(folder: str | Path = FOLDER) -> Backbone:
+    """
+    The demo's CLIP, from files beside this one: nothing is downloaded.
+
+    Parameters
+    ----------
+    folder : path
+        Output of `python -m transclip_fast.demo.train`; the shipped one where not given.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    ids = read_json(folder / VOCABULARY)["ids"]
+    model = build(config)
+    # Stored in fp16, computed in fp32: copying into the model converts.
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    tokenizer = TrimmedTokenizer(ids, config["text_cfg"]["context_length"])
+    return Backbone(model.float().eval(), make_preprocess(config), tokenizer)
