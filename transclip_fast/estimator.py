@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
 from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
 from transclip_fast.prior import GivenPrior, LinearPrior, Prior
-from transclip_fast.solver import Parameters, Progress, Solution, predict, solve
+from transclip_fast.solver import Parameters, Progress, Solution, check_weight, predict, solve
 from transclip_fast.support import Support
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
@@ -109,7 +109,8 @@ class TransCLIP(Parameters):
             Neighbour lists of X, or what makes them from the unit rows, a tensor (N, d); exact
             search where not given.
         progress : callable, optional
-            Called with a `transclip_fast.solver.Progress` after every outer step.
+            Called with a `transclip_fast.solver.Progress` after every outer step; its steps run
+            over all values of gamma that are tried.
 
         Raises
         ------
@@ -131,12 +132,23 @@ class TransCLIP(Parameters):
         self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         if graph is None:
             graph = build_graph(features, self.n_neighbors, device=device)
-        elif callable(graph):
+        elif not isinstance(graph, NeighborGraph):
+            if not callable(graph):
+                raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
             graph = graph(features)
         self.graph_ = graph.check(len(features), self.n_neighbors)
         self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
 
-        def run(gamma: float) -> Solution:
+        gammas: Sequence[float] = (0.0,)
+        if support is not None:
+            gammas = GAMMAS if self.gamma is None else (self.gamma,)
+
+        def run(position: int) -> Solution:
+            def report(state: Progress) -> None:
+                if progress is not None:
+                    before, last = position * self.max_iter, len(gammas) * self.max_iter
+                    progress(replace(state, step=before + state.step, last=last))
+
             return solve(
                 features,
                 prior_,
@@ -144,12 +156,11 @@ class TransCLIP(Parameters):
                 self,
                 kl_weight=self.kl_weight_,
                 support=support,
-                gamma=gamma,
-                progress=progress,
+                gamma=gammas[position],
+                progress=report,
             )
 
-        gammas: Sequence[float] = GAMMAS if self.gamma is None else (self.gamma,)
-        runs = ((gamma, run(gamma)) for gamma in (gammas if support else (0.0,)))
+        runs = ((gamma, run(position)) for position, gamma in enumerate(gammas))
         gamma, solution = _most_accurate(runs, validation)
         self.gamma_ = gamma if support else None
         self._keep(solution, prior_, zero_shot)
@@ -228,8 +239,8 @@ class TransCLIP(Parameters):
     def check(self) -> None:
         """Raise InputError for a parameter outside its range."""
         super().check()
-        if self.gamma is not None and not 0 <= self.gamma < float("inf"):
-            raise InputError(f"gamma must be a finite number >= 0, got {self.gamma!r}")
+        if self.gamma is not None:
+            check_weight("gamma", self.gamma)
 
     def _make_priors(
         self,

@@ -134,7 +134,9 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
     InputError
         Wrong number of rows, a negative entry, or a row whose sum is not 1 (to 1e-2).
     """
-    matrix = _checked_rows(as_matrix(array, name), name, rows).to(torch.float32)
+    matrix = _checked_rows(as_matrix(array, name), name, rows)
+    if matrix.dtype != torch.float64:  # whose log fits float32 where the probability does not
+        matrix = matrix.to(torch.float32)
     negative = (matrix < 0).any(1)
     if negative.any():
         row = int(negative.nonzero()[0, 0])
@@ -146,7 +148,7 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
         raise InputError(
             f"{name}: row {row} sums to {totals[row]:.4g}, not 1; scores go in prior_logits"
         )
-    return (matrix / totals[:, None]).log()
+    return (matrix / totals[:, None]).log().to(torch.float32)
 
 
 def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:

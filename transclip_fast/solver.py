@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 
@@ -41,7 +41,7 @@ class Parameters:
     inner_iter : int
         Sweeps over the assignments in each step.
     tol : float
-        Stop when a step changes the objective by at most `tol` per query; 0 takes every step.
+        Stop when a step changes the objective by less than `tol` per query; 0 takes every step.
     logit_scale : float
         tau, the temperature of the text prediction.
     kl_weight : float, optional
@@ -75,15 +75,24 @@ class Parameters:
         """Raise InputError for a value outside its range."""
         for name, least in (("n_neighbors", 1), ("max_iter", 0), ("inner_iter", 1)):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
                 raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
-        for name in ("tol", "logit_scale", "kl_weight", "likelihood_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise InputError(f"{name} must be a finite number >= 0, got {value!r}")
+        for name in ("tol", "logit_scale", "likelihood_weight"):
+            check_weight(name, getattr(self, name))
+        if self.kl_weight is not None:
+            check_weight("kl_weight", self.kl_weight)
+        for name in ("unit_means", "update_means", "update_variance", "clamp_similarity"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, allowed in (("covariance", COVARIANCES), ("graph_mode", GRAPH_MODES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+def check_weight(name: str, value: object) -> None:
+    """Raise InputError unless a parameter is a finite number >= 0."""
+    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+        raise InputError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 @dataclass(frozen=True)

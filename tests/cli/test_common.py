@@ -12,13 +12,13 @@ from transclip_fast.errors import InputError
 
 
 def test_plain_progress_is_a_line_now_and_then(capsys, monkeypatch):
-    clock = iter([0.0, 4.0, 12.0, 15.0])
+    clock = iter([3.0, 7.0, 15.0, 18.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with common.progress("graph", "rows") as show:
-        for done in (1000, 3000, 4000):
+        for done in (1000, 2000, 4000, 4500):
             show(done, 6000, recall=0.5)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["graph: 3,000 of 6,000 rows, 250.0 a second, 12 s left, recall 0.5"]
+    assert lines == ["graph: 4,000 of 6,000 rows, 250.0 a second, 8 s left, recall 0.5"]
 
 
 def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cli.test_solve import read
-from transclip_fast.store.features import features_sha256
+from transclip_fast.store.features import array_sha256
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_contents(graph, arrays):
     expected = np.take_along_axis(similarities, neighbors, 1)
     np.testing.assert_allclose(np.load(graph / "similarities.npy"), expected, atol=1e-6)
     manifest = json.loads((graph / "manifest.json").read_text())
-    assert manifest["features_sha256"] == features_sha256(arrays["image_features"])
+    assert manifest["features_sha256"] == array_sha256(arrays["image_features"])
     assert (manifest["n_rows"], manifest["n_neighbors"], manifest["recall"]) == (77, 3, 1.0)
     assert manifest["method"].startswith("exact")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.features import features_sha256, load_features, read_names
+from transclip_fast.store.features import array_sha256, load_features, read_names
 
 ROWS = [2, 1, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1]  # of twelve shards: 10 comes after 9, not after 1
 FEATURES = np.random.default_rng(0).normal(size=(sum(ROWS), 4)).astype(np.float16)
@@ -179,13 +179,13 @@ def test_a_link_to_the_folder_itself_is_fine(folder, tmp_path):
 def test_hash_tells_type_shape_and_bytes():
     tensor = torch.from_numpy(FEATURES)
     same = {
-        features_sha256(x)
+        array_sha256(x)
         for x in (FEATURES, tensor, np.asfortranarray(FEATURES), tensor.T.contiguous().T)
     }
     assert len(same) == 1
     others = (FEATURES[::-1], FEATURES.astype(np.float32), FEATURES.reshape(-1, 2), FEATURES[:-1],
               tensor.view(torch.bfloat16))  # fmt: skip
-    assert len({features_sha256(x) for x in others} | same) == 6
+    assert len({array_sha256(x) for x in others} | same) == 6
 
 
 @pytest.mark.parametrize("array", [["a", "ç"], [b"a", "ç".encode()]])

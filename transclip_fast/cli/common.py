@@ -54,34 +54,58 @@ def progress(name: str, unit: str) -> Iterator[Callable[..., None]]:
     """
     A function to call with (done, total) and any figures to show beside them.
 
-    On a terminal a bar with rate and time left; otherwise a plain line now and then.
+    On a terminal a bar with rate and time left, otherwise a plain line now and then. Both count
+    from the first call.
     """
-    if sys.stderr.isatty():
-        with tqdm.tqdm(desc=name, unit=f" {unit}", unit_scale=unit != "steps", leave=False) as bar:
+    shown = _Bar(name, unit) if sys.stderr.isatty() else _Lines(name, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()
 
-            def show(done: int, total: int, **figures: Any) -> None:
-                bar.total = total
-                bar.set_postfix(figures, refresh=False)
-                bar.update(done - bar.n)
 
-            yield show
-        return
-    start = last = time.monotonic()
+class _Bar:
+    def __init__(self, name: str, unit: str) -> None:
+        self.name, self.unit = name, unit
+        self.bar: Any = None
 
-    def line(done: int, total: int, **figures: Any) -> None:
-        nonlocal last
+    def __call__(self, done: int, total: int, **figures: Any) -> None:
+        if self.bar is None:
+            scale = self.unit != "steps"
+            self.bar = tqdm.tqdm(
+                desc=self.name, unit=f" {self.unit}", unit_scale=scale, leave=False, initial=done
+            )
+        self.bar.total = total
+        self.bar.set_postfix(figures, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _Lines:
+    def __init__(self, name: str, unit: str) -> None:
+        self.name, self.unit = name, unit
+        self.first: tuple[float, int] | None = None  # time and done of the first call
+        self.last = 0.0
+
+    def __call__(self, done: int, total: int, **figures: Any) -> None:
         now = time.monotonic()
-        if now - last < PLAIN_INTERVAL:
+        if self.first is None:
+            self.first, self.last = (now, done), now
+        if now - self.last < PLAIN_INTERVAL or done == self.first[1]:
             return
-        last, rate = now, done / (now - start)
+        self.last, rate = now, (done - self.first[1]) / (now - self.first[0])
         beside = "".join(f", {key} {value}" for key, value in figures.items())
         click.echo(
-            f"{name}: {done:,} of {total:,} {unit}, {rate:,.1f} a second, "
+            f"{self.name}: {done:,} of {total:,} {self.unit}, {rate:,.1f} a second, "
             f"{(total - done) / rate:,.0f} s left{beside}",
             err=True,
         )
 
-    yield line
+    def close(self) -> None:
+        pass
 
 
 @contextmanager

@@ -29,9 +29,9 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
       transclip-fast evaluate result --labels labels.npy
     """
     scores, name = evaluate_result(result, labels)
-    messages: list[str] = []
-    summary = {**asdict(scores), "warnings": messages}
-    common.summarise(summary, text(scores, name), as_json)
+    for message in scores.warnings:
+        common.warn([], message)
+    common.summarise(asdict(scores), text(scores, name), as_json)
 
 
 def evaluate_result(

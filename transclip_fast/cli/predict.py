@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -54,6 +55,8 @@ def command(
     Example:
       transclip-fast predict result more_features.npz --out more_labels
     """
+    if Path(out).resolve() == Path(result).resolve():
+        raise InputError(f"{out}: is the result to predict from; name another folder")
     stages = common.Stages()
     chosen = resolve_device(device)
     with stages.time("load"):

@@ -33,7 +33,7 @@ PARAMETERS = {
     "n_neighbors": "Neighbours of each query in the graph.",
     "max_iter": "Outer steps.",
     "inner_iter": "Sweeps over the assignments in each step.",
-    "tol": "Stop when a step changes the objective by at most this, per query.",
+    "tol": "Stop when a step changes the objective by less than this, per query.",
     "logit_scale": "Temperature of the text prediction.",
     "kl_weight": "Lambda, the tie to the prior.  [default: 1, few-shot 0.5]",
     "likelihood_weight": "Weight of the mixture.",
@@ -163,7 +163,8 @@ def _fit(
 
         arrays = {name: stored.get(name) for name in FIT_ARRAYS}
         model.fit(rows, graph=search if graph is None else graph, progress=step, **arrays)
-    stages.seconds["solve"] -= stages.seconds.get("graph", 0.0)
+    solving = stages.seconds["solve"] - stages.seconds.get("graph", 0.0)
+    stages.seconds["solve"] = round(solving, 4)
 
 
 def _truth(stored: Features) -> np.ndarray | None:
@@ -198,7 +199,7 @@ def _check(
     n_classes = model.label_distributions_.shape[1]
     found = check_assignments(labels, zero_shot, n_classes, stored.class_names)
     if truth is not None:
-        found += check_class_order(zero_shot, truth, n_classes)
+        found += check_class_order(zero_shot, truth)
     for message in found:
         common.warn(warnings, message)
 

@@ -247,9 +247,9 @@ def _is_synset(label: object) -> bool:
 
 def _synsets(n_classes: int) -> dict[str, int]:
     """ImageNet's synsets to their positions, where the class names can be those of ImageNet."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
-    names = ImageNetInfo("imagenet-1k").label_names()
+    names: list[str] = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
     return {name: k for k, name in enumerate(names)} if n_classes == len(names) else {}
 
 

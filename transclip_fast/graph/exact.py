@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from transclip_fast.device import exact_float32
+from transclip_fast.errors import InputError
 from transclip_fast.graph.lists import NeighborGraph
 from transclip_fast.inputs import as_unit_rows
 
@@ -52,8 +53,10 @@ def build_graph(
     Raises
     ------
     InputError
-        Features that are not finite non-zero rows.
+        Features that are not finite non-zero rows, or `n_neighbors` below 1.
     """
+    if n_neighbors < 1:
+        raise InputError(f"n_neighbors must be a whole number >= 1, got {n_neighbors!r}")
     rows = as_unit_rows(features, "features").to(device)
     n_rows = len(rows)
     neighbors = np.full((n_rows, n_neighbors), -1, dtype=np.int64)

@@ -160,9 +160,19 @@ def start_rows(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         ids = torch.arange(block.start, block.stop, device=values.device)
         values = torch.cat([values, log_probabilities[block]])
         rows = torch.cat([rows, ids[:, None].expand(size, values.shape[1])])
-        values, best = values.topk(min(START_ROWS, len(values)), dim=0)
-        rows = rows.gather(0, best)
+        best = _top_rows(values, min(START_ROWS, len(values)))
+        values, rows = values.gather(0, best), rows.gather(0, best)
     return values, rows
+
+
+def _top_rows(values: torch.Tensor, n: int) -> torch.Tensor:
+    """Positions (n, K) of the largest values of each column, equal ones from the top."""
+    best = values.topk(n, dim=0)
+    tied = (values >= best.values[-1]).sum(0) > n  # topk breaks ties as it likes
+    if tied.any():
+        ordered = values[:, tied].sort(dim=0, descending=True, stable=True)
+        best.indices[:, tied] = ordered.indices[:n]
+    return best.indices
 
 
 def energies(
