@@ -18,6 +18,7 @@ from transclip_fast.graph.affinity import Affinity
 # One block of one (rows, K) float32 operand: a core's L2 cache, or enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 GEMM_ROWS = 4096
+SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
 START_ROWS = 8
 
 
@@ -127,7 +128,8 @@ def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, to
     for rows in blocks(len(z), GEMM_ROWS):
         block = torch.sub(features[rows], centre, out=centred[: rows.stop - rows.start])
         sums += z.values[rows].T @ block
-        counts += z.values[rows].sum(0, dtype=torch.float64)
+        for part in torch.split(z.values[rows], SUM_ROWS):
+            counts += part.sum(0, dtype=torch.float64)
     return sums.addr_(counts, centre.double()), counts
 
 
