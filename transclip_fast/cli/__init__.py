@@ -9,7 +9,7 @@ import click
 from transclip_fast.errors import InputError
 from transclip_fast.version import __version__
 
-COMMANDS = ("encode", "solve", "predict", "evaluate", "graph", "doctor")
+COMMANDS = ("demo", "run", "encode", "solve", "predict", "evaluate", "graph", "doctor")
 
 
 class _Commands(click.Group):

@@ -4,20 +4,21 @@ from transclip_fast.demo.data import (
     CLASS_NAMES,
     SHIFTS,
     TEMPLATES,
+    class_prompts,
     digits,
     enlarge,
     training_hashes,
     write_images,
 )
-from transclip_fast.demo.model import Backbone, TrimmedTokenizer, backbone
+from transclip_fast.demo.model import TrimmedTokenizer, backbone
 
 __all__ = [
-    "Backbone",
     "CLASS_NAMES",
     "SHIFTS",
     "TEMPLATES",
     "TrimmedTokenizer",
     "backbone",
+    "class_prompts",
     "digits",
     "enlarge",
     "training_hashes",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from transclip_fast.encode.text import ClassPrompts
 from transclip_fast.errors import InputError
 
 FOLDER = Path(__file__).parent
@@ -51,6 +52,12 @@ SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "thin strokes": _thin,
     "blur": _blur,
 }
+
+
+def class_prompts() -> ClassPrompts:
+    """The class names with their prompts."""
+    prompts = [[template.format(name) for template in TEMPLATES] for name in CLASS_NAMES]
+    return ClassPrompts(list(CLASS_NAMES), prompts, "demo")
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

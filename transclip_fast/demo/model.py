@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from open_clip import image_transform
@@ -14,20 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from transclip_fast.demo.data import FOLDER
+from transclip_fast.encode.models import Backbone, file_sha256
 from transclip_fast.errors import InputError
 from transclip_fast.store.atomic import read_json
 
 CONFIG = "model.json"
 WEIGHTS = "weights.safetensors"
 VOCABULARY = "vocabulary.json"
-
-
-class Backbone(NamedTuple):
-    """A CLIP in eval mode, its preprocessing of a PIL image, and its tokenizer."""
-
-    model: CLIP
-    preprocess: Callable[[Image.Image], torch.Tensor]
-    tokenizer: TrimmedTokenizer
 
 
 class TrimmedTokenizer:
@@ -100,4 +93,5 @@ def backbone(folder: str | Path = FOLDER) -> Backbone:
     # Stored in fp16, computed in fp32: copying into the model converts.
     model.load_state_dict(load_file(folder / WEIGHTS))
     tokenizer = TrimmedTokenizer(ids, config["text_cfg"]["context_length"])
-    return Backbone(model.float().eval(), make_preprocess(config), tokenizer)
+    identity = {"model": "demo", "weights": file_sha256(folder / WEIGHTS), "preprocessing": config}
+    return Backbone(model.float().eval(), make_preprocess(config), tokenizer, identity)

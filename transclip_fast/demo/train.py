@@ -32,6 +32,7 @@ from transclip_fast.demo.data import (
     DIGITS,
     SHIFTS,
     TEMPLATES,
+    class_prompts,
     enlarge,
     image_hash,
 )
@@ -39,12 +40,13 @@ from transclip_fast.demo.model import (
     CONFIG,
     VOCABULARY,
     WEIGHTS,
-    Backbone,
     TrimmedTokenizer,
     backbone,
     build,
     make_preprocess,
 )
+from transclip_fast.encode.models import Backbone
+from transclip_fast.encode.text import encode_text
 from transclip_fast.store.atomic import new_folder, write_json
 
 # From 13 rows on the labels run 0..9 three times, and there are 13 writers: the file seems to be in
@@ -201,16 +203,11 @@ def save_digits(folder: Path, splits: Mapping[str, Split]) -> None:
 @torch.inference_mode()
 def accuracies(demo: Backbone, split: Split) -> dict[str, tuple[float, float, float]]:
     """Zero-shot accuracy, its mean confidence, and transductive accuracy in percent, by shift."""
-    model, preprocess, tokenizer = demo
-    prompts = [
-        model.encode_text(tokenizer([t.format(name) for name in CLASS_NAMES]), normalize=True)
-        for t in TEMPLATES
-    ]
-    text = F.normalize(torch.stack(prompts).mean(0), dim=1)
+    text = encode_text(demo, class_prompts())
     found = {}
     for name, shift in SHIFTS.items():
-        images = [preprocess(Image.fromarray(shift(enlarge(image)))) for image in split.images]
-        features = model.encode_image(torch.stack(images), normalize=True)
+        images = [demo.preprocess(Image.fromarray(shift(enlarge(image)))) for image in split.images]
+        features = demo.model.encode_image(torch.stack(images), normalize=True)
         fit = TransCLIP(device="cpu").fit(features, text_features=text)
         found[name] = (
             100 * float((fit.zero_shot_labels_ == split.labels).mean()),

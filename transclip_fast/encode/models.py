@@ -111,7 +111,7 @@ def identify(model: str, pretrained: str) -> dict[str, Any]:
     if pretrained == NONE or pretrained in tags:
         return {"model": model, "weights": pretrained}
     if Path(pretrained).is_file():
-        return {"model": model, "weights": _sha256(pretrained)}
+        return {"model": model, "weights": file_sha256(pretrained)}
     if Path(pretrained).suffix or "/" in pretrained:
         raise InputError(f"{pretrained}: no such file")
     raise _unknown(pretrained, [*tags, NONE], f"weights for {model}")
@@ -126,7 +126,8 @@ def _no_random_weights_warning(record: logging.LogRecord) -> bool:
     return "initialized randomly" not in record.getMessage()
 
 
-def _sha256(path: str) -> str:
+def file_sha256(path: str | Path) -> str:
+    """Hash of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

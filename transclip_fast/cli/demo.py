@@ -1,0 +1,155 @@
+"""`transclip-fast demo`: the whole way from images to labels, offline, on handwritten digits."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from transclip_fast.cli import common
+from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.run import solve_folder
+from transclip_fast.demo import (
+    CLASS_NAMES,
+    SHIFTS,
+    TEMPLATES,
+    backbone,
+    class_prompts,
+    write_images,
+)
+from transclip_fast.demo.data import SIZE
+from transclip_fast.device import resolve_device
+from transclip_fast.encode.sources import open_source
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.store.atomic import unwritable, write_json
+from transclip_fast.store.results import load_result
+
+PLAIN = "plain"
+SHOWN = 8  # images a shift in the picture
+MARGIN, HEAD, CAPTION = 12, 22, 18  # pixels
+GREEN, RED, GREY, INK = (24, 122, 58), (176, 42, 48), (110, 110, 110), (20, 20, 20)
+
+
+@click.command("demo", short_help="Handwritten digits, from images to labels, offline.")
+@click.option("--out", default="transclip-demo", show_default=True, help="Folder to write.")
+@common.device_option
+@common.json_option
+def command(out: str, device: str, as_json: bool) -> None:
+    """Label handwritten digits with a very small CLIP, zero-shot and jointly, without network.
+
+    The images go the same way as any user's: PNG files, encode, graph, solve. Four sets of the
+    same held-out digits, one plain and three visibly shifted; --out keeps all that was made.
+
+    \b
+    Example:
+      transclip-fast demo --out transclip-demo
+    """
+    started = time.perf_counter()
+    folder = Path(out)
+    runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in SHIFTS}
+    picture = folder / "changed.png"
+    summary = _summary(runs, time.perf_counter() - started)
+    try:
+        _picture(folder, list(SHIFTS)).save(picture)
+        write_json(folder / "run.json", summary)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    common.summarise(summary, _text(runs, summary, picture), as_json)
+
+
+def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
+    """Write, encode and solve one set of images; its run.json."""
+    try:
+        write_images(folder / "images", shift)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    loaded = backbone()
+    loaded.model.to(resolve_device(device))
+    encode_with(
+        open_source(folder / "images", folder_labels=True),
+        loaded,
+        str(folder / "features"),
+        class_prompts(),
+        common.Stages(),
+    )
+    return solve_folder(folder, TransCLIP(device=device))[0]
+
+
+def _summary(runs: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
+    shifted = [run for shift, run in runs.items() if shift != PLAIN]
+    keys = ("zero_shot_accuracy", "accuracy")
+    means = {key: round(float(np.mean([run[key] for run in shifted])), 4) for key in keys}
+    shown = (*keys, "n_queries", "n_flipped")
+    return {
+        **means,
+        "accuracy_is": "the mean over the shifted sets, all but plain",
+        "sets": {shift: {key: run[key] for key in shown} for shift, run in runs.items()},
+        "data": "the last 892 of scikit-learn's handwritten digits; none was seen in training",
+        "model": "a CLIP of 1.7 million parameters that this project trained on other digits",
+        "seconds": round(seconds, 2),
+        "versions": common.versions(),
+    }
+
+
+def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Path) -> str:
+    n_images = next(iter(runs.values()))["n_queries"]
+    lines = [
+        f"{n_images} handwritten digits (UCI, by way of scikit-learn), none seen in training,",
+        "read by a very small CLIP that this project trained on other digits, with prompts such as",
+        f'"{TEMPLATES[0].format("seven")}" It knows nothing but digits.',
+        "",
+        "images           zero-shot  transductive     gain  labels changed",
+    ]
+    for shift, run in runs.items():
+        before, after = run["zero_shot_accuracy"], run["accuracy"]
+        lines.append(
+            f"{shift:15}  {before:7.2f} %     {after:7.2f} %  {after - before:+7.2f}  "
+            f"{run['n_flipped']:14}"
+        )
+    lines += [
+        "",
+        "Transduction gains where the images have shifted and may cost a little where the model is",
+        "nearly right already. One trained model; over three the gains differ, see demo/README.md.",
+        f"{summary['seconds']:.0f} s. Images whose label changed: {picture}",
+    ]
+    return "\n".join(lines)
+
+
+def _picture(folder: Path, shifts: list[str]) -> Image.Image:
+    """A row of images a shift whose label changed, evenly spaced among them all."""
+    row_height = HEAD + SIZE + CAPTION + MARGIN
+    cell = SIZE + 3 * MARGIN
+    sheet = Image.new(
+        "RGB", (MARGIN + SHOWN * cell, MARGIN + HEAD + len(shifts) * row_height), "white"
+    )
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw.text((MARGIN, MARGIN), "zero-shot > transductive:", INK, font)
+    for x, (word, colour) in zip(
+        (165, 235, 295), (("corrected", GREEN), ("broken", RED), ("both wrong", GREY)), strict=True
+    ):
+        draw.text((x, MARGIN), word, colour, font)
+    for place, shift in enumerate(shifts):
+        top = MARGIN + HEAD + place * row_height
+        table = load_result(folder / shift.replace(" ", "-") / "result").predictions
+        label, zero_shot, truth = (
+            table.column(name).to_numpy() for name in ("label", "zero_shot_label", "true_label")
+        )
+        changed = np.flatnonzero(label != zero_shot)
+        draw.text((MARGIN, top), f"{shift}: {len(changed)} labels changed", INK, font)
+        if not len(changed):
+            continue
+        spaced = np.linspace(0, len(changed) - 1, min(SHOWN, len(changed))).round().astype(int)
+        for column, row in enumerate(changed[spaced]):
+            left = MARGIN + column * cell
+            key = table.column("key")[int(row)].as_py()
+            with Image.open(folder / shift.replace(" ", "-") / "images" / key) as image:
+                sheet.paste(image.convert("RGB"), (left, top + HEAD - 4))
+            right = label[row] == truth[row]
+            colour = GREEN if right else RED if zero_shot[row] == truth[row] else GREY
+            caption = f"{CLASS_NAMES[zero_shot[row]]} > {CLASS_NAMES[label[row]]}"
+            draw.text((left, top + HEAD + SIZE - 2), caption, colour, font)
+    return sheet
