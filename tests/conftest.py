@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from tests.tiny import tiny_backbone
 
 WHURS19 = ("rn50", "vit-b-32", "vit-l-14")
 
@@ -46,3 +49,23 @@ def problem():
 def unit(rows):
     """Rows scaled to unit norm."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Maker of a folder of PNG files in two sub-folders; returns the folder."""
+
+    def make(number=7, seed=0):
+        draw = np.random.default_rng(seed)
+        for i in range(number):
+            file = tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i:03}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(file)
+        return tmp_path / "images"
+
+    return make

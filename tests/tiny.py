@@ -1,11 +1,9 @@
-"""A backbone small enough for tests, and folders of images."""
+"""A backbone small enough for tests."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 
 from transclip_fast.encode.models import Backbone
 
@@ -40,23 +38,8 @@ def tokenizer(texts):
     return torch.tensor([[ord(c) % 128 for c in text.ljust(length, "\0")] for text in texts])
 
 
-@pytest.fixture
-def backbone():
+def tiny_backbone():
+    """Linear towers, their preprocessing and tokenizer."""
     return Backbone(
         TinyTowers().eval(), preprocess, tokenizer, {"model": "tiny", "weights": "none"}
     )
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Maker of a folder of PNG files in two sub-folders; returns the folder."""
-
-    def make(number=7, seed=0):
-        draw = np.random.default_rng(seed)
-        for i in range(number):
-            file = tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i:03}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(file)
-        return tmp_path / "images"
-
-    return make

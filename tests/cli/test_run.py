@@ -1,0 +1,167 @@
+"""`encode`, `run` and `demo`: images to labels in one command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.cli.conftest import contents
+from transclip_fast.store.features import load_features
+
+
+@pytest.fixture
+def tiny(monkeypatch, backbone):
+    """Every model name loads the tiny backbone."""
+    monkeypatch.setattr("transclip_fast.cli.encode.load_backbone", lambda *_: backbone)
+    return ("--model", "tiny", "--pretrained", "none", "--workers", "0")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Any attempt to connect fails the test."""
+
+    def refuse(*arguments):
+        raise AssertionError(f"a connection was tried: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def names(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    return tmp_path / "names.txt"
+
+
+def test_encode_makes_a_folder_that_solve_opens(images, names, tiny, succeeds, cli, tmp_path):
+    out = succeeds(
+        "encode", images(12), "--classes", names, "--labels-from-folders", *tiny,
+        "--out", tmp_path / "features", "--json",
+    )  # fmt: skip
+    summary = json.loads(out)
+    assert (summary["n_rows"], summary["failures"]) == (12, [])
+    assert summary["config"]["model"] == "tiny"
+    assert cli("solve", tmp_path / "features", "--out", tmp_path / "result").code == 0
+    table = pq.read_table(tmp_path / "result/predictions.parquet")
+    assert table["key"].to_pylist() == load_features(tmp_path / "features").keys
+    assert table["source_row"].to_pylist() == list(range(12))
+    assert set(table["label_name"].to_pylist()) <= {"cat", "dog"}
+
+
+def test_encode_without_classes_has_no_prototypes(images, tiny, succeeds, refused, tmp_path):
+    succeeds("encode", images(), *tiny, "--out", tmp_path / "features")
+    assert not (tmp_path / "features/prototypes.npy").exists()
+    assert "text_features" in refused("solve", tmp_path / "features", "--out", tmp_path / "result")
+
+
+def test_run_goes_the_whole_way_and_skips_what_is_there(
+    images, names, tiny, cli, tmp_path, monkeypatch
+):
+    command = (
+        "run", images(12), "--classes", names, "--labels-from-folders", *tiny,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    first = cli(*command)
+    assert first.code == 0
+    assert "12 images encoded" in first.out
+    assert "accuracy" in first.out
+    run = json.loads((tmp_path / "out/result/run.json").read_text())
+    assert run["n_queries"] == 12
+    before = contents(tmp_path / "out")
+    for stage in ("run.graph_features", "run.solve_features"):
+        monkeypatch.setattr(f"transclip_fast.cli.{stage}", None)
+    monkeypatch.setattr("transclip_fast.encode.encoder._embed", None)
+    again = cli(*command)
+    assert (again.code, again.out) == (0, first.out)
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_classes_solve_again_from_the_same_features(images, names, tiny, cli, tmp_path):
+    command = ("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    before = (tmp_path / "out/features/img_emb/img_emb_00000.npy").stat().st_mtime_ns
+    names.write_text("bird\nfish\nhorse\n")
+    assert cli(*command).code == 0
+    assert (tmp_path / "out/features/img_emb/img_emb_00000.npy").stat().st_mtime_ns == before
+    run = json.loads((tmp_path / "out/result/run.json").read_text())
+    assert run["class_names"] == ["bird", "fish", "horse"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "ViT-B32", "--pretrained", "none"), "unknown model 'ViT-B32'; nearest: ViT-B"),
+        (("--model", "ViT-B-32", "--pretrained", "opneai"), "nearest: openai"),
+        (("--model", "ViT-B-32", "--pretrained", "missing.pt"), "missing.pt: no such file"),
+    ],
+)  # fmt: skip
+def test_unknown_models(images, refused, tmp_path, arguments, message):
+    assert message in refused("encode", images(), *arguments, "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_that_is_none(images, refused, tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"nonsense")
+    message = refused(
+        "encode", images(), "--model", "ViT-S-32", "--pretrained", tmp_path / "weights.pt",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "weights.pt: does not load" in message
+
+
+def test_run_needs_classes(images, tiny, refused, tmp_path):
+    message = refused("run", images(), *tiny, "--out", tmp_path / "out")
+    assert "run needs --classes" in message
+
+
+def test_real_images_with_two_unreadable(golden_dir, tmp_path, cli, no_network):
+    """A real open_clip model with random weights, no connection."""
+    folder = tmp_path / "images"
+    shutil.copytree(golden_dir / "images", folder)
+    (folder / "classes.txt").chmod(0o644)
+    shutil.move(folder / "classes.txt", tmp_path / "classes.txt")
+    files = sorted(folder.iterdir())
+    for file in files:
+        file.chmod(0o644)
+    files[4].write_bytes(files[4].read_bytes()[:20000])
+    files[30].write_text("no picture")
+    command = (
+        "run", folder, "--classes", tmp_path / "classes.txt", "--model", "ViT-S-32",
+        "--pretrained", "none", "--workers", "0", "--out", tmp_path / "out",
+    )  # fmt: skip
+    ran = cli(*command)
+    assert ran.code == 0
+    features = np.load(tmp_path / "out/features/img_emb/img_emb_00000.npy")
+    assert features.shape == (36, 384)
+    np.testing.assert_allclose(np.linalg.norm(features.astype(float), axis=1), 1, atol=1e-3)
+    lines = (tmp_path / "out/features/failures.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        ["4", files[4].name],
+        ["30", files[30].name],
+    ]
+    strict = cli(*command, "--strict", "--json")
+    assert strict.code == 1
+    assert [row[0] for row in json.loads(strict.out)["failures"]] == [4, 30]
+
+
+def test_demo(cli, tmp_path, no_network):
+    ran = cli("demo", "--out", tmp_path / "demo", "--json")
+    assert ran.code == 0
+    summary = json.loads(ran.out)
+    assert json.loads((tmp_path / "demo/run.json").read_text()) == summary
+    sets = summary["sets"]
+    assert list(sets) == ["plain", "thick strokes", "thin strokes", "blur"]
+    assert summary["accuracy"] > summary["zero_shot_accuracy"] + 2
+    for name, numbers in sets.items():
+        result = tmp_path / "demo" / name.replace(" ", "-") / "result"
+        truth, label, zero_shot = (
+            pq.read_table(result / "predictions.parquet")[column].to_numpy()
+            for column in ("true_label", "label", "zero_shot_label")
+        )
+        assert numbers["accuracy"] == round(100 * (label == truth).mean(), 4)
+        assert numbers["zero_shot_accuracy"] == round(100 * (zero_shot == truth).mean(), 4)
+    assert (tmp_path / "demo/changed.png").stat().st_size > 10_000
