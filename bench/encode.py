@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from bench.common import medians, record
 from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
-from transclip_fast.encode.encoder import PREFETCH, _collate, _Images
+from transclip_fast.encode.encoder import image_loader
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.encode.sources import Source, open_source
 
@@ -37,16 +36,12 @@ def forward_loop(backbone: Backbone, batch: torch.Tensor, batches: int) -> float
 
 def decode_loop(source: Source, backbone: Backbone, batch_size: int, workers: int) -> float:
     """Images a second of the decoding workers alone."""
-    loader = DataLoader(
-        _Images(source, backbone.preprocess),
-        batch_size=batch_size,
-        collate_fn=_collate,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-    )
+    rows = range(len(source))
+    batches = [list(rows[i : i + batch_size]) for i in range(0, len(source), batch_size)]
+    loader = image_loader(source, backbone, batches, workers)
     start = time.perf_counter()
-    rows = sum(len(kept) for _, kept, _ in loader)
-    return rows / (time.perf_counter() - start)
+    decoded = sum(len(kept) for _, kept, _ in loader)
+    return decoded / (time.perf_counter() - start)
 
 
 def encode_loop(source: Source, backbone: Backbone, batch_size: int, workers: int) -> float:
@@ -89,9 +84,7 @@ def main() -> None:
         [f"{i}/{key}" for i in range(repeat) for key in listed.keys][: options.images_in_all],
         (listed.files * repeat)[: options.images_in_all],
     )
-    image = _Images(source, backbone.preprocess)[0]
-    assert isinstance(image, tuple)
-    batch = image[1].expand(options.batch_size, -1, -1, -1).contiguous()
+    batch, *_ = next(iter(image_loader(source, backbone, [list(range(options.batch_size))], 0)))
     forward_loop(backbone, batch, 1)
     rates: dict[str, list[float]] = {"forward": [], "decode": [], "encode": []}
     for _ in range(options.repeats):

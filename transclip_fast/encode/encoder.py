@@ -76,15 +76,7 @@ def encode_images(
         for _, rows in missing
         for start in range(0, len(rows), config["batch_size"])
     ]
-    loader = iter(
-        DataLoader(
-            _Images(source, backbone.preprocess),
-            batch_sampler=batches,
-            collate_fn=_collate,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-        )
-    )
+    loader = iter(image_loader(source, backbone, batches, workers))
     clock = _Clock(len(source), sum(len(rows) for _, rows in missing), progress)
     with _threads(config["threads"]), torch.inference_mode():
         for number, rows in missing:
@@ -103,6 +95,24 @@ def encode_images(
                 None if labels is None else labels[shard.rows],
                 shard.failures,
             )
+
+
+def image_loader(
+    source: Source, backbone: Backbone, batches: list[list[int]], workers: int
+) -> DataLoader[Any]:
+    """
+    Batches of decoded and preprocessed images, in order.
+
+    Each is the images (B, 3, H, W) float32, or None where all failed, their rows in the source,
+    and the failures.
+    """
+    return DataLoader(
+        _Images(source, backbone.preprocess),
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+    )
 
 
 @dataclass
