@@ -12,8 +12,7 @@ class Assignments:
     """
     z (N, K): row i gives `values[i, k]` of its mass to class k; rows sum to 1.
 
-    The full form keeps every class of every row, in class order. Whoever holds an `Assignments`
-    asks it for labels or the largest entries and never relies on the form.
+    The full form keeps every class of every row, in class order. Only `ops` relies on the form.
     """
 
     values: torch.Tensor  # (N, K) float32

@@ -18,6 +18,14 @@ from transclip_fast.solver import Parameters, Progress, Solution, check_weight, 
 from transclip_fast.support import Support
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
+COMPUTATION: dict[str, tuple[object, ...]] = {
+    "assignments": ("auto", "dense"),
+    "candidates": (None,),
+    "rank": (None,),
+    "precision": ("float32",),
+    "memory": (None,),
+    "backend": ("auto", "torch"),
+}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,6 +43,9 @@ class TransCLIP(Parameters):
         0.01, 0.02 and 0.2 on a validation set.
     device : str
         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+    assignments, candidates, rank, precision, memory, backend
+        How to compute, not what: so far dense assignments in float32 by torch, held in memory.
+        Each accepts what `COMPUTATION` lists.
     **
         All other parameters are those of `transclip_fast.solver.Parameters`.
 
@@ -69,6 +80,12 @@ class TransCLIP(Parameters):
 
     gamma: float | None = None
     device: str = "auto"
+    assignments: str = "auto"
+    candidates: int | None = None
+    rank: int | None = None
+    precision: str = "float32"
+    memory: str | None = None
+    backend: str = "auto"
 
     def fit(
         self,
@@ -241,6 +258,12 @@ class TransCLIP(Parameters):
         super().check()
         if self.gamma is not None:
             check_weight("gamma", self.gamma)
+        for name, allowed in COMPUTATION.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} is not available in this version; "
+                    f"choose {' or '.join(map(repr, allowed))}"
+                )
 
     def _make_priors(
         self,

@@ -90,8 +90,8 @@ class Parameters:
 
 
 def check_weight(name: str, value: object) -> None:
-    """Raise InputError unless a parameter is a finite number >= 0."""
-    if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
+    """Raise InputError unless a parameter is a number >= 0 that float32 can hold."""
+    if not isinstance(value, Real) or not 0 <= float(value) <= torch.finfo(torch.float32).max:
         raise InputError(f"{name} must be a finite number >= 0, got {value!r}")
 
 

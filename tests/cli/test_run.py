@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from transclip_fast.store.features import load_features
 def tiny(monkeypatch, backbone):
     """Every model name loads the tiny backbone."""
     monkeypatch.setattr("transclip_fast.cli.encode.load_backbone", lambda *_: backbone)
+    monkeypatch.setattr("transclip_fast.cli.encode.identify", lambda *_: backbone.identity)
     return ("--model", "tiny", "--pretrained", "none", "--workers", "0")
 
 
@@ -73,12 +76,39 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     run = json.loads((tmp_path / "out/result/run.json").read_text())
     assert run["n_queries"] == 12
     before = contents(tmp_path / "out")
-    for stage in ("run.graph_features", "run.solve_features"):
+    for stage in ("encode.load_backbone", "run.graph_features", "run.solve_features"):
         monkeypatch.setattr(f"transclip_fast.cli.{stage}", None)
-    monkeypatch.setattr("transclip_fast.encode.encoder._embed", None)
     again = cli(*command)
     assert (again.code, again.out) == (0, first.out)
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "name", ["graph/neighbors.npy", "result/predictions.parquet", "result/mixture.safetensors"]
+)
+def test_a_damaged_stage_is_done_again(images, names, tiny, cli, tmp_path, name):
+    command = ("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(b"")
+    (tmp_path / "out/result/run.json").write_text("{}")
+    assert cli(*command).code == 0
+    assert contents(tmp_path / "out").keys() == whole.keys()
+    assert (tmp_path / "out" / name).read_bytes() == whole[Path(name)]
+
+
+def test_a_result_of_other_parameters_is_not_taken(images, names, tiny, cli, tmp_path):
+    command = ("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    features, result = tmp_path / "out/features", tmp_path / "out/result"
+    assert cli("solve", features, "--kl-weight", 0.3, "--out", result).code == 0
+    assert cli(*command).code == 0
+    assert json.loads((result / "run.json").read_text())["config"]["kl_weight"] == 1
+    assert cli("predict", result, features, "--out", tmp_path / "new").code == 0
+    shutil.rmtree(result)
+    (tmp_path / "new").rename(result)
+    assert cli(*command).code == 0
+    assert json.loads((result / "run.json").read_text())["kind"] == "solve"
 
 
 def test_other_classes_solve_again_from_the_same_features(images, names, tiny, cli, tmp_path):
@@ -104,13 +134,15 @@ def test_unknown_models(images, refused, tmp_path, arguments, message):
     assert message in refused("encode", images(), *arguments, "--out", tmp_path / "out")
 
 
-def test_a_checkpoint_that_is_none(images, refused, tmp_path):
-    (tmp_path / "weights.pt").write_bytes(b"nonsense")
+@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps([1, 2])])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_checkpoint_that_is_none(images, refused, tmp_path, content, suffix):
+    (tmp_path / f"weights.{suffix}").write_bytes(content)
     message = refused(
-        "encode", images(), "--model", "ViT-S-32", "--pretrained", tmp_path / "weights.pt",
+        "encode", images(), "--model", "ViT-S-32", "--pretrained", tmp_path / f"weights.{suffix}",
         "--out", tmp_path / "out",
     )  # fmt: skip
-    assert "weights.pt: does not load" in message
+    assert f"weights.{suffix}: does not load" in message
 
 
 def test_run_needs_classes(images, tiny, refused, tmp_path):

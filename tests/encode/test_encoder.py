@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +20,9 @@ from transclip_fast.encode import encoder
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts
 from transclip_fast.errors import InputError
+from transclip_fast.store.atomic import locked
 from transclip_fast.store.features import load_features
+from transclip_fast.store.shards import FeatureWriter
 
 TEXT = ClassPrompts(["dog", "cat"], [["a dog"], ["a cat"]], "here")
 
@@ -200,12 +204,115 @@ def test_progress_counts_failures_and_what_was_there(images, backbone, tmp_path)
     writer = encode(folder, backbone, tmp_path / "out")
     shard = tmp_path / "out/img_emb/img_emb_00002.npy"
     shard.unlink()
-    writer = type(writer)(tmp_path / "out", writer.config)
-    encoder.encode_images(
-        open_source(folder), backbone, writer, None, workers=0, progress=seen.append
-    )
+    writer = FeatureWriter(tmp_path / "out", writer.config, writer.table)
+    encoder.encode_images(open_source(folder), backbone, writer, workers=0, progress=seen.append)
     assert [(state.done, state.total) for state in seen] == [(7, 7)]
     assert 0 <= seen[0].waiting <= 1
+
+
+def test_a_kill_between_any_two_writes_is_continued(images, backbone, tmp_path, monkeypatch):
+    folder = images(7)
+    (folder / "dog/001.png").write_text("no picture")
+    encode(folder, backbone, tmp_path / "whole")
+    rename, renames = Path.rename, []
+    monkeypatch.setattr(Path, "rename", lambda *paths: (renames.append(1), rename(*paths))[1])
+    encode(folder, backbone, tmp_path / "counted")
+    monkeypatch.setattr(encoder, "PREFETCH", 1)
+    for last in range(len(renames)):
+        left = [last]
+
+        def dies(*paths, left=left):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return rename(*paths)
+
+        monkeypatch.setattr(Path, "rename", dies)
+        out = tmp_path / f"killed-{last}"
+        with pytest.raises(Killed):
+            encode(folder, backbone, out)
+        with pytest.raises(InputError):
+            load_features(out)
+        monkeypatch.setattr(Path, "rename", rename)
+        encode(folder, backbone, out)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_labels_follow_the_order_of_the_classes(images, backbone, tmp_path, monkeypatch):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    assert load_features(tmp_path / "out").get("labels").tolist() == [1, 1, 1, 1, 0, 0, 0]
+    monkeypatch.setattr(encoder, "_embed", None)
+    turned = ClassPrompts(["cat", "dog"], [["a cat"], ["a dog"]], "here")
+    encode(folder, backbone, tmp_path / "out", turned)
+    assert load_features(tmp_path / "out").get("labels").tolist() == [0, 0, 0, 0, 1, 1, 1]
+    encode(folder, backbone, tmp_path / "out", None)
+    assert load_features(tmp_path / "out").get("labels") is None
+
+
+@pytest.mark.parametrize("name", ["prototypes.npy", "metadata/metadata_00001.parquet"])
+def test_a_changed_file_is_noticed_and_mended(images, backbone, tmp_path, name):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    other = {"prototypes.npy": "img_emb/img_emb_00002.npy"}.get(
+        name, "metadata/metadata_00000.parquet"
+    )
+    (tmp_path / "out" / name).write_bytes(before[other])
+    with pytest.raises(InputError, match="is not what the manifest says"):
+        load_features(tmp_path / "out")
+    encode(folder, backbone, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_two_writers_are_refused(images, backbone, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="another process is writing"):
+        encode(images(), backbone, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"shards": {"x": {}}}, {"shards": {"0": {}}}, {"config": {}}, {"shards": 3}],
+)
+def test_a_damaged_manifest_is_one_line(images, backbone, tmp_path, damage):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    file = tmp_path / "out/manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    with pytest.raises(InputError) as error:
+        encode(folder, backbone, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_are_not_text(images, backbone, tmp_path):
+    folder = images(3)
+    odd = os.fsencode(folder / "cat") + b"/caf\xe9.png"
+    os.rename(folder / "cat/000.png", odd)
+    encode(folder, backbone, tmp_path / "out")
+    assert load_features(tmp_path / "out").keys[1] == "cat/caf\\xe9.png"
+
+
+def test_decoders_may_raise_anything(images, backbone, tmp_path):
+    def odd(image):
+        raise NotImplementedError("a strange format")
+
+    backbone.preprocess = odd
+    writer = encode(images(3), backbone, tmp_path / "out")
+    assert [failure.reason for failure in writer.failures()] == ["a strange format"] * 3
+    assert np.load(tmp_path / "out/img_emb/img_emb_00000.npy").shape == (0, 5)
+
+
+def test_a_failing_machine_is_not_a_failing_image(images, backbone, tmp_path):
+    good = backbone.preprocess
+
+    def out_of_memory(image):
+        raise MemoryError("no memory")
+
+    backbone.preprocess = out_of_memory
+    with pytest.raises(InputError, match="no memory; run again to continue"):
+        encode(images(3), backbone, tmp_path / "out")
+    backbone.preprocess = good
+    assert list(encode(images(3), backbone, tmp_path / "out").failures()) == []
 
 
 def test_metadata_has_paths_and_keys(images, backbone, tmp_path):

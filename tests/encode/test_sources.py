@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from transclip_fast.encode.sources import open_source, resolve_labels
+from transclip_fast.encode.sources import Source, open_source, resolve_labels
 from transclip_fast.errors import InputError
 
 
@@ -156,3 +156,39 @@ def test_labels_out_of_range(tmp_path):
     pq.write_table(pa.table({"path": ["x.png"], "label": np.array([2])}), tmp_path / "l.parquet")
     with pytest.raises(InputError, match="x.png: label 2 is none of the 2 classes"):
         resolve_labels(open_source(tmp_path / "l.parquet"), ["a", "b"])
+
+
+def test_a_link_to_a_folder_is_not_followed(images, tmp_path):
+    folder = images(2)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="linked: is a link to a folder"):
+        assert len(open_source(folder)) == 2
+
+
+def test_images_beside_tars_are_refused(images):
+    folder = images(1)
+    write_tar(folder / "a.tar", [("x.png", b"")])
+    (folder / "loose.png").write_bytes(b"")
+    with pytest.raises(InputError, match="holds images and .tar files"):
+        open_source(folder)
+
+
+def test_a_class_number_beats_a_caption(images):
+    picture = (images(1) / "cat/000.png").read_bytes()
+    tar = images(1).parent / "a.tar"
+    write_tar(tar, [("x.txt", b"a cat"), ("x.jpg", picture), ("x.cls", b"1")])
+    assert resolve_labels(open_source(tar), ["cat", "dog"]).tolist() == [1]
+
+
+@pytest.mark.parametrize("label", [1.7, True, None, "null", "2"])
+def test_labels_that_are_no_class(label):
+    source = Source("list", ["x"], ["x.png"], labels=[label])
+    with pytest.raises(InputError, match="x: label .* is none of the 2 classes"):
+        resolve_labels(source, ["a", "b"])
+
+
+def test_a_name_that_two_classes_share_is_no_label():
+    source = Source("list", ["x"], ["x.png"], labels=["crane"])
+    with pytest.raises(InputError, match="'crane' is none of the 2 classes"):
+        resolve_labels(source, ["crane", "Crane"])

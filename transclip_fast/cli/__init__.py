@@ -9,7 +9,16 @@ import click
 from transclip_fast.errors import InputError
 from transclip_fast.version import __version__
 
-COMMANDS = ("demo", "run", "encode", "solve", "predict", "evaluate", "graph", "doctor")
+COMMANDS = {
+    "demo": "Handwritten digits, from images to labels, offline.",
+    "run": "Images and class names to labels, in one go.",
+    "encode": "Images and class names to a feature folder.",
+    "solve": "Features to labels, all of them jointly.",
+    "predict": "Label new rows with the mixture of a result.",
+    "evaluate": "Compare a result with the true labels.",
+    "graph": "Features to neighbour lists, for several solves.",
+    "doctor": "Versions, devices and known conflicts.",
+}
 
 
 class _Commands(click.Group):
@@ -17,6 +26,10 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
@@ -36,8 +49,8 @@ def _cli() -> None:
 
     \b
     Example:
+      transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
       transclip-fast solve features.npz --out result
-      transclip-fast evaluate result
     """
 
 

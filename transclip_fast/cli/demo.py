@@ -25,7 +25,7 @@ from transclip_fast.demo.data import SIZE
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.sources import open_source
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.store.atomic import unwritable, write_json
+from transclip_fast.store.atomic import write_json, writing
 from transclip_fast.store.results import load_result
 
 PLAIN = "plain"
@@ -34,7 +34,7 @@ MARGIN, HEAD, CAPTION = 12, 22, 18  # pixels
 GREEN, RED, GREY, INK = (24, 122, 58), (176, 42, 48), (110, 110, 110), (20, 20, 20)
 
 
-@click.command("demo", short_help="Handwritten digits, from images to labels, offline.")
+@click.command("demo")
 @click.option("--out", default="transclip-demo", show_default=True, help="Folder to write.")
 @common.device_option
 @common.json_option
@@ -53,22 +53,18 @@ def command(out: str, device: str, as_json: bool) -> None:
     runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in SHIFTS}
     picture = folder / "changed.png"
     summary = _summary(runs, time.perf_counter() - started)
-    try:
+    with writing(out):
         _picture(folder, list(SHIFTS)).save(picture)
         write_json(folder / "run.json", summary)
-    except OSError as error:
-        raise unwritable(out, error) from error
     common.summarise(summary, _text(runs, summary, picture), as_json)
 
 
 def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
     """Write, encode and solve one set of images; its run.json."""
-    try:
-        write_images(folder / "images", shift)
-    except OSError as error:
-        raise unwritable(folder, error) from error
     loaded = backbone()
     loaded.model.to(resolve_device(device))
+    with writing(folder):
+        write_images(folder / "images", shift)
     encode_with(
         open_source(folder / "images", folder_labels=True),
         loaded,

@@ -22,7 +22,7 @@ class Finding:
     message: str
 
 
-@click.command("doctor", short_help="Check versions, devices and conflicts.")
+@click.command("doctor")
 @common.json_option
 def command(as_json: bool) -> None:
     """Check versions, devices and known conflicts; exit code 1 if something will not work.

@@ -12,11 +12,12 @@ import torch
 
 from transclip_fast.cli import common
 from transclip_fast.device import resolve_device
-from transclip_fast.encode.encoder import EncodeProgress, encode_images
-from transclip_fast.encode.models import Backbone, load_backbone
+from transclip_fast.encode.encoder import EncodeProgress, encode_images, fixed_threads
+from transclip_fast.encode.models import Backbone, identify, load_backbone
 from transclip_fast.encode.sources import Source, open_source, resolve_labels
 from transclip_fast.encode.text import ClassPrompts, encode_text
-from transclip_fast.store.shards import FeatureWriter
+from transclip_fast.store.atomic import locked
+from transclip_fast.store.shards import MANIFEST, FeatureWriter, RowTable
 
 SHOWN_FAILURES = 5
 
@@ -119,18 +120,21 @@ def encode(
     with stages.time("list"):
         source = open_source(images, folder_labels=folder_labels)
         text = ClassPrompts.read(names, template_spec) if names else None
-    with stages.time("load"):
-        backbone = load_backbone(model, pretrained, chosen)
-    writer = encode_with(
-        source,
-        backbone,
-        out,
-        text,
-        stages,
-        batch_size=batch_size,
-        workers=workers,
-        shard_rows=shard_rows,
-    )
+        identity = identify(model, pretrained)
+    writer = _whole(source, {**identity, "device": chosen.type}, out, text)
+    if writer is None:
+        with stages.time("load"):
+            backbone = load_backbone(model, pretrained, chosen)
+        writer = encode_with(
+            source,
+            backbone,
+            out,
+            text,
+            stages,
+            batch_size=batch_size,
+            workers=workers,
+            shard_rows=shard_rows,
+        )
     return writer, stages.seconds
 
 
@@ -146,27 +150,45 @@ def encode_with(
     shard_rows: int = 4096,
 ) -> FeatureWriter:
     """Encode a source, and the prompts of its classes, into the feature folder `out`."""
-    labels = None if text is None else resolve_labels(source, text.names)
     config = {
         **backbone.identity,
+        "device": backbone.device.type,
         "source": source.identity(),
-        "labelled": labels is not None,
         "dtype": "float16",
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
         "shard_rows": shard_rows,
     }
-    writer = FeatureWriter(out, config)
-    if text is not None and not writer.has_prototypes(text.identity()):
-        with stages.time("text"):
-            writer.write_prototypes(encode_text(backbone, text), text.identity())
-    with stages.time("images"), common.progress("encode", "images") as show:
+    with locked(out):
+        writer = FeatureWriter(out, config, _table(source, text))
+        with fixed_threads(writer.config["threads"]):
+            if text is not None and not writer.has_prototypes(text.identity()):
+                with stages.time("text"):
+                    writer.write_prototypes(encode_text(backbone, text), text.identity())
+            with stages.time("images"), common.progress("encode", "images") as show:
 
-        def step(state: EncodeProgress) -> None:
-            show(state.done, state.total, waiting_for_images=f"{state.waiting:.0%}")
+                def step(state: EncodeProgress) -> None:
+                    show(state.done, state.total, waiting_for_images=f"{state.waiting:.0%}")
 
-        encode_images(source, backbone, writer, labels, workers=workers, progress=step)
+                encode_images(source, backbone, writer, workers=workers, progress=step)
     return writer
+
+
+def _whole(
+    source: Source, known: dict[str, Any], out: str, text: ClassPrompts | None
+) -> FeatureWriter | None:
+    """The folder if it is finished, so that no model need be loaded."""
+    if not os.path.isfile(os.path.join(out, MANIFEST)):
+        return None
+    with locked(out):
+        config = {**known, "source": source.identity()}
+        writer = FeatureWriter(out, config, _table(source, text))
+    whole = writer.complete and (text is None or writer.has_prototypes(text.identity()))
+    return writer if whole else None
+
+
+def _table(source: Source, text: ClassPrompts | None) -> RowTable:
+    return source.table(None if text is None else resolve_labels(source, text.names))
 
 
 def report(writer: FeatureWriter, out: str) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,7 @@ from transclip_fast.store.results import load_result
 SHOWN = 5
 
 
-@click.command("evaluate", short_help="Compare a result with the true labels.")
+@click.command("evaluate")
 @click.argument("result", type=click.Path())
 @click.option("--labels", type=click.Path(), help="True labels (N,), where the result has none.")
 @common.json_option

@@ -11,7 +11,7 @@ from transclip_fast.cli import common
 from transclip_fast.device import resolve_device
 from transclip_fast.graph import NeighborGraph, build_graph
 from transclip_fast.inputs import as_unit_rows
-from transclip_fast.store.atomic import new_folder
+from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import CONTENTS, save_graph
 
@@ -48,7 +48,7 @@ def graph_features(
     stored: Features, out: str, n_neighbors: int, device: torch.device, stages: common.Stages
 ) -> tuple[NeighborGraph, dict[str, Any]]:
     """Search stored features and write the graph folder `out`; the graph and its manifest."""
-    with common.collected_warnings({}), new_folder(out, CONTENTS) as folder:
+    with common.collected_warnings({}) as warnings, new_folder(out, CONTENTS) as folder:
         rows = as_unit_rows(stored.get("image_features"), stored.origins["image_features"])
         with stages.time("graph"), common.progress("graph", "rows") as show:
             graph = build_graph(rows, n_neighbors, device=device, progress=show)
@@ -59,6 +59,8 @@ def graph_features(
             "seconds": stages.seconds,
             "device": str(device),
             "versions": common.versions(),
+            "warnings": warnings,
         }
-        save_graph(folder, graph, manifest)
+        with writing(out):
+            save_graph(folder, graph, manifest)
     return graph, manifest

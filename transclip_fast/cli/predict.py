@@ -16,7 +16,7 @@ from transclip_fast.evaluate import accuracy
 from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
 from transclip_fast.prior import GivenPrior, LinearPrior, Prior
 from transclip_fast.solver import predict
-from transclip_fast.store.atomic import new_folder
+from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import (
     CONTENTS,
@@ -27,7 +27,7 @@ from transclip_fast.store.results import (
 )
 
 
-@click.command("predict", short_help="Label new rows with a fitted mixture.")
+@click.command("predict")
 @click.argument("result", type=click.Path())
 @click.argument("new_features", type=click.Path())
 @common.out_option
@@ -93,6 +93,7 @@ def command(
         table = predictions_table(distributions, zero_shot, stored, truth)
         run = _summary(table.column("label").to_numpy(), zero_shot[0], truth, (n_classes, d))
         run |= {
+            "kind": "predict",
             "seconds": stages.seconds,
             "device": str(chosen),
             "class_names": stored.class_names,
@@ -102,7 +103,8 @@ def command(
             "warnings": warnings,
         }
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
-        save_result(folder, table, run, tensors)
+        with writing(out):
+            save_result(folder, table, run, tensors)
     text = f"{run['n_queries']:,} rows labelled, {run['n_flipped']:,} unlike zero-shot"
     if truth is not None:
         text += f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"

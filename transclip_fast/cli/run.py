@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
 from transclip_fast.cli.graph import graph_features
-from transclip_fast.cli.solve import solve_features
+from transclip_fast.cli.solve import requested, solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph import NeighborGraph
-from transclip_fast.store.atomic import read_json
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import load_graph
+from transclip_fast.store.results import load_mixture, load_result
 
 
 @click.command("run")
@@ -79,26 +79,26 @@ def solve_folder(folder: Path, model: TransCLIP) -> tuple[dict[str, Any], str]:
 def _graph(
     folder: Path, stored: Features, model: TransCLIP, stages: common.Stages
 ) -> NeighborGraph:
-    """The graph in a folder where it is of these features, otherwise a new one."""
-    if (folder / "manifest.json").is_file():
-        manifest = read_json(folder / "manifest.json")
-        if (manifest.get("features_sha256"), manifest.get("n_neighbors")) == (
-            stored.sha256(),
-            model.n_neighbors,
-        ):
-            return load_graph(folder, stored.sha256())
+    """The graph in a folder where it is whole and of these features, otherwise a new one."""
+    with contextlib.suppress(InputError):
+        graph = load_graph(folder, stored.sha256())
+        if graph.n_neighbors == model.n_neighbors:
+            return graph.check(len(stored.get("image_features")), model.n_neighbors)
     device = resolve_device(model.device)
     return graph_features(stored, str(folder), model.n_neighbors, device, stages)[0]
 
 
 def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] | None:
-    """run.json of a result of these very inputs and parameters, where there is one."""
-    if not (result / "run.json").is_file():
+    """run.json of a whole result of these very inputs and parameters, where there is one."""
+    try:
+        run = load_result(result).run
+        load_mixture(result)
+    except InputError:
         return None
-    run = read_json(result / "run.json")
-    config = run.get("config", {})
-    asked = {name: value for name, value in asdict(model).items() if value is not None}
-    del asked["device"]
-    same = all(config.get(name) == value for name, value in asked.items())
-    same &= run.get("inputs_sha256") == stored.inputs_sha256()
-    return run if same and run.get("class_names") == stored.class_names else None
+    known = {
+        "kind": "solve",
+        "parameters": requested(model),
+        "inputs_sha256": stored.inputs_sha256(),
+        "class_names": stored.class_names,
+    }
+    return run if all(run.get(name) == value for name, value in known.items()) else None

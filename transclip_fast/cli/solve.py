@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -20,7 +20,7 @@ from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.inputs import as_labels, as_unit_rows
 from transclip_fast.mixture import COVARIANCES
 from transclip_fast.solver import Progress
-from transclip_fast.store.atomic import new_folder
+from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import CONTENTS, predictions_table, save_result
@@ -143,7 +143,8 @@ def solve_features(
             stored,
             truth,
         )
-        save_result(folder, table, run, model.tensors())
+        with writing(out):
+            save_result(folder, table, run, model.tensors())
     return run
 
 
@@ -208,8 +209,9 @@ def _summary(
     model: TransCLIP, stored: Features, truth: np.ndarray | None, warnings: list[str]
 ) -> dict[str, Any]:
     n_queries, n_classes = model.label_distributions_.shape
-    config = {name: value for name, value in asdict(model).items() if name != "device"}
+    parameters = requested(model)
     return {
+        "kind": "solve",
         "accuracy": None if truth is None else accuracy(model.transduction_, truth),
         "zero_shot_accuracy": (None if truth is None else accuracy(model.zero_shot_labels_, truth)),
         "n_queries": n_queries,
@@ -223,10 +225,16 @@ def _summary(
         "device": str(model.device_),
         "inputs_sha256": stored.inputs_sha256(),
         "class_names": stored.class_names,
-        "config": {**config, "kl_weight": model.kl_weight_, "gamma": model.gamma_},
+        "parameters": parameters,
+        "config": {**parameters, "kl_weight": model.kl_weight_, "gamma": model.gamma_},
         "versions": common.versions(),
         "warnings": warnings,
     }
+
+
+def requested(model: TransCLIP) -> dict[str, Any]:
+    """The parameters as given, before data decided what was left open."""
+    return {name: getattr(model, name) for name in PARAMETERS}
 
 
 def text(run: dict[str, Any], out: str) -> str:

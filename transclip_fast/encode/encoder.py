@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
-import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,23 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.sources import Source
+from transclip_fast.errors import InputError
 from transclip_fast.store.shards import Failure, FeatureWriter
 
-# What Pillow's decoders raise on damaged files.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# The machine fails, not the image: a later run can read it.
+FATAL = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
 PREFETCH = 4
 
 
@@ -52,7 +39,6 @@ def encode_images(
     source: Source,
     backbone: Backbone,
     writer: FeatureWriter,
-    labels: np.ndarray | None,
     *,
     workers: int,
     progress: Callable[[EncodeProgress], None],
@@ -65,36 +51,29 @@ def encode_images(
 
     Parameters
     ----------
-    labels : ndarray (rows,) int64, optional
-        Of all rows of the source.
     workers : int
         Processes that decode; 0 decodes in this one.
     """
-    config, missing = writer.config, writer.missing()
+    size, missing = writer.config["batch_size"], [(n, writer.rows(n)) for n in writer.missing()]
     batches = [
-        list(rows[start : start + config["batch_size"]])
+        list(rows[start : start + size])
         for _, rows in missing
-        for start in range(0, len(rows), config["batch_size"])
+        for start in range(0, len(rows), size)
     ]
     loader = iter(image_loader(source, backbone, batches, workers))
     clock = _Clock(len(source), sum(len(rows) for _, rows in missing), progress)
-    with _threads(config["threads"]), torch.inference_mode():
+    with torch.inference_mode():
         for number, rows in missing:
             shard = _Shard(np.empty((len(rows), backbone.dim), np.float16))
-            for _ in range(0, len(rows), config["batch_size"]):
+            for _ in range(0, len(rows), size):
                 with clock.waiting():
                     images, kept, failures = next(loader)
-                shard.add(_embed(backbone, images), kept, failures)
+                for failure in failures:
+                    if failure.fatal:
+                        raise InputError(f"{failure.key}: {failure.reason}; run again to continue")
+                shard.add(_embed(backbone, images), failures)
                 clock.done(len(kept) + len(failures))
-            writer.write_shard(
-                number,
-                shard.features[: len(shard.rows)],
-                shard.rows,
-                [source.keys[row] for row in shard.rows],
-                [source.files[row] for row in shard.rows],
-                None if labels is None else labels[shard.rows],
-                shard.failures,
-            )
+            writer.write_shard(number, shard.features[: shard.rows], shard.failures)
 
 
 def image_loader(
@@ -120,12 +99,12 @@ class _Shard:
     """What has been embedded of a shard so far."""
 
     features: np.ndarray  # (rows, d) float16, filled from the top
-    rows: list[int] = field(default_factory=list)
+    rows: int = 0
     failures: list[Failure] = field(default_factory=list)
 
-    def add(self, features: np.ndarray, rows: list[int], failures: list[Failure]) -> None:
-        self.features[len(self.rows) : len(self.rows) + len(rows)] = features
-        self.rows += rows
+    def add(self, features: np.ndarray, failures: list[Failure]) -> None:
+        self.features[self.rows : self.rows + len(features)] = features
+        self.rows += len(features)
         self.failures += failures
 
 
@@ -139,11 +118,12 @@ class _Images(Dataset[Any]):
         try:
             with Image.open(io.BytesIO(self.source.read(row))) as image:
                 return row, self.preprocess(image.convert("RGB"))
-        except UNREADABLE as error:
+        except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             # The buffer's address, which differs from run to run, tells nobody anything.
             reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)
-            return Failure(row, self.source.keys[row], reason)
+            fatal = isinstance(error, MemoryError) or getattr(error, "errno", None) in FATAL
+            return Failure(row, self.source.keys[row], reason, fatal)
 
 
 def _collate(
@@ -187,7 +167,7 @@ class _Clock:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def fixed_threads(number: int) -> Iterator[None]:
     """The number of CPU threads decides the last bits: it stays that of the first run."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)

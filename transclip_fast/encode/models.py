@@ -6,7 +6,9 @@ import difflib
 import functools
 import hashlib
 import logging
+import os
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import DAMAGE
 
 NONE = "none"  # pretrained: random weights, always the same
 
@@ -77,12 +80,24 @@ def load_backbone(model: str, pretrained: str, device: torch.device) -> Backbone
     source = None if identity["weights"] == NONE else pretrained
     logging.getLogger().addFilter(_no_random_weights_warning)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             torch.manual_seed(0)
             net, _, preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=source, device=device, precision="fp32"
+                model,
+                pretrained=source,
+                device=device,
+                precision="fp32",
+                # Weights trained with QuickGELU load into any network, and are wrong in most.
+                force_quick_gelu=identity["quick_gelu"],
             )
-    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        tokenizer = open_clip.get_tokenizer(model)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"model {model}, pretrained {pretrained}: does not load (damaged, or holds pickled "
+            "Python objects, which are never loaded; save its state_dict alone)"
+        ) from error
+    except (*DAMAGE, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"model {model}, pretrained {pretrained}: does not load ({reason})"
@@ -91,12 +106,15 @@ def load_backbone(model: str, pretrained: str, device: torch.device) -> Backbone
         logging.getLogger().removeFilter(_no_random_weights_warning)
     net.eval()
     identity["preprocessing"] = open_clip.get_model_preprocess_cfg(net)
-    return Backbone(net, preprocess, open_clip.get_tokenizer(model), identity)
+    return Backbone(net, preprocess, tokenizer, identity)
 
 
 def identify(model: str, pretrained: str) -> dict[str, Any]:
     """
-    What a backbone is known by before it is loaded: model, and weights by tag or by file hash.
+    What a backbone is known by before it is loaded: model, weights by tag or by file hash.
+
+    A checkpoint file does not say whether it wants QuickGELU: the model's name decides
+    ("ViT-B-32-quickgelu").
 
     Raises
     ------
@@ -109,9 +127,11 @@ def identify(model: str, pretrained: str) -> dict[str, Any]:
         raise _unknown(model, open_clip.list_models(), "model")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained == NONE or pretrained in tags:
-        return {"model": model, "weights": pretrained}
-    if Path(pretrained).is_file():
-        return {"model": model, "weights": file_sha256(pretrained)}
+        known = open_clip.get_pretrained_cfg(model, pretrained)
+        quick_gelu = bool(known.get("quick_gelu", False))
+        return {"model": model, "weights": pretrained, "quick_gelu": quick_gelu}
+    if os.path.isfile(pretrained):
+        return {"model": model, "weights": file_sha256(pretrained), "quick_gelu": False}
     if Path(pretrained).suffix or "/" in pretrained:
         raise InputError(f"{pretrained}: no such file")
     raise _unknown(pretrained, [*tags, NONE], f"weights for {model}")

@@ -18,9 +18,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError
+from transclip_fast.store.shards import RowTable
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 TAR_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has is its label
 
 
 @dataclass
@@ -60,12 +62,16 @@ class Source:
             file.seek(offset)
             return file.read(size)
 
+    def table(self, labels: np.ndarray | None) -> RowTable:
+        """What a feature folder keeps of each row."""
+        return RowTable(self.keys, [_printable(file) for file in self.files], labels)
+
     def identity(self) -> dict[str, Any]:
-        """What the manifest remembers the source by: kind, rows, hash of keys and sizes."""
+        """What the manifest remembers the source by: kind, rows, hash of names and sizes."""
         digest = hashlib.sha256()
         for row, key in enumerate(self.keys):
             size = self.spans[row][1] if self.spans else _size(self.files[row])
-            digest.update(f"{key}\0{size}\0".encode(errors="surrogateescape"))
+            digest.update(f"{key}\0{size}\0".encode())
         return {"kind": self.kind, "rows": len(self), "sha256": digest.hexdigest()}
 
 
@@ -88,11 +94,13 @@ def open_source(path: str | Path, *, folder_labels: bool = False) -> Source:
         Nothing there, no images, or a list or tar that cannot be read.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         source = _webdataset(tars) if tars else _folder(path, folder_labels)
+        if tars and any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir()):
+            raise InputError(f"{path}: holds images and .tar files; name one of the .tar files")
     elif path.suffix == ".tar":
         source = _webdataset([path])
     elif path.suffix in (".txt", ".csv", ".parquet"):
@@ -108,8 +116,8 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     """
     Labels of a source as positions in `names`, (rows,) int64; None where it has none.
 
-    A label may be a position, a class name (case, "_" and " " alike) or one of ImageNet's
-    synsets, which stand for their positions among the 1000 classes.
+    A label may be a position, a class name (case, "_" and " " alike; not one that two classes
+    share) or one of ImageNet's synsets, which stand for their positions among the 1000 classes.
 
     Texts of a webdataset may be captions: where one is no class name there are no labels, with a
     warning.
@@ -121,17 +129,25 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     """
     if source.labels is None:
         return None
-    positions = {_plain(name): k for k, name in enumerate(names)}
+    positions: dict[str, int | None] = {}
+    for k, name in enumerate(names):
+        positions[_plain(name)] = None if _plain(name) in positions else k
     synsets = _synsets(len(names)) if any(_is_synset(label) for label in source.labels) else {}
+    captions = any(isinstance(label, str) for label in source.labels)
     found = np.empty(len(source), dtype=np.int64)
     for row, label in enumerate(source.labels):
+        position = label
         if isinstance(label, str):
             position = positions.get(_plain(label), synsets.get(label))
-        else:
-            position = label
-        if position is None or not 0 <= position < len(names):
+            if position is None and label.isdecimal():
+                position = int(label)
+        if (
+            isinstance(position, bool)
+            or not isinstance(position, int)
+            or not 0 <= position < len(names)
+        ):
             message = f"{source.keys[row]}: label {label!r} is none of the {len(names)} classes"
-            if source.kind == "webdataset" and isinstance(label, str):
+            if source.kind == "webdataset" and captions:
                 warnings.warn(f"{message}; texts are taken for captions", stacklevel=2)
                 return None
             raise InputError(message)
@@ -141,12 +157,17 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
 
 def _folder(root: Path, folder_labels: bool) -> Source:
     found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders.sort()
+    for folder, subfolders, files in os.walk(root, onerror=_unreadable):
+        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        if links:
+            warnings.warn(
+                f"{os.path.join(folder, links[0])}: is a link to a folder and is not followed",
+                stacklevel=2,
+            )
         for name in files:
             file = Path(folder, name)
             if file.suffix.lower() in SUFFIXES:
-                found.append((file.relative_to(root).as_posix(), str(file)))
+                found.append((_printable(file.relative_to(root).as_posix()), str(file)))
     found.sort()
     keys = [key for key, _ in found]
     labels = None
@@ -161,10 +182,12 @@ def _folder(root: Path, folder_labels: bool) -> Source:
 def _list(path: Path) -> Source:
     try:
         if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             table = pa.table({"path": [line.strip() for line in lines if line.strip()]})
         elif path.suffix == ".csv":
-            table = pyarrow.csv.read_csv(path)
+            text = {name: pa.string() for name in ("path", "key", "label")}
+            options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+            table = pyarrow.csv.read_csv(path, convert_options=options)
         else:
             table = pq.read_table(path)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -187,7 +210,7 @@ def _webdataset(tars: Iterable[Path]) -> Source:
     for tar in tars:
         for key, (member, label) in _samples(tar).items():
             if member is not None:
-                keys.append(f"{tar.name}/{key}")
+                keys.append(_printable(f"{tar.name}/{key}"))
                 files.append(str(tar))
                 spans.append((member.offset_data, member.size))
                 labels.append(label)
@@ -198,6 +221,7 @@ def _webdataset(tars: Iterable[Path]) -> Source:
 def _samples(tar: Path) -> dict[str, tuple[tarfile.TarInfo | None, int | str | None]]:
     """Image and label of each sample: files of one name up to its first dot belong together."""
     samples: dict[str, tuple[tarfile.TarInfo | None, int | str | None]] = {}
+    rank: dict[str, int] = {}  # of the suffix that a sample's label came from
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
@@ -209,9 +233,11 @@ def _samples(tar: Path) -> dict[str, tuple[tarfile.TarInfo | None, int | str | N
                 image, label = samples.get(key, (None, None))
                 if suffix.lower() in TAR_SUFFIXES:
                     image = member
-                elif suffix in ("cls", "txt", "json") and label is None:
+                elif suffix in LABEL_SUFFIXES and LABEL_SUFFIXES.index(suffix) < rank.get(key, 9):
                     content = archive.extractfile(member)
-                    label = _label(suffix, content.read() if content else b"", tar, member.name)
+                    read = _label(suffix, content.read() if content else b"", tar, member.name)
+                    if read is not None:
+                        label, rank[key] = read, LABEL_SUFFIXES.index(suffix)
                 samples[key] = (image, label)
     except (OSError, tarfile.TarError) as error:
         raise InputError(
@@ -235,6 +261,15 @@ def _label(suffix: str, content: bytes, tar: Path, member: str) -> int | str | N
             label: int | str = value[name]
             return label
     return None
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def _printable(name: str) -> str:
+    """A file name as text; bytes that are not UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _plain(name: str) -> str:

@@ -2,12 +2,11 @@
 Exact search: every row against every other, in blocks of rows.
 
 Candidates come from float32 products; which of them are nearest is decided in float64, equal ones
-by the lower id. So no library's rounding decides who is a neighbour.
+by the lower id. Only among more equal rows than there are spare candidates the library chooses.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 
@@ -99,10 +98,12 @@ def _torch_rows(n_queries: int) -> int:
 def _faiss_answers(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
-    if importlib.util.find_spec("faiss") is None:
+    try:
+        import faiss  # noqa: F401
+    except ImportError as error:
         warnings.warn(
-            "FAISS is not installed: the exact search runs in torch, slower; "
-            "pip install 'transclip-fast[cpu]' brings it",
+            f"the exact search runs in torch, slower: FAISS cannot be imported ({error}); "
+            'pip install ".[cpu]" brings it',
             stacklevel=3,
         )
         return False

@@ -24,7 +24,7 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 
 # What the readers were seen to raise on damaged files.
-_DAMAGE = (
+DAMAGE = (
     ValueError,
     OSError,
     EOFError,
@@ -63,7 +63,7 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise _pickled(path) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if isinstance(error, PermissionError):
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if isinstance(error, ValueError) and "pickle" in str(error):

@@ -32,22 +32,19 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
         written (permissions, full disk).
     """
     target = Path(os.path.realpath(path))  # Path.resolve fails on a loop of links before 3.13
-    partial, replaced, lock_file = (
-        target.parent / f".{target.name}.{end}" for end in ("partial", "replaced", "lock")
-    )
-    try:
+    partial, replaced = (target.parent / f".{target.name}.{end}" for end in ("partial", "replaced"))
+    with writing(path):
         _check_replaceable(target, path, contents)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(lock_file, path):
-            try:
+    with locked(path):
+        try:
+            with writing(path):
                 _recover(target, partial, replaced)
                 partial.mkdir()
-                yield partial
+            yield partial
+            with writing(path):
                 _publish(partial, target, replaced)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,17 +88,42 @@ def _check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]
 
 
 @contextmanager
-def _locked(file: Path, shown: str | Path) -> Iterator[None]:
-    # A file opened for writing: NFS locks nothing else.
-    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+def writing(path: str | Path) -> Iterator[None]:
+    """The system's refusals to write `path` become one line."""
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owned = os.fstat(lock).st_nlink > 0  # or its owner has just finished and removed it
-        except BlockingIOError:
-            owned = False
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise InputError(
+            f"{path}: cannot be written ({reason}); free space or name another folder"
+        ) from error
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """
+    Keep other processes from writing the same folder.
+
+    Raises
+    ------
+    InputError
+        Another process is writing it, or the folder above cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    file = target.parent / f".{target.name}.lock"
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A file opened for writing: NFS locks nothing else.
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with writing(path):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                owned = os.fstat(lock).st_nlink > 0  # or its owner has just removed it
+            except BlockingIOError:
+                owned = False
         if not owned:
-            raise InputError(f"{shown}: another process is writing this folder; wait for it")
+            raise InputError(f"{path}: another process is writing this folder; wait for it")
         try:
             yield
         finally:
@@ -141,9 +163,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def unwritable(path: str | Path, error: OSError) -> InputError:
-    """The one line for a path that the system will not write."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return InputError(f"{path}: cannot be written ({reason}); free space or name another folder")

@@ -209,10 +209,17 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int,
         return
     if set(entries) != {str(number) for number in shards}:
         raise InputError(f"{folder}: its shards are not those of its manifest; encode it again")
+    known = {folder / "prototypes.npy": manifest.get("prototypes_sha256")}
     for number, shard in shards.items():
-        known, found = entries[str(number)], hashlib.sha256(shard.read_bytes()).hexdigest()
-        if not isinstance(known, dict) or known.get("features_sha256") != found:
-            raise InputError(f"{shard}: is not what the manifest says; encode it again")
+        entry = entries[str(number)] if isinstance(entries[str(number)], dict) else {}
+        known[shard] = entry.get("features_sha256")
+        metadata = folder / "metadata" / f"metadata_{number:05}.parquet"
+        known[metadata] = entry.get("metadata_sha256")
+    for file, sha256 in known.items():
+        if not file.exists() and sha256 is None:
+            continue
+        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+            raise InputError(f"{file}: is not what the manifest says; encode it again")
 
 
 def _metadata(

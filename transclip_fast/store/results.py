@@ -72,9 +72,8 @@ def predictions_table(
         The truth, kept as `true_label`.
     """
     rows = np.arange(len(distributions))
-    values, classes = torch.from_numpy(distributions).topk(min(TOP, distributions.shape[1]), 1)
-    label = distributions.argmax(1)
-    confidence = distributions[rows, label]
+    values, classes = _top(torch.from_numpy(distributions))
+    label = classes[:, 0].numpy()
     names = np.asarray(features.class_names or [str(k) for k in range(distributions.shape[1])])
     columns = {
         "row": rows,
@@ -82,7 +81,7 @@ def predictions_table(
         "key": pa.array(features.keys or [None] * len(rows), pa.string()),
         "label": label,
         "label_name": pa.array(names[label], pa.string()),
-        "confidence": confidence,
+        "confidence": values[:, 0].numpy(),
         "zero_shot_label": zero_shot[0],
         "zero_shot_confidence": zero_shot[1],
         "top5_labels": _lists(classes.numpy()),
@@ -162,6 +161,17 @@ def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
     if "variances" not in tensors or not (tensors["variances"] > 0).all():
         raise InputError(f"{file}: means or variances are missing or damaged; solve again")
     return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
+
+
+def _top(distributions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest entries (N, 5) of each row and their classes; of equal ones the first class."""
+    n = min(TOP, distributions.shape[1])
+    values, classes = distributions.topk(n, dim=1)
+    tied = (distributions >= values[:, -1:]).sum(1) > n  # topk breaks ties as it likes
+    tied |= (values[:, 1:] == values[:, :-1]).any(1)
+    ordered = distributions[tied].sort(dim=1, descending=True, stable=True)
+    classes[tied] = ordered.indices[:, :n]
+    return values, classes
 
 
 def _lists(array: np.ndarray) -> pa.Array:

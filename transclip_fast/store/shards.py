@@ -18,12 +18,14 @@ import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import npy_bytes
-from transclip_fast.store.atomic import read_json, unwritable
+from transclip_fast.store.atomic import read_json, writing
 from transclip_fast.store.features import inside
+from transclip_fast.version import __version__
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.csv"
 PROTOTYPES = "prototypes.npy"
+FOLDERS = ("img_emb", "metadata")
 # Decided by the first run and kept by those that continue it: other values change some last bits.
 KEPT = ("batch_size", "threads", "shard_rows")
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
@@ -31,18 +33,46 @@ TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be read: its row in the source, its key, and why."""
+    """
+    An image that could not be read: its row in the source, its key, and why.
+
+    `fatal` is a failure of the machine, not of the image: the run stops and can be continued.
+    """
 
     source_row: int
     key: str
     reason: str
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Of each row of the source its key, its path, and its label where there are any."""
+
+    keys: Sequence[str]
+    paths: Sequence[str]
+    labels: np.ndarray | None
+
+    def parquet(self, rows: Sequence[int]) -> bytes:
+        """The metadata of some rows as a parquet file."""
+        columns: dict[str, Any] = {
+            "source_row": pa.array(rows, pa.int64()),
+            "key": pa.array([self.keys[row] for row in rows], pa.string()),
+            "path": pa.array([self.paths[row] for row in rows], pa.string()),
+        }
+        if self.labels is not None:
+            columns["label"] = pa.array(self.labels[list(rows)], pa.int64())
+        content = io.BytesIO()
+        pq.write_table(pa.table(columns), content)
+        return content.getvalue()
 
 
 class FeatureWriter:
     """
     A feature folder in the making: img_emb/, metadata/, prototypes.npy, manifest.json.
 
-    Every file appears whole; a shard counts once the manifest names it with its hash.
+    Every file appears whole; a shard counts once the manifest names it with its hash. The metadata
+    follows from the source alone: that of finished shards is written again where labels changed.
 
     Parameters
     ----------
@@ -51,28 +81,29 @@ class FeatureWriter:
     config : mapping
         What decides the features: model, preprocessing, source, and the entries of `KEPT`, which
         an existing folder overrules.
+    table : RowTable
+        The rows of the source.
 
     Raises
     ------
     InputError
-        The folder was begun with another configuration (which entry), or holds other files.
+        The folder was begun with another configuration (which entry), holds other files, is
+        damaged, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
-        self.folder = Path(path)
+    def __init__(self, path: str | Path, config: Mapping[str, Any], table: RowTable) -> None:
+        self.folder, self.table = Path(path), table
         self.config = json.loads(json.dumps(config))
         self.shards: dict[str, dict[str, Any]] = {}  # by number, as JSON has no other keys
         self.text: dict[str, Any] = {}
-        if (self.folder / MANIFEST).is_file():
-            self._continue()
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(f"{path}: holds other files; name a new folder")
-        try:
-            for name in ("img_emb", "metadata"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            self._save_manifest()
-        except OSError as error:
-            raise unwritable(path, error) from error
+        with writing(path):
+            if os.path.isfile(self.folder / MANIFEST):
+                self._continue()
+            else:
+                self._begin()
+            for name in FOLDERS:
+                (self.folder / name).mkdir(exist_ok=True)
+            self._refresh_metadata()
 
     @property
     def n_shards(self) -> int:
@@ -82,14 +113,14 @@ class FeatureWriter:
     def complete(self) -> bool:
         return len(self.shards) == self.n_shards
 
-    def missing(self) -> list[tuple[int, range]]:
-        """Number and source rows of each shard that is still to be written."""
-        rows, size = self.config["source"]["rows"], self.config["shard_rows"]
-        return [
-            (number, range(number * size, min((number + 1) * size, rows)))
-            for number in range(self.n_shards)
-            if str(number) not in self.shards
-        ]
+    def rows(self, number: int) -> range:
+        """Source rows of a shard."""
+        size = self.config["shard_rows"]
+        return range(number * size, min((number + 1) * size, self.config["source"]["rows"]))
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are still to be written."""
+        return [number for number in range(self.n_shards) if str(number) not in self.shards]
 
     def failures(self) -> Iterator[Failure]:
         """The unreadable images of all shards, in source order."""
@@ -97,45 +128,27 @@ class FeatureWriter:
             for failure in self.shards[number]["failures"]:
                 yield Failure(*failure)
 
-    def write_shard(
-        self,
-        number: int,
-        features: np.ndarray,
-        source_rows: Sequence[int],
-        keys: Sequence[str],
-        paths: Sequence[str],
-        labels: np.ndarray | None,
-        failures: Sequence[Failure],
-    ) -> None:
+    def write_shard(self, number: int, features: np.ndarray, failures: Sequence[Failure]) -> None:
         """
-        One shard: features (rows, d) float16, and for each row where it came from.
+        One shard: features (rows, d) float16 of all its rows but the failures.
 
         Raises
         ------
         InputError
             The folder cannot be written (full disk, permissions).
         """
-        columns: dict[str, Any] = {
-            "source_row": pa.array(source_rows, pa.int64()),
-            "key": pa.array(keys, pa.string()),
-            "path": pa.array(paths, pa.string()),
-        }
-        if labels is not None:
-            columns["label"] = pa.array(labels, pa.int64())
-        table = io.BytesIO()
-        pq.write_table(pa.table(columns), table)
-        try:
-            entry = {
+        listed = [[f.source_row, f.key, f.reason] for f in failures]
+        with writing(self.folder):
+            self.shards[str(number)] = {
                 "rows": len(features),
-                "features_sha256": self._save(_features_name(number), npy_bytes(features)),
-                "metadata_sha256": self._save(_metadata_name(number), table.getvalue()),
-                "failures": [[f.source_row, f.key, f.reason] for f in failures],
+                "features_sha256": self._save(features_name(number), npy_bytes(features)),
+                "metadata_sha256": self._save(
+                    metadata_name(number), self._metadata(number, listed)
+                ),
+                "failures": listed,
             }
-            self.shards[str(number)] = entry
             self._save_failures()
             self._save_manifest()
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
 
     def has_prototypes(self, identity: Mapping[str, Any]) -> bool:
         """Whether prototypes.npy is there, whole, and of this identity."""
@@ -145,31 +158,56 @@ class FeatureWriter:
 
     def write_prototypes(self, prototypes: np.ndarray, identity: Mapping[str, Any]) -> None:
         """Prototypes (K, d) float32; `identity` tells class names and how they were made."""
-        try:
+        with writing(self.folder):
             sha256 = self._save(PROTOTYPES, npy_bytes(prototypes))
             self.text = {**identity, "prototypes_sha256": sha256}
             self._save_manifest()
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for entry in self.folder.iterdir():  # a run killed at its start leaves no more than these
+            if entry.name not in FOLDERS and not _is_partial(entry):
+                raise InputError(f"{self.folder}: holds other files; name a new folder")
+        self._save_manifest()
 
     def _continue(self) -> None:
         manifest = read_json(inside(self.folder, MANIFEST))
         begun = manifest.get("config")
         if not isinstance(begun, dict) or not isinstance(manifest.get("shards"), dict):
             raise InputError(f"{self.folder / MANIFEST}: is not a feature folder's; name a new one")
-        for name in sorted(set(begun) | set(self.config)):
-            if name not in KEPT and begun.get(name) != self.config.get(name):
+        for name in self.config:
+            if name not in KEPT and begun.get(name) != self.config[name]:
                 raise InputError(
                     f"{self.folder}: was begun with {name} {begun.get(name)!r}, now "
-                    f"{self.config.get(name)!r}; name a new folder"
+                    f"{self.config[name]!r}; name a new folder"
                 )
-        self.config = begun
-        self.text = {name: manifest[name] for name in TEXT if name in manifest}
-        for number, entry in manifest["shards"].items():
-            if self._whole(_features_name(int(number)), entry["features_sha256"]) and self._whole(
-                _metadata_name(int(number)), entry["metadata_sha256"]
-            ):
-                self.shards[number] = entry
+        try:
+            self.config = {**begun, **{name: int(begun[name]) for name in KEPT}}
+            self.text = {name: manifest[name] for name in TEXT if name in manifest}
+            for number, entry in manifest["shards"].items():
+                if self._whole(features_name(int(number)), entry["features_sha256"]):
+                    self.shards[number] = {**entry, "failures": list(entry["failures"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.folder / MANIFEST}: is damaged ({error!r}); name a new folder"
+            ) from error
+
+    def _refresh_metadata(self) -> None:
+        """Metadata of finished shards as the source has it now."""
+        changed = False
+        for number, entry in self.shards.items():
+            content = self._metadata(int(number), entry["failures"])
+            sha256 = hashlib.sha256(content).hexdigest()
+            if not self._whole(metadata_name(int(number)), sha256):
+                self._save(metadata_name(int(number)), content)
+            changed |= entry.get("metadata_sha256") != sha256
+            entry["metadata_sha256"] = sha256
+        if changed:
+            self._save_manifest()
+
+    def _metadata(self, number: int, failures: Sequence[Sequence[Any]]) -> bytes:
+        failed = {failure[0] for failure in failures}
+        return self.table.parquet([row for row in self.rows(number) if row not in failed])
 
     def _whole(self, name: str, sha256: str | None) -> bool:
         file = inside(self.folder, name)
@@ -180,35 +218,45 @@ class FeatureWriter:
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["source_row", "key", "reason"])
         rows.writerows([f.source_row, f.key, f.reason] for f in self.failures())
-        self._save(FAILURES, text.getvalue().encode("utf-8", errors="surrogateescape"))
+        self._save(FAILURES, text.getvalue().encode())
 
     def _save_manifest(self) -> None:
         shards = {number: self.shards[number] for number in sorted(self.shards, key=int)}
         manifest = {
+            "version": __version__,
             "complete": self.complete,
             "rows": sum(entry["rows"] for entry in shards.values()),
             "config": self.config,
             **self.text,
             "shards": shards,
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=True) + "\n"
-        self._save(MANIFEST, text.encode())
+        self._save(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
     def _save(self, name: str, data: bytes) -> str:
         """Write a file under a temporary name, sync, rename; its sha256."""
         target = self.folder / name
         partial = target.with_name(f".{target.name}.partial")
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(target)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         return hashlib.sha256(data).hexdigest()
 
 
-def _features_name(number: int) -> str:
+def features_name(number: int) -> str:
+    """File of a shard's features."""
     return f"img_emb/img_emb_{number:05}.npy"
 
 
-def _metadata_name(number: int) -> str:
+def metadata_name(number: int) -> str:
+    """File of a shard's metadata."""
     return f"metadata/metadata_{number:05}.parquet"
+
+
+def _is_partial(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.name.endswith(".partial")
