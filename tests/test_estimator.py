@@ -314,3 +314,20 @@ def test_unknown_device(problem):
     features, prototypes, _ = problem()
     with pytest.raises(InputError, match="device 'abacus' cannot be used"):
         TransCLIP(device="abacus").fit(features, prototypes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("assignments", "sparse"), ("precision", "float16"), ("backend", "triton"), ("rank", 8)],
+)
+def test_what_is_not_there_yet_says_so(problem, name, value):
+    features, prototypes, _ = problem()
+    with pytest.raises(InputError, match=f"{name}={value!r} is not available in this version"):
+        TransCLIP(**{name: value}).fit(features, prototypes)
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "abacus"])
+def test_devices_that_are_none(problem, device):
+    features, prototypes, _ = problem()
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
+        TransCLIP(device=device).fit(features, prototypes)
