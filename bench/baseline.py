@@ -56,6 +56,7 @@ def _affinity(neighbors: torch.Tensor, similarities: torch.Tensor) -> torch.Tens
     affinity = torch.sparse_coo_tensor(edges, weights, (n, n), check_invariants=False).coalesce()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
         return affinity.to_sparse_csr()
 
 
