@@ -26,7 +26,7 @@ def running(save, arrays, tmp_path):
         "--max-iter",
         "100000000",
     ]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # noqa: S603
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (tmp_path / ".result.partial").exists() or process.poll() is not None:
             break
@@ -58,7 +58,7 @@ def test_stopped(how, solved, running, cli, succeeds, tmp_path):
 
 def test_bad_input(tmp_path):
     args = [*COMMAND, "evaluate", tmp_path / "none"]
-    ran = subprocess.run(args, capture_output=True, text=True, check=False)  # noqa: S603
+    ran = subprocess.run(args, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith(f"error: {tmp_path / 'none'}: ")
     assert ran.stderr.count("\n") == 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,3 +197,29 @@ def test_bad_json(content, told, tmp_path):
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=f"x.json: .*{told}"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_worker_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
+    program = f"""
+import os, signal, time
+from transclip_fast.store.atomic import locked
+with locked({str(tmp_path / "out")!r}):
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    print("forked", flush=True)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as parent:
+        parent.stdout.readline()
+        parent.wait()
+        try:
+            write(tmp_path / "out", a="new")
+        finally:
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert (tmp_path / "out/a").read_text() == "new"

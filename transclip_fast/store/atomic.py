@@ -99,6 +99,19 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+# Worker processes are born with copies of the locks, which would outlive a killed parent.
+_held: set[int] = set()
+
+
+def _drop_locks() -> None:
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
+
+
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """
@@ -115,6 +128,7 @@ def locked(path: str | Path) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A file opened for writing: NFS locks nothing else.
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        _held.add(lock)
     try:
         with writing(path):
             try:
@@ -129,6 +143,7 @@ def locked(path: str | Path) -> Iterator[None]:
         finally:
             file.unlink()
     finally:
+        _held.discard(lock)
         os.close(lock)
 
 
