@@ -56,7 +56,7 @@ def main() -> int:
                     [*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
                 try:
-                    process.wait(timeout=draw.uniform(0.3, 1.1) * seconds)
+                    process.wait(timeout=draw.uniform(0.2, 0.9) * seconds)
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
