@@ -109,7 +109,7 @@ def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Pat
     lines += [
         "",
         "Transduction gains where the images have shifted and may cost a little where the model is",
-        "nearly right already. One trained model; over three the gains differ: transclip_fast/demo/README.md.",
+        "nearly right already. This is one trained model; transclip_fast/demo/README.md has three.",
         f"{summary['seconds']:.0f} s. Images whose label changed: {picture}",
     ]
     return "\n".join(lines)
