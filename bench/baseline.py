@@ -53,11 +53,10 @@ def _affinity(neighbors: torch.Tensor, similarities: torch.Tensor) -> torch.Tens
     forward = torch.stack([sources, neighbors.flatten()])
     edges = torch.cat([forward, forward.flip(0)], dim=1)
     weights = similarities.flatten().repeat(2) / (2 * k)
-    affinity = torch.sparse_coo_tensor(edges, weights, (n, n), check_invariants=False).coalesce()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")
-        return affinity.to_sparse_csr()
+        return torch.sparse_coo_tensor(edges, weights, (n, n)).coalesce().to_sparse_csr()
 
 
 @torch.no_grad()
