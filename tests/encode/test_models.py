@@ -5,6 +5,7 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 
 from transclip_fast.encode.models import identify, load_backbone
 
@@ -41,3 +42,20 @@ def test_random_weights_are_always_the_same():
         assert torch.equal(first.model.encode_image(image), second.model.encode_image(image))
     assert first.dim == 384
     assert not first.model.training
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_hub_is_asked_only_for_what_is_not_in_its_cache(monkeypatch, cached):
+    create, offline = open_clip.create_model_and_transforms, []
+
+    def create_from_hub(name, **options):
+        offline.append(constants.HF_HUB_OFFLINE)
+        if offline == [True] and not cached:
+            raise FileNotFoundError("not in the cache")
+        return create(name, **{**options, "pretrained": None})
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create_from_hub)
+    before = constants.HF_HUB_OFFLINE
+    load_backbone("ViT-S-32", "none", torch.device("cpu"))
+    assert offline == ([True] if cached else [True, before])
+    assert before == constants.HF_HUB_OFFLINE

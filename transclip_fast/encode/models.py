@@ -9,7 +9,8 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,21 +78,13 @@ def load_backbone(model: str, pretrained: str, device: torch.device) -> Backbone
     import open_clip
 
     identity = identify(model, pretrained)
-    source = None if identity["weights"] == NONE else pretrained
-    logging.getLogger().addFilter(_no_random_weights_warning)
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            torch.manual_seed(0)
-            net, _, preprocess = open_clip.create_model_and_transforms(
-                model,
-                pretrained=source,
-                device=device,
-                precision="fp32",
-                # Weights trained with QuickGELU load into any network, and are wrong in most.
-                force_quick_gelu=identity["quick_gelu"],
-            )
-        tokenizer = open_clip.get_tokenizer(model)
+        try:
+            with _hub_cache_only():
+                net, preprocess, tokenizer = _create(model, pretrained, identity, device)
+        except (OSError, ValueError, RuntimeError):
+            # Not in the cache, and if it is anything else it fails again.
+            net, preprocess, tokenizer = _create(model, pretrained, identity, device)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"model {model}, pretrained {pretrained}: does not load (damaged, or holds pickled "
@@ -102,11 +95,44 @@ def load_backbone(model: str, pretrained: str, device: torch.device) -> Backbone
         raise InputError(
             f"model {model}, pretrained {pretrained}: does not load ({reason})"
         ) from error
-    finally:
-        logging.getLogger().removeFilter(_no_random_weights_warning)
     net.eval()
     identity["preprocessing"] = open_clip.get_model_preprocess_cfg(net)
     return Backbone(net, preprocess, tokenizer, identity)
+
+
+def _create(
+    model: str, pretrained: str, identity: dict[str, Any], device: torch.device
+) -> tuple[Any, Any, Any]:
+    """Network, preprocessing and tokenizer as open_clip makes them."""
+    import open_clip
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        torch.manual_seed(0)
+        net, _, preprocess = open_clip.create_model_and_transforms(
+            model,
+            pretrained=None if identity["weights"] == NONE else pretrained,
+            device=device,
+            precision="fp32",
+            # Weights trained with QuickGELU load into any network, and are wrong in most.
+            force_quick_gelu=identity["quick_gelu"],
+        )
+    return net, preprocess, open_clip.get_tokenizer(model)
+
+
+@contextmanager
+def _hub_cache_only() -> Iterator[None]:
+    """Files of the model hub from its cache alone: it is not asked whether they are current."""
+    from huggingface_hub import constants
+
+    before, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    constants.HF_HUB_OFFLINE = True
+    logging.disable()  # of random weights, and of files that a second attempt will download
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logging.disable(level)
 
 
 def identify(model: str, pretrained: str) -> dict[str, Any]:
@@ -140,10 +166,6 @@ def identify(model: str, pretrained: str) -> dict[str, Any]:
 def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
     return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
-
-
-def _no_random_weights_warning(record: logging.LogRecord) -> bool:
-    return "initialized randomly" not in record.getMessage()
 
 
 def file_sha256(path: str | Path) -> str:
