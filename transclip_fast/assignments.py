@@ -1,37 +1,152 @@
-"""The soft assignments z of the queries to the classes."""
+"""
+The (N, K) arrays of the solver, z and its scores, whole or cut to each row's largest entries.
+
+The full form keeps every class of every row, in class order; its `classes` is None. The short form
+keeps lists: row i holds class `classes[i, c]` with `values[i, c]`, the entries in use first. Only
+`ops` relies on the form.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+    from transclip_fast.truncation import Truncation
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    Base scores b, up to a constant per row.
+
+    Parameters
+    ----------
+    values : Tensor (N, K) or (N, C) float32
+        b; in the short form b less the row's log-sum-exp over all K classes, -inf where unused.
+    classes : Tensor (N, C) int32, optional
+        Candidates.
+    n_classes : int
+        K.
+    tail : Tensor (N,) float32
+        Mass of softmax(b) outside the candidates.
+    least : Tensor (N,) float32
+        Short form: a class is a candidate if its entry of `values` is at least this.
+    """
+
+    values: torch.Tensor
+    classes: torch.Tensor | None
+    n_classes: int
+    tail: torch.Tensor
+    least: torch.Tensor
+
+    @classmethod
+    def empty(cls, reach: torch.Tensor, n_classes: int, truncation: Truncation | None) -> Scores:
+        """
+        Room for the scores of N rows.
+
+        Parameters
+        ----------
+        reach : Tensor (N,) float32
+            The most nats by which messages can move a class of a row against another.
+        """
+        floor = torch.tensor(0.0 if truncation is None else truncation.floor)
+        least, tail = floor.log().to(reach.device) - reach, torch.zeros_like(reach)
+        if truncation is None:
+            return cls(reach.new_empty(len(reach), n_classes), None, n_classes, tail, least)
+        shape = len(reach), truncation.candidates
+        classes = torch.zeros(shape, dtype=torch.int32, device=reach.device)
+        values = torch.full_like(classes, -torch.inf, dtype=reach.dtype)
+        return cls(values, classes, n_classes, tail, least)
 
 
 @dataclass(frozen=True)
 class Assignments:
     """
-    z (N, K): row i gives `values[i, k]` of its mass to class k; rows sum to 1.
+    Soft assignments z (N, K); rows sum to 1, in the short form to 1 less what was dropped.
 
-    The full form keeps every class of every row, in class order. Only `ops` relies on the form.
+    Parameters
+    ----------
+    values : Tensor (N, K) or (N, R) float32
+        0 where unused.
+    classes : Tensor (N, R) int32, optional
+    n_classes : int
+        K.
+    bound : Tensor (N,) float32
+        The mass that the last sweep may have misplaced because messages reached classes that are
+        no candidates.
+    floor : float
+        Short form: entries below it are dropped, except a row's largest.
     """
 
-    values: torch.Tensor  # (N, K) float32
+    values: torch.Tensor
+    classes: torch.Tensor | None
+    n_classes: int
+    bound: torch.Tensor
+    floor: float = 0.0
+
+    @classmethod
+    def empty(
+        cls, n_rows: int, n_classes: int, truncation: Truncation | None, device: torch.device
+    ) -> Assignments:
+        """Room for the assignments of N rows."""
+        bound = torch.zeros(n_rows, device=device)
+        if truncation is None:
+            return cls(bound.new_zeros(n_rows, n_classes), None, n_classes, bound)
+        values = bound.new_zeros(n_rows, truncation.rank)
+        classes = torch.zeros_like(values, dtype=torch.int32)
+        return cls(values, classes, n_classes, bound, truncation.floor)
 
     def __len__(self) -> int:
         return len(self.values)
 
-    @property
-    def n_classes(self) -> int:
-        return self.values.shape[1]
-
-    def labels(self) -> torch.Tensor:
-        """Class with the largest mass of each row, (N,) int64."""
-        return self.values.argmax(1)
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most likely class of each row (N,) int64, the lowest of equal ones, and its z (N,)."""
+        largest = self.values.max(1)
+        if self.classes is None:
+            return largest.indices, largest.values
+        others = torch.where(self.values == largest.values[:, None], self.classes, self.n_classes)
+        return others.amin(1).long(), largest.values
 
     def empty_like(self) -> Assignments:
         """Room for another z of the same form."""
-        return Assignments(torch.empty_like(self.values))
+        classes = None if self.classes is None else torch.zeros_like(self.classes)
+        values, bound = torch.zeros_like(self.values), torch.zeros_like(self.bound)
+        return replace(self, values=values, classes=classes, bound=bound)
+
+    def take(self, rows: torch.Tensor | slice) -> Assignments:
+        """The rows given by index (n,) int64, in that order."""
+        classes = None if self.classes is None else self.classes[rows]
+        return replace(self, values=self.values[rows], classes=classes, bound=self.bound[rows])
+
+    def at(self, rows: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """z of pairs of a row and a class, (E,)."""
+        if self.classes is None:
+            return self.values[rows, classes]
+        return torch.where(self.classes[rows] == classes[:, None], self.values[rows], 0).sum(1)
 
     def dense(self) -> torch.Tensor:
         """z as an (N, K) float32 tensor."""
-        return self.values
+        if self.classes is None:
+            return self.values
+        whole = self.values.new_zeros(len(self), self.n_classes)
+        return whole.scatter_add_(1, self.classes.long(), self.values)
+
+    def numpy(self) -> np.ndarray | sparse.csr_array:
+        """z (N, K) as an array, in the short form as scipy's CSR."""
+        if self.classes is None:
+            return self.values.cpu().numpy()
+        from scipy import sparse  # a GPU machine with numpy and torch alone never comes here
+
+        values, classes = self.values.cpu().numpy(), self.classes.cpu().numpy()
+        used = values > 0
+        offsets = np.concatenate([[0], used.sum(1).cumsum()])
+        shape = len(self), self.n_classes
+        table = sparse.csr_array((values[used], classes[used], offsets), shape)
+        table.sort_indices()
+        return table

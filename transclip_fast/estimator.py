@@ -13,18 +13,26 @@ from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
 from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
+from transclip_fast.ops import BACKENDS, choose_backend
 from transclip_fast.prior import GivenPrior, LinearPrior, Prior
-from transclip_fast.solver import Parameters, Progress, Solution, check_weight, predict, solve
+from transclip_fast.solver import (
+    Parameters,
+    Progress,
+    Solution,
+    check_number,
+    check_weight,
+    predict,
+    solve,
+)
 from transclip_fast.support import Support
+from transclip_fast.truncation import FORMS, choose_truncation
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
-COMPUTATION: dict[str, tuple[object, ...]] = {
-    "assignments": ("auto", "dense"),
-    "candidates": (None,),
-    "rank": (None,),
+CHOICES: dict[str, tuple[object, ...]] = {
+    "assignments": FORMS,
     "precision": ("float32",),
     "memory": (None,),
-    "backend": ("auto", "torch"),
+    "backend": BACKENDS,
 }
 
 
@@ -43,9 +51,19 @@ class TransCLIP(Parameters):
         0.01, 0.02 and 0.2 on a validation set.
     device : str
         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-    assignments, candidates, rank, precision, memory, backend
-        How to compute, not what: so far dense assignments in float32 by torch, held in memory.
-        Each accepts what `COMPUTATION` lists.
+    assignments : {"auto", "dense", "sparse"}
+        Keep z whole, or of each row only the largest entries: memory and time of a sweep then do
+        not grow with K. "auto" is dense for small problems, and on a GPU while they fit.
+    candidates : int, optional
+        Sparse only: classes of a row that messages can reach. Where it is not given, what a
+        sample of the prior needs and memory allows.
+    rank : int, optional
+        Sparse only: entries of z that a row keeps; as many as candidates where not given.
+        With both at K nothing is left out.
+    backend : {"auto", "torch", "numba"}
+        Who computes; numba does sparse assignments on a CPU.
+    precision, memory
+        So far float32, and everything held in memory: "float32" and None.
     **
         All other parameters are those of `transclip_fast.solver.Parameters`.
 
@@ -53,8 +71,14 @@ class TransCLIP(Parameters):
     ----------
     transduction_ : ndarray (N,) int64
         Label of each query.
-    label_distributions_ : ndarray (N, K) float32
-        Assignments z.
+    label_distributions_ : ndarray or scipy.sparse.csr_array (N, K) float32
+        Assignments z; in CSR when sparse, rows then sum to 1 less what was dropped.
+    truncation_ : dict or None
+        Of a sparse fit: `candidates`, `rank` and `floor`; `tail_mass`, the largest mass of a row
+        outside its candidates; `largest_bound` and `mean_bound`, over the rows, of the mass
+        misplaced because messages reached other classes.
+    backend_ : str
+        Who computed.
     means_ : ndarray (K, d) float32
     variances_ : ndarray (d,) float32
     n_iter_ : int
@@ -146,7 +170,14 @@ class TransCLIP(Parameters):
             raise InputError(
                 "few-shot needs gamma, or validation_features and validation_labels to choose it"
             )
-        self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
+        truncation = choose_truncation(
+            prior_,
+            features,
+            form=self.assignments if self.backend != "numba" else "sparse",
+            candidates=self.candidates,
+            rank=self.rank,
+        )
+        self.backend_ = choose_backend(self.backend, device, truncation)
         if graph is None:
             graph = build_graph(features, self.n_neighbors, device=device)
         elif not isinstance(graph, NeighborGraph):
@@ -174,6 +205,8 @@ class TransCLIP(Parameters):
                 kl_weight=self.kl_weight_,
                 support=support,
                 gamma=gammas[position],
+                truncation=truncation,
+                backend=self.backend_,
                 progress=report,
             )
 
@@ -181,6 +214,10 @@ class TransCLIP(Parameters):
         gamma, solution = _most_accurate(runs, validation)
         self.gamma_ = gamma if support else None
         self._keep(solution, prior_, zero_shot)
+        bound = solution.assignments.bound
+        self.truncation_ = truncation and truncation.losses(solution.tail_mass, bound)
+        if zero_shot is not prior_:
+            self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         return self
 
     def _keep(self, solution: Solution, prior: Prior, zero_shot: Prior) -> None:
@@ -189,8 +226,10 @@ class TransCLIP(Parameters):
         # A given prior (N, K) is of these rows only.
         self._prior = prior if isinstance(prior, LinearPrior) else None
         self._zero_shot = zero_shot if isinstance(zero_shot, LinearPrior) else None
-        self.label_distributions_ = solution.assignments.dense().cpu().numpy()
-        self.transduction_ = solution.assignments.labels().cpu().numpy()
+        self.zero_shot_labels_ = solution.prior_labels.cpu().numpy()
+        self.zero_shot_confidences_ = solution.prior_confidences.cpu().numpy()
+        self.label_distributions_ = solution.assignments.numpy()
+        self.transduction_ = solution.assignments.best()[0].cpu().numpy()
         self.means_ = solution.mixture.means.float().cpu().numpy()
         self.variances_ = solution.mixture.variances.float().cpu().numpy()
         self.n_iter_ = solution.n_iter
@@ -258,12 +297,18 @@ class TransCLIP(Parameters):
         super().check()
         if self.gamma is not None:
             check_weight("gamma", self.gamma)
-        for name, allowed in COMPUTATION.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"{name}={getattr(self, name)!r} is not available in this version; "
                     f"choose {' or '.join(map(repr, allowed))}"
                 )
+        for name in ("candidates", "rank"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value, 1)
+                if self.assignments == "dense":
+                    raise InputError(f"{name}: dense assignments keep every class; leave it out")
 
     def _make_priors(
         self,
@@ -353,7 +398,7 @@ def _most_accurate(
         if validation is None:
             return 0.0
         queries, labels = validation
-        predicted = run[1].assignments.labels().cpu().numpy()
+        predicted = run[1].assignments.best()[0].cpu().numpy()
         return float((predicted[queries] == labels).mean())
 
     return max(runs, key=accuracy)

@@ -6,9 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from transclip_fast import ops
-from transclip_fast.assignments import Assignments
-
 COVARIANCES = ("diagonal", "isotropic")
 # Times 1/d. One real backbone reaches a variance of 4.5e-7; a larger floor changes labels.
 VARIANCE_FLOOR = 1e-6
@@ -29,11 +26,6 @@ class Moments:
     sums: torch.Tensor
     squares: torch.Tensor
 
-    @classmethod
-    def of(cls, z: Assignments, features: torch.Tensor, squares: torch.Tensor) -> Moments:
-        sums, counts = ops.class_sums(z, features)
-        return cls(counts, sums, squares)
-
     def __add__(self, other: Moments) -> Moments:
         return Moments(
             self.counts + other.counts, self.sums + other.sums, self.squares + other.squares
@@ -52,26 +44,29 @@ class Mixture:
 
     @classmethod
     def start(
-        cls, log_prior: torch.Tensor, features: torch.Tensor, shots: Moments | None = None
+        cls,
+        log_weights: torch.Tensor,
+        rows: torch.Tensor,
+        features: torch.Tensor,
+        shots: Moments | None = None,
     ) -> Mixture:
         """
         Each class at its 8 most confident rows, or at its labelled shots; sigma^2 = 1/d.
 
         Parameters
         ----------
-        log_prior : Tensor (N, K)
-            log y_hat of the rows.
+        log_weights, rows : Tensor (8, K), (8, K) int64
+            The largest log y_hat of each class, largest first, and their rows.
         shots : Moments, optional
             Of the support rows; a class without shots starts as in zero-shot.
         """
-        log_weights, rows = ops.start_rows(log_prior)  # (8, K)
         # A unit mean does not depend on the scale of its weights: the largest becomes 1, so that
         # they cannot all underflow. A class excluded everywhere weighs its rows alike.
         largest = log_weights[:1]
         relative = torch.where(largest.isfinite(), log_weights - largest, 0)
         weights = relative.double().exp()
         means = torch.zeros(
-            log_prior.shape[1], features.shape[1], dtype=torch.float64, device=features.device
+            rows.shape[1], features.shape[1], dtype=torch.float64, device=features.device
         )
         for weight, row in zip(weights, rows, strict=True):
             means += weight[:, None] * features[row]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from transclip_fast import ops
 from transclip_fast.device import exact_float32
+from transclip_fast.ops.torch import log_prior
 
 ROWS = 16384
 
@@ -38,13 +38,13 @@ class LinearPrior:
     def to(self, device: torch.device) -> LinearPrior:
         return LinearPrior(self.weights.to(device))
 
-    def evaluate(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """log y_hat (N, K) float32 and the normaliser (N,) that log_softmax subtracted."""
-        return ops.log_prior(features, self.weights)
+    def at(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """log y_hat (n, K) of some rows (n,)."""
+        return log_prior(features[rows], self.weights)
 
     def predict(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
-        return _most_likely(ops.log_prior(rows, self.weights)[0] for rows in _blocks(features))
+        return _most_likely(log_prior(rows, self.weights) for rows in _blocks(features))
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class GivenPrior:
     def to(self, device: torch.device) -> GivenPrior:
         return GivenPrior(self.log_probabilities.to(device))
 
-    def evaluate(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """log y_hat (N, K), and a normaliser of zeros: it is normalised already."""
-        return self.log_probabilities, features.new_zeros(len(features))
+    def at(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """log y_hat (n, K) of some rows (n,)."""
+        return self.log_probabilities[rows]
 
     def predict(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""

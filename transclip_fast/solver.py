@@ -12,16 +12,16 @@ from numbers import Integral, Real
 
 import torch
 
-from transclip_fast import ops
-from transclip_fast.assignments import Assignments
+from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph import Affinity, NeighborGraph, affinity
 from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.mixture import COVARIANCES, Mixture, Moments
-from transclip_fast.objective import objective
+from transclip_fast.ops import Operations, operations
 from transclip_fast.prior import Prior
 from transclip_fast.support import Support
+from transclip_fast.truncation import Truncation
 
 # The likelihood term of M shots, relative to that of N queries, is 50 gamma N / M.
 SUPPORT_SCALE = 50.0
@@ -74,9 +74,7 @@ class Parameters:
     def check(self) -> None:
         """Raise InputError for a value outside its range."""
         for name, least in (("n_neighbors", 1), ("max_iter", 0), ("inner_iter", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
+            check_number(name, getattr(self, name), least)
         for name in ("tol", "logit_scale", "likelihood_weight"):
             check_weight(name, getattr(self, name))
         if self.kl_weight is not None:
@@ -87,6 +85,12 @@ class Parameters:
         for name, allowed in (("covariance", COVARIANCES), ("graph_mode", GRAPH_MODES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+def check_number(name: str, value: object, least: int) -> None:
+    """Raise InputError unless a parameter is a whole number of at least that."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def check_weight(name: str, value: object) -> None:
@@ -106,12 +110,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class Solution:
-    """Assignments, fitted mixture, outer steps taken, and L after each step and at the end."""
+    """
+    What a run ends with.
+
+    `objective` is L after each outer step and at the end, `tail_mass` the largest mass of a row
+    outside its candidates, `prior_labels` (N,) and `prior_confidences` (N,) what the prior alone
+    predicts.
+    """
 
     assignments: Assignments
     mixture: Mixture
     n_iter: int
     objective: list[float]
+    tail_mass: float
+    prior_labels: torch.Tensor
+    prior_confidences: torch.Tensor
 
 
 def solve(
@@ -123,6 +136,8 @@ def solve(
     kl_weight: float,
     support: Support | None = None,
     gamma: float = 0.0,
+    truncation: Truncation | None = None,
+    backend: str = "torch",
     progress: Callable[[Progress], None] | None = None,
 ) -> Solution:
     """
@@ -140,11 +155,16 @@ def solve(
         lambda.
     support : Support, optional
         Labelled rows, weighted by `gamma`.
+    truncation : Truncation, optional
+        Keep only the largest entries of each row; all of them where not given.
+    backend : str
+        Whose operations, one of those that `ops.choose_backend` returns.
     progress : callable, optional
         Called after every outer step.
     """
-    with exact_float32():
-        run = _Run(features, prior, graph, parameters, kl_weight, support, gamma)
+    ops = operations(backend)
+    with exact_float32(), ops.session():
+        run = _Run(ops, features, prior, graph, parameters, kl_weight, support, gamma, truncation)
         history: list[float] = []
         n_iter = 0
         for n_iter in range(1, parameters.max_iter + 1):
@@ -158,7 +178,14 @@ def solve(
                 break
         run.update_assignments()
         history.append(run.objective())
-    return Solution(run.z, run.mixture, n_iter, history)
+    return Solution(
+        run.z if run.nodes is None else run.z.take(run.nodes),
+        run.mixture,
+        n_iter,
+        history,
+        float(run.base.tail.max()),
+        *run.prior_best,
+    )
 
 
 class _Run:
@@ -166,6 +193,7 @@ class _Run:
 
     def __init__(
         self,
+        ops: Operations,
         features: torch.Tensor,
         prior: Prior,
         graph: NeighborGraph,
@@ -173,41 +201,61 @@ class _Run:
         kl_weight: float,
         support: Support | None,
         gamma: float,
+        truncation: Truncation | None,
     ) -> None:
-        self.features, self.prior, self.parameters = features, prior, parameters
+        self.ops, self.features, self.prior, self.parameters = ops, features, prior, parameters
         self.kl_weight, self.support = kl_weight, support
         self.support_weight = SUPPORT_SCALE * gamma / support.n_rows if support else 0.0  # w
+        self.z = Assignments.empty(len(features), prior.n_classes, truncation, features.device)
+        self.prior_normaliser, log_weights, rows = ops.start(
+            features, prior.weights, prior.log_probabilities, out=self.z
+        )
+        self.mixture = Mixture.start(
+            log_weights, rows, features, support.moments if support else None
+        )
+        self.prior_best = self.z.best()
+        # Most neighbours share a label: side by side, their short rows are read from the cache.
+        self.nodes: torch.Tensor | None = None
+        if truncation is not None:
+            order = self.prior_best[0].argsort(stable=True)
+            self.nodes = torch.empty_like(order)
+            self.nodes[order] = torch.arange(len(order), device=order.device)
+            self.z = self.z.take(order)
         self.affinity: Affinity = affinity(
             graph,
             mode=parameters.graph_mode,
             clamp_similarity=parameters.clamp_similarity,
+            nodes=self.nodes,
             device=features.device,
         )
-        log_prior, self.prior_normaliser = prior.evaluate(features)
-        self.mixture = Mixture.start(log_prior, features, support.moments if support else None)
-        self.z = Assignments(log_prior.exp())
-        del log_prior  # (N, K), of which there are three at most
         self.spare = self.z.empty_like()  # the Jacobi sweep writes here, then the two swap
-        self.base = torch.empty_like(self.z.dense())
+        self.base = Scores.empty(self.affinity.reach(), prior.n_classes, truncation)
         self.squares = ops.sum_of_squares(features)
         self.moments: Moments  # of the z that update_assignments leaves
 
     def update_assignments(self) -> None:
         """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), several sweeps."""
-        base = linear_score(
-            self.features,
+        weights, offset = linear_score(
             self.mixture,
             self.prior,
             likelihood_weight=self.parameters.likelihood_weight,
             kl_weight=self.kl_weight,
+        )
+        self.ops.score(
+            self.features,
+            weights,
+            offset,
+            log_prior=self.prior.log_probabilities if self.kl_weight else None,
+            prior_weight=self.kl_weight,
+            messages=self.support.messages if self.support else None,
+            nodes=self.nodes,
             out=self.base,
         )
-        if self.support is not None:
-            self.support.add_messages(base)
         for _ in range(self.parameters.inner_iter):
-            new = ops.sweep(base, self.affinity, self.z, out=self.spare)
+            new = self.ops.sweep(self.base, self.affinity, self.z, out=self.spare)
             self.z, self.spare = new, self.z
-        self.moments = Moments.of(self.z, self.features, self.squares)
+        sums, counts = self.ops.class_sums(self.z, self.features, self.nodes)
+        self.moments = Moments(counts, sums, self.squares)
 
     def update_means(self) -> None:
         """mu_k <- unit(Z^T F / N + w Y^T S)."""
@@ -224,19 +272,28 @@ class _Run:
             )
 
     def objective(self) -> float:
-        """L at the present z, mu and sigma^2."""
-        return objective(
-            self.z,
-            self.mixture,
-            self.moments,
-            self.affinity,
-            self.prior,
-            self.prior_normaliser,
-            likelihood_weight=self.parameters.likelihood_weight,
-            kl_weight=self.kl_weight,
-            support=self.support,
-            support_weight=self.support_weight * len(self.features),
-        )
+        """
+        L at the present z, mu and sigma^2 (paper, equation 1), a sum over all queries.
+
+        L = KL - 1/2 sum_ij A_ij z_i.z_j - likelihood_weight * mixture, where KL is sum_ik z_ik
+        (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log
+        sigma_d^2). Few-shot adds w N times the support's mixture term, and its messages.
+        """
+        pairwise, entropy = self.ops.energies(self.z, self.affinity)
+        likelihood = self.mixture.log_likelihood(self.moments)
+        value = entropy - 0.5 * pairwise
+        if self.kl_weight and self.prior.log_probabilities is not None:
+            log_prior = self.ops.expectation(self.z, self.prior.log_probabilities, self.nodes)
+            value = value - self.kl_weight * log_prior
+        elif self.kl_weight and self.prior.weights is not None:
+            # Linear in the features: the moments say it without touching a row.
+            log_prior = (self.prior.weights * self.moments.sums).sum()
+            value = value - self.kl_weight * (log_prior - self.prior_normaliser.double().sum())
+        if self.support is not None:
+            shots = self.mixture.log_likelihood(self.support.moments)
+            likelihood = likelihood + self.support_weight * len(self.features) * shots
+            value = value - self.support.received(self.z, self.nodes)
+        return float(value - self.parameters.likelihood_weight * likelihood)
 
     def _pooled(self) -> Moments:
         """Moments of queries and support together, the queries' mass being 1."""
@@ -254,37 +311,28 @@ def predict(
 ) -> torch.Tensor:
     """z (N, K) of rows outside the graph: the mixture and the prior, no messages."""
     with exact_float32():
-        base = linear_score(
-            features, mixture, prior, likelihood_weight=likelihood_weight, kl_weight=kl_weight
+        weights, offset = linear_score(
+            mixture, prior, likelihood_weight=likelihood_weight, kl_weight=kl_weight
         )
-        return torch.softmax(base, 1)
+        out = Scores.empty(features.new_zeros(len(features)), prior.n_classes, None)
+        log_prior = prior.log_probabilities if kl_weight else None
+        score = operations("torch").score
+        score(features, weights, offset, log_prior=log_prior, prior_weight=kl_weight, out=out)
+        return torch.softmax(out.values, 1)
 
 
 def linear_score(
-    features: torch.Tensor,
-    mixture: Mixture,
-    prior: Prior,
-    *,
-    likelihood_weight: float,
-    kl_weight: float,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    mixture: Mixture, prior: Prior, *, likelihood_weight: float, kl_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    likelihood_weight g + lambda log y_hat (N, K) up to a constant per row: one GEMM F P^T + c.
+    P (K, d) and c (K,) float32: likelihood_weight g + lambda log y_hat = F P^T + c.
 
-    P = likelihood_weight mu / sigma^2 + lambda tau V for a linear prior; a given one is added.
+    Up to a constant per row. P = likelihood_weight mu / sigma^2 + lambda tau V for a linear
+    prior; a given one is added to the scores.
     """
     weights, offset = mixture.linear_score()
     weights, offset = likelihood_weight * weights, likelihood_weight * offset
     if prior.weights is not None:
         weights = weights + kl_weight * prior.weights
     # What all classes share cancels in the softmax; without it float32 keeps more digits.
-    weights, offset = weights - weights.mean(0), offset - offset.mean()
-    return ops.score(
-        features,
-        weights.float(),
-        offset.float(),
-        prior.log_probabilities if kl_weight else None,
-        kl_weight,
-        out=out,
-    )
+    return (weights - weights.mean(0)).float(), (offset - offset.mean()).float()

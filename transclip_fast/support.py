@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from transclip_fast.assignments import Assignments
 from transclip_fast.graph import nearest
 from transclip_fast.mixture import Moments
+from transclip_fast.ops import Messages
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,13 @@ class Support:
         M.
     moments : Moments
         Of the support rows with their one-hot labels.
-    rows, classes : Tensor (E,) int64
-    weights : Tensor (E,) float32
-        The messages W_S^T Y / 2k: what each query hears about each class. No pair occurs twice.
+    messages : Messages
+        W_S^T Y / 2k: what each query hears about each class.
     """
 
     n_rows: int
     moments: Moments
-    rows: torch.Tensor
-    classes: torch.Tensor
-    weights: torch.Tensor
+    messages: Messages
 
     @classmethod
     def build(
@@ -52,21 +51,14 @@ class Support:
         totals = torch.bincount(
             cell_of.flatten(), weights.flatten() / (2 * n_neighbors), len(cells)
         )
-        return cls(
-            len(support),
-            _moments(support, labels, n_classes),
-            cells // n_classes,
-            cells % n_classes,
-            totals.float(),
-        )
+        messages = Messages.of(cells // n_classes, cells % n_classes, totals.float(), len(features))
+        return cls(len(support), _moments(support, labels, n_classes), messages)
 
-    def add_messages(self, base: torch.Tensor) -> None:
-        """Add the support's constant messages to a base score (N, K), in place."""
-        base[self.rows, self.classes] += self.weights
-
-    def received(self, z: torch.Tensor) -> torch.Tensor:
-        """sum_ik z_ik times the messages, float64 scalar."""
-        return (z[self.rows, self.classes].double() * self.weights).sum()
+    def received(self, z: Assignments, nodes: torch.Tensor | None) -> torch.Tensor:
+        """sum_ik z_ik times the messages, float64 scalar; `nodes` (N,) are the rows of z."""
+        rows = self.messages.rows()
+        heard = z.at(rows if nodes is None else nodes[rows], self.messages.classes)
+        return (heard.double() * self.messages.weights).sum()
 
 
 def _moments(support: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Moments:

@@ -1,4 +1,4 @@
-"""Each operation against its formula in float64, on odd shapes and across block boundaries."""
+"""The full form's operations against their formulas in float64, on odd shapes and many blocks."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import log_softmax
-from transclip_fast.assignments import Assignments
+from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph import Affinity
+from transclip_fast.ops import Messages
 from transclip_fast.ops import torch as ops
 
 N, K, D = 77, 33, 96
@@ -18,6 +19,7 @@ N, K, D = 77, 33, 96
 def blocks(request, monkeypatch):
     """Everything in one block, or in blocks of a few rows with a short last one."""
     if request.param == "many blocks":
+        monkeypatch.setattr(ops, "SUM_ROWS", 10)
         monkeypatch.setattr(ops, "GEMM_ROWS", 10)
         monkeypatch.setitem(ops.BLOCK_BYTES, "cpu", 4 * K * 6)
 
@@ -35,7 +37,18 @@ def normal(rng, *shape):
 
 def simplex(rng, n=N, k=K):
     values = rng.dirichlet(np.full(k, 0.1), n).astype(np.float32)
-    return values.astype(np.float64), Assignments(torch.from_numpy(values))
+    return values.astype(np.float64), full(torch.from_numpy(values))
+
+
+def full(values):
+    """z of every class."""
+    return Assignments(values, None, values.shape[1], torch.zeros(len(values)))
+
+
+def full_scores(values):
+    """Base scores of every class."""
+    n = len(values)
+    return Scores(values, None, values.shape[1], torch.zeros(n), torch.full((n,), -torch.inf))
 
 
 def nan_like(tensor):
@@ -75,29 +88,29 @@ def test_blocks_cover_all_rows_once():
 def test_log_prior(blocks, rng):
     f, features = normal(rng, N, D)
     w, weights = normal(rng, K, D)
-    found, normaliser = ops.log_prior(features, weights)
-    logits = f @ w.T
-    np.testing.assert_allclose(found, log_softmax(logits), atol=3e-5)
-    np.testing.assert_allclose(found + normaliser[:, None], logits, atol=3e-5)
+    np.testing.assert_allclose(ops.log_prior(features, weights), log_softmax(f @ w.T), atol=3e-5)
 
 
 @pytest.mark.parametrize("prior_weight", [None, 1.0, 0.5])
-@pytest.mark.parametrize("given_out", [False, True])
-def test_score(blocks, rng, prior_weight, given_out):
+@pytest.mark.parametrize("heard", [False, True])
+def test_score(blocks, rng, prior_weight, heard):
     f, features = normal(rng, N, D)
     w, weights = normal(rng, K, D)
     c, offset = normal(rng, K)
-    expected, prior, arguments = f @ w.T + c, None, ()
+    expected, arguments = f @ w.T + c, {}
     if prior_weight is not None:
         p, prior = normal(rng, N, K)
         prior[3, 4] = p[3, 4] = -np.inf
         expected += prior_weight * p
-        arguments = (prior, prior_weight)
-    out = torch.full((N, K), float("nan")) if given_out else None
-    found = ops.score(features, weights, offset, *arguments, out=out)
-    assert found.dtype == torch.float32
-    assert out is None or found is out
-    np.testing.assert_allclose(found, expected, atol=3e-5)
+        arguments = {"log_prior": prior, "prior_weight": prior_weight}
+    if heard:
+        rows, classes = np.array([0, 0, 5, 9, 76]), np.array([1, 32, 4, 0, 7])
+        w, weight = normal(rng, 5)
+        expected[rows, classes] += w
+        arguments["messages"] = Messages.of(*map(torch.from_numpy, (rows, classes)), weight, N)
+    out = full_scores(torch.full((N, K), float("nan")))
+    assert ops.score(features, weights, offset, out=out, **arguments) is out
+    np.testing.assert_allclose(out.values, expected, atol=3e-5)
 
 
 def test_sweep_on_a_difficult_graph(blocks, rng):
@@ -106,8 +119,8 @@ def test_sweep_on_a_difficult_graph(blocks, rng):
     z, assignments = simplex(rng)
     affinity, dense = affinity_of(difficult_edges(rng))
     before = assignments.values.clone()
-    out = Assignments(nan_like(assignments.values))
-    assert ops.sweep(base_tensor, affinity, assignments, out=out) is out
+    out = full(nan_like(assignments.values))
+    assert ops.sweep(full_scores(base_tensor), affinity, assignments, out=out) is out
     expected = np.exp(log_softmax(base + dense @ z))
     np.testing.assert_allclose(out.values, expected, atol=1e-6)
     assert (out.values[8, 3:9] == 0).all()
@@ -120,8 +133,8 @@ def test_sweep_does_not_overflow(blocks, rng, weight):
     base, base_tensor = normal(rng, N, K)
     z, assignments = simplex(rng)
     affinity, dense = affinity_of([(i, (i + 1) % N, weight) for i in range(N)])
-    out = Assignments(nan_like(assignments.values))
-    ops.sweep(base_tensor, affinity, assignments, out=out)
+    out = full(nan_like(assignments.values))
+    ops.sweep(full_scores(base_tensor), affinity, assignments, out=out)
     # Messages of 600 nats carry float32's rounding of 6e-5.
     np.testing.assert_allclose(
         out.values, np.exp(log_softmax(base + dense @ z)), rtol=1e-3, atol=1e-4
@@ -133,8 +146,8 @@ def test_sweep_and_energies_without_edges(blocks, rng):
     base, base_tensor = normal(rng, N, K)
     _, assignments = simplex(rng)
     affinity, _ = affinity_of([])
-    out = Assignments(nan_like(assignments.values))
-    ops.sweep(base_tensor, affinity, assignments, out=out)
+    out = full(nan_like(assignments.values))
+    ops.sweep(full_scores(base_tensor), affinity, assignments, out=out)
     np.testing.assert_allclose(out.values, np.exp(log_softmax(base)), atol=1e-6)
     assert ops.energies(assignments, affinity)[0] == 0
 
@@ -155,11 +168,11 @@ def test_random_graphs(problem):
     base, base_tensor = normal(rng, n, k)
     z, assignments = simplex(rng, n, k)
     affinity, dense = affinity_of(edges, n)
-    out = Assignments(nan_like(assignments.values))
+    out = full(nan_like(assignments.values))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.BLOCK_BYTES, "cpu", size)
-        ops.sweep(base_tensor, affinity, assignments, out=out)
-        pairwise, entropy, _ = ops.energies(assignments, affinity)
+        ops.sweep(full_scores(base_tensor), affinity, assignments, out=out)
+        pairwise, entropy = ops.energies(assignments, affinity)
     scale = 1 + np.abs(dense).sum(1).max()  # of the messages, and of their rounding
     np.testing.assert_allclose(out.values, np.exp(log_softmax(base + dense @ z)), atol=1e-6 * scale)
     np.testing.assert_allclose(pairwise, (z * (dense @ z)).sum(), atol=1e-6 * n * scale)
@@ -168,20 +181,25 @@ def test_random_graphs(problem):
 
 def test_energies(blocks, rng):
     z, assignments = simplex(rng)
-    z[:, 5] = assignments.values[:, 5] = 0  # 0 log 0 = 0, and 0 times -inf is 0 here
-    p, prior = normal(rng, N, K)
-    prior[:, 5] = -np.inf
+    z[:, 5] = assignments.values[:, 5] = 0  # 0 log 0 = 0
     affinity, dense = affinity_of(difficult_edges(rng))
-    pairwise, entropy, log_prior = ops.energies(assignments, affinity, prior)
-    p[:, 5] = 0
+    pairwise, entropy = ops.energies(assignments, affinity)
     for found, expected in (
         (pairwise, (z * (dense @ z)).sum()),
         (entropy, (z * np.log(np.where(z > 0, z, 1))).sum()),
-        (log_prior, (z * p).sum()),
     ):
         assert found.dtype == torch.float64
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
-    assert ops.energies(assignments, affinity)[2] == 0
+
+
+def test_expectation(blocks, rng):
+    z, assignments = simplex(rng)
+    z[:, 5] = assignments.values[:, 5] = 0  # 0 times -inf is 0 here
+    p, prior = normal(rng, N, K)
+    prior[:, 5], p[:, 5] = -np.inf, 0
+    found = ops.expectation(assignments, prior)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, (z * p).sum(), rtol=1e-6, atol=1e-5)
 
 
 def test_class_sums(blocks, rng):
@@ -211,15 +229,35 @@ def test_sum_of_squares(blocks, rng):
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 9, N])
-def test_start_rows(blocks, rng, n):
-    p, log_probabilities = normal(rng, n, K)
-    p[: n // 2, 4] = log_probabilities[: n // 2, 4] = -np.inf
-    values, rows = ops.start_rows(log_probabilities)
-    assert rows.dtype == torch.int64
-    assert values.shape == rows.shape == (min(8, n), K)
-    order = np.argsort(-p, axis=0, kind="stable")[:8]
-    finite = np.isfinite(np.take_along_axis(p, order, 0))
-    np.testing.assert_array_equal(rows.numpy()[finite], order[finite])
-    np.testing.assert_array_equal(values, np.take_along_axis(p, rows.numpy(), 0))
-    np.testing.assert_array_equal(values, np.take_along_axis(p, order, 0))
+def test_start(blocks, rng, n):
+    f, features = normal(rng, n, D)
+    w, weights = normal(rng, K, D)
+    out = full(torch.full((n, K), float("nan")))
+    normaliser, values, rows = ops.start(features, weights, None, out=out)
+    expected = log_softmax(f @ w.T)
+    np.testing.assert_allclose(out.values, np.exp(expected), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(normaliser, (f @ w.T - expected)[:, 0], atol=3e-5)
+    order = np.argsort(-expected, axis=0, kind="stable")[:8]
+    np.testing.assert_array_equal(rows, order)
+    np.testing.assert_allclose(values, np.take_along_axis(expected, order, 0), atol=3e-5)
+
+
+def test_start_from_a_given_prior(blocks, rng):
+    z, assignments = simplex(rng)
+    z[: N // 2, 4] = assignments.values[: N // 2, 4] = 0
+    z /= z.sum(1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        log_prior = torch.from_numpy(np.log(z).astype(np.float32))
+    out = full(nan_like(log_prior))
+    _, values, rows = ops.start(torch.ones(N, 3), None, log_prior, out=out)
+    np.testing.assert_allclose(out.values, z, atol=1e-6)
+    order = np.argsort(-log_prior.numpy(), axis=0, kind="stable")[:8]
+    np.testing.assert_allclose(values, np.take_along_axis(log_prior.numpy(), order, 0), atol=1e-6)
     assert all(len(set(column)) == len(column) for column in rows.T.tolist())
+    assert (rows[:, 4] >= N // 2).all()
+
+
+def test_start_prefers_the_first_of_equal_rows(blocks):
+    features = torch.ones(N, 3)
+    _, _, rows = ops.start(features, torch.eye(3), None, out=full(torch.empty(N, 3)))
+    np.testing.assert_array_equal(rows, np.arange(8)[:, None].repeat(3, 1))

@@ -25,12 +25,18 @@ class Affinity:
     columns: torch.Tensor
     weights: torch.Tensor
 
+    def reach(self) -> torch.Tensor:
+        """sum_j |A_ij| (N,) float32: z_j being a distribution, no message moves further."""
+        lengths = self.offsets.diff()
+        return torch.segment_reduce(self.weights.abs(), "sum", lengths=lengths, initial=0.0)
+
 
 def affinity(
     graph: NeighborGraph,
     *,
     mode: str = "symmetric",
     clamp_similarity: bool = False,
+    nodes: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Affinity:
     """
@@ -40,8 +46,12 @@ def affinity(
     ----------
     clamp_similarity : bool
         Weights are max(0, similarity), as the paper writes them.
+    nodes : Tensor (N,) int64, optional
+        Other numbers for the rows of the graph.
     """
     rows, columns, weights = edges(graph, clamp_similarity=clamp_similarity, device=device)
+    if nodes is not None:
+        rows, columns = nodes[rows], nodes[columns]
     if mode == "symmetric":
         rows, columns = torch.cat([rows, columns]), torch.cat([columns, rows])
         weights = torch.cat([weights, weights]) / (2 * graph.n_neighbors)

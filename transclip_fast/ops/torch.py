@@ -1,136 +1,223 @@
 """
-The solver's operations in torch, on any device.
+The solver's operations in torch, on any device, for both forms of z.
 
 Each goes through the rows in blocks that stay in the cache: no temporary is ever N x K, and sums
-over rows are taken in float64 across blocks.
+over rows are taken in float64 across blocks. `Operations` documents what each does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.assignments import Assignments
+from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph.affinity import Affinity
+from transclip_fast.ops.messages import Messages
 
 # One block of one (rows, K) float32 operand: a core's L2 cache, or enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 GEMM_ROWS = 4096
+GEMM_BYTES = 1 << 26
 SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
 START_ROWS = 8
 
 
-def blocks(n_rows: int, size: int) -> Iterator[slice]:
+def session() -> AbstractContextManager[None]:
+    """See `Operations.session`."""
+    return nullcontext()
+
+
+def blocks(stop: int, size: int, start: int = 0) -> Iterator[slice]:
     """Consecutive slices of at most `size` rows."""
-    for start in range(0, n_rows, size):
-        yield slice(start, min(start + size, n_rows))
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
 
 
-def block_rows(tensor: torch.Tensor) -> int:
-    """Rows of a (N, K) tensor that make one block."""
+def block_rows(tensor: torch.Tensor, n_classes: int) -> int:
+    """Rows of which one (rows, K) operand makes one block."""
     size = BLOCK_BYTES.get(tensor.device.type, BLOCK_BYTES["cuda"])
-    return max(1, size // (4 * tensor.shape[1]))
+    return max(1, size // (4 * n_classes))
 
 
-def log_prior(features: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    log_softmax of F V^T, and the log-sum-exp that it took off.
+def gemm_rows(n_classes: int) -> int:
+    """Rows of one GEMM with K columns."""
+    return min(GEMM_ROWS, max(SUM_ROWS, GEMM_BYTES // (4 * n_classes)))
 
-    Parameters
-    ----------
-    features : Tensor (N, d) float32
-    weights : Tensor (K, d) float32
-        Prototypes times the logit scale.
 
-    Returns
-    -------
-    log_probabilities : Tensor (N, K) float32
-    normaliser : Tensor (N,) float32
-    """
+def log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """log_softmax of F V^T (N, K) float32; `weights` V (K, d) are prototypes times tau."""
     out = features.new_empty(len(features), len(weights))
-    normaliser = features.new_empty(len(features))
     for rows in blocks(len(features), GEMM_ROWS):
-        torch.mm(features[rows], weights.T, out=out[rows])
-        torch.logsumexp(out[rows], 1, out=normaliser[rows])
-        out[rows] -= normaliser[rows, None]
-    return out, normaliser
+        scores = block_scores(features, weights, None, rows, out=out[rows])
+        scores -= scores.logsumexp(1, keepdim=True)
+    return out
+
+
+def block_scores(
+    features: torch.Tensor,
+    weights: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    rows: slice,
+    log_prior: torch.Tensor | None = None,
+    prior_weight: float = 1.0,
+    *,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """F P^T + c + prior_weight log y_hat of a block of rows, in the first rows of `out`."""
+    out = out[: rows.stop - rows.start]
+    if weights is None:
+        out.zero_()
+    elif offset is None:
+        torch.mm(features[rows], weights.T, out=out)
+    else:
+        torch.addmm(offset, features[rows], weights.T, out=out)
+    if log_prior is not None:
+        out.add_(log_prior[rows], alpha=prior_weight)
+    return out
+
+
+def start(
+    features: torch.Tensor,
+    weights: torch.Tensor | None,
+    log_prior: torch.Tensor | None,
+    *,
+    out: Assignments,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `Operations.start`."""
+    n_classes = out.n_classes
+    normaliser = features.new_empty(len(features))
+    buffer = features.new_empty(min(gemm_rows(n_classes), len(features)), n_classes)
+    values = buffer[:0]  # (8, K), and their rows
+    ids = torch.empty_like(values, dtype=torch.int64)
+    for rows in blocks(len(features), len(buffer)):
+        scores = block_scores(features, weights, None, rows, log_prior, out=buffer)
+        torch.logsumexp(scores, 1, out=normaliser[rows])
+        scores -= normaliser[rows, None]
+        size = rows.stop - rows.start
+        own = torch.arange(rows.start, rows.stop, device=ids.device)
+        values = torch.cat([values, scores])
+        ids = torch.cat([ids, own[:, None].expand(size, n_classes)])
+        best = _top_rows(values, min(START_ROWS, len(values)))
+        values, ids = values.gather(0, best), ids.gather(0, best)
+        _keep(scores.exp_(), out, rows)
+    return normaliser, values, ids
 
 
 def score(
     features: torch.Tensor,
     weights: torch.Tensor,
     offset: torch.Tensor,
+    *,
+    out: Scores,
     log_prior: torch.Tensor | None = None,
     prior_weight: float = 1.0,
-    *,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Base score F P^T + c (+ prior_weight * log y_hat), in one GEMM.
-
-    Parameters
-    ----------
-    features : Tensor (N, d) float32
-    weights, offset : Tensor (K, d), (K,) float32
-        P and c.
-    log_prior : Tensor (N, K) float32, optional
-        log y_hat of a prior that is not linear in the features; -inf excludes a class.
-
-    Returns
-    -------
-    Tensor (N, K) float32
-    """
-    if out is None:
-        out = features.new_empty(len(features), len(weights))
-    for rows in blocks(len(features), GEMM_ROWS):
-        torch.addmm(offset, features[rows], weights.T, out=out[rows])
-        if log_prior is not None:
-            out[rows].add_(log_prior[rows], alpha=prior_weight)
+    messages: Messages | None = None,
+    nodes: torch.Tensor | None = None,
+) -> Scores:
+    """See `Operations.score`."""
+    size = gemm_rows(out.n_classes)
+    buffer = features.new_empty(size, out.n_classes) if out.classes is not None else None
+    for rows in blocks(len(features), size):
+        block = out.values[rows] if buffer is None else buffer
+        block = block_scores(features, weights, offset, rows, log_prior, prior_weight, out=block)
+        if messages is not None:
+            messages.add_to(block, rows)
+        if out.classes is not None:
+            _keep_candidates(block, out, out.classes, rows if nodes is None else nodes[rows])
     return out
 
 
-def sweep(
-    base: torch.Tensor, affinity: Affinity, z: Assignments, *, out: Assignments
-) -> Assignments:
-    """
-    z <- softmax_k(base + A z), every row from the z given (Jacobi).
-
-    Parameters
-    ----------
-    base : Tensor (N, K) float32
-    out : Assignments
-        Receives the result; must not be `z`.
-    """
-    for rows in blocks(len(z), block_rows(z.values)):
+def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
+    """See `Operations.sweep`."""
+    for rows in blocks(len(z), block_rows(z.values, z.n_classes)):
         messages = _messages(affinity, z, rows)
-        messages += base[rows]
-        torch.softmax(messages, 1, out=out.values[rows])
+        if base.classes is None or out.classes is None:
+            messages += base.values[rows]
+            torch.softmax(messages, 1, out=out.values[rows])
+            continue
+        scores, classes, tail = base.values[rows], base.classes[rows].long(), base.tail[rows]
+        # The tail hears nothing; it is one more entry of the softmax.
+        logits = torch.cat([scores + messages.gather(1, classes), tail[:, None].log()], 1)
+        mass = torch.softmax(logits, 1)[:, :-1]
+        values, slots = _largest(mass, out.values.shape[1], out.floor)
+        out.values[rows] = values
+        out.classes[rows] = classes.gather(1, slots).int()
+        used = scores > -torch.inf
+        local = torch.arange(len(used), device=used.device)[:, None].expand_as(used)
+        messages[local[used], classes[used]] = 0
+        unheard = messages.amax(1).clamp_(min=0)
+        out.bound[rows] = (tail * unheard.expm1()).clamp_(max=1)
     return out
 
 
-def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Z^T F and the mass n_k of each class.
-
-    Returns
-    -------
-    sums : Tensor (K, d) float64
-    counts : Tensor (K,) float64
-    """
+def class_sums(
+    z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Operations.class_sums`."""
     sums = features.new_zeros(z.n_classes, features.shape[1], dtype=torch.float64)
     counts = features.new_zeros(z.n_classes, dtype=torch.float64)
+    tail, mass = torch.zeros_like(sums[0]), counts.new_zeros(())
     # The variance is what is left when the squares of the means are taken off: sums of centred
     # rows keep its digits, where float32 sums of thousands of similar rows lose them.
-    centre = features[:GEMM_ROWS].mean(0)
-    centred = torch.empty_like(features[:GEMM_ROWS])
-    for rows in blocks(len(z), GEMM_ROWS):
+    size = gemm_rows(z.n_classes)
+    centre = features[:size].mean(0)
+    centred = torch.empty_like(features[:size])
+    for rows in blocks(len(z), size):
         block = torch.sub(features[rows], centre, out=centred[: rows.stop - rows.start])
-        sums += z.values[rows].T @ block
-        for part in torch.split(z.values[rows], SUM_ROWS):
+        kept = z.take(rows if nodes is None else nodes[rows])
+        values = kept.dense()  # (rows, K)
+        sums += values.T @ block
+        for part in torch.split(values, SUM_ROWS):
             counts += part.sum(0, dtype=torch.float64)
-    return sums.addr_(counts, centre.double()), counts
+        if z.classes is not None:
+            dropped = 1 - kept.values.sum(1)
+            mass += dropped.sum(dtype=torch.float64)
+            tail += dropped @ features[rows]
+    sums.addr_(counts, centre.double())
+    return (sums, counts) if z.classes is None else share_tail(sums, counts, tail, mass)
+
+
+def share_tail(
+    sums: torch.Tensor, counts: torch.Tensor, tail: torch.Tensor, mass: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Share what the rows dropped, sum_i m_i f_i (d,) and sum_i m_i, among the classes as what they
+    kept is shared.
+
+    Without it the kept mass and the sum of all squares belong to different sets of rows, and the
+    variance is wrong by tens of percent.
+    """
+    share = counts / counts.sum()
+    return sums.addr_(share, tail), counts + share * mass
+
+
+def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Operations.energies`."""
+    pairwise, entropy = z.values.new_zeros(2, dtype=torch.float64)
+    smallest = torch.finfo(z.values.dtype).tiny
+    for rows in blocks(len(z), block_rows(z.values, z.n_classes)):
+        values, messages = z.values[rows], _messages(affinity, z, rows)
+        if z.classes is not None:
+            messages = messages.gather(1, z.classes[rows].long())
+        pairwise += (values * messages).sum(dtype=torch.float64)
+        entropy += (values * values.clamp_min(smallest).log_()).sum(dtype=torch.float64)
+    return pairwise, entropy
+
+
+def expectation(
+    z: Assignments, log_prior: torch.Tensor, nodes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See `Operations.expectation`."""
+    total = z.values.new_zeros((), dtype=torch.float64)
+    for rows in blocks(len(z), block_rows(z.values, z.n_classes)):
+        part, terms = z.take(rows if nodes is None else nodes[rows]), log_prior[rows]
+        if part.classes is not None:
+            terms = terms.gather(1, part.classes.long())
+        total += torch.where(part.values > 0, part.values * terms, 0).sum(dtype=torch.float64)
+    return total
 
 
 def sum_of_squares(features: torch.Tensor) -> torch.Tensor:
@@ -139,32 +226,6 @@ def sum_of_squares(features: torch.Tensor) -> torch.Tensor:
     for rows in blocks(len(features), GEMM_ROWS):
         total += features[rows].double().square_().sum(0)
     return total
-
-
-def start_rows(log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The 8 most confident rows of each class (all rows when N < 8).
-
-    Parameters
-    ----------
-    log_probabilities : Tensor (N, K) float32
-
-    Returns
-    -------
-    values : Tensor (8, K) float32
-        Their log-probabilities, largest first.
-    rows : Tensor (8, K) int64
-    """
-    values = log_probabilities[:0]  # (0, K)
-    rows = torch.empty_like(values, dtype=torch.int64)
-    for block in blocks(len(log_probabilities), GEMM_ROWS):
-        size = block.stop - block.start
-        ids = torch.arange(block.start, block.stop, device=values.device)
-        values = torch.cat([values, log_probabilities[block]])
-        rows = torch.cat([rows, ids[:, None].expand(size, values.shape[1])])
-        best = _top_rows(values, min(START_ROWS, len(values)))
-        values, rows = values.gather(0, best), rows.gather(0, best)
-    return values, rows
 
 
 def _top_rows(values: torch.Tensor, n: int) -> torch.Tensor:
@@ -177,34 +238,46 @@ def _top_rows(values: torch.Tensor, n: int) -> torch.Tensor:
     return best.indices
 
 
-def energies(
-    z: Assignments, affinity: Affinity, log_prior: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    sum_ij A_ij z_i.z_j, sum_ik z_ik log z_ik and sum_ik z_ik log y_hat_ik, float64 scalars.
+def _keep(mass: torch.Tensor, out: Assignments, rows: slice) -> None:
+    """Enter the distributions (n, K) of a block of rows into `out`."""
+    if out.classes is None:
+        out.values[rows] = mass
+    else:
+        out.values[rows], classes = _largest(mass, out.values.shape[1], out.floor)
+        out.classes[rows] = classes.int()
 
-    The last is 0 where `log_prior` (N, K) is not given.
-    """
-    pairwise, entropy, prior = z.values.new_zeros(3, dtype=torch.float64)
-    smallest = torch.finfo(z.values.dtype).tiny
-    for rows in blocks(len(z), block_rows(z.values)):
-        values = z.values[rows]
-        pairwise += (values * _messages(affinity, z, rows)).sum(dtype=torch.float64)
-        entropy += (values * values.clamp_min(smallest).log_()).sum(dtype=torch.float64)
-        if log_prior is not None:
-            term = torch.where(values > 0, values * log_prior[rows], 0)
-            prior += term.sum(dtype=torch.float64)
-    return pairwise, entropy, prior
+
+def _keep_candidates(
+    block: torch.Tensor, out: Scores, classes: torch.Tensor, nodes: torch.Tensor | slice
+) -> None:
+    """Enter the scores (n, K) of a block of rows into `out`, as its nodes."""
+    block -= block.logsumexp(1, keepdim=True)
+    values, places = block.topk(out.values.shape[1], dim=1)
+    least = torch.minimum(out.least[nodes, None], values[:, :1])
+    values.masked_fill_(values < least, -torch.inf)
+    out.values[nodes], classes[nodes] = values, places.int()
+    out.tail[nodes] = (1 - values.exp().sum(1)).clamp_(min=0)
+
+
+def _largest(mass: torch.Tensor, width: int, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest entries (n, R) of each row, 0 below the floor, and their positions."""
+    values, places = mass.topk(min(width, mass.shape[1]), dim=1)
+    # A row's largest entry stays, even where all of it underflowed.
+    values[:, 0].clamp_(min=torch.finfo(values.dtype).tiny)
+    return values.masked_fill_(values < values[:, :1].clamp(max=floor), 0), places
 
 
 def _messages(affinity: Affinity, z: Assignments, rows: slice) -> torch.Tensor:
     """(A z) of a block of rows, (rows, K): a weighted sum of the neighbours' rows of z."""
-    first, last = affinity.offsets[rows.start], affinity.offsets[rows.stop]
-    entries = slice(int(first), int(last))
-    return F.embedding_bag(
-        affinity.columns[entries],
-        z.values,
-        affinity.offsets[rows] - first,
-        per_sample_weights=affinity.weights[entries],
-        mode="sum",
-    )
+    offsets = affinity.offsets[rows.start : rows.stop + 1]
+    entries = slice(int(offsets[0]), int(offsets[-1]))
+    columns, weights = affinity.columns[entries], affinity.weights[entries]
+    if z.classes is None:
+        starts = offsets[:-1] - offsets[0]
+        return F.embedding_bag(columns, z.values, starts, per_sample_weights=weights, mode="sum")
+    local = torch.repeat_interleave(offsets.diff())
+    cells = local[:, None] * z.n_classes + z.classes[columns]  # (entries, R)
+    messages = z.values.new_zeros(len(offsets) - 1, z.n_classes)
+    heard = weights[:, None] * z.values[columns]
+    messages.view(-1).index_put_((cells.flatten(),), heard.flatten(), accumulate=True)
+    return messages

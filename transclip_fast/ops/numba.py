@@ -1,0 +1,180 @@
+"""
+The short form's operations on a CPU: torch's GEMM, compiled loops for all that follows it.
+
+Blocks of rows go to threads, each of which runs its GEMMs alone: a block of scores is read where
+it was made, in that core's cache, and no pool of OpenMP threads spins while the loops run. What is
+summed together depends on blocks and classes, never on the number of threads, so results are the
+same bit for bit. What is not defined here is torch's.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import torch
+
+import transclip_fast.ops.torch as twin
+from transclip_fast.assignments import Assignments, Scores
+from transclip_fast.graph.affinity import Affinity
+from transclip_fast.ops import loops
+from transclip_fast.ops.messages import Messages
+from transclip_fast.ops.threads import each, n_threads
+from transclip_fast.ops.threads import quiet as session
+from transclip_fast.ops.torch import START_ROWS, blocks, expectation, sum_of_squares
+
+__all__ = [
+    "class_sums",
+    "energies",
+    "expectation",
+    "score",
+    "session",
+    "start",
+    "sum_of_squares",
+    "sweep",
+]
+
+SCORE_BYTES = 1 << 21  # of a block of scores: what a core's cache holds,
+SCORE_ROWS = (256, 1024)  # but no fewer rows than a GEMM needs, and no more
+SWEEP_ROWS = 1024
+TAIL_ROWS = 4096
+
+
+def start(
+    features: torch.Tensor,
+    weights: torch.Tensor | None,
+    log_prior: torch.Tensor | None,
+    *,
+    out: Assignments,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `Operations.start`."""
+    n_rows, n_classes = len(features), out.n_classes
+    nodes = np.arange(n_rows)
+    normaliser, tail = np.empty((2, n_rows), np.float32)
+    least = np.full(n_rows, math.log(out.floor) if out.floor else -np.inf, np.float32)
+    out.values.fill_(-torch.inf)
+    lists = _lists(out)
+
+    def part(whole: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        best = np.full((START_ROWS, n_classes), -np.inf, np.float32)
+        rows = np.zeros(best.shape, np.int64)
+        buffer = torch.empty(_score_rows(n_classes), n_classes)
+        for block in blocks(whole.stop, len(buffer), whole.start):
+            scores = twin.block_scores(features, weights, None, block, log_prior, out=buffer)
+            values = scores.clamp_(min=loops.LOWEST).numpy()
+            loops.select(values, block.start, nodes, least, *lists, tail, normaliser)
+            loops.most_confident(values, block.start, normaliser, best, rows)
+        return torch.from_numpy(best), torch.from_numpy(rows)
+
+    found = each(part, _parts(n_rows, n_threads(), _score_rows(n_classes)))
+    out.values.exp_()
+    values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order = rows.argsort(dim=0)  # of equal values the first row
+    values, rows = values.gather(0, order), rows.gather(0, order)
+    order = values.argsort(dim=0, descending=True, stable=True)[: min(START_ROWS, n_rows)]
+    return torch.from_numpy(normaliser), values.gather(0, order), rows.gather(0, order)
+
+
+def score(
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    out: Scores,
+    log_prior: torch.Tensor | None = None,
+    prior_weight: float = 1.0,
+    messages: Messages | None = None,
+    nodes: torch.Tensor | None = None,
+) -> Scores:
+    """See `Operations.score`."""
+    n_rows, n_classes = len(features), out.n_classes
+    places = np.arange(n_rows) if nodes is None else nodes.numpy()
+    lists = out.least.numpy(), *_lists(out), out.tail.numpy()
+    normaliser = np.empty(n_rows, np.float32)
+    buffers = threading.local()
+
+    def part(block: slice) -> None:
+        if not hasattr(buffers, "scores"):
+            buffers.scores = torch.empty(_score_rows(n_classes), n_classes)
+        scores = twin.block_scores(
+            features, weights, offset, block, log_prior, prior_weight, out=buffers.scores
+        )
+        if messages is not None:
+            messages.add_to(scores, block)
+        if log_prior is not None:
+            scores.clamp_(min=loops.LOWEST)
+        loops.select(scores.numpy(), block.start, places, *lists, normaliser)
+
+    each(part, blocks(n_rows, _score_rows(n_classes)))
+    return out
+
+
+def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
+    """See `Operations.sweep`."""
+    arrays = [
+        *_graph(affinity),
+        *(*_lists(base), base.tail.numpy()),
+        *_lists(z),
+        *(*_lists(out), out.bound.numpy()),
+    ]
+
+    def part(rows: slice) -> None:
+        loops.sweep(rows.start, rows.stop, *arrays, out.floor, z.n_classes)
+
+    each(part, blocks(len(z), SWEEP_ROWS))
+    return out
+
+
+def class_sums(
+    z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Operations.class_sums`."""
+    sums = torch.zeros(z.n_classes, features.shape[1], dtype=torch.float64)
+    counts = torch.zeros(z.n_classes, dtype=torch.float64)
+    places = np.arange(len(z)) if nodes is None else nodes.numpy()
+    arrays = features.numpy(), places, *_lists(z)
+    totals = sums.numpy(), counts.numpy()
+
+    def part(classes: slice) -> None:
+        loops.class_sums(classes.start, classes.stop, *arrays, *totals)
+
+    each(part, _parts(z.n_classes, n_threads()))
+    dropped = 1 - z.values.sum(1)[places]
+    tails = each(lambda rows: dropped[rows] @ features[rows], blocks(len(z), TAIL_ROWS))
+    tail = torch.stack(tails).sum(0, dtype=torch.float64)
+    return twin.share_tail(sums, counts, tail, dropped.sum(dtype=torch.float64))
+
+
+def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Operations.energies`."""
+    arrays = [*_graph(affinity), *_lists(z)]
+
+    def part(rows: slice) -> np.ndarray:
+        terms = np.empty(2)
+        loops.energies(rows.start, rows.stop, *arrays, z.n_classes, terms)
+        return terms
+
+    pairwise, entropy = np.sum(list(each(part, blocks(len(z), SWEEP_ROWS))), axis=0)
+    return torch.tensor(pairwise), torch.tensor(entropy)
+
+
+def _score_rows(n_classes: int) -> int:
+    fewest, most = SCORE_ROWS
+    return min(max(fewest, SCORE_BYTES // (4 * n_classes)), most)
+
+
+def _parts(n: int, number: int, multiple: int = 1) -> list[slice]:
+    """At most `number` slices that cover range(n), of one length that is such a multiple."""
+    return list(blocks(n, multiple * max(1, -(-n // (number * multiple)))))
+
+
+def _lists(entries: Scores | Assignments) -> tuple[np.ndarray, np.ndarray]:
+    """Values and classes of the short form."""
+    if entries.classes is None:
+        raise TypeError("these operations are for the short form")
+    return entries.values.numpy(), entries.classes.numpy()
+
+
+def _graph(affinity: Affinity) -> tuple[np.ndarray, ...]:
+    return affinity.offsets.numpy(), affinity.columns.numpy(), affinity.weights.numpy()
