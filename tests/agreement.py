@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import sparse
 
 from tests import reference
 
@@ -17,6 +18,7 @@ def assert_agrees(model, run, distinct=True):
     """
     z = model.label_distributions_
     assert z.dtype == np.float32
+    z = z.toarray() if sparse.issparse(z) else z
     np.testing.assert_allclose(z, run.z, rtol=0, atol=1e-5 if distinct else 1e-4)
     np.testing.assert_array_equal(model.transduction_, z.argmax(1))
     np.testing.assert_allclose(model.means_, run.means, rtol=0, atol=2e-6)

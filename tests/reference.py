@@ -187,3 +187,38 @@ def predict(features, solution, log_y, kl_weight, likelihood_weight=1 / 50):
     """z (N, K) of new rows from the fitted mixture and the prior, no messages."""
     g = log_gaussian(np.asarray(features, np.float64), solution.means, solution.variances)
     return np.exp(log_softmax(likelihood_weight * g + kl_weight * log_y))
+
+
+def largest(values, width, least):
+    """Entries kept of each row (N, K), bool: from `least` (N,) up, the largest always, not more."""
+    least = np.minimum(np.broadcast_to(least, len(values)), values.max(1))
+    order = np.argsort(-values, axis=1, kind="stable")
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(values.shape[1])[None], 1)
+    return (values >= least[:, None]) & (place < width)
+
+
+def short_score(score, width, least):
+    """Candidates' log p (N, K), -inf elsewhere, and the mass (N,) of all others."""
+    log_p = log_softmax(score)
+    kept = largest(log_p, width, least)
+    return np.where(kept, log_p, -np.inf), np.where(kept, 0, np.exp(log_p)).sum(1)
+
+
+def short_sweep(log_p, tail, a, z, width, floor):
+    """z at the candidates, the others hearing nothing; and the mass that may misplace."""
+    heard = a @ z
+    candidate = np.isfinite(log_p)
+    logits = np.where(candidate, log_p + heard, -np.inf)
+    with np.errstate(divide="ignore"):
+        logits = np.concatenate([logits, np.log(tail)[:, None]], axis=1)
+    mass = np.exp(log_softmax(logits))[:, :-1]
+    unheard = np.where(candidate, 0, np.maximum(heard, 0)).max(1)
+    bound = np.minimum(tail * np.expm1(np.minimum(unheard, 700)), 1)
+    return np.where(largest(mass, width, floor), mass, 0), bound
+
+
+def short_sums(z, features):
+    """Z^T F (K, d) and n (K,), with what the rows dropped shared as what they kept."""
+    dropped, share = 1 - z.sum(1), z.sum(0) / z.sum()
+    return z.T @ features + np.outer(share, dropped @ features), z.sum(0) + share * dropped.sum()

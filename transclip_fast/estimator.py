@@ -12,7 +12,12 @@ import torch
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
-from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
+from transclip_fast.inputs import (
+    as_labelled_rows,
+    as_log_probabilities,
+    as_logits,
+    as_unit_rows,
+)
 from transclip_fast.ops import BACKENDS, choose_backend
 from transclip_fast.prior import GivenPrior, LinearPrior, Prior
 from transclip_fast.solver import (
@@ -170,10 +175,11 @@ class TransCLIP(Parameters):
             raise InputError(
                 "few-shot needs gamma, or validation_features and validation_labels to choose it"
             )
+        only_sparse = self.assignments == "auto" and self.backend == "numba"
         truncation = choose_truncation(
             prior_,
             features,
-            form=self.assignments if self.backend != "numba" else "sparse",
+            form="sparse" if only_sparse else self.assignments,
             candidates=self.candidates,
             rank=self.rank,
         )
@@ -352,7 +358,7 @@ class TransCLIP(Parameters):
     def _make_support(
         self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
     ) -> Support | None:
-        labelled = _labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
+        labelled = as_labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
         shots, classes = labelled
@@ -369,24 +375,11 @@ class TransCLIP(Parameters):
         self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The most similar query (V,) of each validation row, and the labels (V,)."""
-        labelled = _labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)
+        labelled = as_labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
         ids, _ = nearest(labelled[0].to(features.device), features, 1)
         return ids[:, 0].cpu().numpy(), labelled[1].numpy()
-
-
-def _labelled_rows(
-    name: str, rows: Any, labels: Any, dim: int, n_classes: int
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if rows is None and labels is None:
-        return None
-    if rows is None or labels is None:
-        raise InputError(f"{name}_features and {name}_labels come together; one is missing")
-    features = as_unit_rows(rows, f"{name}_features", columns=dim)
-    return features, as_labels(
-        labels, f"{name}_labels", rows=len(features), n_classes=n_classes
-    ).cpu()
 
 
 def _most_accurate(

@@ -194,3 +194,23 @@ def _aligned(matrix: torch.Tensor) -> torch.Tensor:
     if matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0:
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def as_labelled_rows(
+    name: str, rows: Any, labels: Any, dim: int, n_classes: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """
+    Unit rows (M, d) and their labels (M,) int64, on the CPU; None where neither is given.
+
+    Raises
+    ------
+    InputError
+        One without the other, and as `as_unit_rows` and `as_labels`.
+    """
+    if rows is None and labels is None:
+        return None
+    if rows is None or labels is None:
+        raise InputError(f"{name}_features and {name}_labels come together; one is missing")
+    features = as_unit_rows(rows, f"{name}_features", columns=dim)
+    checked = as_labels(labels, f"{name}_labels", rows=len(features), n_classes=n_classes)
+    return features, checked.cpu()

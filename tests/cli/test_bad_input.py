@@ -216,7 +216,8 @@ def test_where_nothing_can_be_written(out, told, arrays, save, refused, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(os, "fsync"), (pq, "write_table"), (Path, "write_text"), (Path, "rename")]
+    ("owner", "name"),
+    [(os, "fsync"), (pq.ParquetWriter, "write_table"), (Path, "write_text"), (Path, "rename")],
 )
 @pytest.mark.parametrize("earlier", [False, True])
 def test_full_disk(owner, name, earlier, arrays, save, succeeds, refused, tmp_path, monkeypatch):

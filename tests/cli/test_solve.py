@@ -127,6 +127,25 @@ def test_parameters(given, fitted, save, arrays, cli, tmp_path):
     assert {name: run["config"][name] for name in fitted} == fitted
 
 
+def test_sparse(save, arrays, succeeds, refused, tmp_path):
+    file, given = save(arrays), ("--assignments", "sparse", "--candidates", 4, "--rank", 2)
+    out = succeeds("solve", file, "--out", tmp_path / "result", *given, "--backend", "torch")
+    run, table = read(tmp_path / "result")
+    model = fit(arrays, assignments="sparse", candidates=4, rank=2, backend="torch")
+    assert run["backend"] == "torch"
+    assert run["truncation"] == model.truncation_
+    assert "sparse: 4 candidates a row, 2 kept; mass misplaced at most" in out
+    z = model.label_distributions_.toarray()
+    np.testing.assert_array_equal(table["label"], model.transduction_)
+    np.testing.assert_array_equal(table["confidence"], z.max(1))
+    for row, listed in zip(z, table["top5_labels"].to_pylist(), strict=True):
+        assert listed == np.argsort(-row, kind="stable")[: (row > 0).sum()].tolist()
+    message = refused(
+        "solve", file, "--out", tmp_path / "other", "--assignments", "dense", *given[2:]
+    )
+    assert "candidates: dense assignments keep every class; leave it out" in message
+
+
 @pytest.mark.parametrize("kind", ["prior", "prior_logits", "prototypes"])
 def test_on_top_of_another_method(kind, save, arrays, succeeds, tmp_path):
     given = {

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+from scipy import sparse
 
+from transclip_fast.store import results
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import predictions_table
+from transclip_fast.store.results import prediction_tables
 
 
 def table(distributions):
-    rows = len(distributions)
+    if not sparse.issparse(distributions):
+        distributions = np.asarray(distributions, np.float32)
+    rows = distributions.shape[0]
     features = Features("x.npz", {"image_features": np.ones((rows, 2))}, {})
     zero_shot = np.zeros(rows, np.int64), np.ones(rows, np.float32)
-    return predictions_table(np.asarray(distributions, np.float32), zero_shot, features)
+    return pa.concat_tables(prediction_tables(distributions, zero_shot, features))
 
 
 def test_top_five_and_label():
@@ -38,3 +43,26 @@ def test_fewer_than_five_classes():
     found = table([[0.25, 0.75]])
     assert found["top5_labels"].to_pylist() == [[1, 0]]
     assert found["top5_confidences"].to_pylist() == [[0.75, 0.25]]
+
+
+def test_blocks_are_the_whole_in_parts(monkeypatch):
+    draw = np.random.default_rng(0).random((20, 9))
+    whole = table(draw)
+    monkeypatch.setattr(results, "ROWS", 7)
+    assert table(draw).equals(whole)
+    assert table(draw)["row"].to_pylist() == list(range(20))
+
+
+def test_sparse_rows():
+    """What is kept of a row is listed, the first of equal classes first."""
+    z = np.zeros((4, 9), np.float32)
+    z[0, [8, 2, 3]] = 0.5, 0.25, 0.25
+    z[1, 4] = 1
+    z[2] = np.arange(1, 10) / 45
+    z[3, [0, 5]] = 0.5
+    found = table(sparse.csr_array(z))
+    assert found["top5_labels"].to_pylist() == [[8, 2, 3], [4], [8, 7, 6, 5, 4], [0, 5]]
+    assert found["label"].to_pylist() == [8, 4, 8, 0]
+    for row, values in zip(z, found["top5_confidences"].to_pylist(), strict=True):
+        assert values == np.sort(row[row > 0])[::-1][:5].tolist()
+    np.testing.assert_array_equal(found["confidence"], z.max(1))

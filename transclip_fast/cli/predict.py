@@ -22,7 +22,7 @@ from transclip_fast.store.results import (
     CONTENTS,
     load_mixture,
     load_run,
-    predictions_table,
+    prediction_tables,
     save_result,
 )
 
@@ -90,8 +90,7 @@ def command(
             )
             distributions = z.cpu().numpy()
             zero_shot = priors[1].predict(rows.to(chosen))
-        table = predictions_table(distributions, zero_shot, stored, truth)
-        run = _summary(table.column("label").to_numpy(), zero_shot[0], truth, (n_classes, d))
+        run = _summary(distributions.argmax(1), zero_shot[0], truth, (n_classes, d))
         run |= {
             "kind": "predict",
             "seconds": stages.seconds,
@@ -103,8 +102,9 @@ def command(
             "warnings": warnings,
         }
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
+        tables = prediction_tables(distributions, zero_shot, stored, truth)
         with writing(out):
-            save_result(folder, table, run, tensors)
+            save_result(folder, tables, run, tensors)
     text = f"{run['n_queries']:,} rows labelled, {run['n_flipped']:,} unlike zero-shot"
     if truth is not None:
         text += f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"

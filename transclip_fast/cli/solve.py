@@ -19,16 +19,23 @@ from transclip_fast.graph import NeighborGraph, build_graph
 from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.inputs import as_labels, as_unit_rows
 from transclip_fast.mixture import COVARIANCES
+from transclip_fast.ops import BACKENDS
 from transclip_fast.solver import Progress
 from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
-from transclip_fast.store.results import CONTENTS, predictions_table, save_result
+from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
+from transclip_fast.truncation import FORMS
 
 FIT_ARRAYS = tuple(
     name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
 )
-CHOICES = {"covariance": COVARIANCES, "graph_mode": GRAPH_MODES}
+CHOICES = {
+    "covariance": COVARIANCES,
+    "graph_mode": GRAPH_MODES,
+    "assignments": FORMS,
+    "backend": BACKENDS,
+}
 PARAMETERS = {
     "n_neighbors": "Neighbours of each query in the graph.",
     "max_iter": "Outer steps.",
@@ -45,6 +52,13 @@ PARAMETERS = {
     "clamp_similarity": "Edge weights are max(0, cosine).",
     "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
 }
+COMPUTATION = {
+    "assignments": "All classes of a row, or only its largest.",
+    "candidates": "Sparse: classes of a row that messages reach.  [default: measured]",
+    "rank": "Sparse: classes kept of a row.  [default: as many as candidates]",
+    "backend": "Who computes.",
+}
+WHOLE_NUMBERS = ("candidates", "rank")
 
 
 def _array_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -58,10 +72,13 @@ def _array_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
     for field in reversed(fields(TransCLIP)):
-        if field.name not in PARAMETERS:
+        help_text = (PARAMETERS | COMPUTATION).get(field.name)
+        if help_text is None:
             continue
         flag = f"--{field.name.replace('_', '-')}"
         kind: Any = type(field.default) if field.default is not None else float
+        if field.name in WHOLE_NUMBERS:
+            kind = int
         if kind is bool:
             flag, kind = f"{flag}/--no-{flag[2:]}", None
         if field.name in CHOICES:
@@ -72,7 +89,7 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
             default=field.default,
             type=kind,
             show_default=field.default is not None,
-            help=PARAMETERS[field.name],
+            help=help_text,
         )(command)
     return command
 
@@ -108,7 +125,9 @@ def command(
           --gamma 0.02 --out result
     """
     stages = common.Stages()
-    model = TransCLIP(device=device, **{name: options[name] for name in PARAMETERS})
+    model = TransCLIP(
+        device=device, **{name: options[name] for name in (*PARAMETERS, *COMPUTATION)}
+    )
     model.check()
     resolve_device(device)
     with stages.time("load"):
@@ -137,14 +156,14 @@ def solve_features(
         _check(model, stored, truth, warnings)
         run = _summary(model, stored, truth, warnings)
         run["seconds"] = stages.seconds
-        table = predictions_table(
+        tables = prediction_tables(
             model.label_distributions_,
             (model.zero_shot_labels_, model.zero_shot_confidences_),
             stored,
             truth,
         )
         with writing(out):
-            save_result(folder, table, run, model.tensors())
+            save_result(folder, tables, run, model.tensors())
     return run
 
 
@@ -222,7 +241,8 @@ def _summary(
         "n_iter": model.n_iter_,
         "objective": model.objective_.tolist(),
         "graph": {"n_neighbors": model.n_neighbors, **model.graph_.info},
-        "backend": "torch",
+        "backend": model.backend_,
+        "truncation": model.truncation_,
         "device": str(model.device_),
         "inputs_sha256": stored.inputs_sha256(),
         "class_names": stored.class_names,
@@ -245,6 +265,12 @@ def text(run: dict[str, Any], out: str) -> str:
         f"{run['n_queries']:,} images, {run['n_classes']:,} classes, {run['dim']} dimensions",
         f"{run['n_flipped']:,} labels differ from zero-shot",
     ]
+    if run["truncation"] is not None:
+        kept = run["truncation"]
+        lines.append(
+            f"sparse: {kept['candidates']} candidates a row, {kept['rank']} kept; mass misplaced "
+            f"at most {kept['mean_bound']:.1e} on average, {kept['largest_bound']:.1e} in a row"
+        )
     if run["accuracy"] is not None:
         lines.append(
             f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"

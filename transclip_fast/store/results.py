@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
+from scipy import sparse
 
 from transclip_fast.errors import InputError
 from transclip_fast.inputs import as_labels
@@ -22,6 +25,7 @@ from transclip_fast.store.features import Features, inside, read_table
 
 CONTENTS = frozenset({"predictions.parquet", "mixture.safetensors", "run.json"})
 TOP = 5
+ROWS = 1 << 16  # of a block of the table
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,19 @@ class Result:
         ).numpy()
 
 
-def predictions_table(
-    distributions: np.ndarray,
+def prediction_tables(
+    distributions: np.ndarray | sparse.csr_array,
     zero_shot: tuple[np.ndarray, np.ndarray],
     features: Features,
     labels: np.ndarray | None = None,
-) -> pa.Table:
+) -> Iterator[pa.Table]:
     """
-    One row a query: its label with its five most likely classes, and what zero-shot said.
+    One row a query, in blocks: its label with its most likely classes, and what zero-shot said.
 
     Parameters
     ----------
-    distributions : ndarray (N, K) float32
+    distributions : ndarray or csr_array (N, K) float32
+        Of a sparse row only the classes kept are listed.
     zero_shot : ndarray (N,), ndarray (N,)
         Labels and confidences.
     features : Features
@@ -71,32 +76,43 @@ def predictions_table(
     labels : ndarray (N,), optional
         The truth, kept as `true_label`.
     """
-    rows = np.arange(len(distributions))
-    values, classes = _top(torch.from_numpy(distributions))
-    label = classes[:, 0].numpy()
-    names = np.asarray(features.class_names or [str(k) for k in range(distributions.shape[1])])
-    columns = {
-        "row": rows,
-        "source_row": rows if features.source_rows is None else features.source_rows,
-        "key": pa.array(features.keys or [None] * len(rows), pa.string()),
-        "label": label,
-        "label_name": pa.array(names[label], pa.string()),
-        "confidence": values[:, 0].numpy(),
-        "zero_shot_label": zero_shot[0],
-        "zero_shot_confidence": zero_shot[1],
-        "top5_labels": _lists(classes.numpy()),
-        "top5_confidences": _lists(values.numpy()),
-    }
-    if labels is not None:
-        columns["true_label"] = labels
-    return pa.table(columns)
+    n_rows, n_classes = distributions.shape
+    names = np.asarray(features.class_names or [str(k) for k in range(n_classes)])
+    for start in range(0, n_rows, ROWS):
+        block = slice(start, min(start + ROWS, n_rows))
+        rows = np.arange(block.start, block.stop)
+        values, classes = _top(distributions[block])
+        label = classes[:, 0]
+        keys = None if features.keys is None else features.keys[block]
+        columns = {
+            "row": rows,
+            "source_row": rows if features.source_rows is None else features.source_rows[block],
+            "key": pa.array(keys or [None] * len(rows), pa.string()),
+            "label": label,
+            "label_name": pa.array(names[label], pa.string()),
+            "confidence": values[:, 0],
+            "zero_shot_label": zero_shot[0][block],
+            "zero_shot_confidence": zero_shot[1][block],
+            "top5_labels": _lists(classes, values >= 0),
+            "top5_confidences": _lists(values, values >= 0),
+        }
+        if labels is not None:
+            columns["true_label"] = labels[block]
+        yield pa.table(columns)
 
 
 def save_result(
-    folder: Path, table: pa.Table, run: dict[str, Any], tensors: dict[str, torch.Tensor]
+    folder: Path,
+    tables: Iterable[pa.Table],
+    run: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
 ) -> None:
     """Write the files of a result into a folder that `new_folder` gave."""
-    pq.write_table(table, folder / "predictions.parquet")
+    blocks = iter(tables)
+    first = next(blocks)
+    with pq.ParquetWriter(folder / "predictions.parquet", first.schema) as writer:
+        for block in chain([first], blocks):
+            writer.write_table(block)
     # As bytes: a full disk is then the OSError that it is everywhere else.
     (folder / "mixture.safetensors").write_bytes(save(tensors))
     write_json(folder / "run.json", run)
@@ -163,18 +179,31 @@ def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
     return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
 
 
-def _top(distributions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entries (N, 5) of each row and their classes; of equal ones the first class."""
-    n = min(TOP, distributions.shape[1])
-    values, classes = distributions.topk(n, dim=1)
-    tied = (distributions >= values[:, -1:]).sum(1) > n  # topk breaks ties as it likes
+def _top(distributions: np.ndarray | sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The largest entries (n, 5) of each row and their classes; of equal ones the first class.
+
+    Behind the last entry of a sparse row comes -1.
+    """
+    if isinstance(distributions, np.ndarray):
+        entries, classes = torch.from_numpy(distributions), None
+    else:
+        lengths = np.diff(distributions.indptr)
+        used = np.arange(lengths.max()) < lengths[:, None]
+        padded = np.full(used.shape, -1, np.float32)
+        columns = np.zeros(used.shape, np.int64)
+        padded[used], columns[used] = distributions.data, distributions.indices
+        entries, classes = torch.from_numpy(padded), torch.from_numpy(columns)
+    n = min(TOP, entries.shape[1])
+    values, places = entries.topk(n, dim=1)
+    tied = (entries >= values[:, -1:]).sum(1) > n  # topk breaks ties as it likes
     tied |= (values[:, 1:] == values[:, :-1]).any(1)
-    ordered = distributions[tied].sort(dim=1, descending=True, stable=True)
-    classes[tied] = ordered.indices[:, :n]
-    return values, classes
+    ordered = entries[tied].sort(dim=1, descending=True, stable=True)
+    places[tied] = ordered.indices[:, :n]
+    return values.numpy(), (places if classes is None else classes.gather(1, places)).numpy()
 
 
-def _lists(array: np.ndarray) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
-    offsets = pa.array(np.arange(0, array.size + 1, array.shape[1], dtype=np.int32))
-    return pa.ListArray.from_arrays(offsets, flat)
+def _lists(array: np.ndarray, used: np.ndarray) -> pa.Array:
+    """The used entries of each row, as a list."""
+    offsets = np.concatenate([[0], used.sum(1).cumsum()]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(array[used]))
