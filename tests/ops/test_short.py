@@ -26,9 +26,9 @@ def ops(request):
 def blocks(request, monkeypatch):
     if request.param == "many blocks":
         monkeypatch.setattr(twin, "SUM_ROWS", 10)
-        monkeypatch.setattr(twin, "GEMM_ROWS", 10)
+        monkeypatch.setitem(twin.GEMM_ROWS, "cpu", (10, 10))
+        monkeypatch.setattr(twin, "SUM_CLASSES", 5)
         monkeypatch.setitem(twin.BLOCK_BYTES, "cpu", 4 * K * 6)
-        monkeypatch.setattr(numba, "SCORE_ROWS", (10, 10))
         monkeypatch.setattr(numba, "SWEEP_ROWS", 6)
         monkeypatch.setattr(numba, "TAIL_ROWS", 10)
 

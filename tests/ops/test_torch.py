@@ -20,7 +20,8 @@ def blocks(request, monkeypatch):
     """Everything in one block, or in blocks of a few rows with a short last one."""
     if request.param == "many blocks":
         monkeypatch.setattr(ops, "SUM_ROWS", 10)
-        monkeypatch.setattr(ops, "GEMM_ROWS", 10)
+        monkeypatch.setitem(ops.GEMM_ROWS, "cpu", (10, 10))
+        monkeypatch.setattr(ops, "SUM_CLASSES", 5)
         monkeypatch.setitem(ops.BLOCK_BYTES, "cpu", 4 * K * 6)
 
 

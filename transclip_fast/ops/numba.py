@@ -21,8 +21,14 @@ from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops import loops
 from transclip_fast.ops.messages import Messages
 from transclip_fast.ops.threads import each, n_threads
-from transclip_fast.ops.threads import quiet as session
-from transclip_fast.ops.torch import START_ROWS, blocks, expectation, sum_of_squares
+from transclip_fast.ops.torch import (
+    START_ROWS,
+    blocks,
+    expectation,
+    gemm_rows,
+    session,
+    sum_of_squares,
+)
 
 __all__ = [
     "class_sums",
@@ -35,10 +41,9 @@ __all__ = [
     "sweep",
 ]
 
-SCORE_BYTES = 1 << 21  # of a block of scores: what a core's cache holds,
-SCORE_ROWS = (256, 1024)  # but no fewer rows than a GEMM needs, and no more
 SWEEP_ROWS = 1024
 TAIL_ROWS = 4096
+CPU = torch.device("cpu")
 
 
 def start(
@@ -59,7 +64,7 @@ def start(
     def part(whole: slice) -> tuple[torch.Tensor, torch.Tensor]:
         best = np.full((START_ROWS, n_classes), -np.inf, np.float32)
         rows = np.zeros(best.shape, np.int64)
-        buffer = torch.empty(_score_rows(n_classes), n_classes)
+        buffer = torch.empty(gemm_rows(CPU, n_classes), n_classes)
         for block in blocks(whole.stop, len(buffer), whole.start):
             scores = twin.block_scores(features, weights, None, block, log_prior, out=buffer)
             values = scores.clamp_(min=loops.LOWEST).numpy()
@@ -67,7 +72,7 @@ def start(
             loops.most_confident(values, block.start, normaliser, best, rows)
         return torch.from_numpy(best), torch.from_numpy(rows)
 
-    found = each(part, _parts(n_rows, n_threads(), _score_rows(n_classes)))
+    found = each(part, _parts(n_rows, n_threads(), gemm_rows(CPU, n_classes)))
     out.values.exp_()
     values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = rows.argsort(dim=0)  # of equal values the first row
@@ -96,7 +101,7 @@ def score(
 
     def part(block: slice) -> None:
         if not hasattr(buffers, "scores"):
-            buffers.scores = torch.empty(_score_rows(n_classes), n_classes)
+            buffers.scores = torch.empty(gemm_rows(CPU, n_classes), n_classes)
         scores = twin.block_scores(
             features, weights, offset, block, log_prior, prior_weight, out=buffers.scores
         )
@@ -106,7 +111,7 @@ def score(
             scores.clamp_(min=loops.LOWEST)
         loops.select(scores.numpy(), block.start, places, *lists, normaliser)
 
-    each(part, blocks(n_rows, _score_rows(n_classes)))
+    each(part, blocks(n_rows, gemm_rows(CPU, n_classes)))
     return out
 
 
@@ -157,11 +162,6 @@ def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Te
 
     pairwise, entropy = np.sum(list(each(part, blocks(len(z), SWEEP_ROWS))), axis=0)
     return torch.tensor(pairwise), torch.tensor(entropy)
-
-
-def _score_rows(n_classes: int) -> int:
-    fewest, most = SCORE_ROWS
-    return min(max(fewest, SCORE_BYTES // (4 * n_classes)), most)
 
 
 def _parts(n: int, number: int, multiple: int = 1) -> list[slice]:

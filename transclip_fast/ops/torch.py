@@ -1,14 +1,16 @@
 """
 The solver's operations in torch, on any device, for both forms of z.
 
-Each goes through the rows in blocks that stay in the cache: no temporary is ever N x K, and sums
-over rows are taken in float64 across blocks. `Operations` documents what each does.
+Each goes through the rows in blocks: no temporary is ever N x K, and sums over rows are taken in
+float64 across blocks. On a CPU the blocks stay in a core's cache and go to threads, each of which
+works alone. `Operations` documents what each does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +18,22 @@ import torch.nn.functional as F
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops.messages import Messages
+from transclip_fast.ops.threads import each, quiet
 
-# One block of one (rows, K) float32 operand: a core's L2 cache, or enough to fill a GPU.
+# One block of one (rows, K) float32 operand: a core's cache, or enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-GEMM_ROWS = 4096
-GEMM_BYTES = 1 << 26
+GEMM_ROWS = {"cpu": (256, 1024), "cuda": (4096, 1 << 20)}  # at least and at most
 SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
+SUM_CLASSES = 256  # that one thread sums
 START_ROWS = 8
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 def session() -> AbstractContextManager[None]:
     """See `Operations.session`."""
-    return nullcontext()
+    return quiet()
 
 
 def blocks(stop: int, size: int, start: int = 0) -> Iterator[slice]:
@@ -36,23 +42,34 @@ def blocks(stop: int, size: int, start: int = 0) -> Iterator[slice]:
         yield slice(first, min(first + size, stop))
 
 
-def block_rows(tensor: torch.Tensor, n_classes: int) -> int:
+def block_rows(device: torch.device, n_classes: int) -> int:
     """Rows of which one (rows, K) operand makes one block."""
-    size = BLOCK_BYTES.get(tensor.device.type, BLOCK_BYTES["cuda"])
+    size = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
     return max(1, size // (4 * n_classes))
 
 
-def gemm_rows(n_classes: int) -> int:
-    """Rows of one GEMM with K columns."""
-    return min(GEMM_ROWS, max(SUM_ROWS, GEMM_BYTES // (4 * n_classes)))
+def gemm_rows(device: torch.device, n_classes: int) -> int:
+    """Rows of one GEMM with K columns: about two blocks, one of them its operand's."""
+    fewest, most = GEMM_ROWS.get(device.type, GEMM_ROWS["cuda"])
+    return min(max(fewest, 2 * block_rows(device, n_classes)), most)
+
+
+def run(
+    device: torch.device, task: Callable[[Part], Result], parts: Iterable[Part]
+) -> list[Result]:
+    """Call `task` on every part: in threads on a CPU, else one after the other."""
+    return each(task, parts) if device.type == "cpu" else [task(part) for part in parts]
 
 
 def log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log_softmax of F V^T (N, K) float32; `weights` V (K, d) are prototypes times tau."""
     out = features.new_empty(len(features), len(weights))
-    for rows in blocks(len(features), GEMM_ROWS):
+
+    def part(rows: slice) -> None:
         scores = block_scores(features, weights, None, rows, out=out[rows])
         scores -= scores.logsumexp(1, keepdim=True)
+
+    run(out.device, part, blocks(len(out), gemm_rows(out.device, len(weights))))
     return out
 
 
@@ -87,23 +104,23 @@ def start(
     out: Assignments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Operations.start`."""
-    n_classes = out.n_classes
+    size = gemm_rows(features.device, out.n_classes)
     normaliser = features.new_empty(len(features))
-    buffer = features.new_empty(min(gemm_rows(n_classes), len(features)), n_classes)
-    values = buffer[:0]  # (8, K), and their rows
-    ids = torch.empty_like(values, dtype=torch.int64)
-    for rows in blocks(len(features), len(buffer)):
-        scores = block_scores(features, weights, None, rows, log_prior, out=buffer)
+
+    def part(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = features.new_empty(rows.stop - rows.start, out.n_classes)
+        block_scores(features, weights, None, rows, log_prior, out=scores)
         torch.logsumexp(scores, 1, out=normaliser[rows])
         scores -= normaliser[rows, None]
-        size = rows.stop - rows.start
-        own = torch.arange(rows.start, rows.stop, device=ids.device)
-        values = torch.cat([values, scores])
-        ids = torch.cat([ids, own[:, None].expand(size, n_classes)])
-        best = _top_rows(values, min(START_ROWS, len(values)))
-        values, ids = values.gather(0, best), ids.gather(0, best)
+        best = _top_rows(scores)
+        values = scores.gather(0, best)
         _keep(scores.exp_(), out, rows)
-    return normaliser, values, ids
+        return values, best + rows.start
+
+    found = run(features.device, part, blocks(len(features), size))
+    values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    best = _top_rows(values)
+    return normaliser, values.gather(0, best), rows.gather(0, best)
 
 
 def score(
@@ -118,26 +135,31 @@ def score(
     nodes: torch.Tensor | None = None,
 ) -> Scores:
     """See `Operations.score`."""
-    size = gemm_rows(out.n_classes)
-    buffer = features.new_empty(size, out.n_classes) if out.classes is not None else None
-    for rows in blocks(len(features), size):
-        block = out.values[rows] if buffer is None else buffer
-        block = block_scores(features, weights, offset, rows, log_prior, prior_weight, out=block)
+
+    def part(rows: slice) -> None:
+        if out.classes is None:
+            block = out.values[rows]
+        else:
+            block = features.new_empty(rows.stop - rows.start, out.n_classes)
+        block_scores(features, weights, offset, rows, log_prior, prior_weight, out=block)
         if messages is not None:
             messages.add_to(block, rows)
         if out.classes is not None:
             _keep_candidates(block, out, out.classes, rows if nodes is None else nodes[rows])
+
+    run(features.device, part, blocks(len(features), gemm_rows(features.device, out.n_classes)))
     return out
 
 
 def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
     """See `Operations.sweep`."""
-    for rows in blocks(len(z), block_rows(z.values, z.n_classes)):
+
+    def part(rows: slice) -> None:
         messages = _messages(affinity, z, rows)
         if base.classes is None or out.classes is None:
             messages += base.values[rows]
             torch.softmax(messages, 1, out=out.values[rows])
-            continue
+            return
         scores, classes, tail = base.values[rows], base.classes[rows].long(), base.tail[rows]
         # The tail hears nothing; it is one more entry of the softmax.
         logits = torch.cat([scores + messages.gather(1, classes), tail[:, None].log()], 1)
@@ -150,6 +172,9 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
         messages[local[used], classes[used]] = 0
         unheard = messages.amax(1).clamp_(min=0)
         out.bound[rows] = (tail * unheard.expm1()).clamp_(max=1)
+
+    device = z.values.device
+    run(device, part, blocks(len(z), block_rows(device, z.n_classes)))
     return out
 
 
@@ -157,27 +182,33 @@ def class_sums(
     z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.class_sums`."""
-    sums = features.new_zeros(z.n_classes, features.shape[1], dtype=torch.float64)
-    counts = features.new_zeros(z.n_classes, dtype=torch.float64)
-    tail, mass = torch.zeros_like(sums[0]), counts.new_zeros(())
+    device, n_classes = features.device, z.n_classes
+    sums = features.new_zeros(n_classes, features.shape[1], dtype=torch.float64)
+    counts = features.new_zeros(n_classes, dtype=torch.float64)
     # The variance is what is left when the squares of the means are taken off: sums of centred
     # rows keep its digits, where float32 sums of thousands of similar rows lose them.
-    size = gemm_rows(z.n_classes)
+    size = gemm_rows(device, n_classes)
     centre = features[:size].mean(0)
-    centred = torch.empty_like(features[:size])
-    for rows in blocks(len(z), size):
-        block = torch.sub(features[rows], centre, out=centred[: rows.stop - rows.start])
-        kept = z.take(rows if nodes is None else nodes[rows])
-        values = kept.dense()  # (rows, K)
-        sums += values.T @ block
-        for part in torch.split(values, SUM_ROWS):
-            counts += part.sum(0, dtype=torch.float64)
-        if z.classes is not None:
-            dropped = 1 - kept.values.sum(1)
-            mass += dropped.sum(dtype=torch.float64)
-            tail += dropped @ features[rows]
+
+    def part(classes: slice) -> None:
+        centred = torch.empty_like(features[:size])
+        for rows in blocks(len(z), size):
+            block = torch.sub(features[rows], centre, out=centred[: rows.stop - rows.start])
+            values = z.take(rows if nodes is None else nodes[rows]).dense()[:, classes]
+            sums[classes] += values.T @ block
+            for piece in torch.split(values, SUM_ROWS):
+                counts[classes] += piece.sum(0, dtype=torch.float64)
+
+    run(device, part, blocks(n_classes, SUM_CLASSES))
     sums.addr_(counts, centre.double())
-    return (sums, counts) if z.classes is None else share_tail(sums, counts, tail, mass)
+    if z.classes is None:
+        return sums, counts
+    dropped = 1 - z.values.sum(1)
+    if nodes is not None:
+        dropped = dropped[nodes]
+    tails = run(device, lambda rows: dropped[rows] @ features[rows], blocks(len(z), size))
+    tail = torch.stack(tails).sum(0, dtype=torch.float64)
+    return share_tail(sums, counts, tail, dropped.sum(dtype=torch.float64))
 
 
 def share_tail(
@@ -196,14 +227,19 @@ def share_tail(
 
 def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.energies`."""
-    pairwise, entropy = z.values.new_zeros(2, dtype=torch.float64)
     smallest = torch.finfo(z.values.dtype).tiny
-    for rows in blocks(len(z), block_rows(z.values, z.n_classes)):
+
+    def part(rows: slice) -> torch.Tensor:
         values, messages = z.values[rows], _messages(affinity, z, rows)
         if z.classes is not None:
             messages = messages.gather(1, z.classes[rows].long())
-        pairwise += (values * messages).sum(dtype=torch.float64)
-        entropy += (values * values.clamp_min(smallest).log_()).sum(dtype=torch.float64)
+        pairwise = (values * messages).sum(dtype=torch.float64)
+        entropy = (values * values.clamp_min(smallest).log_()).sum(dtype=torch.float64)
+        return torch.stack([pairwise, entropy])
+
+    device = z.values.device
+    terms = run(device, part, blocks(len(z), block_rows(device, z.n_classes)))
+    pairwise, entropy = torch.stack(terms).sum(0)
     return pairwise, entropy
 
 
@@ -211,27 +247,33 @@ def expectation(
     z: Assignments, log_prior: torch.Tensor, nodes: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `Operations.expectation`."""
-    total = z.values.new_zeros((), dtype=torch.float64)
-    for rows in blocks(len(z), block_rows(z.values, z.n_classes)):
-        part, terms = z.take(rows if nodes is None else nodes[rows]), log_prior[rows]
-        if part.classes is not None:
-            terms = terms.gather(1, part.classes.long())
-        total += torch.where(part.values > 0, part.values * terms, 0).sum(dtype=torch.float64)
-    return total
+
+    def part(rows: slice) -> torch.Tensor:
+        kept, terms = z.take(rows if nodes is None else nodes[rows]), log_prior[rows]
+        if kept.classes is not None:
+            terms = terms.gather(1, kept.classes.long())
+        return torch.where(kept.values > 0, kept.values * terms, 0).sum(dtype=torch.float64)
+
+    device = z.values.device
+    return torch.stack(run(device, part, blocks(len(z), block_rows(device, z.n_classes)))).sum()
 
 
 def sum_of_squares(features: torch.Tensor) -> torch.Tensor:
     """sum_i f_id^2, (d,) float64."""
-    total = features.new_zeros(features.shape[1], dtype=torch.float64)
-    for rows in blocks(len(features), GEMM_ROWS):
-        total += features[rows].double().square_().sum(0)
-    return total
+
+    def part(rows: slice) -> torch.Tensor:
+        return features[rows].double().square_().sum(0)
+
+    size = gemm_rows(features.device, features.shape[1])
+    return torch.stack(run(features.device, part, blocks(len(features), size))).sum(0)
 
 
-def _top_rows(values: torch.Tensor, n: int) -> torch.Tensor:
-    """Positions (n, K) of the largest values of each column, equal ones from the top."""
+def _top_rows(values: torch.Tensor) -> torch.Tensor:
+    """Positions (8, K) of the largest values of each column, equal ones from the top."""
+    n = min(START_ROWS, len(values))
     best = values.topk(n, dim=0)
     tied = (values >= best.values[-1]).sum(0) > n  # topk breaks ties as it likes
+    tied |= (best.values[1:] == best.values[:-1]).any(0)
     if tied.any():
         ordered = values[:, tied].sort(dim=0, descending=True, stable=True)
         best.indices[:, tied] = ordered.indices[:n]
