@@ -58,14 +58,15 @@ class Truncation:
         free : int
             Bytes of memory that is free; lists take half of it at most.
         """
-        # Averages over the sample of the mass of the 1, 2, ... largest classes.
-        mass = sample.exp().sort(dim=1, descending=True).values.cumsum(1).mean(0)  # (K,)
-        needed = FEWEST
-        while needed < len(mass) and mass[needed - 1] < 1 - MISSED:
-            needed *= 2
         allowed = max(MOST, SMALL // (ENTRY_BYTES * n_rows))
         room = free // (2 * ENTRY_BYTES * n_rows)
-        kept = max(1, min(needed, allowed, room, len(mass)))
+        most = max(1, min(allowed, room, sample.shape[1]))
+        # Mass of the 1, 2, ... largest classes of a row, averages over the sample.
+        mass = sample.exp().topk(most, dim=1).values.cumsum(1).mean(0)
+        needed = FEWEST
+        while needed < most and mass[needed - 1] < 1 - MISSED:
+            needed *= 2
+        kept = min(needed, most)
         return cls(kept, kept)
 
     def losses(self, tail_mass: float, bound: torch.Tensor) -> dict[str, float]:

@@ -69,18 +69,19 @@ def chunk_maxima(row, out):  # type: ignore[no-untyped-def]
 
 
 @compiled("float32(float32[::1], float32, int32[::1], float32[::1])", fastmath=FAST)
-def exp_sum(row, largest, bits, rest):  # type: ignore[no-untyped-def]
-    """sum_k e^(row_k - largest); without a call to exp, so that it is vectorised."""
+def exponentials(row, largest, bits, out):  # type: ignore[no-untyped-def]
+    """e^(row_k - largest), into `out`, and their sum; no call to exp, so that it is vectorised."""
     for j in range(len(row)):
         x = min((largest - row[j]) * LOG2E, F(120))
         whole = np.int32(x)
         bits[j] = (np.int32(127) - whole) << np.int32(23)  # 2^-whole
-        rest[j] = x - F(whole)
+        out[j] = x - F(whole)
     power = bits.view(np.float32)
     total = F(0)
     for j in range(len(row)):
-        x = rest[j]
-        total += power[j] * (C0 + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6))))))
+        x = out[j]
+        out[j] = power[j] * (C0 + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6))))))
+        total += out[j]
     return total
 
 
@@ -129,7 +130,7 @@ def select(scores, first, nodes, least, values, classes, tail, normaliser):  # t
     for i in range(len(scores)):
         row, node = scores[i], nodes[first + i]
         largest = chunk_maxima(row, maxima)
-        everything = exp_sum(row, largest, bits, rest)
+        everything = exponentials(row, largest, bits, rest)
         total = largest + F(math.log(everything))
         normaliser[first + i] = total
         low = max(min(total + least[node], largest), LOWEST / F(2))
@@ -150,7 +151,7 @@ def select(scores, first, nodes, least, values, classes, tail, normaliser):  # t
                 values[node, kept] = found[c] - total
                 found[kept] = found[c]
                 kept += 1
-        tail[node] = max(F(0), F(1) - exp_sum(found[:kept], largest, bits, rest) / everything)
+        tail[node] = max(F(0), F(1) - exponentials(found[:kept], largest, bits, rest) / everything)
         while kept < width and values[node, kept] > -np.inf:
             values[node, kept] = -np.inf
             kept += 1
@@ -225,24 +226,23 @@ def sweep(  # type: ignore[no-untyped-def]
     """One sweep over a block of nodes."""
     width = out.shape[1]
     heard = np.zeros(n_classes, np.float32)
+    logits = np.empty(base.shape[1], np.float32)
     mass = np.empty(base.shape[1], np.float32)
+    bits = np.empty(base.shape[1], np.int32)
     for i in range(start, stop):
         listen(i, offsets, columns, weights, z, z_classes, heard)
         largest = F(math.log(tail[i])) if tail[i] > 0 else F(-np.inf)
-        total = largest
+        rest = largest
         n = 0
         while n < base.shape[1] and base[i, n] > -np.inf:
-            mass[n] = base[i, n] + heard[candidates[i, n]]
-            largest = max(largest, mass[n])
+            logits[n] = base[i, n] + heard[candidates[i, n]]
+            largest = max(largest, logits[n])
             heard[candidates[i, n]] = 0
             n += 1
-        total = F(math.exp(total - largest))
+        total = exponentials(logits[:n], largest, bits, mass) + F(math.exp(rest - largest))
+        scale, top, count = F(1) / total, F(0), 0
         for c in range(n):
-            mass[c] = math.exp(mass[c] - largest)
-            total += mass[c]
-        top, count = F(0), 0
-        for c in range(n):
-            mass[c] /= total
+            mass[c] *= scale
             top = max(top, mass[c])
         low = min(floor, top)
         for c in range(n):
