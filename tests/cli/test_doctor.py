@@ -16,7 +16,7 @@ def test_fine_here(succeeds):
     summary = json.loads(succeeds("doctor", "--json"))
     assert all(finding["ok"] for finding in summary["findings"])
     subjects = {finding["subject"] for finding in summary["findings"]}
-    assert subjects == {"torch", "faiss", "torchvision", "open_clip"}
+    assert subjects == {"torch", "faiss", "numba", "torchvision", "open_clip"}
     assert summary["versions"].keys() >= {"python", "transclip_fast", "torch", "numpy"}
     text = succeeds("doctor")
     assert "PROBLEM" not in text

@@ -153,7 +153,7 @@ def _named(message: str, origins: Mapping[str, str]) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of what it computes with."""
     found = {"python": platform.python_version(), "transclip_fast": __version__}
-    for name in ("torch", "numpy", "faiss-cpu", "faiss-gpu", "open_clip_torch", "triton"):
+    for name in ("torch", "numpy", "numba", "faiss-cpu", "faiss-gpu", "open_clip_torch", "triton"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -31,7 +31,7 @@ def command(as_json: bool) -> None:
     Example:
       transclip-fast doctor
     """
-    findings = [check_torch(), check_faiss(), check_torchvision(), check_open_clip()]
+    findings = [check_torch(), check_faiss(), check_numba(), check_torchvision(), check_open_clip()]
     versions = common.versions()
     summary = {"versions": versions, "findings": [asdict(finding) for finding in findings]}
     lines = [f"{name} {version}" for name, version in versions.items()]
@@ -82,6 +82,11 @@ def check_faiss() -> Finding:
         message = f"{' and '.join(names)} overwrite each other; uninstall all, install one"
         return Finding("faiss", False, message)
     return _importable("faiss", names[0])
+
+
+def check_numba() -> Finding:
+    """numba, which compiles the loops of sparse assignments on a CPU."""
+    return _importable("numba", "numba")
 
 
 def check_torchvision() -> Finding:
