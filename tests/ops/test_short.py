@@ -31,6 +31,7 @@ def blocks(request, monkeypatch):
         monkeypatch.setitem(twin.BLOCK_BYTES, "cpu", 4 * K * 6)
         monkeypatch.setattr(numba, "SWEEP_ROWS", 6)
         monkeypatch.setattr(numba, "TAIL_ROWS", 10)
+        monkeypatch.setattr(numba, "SUM_ROWS", 30)
 
 
 @pytest.fixture
