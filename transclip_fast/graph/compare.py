@@ -1,0 +1,81 @@
+"""Products of blocks of rows, on all cores, for the lists of the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+from transclip_fast.graph.best import BestLists, Finds
+from transclip_fast.graph.rows import Rows
+
+BATCH = 32  # blocks, at most, between two looks at what was found, on any number of cores
+WAITING = 8  # finds a row that wait before they are merged
+Pair = tuple[torch.Tensor, torch.Tensor]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def compare(
+    rows: Rows | torch.Tensor,
+    pairs: Iterable[Pair],
+    best: BestLists,
+    queries: Rows | torch.Tensor | None = None,
+) -> Iterator[int]:
+    """
+    Offer to `best` the products of pairs of blocks; yields how many blocks are done, now and then.
+
+    Parameters
+    ----------
+    rows : (M, d)
+        Of which `best` holds the lists.
+    pairs : iterable of (Tensor (R,), Tensor (C,)) int64
+        Which rows to multiply with which.
+    queries : (N, d), optional
+        The candidates, if they are other rows. If not, a product counts for both its rows, and a
+        block given with itself leaves out each row's product with itself.
+    """
+
+    def find(pair: Pair) -> list[Finds]:
+        ids, others = pair
+        block = rows[ids]
+        if queries is not None:
+            return best.find(block @ queries[others].T, ids, others, both=False)
+        if ids is not others:
+            return best.find(block @ rows[others].T, ids, others, both=True)
+        products = block @ block.T
+        products.fill_diagonal_(-torch.inf)  # by id: copies of a row are its neighbours
+        return best.find(products, ids, ids, both=False)
+
+    remaining, done, size = iter(pairs), 0, 1
+    while batch := list(islice(remaining, size)):
+        for found in in_parallel(find, batch, best.values.device):
+            best.add(found)
+        best.merge(WAITING)
+        done, size = done + len(batch), min(2 * size, BATCH)  # the first find the most
+        yield done
+    best.merge()
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], device: torch.device
+) -> Iterator[Result]:
+    """
+    The function of every item, in order, on as many threads as torch has, each computing alone.
+
+    Torch's own threads wait for each other at every operation. Of small operations there are
+    thousands, and a wait takes a time slice where something else has the other's core.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(items) == 1:
+        yield from map(function, items)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(function, items)
+    finally:
+        torch.set_num_threads(threads)
