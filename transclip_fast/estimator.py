@@ -148,7 +148,8 @@ class TransCLIP(Parameters):
             )
         self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         if graph is None:
-            graph = build_graph(features, self.n_neighbors, device=device)
+            anchors = text_features if prototypes is None else prototypes
+            graph = build_graph(features, self.n_neighbors, anchors=anchors, device=device)
         elif not isinstance(graph, NeighborGraph):
             if not callable(graph):
                 raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")

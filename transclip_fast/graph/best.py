@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -40,42 +40,37 @@ class BestLists:
 
     def find(
         self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *, both: bool
-    ) -> list[Finds]:
+    ) -> Finds:
         """
-        What products (R, C) have for the lists of `rows` (R,), and of `columns` (C,) if `both`.
+        What products (R, C) may add to the lists of `rows` (R,), and of `columns` (C,) if `both`.
 
-        Changes nothing, so that threads may share it; -inf is never found.
+        Changes nothing, so that threads may share it.
         """
         limits = self.values[:, -1]
-        found = [self._wanted(products > limits[rows][:, None], products, rows, columns, 1)]
+        wanted = products > limits[rows][:, None]
         if both:
-            found.append(self._wanted(products > limits[columns], products, columns, rows, 0))
-        return found
-
-    def _wanted(
-        self,
-        wanted: torch.Tensor,
-        products: torch.Tensor,
-        takers: torch.Tensor,
-        candidates: torch.Tensor,
-        dim: int,
-    ) -> Finds:
-        """The wanted products (R, C), whose candidates run along `dim`."""
+            wanted |= products > limits[columns]
         cells = wanted.view(-1).nonzero()[:, 0]
-        if len(cells) > self.size * len(takers):  # more than can stay: a first block, or copies
-            values, places = products.topk(min(self.size, products.shape[dim]), dim)
-            of = takers[:, None] if dim == 1 else takers
-            return of.expand_as(places).flatten(), candidates[places].flatten(), values.flatten()
+        if len(cells) > self.size * len(rows):  # as with copies of one image: no more than can stay
+            found = self.top(products, rows, columns)
+            return _joined(found, self.top(products.T, columns, rows)) if both else found
         row = cells // products.shape[1]
-        column = cells - row * products.shape[1]
-        of, place = (row, column) if dim == 1 else (column, row)
-        return takers[of], candidates[place], products.view(-1)[cells]
+        found = rows[row], columns[cells - row * products.shape[1]], products.view(-1)[cells]
+        return _joined(found, (found[1], found[0], found[2])) if both else found
 
-    def add(self, found: Iterable[Finds]) -> None:
+    def top(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Finds:
+        """The largest of products (R, C) for each of `rows` (R,), as many as its list holds."""
+        values, places = products.topk(min(self.size, len(columns)), dim=1)
+        return (
+            rows[:, None].expand_as(places).flatten(),
+            columns[places].flatten(),
+            values.flatten(),
+        )
+
+    def add(self, found: Finds) -> None:
         """Take what was found; a pair may come twice. It waits to be merged."""
-        for finds in found:
-            self._waiting.append(finds)
-            self._n_waiting += len(finds[0])
+        self._waiting.append(found)
+        self._n_waiting += len(found[0])
 
     def merge(self, waiting: int = 0) -> None:
         """Bring what was added into `values` and `ids`, once more than `waiting` a row wait."""
@@ -84,6 +79,8 @@ class BestLists:
         rows, ids, values = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting, self._n_waiting = [], 0
         better = values > self.values[rows, -1]
+        if not better.any():
+            return
         rows, ids, values = rows[better], ids[better], values[better]
         order = values.argsort(descending=True, stable=True)
         order = order[rows[order].argsort(stable=True)]
@@ -93,7 +90,9 @@ class BestLists:
         place = torch.arange(len(rows), device=rows.device)
         place -= (stops - counts).repeat_interleave(counts)
         start = 0
-        for some, last in zip(takers.split(MERGE_ROWS), stops.split(MERGE_ROWS), strict=True):
+        for some, last in zip(
+            torch.split(takers, MERGE_ROWS), torch.split(stops, MERGE_ROWS), strict=True
+        ):
             part = slice(start, int(last[-1]))
             line = torch.searchsorted(some, rows[part])
             self._insert(some, line, place[part], ids[part], values[part])
@@ -132,6 +131,11 @@ class BestLists:
         """Go on from an earlier `state`."""
         self.values.copy_(torch.from_numpy(state["values"]))
         self.ids.copy_(torch.from_numpy(state["ids"]))
+
+
+def _joined(first: Finds, second: Finds) -> Finds:
+    rows, candidates, products = (torch.cat(parts) for parts in zip(first, second, strict=True))
+    return rows, candidates, products
 
 
 def decide(

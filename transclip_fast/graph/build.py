@@ -79,13 +79,15 @@ def build_graph(
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rows = Rows(features, "features", device)
-    if anchors is not None:
-        anchors = as_unit_rows(anchors, "anchors", columns=rows.shape[1]).to(rows.device)
-    elif method == "anchored":
-        raise InputError("anchored: needs anchors, class prototypes or means (K, d)")
     if method == "auto":
         approximate = "ivf" if anchors is None else "anchored"
         method = "exact" if len(rows) <= EXACT_ROWS else approximate
+    train = partial(kmeans_centres, rows)
+    if method == "anchored":
+        if anchors is None:
+            raise InputError("anchored: needs anchors, class prototypes or means (K, d)")
+        starts = as_unit_rows(anchors, "anchors", columns=rows.shape[1]).to(rows.device)
+        train = partial(anchored_centres, rows, starts)
     best = BestLists(len(rows), min(n_neighbors, len(rows)) + SPARE, rows.device)
     progress, checkpoint = progress or _ignore, checkpoint or NoCheckpoint()
     info: dict[str, Any] = {"method": method, "recall": 1.0}
@@ -94,11 +96,6 @@ def build_graph(
             search_exact(rows, best, progress, checkpoint)
         else:
             sample = Sample.draw(rows, n_neighbors)
-            train = (
-                partial(anchored_centres, rows, anchors)
-                if method == "anchored"
-                else partial(kmeans_centres, rows)
-            )
             search = ListSearch(rows, best, train, checkpoint)
             search.run(lambda: sample.measure(rows, best)[0] >= recall, progress)
             reached, error = sample.measure(rows, best)
@@ -121,7 +118,7 @@ def _decided(rows: Rows, best: BestLists, k: int) -> tuple[np.ndarray, np.ndarra
     def decided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return decide(rows[ids], rows, best.ids[ids], k)
 
-    blocks = torch.arange(len(rows), device=rows.device).split(DECIDE_ROWS)
+    blocks = torch.split(torch.arange(len(rows), device=rows.device), DECIDE_ROWS)
     start = 0
     for ids, values in in_parallel(decided, blocks, rows.device):
         block = slice(start, start + len(ids))

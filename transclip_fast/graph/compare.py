@@ -39,7 +39,7 @@ def compare(
         block given with itself leaves out each row's product with itself.
     """
 
-    def find(pair: Pair) -> list[Finds]:
+    def find(pair: Pair) -> Finds:
         ids, others = pair
         block = rows[ids]
         if queries is not None:
@@ -48,7 +48,7 @@ def compare(
             return best.find(block @ rows[others].T, ids, others, both=True)
         products = block @ block.T
         products.fill_diagonal_(-torch.inf)  # by id: copies of a row are its neighbours
-        return best.find(products, ids, ids, both=False)
+        return best.top(products, ids, ids)
 
     remaining, done, size = iter(pairs), 0, 1
     while batch := list(islice(remaining, size)):

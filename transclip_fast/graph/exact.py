@@ -7,12 +7,14 @@ by the lower id. Among more equal rows than there are spare candidates any may b
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.best import SPARE, BestLists, decide
-from transclip_fast.graph.checkpoint import Checkpoint, Progress
+from transclip_fast.graph.checkpoint import Checkpoint, Progress, State
 from transclip_fast.graph.compare import Pair, compare
 from transclip_fast.graph.rows import Rows
 
@@ -27,14 +29,17 @@ def search_exact(rows: Rows, best: BestLists, progress: Progress, checkpoint: Ch
         best.restore(state)
         start = int(state["blocks"])
     for done in compare(rows, pairs[start:], best):
-        blocks = start + done
-        progress(len(rows) * blocks // len(pairs), len(rows))
-        checkpoint.keep(lambda blocks=blocks: {"blocks": np.array(blocks), **best.state()})
+        progress(len(rows) * (start + done) // len(pairs), len(rows))
+        checkpoint.keep(partial(_state, best, start + done))
+
+
+def _state(best: BestLists, blocks: int) -> State:
+    return {"blocks": np.array(blocks), **best.state()}
 
 
 def all_pairs(ids: torch.Tensor) -> list[Pair]:
     """Blocks of the rows `ids` (n,) that together hold every pair of them once."""
-    tiles = ids.split(_tile(ids))
+    tiles = torch.split(ids, _tile(ids))
     # With themselves first: what is found there rules out most of the others.
     own = [(tile, tile) for tile in tiles]
     return own + [(tile, other) for i, tile in enumerate(tiles) for other in tiles[i + 1 :]]
@@ -63,7 +68,7 @@ def nearest(
     best = BestLists(len(rows), min(k + SPARE, others) + 1, rows.device)  # and the row itself
     ids, columns = (torch.arange(n, device=rows.device) for n in (len(rows), len(queries)))
     tile = _tile(ids)
-    pairs = [(some, part) for part in columns.split(tile) for some in ids.split(tile)]
+    pairs = [(some, part) for part in torch.split(columns, tile) for some in torch.split(ids, tile)]
     with exact_float32():
         for _ in compare(rows, pairs, best, queries):
             pass

@@ -52,7 +52,7 @@ def step(centres: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, tor
     def nearest(block: torch.Tensor) -> torch.Tensor:
         return (block @ centres.T).argmax(1)
 
-    of = torch.cat(list(in_parallel(nearest, sample.split(BLOCK), sample.device)))
+    of = torch.cat(list(in_parallel(nearest, torch.split(sample, BLOCK), sample.device)))
     sums = torch.zeros_like(centres).index_add_(0, of, sample)
     means = torch.nn.functional.normalize(sums, dim=1)
     return means.where((sums != 0).any(1, keepdim=True), centres), of

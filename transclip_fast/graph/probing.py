@@ -8,7 +8,7 @@ repeats what an earlier one did.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from transclip_fast.graph.exact import all_pairs
 from transclip_fast.graph.rows import Rows
 
 RANKED = 16  # centres that are ranked for each row at first
-ROUND = 3  # probes that a round adds at least
 CELLS = 1 << 22  # of a block of products
 
 
@@ -79,8 +78,8 @@ class ListSearch:
     def _round(self, progress: Progress) -> None:
         """Compare the rows with the lists next in their ranking."""
         n_rows, start = len(self.rows), self._blocks
-        # A row's own list comes alone: what is found there rules out most of the others.
-        probes = min(self.probes + max(ROUND, self.probes // 2) if self.probes else 1, self.n_lists)
+        probes = next(n for n in _schedule() if n > self.probes)
+        probes = min(probes, self.n_lists)
         pairs = self._pairs(self.probes, probes)
         for done in compare(self.rows, pairs[start:], self.best):
             self._blocks = start + done
@@ -101,7 +100,7 @@ class ListSearch:
             (some, members)
             for members, asking in zip(lists, askers, strict=True)
             if len(members)
-            for some in (asking // (last - first)).split(max(1, CELLS // len(members)))
+            for some in torch.split(asking // (last - first), max(1, CELLS // len(members)))
         ]
 
     def _state(self) -> State:
@@ -111,6 +110,15 @@ class ListSearch:
             "ranked": self._ranked.cpu().numpy(),
             **self.best.state(),
         }
+
+
+def _schedule() -> Iterator[int]:
+    """Probes after each round."""
+    yield 1  # a row's own list alone: what is found there rules out most of the others
+    probes = 5
+    while True:
+        yield probes
+        probes += probes // 2
 
 
 def _rank(rows: Rows, centres: torch.Tensor, size: int) -> torch.Tensor:
@@ -126,4 +134,4 @@ def _rank(rows: Rows, centres: torch.Tensor, size: int) -> torch.Tensor:
 def _grouped(numbers: torch.Tensor, n_groups: int) -> Sequence[torch.Tensor]:
     """For each number below `n_groups` the positions (int64) that hold it."""
     counts = torch.bincount(numbers, minlength=n_groups)
-    return numbers.argsort(stable=True).split(counts.tolist())
+    return torch.split(numbers.argsort(stable=True), counts.tolist())
