@@ -12,14 +12,14 @@ from transclip_fast.graph.rows import Rows
 SAMPLE = 16  # rows a list
 TOO_MANY = 4  # times the usual number of lists
 TOO_LARGE = 4  # times the usual length of a list
-SPLIT_STEPS = 2
+STEPS = 2
 
 
 def anchored_centres(rows: Rows, anchors: torch.Tensor) -> torch.Tensor:
     """
     Centres (L, d) of lists that begin at the anchors (K, d).
 
-    One step brings them to their images, as text features lie in another cone. Anchors that
+    Two steps bring them to their images, as text features lie in another cone. Anchors that
     attract no row of a sample are left out; lists that swallow several times their share are
     replaced by k-means of their rows.
     """
@@ -32,7 +32,8 @@ def anchored_centres(rows: Rows, anchors: torch.Tensor) -> torch.Tensor:
     large = counts > TOO_LARGE * share
     kept = (counts * ~large).argsort(descending=True, stable=True)[:most]
     kept = kept[(counts > 0)[kept] & ~large[kept]]
-    return torch.cat([centres[kept], *_split(sample, of, large, share)])
+    centres = torch.cat([centres[kept], *_split(sample, of, large, share)])
+    return refine(centres, sample, STEPS - 1)
 
 
 def _split(
@@ -41,4 +42,4 @@ def _split(
     """Centres for the rows in lists that are too large: by k-means, one a share."""
     rows = sample[large[of]]
     n_lists = math.ceil(len(rows) / share)
-    return [refine(rows[:n_lists], rows, SPLIT_STEPS)] if n_lists else []
+    return [refine(rows[:n_lists], rows, STEPS)] if n_lists else []

@@ -10,7 +10,7 @@ from transclip_fast.graph.compare import in_parallel
 from transclip_fast.graph.rows import Rows
 
 LISTS = 2.0  # times sqrt(N); products of a few large lists are faster than of many small ones
-SAMPLE = 20  # rows a list to train on
+SAMPLE = 40  # rows a list to train on
 STEPS = 4
 BLOCK = 1024
 SEED = 0
