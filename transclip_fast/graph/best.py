@@ -73,8 +73,8 @@ class BestLists:
         self._n_waiting += len(found[0])
 
     def merge(self, waiting: int = 0) -> None:
-        """Bring what was added into `values` and `ids`, once more than `waiting` a row wait."""
-        if self._n_waiting <= waiting * len(self.values):
+        """Bring what was added into `values` and `ids`, once more than `waiting` finds wait."""
+        if self._n_waiting <= waiting:
             return
         rows, ids, values = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting, self._n_waiting = [], 0

@@ -13,7 +13,8 @@ from transclip_fast.graph.best import BestLists, Finds
 from transclip_fast.graph.rows import Rows
 
 BATCH = 32  # blocks, at most, between two looks at what was found, on any number of cores
-WAITING = 8  # finds a row that wait before they are merged
+WAITING = 8  # finds a row that wait before they are merged,
+MOST_WAITING = 1 << 20  # and of all rows: a merge needs some hundred bytes a find
 Pair = tuple[torch.Tensor, torch.Tensor]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,7 +55,7 @@ def compare(
     while batch := list(islice(remaining, size)):
         for found in in_parallel(find, batch, best.values.device):
             best.add(found)
-        best.merge(WAITING)
+        best.merge(min(WAITING * len(best.ids), MOST_WAITING))
         done, size = done + len(batch), min(2 * size, BATCH)  # the first find the most
         yield done
     best.merge()
