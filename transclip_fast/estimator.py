@@ -185,7 +185,8 @@ class TransCLIP(Parameters):
         )
         self.backend_ = choose_backend(self.backend, device, truncation)
         if graph is None:
-            graph = build_graph(features, self.n_neighbors, device=device)
+            anchors = text_features if prototypes is None else prototypes
+            graph = build_graph(features, self.n_neighbors, anchors=anchors, device=device)
         elif not isinstance(graph, NeighborGraph):
             if not callable(graph):
                 raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")

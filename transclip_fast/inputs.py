@@ -69,6 +69,25 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
         As `as_matrix`, and for an all-zero row.
     """
     matrix = _aligned(as_matrix(array, name, columns=columns).to(torch.float32))
+    divisors = unit_divisors(matrix, name)
+    if divisors is not None:
+        off = (divisors != 1).nonzero()[:, 0]
+        matrix = matrix.clone()
+        matrix[off] = (matrix[off].double() / divisors[off, None]).float()
+    return matrix
+
+
+def unit_divisors(matrix: torch.Tensor, name: str) -> torch.Tensor | None:
+    """
+    What makes unit rows of (N, d): norms (N,) float64 of rows further than 2e-3 off, else 1.
+
+    None where there are no such rows, otherwise with one warning.
+
+    Raises
+    ------
+    InputError
+        An all-zero row, or one too large for float32.
+    """
     norms = torch.cat([_norms(block) for block in torch.split(matrix, ROWS_PER_CHECK)])
     if not norms.all():
         row = int((norms == 0).nonzero()[0, 0])
@@ -76,17 +95,16 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
     if not norms.isfinite().all():
         row = int((~norms.isfinite()).nonzero()[0, 0])
         raise InputError(f"{name}: row {row} is too large for float32; rescale that row")
-    off = ((norms - 1).abs() > UNIT_NORM_TOLERANCE).nonzero()[:, 0]
-    if len(off):
-        row = int(off[0])
-        warnings.warn(
-            f"{name}: {len(off)} of {len(matrix)} rows were not unit vectors and were normalised "
-            f"(row {row} has norm {norms[row]:.4g})",
-            stacklevel=2,
-        )
-        matrix = matrix.clone()
-        matrix[off] = (matrix[off].double() / norms[off, None]).float()
-    return matrix
+    near = (norms - 1).abs() <= UNIT_NORM_TOLERANCE
+    if near.all():
+        return None
+    row = int((~near).nonzero()[0, 0])
+    warnings.warn(
+        f"{name}: {int((~near).sum())} of {len(matrix)} rows were not unit vectors and were "
+        f"normalised (row {row} has norm {norms[row]:.4g})",
+        stacklevel=3,
+    )
+    return norms.where(~near, 1.0)
 
 
 def as_labels(array: Any, name: str, *, rows: int, n_classes: int) -> torch.Tensor:
@@ -186,6 +204,7 @@ def _checked_rows(matrix: torch.Tensor, name: str, rows: int) -> torch.Tensor:
 
 def _norms(block: torch.Tensor) -> torch.Tensor:
     """Norm of each row (n,) float64."""
+    block = block.to(torch.float32)
     norms: torch.Tensor = torch.linalg.vector_norm(block, dim=1)
     if ((norms - 1).abs() > UNIT_NORM_TOLERANCE / 2).any() or not norms.isfinite().all():
         # Squares can overflow or vanish in float32 while the row itself is fine.

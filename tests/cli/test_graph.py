@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from tests.cli.test_solve import read
+from transclip_fast.store import arrays as store_arrays
+from transclip_fast.store import graphs
 from transclip_fast.store.features import array_sha256
 
 
@@ -128,3 +130,68 @@ def test_bad_rows(row, told, arrays, save, refused, tmp_path):
     arrays["image_features"][2] = row
     message = refused("graph", save(arrays), "--out", tmp_path / "graph")
     assert f"features.npz: image_features: {told}" in message
+
+
+@pytest.mark.parametrize("method", ["ivf", "anchored"])
+def test_approximate(method, save, arrays, succeeds, tmp_path):
+    """Its recall is in the manifest, in run.json and on screen; anchors are the text features."""
+    features, folder = save(arrays), tmp_path / "graph"
+    shown = succeeds("graph", features, "--method", method, "--recall", 0.9, "--out", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["method"] == method
+    assert manifest["recall"] >= 0.9
+    assert f"{method}, {manifest['probes']} of {manifest['lists']} lists a row" in shown
+    assert f"recall {manifest['recall']:.4f} on 77 rows" in shown
+    succeeds("solve", features, "--graph", folder, "--out", tmp_path / "given")
+    succeeds("solve", features, "--graph-method", method, "--recall", 0.9, "--out",
+             tmp_path / "made")  # fmt: skip
+    given, made = (
+        json.loads((tmp_path / name / "run.json").read_text())["graph"]
+        for name in ("given", "made")
+    )
+    assert given == made
+    assert {name: manifest[name] for name in given if name != "n_neighbors"} == {
+        name: value for name, value in given.items() if name != "n_neighbors"
+    }
+
+
+def test_anchors_from_a_file(save, arrays, succeeds, refused, tmp_path):
+    np.save(tmp_path / "images.npy", arrays["image_features"])
+    np.save(tmp_path / "text.npy", arrays["text_features"])
+    command = ("graph", tmp_path / "images.npy", "--method", "anchored", "--out", tmp_path / "g")
+    assert "anchored: needs anchors" in refused(*command)
+    shown = succeeds(*command, "--anchors", tmp_path / "text.npy", "--json")
+    assert json.loads(shown)["method"] == "anchored"
+
+
+@pytest.mark.parametrize("method", ["exact", "ivf"])
+def test_a_killed_search_goes_on(method, save, arrays, cli, succeeds, tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "CHECKPOINT_SECONDS", 0.0)
+    command = ("graph", save(arrays), "--method", method, "--out")
+    succeeds(*command, tmp_path / "whole")
+    keep, kept = graphs.GraphCheckpoint.keep, []
+
+    def killed(self, state):
+        keep(self, state)
+        kept.append(state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.GraphCheckpoint, "keep", killed)
+        assert cli(*command, tmp_path / "graph").code != 0
+    assert not (tmp_path / "graph").exists()
+    assert (tmp_path / ".graph.progress.npz").exists()
+    succeeds(*command, tmp_path / "graph")
+    assert not (tmp_path / ".graph.progress.npz").exists()
+    for name in ("neighbors.npy", "similarities.npy"):
+        assert (tmp_path / "graph" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_large_file_stays_on_disk(arrays, succeeds, tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", arrays["image_features"])
+    succeeds("graph", tmp_path / "images.npy", "--out", tmp_path / "read")
+    monkeypatch.setattr(store_arrays, "MAPPED_BYTES", 1)
+    assert isinstance(store_arrays.read_array(tmp_path / "images.npy", "x"), np.memmap)
+    succeeds("graph", tmp_path / "images.npy", "--out", tmp_path / "mapped")
+    for name in ("neighbors.npy", "similarities.npy"):
+        assert (tmp_path / "read" / name).read_bytes() == (tmp_path / "mapped" / name).read_bytes()

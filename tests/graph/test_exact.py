@@ -1,7 +1,4 @@
-"""Exact search, by FAISS and by torch, against a float64 sort of all pairs."""
-
-import importlib.util
-import sys
+"""Exact search against a float64 sort of all pairs."""
 
 import numpy as np
 import pytest
@@ -11,20 +8,11 @@ from tests.conftest import unit
 from transclip_fast import InputError
 from transclip_fast.graph import build_graph, exact, nearest
 
-pytestmark = pytest.mark.filterwarnings("ignore:FAISS is not installed")
-HAS_FAISS = importlib.util.find_spec("faiss") is not None
 
-
-@pytest.fixture(params=["faiss", "torch"])
-def engine(request, monkeypatch):
-    """Each engine, in blocks that do not divide the number of rows."""
-    if request.param == "faiss" and not HAS_FAISS:
-        pytest.skip("FAISS is not installed")
-    if request.param == "torch":
-        monkeypatch.setattr(exact, "_faiss_answers", lambda device: False)
-    monkeypatch.setattr(exact, "FAISS_ROWS", 64)
-    monkeypatch.setattr(exact, "BLOCK_BYTES", 1)  # the smallest block, 64 rows
-    return request.param
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Blocks that do not divide the number of rows."""
+    monkeypatch.setitem(exact.TILE, "cpu", 64)
 
 
 def brute_force(rows, queries, k, same=True):
@@ -50,7 +38,7 @@ def assert_lists(ids, values, rows, queries, same=True):
 
 @pytest.mark.parametrize("k", [1, 3, 10])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_lists(engine, problem, k, dtype):
+def test_lists(problem, k, dtype):
     features, _, _ = problem(n=203)
     features = features.astype(dtype)
     graph = build_graph(features, k)
@@ -60,16 +48,19 @@ def test_lists(engine, problem, k, dtype):
     assert (graph.neighbors != np.arange(203)[:, None]).all()
     assert_lists(graph.neighbors, graph.similarities, features, features)
     assert graph.info["recall"] == 1.0
-    assert engine in graph.info["method"].lower()
+    assert graph.info["method"] == "exact"
 
 
-def test_progress_counts_rows(engine, problem):
+def test_progress_counts_rows(problem):
     seen = []
     build_graph(problem(n=203)[0], 3, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(64, 203), (128, 203), (192, 203), (203, 203)]
+    assert [total for _, total in seen] == [203] * len(seen)
+    assert sorted(seen) == seen
+    assert len(set(seen)) > 2
+    assert seen[-1] == (203, 203)
 
 
-def test_exact_duplicates(engine, problem):
+def test_exact_duplicates(problem):
     """Each copy has other copies as neighbours, never itself."""
     features, _, _ = problem(n=40)
     features = np.concatenate([features, np.repeat(features[:1], 100, axis=0)])
@@ -84,7 +75,7 @@ def test_exact_duplicates(engine, problem):
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
-def test_fewer_rows_than_neighbours(engine, problem, n):
+def test_fewer_rows_than_neighbours(problem, n):
     features, _, _ = problem(n=n)
     graph = build_graph(features, 4)
     found = n - 1
@@ -98,7 +89,7 @@ def test_fewer_rows_than_neighbours(engine, problem, n):
     graph.check(n, 4)
 
 
-def test_features_are_checked_and_normalised(engine, problem):
+def test_features_are_checked_and_normalised(problem):
     features, _, _ = problem()
     broken = features.copy()
     broken[5, 1] = np.nan
@@ -110,8 +101,7 @@ def test_features_are_checked_and_normalised(engine, problem):
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_nearest_of_other_rows(monkeypatch, k):
-    monkeypatch.setattr(exact, "BLOCK_BYTES", 1)
+def test_nearest_of_other_rows(k):
     rng = np.random.default_rng(0)
     rows, queries = (unit(rng.normal(size=(n, 9))).astype(np.float32) for n in (150, 60))
     found = nearest(torch.from_numpy(rows), torch.from_numpy(queries), k)
@@ -126,13 +116,3 @@ def test_nearest_cuts_k_and_keeps_the_row_itself():
     assert ids.shape == (3, 3)
     assert ids[:, 0].tolist() == [0, 1, 2]
     np.testing.assert_array_equal(values, [[1, 0, 0]] * 3)
-
-
-def test_a_missing_faiss_is_announced(problem, monkeypatch):
-    features, _, _ = problem()
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.warns(UserWarning, match="search runs in torch, slower: FAISS cannot") as caught:
-        graph = build_graph(features)
-    assert len(caught) == 1
-    assert graph.info["method"] == "exact (torch)"
-    assert_lists(graph.neighbors, graph.similarities, features, features)

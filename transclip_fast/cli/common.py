@@ -34,6 +34,14 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."
 )
 
+recall_option = click.option(
+    "--recall",
+    default=0.99,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="What an approximate graph must reach, measured on 1000 rows.",
+)
+
 
 class Stages:
     """Seconds of each stage of a command, by name."""

@@ -2,60 +2,156 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
 import torch
 
 from transclip_fast.cli import common
+from transclip_fast.cli.common import Command
 from transclip_fast.device import resolve_device
-from transclip_fast.graph import NeighborGraph, build_graph
-from transclip_fast.inputs import as_unit_rows
+from transclip_fast.graph import METHODS, NeighborGraph, build_graph
 from transclip_fast.store.atomic import new_folder, writing
-from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.graphs import CONTENTS, save_graph
+from transclip_fast.store.features import Features, array_sha256, load_features
+from transclip_fast.store.graphs import CONTENTS, GraphCheckpoint, save_graph
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How to search; `build_graph` says what each means."""
+
+    method: str = "auto"
+    recall: float = 0.99
+
+    def build(self, features: Any, n_neighbors: int, stored: Features, **how: Any) -> NeighborGraph:
+        """The graph of some features, anchored at the classes of `stored`."""
+        return build_graph(
+            features,
+            n_neighbors,
+            method=self.method,
+            recall=self.recall,
+            anchors=anchors(stored),
+            **how,
+        )
+
+
+AUTO = GraphOptions()
+
+
+def anchors(stored: Features) -> Any:
+    """The prototypes, else the text features, or None."""
+    prototypes = stored.get("prototypes")
+    return stored.get("text_features") if prototypes is None else prototypes
+
+
+def method_option(flag: str) -> Callable[[Command], Command]:
+    """The choice of a method, under the name that it has in a command."""
+    return click.option(
+        flag,
+        "method",
+        default="auto",
+        show_default=True,
+        type=click.Choice(METHODS),
+        help="How neighbours are searched; auto is exact up to 20,000 rows.",
+    )
 
 
 @click.command("graph")
 @click.argument("features", type=click.Path())
 @common.out_option
 @click.option("--n-neighbors", default=3, show_default=True, type=click.IntRange(min=1))
+@method_option("--method")
+@common.recall_option
+@click.option(
+    "--anchors",
+    "anchor_file",
+    type=click.Path(),
+    help="Class means or prototypes (K, d).  [default: the prototypes or texts in FEATURES]",
+)
 @common.device_option
 @common.json_option
-def command(features: str, out: str, n_neighbors: int, device: str, as_json: bool) -> None:
+def command(
+    features: str,
+    out: str,
+    n_neighbors: int,
+    method: str,
+    recall: float,
+    anchor_file: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
     """Find the nearest neighbours of every row of FEATURES.
 
     FEATURES is a feature folder or a .npz, .npy, .pt or .safetensors file. The folder written
     holds neighbors.npy (N, k), similarities.npy (N, k) and a manifest; `solve --graph` takes it.
+    A killed search goes on when it is started again.
 
     \b
-    Example:
+    Examples:
       transclip-fast graph features.npz --out graph
+      transclip-fast graph images.npy --method anchored --anchors text.npy --recall 0.99 --out graph
     """
     stages = common.Stages()
     chosen = resolve_device(device)
     with stages.time("load"):
-        stored = load_features(features)
-    graph, manifest = graph_features(stored, out, n_neighbors, chosen, stages)
-    text = (
-        f"{len(graph):,} rows, {n_neighbors} neighbours each: {graph.info['method']}, recall "
-        f"{graph.info['recall']:.4f}, {stages.seconds['graph']:.1f} s\nwritten to {out}"
-    )
+        stored = load_features(features, {"prototypes": anchor_file})
+    options = GraphOptions(method, recall)
+    graph, manifest = graph_features(stored, out, n_neighbors, chosen, stages, options)
+    text = f"{len(graph):,} rows, {n_neighbors} neighbours each: {describe(graph.info)}, "
+    text += f"{stages.seconds['graph']:.1f} s\nwritten to {out}"
     common.summarise({**graph.info, **manifest}, text, as_json)
 
 
+def describe(info: Mapping[str, Any]) -> str:
+    """The method of a graph and how good it is."""
+    if "probes" not in info:
+        return f"{info['method']}, recall {info['recall']:.4f}"
+    return (
+        f"{info['method']}, {info['probes']} of {info['lists']} lists a row, recall "
+        f"{info['recall']:.4f} on {info['recall_rows']} rows, weight error "
+        f"{info['weight_error']:.1e}"
+    )
+
+
 def graph_features(
-    stored: Features, out: str, n_neighbors: int, device: torch.device, stages: common.Stages
+    stored: Features,
+    out: str,
+    n_neighbors: int,
+    device: torch.device,
+    stages: common.Stages,
+    options: GraphOptions = AUTO,
 ) -> tuple[NeighborGraph, dict[str, Any]]:
     """Search stored features and write the graph folder `out`; the graph and its manifest."""
-    with common.collected_warnings({}) as warnings, new_folder(out, CONTENTS) as folder:
-        rows = as_unit_rows(stored.get("image_features"), stored.origins["image_features"])
-        with stages.time("graph"), common.progress("graph", "rows") as show:
-            graph = build_graph(rows, n_neighbors, device=device, progress=show)
+    features_sha256, starts = stored.sha256(), anchors(stored)
+    identity = {
+        "features_sha256": features_sha256,
+        "anchors_sha256": None if starts is None else array_sha256(starts),
+        "n_neighbors": n_neighbors,
+        "device": device.type,
+        **asdict(options),
+    }
+    checkpoint = GraphCheckpoint(out, identity)
+    origins = {"features": stored.origins["image_features"], "anchors": stored.path}
+    with common.collected_warnings(origins) as warnings, new_folder(out, CONTENTS) as folder:
+        with (
+            common.named(origins, stored.path),
+            stages.time("graph"),
+            common.progress("graph", "rows") as show,
+        ):
+            graph = options.build(
+                stored.get("image_features"),
+                n_neighbors,
+                stored,
+                device=device,
+                progress=show,
+                checkpoint=checkpoint,
+            )
         manifest = {
             "n_rows": len(graph),
             "n_neighbors": n_neighbors,
-            "features_sha256": stored.sha256(),
+            "features_sha256": features_sha256,
             "seconds": stages.seconds,
             "device": str(device),
             "versions": common.versions(),
@@ -63,4 +159,5 @@ def graph_features(
         }
         with writing(out):
             save_graph(folder, graph, manifest)
+    checkpoint.remove()
     return graph, manifest

@@ -13,7 +13,7 @@ from transclip_fast.cli import common
 from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
-from transclip_fast.cli.graph import graph_features
+from transclip_fast.cli.graph import AUTO, GraphOptions, graph_features, method_option
 from transclip_fast.cli.solve import requested, solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
@@ -29,6 +29,8 @@ from transclip_fast.store.results import load_mixture, load_result
 @click.argument("images", type=click.Path())
 @common.out_option
 @encode_options
+@method_option("--graph-method")
+@common.recall_option
 @common.device_option
 @common.json_option
 def command(images: str, out: str, device: str, as_json: bool, **options: Any) -> None:
@@ -43,13 +45,14 @@ def command(images: str, out: str, device: str, as_json: bool, **options: Any) -
       transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
     """
     strict = options.pop("strict")
+    graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
     if options["names"] is None:
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     folder = Path(out)
     with common.collected_warnings({}) as warnings:
         writer, seconds = encode(images, str(folder / "features"), device, **options)
         encoded, encoded_text = report(writer, str(folder / "features"))
-        solved, solved_text = solve_folder(folder, TransCLIP(device=device))
+        solved, solved_text = solve_folder(folder, TransCLIP(device=device), graph_options)
     summary = {
         **solved,
         "failures": encoded["failures"],
@@ -61,14 +64,16 @@ def command(images: str, out: str, device: str, as_json: bool, **options: Any) -
         sys.exit(1)
 
 
-def solve_folder(folder: Path, model: TransCLIP) -> tuple[dict[str, Any], str]:
+def solve_folder(
+    folder: Path, model: TransCLIP, options: GraphOptions = AUTO
+) -> tuple[dict[str, Any], str]:
     """Graph, result and report of folder/features, in folder/graph and folder/result."""
     stages = common.Stages()
     stored = load_features(folder / "features")
     result = folder / "result"
     run = _solved(result, stored, model)
     if run is None:
-        graph = _graph(folder / "graph", stored, model, stages)
+        graph = _graph(folder / "graph", stored, model, stages, options)
         run = solve_features(stored, str(result), model, graph, stages)
     text = solve_text(run, str(result))
     if run["accuracy"] is not None:
@@ -77,7 +82,11 @@ def solve_folder(folder: Path, model: TransCLIP) -> tuple[dict[str, Any], str]:
 
 
 def _graph(
-    folder: Path, stored: Features, model: TransCLIP, stages: common.Stages
+    folder: Path,
+    stored: Features,
+    model: TransCLIP,
+    stages: common.Stages,
+    options: GraphOptions,
 ) -> NeighborGraph:
     """The graph in a folder where it is whole and of these features, otherwise a new one."""
     with contextlib.suppress(InputError):
@@ -85,7 +94,7 @@ def _graph(
         if graph.n_neighbors == model.n_neighbors:
             return graph.check(len(stored.get("image_features")), model.n_neighbors)
     device = resolve_device(model.device)
-    return graph_features(stored, str(folder), model.n_neighbors, device, stages)[0]
+    return graph_features(stored, str(folder), model.n_neighbors, device, stages, options)[0]
 
 
 def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] | None:

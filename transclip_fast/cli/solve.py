@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from transclip_fast.cli import common
+from transclip_fast.cli.graph import AUTO, GraphOptions, describe, method_option
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
-from transclip_fast.graph import NeighborGraph, build_graph
+from transclip_fast.graph import NeighborGraph
 from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.inputs import as_labels, as_unit_rows
 from transclip_fast.mixture import COVARIANCES
@@ -98,6 +99,8 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("features", type=click.Path())
 @common.out_option
 @click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
+@method_option("--graph-method")
+@common.recall_option
 @common.device_option
 @common.json_option
 @_array_options
@@ -106,6 +109,8 @@ def command(
     features: str,
     out: str,
     graph_folder: str | None,
+    method: str,
+    recall: float,
     device: str,
     as_json: bool,
     **options: Any,
@@ -134,7 +139,7 @@ def command(
         stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
-    run = solve_features(stored, out, model, graph, stages)
+    run = solve_features(stored, out, model, graph, stages, GraphOptions(method, recall))
     common.summarise(run, text(run, out), as_json)
 
 
@@ -144,6 +149,7 @@ def solve_features(
     model: TransCLIP,
     graph: NeighborGraph | None,
     stages: common.Stages,
+    options: GraphOptions = AUTO,
 ) -> dict[str, Any]:
     """Solve stored features and write the result folder `out`; what is in its run.json."""
     with (
@@ -152,7 +158,7 @@ def solve_features(
     ):
         with common.named(stored.origins, stored.path):
             truth = _truth(stored)
-            _fit(model, stored, graph, stages)
+            _fit(model, stored, graph, stages, options)
         _check(model, stored, truth, warnings)
         run = _summary(model, stored, truth, warnings)
         run["seconds"] = stages.seconds
@@ -168,13 +174,19 @@ def solve_features(
 
 
 def _fit(
-    model: TransCLIP, stored: Features, graph: NeighborGraph | None, stages: common.Stages
+    model: TransCLIP,
+    stored: Features,
+    graph: NeighborGraph | None,
+    stages: common.Stages,
+    options: GraphOptions,
 ) -> None:
     rows = as_unit_rows(stored.get("image_features"), "image_features")
 
     def search(unit_rows: torch.Tensor) -> NeighborGraph:
         with stages.time("graph"), common.progress("graph", "rows") as show:
-            return build_graph(unit_rows, model.n_neighbors, device=unit_rows.device, progress=show)
+            return options.build(
+                unit_rows, model.n_neighbors, stored, device=unit_rows.device, progress=show
+            )
 
     searched = stages.seconds.get("graph", 0.0)  # by a caller, before this solve
     with stages.time("solve"), common.progress("solve", "steps") as show:
@@ -277,7 +289,7 @@ def text(run: dict[str, Any], out: str) -> str:
         )
     built = f" {seconds['graph']:.1f} s" if "graph" in seconds else " reused"
     lines += [
-        f"graph {graph['method']}{built}, solve {seconds['solve']:.1f} s on {run['device']}",
+        f"graph {describe(graph)}{built}, solve {seconds['solve']:.1f} s on {run['device']}",
         f"written to {out}: predictions.parquet, mixture.safetensors, run.json",
     ]
     return "\n".join(lines)

@@ -1,142 +1,77 @@
 """
-Exact search: every row against every other, in blocks of rows.
+Exact search: every row against every other, each product computed once for both its rows.
 
 Candidates come from float32 products; which of them are nearest is decided in float64, equal ones
-by the lower id. Only among more equal rows than there are spare candidates the library chooses.
+by the lower id. Among more equal rows than there are spare candidates any may be found.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from transclip_fast.device import exact_float32
-from transclip_fast.errors import InputError
-from transclip_fast.graph.lists import NeighborGraph
-from transclip_fast.inputs import as_unit_rows
+from transclip_fast.graph.best import SPARE, BestLists, decide
+from transclip_fast.graph.checkpoint import Checkpoint, Progress, State
+from transclip_fast.graph.compare import Pair, compare
+from transclip_fast.rows import Rows
+from transclip_fast.threads import quiet
 
-FAISS_ROWS = 4096
-BLOCK_BYTES = 1 << 26  # of torch's (rows, N) float32 block of similarities
-RANK_ROWS = 512
-SPARE = 4  # candidates beyond those asked for, which float32 may have misplaced
-
-
-def build_graph(
-    features: object,
-    n_neighbors: int = 3,
-    *,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
-) -> NeighborGraph:
-    """
-    The `n_neighbors` most similar other rows of each row, by inner product.
-
-    FAISS searches where the features are on the CPU and it is installed, blockwise torch
-    elsewhere; a missing FAISS is announced with a warning.
-
-    Parameters
-    ----------
-    features : array_like (N, d)
-        Unit rows, any float type.
-    progress : callable, optional
-        Called with (rows done, N) after every block.
-
-    Returns
-    -------
-    NeighborGraph
-        Lists of `n_neighbors` entries, -1 where N has fewer other rows.
-
-    Raises
-    ------
-    InputError
-        Features that are not finite non-zero rows, or `n_neighbors` below 1.
-    """
-    if n_neighbors < 1:
-        raise InputError(f"n_neighbors must be a whole number >= 1, got {n_neighbors!r}")
-    rows = as_unit_rows(features, "features").to(device)
-    n_rows = len(rows)
-    neighbors = np.full((n_rows, n_neighbors), -1, dtype=np.int64)
-    similarities = np.zeros((n_rows, n_neighbors), dtype=np.float32)
-    use_faiss = _faiss_answers(rows.device)
-    step = FAISS_ROWS if use_faiss else _torch_rows(n_rows)
-    for start in range(0, n_rows, step):
-        stop = min(start + step, n_rows)
-        found = _candidates(rows[start:stop], rows, n_neighbors + 1 + SPARE, use_faiss)
-        own = torch.arange(start, stop, device=rows.device)
-        ids, values = _best(rows[start:stop], rows, found, min(n_neighbors, n_rows - 1), own)
-        neighbors[start:stop, : ids.shape[1]] = ids.cpu().numpy()
-        similarities[start:stop, : ids.shape[1]] = values.cpu().numpy()
-        if progress is not None:
-            progress(stop, n_rows)
-    method = "exact (FAISS)" if use_faiss else "exact (torch)"
-    return NeighborGraph(neighbors, similarities, {"method": method, "recall": 1.0})
+TILE = {"cpu": 1024, "cuda": 16384}  # rows of a square block of products
 
 
-def nearest(rows: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def search_exact(rows: Rows, best: BestLists, progress: Progress, checkpoint: Checkpoint) -> None:
+    """Bring the neighbours of every row into `best`."""
+    pairs = all_pairs(torch.arange(len(rows), device=rows.device))
+    state, start = checkpoint.load(), 0
+    if state is not None:
+        best.restore(state)
+        start = int(state["blocks"])
+    for done in compare(rows, pairs[start:], best):
+        progress(len(rows) * (start + done) // len(pairs), len(rows))
+        checkpoint.keep(partial(_state, best, start + done))
+
+
+def _state(best: BestLists, blocks: int) -> State:
+    return {"blocks": np.array(blocks), **best.state()}
+
+
+def all_pairs(ids: torch.Tensor) -> list[Pair]:
+    """Blocks of the rows `ids` (n,) that together hold every pair of them once."""
+    tiles = torch.split(ids, _tile(ids))
+    # With themselves first: what is found there rules out most of the others.
+    own = [(tile, tile) for tile in tiles]
+    return own + [(tile, other) for i, tile in enumerate(tiles) for other in tiles[i + 1 :]]
+
+
+def _tile(ids: torch.Tensor) -> int:
+    return TILE["cuda" if ids.is_cuda else "cpu"]
+
+
+def nearest(
+    rows: torch.Tensor, queries: Rows | torch.Tensor, k: int, *, own: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The k most similar queries of each row, best first: ids (M, k) int64, similarities (M, k).
 
     k is cut to the number of queries; the similarities are float64.
+
+    Parameters
+    ----------
+    rows : Tensor (M, d)
+    queries : (N, d)
+    own : Tensor (M,) int64, optional
+        The query that each row is; it is not its own neighbour.
     """
-    k = min(k, len(queries))
-    blocks = torch.split(rows, _torch_rows(len(queries)))
-    found = [
-        _best(block, queries, _candidates(block, queries, k + SPARE, use_faiss=False), k)
-        for block in blocks
-    ]
-    ids, values = zip(*found, strict=True)
-    return torch.cat(ids), torch.cat(values)
-
-
-def _torch_rows(n_queries: int) -> int:
-    return max(64, BLOCK_BYTES // (4 * n_queries))
-
-
-def _faiss_answers(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return False
-    try:
-        import faiss  # noqa: F401
-    except ImportError as error:
-        warnings.warn(
-            f"the exact search runs in torch, slower: FAISS cannot be imported ({error}); "
-            'pip install ".[cpu]" brings it',
-            stacklevel=3,
-        )
-        return False
-    return True
-
-
-def _candidates(rows: torch.Tensor, queries: torch.Tensor, k: int, use_faiss: bool) -> torch.Tensor:
-    """Ids (B, k) of the queries with the largest float32 products, in any order."""
-    k = min(k, len(queries))
-    if use_faiss:
-        import faiss
-
-        _, ids = faiss.knn(rows.numpy(), queries.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
-        return torch.from_numpy(ids)
-    with exact_float32():
-        return (rows @ queries.T).topk(k, dim=1, sorted=False).indices
-
-
-def _best(
-    rows: torch.Tensor,
-    queries: torch.Tensor,
-    candidates: torch.Tensor,
-    k: int,
-    own: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best candidates (B, k) of each row, and their similarities in float64."""
-    ids = candidates.sort(dim=1).values
-    similarity = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
-    for start in range(0, len(rows), RANK_ROWS):
-        block = slice(start, start + RANK_ROWS)
-        found = queries[ids[block]].double()  # (B, C, d)
-        similarity[block] = (found @ rows[block].double()[:, :, None])[:, :, 0]
-    if own is not None:
-        similarity[ids == own[:, None]] = -torch.inf
-    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return ids.gather(1, order), similarity.gather(1, order)
+    others = len(queries) - (own is not None)
+    best = BestLists(len(rows), min(k + SPARE, others) + 1, rows.device)  # and the row itself
+    ids, columns = (torch.arange(n, device=rows.device) for n in (len(rows), len(queries)))
+    tile = _tile(ids)
+    pairs = [(some, part) for part in torch.split(columns, tile) for some in torch.split(ids, tile)]
+    with exact_float32(), quiet():
+        for _ in compare(rows, pairs, best, queries):
+            pass
+        candidates = best.ids if own is None else best.ids.where(best.ids != own[:, None], -1)
+        return decide(rows, queries, candidates, min(k, others))

@@ -20,7 +20,6 @@ from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops import loops
 from transclip_fast.ops.messages import Messages
-from transclip_fast.ops.threads import each, n_threads
 from transclip_fast.ops.torch import (
     START_ROWS,
     blocks,
@@ -29,6 +28,7 @@ from transclip_fast.ops.torch import (
     session,
     sum_of_squares,
 )
+from transclip_fast.threads import CPU, each, n_threads
 
 __all__ = [
     "class_sums",
@@ -44,7 +44,6 @@ __all__ = [
 SWEEP_ROWS = 1024
 TAIL_ROWS = 4096
 SUM_ROWS = 1 << 16  # that are read at a time, once for all classes
-CPU = torch.device("cpu")
 
 
 def start(

@@ -8,9 +8,8 @@ works alone. `Operations` documents what each does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops.messages import Messages
-from transclip_fast.ops.threads import each, quiet
+from transclip_fast.threads import each, quiet
 
 # One block of one (rows, K) float32 operand: a core's cache, or enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
@@ -26,9 +25,6 @@ GEMM_ROWS = {"cpu": (512, 1024), "cuda": (4096, 1 << 20)}  # at least and at mos
 SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
 SUM_CLASSES = 256  # that one thread sums
 START_ROWS = 8
-
-Part = TypeVar("Part")
-Result = TypeVar("Result")
 
 
 def session() -> AbstractContextManager[None]:
@@ -54,13 +50,6 @@ def gemm_rows(device: torch.device, n_classes: int) -> int:
     return min(max(fewest, 2 * block_rows(device, n_classes)), most)
 
 
-def run(
-    device: torch.device, task: Callable[[Part], Result], parts: Iterable[Part]
-) -> list[Result]:
-    """Call `task` on every part: in threads on a CPU, else one after the other."""
-    return each(task, parts) if device.type == "cpu" else [task(part) for part in parts]
-
-
 def log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log_softmax of F V^T (N, K) float32; `weights` V (K, d) are prototypes times tau."""
     out = features.new_empty(len(features), len(weights))
@@ -69,7 +58,7 @@ def log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         scores = block_scores(features, weights, None, rows, out=out[rows])
         scores -= scores.logsumexp(1, keepdim=True)
 
-    run(out.device, part, blocks(len(out), gemm_rows(out.device, len(weights))))
+    each(part, blocks(len(out), gemm_rows(out.device, len(weights))), out.device)
     return out
 
 
@@ -117,7 +106,7 @@ def start(
         _keep(scores.exp_(), out, rows)
         return values, best + rows.start
 
-    found = run(features.device, part, blocks(len(features), size))
+    found = each(part, blocks(len(features), size), features.device)
     values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     best = _top_rows(values)
     return normaliser, values.gather(0, best), rows.gather(0, best)
@@ -147,7 +136,7 @@ def score(
         if out.classes is not None:
             _keep_candidates(block, out, out.classes, rows if nodes is None else nodes[rows])
 
-    run(features.device, part, blocks(len(features), gemm_rows(features.device, out.n_classes)))
+    each(part, blocks(len(features), gemm_rows(features.device, out.n_classes)), features.device)
     return out
 
 
@@ -174,7 +163,7 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
         out.bound[rows] = (tail * unheard.expm1()).clamp_(max=1)
 
     device = z.values.device
-    run(device, part, blocks(len(z), block_rows(device, z.n_classes)))
+    each(part, blocks(len(z), block_rows(device, z.n_classes)), device)
     return out
 
 
@@ -199,14 +188,14 @@ def class_sums(
             for piece in torch.split(values, SUM_ROWS):
                 counts[classes] += piece.sum(0, dtype=torch.float64)
 
-    run(device, part, blocks(n_classes, SUM_CLASSES))
+    each(part, blocks(n_classes, SUM_CLASSES), device)
     sums.addr_(counts, centre.double())
     if z.classes is None:
         return sums, counts
     dropped = 1 - z.values.sum(1)
     if nodes is not None:
         dropped = dropped[nodes]
-    tails = run(device, lambda rows: dropped[rows] @ features[rows], blocks(len(z), size))
+    tails = each(lambda rows: dropped[rows] @ features[rows], blocks(len(z), size), device)
     tail = torch.stack(tails).sum(0, dtype=torch.float64)
     return share_tail(sums, counts, tail, dropped.sum(dtype=torch.float64))
 
@@ -238,7 +227,7 @@ def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Te
         return torch.stack([pairwise, entropy])
 
     device = z.values.device
-    terms = run(device, part, blocks(len(z), block_rows(device, z.n_classes)))
+    terms = each(part, blocks(len(z), block_rows(device, z.n_classes)), device)
     pairwise, entropy = torch.stack(terms).sum(0)
     return pairwise, entropy
 
@@ -255,7 +244,7 @@ def expectation(
         return torch.where(kept.values > 0, kept.values * terms, 0).sum(dtype=torch.float64)
 
     device = z.values.device
-    return torch.stack(run(device, part, blocks(len(z), block_rows(device, z.n_classes)))).sum()
+    return torch.stack(each(part, blocks(len(z), block_rows(device, z.n_classes)), device)).sum()
 
 
 def sum_of_squares(features: torch.Tensor) -> torch.Tensor:
@@ -265,7 +254,7 @@ def sum_of_squares(features: torch.Tensor) -> torch.Tensor:
         return features[rows].double().square_().sum(0)
 
     size = gemm_rows(features.device, features.shape[1])
-    return torch.stack(run(features.device, part, blocks(len(features), size))).sum(0)
+    return torch.stack(each(part, blocks(len(features), size), features.device)).sum(0)
 
 
 def _top_rows(values: torch.Tensor) -> torch.Tensor:

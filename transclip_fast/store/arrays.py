@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transclip_fast.errors import InputError
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+MAPPED_BYTES = 1 << 30  # a .npy file of this size stays on disk
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 
 # What the readers were seen to raise on damaged files.
@@ -101,6 +102,8 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return load_file(path)
+    if path.suffix == ".npy" and os.path.getsize(path) >= MAPPED_BYTES:
+        return {SINGLE: np.load(path, mmap_mode="r", allow_pickle=False)}
     with open(path, "rb") as file:  # given a path, the readers leave damaged files open
         if path.suffix == ".pt":
             return _tensors(path, torch.load(file, map_location="cpu", weights_only=True))

@@ -172,6 +172,13 @@ def _publish(partial: Path, target: Path, replaced: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def publish_file(partial: Path, target: Path) -> None:
+    """Give a written file its name, replacing an earlier one."""
+    _sync(partial)
+    partial.rename(target)
+    _sync(target.parent)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

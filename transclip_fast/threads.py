@@ -1,4 +1,10 @@
-"""A pool of threads whose torch operations are single-threaded, for loops that release the GIL."""
+"""
+A pool of threads on which torch computes alone.
+
+Torch's own threads wait for each other in every operation. Where something else has the other's
+core, a wait takes a time slice, and of small operations there are thousands; and after each they
+spin for milliseconds on the cores where the next loop wants to run.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ from typing import TypeVar
 
 import torch
 
+CPU = torch.device("cpu")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -24,21 +31,20 @@ def n_threads() -> int:
     return _size.get() or torch.get_num_threads()
 
 
-def each(task: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
-    """Call `task` on every part, in parallel; results in the order of the parts."""
+def each(
+    task: Callable[[Part], Result], parts: Iterable[Part], device: torch.device = CPU
+) -> list[Result]:
+    """The results of `task` on every part, in order: in threads on a CPU, else one by one."""
+    if device.type != "cpu" or n_threads() == 1:  # as it is on the pool's own threads
+        return [task(part) for part in parts]
     return list(_pool(n_threads(), os.getpid()).map(task, parts))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """
-    Keep torch's own operations on the calling thread, and the pool at its size.
-
-    After a parallel operation of torch its OpenMP threads spin for milliseconds, on the cores
-    where the pool's next loop wants to run.
-    """
+    """Keep torch's own operations on the calling thread, and the pool at its size."""
     before = torch.get_num_threads()
-    token = _size.set(before)
+    token = _size.set(n_threads())
     torch.set_num_threads(1)
     try:
         yield

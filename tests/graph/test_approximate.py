@@ -1,0 +1,261 @@
+"""Approximate search, and every method on awkward features, against a float64 sort of all pairs."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import unit
+from tests.graph.test_exact import brute_force
+from transclip_fast import InputError
+from transclip_fast.graph import build, build_graph, exact, probing, recall
+
+METHODS = ("exact", "ivf", "anchored")
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setitem(exact.TILE, "cpu", 64)
+    monkeypatch.setattr(probing, "CELLS", 512)
+
+
+def clustered(n, k, d=16, noise=0.5, seed=0):
+    """Features (N, d) around k directions (k, d)."""
+    rng = np.random.default_rng(seed)
+    centres = unit(rng.normal(size=(k, d)))
+    rows = centres[rng.integers(k, size=n)] + noise * unit(rng.normal(size=(n, d)))
+    return unit(rows).astype(np.float32), centres.astype(np.float32)
+
+
+def true_recall(graph, features):
+    """Share of the exact neighbours' similarities that the lists reach, and the mean shortfall."""
+    k = min(graph.n_neighbors, len(features) - 1)
+    _, expected = brute_force(features, features, k)
+    found = np.einsum(
+        "nd,nkd->nk", features.astype(np.float64), features.astype(np.float64)[graph.neighbors]
+    )[:, :k]
+    found = np.where(graph.neighbors[:, :k] >= 0, found, 0)
+    hits = (graph.neighbors[:, :k] >= 0) & (found >= expected[:, -1:] - 1e-9)
+    return hits.mean(), (expected - found).mean()
+
+
+@pytest.mark.parametrize("method", ["ivf", "anchored"])
+@pytest.mark.parametrize("target", [0.5, 0.9, 0.99, 1.0])
+def test_recall_is_reached_and_true_where_all_rows_are_sampled(method, target):
+    features, centres = clustered(700, 40)
+    graph = build_graph(features, 3, method=method, anchors=centres, recall=target)
+    graph.check(700, 3)
+    expected, shortfall = true_recall(graph, features)
+    info = graph.info
+    assert info["method"] == method
+    assert info["recall_target"] == target
+    assert info["recall_rows"] == 700
+    assert info["recall"] == pytest.approx(expected, abs=1e-12)
+    assert info["recall"] >= target
+    assert info["weight_error"] == pytest.approx(shortfall, abs=1e-9)
+    assert 1 <= info["probes"] <= info["lists"] < 700
+
+
+def test_more_recall_takes_more_probes():
+    features, _ = clustered(700, 40, noise=2)
+    probes = [
+        build_graph(features, 3, method="ivf", recall=target).info["probes"]
+        for target in (0, 0.95, 1)
+    ]
+    assert probes[0] == 1
+    assert probes == sorted(probes)
+    assert probes[1] < probes[2]
+
+
+def test_a_sample_of_the_rows(monkeypatch):
+    monkeypatch.setattr(recall, "SAMPLE", 200)
+    features, _ = clustered(900, 40)
+    graph = build_graph(features, 3, method="ivf", recall=0.95)
+    assert graph.info["recall_rows"] == 200
+    assert abs(graph.info["recall"] - true_recall(graph, features)[0]) < 0.05
+
+
+def test_auto_goes_by_size(monkeypatch):
+    features, centres = clustered(300, 10)
+    assert build_graph(features).info == {"method": "exact", "recall": 1.0}
+    monkeypatch.setattr(build, "EXACT_ROWS", 299)
+    assert build_graph(features).info["method"] == "ivf"
+    assert build_graph(features, anchors=centres).info["method"] == "anchored"
+
+
+@pytest.mark.parametrize("n_anchors", [1, 3, 400])
+def test_any_number_of_anchors(n_anchors):
+    """One class swallows all, or most attract nothing."""
+    features, _ = clustered(800, 40)
+    anchors = unit(np.random.default_rng(1).normal(size=(n_anchors, 16)))
+    graph = build_graph(features, 3, method="anchored", anchors=anchors, recall=0.99)
+    assert true_recall(graph, features)[0] >= 0.99
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_thousands_of_copies(method):
+    """Each has other copies as its neighbours, and the rest keeps its own."""
+    features, centres = clustered(300, 10)
+    features = np.concatenate([features, np.repeat(features[:1], 3000, axis=0)])
+    graph = build_graph(features, 3, method=method, anchors=centres)
+    graph.check(3300, 3)
+    copies = np.r_[0, 300:3300]
+    assert np.isin(graph.neighbors[copies], copies).all()
+    np.testing.assert_allclose(graph.similarities[copies], 1, atol=1e-6)
+    assert all(len(set(row)) == 3 for row in graph.neighbors[copies].tolist())
+    assert true_recall(graph, features)[0] >= 0.99
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_no_more_rows_than_neighbours(method, n):
+    features, centres = clustered(n, 2)
+    graph = build_graph(features, 4, method=method, anchors=centres, recall=1.0)
+    found = min(n - 1, 4)
+    for i, row in enumerate(graph.neighbors.tolist()):
+        assert sorted(row[:found]) == [j for j in range(n) if j != i]
+    assert (graph.neighbors[:, found:] == -1).all()
+    assert (graph.similarities[:, found:] == 0).all()
+    assert graph.info["recall"] == 1.0
+
+
+def test_rows_without_candidates():
+    """A row alone in the lists that it probes has no neighbours, which counts as error."""
+    features, _ = clustered(200, 4, noise=0.05)
+    features[7] = -features[:4].mean(0) / np.linalg.norm(features[:4].mean(0))
+    graph = build_graph(features, 3, method="ivf", recall=0.0)
+    graph.check(200, 3)
+    assert graph.info["probes"] == 1
+    assert (graph.similarities[graph.neighbors < 0] == 0).all()
+    expected, shortfall = true_recall(graph, features)
+    assert graph.info["recall"] == pytest.approx(expected)
+    assert graph.info["weight_error"] == pytest.approx(shortfall, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_negative_similarities(method):
+    """Orthants: all but a few rows of each point away from all others."""
+    features = unit(np.concatenate([np.eye(6), -np.eye(6)]) - 0.05).astype(np.float32)
+    graph = build_graph(features, 11, method=method, anchors=features[:3], recall=1.0)
+    assert (graph.similarities[:, -1] < -0.9).all()
+    assert true_recall(graph, features)[0] == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hub(method):
+    """The middle of a cone is the nearest row of every other."""
+    rng = np.random.default_rng(0)
+    rest = np.concatenate([np.ones((300, 1)), unit(rng.normal(size=(300, 200)))], axis=1)
+    features = unit(np.concatenate([np.eye(1, 201), rest])).astype(np.float32)
+    graph = build_graph(features, 2, method=method, anchors=features[1:4], recall=1.0)
+    assert (graph.neighbors[1:, 0] == 0).all()
+    assert true_recall(graph, features)[0] == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    groups=st.lists(st.tuples(st.integers(2, 60), st.sampled_from([0.0, 0.1, 1.0])), min_size=1,
+                    max_size=5),
+    k=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_structure(method, groups, k, seed):
+    """Groups of any size, of copies or scattered: with all lists probed, nothing is missed."""
+    rng = np.random.default_rng(seed)
+    features = np.concatenate(
+        [unit(rng.normal(size=(1, 5)) + s * rng.normal(size=(n, 5))) for n, s in groups]
+    ).astype(np.float32)
+    graph = build_graph(
+        features, k, method=method, anchors=unit(rng.normal(size=(4, 5))), recall=1.0
+    )
+    graph.check(len(features), k)
+    assert graph.info["recall"] == 1.0
+    assert true_recall(graph, features)[0] == 1.0
+    assert (np.diff(graph.similarities[graph.neighbors[:, -1] >= 0], axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_file_is_read_as_an_array_is(method, scale, tmp_path):
+    features, centres = clustered(500, 10)
+    np.save(tmp_path / "features.npy", (scale * features).astype(np.float16))
+    mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
+
+    def graph(rows):
+        return build_graph(rows, 3, method=method, anchors=centres)
+
+    with pytest.warns(UserWarning, match="500 of 500 rows") if scale > 1 else np.errstate():
+        found, expected = graph(mapped), graph(np.array(mapped))
+    np.testing.assert_array_equal(found.neighbors, expected.neighbors)
+    np.testing.assert_array_equal(found.similarities, expected.similarities)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_threads_finds_the_same(method):
+    features, centres = clustered(900, 30)
+    before = torch.get_num_threads()
+    graphs = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            graphs.append(build_graph(features, 3, method=method, anchors=centres))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(graphs[0].neighbors, graphs[1].neighbors)
+
+
+class Killed(Exception):
+    pass
+
+
+class Memory:
+    """A checkpoint that keeps every state, and stops the search after some of them."""
+
+    def __init__(self, lives):
+        self.lives, self.state = lives, None
+
+    def load(self):
+        return self.state
+
+    def keep(self, state):
+        self.state = {name: np.array(array) for name, array in state().items()}
+        self.lives -= 1
+        if self.lives == 0:
+            raise Killed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_search_goes_on(method):
+    features, centres = clustered(900, 30)
+    how = {"method": method, "anchors": centres, "recall": 0.97}
+    expected = build_graph(features, 3, **how)
+    for lives in (1, 3, 5):
+        memory = Memory(lives)
+        with pytest.raises(Killed):
+            build_graph(features, 3, **how, checkpoint=memory)
+        memory.lives = -1
+        graph = build_graph(features, 3, **how, checkpoint=memory)
+        np.testing.assert_array_equal(graph.neighbors, expected.neighbors)
+        assert graph.info == expected.info
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "hnsw"}, "method must be one of auto, exact"),
+        ({"method": "anchored"}, "anchored: needs anchors"),
+        ({"method": "anchored", "anchors": np.ones((2, 3))}, "anchors: has 3 columns"),
+        ({"method": "anchored", "anchors": np.zeros((2, 16))}, "anchors: row 0 is all zero"),
+        ({"recall": 1.1}, "recall must be between 0 and 1"),
+        ({"recall": float("nan")}, "recall must be between 0 and 1"),
+        ({"n_neighbors": 0}, "n_neighbors must be a whole number"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(InputError, match=message):
+        build_graph(clustered(30, 2)[0], **options)

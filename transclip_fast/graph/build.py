@@ -1,0 +1,132 @@
+"""Features to neighbour lists: one call for every method."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from transclip_fast.device import exact_float32
+from transclip_fast.errors import InputError
+from transclip_fast.graph.anchored import anchored_centres
+from transclip_fast.graph.best import DECIDE_ROWS, SPARE, BestLists, decide
+from transclip_fast.graph.checkpoint import Checkpoint, NoCheckpoint, Progress
+from transclip_fast.graph.exact import search_exact
+from transclip_fast.graph.ivf import kmeans_centres
+from transclip_fast.graph.lists import NeighborGraph
+from transclip_fast.graph.probing import ListSearch
+from transclip_fast.graph.recall import Sample
+from transclip_fast.inputs import as_unit_rows
+from transclip_fast.rows import Rows
+from transclip_fast.threads import each, quiet
+
+METHODS = ("auto", "exact", "ivf", "anchored")
+EXACT_ROWS = 20_000  # up to which "auto" searches exactly
+
+
+def build_graph(
+    features: object,
+    n_neighbors: int = 3,
+    *,
+    method: str = "auto",
+    recall: float = 0.99,
+    anchors: object = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> NeighborGraph:
+    """
+    The `n_neighbors` most similar other rows of each row, by inner product.
+
+    Parameters
+    ----------
+    features : array_like (N, d)
+        Unit rows, any float type. A `numpy.memmap` stays on disk.
+    method : str
+        "exact" compares all pairs of rows. "ivf" and "anchored" put the rows into lists and
+        compare each with the lists nearest to it: the centres are trained by k-means, or start
+        from `anchors`. "auto" is exact up to 20,000 rows, then anchored where there are anchors.
+    recall : float
+        What "ivf" and "anchored" must reach on 1000 random rows, searched exactly: as many lists
+        are probed as that takes.
+    anchors : array_like (K, d), optional
+        Class prototypes or means.
+    progress : callable, optional
+        Called with (rows done, rows in all) after every block. Each round of probes of an
+        approximate search counts all rows again.
+    checkpoint : Checkpoint, optional
+        Keeps what a killed search needs to go on.
+
+    Returns
+    -------
+    NeighborGraph
+        Lists of `n_neighbors` entries, -1 where fewer rows were found. `info` has `method`,
+        `recall` and, of an approximate method, `recall_target`, `recall_rows` (the sample),
+        `weight_error` (mean by which its similarities fall short), `probes` and `lists`.
+
+    Raises
+    ------
+    InputError
+        Features or anchors that are not finite non-zero rows, `n_neighbors` below 1, `recall`
+        outside 0 .. 1, "anchored" without anchors.
+    """
+    if n_neighbors < 1:
+        raise InputError(f"n_neighbors must be a whole number >= 1, got {n_neighbors!r}")
+    if not 0 <= recall <= 1:
+        raise InputError(f"recall must be between 0 and 1, got {recall!r}")
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    rows = Rows(features, "features", device)
+    if method == "auto":
+        approximate = "ivf" if anchors is None else "anchored"
+        method = "exact" if len(rows) <= EXACT_ROWS else approximate
+    train = partial(kmeans_centres, rows)
+    if method == "anchored":
+        if anchors is None:
+            raise InputError("anchored: needs anchors, class prototypes or means (K, d)")
+        starts = as_unit_rows(anchors, "anchors", columns=rows.shape[1]).to(rows.device)
+        train = partial(anchored_centres, rows, starts)
+    best = BestLists(len(rows), min(n_neighbors, len(rows)) + SPARE, rows.device)
+    progress, checkpoint = progress or _ignore, checkpoint or NoCheckpoint()
+    info: dict[str, Any] = {"method": method, "recall": 1.0}
+    with exact_float32(), quiet():
+        if method == "exact":
+            search_exact(rows, best, progress, checkpoint)
+        else:
+            sample = Sample.draw(rows, n_neighbors)
+            search = ListSearch(rows, best, train, checkpoint)
+            search.run(lambda: sample.measure(rows, best)[0] >= recall, progress)
+            reached, error = sample.measure(rows, best)
+            info |= {
+                "recall": reached,
+                "recall_target": recall,
+                "recall_rows": len(sample.ids),
+                "weight_error": error,
+                "probes": search.probes,
+                "lists": search.n_lists,
+            }
+        return NeighborGraph(*_decided(rows, best, n_neighbors), info)
+
+
+def _decided(rows: Rows, best: BestLists, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours (N, k) int64 and their similarities (N, k) float32, -1 and 0 where none."""
+    neighbors = np.full((len(rows), k), -1, dtype=np.int64)
+    similarities = np.zeros((len(rows), k), dtype=np.float32)
+
+    def decided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return decide(rows[ids], rows, best.ids[ids], k)
+
+    blocks = torch.split(torch.arange(len(rows), device=rows.device), DECIDE_ROWS)
+    start = 0
+    for ids, values in each(decided, blocks, rows.device):
+        block = slice(start, start + len(ids))
+        neighbors[block, : ids.shape[1]] = ids.cpu().numpy()
+        similarities[block, : ids.shape[1]] = values.cpu().numpy()
+        start = block.stop
+    return neighbors, similarities
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
