@@ -38,25 +38,21 @@ class BestLists:
         self._waiting: list[Finds] = []
         self._n_waiting = 0
 
-    def find(
-        self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, *, both: bool
-    ) -> Finds:
+    def find(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Finds:
         """
-        What products (R, C) may add to the lists of `rows` (R,), and of `columns` (C,) if `both`.
+        What products (R, C) may add to the lists of `rows` (R,) and of `columns` (C,).
 
         Changes nothing, so that threads may share it.
         """
         limits = self.values[:, -1]
         wanted = products > limits[rows][:, None]
-        if both:
-            wanted |= products > limits[columns]
+        wanted |= products > limits[columns]
         cells = wanted.view(-1).nonzero()[:, 0]
         if len(cells) > self.size * len(rows):  # as with copies of one image: no more than can stay
-            found = self.top(products, rows, columns)
-            return _joined(found, self.top(products.T, columns, rows)) if both else found
+            return _joined(self.top(products, rows, columns), self.top(products.T, columns, rows))
         row = cells // products.shape[1]
         found = rows[row], columns[cells - row * products.shape[1]], products.view(-1)[cells]
-        return _joined(found, (found[1], found[0], found[2])) if both else found
+        return _joined(found, (found[1], found[0], found[2]))
 
     def top(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Finds:
         """The largest of products (R, C) for each of `rows` (R,), as many as its list holds."""
@@ -121,6 +117,12 @@ class BestLists:
         best, order = all_values.topk(self.size, dim=1)
         self.values[takers] = best
         self.ids[takers] = all_ids.gather(1, order).where(best > -torch.inf, -1)
+
+    def doubtful(self, k: int, dim: int) -> torch.Tensor:
+        """Rows (n,) int64 whose k best float32 may have misplaced: two are nearly equal."""
+        gaps = self.values[:, :k] - self.values[:, 1 : k + 1]
+        rounding = dim * torch.finfo(torch.float32).eps  # of two sums of `dim` products
+        return (~(gaps > rounding)).any(1).nonzero()[:, 0]  # where both are -inf, the gap is NaN
 
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` needs to go on from here."""

@@ -49,8 +49,8 @@ def build_graph(
         compare each with the lists nearest to it: the centres are trained by k-means, or start
         from `anchors`. "auto" is exact up to 20,000 rows, then anchored where there are anchors.
     recall : float
-        What "ivf" and "anchored" must reach on 1000 random rows, searched exactly: as many lists
-        are probed as that takes.
+        What "ivf" and "anchored" must reach: as many lists are probed as it takes until 1000
+        random rows, searched exactly, make it 95 % sure.
     anchors : array_like (K, d), optional
         Class prototypes or means.
     progress : callable, optional
@@ -97,7 +97,7 @@ def build_graph(
         else:
             sample = Sample.draw(rows, n_neighbors)
             search = ListSearch(rows, best, train, checkpoint)
-            search.run(lambda: sample.measure(rows, best)[0] >= recall, progress)
+            search.run(lambda: sample.meets(rows, best, recall), progress)
             reached, error = sample.measure(rows, best)
             info |= {
                 "recall": reached,
@@ -112,20 +112,22 @@ def build_graph(
 
 def _decided(rows: Rows, best: BestLists, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours (N, k) int64 and their similarities (N, k) float32, -1 and 0 where none."""
-    neighbors = np.full((len(rows), k), -1, dtype=np.int64)
-    similarities = np.zeros((len(rows), k), dtype=np.float32)
+    neighbors, similarities = best.ids[:, :k].clone(), best.values[:, :k].clone()
+    similarities[neighbors < 0] = 0
 
-    def decided(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return decide(rows[ids], rows, best.ids[ids], k)
+    def decided(ids: torch.Tensor) -> None:
+        found, _ = decide(rows[ids], rows, best.ids[ids], neighbors.shape[1])
+        same = found[:, :, None] == best.ids[ids][:, None, :]  # (n, k, list)
+        values = torch.where(same, best.values[ids][:, None, :], -torch.inf).amax(2)
+        neighbors[ids], similarities[ids] = found, values.where(found >= 0, 0.0)
 
-    blocks = torch.split(torch.arange(len(rows), device=rows.device), DECIDE_ROWS)
-    start = 0
-    for ids, values in each(decided, blocks, rows.device):
-        block = slice(start, start + len(ids))
-        neighbors[block, : ids.shape[1]] = ids.cpu().numpy()
-        similarities[block, : ids.shape[1]] = values.cpu().numpy()
-        start = block.stop
-    return neighbors, similarities
+    each(decided, torch.split(best.doubtful(k, rows.shape[1]), DECIDE_ROWS), rows.device)
+    missing = (0, k - neighbors.shape[1])  # more neighbours asked for than there are rows
+    neighbors, similarities = (
+        torch.nn.functional.pad(neighbors, missing, value=-1),
+        torch.nn.functional.pad(similarities, missing),
+    )
+    return neighbors.cpu().numpy(), similarities.cpu().numpy()
 
 
 def _ignore(done: int, total: int) -> None:

@@ -18,32 +18,28 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def compare(
-    rows: Rows | torch.Tensor,
+    rows: Rows,
     pairs: Iterable[Pair],
     best: BestLists,
-    queries: Rows | torch.Tensor | None = None,
 ) -> Iterator[int]:
     """
     Offer to `best` the products of pairs of blocks; yields how many blocks are done, now and then.
 
     Parameters
     ----------
-    rows : (M, d)
-        Of which `best` holds the lists.
+    rows : Rows (N, d)
     pairs : iterable of (Tensor (R,), Tensor (C,)) int64
-        Which rows to multiply with which.
-    queries : (N, d), optional
-        The candidates, if they are other rows. If not, a product counts for both its rows, and a
-        block given with itself leaves out each row's product with itself.
+        Which rows to multiply with which. A product counts for both its rows, and a block given
+        with itself leaves out each row's product with itself.
+    best : BestLists
+        Of the rows.
     """
 
     def find(pair: Pair) -> Finds:
         ids, others = pair
         block = rows[ids]
-        if queries is not None:
-            return best.find(block @ queries[others].T, ids, others, both=False)
         if ids is not others:
-            return best.find(block @ rows[others].T, ids, others, both=True)
+            return best.find(block @ rows[others].T, ids, others)
         products = block @ block.T
         products.fill_diagonal_(-torch.inf)  # by id: copies of a row are its neighbours
         return best.top(products, ids, ids)

@@ -17,7 +17,7 @@ from transclip_fast.graph.best import SPARE, BestLists, decide
 from transclip_fast.graph.checkpoint import Checkpoint, Progress, State
 from transclip_fast.graph.compare import Pair, compare
 from transclip_fast.rows import Rows
-from transclip_fast.threads import quiet
+from transclip_fast.threads import each, quiet
 
 TILE = {"cpu": 1024, "cuda": 16384}  # rows of a square block of products
 
@@ -40,14 +40,10 @@ def _state(best: BestLists, blocks: int) -> State:
 
 def all_pairs(ids: torch.Tensor) -> list[Pair]:
     """Blocks of the rows `ids` (n,) that together hold every pair of them once."""
-    tiles = torch.split(ids, _tile(ids))
+    tiles = torch.split(ids, TILE["cuda" if ids.is_cuda else "cpu"])
     # With themselves first: what is found there rules out most of the others.
     own = [(tile, tile) for tile in tiles]
     return own + [(tile, other) for i, tile in enumerate(tiles) for other in tiles[i + 1 :]]
-
-
-def _tile(ids: torch.Tensor) -> int:
-    return TILE["cuda" if ids.is_cuda else "cpu"]
 
 
 def nearest(
@@ -65,13 +61,21 @@ def nearest(
     own : Tensor (M,) int64, optional
         The query that each row is; it is not its own neighbour.
     """
-    others = len(queries) - (own is not None)
-    best = BestLists(len(rows), min(k + SPARE, others) + 1, rows.device)  # and the row itself
-    ids, columns = (torch.arange(n, device=rows.device) for n in (len(rows), len(queries)))
-    tile = _tile(ids)
-    pairs = [(some, part) for part in torch.split(columns, tile) for some in torch.split(ids, tile)]
+    size = min(k + SPARE + 1, len(queries))  # with the row itself
+    tile = TILE["cuda" if rows.is_cuda else "cpu"]
+
+    def found(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        products = block @ queries[start : start + tile].T
+        values, places = products.topk(min(size, products.shape[1]), dim=1)
+        return values, places + start
+
+    ids = torch.empty(len(rows), size, dtype=torch.int64, device=rows.device)
     with exact_float32(), quiet():
-        for _ in compare(rows, pairs, best, queries):
-            pass
-        candidates = best.ids if own is None else best.ids.where(best.ids != own[:, None], -1)
-        return decide(rows, queries, candidates, min(k, others))
+        for first in range(0, len(rows), tile):
+            block = rows[first : first + tile]
+            parts = each(found, range(0, len(queries), tile), rows.device)
+            values, candidates = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+            ids[first : first + tile] = candidates.gather(1, values.topk(size, dim=1).indices)
+        if own is not None:
+            ids[ids == own[:, None]] = -1
+        return decide(rows, queries, ids, min(k, len(queries) - (own is not None)))

@@ -119,7 +119,7 @@ def _schedule() -> Iterator[int]:
     probes = 5
     while True:
         yield probes
-        probes += probes // 2
+        probes += probes // 4
 
 
 def _rank(rows: Rows, centres: torch.Tensor, size: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from transclip_fast.rows import Rows
 
 SAMPLE = 1000
 SEED = 1
+ONE_SIDED = 1.645  # standard errors
 ROUNDING = 1e-9  # two sums of one product in float64
 
 
@@ -39,6 +41,12 @@ class Sample:
         ids = order[:SAMPLE].sort().values.to(rows.device)
         own = rows[ids]
         return cls(ids, own, nearest(own, rows, k, own=ids)[1])
+
+    def meets(self, rows: Rows, best: BestLists, recall: float) -> bool:
+        """Whether `best` has this recall of all rows, as surely as the sample can tell: 95 %."""
+        found, _ = self.measure(rows, best)
+        error = math.sqrt(found * (1 - found) / max(1, self.similarities.numel()))
+        return found - ONE_SIDED * error >= recall
 
     def measure(self, rows: Rows, best: BestLists) -> tuple[float, float]:
         """
