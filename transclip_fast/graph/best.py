@@ -120,7 +120,7 @@ class BestLists:
 
     def doubtful(self, k: int, dim: int) -> torch.Tensor:
         """Rows (n,) int64 whose k best float32 may have misplaced: two are nearly equal."""
-        gaps = self.values[:, :k] - self.values[:, 1 : k + 1]
+        gaps = -self.values[:, : k + 1].diff(dim=1)
         rounding = dim * torch.finfo(torch.float32).eps  # of two sums of `dim` products
         return (~(gaps > rounding)).any(1).nonzero()[:, 0]  # where both are -inf, the gap is NaN
 
