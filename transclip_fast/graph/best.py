@@ -162,12 +162,19 @@ def decide(
         0 where there is none.
     """
     ids = candidates.sort(dim=1).values
-    similarity = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
-    for start in range(0, len(rows), DECIDE_ROWS):
-        block = slice(start, start + DECIDE_ROWS)
-        found = queries[ids[block].clamp_min(0)].double()  # (B, C, d)
-        similarity[block] = (found @ rows[block].double()[:, :, None])[:, :, 0]
+    similarity = products(rows, queries, ids)
     similarity[ids < 0] = -torch.inf
     order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
     ids, similarity = ids.gather(1, order), similarity.gather(1, order)
     return ids, similarity.where(ids >= 0, 0.0)
+
+
+def products(rows: torch.Tensor, queries: Rows | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Products (B, C) float64 of rows (B, d) with the queries `ids` (B, C); any where id is -1."""
+    parts = [
+        (queries[some.clamp_min(0)].double() @ block.double()[:, :, None])[:, :, 0]
+        for some, block in zip(
+            torch.split(ids, DECIDE_ROWS), torch.split(rows, DECIDE_ROWS), strict=True
+        )
+    ]
+    return torch.cat(parts)

@@ -11,7 +11,7 @@ import torch
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.anchored import anchored_centres
-from transclip_fast.graph.best import DECIDE_ROWS, SPARE, BestLists, decide
+from transclip_fast.graph.best import DECIDE_ROWS, SPARE, BestLists, decide, products
 from transclip_fast.graph.checkpoint import Checkpoint, NoCheckpoint, Progress
 from transclip_fast.graph.exact import search_exact
 from transclip_fast.graph.ivf import kmeans_centres
@@ -112,16 +112,18 @@ def build_graph(
 
 def _decided(rows: Rows, best: BestLists, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours (N, k) int64 and their similarities (N, k) float32, -1 and 0 where none."""
-    neighbors, similarities = best.ids[:, :k].clone(), best.values[:, :k].clone()
+    neighbors = best.ids[:, :k].clone()
+    similarities = torch.empty(neighbors.shape, device=neighbors.device)
+
+    def order(ids: torch.Tensor) -> None:
+        neighbors[ids] = decide(rows[ids], rows, best.ids[ids], neighbors.shape[1])[0]
+
+    def weigh(block: slice) -> None:
+        similarities[block] = products(rows[block], rows, neighbors[block]).float()
+
+    each(order, torch.split(best.doubtful(k, rows.shape[1]), DECIDE_ROWS), rows.device)
+    each(weigh, rows.blocks(), rows.device)
     similarities[neighbors < 0] = 0
-
-    def decided(ids: torch.Tensor) -> None:
-        found, _ = decide(rows[ids], rows, best.ids[ids], neighbors.shape[1])
-        same = found[:, :, None] == best.ids[ids][:, None, :]  # (n, k, list)
-        values = torch.where(same, best.values[ids][:, None, :], -torch.inf).amax(2)
-        neighbors[ids], similarities[ids] = found, values.where(found >= 0, 0.0)
-
-    each(decided, torch.split(best.doubtful(k, rows.shape[1]), DECIDE_ROWS), rows.device)
     missing = (0, k - neighbors.shape[1])  # more neighbours asked for than there are rows
     neighbors, similarities = (
         torch.nn.functional.pad(neighbors, missing, value=-1),
