@@ -213,8 +213,9 @@ def short_sweep(log_p, tail, a, z, width, floor):
     with np.errstate(divide="ignore"):
         logits = np.concatenate([logits, np.log(tail)[:, None]], axis=1)
     mass = np.exp(log_softmax(logits))[:, :-1]
-    unheard = np.where(candidate, 0, np.maximum(heard, 0)).max(1)
-    bound = np.minimum(tail * np.expm1(np.minimum(unheard, 700)), 1)
+    unheard = np.where(candidate, 0, np.abs(heard)).max(1)
+    known = np.where(candidate.all(1), 0, np.maximum(tail, log_p.shape[1] * 2.0**-24))
+    bound = np.minimum(known * np.expm1(np.minimum(unheard, 64)), 1)
     return np.where(largest(mass, width, floor), mass, 0), bound
 
 

@@ -331,3 +331,22 @@ def test_devices_that_are_none(problem, device):
     features, prototypes, _ = problem()
     with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
         TransCLIP(device=device).fit(features, prototypes)
+
+
+@pytest.mark.parametrize("assignments", ["dense", "sparse"])
+def test_inference_mode_and_another_default_type(problem, assignments):
+    """What people have around an encoder changes nothing."""
+    features, prototypes, _ = problem(n=1200)
+    model = TransCLIP(device="cpu", assignments=assignments).fit(features, prototypes)
+    new = model.predict_proba(features[:9])
+    with torch.inference_mode():
+        inside = TransCLIP(device="cpu", assignments=assignments).fit(features, prototypes)
+        np.testing.assert_array_equal(inside.predict_proba(features[:9]), new)
+    try:
+        torch.set_default_dtype(torch.float64)
+        double = TransCLIP(device="cpu", assignments=assignments).fit(features, prototypes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for other in (inside, double):
+        np.testing.assert_array_equal(other.transduction_, model.transduction_)
+        np.testing.assert_allclose(other.means_, model.means_, atol=1e-6)

@@ -233,3 +233,8 @@ def test_logits_lose_their_normaliser():
 )
 def test_wrong_logits(logits, parts):
     assert_error(lambda: as_logits(logits, "X", rows=2), *parts)
+
+
+def test_float8_rows():
+    rows = torch.eye(4).to(torch.float8_e4m3fn)
+    assert torch.equal(inputs.as_unit_rows(rows, "X"), torch.eye(4))

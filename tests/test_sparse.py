@@ -12,9 +12,11 @@ from tests.agreement import assert_agrees
 from tests.test_solver import GAMMA, few_shot_problem
 from transclip_fast import InputError, TransCLIP
 from transclip_fast import truncation as truncation_module
-from transclip_fast.truncation import Truncation
+from transclip_fast.prior import GivenPrior
+from transclip_fast.truncation import Truncation, choose_truncation
 
 BACKENDS = ("torch", "numba")
+pytestmark = pytest.mark.filterwarnings("ignore:sparse assignments keep")
 
 
 def everything(k, **values):
@@ -153,6 +155,13 @@ def test_what_truncation_lost_is_reported(soft):
     assert dense.truncation_ is None
 
 
+def test_much_dropped_is_told(soft):
+    with pytest.warns(UserWarning, match=r"sparse assignments keep \d+ % of the mass only; raise"):
+        model = TransCLIP(device="cpu", candidates=5).fit(*soft)
+    dropped = 1 - model.label_distributions_.sum(1).mean()
+    assert model.truncation_["mean_dropped"] == pytest.approx(dropped, rel=1e-5)
+
+
 def test_the_tail_keeps_means_and_variances(soft):
     """Without it the variance would be off by the dropped share of the squares."""
     dense = TransCLIP(device="cpu", assignments="dense", max_iter=1).fit(*soft)
@@ -176,6 +185,16 @@ def test_measured_candidates():
     ):
         found = Truncation.measured(sample, n_rows, free)
         assert found == Truncation(expected, expected)
+
+
+@pytest.mark.parametrize(("kl_weight", "expected"), [(1.0, 16), (0.1, 128), (0.0, 300)])
+def test_candidates_are_measured_on_the_weighted_prior(kl_weight, expected):
+    log_prior = np.log(0.5 ** np.arange(1, 301))[None].repeat(50, 0)
+    prior = GivenPrior(torch.from_numpy(reference.log_softmax(log_prior)).float())
+    found = choose_truncation(
+        prior, torch.ones(50, 3), kl_weight=kl_weight, form="sparse", candidates=None, rank=None
+    )
+    assert found.candidates == expected
 
 
 def test_auto_is_dense_where_that_is_small(problem, monkeypatch):

@@ -55,7 +55,7 @@ class Scores:
         reach : Tensor (N,) float32
             The most nats by which messages can move a class of a row against another.
         """
-        floor = torch.tensor(0.0 if truncation is None else truncation.floor)
+        floor = torch.tensor(0.0 if truncation is None else truncation.floor, dtype=reach.dtype)
         least, tail = floor.log().to(reach.device) - reach, torch.zeros_like(reach)
         if truncation is None:
             return cls(reach.new_empty(len(reach), n_classes), None, n_classes, tail, least)
@@ -95,7 +95,7 @@ class Assignments:
         cls, n_rows: int, n_classes: int, truncation: Truncation | None, device: torch.device
     ) -> Assignments:
         """Room for the assignments of N rows."""
-        bound = torch.zeros(n_rows, device=device)
+        bound = torch.zeros(n_rows, dtype=torch.float32, device=device)
         if truncation is None:
             return cls(bound.new_zeros(n_rows, n_classes), None, n_classes, bound)
         values = bound.new_zeros(n_rows, truncation.rank)
@@ -130,12 +130,15 @@ class Assignments:
             return self.values[rows, classes]
         return torch.where(self.classes[rows] == classes[:, None], self.values[rows], 0).sum(1)
 
-    def dense(self) -> torch.Tensor:
-        """z as an (N, K) float32 tensor."""
+    def dense(self, classes: slice = slice(None)) -> torch.Tensor:
+        """z of consecutive classes, of all if not told, as an (N, n) float32 tensor."""
         if self.classes is None:
-            return self.values
-        whole = self.values.new_zeros(len(self), self.n_classes)
-        return whole.scatter_add_(1, self.classes.long(), self.values)
+            return self.values[:, classes]
+        start, stop, _ = classes.indices(self.n_classes)
+        places = self.classes.long() - start
+        inside = (places >= 0) & (places < stop - start)
+        whole = self.values.new_zeros(len(self), stop - start)
+        return whole.scatter_add_(1, places.where(inside, 0), self.values.where(inside, 0))
 
     def numpy(self) -> np.ndarray | sparse.csr_array:
         """z (N, K) as an array, in the short form as scipy's CSR."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -32,19 +32,21 @@ def resolve_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on the CPU, what is used for nothing at all."""
+    """Memory that is free on a device; on the CPU, with what the cache of files gives back."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+    return 1024 * int(available.split()[0])
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Matrix products in true float32 (no tf32, no bf16) and without gradients."""
+    """Matrix products in true float32 (no tf32, no bf16), no gradients, no inference tensors."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad():
+        # Inference mode is a thread's own: others could not write to tensors made in it.
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         torch.set_float32_matmul_precision(before)

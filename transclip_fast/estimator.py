@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.device import resolve_device
+from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
 from transclip_fast.inputs import (
@@ -79,9 +79,10 @@ class TransCLIP(Parameters):
     label_distributions_ : ndarray or scipy.sparse.csr_array (N, K) float32
         Assignments z; in CSR when sparse, rows then sum to 1 less what was dropped.
     truncation_ : dict or None
-        Of a sparse fit: `candidates`, `rank` and `floor`; `tail_mass`, the largest mass of a row
-        outside its candidates; `largest_bound` and `mean_bound`, over the rows, of the mass
-        misplaced because messages reached other classes.
+        Of a sparse fit: `candidates`, `rank` and `floor`; `mean_dropped`, the mean mass of z that
+        was left out, and `tail_mass`, the largest mass of a row outside its candidates;
+        `largest_bound` and `mean_bound`, over the rows, of the mass that the last sweep misplaced
+        because messages reached classes that are no candidates.
     backend_ : str
         Who computed.
     means_ : ndarray (K, d) float32
@@ -116,6 +117,7 @@ class TransCLIP(Parameters):
     memory: str | None = None
     backend: str = "auto"
 
+    @exact_float32()
     def fit(
         self,
         X: Any,
@@ -175,10 +177,12 @@ class TransCLIP(Parameters):
             raise InputError(
                 "few-shot needs gamma, or validation_features and validation_labels to choose it"
             )
+        self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
         only_sparse = self.assignments == "auto" and self.backend == "numba"
         truncation = choose_truncation(
             prior_,
             features,
+            kl_weight=self.kl_weight_,
             form="sparse" if only_sparse else self.assignments,
             candidates=self.candidates,
             rank=self.rank,
@@ -192,7 +196,6 @@ class TransCLIP(Parameters):
                 raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
             graph = graph(features)
         self.graph_ = graph.check(len(features), self.n_neighbors)
-        self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
 
         gammas: Sequence[float] = (0.0,)
         if support is not None:
@@ -221,8 +224,9 @@ class TransCLIP(Parameters):
         gamma, solution = _most_accurate(runs, validation)
         self.gamma_ = gamma if support else None
         self._keep(solution, prior_, zero_shot)
-        bound = solution.assignments.bound
-        self.truncation_ = truncation and truncation.losses(solution.tail_mass, bound)
+        self.truncation_ = truncation and truncation.losses(
+            solution.assignments, solution.tail_mass
+        )
         if zero_shot is not prior_:
             self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         return self
@@ -242,6 +246,7 @@ class TransCLIP(Parameters):
         self.n_iter_ = solution.n_iter
         self.objective_ = np.array(solution.objective)
 
+    @exact_float32()
     def predict_proba(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
         """
         Class probabilities of new rows from the fitted mixture and the prior, without neighbours.

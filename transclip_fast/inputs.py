@@ -46,7 +46,7 @@ def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Ten
         )
     for start in range(0, len(tensor), ROWS_PER_CHECK):
         block = tensor[start : start + ROWS_PER_CHECK]
-        if torch.isfinite(block.sum()):  # which it is not with a single NaN or infinity
+        if torch.isfinite(block.float().sum()):  # which it is not with a single NaN or infinity
             continue
         finite = torch.isfinite(block).all(1)
         if not finite.all():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from transclip_fast.device import exact_float32
-from transclip_fast.ops.torch import log_prior
+from transclip_fast.ops.torch import linear_log_prior
 
 ROWS = 16384
 
@@ -40,11 +40,11 @@ class LinearPrior:
 
     def at(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """log y_hat (n, K) of some rows (n,)."""
-        return log_prior(features[rows], self.weights)
+        return linear_log_prior(features[rows], self.weights)
 
     def predict(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
-        return _most_likely(log_prior(rows, self.weights) for rows in _blocks(features))
+        return _most_likely(linear_log_prior(rows, self.weights) for rows in _blocks(features))
 
 
 @dataclass(frozen=True)

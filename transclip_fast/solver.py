@@ -164,7 +164,17 @@ def solve(
     """
     ops = operations(backend)
     with exact_float32(), ops.session():
-        run = _Run(ops, features, prior, graph, parameters, kl_weight, support, gamma, truncation)
+        run = _Run(
+            ops,
+            features,
+            prior,
+            graph,
+            parameters,
+            kl_weight=kl_weight,
+            support=support,
+            gamma=gamma,
+            truncation=truncation,
+        )
         history: list[float] = []
         n_iter = 0
         for n_iter in range(1, parameters.max_iter + 1):
@@ -198,6 +208,7 @@ class _Run:
         prior: Prior,
         graph: NeighborGraph,
         parameters: Parameters,
+        *,
         kl_weight: float,
         support: Support | None,
         gamma: float,

@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -23,12 +21,14 @@ CPU = torch.device("cpu")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-_size: ContextVar[int | None] = ContextVar("size", default=None)
+_lock = threading.Lock()
+_own = threading.local()  # `size`: what a thread had before it became quiet
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def n_threads() -> int:
     """Threads of the pool: as many as torch's own operations take."""
-    return _size.get() or torch.get_num_threads()
+    return getattr(_own, "size", None) or torch.get_num_threads()
 
 
 def each(
@@ -37,33 +37,45 @@ def each(
     """The results of `task` on every part, in order: in threads on a CPU, else one by one."""
     if device.type != "cpu" or n_threads() == 1:  # as it is on the pool's own threads
         return [task(part) for part in parts]
-    return list(_pool(n_threads(), os.getpid()).map(task, parts))
+    return list(_pool(n_threads()).map(task, parts))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch's own operations on the calling thread, and the pool at its size."""
-    before = torch.get_num_threads()
-    token = _size.set(n_threads())
-    torch.set_num_threads(1)
+    if hasattr(_own, "size"):
+        yield
+        return
+    _own.size = torch.get_num_threads()
+    _alone(_own.size)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        _size.reset(token)
+        torch.set_num_threads(_own.size)
+        del _own.size
 
 
-@lru_cache(maxsize=1)
-def _pool(size: int, _process: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork, hence the process."""
-    before = torch.get_num_threads()
-    ready = threading.Barrier(size)
-    pool = ThreadPoolExecutor(size, "transclip_fast", initializer=_alone)
-    list(pool.map(lambda _: ready.wait(), range(size)))  # all of them have started
-    torch.set_num_threads(before)  # which a new thread set for everybody
-    return pool
+def _pool(size: int) -> ThreadPoolExecutor:
+    """The pool of a size; threads do not survive a fork, so each process has its own."""
+    with _lock:
+        key = os.getpid(), size
+        if key not in _pools:
+            ready = threading.Barrier(size)
+            pool = ThreadPoolExecutor(size, "transclip_fast", initializer=_alone, initargs=(size,))
+            list(pool.map(lambda _: ready.wait(), range(size)))  # all of them have started
+            _pools[key] = pool
+        return _pools[key]
 
 
-def _alone() -> None:
+def _alone(others: int) -> None:
+    """
+    Let torch use this thread only when called from it, and `others` threads from elsewhere.
+
+    Torch's setting is both the calling thread's and the one that threads take over when they
+    first compute; another thread puts the latter back.
+    """
     torch.set_num_threads(1)
-    torch.get_num_threads()  # makes the setting final for this thread
+    torch.get_num_threads()  # makes it final for this thread
+    helper = threading.Thread(target=torch.set_num_threads, args=(others,))
+    helper.start()
+    helper.join()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
 
-from transclip_fast.device import exact_float32, free_bytes
+from transclip_fast.assignments import Assignments
+from transclip_fast.device import free_bytes
 from transclip_fast.errors import InputError
 from transclip_fast.prior import Prior
 
@@ -15,13 +17,15 @@ FORMS = ("auto", "dense", "sparse")
 DENSE_BYTES = 1 << 25
 # z below this is left out; the mass of what is left out is dealt with as a whole.
 FLOOR = 1e-4
-# Mass of the prior, by far the softest distribution of a run, that candidates may miss on average.
+# Mass that candidates may miss on average, of y_hat^lambda: the mixture and the neighbours make
+# z sharper than that.
 MISSED = 2e-3
 SAMPLE = 1024  # rows on which it is measured
-FEWEST, MOST = 16, 128
+FEWEST, USUAL = 16, 128
 # Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
 ENTRY_BYTES = 24
-SMALL = 1 << 26  # bytes of lists that are not worth fewer than all candidates
+SMALL = 1 << 26  # bytes of lists of more than the usual length that are no matter
+MUCH = 0.1  # of the mass of z, not to be dropped in silence
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,17 @@ class Truncation:
         Parameters
         ----------
         sample : Tensor (n, K)
-            log y_hat of some of the rows.
+            lambda log y_hat of some of the rows, normalised.
         n_rows : int
             N.
         free : int
             Bytes of memory that is free; lists take half of it at most.
         """
-        allowed = max(MOST, SMALL // (ENTRY_BYTES * n_rows))
-        room = free // (2 * ENTRY_BYTES * n_rows)
-        most = max(1, min(allowed, room, sample.shape[1]))
+        allowed = max(USUAL, SMALL // (ENTRY_BYTES * n_rows))
+        room = max(1, free // (2 * ENTRY_BYTES * n_rows))
+        if room < min(FEWEST, sample.shape[1]):
+            warnings.warn(f"memory leaves room for {room} classes a row only", stacklevel=4)
+        most = min(allowed, room, sample.shape[1])
         # Mass of the 1, 2, ... largest classes of a row, averages over the sample.
         mass = sample.exp().topk(most, dim=1).values.cumsum(1).mean(0)
         needed = FEWEST
@@ -69,20 +75,39 @@ class Truncation:
         kept = min(needed, most)
         return cls(kept, kept)
 
-    def losses(self, tail_mass: float, bound: torch.Tensor) -> dict[str, float]:
+    def losses(self, z: Assignments, tail_mass: float) -> dict[str, float]:
         """What was kept, and what that lost: see `TransCLIP.truncation_`."""
-        worst, mean = float(bound.max()), float(bound.mean())
-        return asdict(self) | {"tail_mass": tail_mass, "largest_bound": worst, "mean_bound": mean}
+        dropped = float(1 - z.values.sum(1, dtype=torch.float64).mean())
+        if dropped > MUCH:
+            warnings.warn(
+                f"sparse assignments keep {100 * (1 - dropped):.0f} % of the mass only; raise "
+                "candidates and rank",
+                stacklevel=3,
+            )
+        return asdict(self) | {
+            "mean_dropped": max(dropped, 0.0),
+            "tail_mass": tail_mass,
+            "largest_bound": float(z.bound.max()),
+            "mean_bound": float(z.bound.mean()),
+        }
 
 
 def choose_truncation(
-    prior: Prior, features: torch.Tensor, *, form: str, candidates: int | None, rank: int | None
+    prior: Prior,
+    features: torch.Tensor,
+    *,
+    kl_weight: float,
+    form: str,
+    candidates: int | None,
+    rank: int | None,
 ) -> Truncation | None:
     """
     What to keep of the rows of a problem; None where everything is kept.
 
     Parameters
     ----------
+    kl_weight : float
+        lambda.
     form : {"auto", "dense", "sparse"}
     candidates, rank : int, optional
         C and R where they are given; with both at K nothing at all is dropped.
@@ -98,13 +123,13 @@ def choose_truncation(
         form = "dense" if 12 * n_rows * n_classes <= limit else "sparse"
     if form == "dense":
         return None
+    size = min(n_rows, SAMPLE)
+    candidates, rank = (c if c is None else min(c, n_classes) for c in (candidates, rank))
     if candidates is None:
-        rows = torch.linspace(0, n_rows - 1, min(n_rows, SAMPLE)).long().to(features.device)
-        with exact_float32():
-            chosen = Truncation.measured(prior.at(features, rows), n_rows, free)
+        rows = torch.arange(size, device=features.device) * n_rows // size
+        sample = prior.at(features, rows).mul_(kl_weight).nan_to_num_(0.0, neginf=-torch.inf)
+        chosen = Truncation.measured(torch.log_softmax(sample, 1), n_rows, free)
         candidates = max(chosen.candidates, rank or 1)
     elif rank is not None and rank > candidates:
         raise InputError(f"rank={rank} is more than candidates={candidates}")
-    everything = rank is not None and rank >= n_classes
-    candidates = min(candidates, n_classes)
-    return Truncation(candidates, min(rank or candidates, n_classes), 0.0 if everything else FLOOR)
+    return Truncation(candidates, rank or candidates, 0.0 if rank == n_classes else FLOOR)

@@ -31,7 +31,7 @@ def blocks(request, monkeypatch):
         monkeypatch.setitem(twin.BLOCK_BYTES, "cpu", 4 * K * 6)
         monkeypatch.setattr(numba, "SWEEP_ROWS", 6)
         monkeypatch.setattr(numba, "TAIL_ROWS", 10)
-        monkeypatch.setattr(numba, "SUM_ROWS", 30)
+        monkeypatch.setattr(numba, "READ_ROWS", 30)
 
 
 @pytest.fixture
@@ -346,3 +346,26 @@ def test_threads_change_nothing(rng):
         torch.set_num_threads(before)
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_the_bound_holds_where_the_tail_is_below_rounding(ops):
+    """A class that nobody expects, of which all neighbours are sure."""
+    edges = [(0, j, 0.05) for j in range(1, 400)]
+    affinity, _ = affinity_of(edges, 400)
+    log_p = np.full((400, 3), -np.inf)
+    log_p[:, 0] = 0
+    z = np.zeros((400, 3))
+    z[0, 0] = z[1:, 2] = 1
+    out = empty((400, 3), 1, 1e-4)
+    ops.sweep(scores_of(log_p, np.zeros(400), 1), affinity, assignments_of(z, 1), out=out)
+    assert out.bound[0] > 0.5
+    assert (out.bound[1:] == 0).all()
+
+
+def test_candidates_of_a_row_that_hears_anything(ops, rng):
+    """However loud messages may be, the largest scores are kept."""
+    score, operands = case(rng)
+    out = Scores.empty(torch.full((N,), 1e9), K, Truncation(5, 5))
+    ops.score(*operands, out=out)
+    log_p, _ = reference.short_score(score, 5, -np.inf)
+    np.testing.assert_allclose(dense(out), log_p, atol=2e-5)

@@ -86,10 +86,12 @@ def test_blocks_cover_all_rows_once():
         assert all(part.stop - part.start <= size for part in ops.blocks(n, size))
 
 
-def test_log_prior(blocks, rng):
+def test_linear_log_prior(blocks, rng):
     f, features = normal(rng, N, D)
     w, weights = normal(rng, K, D)
-    np.testing.assert_allclose(ops.log_prior(features, weights), log_softmax(f @ w.T), atol=3e-5)
+    np.testing.assert_allclose(
+        ops.linear_log_prior(features, weights), log_softmax(f @ w.T), atol=3e-5
+    )
 
 
 @pytest.mark.parametrize("prior_weight", [None, 1.0, 0.5])

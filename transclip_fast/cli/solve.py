@@ -267,7 +267,7 @@ def _summary(
 
 def requested(model: TransCLIP) -> dict[str, Any]:
     """The parameters as given, before data decided what was left open."""
-    return {name: getattr(model, name) for name in PARAMETERS}
+    return {name: getattr(model, name) for name in PARAMETERS | COMPUTATION}
 
 
 def text(run: dict[str, Any], out: str) -> str:

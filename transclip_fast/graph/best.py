@@ -33,7 +33,7 @@ class BestLists:
 
     def __init__(self, n_rows: int, size: int, device: torch.device | str = "cpu") -> None:
         self.size = size
-        self.values = torch.full((n_rows, size), -torch.inf, device=device)
+        self.values = torch.full((n_rows, size), -torch.inf, dtype=torch.float32, device=device)
         self.ids = torch.full((n_rows, size), -1, device=device)
         self._waiting: list[Finds] = []
         self._n_waiting = 0

@@ -113,7 +113,7 @@ def build_graph(
 def _decided(rows: Rows, best: BestLists, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours (N, k) int64 and their similarities (N, k) float32, -1 and 0 where none."""
     neighbors = best.ids[:, :k].clone()
-    similarities = torch.empty(neighbors.shape, device=neighbors.device)
+    similarities = best.values.new_empty(neighbors.shape)
 
     def order(ids: torch.Tensor) -> None:
         neighbors[ids] = decide(rows[ids], rows, best.ids[ids], neighbors.shape[1])[0]

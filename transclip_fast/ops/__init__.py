@@ -31,7 +31,7 @@ class Operations(Protocol):
     """
 
     def session(self) -> AbstractContextManager[None]:
-        """What a run takes place in."""
+        """What a run takes place in; on a CPU torch computes on the calling thread alone in it."""
 
     def start(
         self,

@@ -22,6 +22,8 @@ HALVINGS = 24  # of the range in which a row is cut to its largest entries
 F = np.float32
 LOG2E = F(1 / math.log(2))
 TINY = np.finfo(F).tiny
+ROUNDING = 2.0**-24
+MOST_HEARD = F(64)  # e^64 moves everything
 LOWEST = F(-1e30)  # for -inf, which the loops must not meet
 # 2^-x for 0 <= x <= 1, to 3e-9.
 _2X = np.polynomial.Chebyshev.interpolate(lambda x: 2.0**-x, 6, [0, 1])
@@ -139,7 +141,7 @@ def select(scores, first, nodes, least, values, classes, tail, normaliser):  # t
             found[c] = row[places[c]]
         high, spare = low, 0
         if count > width:
-            low, high = cut(found[:count], low, largest + F(1), width)
+            low, high = cut(found[:count], found[:count].min(), largest + F(1), width)
             spare = width
             for c in range(count):
                 spare -= found[c] >= high
@@ -189,14 +191,14 @@ def listen(i, offsets, columns, weights, values, classes, heard):  # type: ignor
 
 @compiled("float32(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])")
 def forget(i, offsets, columns, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Clear what `_listen` wrote; its largest entry, or 0."""
+    """Clear what `listen` wrote; its largest entry, of either sign."""
     largest = F(0)
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]
         for r in range(values.shape[1]):
             if values[j, r] == 0:
                 break
-            largest = max(largest, heard[classes[j, r]])
+            largest = max(largest, abs(heard[classes[j, r]]))
             heard[classes[j, r]] = 0
     return largest
 
@@ -264,7 +266,9 @@ def sweep(  # type: ignore[no-untyped-def]
             out[i, kept] = 0
             kept += 1
         unheard = forget(i, offsets, columns, z, z_classes, heard)
-        bound[i] = min(1.0, tail[i] * math.expm1(unheard))
+        # Of a tail below rounding nothing is known but that.
+        mass_there = max(tail[i], n_classes * ROUNDING) if n < n_classes else 0.0
+        bound[i] = min(1.0, mass_there * math.expm1(min(unheard, MOST_HEARD)))
 
 
 @compiled(

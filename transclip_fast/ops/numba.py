@@ -43,7 +43,7 @@ __all__ = [
 
 SWEEP_ROWS = 1024
 TAIL_ROWS = 4096
-SUM_ROWS = 1 << 16  # that are read at a time, once for all classes
+READ_ROWS = 1 << 16  # that are read at a time, once for all classes
 
 
 def start(
@@ -64,7 +64,7 @@ def start(
     def part(whole: slice) -> tuple[torch.Tensor, torch.Tensor]:
         best = np.full((START_ROWS, n_classes), -np.inf, np.float32)
         rows = np.zeros(best.shape, np.int64)
-        buffer = torch.empty(gemm_rows(CPU, n_classes), n_classes)
+        buffer = _scores(n_classes)
         for block in blocks(whole.stop, len(buffer), whole.start):
             scores = twin.block_scores(features, weights, None, block, log_prior, out=buffer)
             values = scores.clamp_(min=loops.LOWEST).numpy()
@@ -101,7 +101,7 @@ def score(
 
     def part(block: slice) -> None:
         if not hasattr(buffers, "scores"):
-            buffers.scores = torch.empty(gemm_rows(CPU, n_classes), n_classes)
+            buffers.scores = _scores(n_classes)
         scores = twin.block_scores(
             features, weights, offset, block, log_prior, prior_weight, out=buffers.scores
         )
@@ -141,7 +141,7 @@ def class_sums(
     dropped = 1 - z.values.sum(1)[places]
     tails = [
         _add_class_sums(z, features[rows], places[rows], dropped[rows], sums, counts)
-        for rows in blocks(len(z), SUM_ROWS)
+        for rows in blocks(len(z), READ_ROWS)
     ]
     tail = torch.stack(tails).sum(0)
     return twin.share_tail(sums, counts, tail, dropped.sum(dtype=torch.float64))
@@ -178,8 +178,13 @@ def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Te
         loops.energies(rows.start, rows.stop, *arrays, z.n_classes, terms)
         return terms
 
-    pairwise, entropy = np.sum(list(each(part, blocks(len(z), SWEEP_ROWS))), axis=0)
+    pairwise, entropy = np.sum(each(part, blocks(len(z), SWEEP_ROWS)), axis=0)
     return torch.tensor(pairwise), torch.tensor(entropy)
+
+
+def _scores(n_classes: int) -> torch.Tensor:
+    """Room for a block of scores."""
+    return torch.empty(gemm_rows(CPU, n_classes), n_classes, dtype=torch.float32)
 
 
 def _parts(n: int, number: int, multiple: int = 1) -> list[slice]:

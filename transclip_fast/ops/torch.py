@@ -25,6 +25,9 @@ GEMM_ROWS = {"cpu": (512, 1024), "cuda": (4096, 1 << 20)}  # at least and at mos
 SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
 SUM_CLASSES = 256  # that one thread sums
 START_ROWS = 8
+MERGED = 64  # blocks whose surest rows are held at a time
+ROUNDING = 2.0**-24
+MOST_HEARD = 64.0  # e^64 moves everything
 
 
 def session() -> AbstractContextManager[None]:
@@ -45,12 +48,13 @@ def block_rows(device: torch.device, n_classes: int) -> int:
 
 
 def gemm_rows(device: torch.device, n_classes: int) -> int:
-    """Rows of one GEMM with K columns: about two blocks, one of them its operand's."""
+    """Rows of one GEMM with K columns: two blocks, but what it needs to run at full speed."""
     fewest, most = GEMM_ROWS.get(device.type, GEMM_ROWS["cuda"])
-    return min(max(fewest, 2 * block_rows(device, n_classes)), most)
+    rows = min(max(fewest, 2 * block_rows(device, n_classes)), most)
+    return max(1, min(rows, 16 * block_rows(device, n_classes)))
 
 
-def log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def linear_log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """log_softmax of F V^T (N, K) float32; `weights` V (K, d) are prototypes times tau."""
     out = features.new_empty(len(features), len(weights))
 
@@ -106,10 +110,13 @@ def start(
         _keep(scores.exp_(), out, rows)
         return values, best + rows.start
 
-    found = each(part, blocks(len(features), size), features.device)
-    values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-    best = _top_rows(values)
-    return normaliser, values.gather(0, best), rows.gather(0, best)
+    best: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for some in blocks(len(features), MERGED * size):
+        found = best + each(part, blocks(some.stop, size, some.start), features.device)
+        values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+        places = _top_rows(values)
+        best = [(values.gather(0, places), rows.gather(0, places))]
+    return normaliser, *best[0]
 
 
 def score(
@@ -159,8 +166,10 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
         used = scores > -torch.inf
         local = torch.arange(len(used), device=used.device)[:, None].expand_as(used)
         messages[local[used], classes[used]] = 0
-        unheard = messages.amax(1).clamp_(min=0)
-        out.bound[rows] = (tail * unheard.expm1()).clamp_(max=1)
+        unheard = messages.abs().amax(1).clamp_(max=MOST_HEARD)
+        # Of a tail below rounding nothing is known but that.
+        mass = torch.where(used.sum(1) < z.n_classes, tail.clamp(min=z.n_classes * ROUNDING), 0)
+        out.bound[rows] = (mass * unheard.expm1()).clamp_(max=1)
 
     device = z.values.device
     each(part, blocks(len(z), block_rows(device, z.n_classes)), device)
@@ -183,7 +192,7 @@ def class_sums(
         centred = torch.empty_like(features[:size])
         for rows in blocks(len(z), size):
             block = torch.sub(features[rows], centre, out=centred[: rows.stop - rows.start])
-            values = z.take(rows if nodes is None else nodes[rows]).dense()[:, classes]
+            values = z.take(rows if nodes is None else nodes[rows]).dense(classes)
             sums[classes] += values.T @ block
             for piece in torch.split(values, SUM_ROWS):
                 counts[classes] += piece.sum(0, dtype=torch.float64)
