@@ -128,13 +128,13 @@ def test_parameters(given, fitted, save, arrays, cli, tmp_path):
 
 
 def test_sparse(save, arrays, succeeds, refused, tmp_path):
-    file, given = save(arrays), ("--assignments", "sparse", "--candidates", 4, "--rank", 2)
+    file, given = save(arrays), ("--assignments", "sparse", "--candidates", 5, "--rank", 4)
     out = succeeds("solve", file, "--out", tmp_path / "result", *given, "--backend", "torch")
     run, table = read(tmp_path / "result")
-    model = fit(arrays, assignments="sparse", candidates=4, rank=2, backend="torch")
+    model = fit(arrays, assignments="sparse", candidates=5, rank=4, backend="torch")
     assert run["backend"] == "torch"
     assert run["truncation"] == model.truncation_
-    assert "sparse: 4 candidates a row, 2 kept; mass misplaced at most" in out
+    assert "sparse: 5 candidates a row, 4 kept; mass misplaced at most" in out
     z = model.label_distributions_.toarray()
     np.testing.assert_array_equal(table["label"], model.transduction_)
     np.testing.assert_array_equal(table["confidence"], z.max(1))
