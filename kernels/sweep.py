@@ -1,0 +1,194 @@
+"""
+One Jacobi sweep: z_i <- softmax_k( b_ik + sum_j A_ij z_jk ), in both forms of z.
+
+Short form, for each row i with candidates c and the mass t of all other classes:
+
+    l_c = b_c + (A z)_ic,   m = max(max_c l_c, log t),   s = sum_c e^(l_c - m) + e^(log t - m),
+    z_c = e^(l_c - m) / s  where that is at least min(floor, the row's largest), at most R of them.
+
+Shapes: b, candidates (N, C); z, its classes (N, R); affinity in CSR with E entries. A row of z is
+written in falling order, its unused end is 0. `bound` (N,) is t (e^u - 1), u the largest message to
+a class that is no candidate: the mass that the sweep may have misplaced.
+
+Full form: the plain softmax over K classes, one row a program.
+
+A row reads its own C scores and, of each neighbour, the entries in use: bytes are the cost, see
+`messages.py` for how they are kept in flight. Method: Zanella et al., NeurIPS 2024, equation 5, on
+lists as `transclip_fast.assignments` has them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from transclip_fast.kernels.messages import (
+    ELSEWHERE,
+    Launch,
+    Segments,
+    add_segments,
+    full_warps,
+    hear_segments,
+    hear_segments_full,
+    heard_full,
+    listen,
+    silence,
+)
+
+TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 for x >= 0, without cancellation where x is small."""
+    return tl.where(x < 1e-2, x * (1 + x * (0.5 + x / 6)), tl.exp(x) - 1)
+
+
+@triton.jit
+def largest_first(mass):
+    """The entries of each row (B, C) in falling order, of equal ones the first first, and slots."""
+    C: tl.constexpr = mass.shape[1]
+    c = tl.arange(0, C)[None, :]
+    bits = mass.to(tl.int32, bitcast=True).to(tl.int64)  # mass >= 0: ordered as mass is
+    # C is a power of two: c ^ (C - 1) is C - 1 - c.
+    keys = tl.sort((bits << 32) | (c ^ (C - 1)).to(tl.int64), dim=1, descending=True)
+    slots = (keys & (C - 1)).to(tl.int32) ^ (C - 1)
+    return (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True), slots
+
+
+@triton.jit
+def sweep_kernel(
+    scores, candidates, tails, n_slots, least,
+    offsets, columns, weights, z, z_classes, width,
+    segments, part, part_others, part_elsewhere, part_pooled,
+    out, out_classes, bound, floor, n_rows,
+    B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """B rows of the short form."""
+    row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    inside = row < n_rows
+    c = tl.arange(0, C)[None, :]
+    place = row[:, None] * n_slots + c
+    mask = inside[:, None] & (c < n_slots)
+    base = tl.load(scores + place, mask, other=float("-inf"))  # (B, C)
+    slots = tl.where(base > least, tl.load(candidates + place, mask, other=-1), -1)
+    tail = tl.load(tails + row, inside, other=1.0)  # (B,)
+
+    first, last = tl.load(offsets + row, inside, other=0), tl.load(offsets + row + 1, inside, other=0)
+    segment = tl.load(segments + row, inside, other=0)
+    stop = tl.load(segments + row + 1, inside, other=0)
+    last = tl.where(segment == stop, last, first)  # a hub hears its segments instead
+    heard, others, elsewhere, pooled = silence(slots, H)
+    heard, others, elsewhere, pooled = listen(
+        first, last, columns, weights, z, z_classes, width, slots, heard, others, elsewhere, pooled
+    )
+    heard, others, elsewhere, pooled = add_segments(
+        segment, stop, part, part_others, part_elsewhere, part_pooled, n_slots,
+        slots, heard, others, elsewhere, pooled,
+    )  # fmt: skip
+
+    logits = base + heard
+    silent = tl.where(tail > 0, tl.log(tl.maximum(tail, TINY)), float("-inf"))
+    pivot = tl.maximum(tl.max(logits, 1), silent)
+    mass = tl.exp(logits - pivot[:, None])
+    mass = mass / (tl.sum(mass, 1) + tl.exp(silent - pivot))[:, None]
+    mass, slot = largest_first(mass)
+    mass = tl.where(c == 0, tl.maximum(mass, TINY), mass)  # stays, even where all underflowed
+    low = tl.minimum(tl.max(mass, 1), floor)
+    mass = tl.where(mass >= low[:, None], mass, 0.0)
+
+    kept = inside[:, None] & (c < width)
+    classes = tl.load(candidates + row[:, None] * n_slots + slot, kept & (mass > 0), other=0)
+    tl.store(out + row[:, None] * width + c, mass, kept)
+    tl.store(out_classes + row[:, None] * width + c, classes, kept)
+    unheard = tl.maximum(tl.max(elsewhere, 1), pooled)
+    misplaced = tl.minimum(tail * expm1(tl.minimum(tl.maximum(unheard, 0.0), 88.0)), 1.0)
+    tl.store(bound + row, misplaced, inside)
+
+
+@triton.jit
+def sweep_full_kernel(
+    scores, offsets, columns, weights, z, segments, part, out, n_classes, B: tl.constexpr
+):  # fmt: skip
+    """One row of the full form: logits to `out` block by block, then their softmax."""
+    row = tl.program_id(0).to(tl.int64)
+    pivot, total = float("-inf"), 0.0
+    for start in range(0, n_classes, B):
+        k = start + tl.arange(0, B)
+        logits = tl.load(scores + row * n_classes + k, k < n_classes, other=float("-inf"))
+        logits += heard_full(row, offsets, columns, weights, z, segments, part, n_classes, k)
+        tl.store(out + row * n_classes + k, logits, k < n_classes)
+        largest = tl.maximum(pivot, tl.max(logits, 0))
+        shift = tl.where(largest > float("-inf"), largest, 0.0)
+        total = total * tl.exp(pivot - shift) + tl.sum(tl.exp(logits - shift), 0)
+        pivot = largest
+    tl.debug_barrier()  # a thread may read back what another wrote
+    for start in range(0, n_classes, B):
+        k = start + tl.arange(0, B)
+        logits = tl.load(out + row * n_classes + k, k < n_classes, other=float("-inf"))
+        tl.store(out + row * n_classes + k, tl.exp(logits - pivot) / total, k < n_classes)
+
+
+def sweep(
+    scores: torch.Tensor,
+    candidates: torch.Tensor,
+    tail: torch.Tensor,
+    graph: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    segments: Segments,
+    z: torch.Tensor,
+    z_classes: torch.Tensor,
+    floor: float,
+    *,
+    out: torch.Tensor,
+    out_classes: torch.Tensor,
+    bound: torch.Tensor,
+) -> None:
+    """
+    Sweep the short form.
+
+    Parameters
+    ----------
+    scores, candidates : Tensor (N, C) float32, int32
+        Base scores less the row's log-sum-exp, -inf where unused.
+    tail : Tensor (N,) float32
+        Mass of the other classes.
+    graph : Tensor (N + 1,) int64, (E,) int64, (E,) float32
+        Offsets, columns and weights of the affinity.
+    z, z_classes : Tensor (N, R) float32, int32
+    floor : float
+        z below it is dropped, except a row's largest.
+    out, out_classes, bound : Tensor (N, R), (N, R), (N,)
+        Receive the result; not z itself.
+    """
+    (n_rows, n_slots), width = scores.shape, z.shape[1]
+    if width > n_slots or out.shape != z.shape or out.data_ptr() == z.data_ptr():
+        raise ValueError("z has at most C entries a row, and a sweep does not write where it reads")
+    offsets, columns, weights = graph
+    least = float("-inf")
+    parts = hear_segments(segments, columns, weights, z, z_classes, scores, candidates, least)
+    launch = Launch.of(n_slots)
+    sweep_kernel[(triton.cdiv(n_rows, launch.rows),)](
+        scores, candidates, tail, n_slots, least, offsets, columns, weights, z, z_classes, width,
+        segments.offsets, *parts, out, out_classes, bound, floor, n_rows,
+        B=launch.rows, C=launch.slots, H=ELSEWHERE, num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def sweep_full(
+    scores: torch.Tensor,
+    graph: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    segments: Segments,
+    z: torch.Tensor,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Sweep the full form: `scores`, `z` and `out` (N, K) float32, `out` not z itself."""
+    n_rows, n_classes = scores.shape
+    if out.shape != z.shape or out.data_ptr() == z.data_ptr():
+        raise ValueError("a sweep does not write where it reads")
+    part = hear_segments_full(segments, *graph[1:], z)
+    block, warps = full_warps(n_classes)
+    sweep_full_kernel[(n_rows,)](
+        scores, *graph, z, segments.offsets, part, out, n_classes, B=block, num_warps=warps
+    )
