@@ -217,13 +217,16 @@ class Launch:
 
     @classmethod
     def of(cls, n_slots: int) -> Launch:
-        """One to four slots a thread: a warp shares what it loads, and many rows are under way."""
+        """
+        Two or four slots a thread: a warp shares what it loads, many rows are under way, and
+        nothing spills on any of sm_80, sm_90, sm_100, gfx942.
+        """
         slots = max(16, triton.next_power_of_2(n_slots))
-        rows, warps = TABLE.get(slots, (1, 8))
+        rows, warps = LAUNCHES.get(slots, (1, 16))
         return cls(rows, slots, warps)
 
 
-TABLE = {16: (8, 1), 32: (8, 2), 64: (4, 2), 128: (4, 4), 256: (2, 4), 512: (1, 4)}
+LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (2, 4), 256: (1, 4), 512: (1, 8)}
 
 
 def full_warps(n_classes: int) -> tuple[int, int]:
