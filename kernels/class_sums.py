@@ -26,7 +26,7 @@ import triton.language as tl
 PIECES = 16384  # at most, and one a class
 SHORTEST = 256  # entries of a piece
 DIMS, ENTRIES, WARPS = 256, 8, 4
-ROWS, CLASSES, FULL_DIMS, FULL_WARPS = 32, 64, 64, 4
+ROWS, CLASSES, FULL_DIMS, FULL_WARPS = 16, 64, 64, 8
 SHARES, SHARE = 16, 1024  # of the rows in the full form: their number, and rows at least
 
 

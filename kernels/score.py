@@ -173,7 +173,7 @@ def select_kernel(
     tl.store(tail + node, left)
 
 
-LAUNCHES = {256: 1, 512: 1, 1024: 4, 2048: 8, 4096: 16}  # classes of a block: warps
+LAUNCHES = {256: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16}  # classes of a block: warps
 
 
 def launch_of(n_classes: int) -> tuple[int, int]:

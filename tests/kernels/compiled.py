@@ -27,7 +27,7 @@ class Resources:
     """What one program of a kernel takes."""
 
     registers: int
-    spilled: int  # bytes a thread on NVIDIA, registers on AMD
+    spilled: int  # bytes a thread
     shared: int  # bytes
     assembly: str
 
@@ -50,9 +50,11 @@ def resources(kernel, arguments, constants, target, **options):
     done = triton.compile(source, target=TARGETS[target], options=options)
     if target == "gfx942":
         text = done.asm["amdgcn"]
-        found = [int(x) for x in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text)]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-        return Resources(registers, sum(found), done.metadata.shared, text)
+        registers, scratch = (  # spilled scalar registers go to lanes of vector registers
+            int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return Resources(registers, scratch, done.metadata.shared, text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
