@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from transclip_fast.kernels.messages import (
-    ELSEWHERE,
     Launch,
     Segments,
     add_segments,
@@ -42,7 +41,10 @@ def energy_kernel(
     mass = tl.load(z + row[:, None] * width + c, mask, other=0.0)  # (B, C)
     slots = tl.load(z_classes + row[:, None] * width + c, mask, other=-1)
     slots = tl.where(mass > 0, slots, -1)
-    first, last = tl.load(offsets + row, inside, other=0), tl.load(offsets + row + 1, inside, other=0)
+    first, last = (
+        tl.load(offsets + row, inside, other=0),
+        tl.load(offsets + row + 1, inside, other=0),
+    )
     segment = tl.load(segments + row, inside, other=0)
     stop = tl.load(segments + row + 1, inside, other=0)
     last = tl.where(segment == stop, last, first)  # a hub hears its segments instead
@@ -88,7 +90,7 @@ def energies(
     launch = Launch.of(width)
     energy_kernel[(triton.cdiv(n_rows, launch.rows),)](
         *graph, z, z_classes, width, segments.offsets, *parts, terms, n_rows,
-        B=launch.rows, C=launch.slots, H=ELSEWHERE, num_warps=launch.warps,
+        B=launch.rows, C=launch.slots, H=parts[1].shape[1], num_warps=launch.warps,
     )  # fmt: skip
     return terms.sum(0, dtype=torch.float64)
 

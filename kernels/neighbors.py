@@ -32,11 +32,11 @@ ROUNDING = 2.0**-22  # of each float32 addition of a matrix unit, which may trun
 
 @triton.jit
 def neighbors_kernel(
-    features, ids, similarities, n_rows, d,
+    features, ids, similarities, first, stop, n_rows, d,
     T: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """M rows against all, N columns at a time; their T largest products."""
-    row = tl.program_id(0) * M + tl.arange(0, M)
+    """M of the rows `first` to `stop` against all, N columns at a time; their T largest products."""
+    row = first + tl.program_id(0) * M + tl.arange(0, M)
     start_of_row = tl.minimum(row, n_rows - 1).to(tl.int64) * d  # rows beyond N copy the last
     x = tl.arange(0, D)
     t = tl.arange(0, T)
@@ -48,8 +48,14 @@ def neighbors_kernel(
         products = tl.zeros((M, N), tl.float32)
         for step in range(0, d, D):
             inside = step + x < d
-            a = tl.load(features + start_of_row[:, None] + (step + x)[None, :], inside[None, :], other=0.0)
-            b = tl.load(features + start_of_column[None, :] + (step + x)[:, None], inside[:, None], other=0.0)
+            a = tl.load(
+                features + start_of_row[:, None] + (step + x)[None, :], inside[None, :], other=0.0
+            )
+            b = tl.load(
+                features + start_of_column[None, :] + (step + x)[:, None],
+                inside[:, None],
+                other=0.0,
+            )
             products = tl.dot(a, b, products, input_precision="ieee")
         others = (column < n_rows)[None, :] & (column[None, :] != row[:, None])
         products = tl.where(others, products, float("-inf"))
@@ -62,14 +68,16 @@ def neighbors_kernel(
             best_ids = tl.where(enters, place[:, None], best_ids)
             products = tl.where(column[None, :] == place[:, None], float("-inf"), products)
             top, least = tl.max(products, 1), tl.min(best, 1)
-    place = row.to(tl.int64)[:, None] * T + t[None, :]
-    tl.store(ids + place, best_ids.to(tl.int64), (row < n_rows)[:, None])
-    tl.store(similarities + place, best, (row < n_rows)[:, None])
+    place = (row - first).to(tl.int64)[:, None] * T + t[None, :]
+    tl.store(ids + place, best_ids.to(tl.int64), (row < stop)[:, None])
+    tl.store(similarities + place, best, (row < stop)[:, None])
 
 
-def candidates(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(
+    features: torch.Tensor, first: int = 0, stop: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The KEPT rows with the largest products with each row, in any order.
+    The KEPT rows with the largest products with each of the rows `first` to `stop`, in any order.
 
     Parameters
     ----------
@@ -78,19 +86,20 @@ def candidates(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns
     -------
-    ids : Tensor (N, KEPT) int64
+    ids : Tensor (n, KEPT) int64
         -1 where N has fewer other rows.
-    similarities : Tensor (N, KEPT) float32
+    similarities : Tensor (n, KEPT) float32
         Their products, -inf where there is none.
     """
     n_rows, d = features.shape
+    stop = n_rows if stop is None else stop
     if not features.is_contiguous() or n_rows >= 2**31:
         raise ValueError("features must be contiguous, of fewer than 2^31 rows")
-    ids = torch.empty(n_rows, KEPT, dtype=torch.int64, device=features.device)
-    similarities = torch.empty(n_rows, KEPT, device=features.device)
+    ids = torch.empty(stop - first, KEPT, dtype=torch.int64, device=features.device)
+    similarities = torch.empty(stop - first, KEPT, device=features.device)
     depth, warps, stages = LAUNCHES["hip" if torch.version.hip else "cuda"]
-    neighbors_kernel[(triton.cdiv(n_rows, ROWS),)](
-        features, ids, similarities, n_rows, d,
+    neighbors_kernel[(triton.cdiv(stop - first, ROWS),)](
+        features, ids, similarities, first, stop, n_rows, d,
         T=KEPT, M=ROWS, N=COLUMNS, D=depth, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return ids, similarities

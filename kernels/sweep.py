@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 from transclip_fast.kernels.messages import (
-    ELSEWHERE,
     Launch,
     Segments,
     add_segments,
@@ -75,7 +74,10 @@ def sweep_kernel(
     slots = tl.where(base > least, tl.load(candidates + place, mask, other=-1), -1)
     tail = tl.load(tails + row, inside, other=1.0)  # (B,)
 
-    first, last = tl.load(offsets + row, inside, other=0), tl.load(offsets + row + 1, inside, other=0)
+    first, last = (
+        tl.load(offsets + row, inside, other=0),
+        tl.load(offsets + row + 1, inside, other=0),
+    )
     segment = tl.load(segments + row, inside, other=0)
     stop = tl.load(segments + row + 1, inside, other=0)
     last = tl.where(segment == stop, last, first)  # a hub hears its segments instead
@@ -171,7 +173,7 @@ def sweep(
     sweep_kernel[(triton.cdiv(n_rows, launch.rows),)](
         scores, candidates, tail, n_slots, least, offsets, columns, weights, z, z_classes, width,
         segments.offsets, *parts, out, out_classes, bound, floor, n_rows,
-        B=launch.rows, C=launch.slots, H=ELSEWHERE, num_warps=launch.warps,
+        B=launch.rows, C=launch.slots, H=parts[1].shape[1], num_warps=launch.warps,
     )  # fmt: skip
 
 
