@@ -19,7 +19,9 @@ def truth_of(z, features, nodes):
     """Sums (K, d) and masses (K,) float64, what was dropped shared as what was kept."""
     kept = z.dense().double().numpy()[nodes]
     f = features.double().numpy()
-    dropped = (1 - z.values.sum(1)).double().numpy()[nodes] if z.classes is not None else 0 * f[:, 0]
+    dropped = (
+        (1 - z.values.sum(1)).double().numpy()[nodes] if z.classes is not None else 0 * f[:, 0]
+    )
     share = kept.sum(0) / kept.sum()
     return kept.T @ f + np.outer(share, dropped @ f), kept.sum(0) + share * dropped.sum()
 
