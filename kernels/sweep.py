@@ -7,7 +7,7 @@ Short form, for each row i with candidates c and the mass t of all other classes
     z_c = e^(l_c - m) / s  where that is at least min(floor, the row's largest), at most R of them.
 
 Shapes: b, candidates (N, C); z, its classes (N, R); affinity in CSR with E entries. A row of z is
-written in falling order, its unused end is 0. `bound` (N,) is t (e^u - 1), u the largest message to
+written in the order of its candidates, its unused end is 0. `bound` (N,) is t (e^u - 1), u the largest message to
 a class that is no candidate: the mass that the sweep may have misplaced.
 
 Full form: the plain softmax over K classes, one row a program.
@@ -45,15 +45,14 @@ def expm1(x):
 
 
 @triton.jit
-def largest_first(mass):
-    """The entries of each row (B, C) in falling order, of equal ones the first first, and slots."""
-    C: tl.constexpr = mass.shape[1]
-    c = tl.arange(0, C)[None, :]
-    bits = mass.to(tl.int32, bitcast=True).to(tl.int64)  # mass >= 0: ordered as mass is
-    # C is a power of two: c ^ (C - 1) is C - 1 - c.
-    keys = tl.sort((bits << 32) | (c ^ (C - 1)).to(tl.int64), dim=1, descending=True)
-    slots = (keys & (C - 1)).to(tl.int32) ^ (C - 1)
-    return (keys >> 32).to(tl.int32).to(tl.float32, bitcast=True), slots
+def rank_of(mass, n_slots):
+    """How many entries of its row (B, C) each one comes after; of equal ones the first is first."""
+    c = tl.arange(0, mass.shape[1])[None, :]
+    rank = tl.zeros(mass.shape, tl.int32)
+    for slot in range(0, n_slots):
+        other = tl.sum(tl.where(c == slot, mass, 0.0), 1)[:, None]
+        rank += ((other > mass) | ((other == mass) & (c > slot))).to(tl.int32)
+    return rank
 
 
 @triton.jit
@@ -62,9 +61,9 @@ def sweep_kernel(
     offsets, columns, weights, z, z_classes, width,
     segments, part, part_others, part_elsewhere, part_pooled,
     out, out_classes, bound, floor, n_rows,
-    B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    CUT: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """B rows of the short form."""
+    """B rows of the short form; CUT where z has room for fewer than all slots."""
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < n_rows
     c = tl.arange(0, C)[None, :]
@@ -95,15 +94,19 @@ def sweep_kernel(
     pivot = tl.maximum(tl.max(logits, 1), silent)
     mass = tl.exp(logits - pivot[:, None])
     mass = mass / (tl.sum(mass, 1) + tl.exp(silent - pivot))[:, None]
-    mass, slot = largest_first(mass)
-    mass = tl.where(c == 0, tl.maximum(mass, TINY), mass)  # stays, even where all underflowed
+    # A row's largest entry stays, even where all of it underflowed.
+    first_best = tl.min(tl.where((mass == tl.max(mass, 1)[:, None]) & (slots >= 0), c, C), 1)
+    mass = tl.where(c == first_best[:, None], tl.maximum(mass, TINY), mass)
     low = tl.minimum(tl.max(mass, 1), floor)
-    mass = tl.where(mass >= low[:, None], mass, 0.0)
-
-    kept = inside[:, None] & (c < width)
-    classes = tl.load(candidates + row[:, None] * n_slots + slot, kept & (mass > 0), other=0)
-    tl.store(out + row[:, None] * width + c, mass, kept)
-    tl.store(out_classes + row[:, None] * width + c, classes, kept)
+    kept = (mass >= low[:, None]) & (mass > 0) & inside[:, None]
+    if CUT:
+        kept = kept & (rank_of(mass, n_slots) < width)
+    rank = tl.cumsum(kept.to(tl.int32), 1) - 1
+    tl.store(out + row[:, None] * width + rank, mass, kept)
+    tl.store(out_classes + row[:, None] * width + rank, slots, kept)
+    unused = inside[:, None] & (c >= tl.sum(kept.to(tl.int32), 1)[:, None]) & (c < width)
+    tl.store(out + row[:, None] * width + c, 0.0, unused)
+    tl.store(out_classes + row[:, None] * width + c, 0, unused)
     unheard = tl.maximum(tl.max(elsewhere, 1), pooled)
     misplaced = tl.minimum(tail * expm1(tl.minimum(tl.maximum(unheard, 0.0), 88.0)), 1.0)
     tl.store(bound + row, misplaced, inside)
@@ -173,7 +176,7 @@ def sweep(
     sweep_kernel[(triton.cdiv(n_rows, launch.rows),)](
         scores, candidates, tail, n_slots, least, offsets, columns, weights, z, z_classes, width,
         segments.offsets, *parts, out, out_classes, bound, floor, n_rows,
-        B=launch.rows, C=launch.slots, H=parts[1].shape[1], num_warps=launch.warps,
+        CUT=width < n_slots, B=launch.rows, C=launch.slots, H=parts[1].shape[1], num_warps=launch.warps,
     )  # fmt: skip
 
 

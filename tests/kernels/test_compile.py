@@ -40,11 +40,12 @@ def full(kernel, n_classes, **more):
     return kernel, arguments, {"B": block}, {"num_warps": warps}
 
 
-def sweep_short(slots):
-    return short(
+def sweep_short(slots, cut):
+    kernel, arguments, constants, options = short(
         sweep.sweep_kernel, slots, scores=F32, candidates=I32, tails=F32, n_slots=EVEN,
         least="fp32", segments=I64, out=F32, out_classes=I32, bound=F32, floor="fp32", n_rows=SIZE,
     )  # fmt: skip
+    return kernel, arguments, {**constants, "CUT": cut}, options
 
 
 def segments(slots):
@@ -117,7 +118,8 @@ def nearest(backend):
 
 
 CASES = {
-    **{f"sweep, {c} slots": sweep_short(c) for c in (16, 32, 64, 128, 256, 512)},
+    **{f"sweep, {c} slots": sweep_short(c, False) for c in (16, 32, 64, 128, 256, 512)},
+    "sweep, fewer than its 32 slots": sweep_short(32, True),
     **{f"segments, {c} slots": segments(c) for c in (16, 128)},
     **{f"energies, {c} slots": short(energies.energy_kernel, c, segments=I64, terms=F32,
                                      n_rows=SIZE) for c in (16, 128)},

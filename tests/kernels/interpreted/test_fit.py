@@ -27,7 +27,7 @@ def no_twins(monkeypatch):
 @pytest.fixture(autouse=True)
 def large_blocks(monkeypatch):
     """The interpreter's time is that of the programs, whatever their size."""
-    monkeypatch.setattr(messages, "LAUNCHES", {16: (256, 1), 32: (256, 1)})
+    monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
 
 
 def whole(model):
@@ -81,11 +81,11 @@ def test_given_prior(problem, assignments):
 
 @pytest.mark.parametrize("assignments", ["dense", "sparse"])
 def test_golden_rows(golden, assignments):
-    """The first 200 rows of each golden set, in one outer step with two sweeps."""
+    """The first 200 rows of each golden set, in one outer step of one sweep."""
     features = golden["image_features"][:200].astype(np.float32)
     texts = golden["text_features"].astype(np.float32)
-    run = reference.zero_shot(features, texts, reference.Parameters(max_iter=1, inner_iter=2))
-    model = on_kernels(assignments, max_iter=1).fit(features, texts)
+    run = reference.zero_shot(features, texts, reference.Parameters(max_iter=1, inner_iter=1))
+    model = on_kernels(assignments, max_iter=1, inner_iter=1).fit(features, texts)
     np.testing.assert_array_equal(model.transduction_, run.z.argmax(1))
     np.testing.assert_allclose(whole(model), run.z, atol=1e-4 if assignments == "dense" else 5e-4)
 
