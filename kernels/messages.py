@@ -88,7 +88,7 @@ def listen(
 ):
     """Hear the entries `first` to `last` (B,) of the affinity, each a list (width,) of z."""
     longest = tl.max((last - first).to(tl.int32), 0)
-    for step in range(0, longest):
+    for step in range(longest):
         entry = first + step
         own = entry < last
         place = tl.load(columns + entry, own, other=0) * width  # (B,)
@@ -112,7 +112,7 @@ def add_segments(
 ):  # fmt: skip
     """Add the segments `first` to `last` (B,) of each row, in order."""
     longest = tl.max((last - first).to(tl.int32), 0)
-    for step in range(0, longest):
+    for step in range(longest):
         segment = first + step
         own = segment < last
         c = tl.arange(0, slots.shape[1])[None, :]
@@ -226,7 +226,7 @@ class Launch:
         return cls(rows, slots, warps)
 
 
-LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (2, 4), 256: (1, 4), 512: (1, 8)}
+LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (1, 4), 256: (1, 4), 512: (1, 8)}
 
 
 def full_warps(n_classes: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ A program owns ROWS rows and goes through all columns: a (ROWS, COLUMNS) tile of
 16 bits with float32 sums, of which only what beats a row's `KEPT`-th best so far is looked at. Most
 tiles hold nothing new. Self is excluded by its id, equal products by the lower id.
 
-    s~_ij = fl16(f_i) . fl16(f_j);   kept: the KEPT largest s~_ij, j != i;   rest_i: the smallest kept
+    s~_ij = fl16(f_i) . fl16(f_j),  kept: the KEPT largest of j != i,  rest_i: the least of them
 
 These are candidates, to be ranked by exact products. The certificate: for j not kept
 s_ij <= rest_i + |f_i - fl16 f_i| |f_j| + |fl16 f_i| |f_j - fl16 f_j| + rounding of d float32 sums,
@@ -38,7 +38,7 @@ def neighbors_kernel(
     features, ids, similarities, first, stop, n_rows, d,
     T: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """M of the rows `first` to `stop` against all, N columns at a time; their T largest products."""
+    """M of the rows `first` to `stop` against all, N at a time: their T largest products."""
     row = first + tl.program_id(0) * M + tl.arange(0, M)
     start_of_row = tl.minimum(row, n_rows - 1).to(tl.int64) * d  # rows beyond N copy the last
     x = tl.arange(0, D)

@@ -6,7 +6,8 @@ row then finds
 
     x_k = (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
     b_k = x_k - log sum_k e^(x_k)
-    candidates: b_k >= min(least, max b), the C largest of them;  tail = sum of e^(b_k) of the others
+    candidates: b_k >= min(least, max b), the C largest of them
+    tail = sum of e^(b_k) of all others
 
 Shapes: products (n, K) float32; values, classes (N, C); tail, normaliser (N,). Candidates are
 written in the order of their classes, the unused end is -inf.
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 
 CHUNK_BYTES = 24 << 20  # of products: half of an H200's L2 cache
-BLOCK = 4096
+BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -173,11 +174,11 @@ def select_kernel(
     tl.store(tail + node, left)
 
 
-LAUNCHES = {256: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16}  # classes of a block: warps
+LAUNCHES = {256: 1, 512: 2, 1024: 8, 2048: 16}  # classes of a block: warps
 
 
 def launch_of(n_classes: int) -> tuple[int, int]:
-    """Classes of a block and its warps: 8 scores a thread."""
+    """Classes of a block and its warps: 4 or 8 scores a thread, as registers allow."""
     block = max(256, min(BLOCK, triton.next_power_of_2(n_classes)))
     return block, LAUNCHES[block]
 

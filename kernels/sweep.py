@@ -7,8 +7,8 @@ Short form, for each row i with candidates c and the mass t of all other classes
     z_c = e^(l_c - m) / s  where that is at least min(floor, the row's largest), at most R of them.
 
 Shapes: b, candidates (N, C); z, its classes (N, R); affinity in CSR with E entries. A row of z is
-written in the order of its candidates, its unused end is 0. `bound` (N,) is t (e^u - 1), u the largest message to
-a class that is no candidate: the mass that the sweep may have misplaced.
+written in the order of its candidates, its unused end is 0. `bound` (N,) is t (e^u - 1), u the
+largest message to a class that is no candidate: the mass that the sweep may have misplaced.
 
 Full form: the plain softmax over K classes, one row a program.
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from transclip_fast.kernels.messages import (
     Launch,
     Segments,
@@ -49,7 +48,7 @@ def rank_of(mass, n_slots):
     """How many entries of its row (B, C) each one comes after; of equal ones the first is first."""
     c = tl.arange(0, mass.shape[1])[None, :]
     rank = tl.zeros(mass.shape, tl.int32)
-    for slot in range(0, n_slots):
+    for slot in range(n_slots):
         other = tl.sum(tl.where(c == slot, mass, 0.0), 1)[:, None]
         rank += ((other > mass) | ((other == mass) & (c > slot))).to(tl.int32)
     return rank
@@ -176,7 +175,8 @@ def sweep(
     sweep_kernel[(triton.cdiv(n_rows, launch.rows),)](
         scores, candidates, tail, n_slots, least, offsets, columns, weights, z, z_classes, width,
         segments.offsets, *parts, out, out_classes, bound, floor, n_rows,
-        CUT=width < n_slots, B=launch.rows, C=launch.slots, H=parts[1].shape[1], num_warps=launch.warps,
+        CUT=width < n_slots, B=launch.rows, C=launch.slots, H=parts[1].shape[1],
+        num_warps=launch.warps,
     )  # fmt: skip
 
 

@@ -8,8 +8,7 @@ import pytest
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns where it is not set
 
-from tests.kernels.compiled import SHARED_LIMIT, TARGETS, resources  # noqa: E402
-from transclip_fast.kernels import (  # noqa: E402
+from transclip_fast.kernels import (
     class_sums,
     confident,
     energies,
@@ -18,6 +17,8 @@ from transclip_fast.kernels import (  # noqa: E402
     score,
     sweep,
 )
+
+from tests.kernels.compiled import SHARED_LIMIT, TARGETS, resources
 
 F16, F32, F64, I32, I64 = "*fp16", "*fp32", "*fp64", "*i32", "*i64"
 SIZE, EVEN = "i32", "i32:16"

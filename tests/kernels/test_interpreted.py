@@ -1,4 +1,4 @@
-"""Runs the tests of `interpreted/`, which execute every kernel in Triton's interpreter on the CPU."""
+"""Runs the tests of `interpreted/`: every kernel in Triton's interpreter, on the CPU."""
 
 import os
 import subprocess

@@ -131,7 +131,8 @@ def class_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.class_sums`."""
     if z.classes is None:
-        return sums_kernels.class_sums_full(z.values, features, nodes)
+        sums, counts = sums_kernels.class_sums_full(z.values, features, nodes)
+        return sums, counts
     rows = torch.arange(len(z), device=features.device)
     if nodes is not None:
         rows = torch.empty_like(rows).scatter_(0, nodes, rows)  # of each node

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transclip_fast.kernels import neighbors as kernels
 
 from tests.conftest import unit
-from transclip_fast.kernels import neighbors as kernels
 
 
 def rows_of(seed, n, d, spread):

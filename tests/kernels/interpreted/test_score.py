@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transclip_fast.kernels import score as kernels
 
 from tests.kernels.problems import (
     NAN,
@@ -15,7 +16,6 @@ from tests.kernels.problems import (
     nan_like,
 )
 from transclip_fast.assignments import Assignments, Scores
-from transclip_fast.kernels import score as kernels
 from transclip_fast.ops import Messages
 from transclip_fast.ops import torch as twin
 from transclip_fast.ops import triton as ops

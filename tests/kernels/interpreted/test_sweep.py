@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transclip_fast.kernels import messages
 
 from tests.kernels.problems import (
     affinity_of,
@@ -17,7 +18,6 @@ from tests.kernels.problems import (
     random_z,
     sweep_truth,
 )
-from transclip_fast.kernels import messages
 from transclip_fast.ops import torch as twin
 from transclip_fast.ops import triton as ops
 
