@@ -214,7 +214,7 @@ def short_sweep(log_p, tail, a, z, width, floor):
         logits = np.concatenate([logits, np.log(tail)[:, None]], axis=1)
     mass = np.exp(log_softmax(logits))[:, :-1]
     unheard = np.where(candidate, 0, np.abs(heard)).max(1)
-    known = np.where(candidate.all(1), 0, np.maximum(tail, log_p.shape[1] * 2.0**-24))
+    known = np.maximum(tail, log_p.shape[1] * 2.0**-24)  # float32 says no more of it
     bound = np.minimum(known * np.expm1(np.minimum(unheard, 64)), 1)
     return np.where(largest(mass, width, floor), mass, 0), bound
 

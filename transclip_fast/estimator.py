@@ -65,8 +65,8 @@ class TransCLIP(Parameters):
     rank : int, optional
         Sparse only: entries of z that a row keeps; as many as candidates where not given.
         With both at K nothing is left out.
-    backend : {"auto", "torch", "numba"}
-        Who computes; numba does sparse assignments on a CPU.
+    backend : {"auto", "torch", "triton", "numba"}
+        Who computes; triton does on a GPU, numba does sparse assignments on a CPU.
     precision, memory
         So far float32, and everything held in memory: "float32" and None.
     **

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, cast
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "Messages", "Operations", "choose_backend", "operations"]
 
-BACKENDS = ("auto", "torch", "numba")
+BACKENDS = ("auto", "torch", "triton", "numba")
 
 
 class Operations(Protocol):
@@ -128,30 +129,40 @@ class Operations(Protocol):
 
 def choose_backend(name: str, device: torch.device, truncation: Truncation | None) -> str:
     """
-    Who answers: numba for the short form on a CPU that has it, else torch.
+    Who answers: triton on a GPU and numba for the short form on a CPU, where they are installed;
+    else torch.
 
     Raises
     ------
     InputError
         A backend that is not installed, or does not do what is asked of it.
     """
-    if name == "torch" or (name == "auto" and (device.type != "cpu" or truncation is None)):
-        return "torch"
-    if device.type != "cpu":
+    wanted = name
+    if name == "auto":
+        on_cpu = "torch" if truncation is None else "numba"
+        wanted = {"cuda": "triton", "cpu": on_cpu}.get(device.type, "torch")
+    if wanted == "numba" and device.type != "cpu":
         raise InputError(f"backend={name!r} runs on a CPU only, not on {device}")
-    if truncation is None:
+    if wanted == "numba" and truncation is None:
         raise InputError(f"backend={name!r} has no dense assignments; choose backend='torch'")
+    if wanted == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"backend={name!r} runs on a GPU, not on {device}; choose backend='torch', or set "
+            "TRITON_INTERPRET=1 for a very slow trial"
+        )
+    if wanted == "torch":
+        return wanted
     try:
-        import numba  # noqa: F401
+        importlib.import_module(wanted)
     except ImportError as error:
-        if name == "numba":
-            raise InputError(f"backend='numba': {error}; pip install numba") from error
+        if name == wanted:
+            raise InputError(f"backend={name!r}: {error}; pip install {name}") from error
         warnings.warn(
-            f"sparse assignments are computed in torch, slower: {error}; pip install numba",
+            f"computed in torch, slower: {error}; pip install {wanted}",
             stacklevel=3,
         )
         return "torch"
-    return "numba"
+    return wanted
 
 
 def operations(backend: str) -> Operations:

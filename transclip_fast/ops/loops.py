@@ -267,8 +267,8 @@ def sweep(  # type: ignore[no-untyped-def]
             kept += 1
         unheard = forget(i, offsets, columns, z, z_classes, heard)
         # Of a tail below rounding nothing is known but that.
-        mass_there = max(tail[i], n_classes * ROUNDING) if n < n_classes else 0.0
-        bound[i] = min(1.0, mass_there * math.expm1(min(unheard, MOST_HEARD)))
+        known = max(tail[i], n_classes * ROUNDING)
+        bound[i] = min(1.0, known * math.expm1(min(unheard, MOST_HEARD)))
 
 
 @compiled(

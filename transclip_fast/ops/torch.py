@@ -168,8 +168,8 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
         messages[local[used], classes[used]] = 0
         unheard = messages.abs().amax(1).clamp_(max=MOST_HEARD)
         # Of a tail below rounding nothing is known but that.
-        mass = torch.where(used.sum(1) < z.n_classes, tail.clamp(min=z.n_classes * ROUNDING), 0)
-        out.bound[rows] = (mass * unheard.expm1()).clamp_(max=1)
+        tail = tail.clamp(min=z.n_classes * ROUNDING)
+        out.bound[rows] = (tail * unheard.expm1()).clamp_(max=1)
 
     device = z.values.device
     each(part, blocks(len(z), block_rows(device, z.n_classes)), device)

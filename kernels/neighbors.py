@@ -1,0 +1,179 @@
+"""
+The most similar other rows of each row, by inner product, without N x N.
+
+A program owns ROWS rows and goes through all columns: a (ROWS, COLUMNS) tile of F F^T at a time in
+16 bits with float32 sums, of which only what beats a row's `KEPT`-th best so far is looked at. Most
+tiles hold nothing new. Self is excluded by its id, equal products by the lower id.
+
+    s~_ij = fl16(f_i) . fl16(f_j),  kept: the KEPT largest of j != i,  rest_i: the least of them
+
+These are candidates, to be ranked by exact products. The certificate: for j not kept
+s_ij <= rest_i + |f_i - fl16 f_i| |f_j| + |fl16 f_i| |f_j - fl16 f_j| + rounding of d float32 sums,
+so if the k-th best exact product among the kept is above that bound, the k nearest are proven.
+Rows where it is not are searched again in float32.
+
+Shapes: F (N, d) float16 or float32; ids (N, KEPT) int64, similarities (N, KEPT) float32. Cost:
+2 N^2 d operations on the matrix units; N^2 d (1 / ROWS + 1 / COLUMNS) entries read from the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+KEPT = 8
+ROWS, COLUMNS = 128, 128
+# Dimensions of a step, warps, stages of its pipeline. AMD's 64 KB hold one stage.
+LAUNCHES = {"cuda": (64, 8, 3), "hip": (32, 8, 1)}
+UNIT = 1.003  # norm of a row at most: rows within 2e-3 of 1 are used as they are
+ROUNDING = 2.0**-22  # of each float32 addition of a matrix unit, which may truncate
+BLOCK_ROWS = 4096  # whose candidates are ranked at a time
+SPARE = 5  # candidates beyond those asked for, in float32
+BLOCK_BYTES = 1 << 28  # of products of rows that are searched again
+
+
+@triton.jit
+def neighbors_kernel(
+    features, ids, similarities, first, stop, n_rows, d,
+    T: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """M of the rows `first` to `stop` against all, N at a time: their T largest products."""
+    row = first + tl.program_id(0) * M + tl.arange(0, M)
+    start_of_row = tl.minimum(row, n_rows - 1).to(tl.int64) * d  # rows beyond N copy the last
+    x = tl.arange(0, D)
+    t = tl.arange(0, T)
+    best = tl.full((M, T), float("-inf"), tl.float32)
+    best_ids = tl.full((M, T), -1, tl.int32)
+    for start in range(0, n_rows, N):
+        column = start + tl.arange(0, N)
+        start_of_column = tl.minimum(column, n_rows - 1).to(tl.int64) * d
+        products = tl.zeros((M, N), tl.float32)
+        for step in range(0, d, D):
+            inside = step + x < d
+            a = tl.load(
+                features + start_of_row[:, None] + (step + x)[None, :], inside[None, :], other=0.0
+            )
+            b = tl.load(
+                features + start_of_column[None, :] + (step + x)[:, None],
+                inside[:, None],
+                other=0.0,
+            )
+            products = tl.dot(a, b, products, input_precision="ieee")
+        others = (column < n_rows)[None, :] & (column[None, :] != row[:, None])
+        products = tl.where(others, products, float("-inf"))
+        top, least = tl.max(products, 1), tl.min(best, 1)
+        while tl.max((top > least).to(tl.int32), 0) > 0:
+            place = tl.min(tl.where(products == top[:, None], column[None, :], n_rows), 1)  # (M,)
+            slot = tl.min(tl.where(best == least[:, None], t[None, :], T), 1)
+            enters = (t[None, :] == slot[:, None]) & (top > least)[:, None]
+            best = tl.where(enters, top[:, None], best)
+            best_ids = tl.where(enters, place[:, None], best_ids)
+            products = tl.where(column[None, :] == place[:, None], float("-inf"), products)
+            top, least = tl.max(products, 1), tl.min(best, 1)
+    place = (row - first).to(tl.int64)[:, None] * T + t[None, :]
+    tl.store(ids + place, best_ids.to(tl.int64), (row < stop)[:, None])
+    tl.store(similarities + place, best, (row < stop)[:, None])
+
+
+def candidates(
+    features: torch.Tensor, first: int = 0, stop: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The KEPT rows with the largest products with each of the rows `first` to `stop`, in any order.
+
+    Parameters
+    ----------
+    features : Tensor (N, d) float16 or float32
+        Fewer than 2^31 rows.
+
+    Returns
+    -------
+    ids : Tensor (n, KEPT) int64
+        -1 where N has fewer other rows.
+    similarities : Tensor (n, KEPT) float32
+        Their products, -inf where there is none.
+    """
+    n_rows, d = features.shape
+    stop = n_rows if stop is None else stop
+    if not features.is_contiguous() or n_rows >= 2**31:
+        raise ValueError("features must be contiguous, of fewer than 2^31 rows")
+    ids = torch.empty(stop - first, KEPT, dtype=torch.int64, device=features.device)
+    similarities = torch.empty(stop - first, KEPT, device=features.device)
+    depth, warps, stages = LAUNCHES["hip" if torch.version.hip else "cuda"]
+    neighbors_kernel[(triton.cdiv(stop - first, ROWS),)](
+        features, ids, similarities, first, stop, n_rows, d,
+        T=KEPT, M=ROWS, N=COLUMNS, D=depth, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return ids, similarities
+
+
+def certified(
+    nearest: torch.Tensor, similarities: torch.Tensor, errors: torch.Tensor, d: int
+) -> torch.Tensor:
+    """
+    Whether the candidates of each row are proven to hold its nearest rows.
+
+    Parameters
+    ----------
+    nearest : Tensor (N,)
+        Exact product with the k-th nearest candidate.
+    similarities : Tensor (N, KEPT) float32
+        From `candidates`.
+    errors : Tensor (N,)
+        |f_i - fl16 f_i|, what the rows lost in 16 bits.
+    """
+    rest = similarities.amin(1)
+    margin = UNIT * (errors + errors.max()) + UNIT**2 * d * ROUNDING
+    return (rest == -torch.inf) | (nearest > rest + margin)
+
+
+def neighbors(features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """
+    The k nearest other rows of each row, best first, of equal ones the lower id first.
+
+    Parameters
+    ----------
+    features : Tensor (N, d) float16 or float32
+        Unit rows.
+    k : int
+        Less than KEPT and than N.
+
+    Returns
+    -------
+    ids : Tensor (N, k) int64
+    similarities : Tensor (N, k) float64
+        Exact products of the rows as given.
+    again : int
+        Rows that were searched again.
+    """
+    n_rows, d = features.shape
+    if not 0 < k < min(KEPT, n_rows):
+        raise ValueError(f"k must be at least 1 and less than {KEPT} and than the number of rows")
+    half = features.half()
+    ids, products = candidates(half)
+    found = features.new_empty(n_rows, k, dtype=torch.float64)
+    nearest, errors = torch.empty_like(found, dtype=torch.int64), torch.empty_like(products[:, 0])
+    rows = torch.arange(n_rows, device=features.device)
+    for own in torch.split(rows, BLOCK_ROWS):
+        nearest[own], found[own] = ranked(features, own, ids[own], k)
+        errors[own] = (features[own].double() - half[own].double()).norm(dim=1).float()
+    left = rows[~certified(found[:, -1], products, errors, d)]
+    for own in torch.split(left, max(1, BLOCK_BYTES // (4 * n_rows))):
+        similarity = features[own].float() @ features.float().T  # (n, N)
+        similarity[torch.arange(len(own), device=own.device), own] = -torch.inf
+        best = similarity.topk(min(k + SPARE, n_rows - 1), dim=1).indices
+        nearest[own], found[own] = ranked(features, own, best, k)
+    return nearest, found, len(left)
+
+
+def ranked(
+    features: torch.Tensor, own: torch.Tensor, ids: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of the candidates (n, C) of some rows (n,), by float64 products."""
+    ids = ids.sort(dim=1).values
+    rows = features[ids.clamp_min(0)].double()  # (n, C, d)
+    similarity = (rows @ features[own].double()[:, :, None])[:, :, 0]
+    similarity.masked_fill_(ids < 0, -torch.inf)
+    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return ids.gather(1, order), similarity.gather(1, order)

@@ -1,0 +1,165 @@
+"""Selection of candidates and the start against float64, beside torch in the same type."""
+
+import numpy as np
+import pytest
+import torch
+from transclip_fast.kernels import score as kernels
+
+from tests.kernels.problems import (
+    NAN,
+    assert_lists_end,
+    assert_no_worse,
+    dense,
+    full_form,
+    full_scores,
+    log_softmax,
+    nan_like,
+)
+from transclip_fast.assignments import Assignments, Scores
+from transclip_fast.ops import Messages
+from transclip_fast.ops import torch as twin
+from transclip_fast.ops import triton as ops
+from transclip_fast.truncation import Truncation
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks, and rows of several blocks of classes."""
+    monkeypatch.setattr(kernels, "BLOCK", 256)
+    monkeypatch.setattr(kernels, "chunk_of", lambda n_classes, n_rows: min(n_rows, 30))
+
+
+def normal(rng, *shape, dtype=torch.float32):
+    return torch.from_numpy(rng.normal(size=shape)).to(dtype)
+
+
+def nan_scores(reach, k, candidates, floor=1e-4):
+    """Room for scores, filled with NaN."""
+    out = Scores.empty(reach, k, Truncation(candidates, candidates, floor))
+    out.values.fill_(NAN)
+    out.tail.fill_(NAN)
+    return out
+
+
+def arguments_of(rng, n, k, given, heard):
+    """Arguments of a score, and what they add to it (N, K) float64."""
+    added, arguments = np.zeros((n, k)), {}
+    if given:
+        prior = torch.log_softmax(normal(rng, n, k), 1)
+        prior[: n // 2, k // 2 :: 5] = -torch.inf
+        arguments = {"log_prior": prior, "prior_weight": 0.5}
+        added += 0.5 * prior.double().numpy()
+    if heard:
+        rows, classes = torch.tensor([0, 0, n // 2]), torch.tensor([0, k - 1, k // 2])
+        weights = 5 * normal(rng, 3)
+        arguments["messages"] = Messages.of(rows, classes, weights, n)
+        np.add.at(added, (rows.numpy(), classes.numpy()), weights.double().numpy())
+    return arguments, added
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "k", "candidates", "given", "heard"),
+    [(77, 33, 10, True, True), (9, 600, 16, False, True), (5, 600, 300, True, False),
+     (1, 33, 4, False, False), (77, 1, 1, False, False)],
+)  # fmt: skip
+def test_candidates(rng, dtype, n, k, candidates, given, heard):
+    features, weights = normal(rng, n, 96, dtype=dtype), (0.3 * normal(rng, k, 96)).to(dtype)
+    offset, reach = normal(rng, k), torch.from_numpy(rng.random(n).astype(np.float32))
+    nodes = torch.from_numpy(rng.permutation(n))
+    arguments, added = arguments_of(rng, n, k, given, heard)
+    found, again, same = (nan_scores(reach, k, candidates) for _ in range(3))
+    ops.score(features, weights, offset, out=found, nodes=nodes, **arguments)
+    x = features.double().numpy() @ weights.double().numpy().T + offset.double().numpy() + added
+    b = np.empty((n, k))
+    b[nodes] = log_softmax(x)
+    least = np.minimum(found.least.numpy(), b.max(1))
+    for i in range(n):
+        best = np.argsort(-b[i], kind="stable")[:candidates]
+        best = best[b[i, best] >= least[i]]
+        used = found.values[i].numpy() > -np.inf
+        assert set(found.classes[i].numpy()[used]) == set(best)
+    twin.score(features.float(), weights.float(), offset, out=same, nodes=nodes, **arguments)
+
+    def mass(scores):
+        return dense(scores.values.exp(), scores.classes, k)
+
+    chosen = np.where(mass(found) > 0, np.exp(b), 0)
+    assert_no_worse(mass(found), mass(same), chosen, 5e-7)
+    assert_no_worse(found.tail, same.tail, np.exp(b).sum(1) - chosen.sum(1), 5e-7)
+    assert_lists_end(found.values, -torch.inf)
+    ops.score(features, weights, offset, out=again, nodes=nodes, **arguments)
+    assert torch.equal(found.values, again.values)
+    assert torch.equal(found.classes, again.classes)
+
+
+def test_equal_scores_are_taken_by_class(rng):
+    """K classes that are all alike, and some that are a little better."""
+    weights = torch.zeros(600, 8)
+    offset = torch.zeros(600)
+    offset[[70, 300, 599]] = 1.0
+    out = nan_scores(torch.zeros(5), 600, 16)
+    ops.score(normal(rng, 5, 8), weights, offset, out=out)
+    expected = [*range(13), 70, 300, 599]
+    assert all(row == expected for row in out.classes.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("given", [False, True])
+def test_full_form(rng, dtype, given):
+    n, k = 77, 33
+    features, weights = normal(rng, n, 96, dtype=dtype), normal(rng, k, 96, dtype=dtype)
+    offset = normal(rng, k)
+    arguments, added = arguments_of(rng, n, k, given, heard=True)
+    found, same = (full_scores(torch.full((n, k), NAN)) for _ in range(2))
+    ops.score(features, weights, offset, out=found, **arguments)
+    twin.score(features.float(), weights.float(), offset, out=same, **arguments)
+    truth = features.double().numpy() @ weights.double().numpy().T
+    truth = truth + offset.double().numpy() + added
+    excluded = np.isinf(truth)
+    assert (np.isinf(found.values.numpy()) == excluded).all()
+    assert_no_worse(found.values[~excluded], same.values[~excluded], truth[~excluded], 1e-5)
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(1, 5), (5, 33), (8, 1), (77, 33)])
+def test_start(rng, short, given, n, k):
+    features, weights = normal(rng, n, 96), 0.2 * normal(rng, k, 96)
+    features[n // 2 :] = features[n // 2]  # of equal rows the first count
+    x = features.double().numpy() @ weights.double().numpy().T
+    truth = log_softmax(x)
+    prior = torch.from_numpy(truth.astype(np.float32)) if given else None
+    out = full_form(torch.empty(n, k))
+    if short:
+        width = min(k, 4)
+        out = Assignments(
+            torch.empty(n, width), torch.zeros(n, width).int(), k, torch.zeros(n), 1e-3
+        )
+    found = nan_like(out)
+    normaliser, values, rows = ops.start(features, None if given else weights, prior, out=found)
+    same = twin.start(features, None if given else weights, prior, out=out.empty_like())
+    z = found.values if not short else dense(found.values, found.classes, k)
+    kept = np.exp(truth) if not short else np.where(z > 0, np.exp(truth), 0)
+    np.testing.assert_allclose(z, kept, atol=3e-6)
+    np.testing.assert_allclose(normaliser, same[0], atol=3e-5)
+    np.testing.assert_allclose(values, same[1], atol=3e-5)
+    assert rows.shape == (min(8, n), k)
+    # Rows of one product may differ in its last bits: what counts is that each is as good.
+    np.testing.assert_allclose(np.take_along_axis(truth, rows.numpy(), 0), values, atol=3e-5)
+    assert all(len(set(column)) == len(column) for column in rows.T.tolist())
+    if short:
+        best = np.sort(truth, 1)[:, ::-1][:, : z.shape[1]]
+        expected = np.minimum((np.exp(best) >= 1e-3).sum(1), min(k, 4))
+        np.testing.assert_array_equal((z > 0).sum(1), expected)
+
+
+def test_start_prefers_the_first_of_equal_rows():
+    out = full_form(torch.empty(77, 3))
+    _, _, rows = ops.start(torch.ones(77, 3), torch.eye(3), None, out=out)
+    np.testing.assert_array_equal(rows, np.arange(8)[:, None].repeat(3, 1))

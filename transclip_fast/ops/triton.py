@@ -1,0 +1,157 @@
+"""
+The solver's operations on a GPU: a launcher of `transclip_fast.kernels` for each.
+
+Nothing here waits for the GPU once a run has begun, except the number of a graph's hub segments,
+which is read once. Products with the features are cuBLAS's; sums are taken in a fixed order, so two
+runs give the same bits. `Operations` documents what each does.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakKeyDictionary
+
+import torch
+
+from transclip_fast.assignments import Assignments, Scores
+from transclip_fast.graph.affinity import Affinity
+from transclip_fast.kernels import class_sums as sums_kernels
+from transclip_fast.kernels import confident as start_kernels
+from transclip_fast.kernels import energies as energy_kernels
+from transclip_fast.kernels import score as score_kernels
+from transclip_fast.kernels import sweep as sweep_kernels
+from transclip_fast.kernels.messages import Segments
+from transclip_fast.kernels.score import Constant
+from transclip_fast.ops.messages import Messages
+from transclip_fast.ops.torch import blocks, expectation, share_tail, sum_of_squares
+
+__all__ = [
+    "class_sums",
+    "energies",
+    "expectation",
+    "score",
+    "session",
+    "start",
+    "sum_of_squares",
+    "sweep",
+]
+
+_segments: WeakKeyDictionary[Affinity, Segments] = WeakKeyDictionary()
+
+
+def session() -> AbstractContextManager[None]:
+    """See `Operations.session`."""
+    return nullcontext()
+
+
+def start(
+    features: torch.Tensor,
+    weights: torch.Tensor | None,
+    log_prior: torch.Tensor | None,
+    *,
+    out: Assignments,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `Operations.start`."""
+    n_rows, n_classes = len(features), out.n_classes
+    normaliser = out.values.new_empty(n_rows)
+    least, tail = torch.full_like(normaliser, out.floor).log_(), torch.empty_like(normaliser)
+    best = start_kernels.nobody(n_classes, features.device)
+    # A prior is read where it lies.
+    chunk = score_kernels.chunk_of(n_classes, n_rows)
+    buffer = normaliser.new_empty(chunk if log_prior is None else 0, n_classes)
+    for rows in blocks(n_rows, chunk):
+        if log_prior is not None:
+            products = log_prior[rows]
+        elif weights is not None:
+            products = score_kernels.product(features[rows], weights, buffer)
+        if out.classes is None:
+            torch.logsumexp(products, 1, out=normaliser[rows])
+            torch.sub(products, normaliser[rows, None], out=out.values[rows]).exp_()
+        else:
+            score_kernels.select(
+                products, Constant(), rows.start, least,
+                values=out.values, classes=out.classes, tail=tail, normaliser=normaliser,
+            )  # fmt: skip
+        start_kernels.most_confident(products, normaliser, rows.start, out=best)
+    if out.classes is not None:
+        out.values.exp_()
+    return normaliser, *start_kernels.decode(best, n_rows)
+
+
+def score(
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    out: Scores,
+    log_prior: torch.Tensor | None = None,
+    prior_weight: float = 1.0,
+    messages: Messages | None = None,
+    nodes: torch.Tensor | None = None,
+) -> Scores:
+    """See `Operations.score`."""
+    if out.classes is None:
+        score_kernels.product(features, weights, out.values).add_(offset)
+        if log_prior is not None:
+            out.values.add_(log_prior, alpha=prior_weight)
+        if messages is not None:
+            entries = len(messages.classes)
+            rows = torch.repeat_interleave(messages.offsets.diff(), output_size=entries)
+            out.values[rows, messages.classes] += messages.weights
+        return out
+    heard = (messages.offsets, messages.classes, messages.weights) if messages else None
+    constant = Constant(offset, log_prior, prior_weight, heard)
+    normaliser = torch.empty_like(out.tail)
+    chunk = score_kernels.chunk_of(out.n_classes, len(features))
+    buffer = normaliser.new_empty(chunk, out.n_classes)
+    for part in blocks(len(features), chunk):
+        products = score_kernels.product(features[part], weights, buffer)
+        score_kernels.select(
+            products, constant, part.start, out.least, nodes=nodes,
+            values=out.values, classes=out.classes, tail=out.tail, normaliser=normaliser,
+        )  # fmt: skip
+    return out
+
+
+def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
+    """See `Operations.sweep`."""
+    graph, segments = _graph(affinity)
+    if base.classes is None:
+        sweep_kernels.sweep_full(base.values, graph, segments, z.values, out=out.values)
+    else:
+        sweep_kernels.sweep(
+            base.values, base.classes, base.tail, graph, segments, z.values, z.classes,
+            out.floor, z.n_classes, out=out.values, out_classes=out.classes, bound=out.bound,
+        )  # fmt: skip
+    return out
+
+
+def class_sums(
+    z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Operations.class_sums`."""
+    if z.classes is None:
+        sums, counts = sums_kernels.class_sums_full(z.values, features, nodes)
+        return sums, counts
+    rows = torch.arange(len(z), device=features.device)
+    if nodes is not None:
+        rows = torch.empty_like(rows).scatter_(0, nodes, rows)  # of each node
+    sums, counts = sums_kernels.class_sums(z.values, z.classes, z.n_classes, features, rows)
+    return share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
+
+
+def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `Operations.energies`."""
+    graph, segments = _graph(affinity)
+    if z.classes is None:
+        terms = energy_kernels.energies_full(graph, segments, z.values)
+    else:
+        terms = energy_kernels.energies(graph, segments, z.values, z.classes)
+    return terms[0], terms[1]
+
+
+def _graph(affinity: Affinity) -> tuple[tuple[torch.Tensor, ...], Segments]:
+    """Arrays of an affinity, and its hubs: found when it is first seen."""
+    if affinity not in _segments:
+        _segments[affinity] = Segments.of(affinity.offsets)
+    return (affinity.offsets, affinity.columns, affinity.weights), _segments[affinity]
