@@ -31,7 +31,7 @@ def made_problem(n: int, k: int, d: int, device: str) -> tuple[torch.Tensor, tor
     draw = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int) -> torch.Tensor:
-        return torch.randn(rows, d, device=device, generator=draw) / d**0.5
+        return torch.randn(rows, d, device=device, generator=draw).div_(d**0.5)
 
     cone = normal(1)
     centres = cone + 0.6 * normal(k)
