@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from transclip_fast import InputError
+from transclip_fast import InputError, TransCLIP
 from transclip_fast.ops import choose_backend
 from transclip_fast.truncation import Truncation
 
@@ -40,3 +40,8 @@ def test_a_cpu_takes_triton_in_the_interpreter_only(monkeypatch):
     pytest.importorskip("triton")
     assert choose_backend("triton", CPU, None) == "triton"
     assert choose_backend("auto", CPU, None) == "torch"
+
+
+def test_float16_is_for_triton(problem):
+    with pytest.raises(InputError, match="precision='float16' is for backend='triton', here torch"):
+        TransCLIP(device="cpu", precision="float16").fit(*problem()[:2])
