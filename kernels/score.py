@@ -38,6 +38,8 @@ class Constant:
 
     Parameters
     ----------
+    scale : Tensor () float32, optional
+        What the products are multiplied by.
     offset : Tensor (K,) float32, optional
         c.
     log_prior : Tensor (N, K) float32, optional
@@ -46,6 +48,7 @@ class Constant:
         Offsets of each row's entries, their classes and weights.
     """
 
+    scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     log_prior: torch.Tensor | None = None
     prior_weight: float = 1.0
@@ -61,12 +64,14 @@ def ordered(x):
 
 @triton.jit
 def complete(
-    products, row, k, n_classes, offset, log_prior, prior_weight, starts, classes, weights,
-    OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
+    products, row, k, n_classes, scale, offset, log_prior, prior_weight, starts, classes, weights,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
 ):  # fmt: skip
     """x of a row at the classes k (B,), -inf beyond K; `products` is the row's."""
     mask = k < n_classes
     x = tl.load(products + k, mask, other=float("-inf"))
+    if SCALE:
+        x *= tl.load(scale)
     if OFFSET:
         x += tl.load(offset + k, mask, other=0.0)
     if PRIOR:
@@ -125,26 +130,26 @@ def enter(x, k, total, low, high, spare, kept, tail, values, classes):
 
 @triton.jit
 def select_kernel(
-    products, offset, log_prior, prior_weight, starts, heard_classes, heard_weights,
+    products, scale, offset, log_prior, prior_weight, starts, heard_classes, heard_weights,
     nodes, least, values, classes, tail, normaliser, first, n_classes, width,
-    OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr, NODES: tl.constexpr,
-    B: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
+    NODES: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """One row of a chunk of products, whose rows are `first` and on of F."""
     local = tl.program_id(0).to(tl.int64)
     row, products = first + local, products + local * n_classes
     k = tl.arange(0, B)
     x = complete(
-        products, row, k, n_classes, offset, log_prior, prior_weight,
-        starts, heard_classes, heard_weights, OFFSET, PRIOR, MESSAGES,
+        products, row, k, n_classes, scale, offset, log_prior, prior_weight,
+        starts, heard_classes, heard_weights, SCALE, OFFSET, PRIOR, MESSAGES,
     )  # fmt: skip
     largest = tl.max(x, 0)
     pivot = tl.where(largest > float("-inf"), largest, 0.0)
     mass = tl.sum(tl.exp(x - pivot), 0)
     for start in range(B, n_classes, B):
         y = complete(
-            products, row, start + k, n_classes, offset, log_prior, prior_weight,
-            starts, heard_classes, heard_weights, OFFSET, PRIOR, MESSAGES,
+            products, row, start + k, n_classes, scale, offset, log_prior, prior_weight,
+            starts, heard_classes, heard_weights, SCALE, OFFSET, PRIOR, MESSAGES,
         )  # fmt: skip
         tl.store(products + start + k, y, start + k < n_classes)
         largest = tl.maximum(largest, tl.max(y, 0))
@@ -181,6 +186,21 @@ def launch_of(n_classes: int) -> tuple[int, int]:
     """Classes of a block and its warps: 4 or 8 scores a thread, as registers allow."""
     block = max(256, min(BLOCK, triton.next_power_of_2(n_classes)))
     return block, LAUNCHES[block]
+
+
+def weights_for(
+    features: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    P in the type of the features, and the power of two () float32 to multiply the products by.
+
+    float16 has no room for P where a variance is small: all of P is brought to at most 2^15.
+    """
+    if features.dtype == weights.dtype:
+        return weights, None
+    exponent = torch.frexp(weights.abs().max()).exponent - 15
+    scaled = torch.ldexp(weights, -exponent).to(features.dtype)
+    return scaled, torch.ldexp(torch.ones_like(weights[0, 0]), exponent)
 
 
 def product(features: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -232,12 +252,13 @@ def select(
     block, warps = launch_of(n_classes)
     select_kernel[(n,)](
         products,
+        nothing if constant.scale is None else constant.scale,
         nothing if constant.offset is None else constant.offset,
         nothing if constant.log_prior is None else constant.log_prior,
         constant.prior_weight, starts, heard_classes, heard_weights,
         nothing if nodes is None else nodes,
         least, values, classes, tail, normaliser, first, n_classes, values.shape[1],
-        OFFSET=constant.offset is not None, PRIOR=constant.log_prior is not None,
-        MESSAGES=constant.messages is not None, NODES=nodes is not None,
-        B=block, num_warps=warps,
+        SCALE=constant.scale is not None, OFFSET=constant.offset is not None,
+        PRIOR=constant.log_prior is not None, MESSAGES=constant.messages is not None,
+        NODES=nodes is not None, B=block, num_warps=warps,
     )  # fmt: skip

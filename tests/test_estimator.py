@@ -318,7 +318,7 @@ def test_unknown_device(problem):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("assignments", "tall"), ("precision", "float16"), ("backend", "triton"), ("memory", "8GiB")],
+    [("assignments", "tall"), ("precision", "bfloat16"), ("backend", "cuda"), ("memory", "8GiB")],
 )
 def test_what_is_not_there_yet_says_so(problem, name, value):
     features, prototypes, _ = problem()

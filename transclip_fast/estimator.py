@@ -35,7 +35,7 @@ from transclip_fast.truncation import FORMS, choose_truncation
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
 CHOICES: dict[str, tuple[object, ...]] = {
     "assignments": FORMS,
-    "precision": ("float32",),
+    "precision": ("float32", "float16"),
     "memory": (None,),
     "backend": BACKENDS,
 }
@@ -67,8 +67,10 @@ class TransCLIP(Parameters):
         With both at K nothing is left out.
     backend : {"auto", "torch", "triton", "numba"}
         Who computes; triton does on a GPU, numba does sparse assignments on a CPU.
-    precision, memory
-        So far float32, and everything held in memory: "float32" and None.
+    precision : {"float32", "float16"}
+        Of the features in products; sums are float32 and more. float16 needs backend triton.
+    memory
+        So far everything is held in memory: None.
     **
         All other parameters are those of `transclip_fast.solver.Parameters`.
 
@@ -188,6 +190,11 @@ class TransCLIP(Parameters):
             rank=self.rank,
         )
         self.backend_ = choose_backend(self.backend, device, truncation)
+        if self.precision == "float16" and self.backend_ != "triton":
+            raise InputError(
+                f"precision='float16' is for backend='triton', here {self.backend_} computes; "
+                "leave precision out"
+            )
         if graph is None:
             anchors = text_features if prototypes is None else prototypes
             graph = build_graph(features, self.n_neighbors, anchors=anchors, device=device)
@@ -208,7 +215,7 @@ class TransCLIP(Parameters):
                     progress(replace(state, step=before + state.step, last=last))
 
             return solve(
-                features,
+                features if self.precision == "float32" else features.half(),
                 prior_,
                 self.graph_,
                 self,

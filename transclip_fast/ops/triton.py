@@ -59,11 +59,16 @@ def start(
     # A prior is read where it lies.
     chunk = score_kernels.chunk_of(n_classes, n_rows)
     buffer = normaliser.new_empty(chunk if log_prior is None else 0, n_classes)
+    scale = None
+    if weights is not None:
+        weights, scale = score_kernels.weights_for(features, weights)
     for rows in blocks(n_rows, chunk):
         if log_prior is not None:
             products = log_prior[rows]
         elif weights is not None:
             products = score_kernels.product(features[rows], weights, buffer)
+            if scale is not None:
+                products *= scale
         if out.classes is None:
             torch.logsumexp(products, 1, out=normaliser[rows])
             torch.sub(products, normaliser[rows, None], out=out.values[rows]).exp_()
@@ -90,8 +95,12 @@ def score(
     nodes: torch.Tensor | None = None,
 ) -> Scores:
     """See `Operations.score`."""
+    weights, scale = score_kernels.weights_for(features, weights)
     if out.classes is None:
-        score_kernels.product(features, weights, out.values).add_(offset)
+        score_kernels.product(features, weights, out.values)
+        if scale is not None:
+            out.values.mul_(scale)
+        out.values.add_(offset)
         if log_prior is not None:
             out.values.add_(log_prior, alpha=prior_weight)
         if messages is not None:
@@ -100,7 +109,7 @@ def score(
             out.values[rows, messages.classes] += messages.weights
         return out
     heard = (messages.offsets, messages.classes, messages.weights) if messages else None
-    constant = Constant(offset, log_prior, prior_weight, heard)
+    constant = Constant(scale, offset, log_prior, prior_weight, heard)
     normaliser = torch.empty_like(out.tail)
     chunk = score_kernels.chunk_of(out.n_classes, len(features))
     buffer = normaliser.new_empty(chunk, out.n_classes)

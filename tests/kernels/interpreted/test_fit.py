@@ -90,6 +90,15 @@ def test_golden_rows(golden, assignments):
     np.testing.assert_allclose(whole(model), run.z, atol=1e-4 if assignments == "dense" else 5e-4)
 
 
+@pytest.mark.parametrize("assignments", ["dense", "sparse"])
+def test_float16(problem, assignments):
+    features, prototypes, _ = problem(n=60)
+    run = reference.zero_shot(features, prototypes, reference.Parameters(**STEPS))
+    model = on_kernels(assignments, precision="float16").fit(features, prototypes)
+    np.testing.assert_array_equal(model.transduction_, run.z.argmax(1))
+    np.testing.assert_allclose(whole(model), run.z, atol=0.02)
+
+
 def test_one_row_and_one_class():
     row = np.ones((1, 4), np.float32) / 2
     model = on_kernels("sparse").fit(row, row)

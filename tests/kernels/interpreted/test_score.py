@@ -69,7 +69,8 @@ def arguments_of(rng, n, k, given, heard):
      (1, 33, 4, False, False), (77, 1, 1, False, False)],
 )  # fmt: skip
 def test_candidates(rng, dtype, n, k, candidates, given, heard):
-    features, weights = normal(rng, n, 96, dtype=dtype), (0.3 * normal(rng, k, 96)).to(dtype)
+    features, weights = normal(rng, n, 96, dtype=dtype), 0.3 * normal(rng, k, 96)
+    weights = weights.to(dtype).float()  # the operation makes it float16 again
     offset, reach = normal(rng, k), torch.from_numpy(rng.random(n).astype(np.float32))
     nodes = torch.from_numpy(rng.permutation(n))
     arguments, added = arguments_of(rng, n, k, given, heard)
@@ -113,7 +114,7 @@ def test_equal_scores_are_taken_by_class(rng):
 @pytest.mark.parametrize("given", [False, True])
 def test_full_form(rng, dtype, given):
     n, k = 77, 33
-    features, weights = normal(rng, n, 96, dtype=dtype), normal(rng, k, 96, dtype=dtype)
+    features, weights = normal(rng, n, 96, dtype=dtype), normal(rng, k, 96, dtype=dtype).float()
     offset = normal(rng, k)
     arguments, added = arguments_of(rng, n, k, given, heard=True)
     found, same = (full_scores(torch.full((n, k), NAN)) for _ in range(2))
@@ -163,3 +164,12 @@ def test_start_prefers_the_first_of_equal_rows():
     out = full_form(torch.empty(77, 3))
     _, _, rows = ops.start(torch.ones(77, 3), torch.eye(3), None, out=out)
     np.testing.assert_array_equal(rows, np.arange(8)[:, None].repeat(3, 1))
+
+
+def test_weights_beyond_float16(rng):
+    """A small variance makes P large: one power of two is taken off all of it."""
+    features, weights = normal(rng, 5, 96, dtype=torch.float16), 1e6 * normal(rng, 33, 96)
+    found = full_scores(torch.full((5, 33), NAN))
+    ops.score(features, weights, torch.zeros(33), out=found)
+    truth = features.double().numpy() @ weights.double().numpy().T
+    np.testing.assert_allclose(found.values, truth, atol=2e-3 * np.abs(truth).max())

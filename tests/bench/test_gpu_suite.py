@@ -1,0 +1,98 @@
+"""What of the GPU suite runs without a GPU: its problems, its formulas, its table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from bench import gpu_suite
+from bench.gpu_problems import (
+    lists,
+    made_graph,
+    made_problem,
+    score_operands,
+    sweep_bytes,
+    sweep_error,
+)
+from bench.gpu_timing import Stopwatch, stopwatch
+from transclip_fast import solver
+from transclip_fast.graph import affinity
+from transclip_fast.ops import torch as ops
+
+
+def test_the_graph_is_one():
+    graph = made_graph(600, 20)
+    graph.check(600, 3)
+    labels = np.arange(600) // 30
+    same = (labels[graph.neighbors] == labels[:, None]).mean()
+    assert 0.55 < same < 0.8
+
+
+def test_problems_can_be_solved():
+    features, prototypes = made_problem(500, 10, 64, "cpu")
+    np.testing.assert_allclose(features.norm(dim=1), 1, atol=1e-6)
+    labels = torch.arange(500) * 10 // 500
+    assert ((features @ prototypes.T).argmax(1) == labels).float().mean() > 0.5
+    operands = score_operands(10, 40, 64, "cpu", 0)
+    assert operands[0].dtype == operands[1].dtype == torch.float16
+
+
+@pytest.mark.parametrize("candidates", [4, 16])
+def test_sweeps_are_counted_and_checked(candidates):
+    base, z = lists(200, 30, candidates, "cpu", 0)
+    assert all(len(set(row)) == candidates for row in base.classes.tolist())
+    np.testing.assert_allclose(base.values.exp().sum(1) + base.tail, 1, atol=1e-5)
+    graph = affinity(made_graph(200, 30))
+    out = ops.sweep(base, graph, z, out=z.empty_like())
+    assert sweep_error(base, graph, z, out, rows=150) < 1e-6
+    out.values[7, 0] += 0.1
+    assert sweep_error(base, graph, z, out, rows=150) > 0.09
+    lists_and_edges = 200 * (16 * candidates + 16) + 12 * len(graph.columns)
+    assert sweep_bytes(graph, z) >= lists_and_edges + 8 * len(graph.columns)
+    assert sweep_bytes(graph, z) <= lists_and_edges + 8 * candidates * len(graph.columns)
+
+
+def test_rates_and_shares():
+    ceilings = gpu_suite.Ceilings(bandwidth=4000.0, gemm=800.0)
+    assert ceilings.rate(4e9, "GB/s", 2.0) == (2000.0, 0.5)
+    assert ceilings.rate(4e12, "TFLOP/s", 10.0) == (400.0, 0.5)
+
+
+def test_the_stopwatch_gives_the_solver_back(monkeypatch):
+    before = solver.operations
+    with stopwatch(ops) as watch:
+        assert solver.operations("any") is watch
+        assert isinstance(watch, Stopwatch)
+    assert solver.operations is before
+
+
+def test_lines_and_table(tmp_path, monkeypatch, capsys):
+    ceilings = gpu_suite.Ceilings(4000.0, 800.0)
+    monkeypatch.setattr(gpu_suite, "measure_ceilings", lambda: ceilings)
+    monkeypatch.setattr(gpu_suite, "milliseconds", lambda run: float(run(0)))
+    suite = gpu_suite.Suite(tmp_path)
+    suite.arms("sweep", {"kernel": lambda i: 1.0, "rival": lambda i: 2.0}, 2e9, "GB/s", 1e-7, n=5)
+    rows = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["torch", "cuBLAS", "kernel", "rival"]
+    assert rows[2]["share"] == 0.5
+    assert rows[2]["error"] == 1e-7
+    assert rows[3]["error"] is None
+    assert {"commit", "gpu", "torch", "triton"} <= set(rows[0]["machine"])
+    assert "2000 GB/s" in gpu_suite.table(suite.lines)
+
+    def full():
+        raise torch.OutOfMemoryError("no room\nat all")
+
+    assert suite.attempt("a large one", full) is None
+    suite.begun -= 2 * gpu_suite.LIMIT
+    assert suite.attempt("a late one", full) is None
+    said = capsys.readouterr().out
+    assert "SKIPPED a large one: no room\n" in said
+    assert "SKIPPED a late one" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 2
+    assert "needs a GPU" in capsys.readouterr().out
