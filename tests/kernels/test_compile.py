@@ -60,10 +60,10 @@ def segments(slots):
 def select(n_classes, given):
     block, warps = score.launch_of(n_classes)
     arguments = {
-        "products": F32, "scale": F32, "offset": F32, "log_prior": F32, "prior_weight": "fp32", "starts": I64,
-        "heard_classes": I64, "heard_weights": F32, "nodes": I64, "least": F32, "values": F32,
-        "classes": I32, "tail": F32, "normaliser": F32, "first": EVEN, "n_classes": SIZE,
-        "width": EVEN,
+        "products": F32, "scale": F32, "offset": F32, "log_prior": F32, "prior_weight": "fp32",
+        "starts": I64, "heard_classes": I64, "heard_weights": F32, "nodes": I64, "least": F32,
+        "values": F32, "classes": I32, "tail": F32, "normaliser": F32, "first": EVEN,
+        "n_classes": SIZE, "width": EVEN,
     }  # fmt: skip
     constants = {
         "SCALE": True,
