@@ -15,7 +15,7 @@ from transclip_fast.kernels.messages import (
     Launch,
     Segments,
     add_segments,
-    full_warps,
+    full_launch,
     hear_segments,
     hear_segments_full,
     heard_full,
@@ -101,7 +101,7 @@ def energies_full(
     n_rows, n_classes = z.shape
     terms = z.new_empty(n_rows, 2)
     part = hear_segments_full(segments, *graph[1:], z)
-    block, warps = full_warps(n_classes)
+    block, warps = full_launch(n_classes)
     energy_full_kernel[(n_rows,)](
         *graph, z, segments.offsets, part, terms, n_classes, B=block, num_warps=warps
     )

@@ -223,14 +223,23 @@ class Launch:
         nothing spills on any of sm_80, sm_90, sm_100, gfx942.
         """
         slots = max(16, triton.next_power_of_2(n_slots))
-        rows, warps = LAUNCHES.get(slots, (1, 16))
+        rows, warps = LAUNCHES.get(slots, (1, 8))
         return cls(rows, slots, warps)
 
 
-LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (1, 4), 256: (1, 4), 512: (1, 8)}
+# Slots: rows of a block, warps.
+LAUNCHES = {
+    16: (8, 1),
+    32: (8, 2),
+    64: (2, 2),
+    128: (1, 4),
+    256: (1, 4),
+    512: (1, 8),
+    1024: (1, 4),
+}
 
 
-def full_warps(n_classes: int) -> tuple[int, int]:
+def full_launch(n_classes: int) -> tuple[int, int]:
     """Classes of a block of the full form and its warps."""
     size = min(BLOCK, max(32, triton.next_power_of_2(n_classes)))
     return size, max(1, size // 256)
@@ -278,7 +287,7 @@ def hear_segments_full(
     size, n_classes = len(segments), z.shape[1]
     part = z.new_empty(size, n_classes)
     if size:
-        block, warps = full_warps(n_classes)
+        block, warps = full_launch(n_classes)
         segment_full_kernel[(size, triton.cdiv(n_classes, block))](
             segments.first, segments.last, columns, weights, z, part, n_classes,
             B=block, num_warps=warps,

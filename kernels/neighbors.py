@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from transclip_fast.device import exact_float32
+
 KEPT = 8
 ROWS, COLUMNS = 128, 128
 # Dimensions of a step, warps, stages of its pipeline. AMD's 64 KB hold one stage.
@@ -160,7 +162,8 @@ def neighbors(features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
         errors[own] = (features[own].double() - half[own].double()).norm(dim=1).float()
     left = rows[~certified(found[:, -1], products, errors, d)]
     for own in torch.split(left, max(1, BLOCK_BYTES // (4 * n_rows))):
-        similarity = features[own].float() @ features.float().T  # (n, N)
+        with exact_float32():
+            similarity = features[own].float() @ features.float().T  # (n, N)
         similarity[torch.arange(len(own), device=own.device), own] = -torch.inf
         best = similarity.topk(min(k + SPARE, n_rows - 1), dim=1).indices
         nearest[own], found[own] = ranked(features, own, best, k)

@@ -27,7 +27,7 @@ from transclip_fast.kernels.messages import (
     Launch,
     Segments,
     add_segments,
-    full_warps,
+    full_launch,
     hear_segments,
     hear_segments_full,
     heard_full,
@@ -200,7 +200,7 @@ def sweep_full(
     if out.shape != z.shape or out.data_ptr() == z.data_ptr():
         raise ValueError("a sweep does not write where it reads")
     part = hear_segments_full(segments, *graph[1:], z)
-    block, warps = full_warps(n_classes)
+    block, warps = full_launch(n_classes)
     sweep_full_kernel[(n_rows,)](
         scores, *graph, z, segments.offsets, part, out, n_classes, B=block, num_warps=warps
     )

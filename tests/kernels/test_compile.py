@@ -36,7 +36,7 @@ def short(kernel, slots, **more):
 
 def full(kernel, n_classes, **more):
     """A kernel of the full form."""
-    block, warps = messages.full_warps(n_classes)
+    block, warps = messages.full_launch(n_classes)
     arguments = {**GRAPH, "z": F32, "part": F32, "n_classes": SIZE, **more}
     return kernel, arguments, {"B": block}, {"num_warps": warps}
 
@@ -127,7 +127,7 @@ def nearest(backend):
 
 
 CASES = {
-    **{f"sweep, {c} slots": sweep_short(c, False) for c in (16, 32, 64, 128, 256, 512)},
+    **{f"sweep, {c} slots": sweep_short(c, False) for c in (16, 32, 64, 128, 256, 512, 1024)},
     "sweep, fewer than its 32 slots": sweep_short(32, True),
     **{f"segments, {c} slots": segments(c) for c in (16, 128)},
     **{f"energies, {c} slots": short(energies.energy_kernel, c, segments=I64, terms=F32,

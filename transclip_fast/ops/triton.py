@@ -78,8 +78,9 @@ def start(
                 values=out.values, classes=out.classes, tail=tail, normaliser=normaliser,
             )  # fmt: skip
         start_kernels.most_confident(products, normaliser, rows.start, out=best)
-    if out.classes is not None:
-        out.values.exp_()
+    if out.classes is not None:  # a list ends at its first 0: none may underflow in it
+        mass = out.values.exp().clamp_(min=torch.finfo(torch.float32).tiny)
+        out.values.copy_(mass.masked_fill_(out.values == -torch.inf, 0))
     return normaliser, *start_kernels.decode(best, n_rows)
 
 

@@ -173,3 +173,11 @@ def test_weights_beyond_float16(rng):
     ops.score(features, weights, torch.zeros(33), out=found)
     truth = features.double().numpy() @ weights.double().numpy().T
     np.testing.assert_allclose(found.values, truth, atol=2e-3 * np.abs(truth).max())
+
+
+def test_lists_do_not_end_where_the_start_underflows():
+    prior = torch.log_softmax(torch.tensor([[0.0, -200.0, 1.0, -torch.inf, 0.5]]), 1)
+    z = Assignments(torch.empty(1, 5), torch.zeros(1, 5).int(), 5, torch.zeros(1), 0.0)
+    ops.start(torch.ones(1, 3), None, prior, out=z)
+    assert z.classes[0, :4].tolist() == [0, 1, 2, 4]
+    assert (z.values[0] > 0).tolist() == [True, True, True, True, False]
