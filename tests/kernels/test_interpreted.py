@@ -3,22 +3,39 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
-ROOT = FOLDER.parents[2]
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 # Triton 3.6's interpreter itself calls what NumPy deprecates.
 DEPRECATED = "ignore:Conversion of an array with ndim:DeprecationWarning"
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_in_the_interpreter(file):
+def run(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", DEPRECATED]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, FOLDER / file], cwd=ROOT, env=environment, capture_output=True, text=True
+    return subprocess.run(
+        [*command, FOLDER / file],
+        cwd=FOLDER.parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """One process a file, as many at a time as there are cores."""
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    yield {file: pool.submit(run, file) for file in FILES}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(file, runs):
+    done = runs[file].result()
     assert done.returncode == 0, done.stdout + done.stderr
