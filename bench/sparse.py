@@ -10,6 +10,7 @@ of the first solve beyond what was resident with features and graph loaded, time
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from functools import partial
@@ -124,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--repeats", type=int, default=3, metavar="R")
     options = parser.parse_args(arguments)
+    # What is freed goes back at once, so that a peak is what is needed at one time; otherwise it
+    # varies with where the allocator left holes.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         truth, prior = write_problem(options.queries, options.classes, options.dim, place)

@@ -188,14 +188,8 @@ def solve(
                 break
         run.update_assignments()
         history.append(run.objective())
-    return Solution(
-        run.z if run.nodes is None else run.z.take(run.nodes),
-        run.mixture,
-        n_iter,
-        history,
-        float(run.base.tail.max()),
-        *run.prior_best,
-    )
+    tail_mass = float(run.base.tail.max())
+    return Solution(run.finish(), run.mixture, n_iter, history, tail_mass, *run.prior_best)
 
 
 class _Run:
@@ -305,6 +299,11 @@ class _Run:
             likelihood = likelihood + self.support_weight * len(self.features) * shots
             value = value - self.support.received(self.z, self.nodes)
         return float(value - self.parameters.likelihood_weight * likelihood)
+
+    def finish(self) -> Assignments:
+        """z in the order of the features, once nothing else is needed."""
+        del self.spare, self.base
+        return self.z if self.nodes is None else self.z.take(self.nodes)
 
     def _pooled(self) -> Moments:
         """Moments of queries and support together, the queries' mass being 1."""

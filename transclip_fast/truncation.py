@@ -19,12 +19,12 @@ DENSE_BYTES = 1 << 25
 FLOOR = 1e-4
 # Mass that candidates may miss on average, of y_hat^lambda: the mixture and the neighbours make
 # z sharper than that.
-MISSED = 2e-3
+MISSED = 2e-2
 SAMPLE = 1024  # rows on which it is measured
-FEWEST, USUAL = 16, 128
+FEWEST, USUAL = 32, 128
 # Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
 ENTRY_BYTES = 24
-SMALL = 1 << 26  # bytes of lists of more than the usual length that are no matter
+SMALL = 1 << 24  # bytes of lists that are no matter, however few candidates would do
 MUCH = 0.1  # of the mass of z, not to be dropped in silence
 
 
@@ -62,14 +62,14 @@ class Truncation:
         free : int
             Bytes of memory that is free; lists take half of it at most.
         """
-        allowed = max(USUAL, SMALL // (ENTRY_BYTES * n_rows))
+        fewest = max(FEWEST, SMALL // (ENTRY_BYTES * n_rows))
         room = max(1, free // (2 * ENTRY_BYTES * n_rows))
         if room < min(FEWEST, sample.shape[1]):
             warnings.warn(f"memory leaves room for {room} classes a row only", stacklevel=4)
-        most = min(allowed, room, sample.shape[1])
+        most = min(max(USUAL, fewest), room, sample.shape[1])
         # Mass of the 1, 2, ... largest classes of a row, averages over the sample.
         mass = sample.exp().topk(most, dim=1).values.cumsum(1).mean(0)
-        needed = FEWEST
+        needed = fewest
         while needed < most and mass[needed - 1] < 1 - MISSED:
             needed *= 2
         kept = min(needed, most)
