@@ -2,9 +2,10 @@
 
 Labels come first: unless sparse and dense agree with the reference, the first arm, on 99.9 % of the
 rows, no time is printed and the exit code is 1. Where only sparse fits in memory, its labels must
-be better than the prior's. Every run is a process of its own and solves twice: memory is the peak
-of the first solve beyond what was resident with features and graph loaded, time that of the second
-(of the first where that took more than a minute).
+be better than the prior's. Every run is a process of its own. Time is that of a second solve (of the
+first where that took more than a minute); memory, measured in runs apart, the peak of a solve beyond
+what was resident with features and graph loaded, where freed blocks go back at once: otherwise a
+peak varies with the holes that the allocator left.
 """
 
 from __future__ import annotations
@@ -125,18 +126,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--repeats", type=int, default=3, metavar="R")
     options = parser.parse_args(arguments)
-    # What is freed goes back at once, so that a peak is what is needed at one time; otherwise it
-    # varies with where the allocator left holes.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         truth, prior = write_problem(options.queries, options.classes, options.dim, place)
         runs: dict[str, list[Any]] = {arm: [] for arm in options.arms}
 
-        def run(arm: str) -> None:
+        def measure(arm: str) -> dict[str, Any]:
             arguments = {"arm": arm, "folder": folder, "logit_scale": options.logit_scale}
-            runs[arm].append(run_isolated("bench.sparse:run_arm", **arguments).result)
+            found: dict[str, Any] = run_isolated("bench.sparse:run_arm", **arguments).result
+            return found
 
+        def run(arm: str) -> None:
+            runs[arm].append(measure(arm))
+
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+        peaks = {arm: measure(arm)["peak_bytes"] for arm in runs}
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
         interleaved({arm: partial(run, arm) for arm in runs}, options.repeats, cold=options.arms)
         labels = {arm: np.load(place / f"{arm}.npy") for arm in runs if arm != "gemms"}
     reference = next(iter(labels))
@@ -157,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
             arm: {
                 "seconds": seconds[arm],
                 "median": medians(seconds)[arm],
-                "peak_bytes": max(run["peak_bytes"] for run in found),
+                "peak_bytes": peaks[arm],
                 "agreement": agreement.get(arm),
                 "accuracy": accuracy.get(arm),
                 **{name: found[0].get(name) for name in ("backend", "truncation")},
