@@ -2,10 +2,10 @@
 
 Labels come first: unless sparse and dense agree with the reference, the first arm, on 99.9 % of the
 rows, no time is printed and the exit code is 1. Where only sparse fits in memory, its labels must
-be better than the prior's. Every run is a process of its own. Time is that of a second solve (of the
-first where that took more than a minute); memory, measured in runs apart, the peak of a solve beyond
-what was resident with features and graph loaded, where freed blocks go back at once: otherwise a
-peak varies with the holes that the allocator left.
+be better than the prior's. Every run is a process of its own. Time is that of a second solve (of
+the first where that took more than a minute); memory, measured in runs apart, the peak of a solve
+beyond what was resident with features and graph loaded, where freed blocks go back at once:
+otherwise a peak varies with the holes that the allocator left.
 """
 
 from __future__ import annotations

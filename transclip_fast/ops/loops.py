@@ -296,15 +296,26 @@ def energies(start, stop, offsets, columns, weights, z, classes, n_classes, out)
     fastmath={"contract"},
 )
 def class_sums(low, high, features, nodes, z, classes, sums, counts):  # type: ignore[no-untyped-def]
-    """Add the sums and masses of the classes from `low` to `high`, rows in their order."""
+    """
+    Add the sums and masses of the classes from `low` to `high`, rows in their order.
+
+    The class after the last, of `sums` (K + 1, d), takes what the rows dropped.
+    """
+    dropped = high == len(sums)
     for i in range(len(features)):
         node = nodes[i]
-        for r in range(z.shape[1]):
-            if z[node, r] == 0:
+        rest = 1.0
+        for r in range(z.shape[1] + 1):
+            last = r == z.shape[1] or z[node, r] == 0
+            if last and not dropped:
                 break
-            k = classes[node, r]
+            k, weight = len(sums) - 1, rest
+            if not last:
+                k, weight = classes[node, r], np.float64(z[node, r])
+                rest -= weight
             if low <= k < high:
-                weight = np.float64(z[node, r])
                 counts[k] += weight
                 for x in range(features.shape[1]):
                     sums[k, x] += weight * features[i, x]
+            if last:
+                break

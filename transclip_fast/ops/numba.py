@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 SWEEP_ROWS = 1024
-TAIL_ROWS = 4096
 READ_ROWS = 1 << 16  # that are read at a time, once for all classes
 
 
@@ -135,38 +134,29 @@ def class_sums(
     z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.class_sums`."""
-    sums = torch.zeros(z.n_classes, features.shape[1], dtype=torch.float64)
-    counts = torch.zeros(z.n_classes, dtype=torch.float64)
+    # The last row is what was dropped.
+    sums = torch.zeros(z.n_classes + 1, features.shape[1], dtype=torch.float64)
+    counts = torch.zeros(z.n_classes + 1, dtype=torch.float64)
     places = np.arange(len(z)) if nodes is None else nodes.numpy()
-    dropped = 1 - z.values.sum(1)[places]
-    tails = [
-        _add_class_sums(z, features[rows], places[rows], dropped[rows], sums, counts)
-        for rows in blocks(len(z), READ_ROWS)
-    ]
-    tail = torch.stack(tails).sum(0)
-    return twin.share_tail(sums, counts, tail, dropped.sum(dtype=torch.float64))
+    for rows in blocks(len(z), READ_ROWS):
+        _add_class_sums(z, features[rows], places[rows], sums, counts)
+    return twin.share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
 
 
 def _add_class_sums(
     z: Assignments,
     features: torch.Tensor,
     nodes: np.ndarray,
-    dropped: torch.Tensor,
     sums: torch.Tensor,
     counts: torch.Tensor,
-) -> torch.Tensor:
-    """Add a block of rows to the sums and counts; sum_i m_i f_i (d,) float64 of what it dropped."""
+) -> None:
+    """Add a block of rows to the sums and counts."""
     arrays = features.numpy(), nodes, *_lists(z), sums.numpy(), counts.numpy()
 
     def part(classes: slice) -> None:
         loops.class_sums(classes.start, classes.stop, *arrays)
 
-    def tail(rows: slice) -> torch.Tensor:
-        return dropped[rows] @ features[rows]
-
-    each(part, _parts(z.n_classes, n_threads()))
-    tails = each(tail, blocks(len(features), TAIL_ROWS))
-    return torch.stack(tails).sum(0, dtype=torch.float64)
+    each(part, _parts(len(sums), n_threads()))
 
 
 def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Tensor]:

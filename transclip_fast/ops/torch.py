@@ -262,8 +262,10 @@ def sum_of_squares(features: torch.Tensor) -> torch.Tensor:
     def part(rows: slice) -> torch.Tensor:
         return features[rows].double().square_().sum(0)
 
-    size = gemm_rows(features.device, features.shape[1])
-    return torch.stack(each(part, blocks(len(features), size), features.device)).sum(0)
+    parts = blocks(
+        len(features), SUM_ROWS if features.device.type == "cpu" else GEMM_ROWS["cuda"][0]
+    )
+    return torch.stack(each(part, parts, features.device)).sum(0)
 
 
 def _top_rows(values: torch.Tensor) -> torch.Tensor:
