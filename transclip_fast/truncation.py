@@ -19,7 +19,7 @@ DENSE_BYTES = 1 << 25
 FLOOR = 1e-4
 # Mass that candidates may miss on average, of y_hat^lambda: the mixture and the neighbours make
 # z sharper than that.
-MISSED = 2e-2
+MISSED = 5e-2
 SAMPLE = 512  # rows on which it is measured
 FEWEST, USUAL = 32, 128
 # Lists are held in scores, in z and in the next z: an int32 and a float32 each time.

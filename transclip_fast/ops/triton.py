@@ -126,7 +126,7 @@ def score(
 def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
     """See `Operations.sweep`."""
     graph, segments = _graph(affinity)
-    if base.classes is None:
+    if base.classes is None or z.classes is None or out.classes is None:
         sweep_kernels.sweep_full(base.values, graph, segments, z.values, out=out.values)
     else:
         sweep_kernels.sweep(
@@ -160,7 +160,9 @@ def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Te
     return terms[0], terms[1]
 
 
-def _graph(affinity: Affinity) -> tuple[tuple[torch.Tensor, ...], Segments]:
+def _graph(
+    affinity: Affinity,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Segments]:
     """Arrays of an affinity, and its hubs: found when it is first seen."""
     if affinity not in _segments:
         _segments[affinity] = Segments.of(affinity.offsets)
