@@ -2,7 +2,7 @@
 Class sums: Z^T F (K, d), the mass n_k of each class, and the sum of what rows dropped.
 
 Short form. The entries of z, with the mass each row dropped as one entry more of a class K, are
-sorted by class; equal ones stay in the order of the nodes. A program sums a piece of one class,
+sorted by class; equal ones stay in the order of the rows. A program sums a piece of one class,
 
     part_p = sum_e z_e f_(row of e),
 
@@ -32,7 +32,7 @@ SHARES, SHARE = 16, 1024  # of the rows in the full form: their number, and rows
 
 @triton.jit
 def piece_kernel(
-    order, values, rows, features, bounds, pieces, classes, part, part_counts,
+    order, values, features, bounds, pieces, classes, part, part_counts,
     n_classes, width, length, d, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One piece of a class, D dimensions of it."""
@@ -48,7 +48,7 @@ def piece_kernel(
             place = (start + tl.arange(0, E)).to(tl.int64)
             entry = tl.load(order + place, place < last, other=0)
             value = tl.load(values + entry, place < last, other=0.0).to(tl.float64)
-            row = tl.load(rows + entry // width)
+            row = entry // width
             mask = (place < last)[:, None] & (x < d)[None, :]
             f = tl.load(features + row[:, None] * d + x[None, :], mask, other=0.0)  # (E, D)
             total += tl.sum(value[:, None] * f.to(tl.float64), 0)
@@ -78,8 +78,8 @@ def total_kernel(part, part_counts, pieces, sums, counts, d, D: tl.constexpr, E:
 
 @triton.jit
 def full_kernel(
-    z, features, nodes, centre, part, part_counts, n_rows, n_classes, d, share,
-    NODES: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    z, features, centre, part, part_counts, n_rows, n_classes, d, share,
+    K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """A (K, D) block of Z^T (F - centre) over one share of the rows."""
     k = tl.program_id(0) * K + tl.arange(0, K)
@@ -91,11 +91,8 @@ def full_kernel(
     stop = tl.minimum((split + 1) * share, n_rows)
     for start in range(split * share, stop, R):
         row = (start + tl.arange(0, R)).to(tl.int64)
-        node = row
-        if NODES:
-            node = tl.load(nodes + row, row < stop, other=0)
         mask = (k < n_classes)[:, None] & (row < stop)[None, :]
-        mass = tl.load(z + node[None, :] * n_classes + k[:, None], mask, other=0.0)  # (K, R)
+        mass = tl.load(z + row[None, :] * n_classes + k[:, None], mask, other=0.0)  # (K, R)
         mask = (row < stop)[:, None] & (x < d)[None, :]
         f = tl.load(features + row[:, None] * d + x[None, :], mask, other=0.0)  # (R, D)
         f = f.to(tl.float32) - middle[None, :]
@@ -109,11 +106,7 @@ def full_kernel(
 
 
 def class_sums(
-    z: torch.Tensor,
-    classes: torch.Tensor,
-    n_classes: int,
-    features: torch.Tensor,
-    rows: torch.Tensor,
+    z: torch.Tensor, classes: torch.Tensor, n_classes: int, features: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Sums and masses of the short form.
@@ -122,8 +115,6 @@ def class_sums(
     ----------
     z, classes : Tensor (N, R) float32, int32
     features : Tensor (N, d)
-    rows : Tensor (N,) int64
-        Row of the features of each row of z.
 
     Returns
     -------
@@ -151,7 +142,7 @@ def class_sums(
     counts = part.new_empty(n_classes + 1)
     blocks = triton.cdiv(d, DIMS)
     piece_kernel[(most, blocks)](
-        order, values, rows, features, bounds, pieces, class_of, part, part_counts,
+        order, values, features, bounds, pieces, class_of, part, part_counts,
         n_classes + 1, width, length, d, D=DIMS, E=ENTRIES, num_warps=WARPS,
     )  # fmt: skip
     total_kernel[(n_classes + 1, blocks)](
@@ -161,18 +152,18 @@ def class_sums(
 
 
 def class_sums_full(
-    z: torch.Tensor, features: torch.Tensor, nodes: torch.Tensor | None = None
+    z: torch.Tensor, features: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (K, d) and masses (K,) float64 of the full form z (N, K); `nodes` (N,) its rows."""
+    """Sums (K, d) and masses (K,) float64 of the full form z (N, K)."""
     (n_rows, n_classes), d = z.shape, features.shape[1]
     centre = features[:4096].mean(0, dtype=torch.float32)
     shares = min(SHARES, triton.cdiv(n_rows, SHARE))
     part = z.new_empty(shares, n_classes, d, dtype=torch.float64)
     part_counts = part.new_empty(shares, n_classes)
     full_kernel[(triton.cdiv(n_classes, CLASSES), triton.cdiv(d, FULL_DIMS), shares)](
-        z, features, z if nodes is None else nodes, centre, part, part_counts,
+        z, features, centre, part, part_counts,
         n_rows, n_classes, d, triton.cdiv(n_rows, shares),
-        NODES=nodes is not None, K=CLASSES, D=FULL_DIMS, R=ROWS, num_warps=FULL_WARPS,
+        K=CLASSES, D=FULL_DIMS, R=ROWS, num_warps=FULL_WARPS,
     )  # fmt: skip
     counts = part_counts.sum(0)
     return part.sum(0).addr_(counts, centre.double()), counts

@@ -1,5 +1,7 @@
 """Every parameter of the solver against the float64 reference."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from tests import reference
 from tests.agreement import assert_agrees
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.solver import Parameters, Progress
+from transclip_fast.solver import Parameters
 
 GAMMA = 0.02
 
@@ -120,11 +122,26 @@ def test_tol_stops_when_the_objective_changes_less(problem):
     assert_agrees(model, fit_both(problem, False, {"unit_means": False, "max_iter": 5})[1])
 
 
-def test_progress_reports_every_step(problem):
+def test_progress_reports_rows_and_steps(problem):
     features, prototypes, _ = problem()
     seen = []
     model = TransCLIP(device="cpu", max_iter=4).fit(features, prototypes, progress=seen.append)
-    assert seen == [Progress(i + 1, 4, model.objective_[i] / 77) for i in range(4)]
+    steps = [new for old, new in pairwise(seen) if new.steps > old.steps]
+    assert [state.steps for state in steps] == [1, 2, 3, 4]
+    assert [state.objective for state in steps] == [model.objective_[i] / 77 for i in range(4)]
+    assert [state.rows for state in steps] == [77 * passes for passes in (4, 6, 8, 10)]
+    assert seen[-1].rows == seen[-1].all_rows == 77 * 12
+    assert all(old.rows <= new.rows for old, new in pairwise(seen))
+
+
+def test_progress_tells_how_many_labels_a_step_changed(problem):
+    features, prototypes, _ = problem(noise=0.1)
+    seen = []
+    TransCLIP(device="cpu", max_iter=1).fit(features, prototypes, progress=seen.append)
+    # The sweeps of the first step, and those of a run without steps.
+    labels = TransCLIP(device="cpu", max_iter=0).fit(features, prototypes).transduction_
+    before = (features.astype(float) @ prototypes.T).argmax(1)
+    assert seen[-1].changed == (labels != before).sum() > 0
 
 
 def test_matmul_precision_is_highest_and_then_restored(problem):
@@ -141,7 +158,7 @@ def test_matmul_precision_is_highest_and_then_restored(problem):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == ["highest"]
+    assert set(seen) == {"highest"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ keeps lists: row i holds class `classes[i, c]` with `values[i, c]`, the entries 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,28 @@ class Assignments:
         inside = (places >= 0) & (places < stop - start)
         whole = self.values.new_zeros(len(self), stop - start)
         return whole.scatter_add_(1, places.where(inside, 0), self.values.where(inside, 0))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `restore` needs; in the short form the entries in use, as they come first."""
+        if self.classes is None:
+            return {"z": self.values.cpu().numpy()}
+        used = self.values > 0
+        return {
+            "z": self.values[used].cpu().numpy(),
+            "classes": self.classes[used].cpu().numpy(),
+            "lengths": used.sum(1, dtype=torch.int32).cpu().numpy(),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over an earlier `state`, in place."""
+        z = torch.from_numpy(state["z"]).to(self.values.device)
+        if self.classes is None:
+            self.values.copy_(z)
+            return
+        lengths = torch.from_numpy(state["lengths"]).to(z.device)
+        used = torch.arange(self.values.shape[1], device=z.device) < lengths[:, None]
+        self.values.zero_()[used] = z
+        self.classes[used] = torch.from_numpy(state["classes"]).to(z.device)
 
     def numpy(self) -> np.ndarray | sparse.csr_array:
         """z (N, K) as an array, in the short form as scipy's CSR."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -29,14 +28,6 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used: {reason}") from error
     return device
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on the CPU, with what the cache of files gives back."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-    return 1024 * int(available.split()[0])
 
 
 @contextmanager

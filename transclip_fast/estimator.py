@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from transclip_fast.checkpoint import Checkpoint
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
@@ -17,26 +18,30 @@ from transclip_fast.inputs import (
     as_log_probabilities,
     as_logits,
     as_unit_rows,
+    unread_matrix,
 )
+from transclip_fast.memory import Size, choose_layout, parse_memory
 from transclip_fast.ops import BACKENDS, choose_backend
 from transclip_fast.prior import GivenPrior, LinearPrior, Prior
+from transclip_fast.progress import Meter, Progress
+from transclip_fast.rows import Rows
 from transclip_fast.solver import (
     Parameters,
-    Progress,
     Solution,
     check_number,
     check_weight,
     predict,
+    reads,
     solve,
 )
+from transclip_fast.stored import StoredRows
 from transclip_fast.support import Support
-from transclip_fast.truncation import FORMS, choose_truncation
+from transclip_fast.truncation import FORMS, Truncation, choose_truncation
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
 CHOICES: dict[str, tuple[object, ...]] = {
     "assignments": FORMS,
     "precision": ("float32", "float16"),
-    "memory": (None,),
     "backend": BACKENDS,
 }
 
@@ -69,8 +74,10 @@ class TransCLIP(Parameters):
         Who computes; triton does on a GPU, numba does sparse assignments on a CPU.
     precision : {"float32", "float16"}
         Of the features in products; sums are float32 and more. float16 needs backend triton.
-    memory
-        So far everything is held in memory: None.
+    memory : str or int, optional
+        How much may be used, "8GiB" or a number of bytes: by the process, and on a GPU by what
+        is there. It decides whether features are held on the device or read in every pass, and
+        how many candidates there are at most; what is free, where not given.
     **
         All other parameters are those of `transclip_fast.solver.Parameters`.
 
@@ -99,6 +106,8 @@ class TransCLIP(Parameters):
         The lambda used.
     device_ : torch.device
         The device used.
+    layout_ : transclip_fast.memory.Layout
+        What was held in memory.
     graph_ : NeighborGraph
         The graph used.
     zero_shot_labels_ : ndarray (N,) int64
@@ -116,7 +125,7 @@ class TransCLIP(Parameters):
     candidates: int | None = None
     rank: int | None = None
     precision: str = "float32"
-    memory: str | None = None
+    memory: str | int | None = None
     backend: str = "auto"
 
     @exact_float32()
@@ -132,8 +141,9 @@ class TransCLIP(Parameters):
         support_labels: Any = None,
         validation_features: Any = None,
         validation_labels: Any = None,
-        graph: NeighborGraph | Callable[[torch.Tensor], NeighborGraph] | None = None,
+        graph: NeighborGraph | Callable[[Rows], NeighborGraph] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None = None,
     ) -> TransCLIP:
         """
         Classify the rows of X. Arrays are numpy or torch, of any float type, and never modified.
@@ -141,7 +151,8 @@ class TransCLIP(Parameters):
         Parameters
         ----------
         X : array_like (N, d)
-            Image features of the queries; rows off the unit sphere are normalised.
+            Image features of the queries; rows off the unit sphere are normalised. A
+            `numpy.memmap` or `transclip_fast.stored.StoredRows` may be larger than memory.
         text_features : array_like (K, d), optional
             Text embedding of each class: the prior, unless another is given; then only the
             zero-shot attributes come from it.
@@ -156,11 +167,14 @@ class TransCLIP(Parameters):
         validation_features, validation_labels : array_like (V, d), (V,), optional
             Labelled rows that choose gamma where it is not given.
         graph : NeighborGraph or callable, optional
-            Neighbour lists of X, or what makes them from the unit rows, a tensor (N, d); exact
-            search where not given.
+            Neighbour lists of X, or what makes them from its unit rows, a
+            `transclip_fast.rows.Rows`; `build_graph` where not given.
         progress : callable, optional
-            Called with a `transclip_fast.solver.Progress` after every outer step; its steps run
-            over all values of gamma that are tried.
+            Called with a `transclip_fast.progress.Progress` after every block of rows that is
+            read, from any thread, and after every outer step.
+        checkpoint : callable, optional
+            Makes the `transclip_fast.checkpoint.Checkpoint` that keeps a run's state after its
+            outer steps, from a name and from what the fit has decided.
 
         Raises
         ------
@@ -169,10 +183,22 @@ class TransCLIP(Parameters):
         """
         self.check()
         device = self.device_ = resolve_device(self.device)
-        features = as_unit_rows(X, "X").to(device)
+        memory = parse_memory(self.memory)
+        in_file = isinstance(X, np.memmap | StoredRows)
+        matrix = unread_matrix(X, "X")
+        n_rows, dim = matrix.shape
         prior_, zero_shot = self._make_priors(
-            features, text_features, prior, prior_logits, prototypes
+            (n_rows, dim), device, text_features, prior, prior_logits, prototypes
         )
+        copied = in_file or matrix.dtype != torch.float32 or device.type != "cpu"
+        self.layout_ = choose_layout(
+            Size(n_rows, prior_.n_classes, dim, self.n_neighbors, copied=copied),
+            device,
+            form=self._form(),
+            candidates=self.candidates,
+            memory=memory,
+        )
+        features = Rows(matrix, "X", device, held=self.layout_.held)
         support = self._make_support(features, prior_, support_features, support_labels)
         validation = self._make_validation(features, prior_, validation_features, validation_labels)
         if support is not None and self.gamma is None and validation is None:
@@ -180,12 +206,11 @@ class TransCLIP(Parameters):
                 "few-shot needs gamma, or validation_features and validation_labels to choose it"
             )
         self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
-        only_sparse = self.assignments == "auto" and self.backend == "numba"
         truncation = choose_truncation(
             prior_,
             features,
             kl_weight=self.kl_weight_,
-            form="sparse" if only_sparse else self.assignments,
+            most=self.layout_.candidates,
             candidates=self.candidates,
             rank=self.rank,
         )
@@ -208,14 +233,16 @@ class TransCLIP(Parameters):
         if support is not None:
             gammas = GAMMAS if self.gamma is None else (self.gamma,)
 
-        def run(position: int) -> Solution:
-            def report(state: Progress) -> None:
-                if progress is not None:
-                    before, last = position * self.max_iter, len(gammas) * self.max_iter
-                    progress(replace(state, step=before + state.step, last=last))
+        meter = None
+        if progress is not None:
+            meter = Meter(n_rows, reads(prior_), self.max_iter, len(gammas), progress)
+            features.on_read = meter.rows
+        if self.precision == "float16":
+            features = features.half()
 
+        def run(position: int) -> Solution:
             return solve(
-                features if self.precision == "float32" else features.half(),
+                features,
                 prior_,
                 self.graph_,
                 self,
@@ -224,9 +251,12 @@ class TransCLIP(Parameters):
                 gamma=gammas[position],
                 truncation=truncation,
                 backend=self.backend_,
-                progress=report,
+                progress=meter and meter.run(position),
+                checkpoint=checkpoint and checkpoint(*self._identity(gammas[position], truncation)),
             )
 
+        if meter is not None:
+            features.on_read = meter.rows
         runs = ((gamma, run(position)) for position, gamma in enumerate(gammas))
         gamma, solution = _most_accurate(runs, validation)
         self.gamma_ = gamma if support else None
@@ -234,9 +264,31 @@ class TransCLIP(Parameters):
         self.truncation_ = truncation and truncation.losses(
             solution.assignments, solution.tail_mass
         )
+        features.on_read = None
         if zero_shot is not prior_:
             self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         return self
+
+    def _form(self) -> str:
+        """Of the assignments, as far as the parameters decide it."""
+        if self.assignments != "auto":
+            return self.assignments
+        only_sparse = self.backend == "numba" or self.candidates or self.rank
+        return "sparse" if only_sparse else "auto"
+
+    def _identity(self, gamma: float, truncation: Truncation | None) -> tuple[str, dict[str, Any]]:
+        """A name for a run, and what its result depends on beside the arrays given to `fit`."""
+        parameters = asdict(self)
+        del parameters["memory"]
+        identity = parameters | {
+            "kl_weight": self.kl_weight_,
+            "gamma": gamma,
+            "truncation": truncation and asdict(truncation),
+            "backend": self.backend_,
+            "device": self.device_.type,
+            "graph_sha256": self.graph_.sha256(),
+        }
+        return f"solve-{gamma}", identity
 
     def _keep(self, solution: Solution, prior: Prior, zero_shot: Prior) -> None:
         """Set the attributes, and what `predict_proba` and `tensors` need of the fit."""
@@ -284,7 +336,10 @@ class TransCLIP(Parameters):
                 if given
                 else "predict_proba: the fit was given a prior; give prior or prior_logits again"
             )
-        new_prior = self._prior or self._make_priors(features, None, prior, prior_logits, None)[0]
+        new_prior = (
+            self._prior
+            or self._make_priors((len(features), d), device, None, prior, prior_logits, None)[0]
+        )
         if new_prior.n_classes != n_classes:
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
         z = predict(
@@ -314,6 +369,7 @@ class TransCLIP(Parameters):
     def check(self) -> None:
         """Raise InputError for a parameter outside its range."""
         super().check()
+        parse_memory(self.memory)
         if self.gamma is not None:
             check_weight("gamma", self.gamma)
         for name, allowed in CHOICES.items():
@@ -331,7 +387,8 @@ class TransCLIP(Parameters):
 
     def _make_priors(
         self,
-        features: torch.Tensor,
+        shape: tuple[int, int],
+        device: torch.device,
         text_features: Any,
         prior: Any,
         prior_logits: Any,
@@ -342,17 +399,17 @@ class TransCLIP(Parameters):
             raise InputError("give one of prior, prior_logits and prototypes, not several")
 
         def linear(array: Any, name: str) -> Prior:
-            rows = as_unit_rows(array, name, columns=features.shape[1])
-            return LinearPrior.from_prototypes(rows, self.logit_scale).to(features.device)
+            rows = as_unit_rows(array, name, columns=shape[1])
+            return LinearPrior.from_prototypes(rows, self.logit_scale).to(device)
 
         def given(log_probabilities: torch.Tensor) -> Prior:
-            return GivenPrior(log_probabilities).to(features.device)
+            return GivenPrior(log_probabilities).to(device)
 
         text = None if text_features is None else linear(text_features, "text_features")
         if prior is not None:
-            chosen = given(as_log_probabilities(prior, "prior", rows=len(features)))
+            chosen = given(as_log_probabilities(prior, "prior", rows=shape[0]))
         elif prior_logits is not None:
-            chosen = given(as_logits(prior_logits, "prior_logits", rows=len(features)))
+            chosen = given(as_logits(prior_logits, "prior_logits", rows=shape[0]))
         elif prototypes is not None:
             chosen = linear(prototypes, "prototypes")
         elif text is not None:
@@ -368,9 +425,7 @@ class TransCLIP(Parameters):
             )
         return chosen, text or chosen
 
-    def _make_support(
-        self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
-    ) -> Support | None:
+    def _make_support(self, features: Rows, prior: Prior, rows: Any, labels: Any) -> Support | None:
         labelled = as_labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
@@ -385,7 +440,7 @@ class TransCLIP(Parameters):
         )
 
     def _make_validation(
-        self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
+        self, features: Rows, prior: Prior, rows: Any, labels: Any
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The most similar query (V,) of each validation row, and the labels (V,)."""
         labelled = as_labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from transclip_fast.errors import InputError
+from transclip_fast.stored import StoredRows
 
 # fp16 rows are off by up to 6e-4; renormalising those would move z by up to 3e-2.
 UNIT_NORM_TOLERANCE = 2e-3
@@ -35,25 +36,36 @@ def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Ten
     InputError
         Not two-dimensional, no rows, wrong number of columns, not numeric, NaN or infinite.
     """
-    tensor = _as_tensor(array, name)
-    if tensor.ndim != 2 or 0 in tensor.shape:
-        raise InputError(
-            f"{name}: expected a non-empty (rows, columns) array, got shape {tuple(tensor.shape)}"
-        )
-    if columns is not None and tensor.shape[1] != columns:
-        raise InputError(
-            f"{name}: has {tensor.shape[1]} columns, expected {columns}; encode both with one model"
-        )
-    for start in range(0, len(tensor), ROWS_PER_CHECK):
-        block = tensor[start : start + ROWS_PER_CHECK]
+    matrix = _in_memory(unread_matrix(array, name, columns))
+    for start in range(0, len(matrix), ROWS_PER_CHECK):
+        block = matrix[start : start + ROWS_PER_CHECK]
         if torch.isfinite(block.float().sum()):  # which it is not with a single NaN or infinity
             continue
         finite = torch.isfinite(block).all(1)
         if not finite.all():
-            row = start + int((~finite).nonzero()[0, 0])
-            kind = "NaN" if tensor[row].isnan().any() else "an infinite value"
-            raise InputError(f"{name}: row {row} contains {kind}; remove or recompute that row")
-    return tensor
+            raise _not_finite(matrix, start + int((~finite).nonzero()[0, 0]), name)
+    return matrix
+
+
+def unread_matrix(array: Any, name: str, columns: int | None = None) -> torch.Tensor | StoredRows:
+    """
+    A matrix whose entries were not looked at; what is in files stays there.
+
+    Raises
+    ------
+    InputError
+        Not two-dimensional, no rows, wrong number of columns, not numeric.
+    """
+    matrix = array if isinstance(array, StoredRows) else _as_tensor(array, name)
+    if len(matrix.shape) != 2 or 0 in matrix.shape:
+        raise InputError(
+            f"{name}: expected a non-empty (rows, columns) array, got shape {tuple(matrix.shape)}"
+        )
+    if columns is not None and matrix.shape[1] != columns:
+        raise InputError(
+            f"{name}: has {matrix.shape[1]} columns, expected {columns}; encode both with one model"
+        )
+    return matrix
 
 
 def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.Tensor:
@@ -68,8 +80,9 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
     InputError
         As `as_matrix`, and for an all-zero row.
     """
-    matrix = _aligned(as_matrix(array, name, columns=columns).to(torch.float32))
+    matrix = _in_memory(unread_matrix(array, name, columns))
     divisors = unit_divisors(matrix, name)
+    matrix = _aligned(matrix.to(torch.float32))
     if divisors is not None:
         off = (divisors != 1).nonzero()[:, 0]
         matrix = matrix.clone()
@@ -77,7 +90,7 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
     return matrix
 
 
-def unit_divisors(matrix: torch.Tensor, name: str) -> torch.Tensor | None:
+def unit_divisors(matrix: torch.Tensor | StoredRows, name: str) -> torch.Tensor | None:
     """
     What makes unit rows of (N, d): norms (N,) float64 of rows further than 2e-3 off, else 1.
 
@@ -86,15 +99,15 @@ def unit_divisors(matrix: torch.Tensor, name: str) -> torch.Tensor | None:
     Raises
     ------
     InputError
-        An all-zero row, or one too large for float32.
+        A row that is all zero, not finite, or too large for float32.
     """
-    norms = torch.cat([_norms(block) for block in torch.split(matrix, ROWS_PER_CHECK)])
+    blocks = range(0, len(matrix), ROWS_PER_CHECK)
+    norms = torch.cat([_norms(matrix[start : start + ROWS_PER_CHECK]) for start in blocks])
+    if not norms.isfinite().all():
+        raise _not_finite(matrix, int((~norms.isfinite()).nonzero()[0, 0]), name)
     if not norms.all():
         row = int((norms == 0).nonzero()[0, 0])
         raise InputError(f"{name}: row {row} is all zero; remove or recompute that row")
-    if not norms.isfinite().all():
-        row = int((~norms.isfinite()).nonzero()[0, 0])
-        raise InputError(f"{name}: row {row} is too large for float32; rescale that row")
     near = (norms - 1).abs() <= UNIT_NORM_TOLERANCE
     if near.all():
         return None
@@ -196,15 +209,27 @@ def _as_tensor(array: Any, name: str) -> torch.Tensor:
     return tensor
 
 
+def _in_memory(matrix: torch.Tensor | StoredRows) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(matrix)) if isinstance(matrix, StoredRows) else matrix
+
+
+def _not_finite(matrix: torch.Tensor | StoredRows, row: int, name: str) -> InputError:
+    values = torch.as_tensor(matrix[row : row + 1])
+    if values.isfinite().all():
+        return InputError(f"{name}: row {row} is too large for float32; rescale that row")
+    kind = "NaN" if values.isnan().any() else "an infinite value"
+    return InputError(f"{name}: row {row} contains {kind}; remove or recompute that row")
+
+
 def _checked_rows(matrix: torch.Tensor, name: str, rows: int) -> torch.Tensor:
     if len(matrix) != rows:
         raise InputError(f"{name}: has {len(matrix)} rows, expected {rows}, one per query")
     return matrix
 
 
-def _norms(block: torch.Tensor) -> torch.Tensor:
+def _norms(block: torch.Tensor | np.ndarray) -> torch.Tensor:
     """Norm of each row (n,) float64."""
-    block = block.to(torch.float32)
+    block = torch.as_tensor(block).to(torch.float32)
     norms: torch.Tensor = torch.linalg.vector_norm(block, dim=1)
     if ((norms - 1).abs() > UNIT_NORM_TOLERANCE / 2).any() or not norms.isfinite().all():
         # Squares can overflow or vanish in float32 while the row itself is fine.

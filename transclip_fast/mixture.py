@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from transclip_fast.rows import UnitRows
+
 COVARIANCES = ("diagonal", "isotropic")
 # Times 1/d. One real backbone reaches a variance of 4.5e-7; a larger floor changes labels.
 VARIANCE_FLOOR = 1e-6
@@ -47,7 +49,7 @@ class Mixture:
         cls,
         log_weights: torch.Tensor,
         rows: torch.Tensor,
-        features: torch.Tensor,
+        features: UnitRows,
         shots: Moments | None = None,
     ) -> Mixture:
         """

@@ -10,6 +10,7 @@ import torch
 
 from transclip_fast.device import exact_float32
 from transclip_fast.ops.torch import linear_log_prior
+from transclip_fast.rows import UnitRows
 
 ROWS = 16384
 
@@ -38,11 +39,11 @@ class LinearPrior:
     def to(self, device: torch.device) -> LinearPrior:
         return LinearPrior(self.weights.to(device))
 
-    def at(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def at(self, features: UnitRows, rows: torch.Tensor) -> torch.Tensor:
         """log y_hat (n, K) of some rows (n,)."""
         return linear_log_prior(features[rows], self.weights)
 
-    def predict(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
         return _most_likely(linear_log_prior(rows, self.weights) for rows in _blocks(features))
 
@@ -61,11 +62,11 @@ class GivenPrior:
     def to(self, device: torch.device) -> GivenPrior:
         return GivenPrior(self.log_probabilities.to(device))
 
-    def at(self, features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def at(self, features: UnitRows, rows: torch.Tensor) -> torch.Tensor:
         """log y_hat (n, K) of some rows (n,)."""
         return self.log_probabilities[rows]
 
-    def predict(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
         return _most_likely(_blocks(self.log_probabilities))
 
@@ -73,9 +74,9 @@ class GivenPrior:
 Prior = LinearPrior | GivenPrior
 
 
-def _blocks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    for start in range(0, len(tensor), ROWS):
-        yield tensor[start : start + ROWS]
+def _blocks(rows: UnitRows) -> Iterator[torch.Tensor]:
+    for start in range(0, len(rows), ROWS):
+        yield rows[start : start + ROWS]
 
 
 def _most_likely(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 
 from transclip_fast.assignments import Assignments, Scores
+from transclip_fast.checkpoint import Checkpoint, NoCheckpoint, State
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph import Affinity, NeighborGraph, affinity
@@ -20,6 +23,7 @@ from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.mixture import COVARIANCES, Mixture, Moments
 from transclip_fast.ops import Operations, operations
 from transclip_fast.prior import Prior
+from transclip_fast.rows import UnitRows
 from transclip_fast.support import Support
 from transclip_fast.truncation import Truncation
 
@@ -100,12 +104,12 @@ def check_weight(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """State after an outer step: its number, the last one's, the objective per query."""
+class Step:
+    """An outer step that was taken: its number, the objective per query, labels it changed."""
 
-    step: int
-    last: int
+    number: int
     objective: float
+    changed: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Solution:
 
 
 def solve(
-    features: torch.Tensor,
+    features: UnitRows,
     prior: Prior,
     graph: NeighborGraph,
     parameters: Parameters,
@@ -138,14 +142,19 @@ def solve(
     gamma: float = 0.0,
     truncation: Truncation | None = None,
     backend: str = "torch",
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Step], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Solution:
     """
     Classify all queries jointly.
 
+    The features are read `reads(prior)` times before the first step and twice in every outer
+    step: new means need the assignments of all rows, and those the scores of all rows under the
+    means before.
+
     Parameters
     ----------
-    features : Tensor (N, d) float32
+    features : Tensor or Rows (N, d)
         Unit rows, on the device that does the work.
     prior : Prior
         y_hat, on the same device.
@@ -161,8 +170,10 @@ def solve(
         Whose operations, one of those that `ops.choose_backend` returns.
     progress : callable, optional
         Called after every outer step.
+    checkpoint : Checkpoint, optional
+        Where the state after an outer step is kept, and found.
     """
-    ops = operations(backend)
+    ops, checkpoint = operations(backend), checkpoint or NoCheckpoint()
     with exact_float32(), ops.session():
         run = _Run(
             ops,
@@ -175,21 +186,34 @@ def solve(
             gamma=gamma,
             truncation=truncation,
         )
-        history: list[float] = []
-        n_iter = 0
-        for n_iter in range(1, parameters.max_iter + 1):
+        history = run.resume(checkpoint.load())
+        while not _finished(history, parameters, len(features)):
+            before = run.z.best()[0] if progress is not None else None
             run.update_assignments()
             run.update_means()
             run.update_variance()
             history.append(run.objective())
-            if progress is not None:
-                progress(Progress(n_iter, parameters.max_iter, history[-1] / len(features)))
-            if len(history) > 1 and abs(history[-1] - history[-2]) < parameters.tol * len(features):
-                break
+            checkpoint.keep(partial(run.state, history))
+            if progress is not None and before is not None:
+                changed = int((run.z.best()[0] != before).sum())
+                progress(Step(len(history), history[-1] / len(features), changed))
+        n_iter = len(history)
         run.update_assignments()
         history.append(run.objective())
     tail_mass = float(run.base.tail.max())
     return Solution(run.finish(), run.mixture, n_iter, history, tail_mass, *run.prior_best)
+
+
+def reads(prior: Prior) -> int:
+    """How often the features are read before the first step: for squares, and a linear prior."""
+    return 1 if prior.weights is None else 2
+
+
+def _finished(history: list[float], parameters: Parameters, n_rows: int) -> bool:
+    """Whether that was the last outer step."""
+    if len(history) >= parameters.max_iter:
+        return True
+    return len(history) > 1 and abs(history[-1] - history[-2]) < parameters.tol * n_rows
 
 
 class _Run:
@@ -198,7 +222,7 @@ class _Run:
     def __init__(
         self,
         ops: Operations,
-        features: torch.Tensor,
+        features: UnitRows,
         prior: Prior,
         graph: NeighborGraph,
         parameters: Parameters,
@@ -300,6 +324,23 @@ class _Run:
             value = value - self.support.received(self.z, self.nodes)
         return float(value - self.parameters.likelihood_weight * likelihood)
 
+    def state(self, history: list[float]) -> dict[str, np.ndarray]:
+        """What `resume` needs to go on after the last step of the history."""
+        mixture = {"means": self.mixture.means, "variances": self.mixture.variances}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in mixture.items()}
+        return {"objective": np.array(history), **arrays, **self.z.state()}
+
+    def resume(self, state: State | None) -> list[float]:
+        """Go on from an earlier `state`; the objective after each step that was taken."""
+        if state is None:
+            return []
+        self.z.restore(state)
+        device = self.features.device
+        means, variances = (torch.from_numpy(state[x]).to(device) for x in ("means", "variances"))
+        self.mixture = Mixture(means, variances)
+        history: list[float] = state["objective"].tolist()
+        return history
+
     def finish(self) -> Assignments:
         """z in the order of the features, once nothing else is needed."""
         del self.spare, self.base
@@ -312,7 +353,7 @@ class _Run:
 
 
 def predict(
-    features: torch.Tensor,
+    features: UnitRows,
     mixture: Mixture,
     prior: Prior,
     *,
@@ -324,7 +365,8 @@ def predict(
         weights, offset = linear_score(
             mixture, prior, likelihood_weight=likelihood_weight, kl_weight=kl_weight
         )
-        out = Scores.empty(features.new_zeros(len(features)), prior.n_classes, None)
+        reach = torch.zeros(len(features), dtype=torch.float32, device=features.device)
+        out = Scores.empty(reach, prior.n_classes, None)
         log_prior = prior.log_probabilities if kl_weight else None
         score = operations("torch").score
         score(features, weights, offset, log_prior=log_prior, prior_weight=kl_weight, out=out)

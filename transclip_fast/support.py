@@ -10,6 +10,7 @@ from transclip_fast.assignments import Assignments
 from transclip_fast.graph import nearest
 from transclip_fast.mixture import Moments
 from transclip_fast.ops import Messages
+from transclip_fast.rows import UnitRows
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Support:
         cls,
         support: torch.Tensor,
         labels: torch.Tensor,
-        features: torch.Tensor,
+        features: UnitRows,
         *,
         n_classes: int,
         n_neighbors: int,

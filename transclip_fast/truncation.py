@@ -8,23 +8,18 @@ from dataclasses import asdict, dataclass
 import torch
 
 from transclip_fast.assignments import Assignments
-from transclip_fast.device import free_bytes
 from transclip_fast.errors import InputError
+from transclip_fast.memory import ENTRY_BYTES, FEWEST, SMALL
 from transclip_fast.prior import Prior
+from transclip_fast.rows import UnitRows
 
 FORMS = ("auto", "dense", "sparse")
-# Up to this size z, its successor and its scores stay whole: nothing is gained by lists.
-DENSE_BYTES = 1 << 25
 # z below this is left out; the mass of what is left out is dealt with as a whole.
 FLOOR = 1e-4
 # Mass that candidates may miss on average, of y_hat^lambda: the mixture and the neighbours make
 # z sharper than that.
 MISSED = 5e-2
 SAMPLE = 512  # rows on which it is measured
-FEWEST, USUAL = 32, 128
-# Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
-ENTRY_BYTES = 24
-SMALL = 1 << 24  # bytes of lists that are no matter, however few candidates would do
 MUCH = 0.1  # of the mass of z, not to be dropped in silence
 
 
@@ -49,9 +44,9 @@ class Truncation:
     floor: float = FLOOR
 
     @classmethod
-    def measured(cls, sample: torch.Tensor, n_rows: int, free: int) -> Truncation:
+    def measured(cls, sample: torch.Tensor, n_rows: int, most: int) -> Truncation:
         """
-        As many candidates as the prior needs and memory allows.
+        As many candidates as the prior needs.
 
         Parameters
         ----------
@@ -59,17 +54,13 @@ class Truncation:
             lambda log y_hat of some of the rows, normalised.
         n_rows : int
             N.
-        free : int
-            Bytes of memory that is free; lists take half of it at most.
+        most : int
+            For how many there is room.
         """
-        fewest = max(FEWEST, SMALL // (ENTRY_BYTES * n_rows))
-        room = max(1, free // (2 * ENTRY_BYTES * n_rows))
-        if room < min(FEWEST, sample.shape[1]):
-            warnings.warn(f"memory leaves room for {room} classes a row only", stacklevel=4)
-        most = min(max(USUAL, fewest), room, sample.shape[1])
+        most = min(most, sample.shape[1])
         # Mass of the 1, 2, ... largest classes of a row, averages over the sample.
         mass = sample.exp().topk(most, dim=1).values.cumsum(1).mean(0)
-        needed = fewest
+        needed = max(FEWEST, SMALL // (ENTRY_BYTES * n_rows))
         while needed < most and mass[needed - 1] < 1 - MISSED:
             needed *= 2
         kept = min(needed, most)
@@ -94,10 +85,10 @@ class Truncation:
 
 def choose_truncation(
     prior: Prior,
-    features: torch.Tensor,
+    features: UnitRows,
     *,
     kl_weight: float,
-    form: str,
+    most: int | None,
     candidates: int | None,
     rank: int | None,
 ) -> Truncation | None:
@@ -108,7 +99,8 @@ def choose_truncation(
     ----------
     kl_weight : float
         lambda.
-    form : {"auto", "dense", "sparse"}
+    most : int or None
+        Candidates for which there is room; None where z is dense.
     candidates, rank : int, optional
         C and R where they are given; with both at K nothing at all is dropped.
 
@@ -117,18 +109,15 @@ def choose_truncation(
     InputError
         `rank` above `candidates`.
     """
-    n_rows, n_classes, free = len(features), prior.n_classes, free_bytes(features.device)
-    if form == "auto" and candidates is None and rank is None:
-        limit = DENSE_BYTES if features.device.type == "cpu" else free // 2
-        form = "dense" if 12 * n_rows * n_classes <= limit else "sparse"
-    if form == "dense":
+    if most is None:
         return None
+    n_rows, n_classes = len(features), prior.n_classes
     size = min(n_rows, SAMPLE)
     candidates, rank = (c if c is None else min(c, n_classes) for c in (candidates, rank))
     if candidates is None:
         rows = torch.arange(size, device=features.device) * n_rows // size
         sample = prior.at(features, rows).mul_(kl_weight).nan_to_num_(0.0, neginf=-torch.inf)
-        chosen = Truncation.measured(torch.log_softmax(sample, 1), n_rows, free)
+        chosen = Truncation.measured(torch.log_softmax(sample, 1), n_rows, most)
         candidates = max(chosen.candidates, rank or 1)
     elif rank is not None and rank > candidates:
         raise InputError(f"rank={rank} is more than candidates={candidates}")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.cli.test_solve import read
-from transclip_fast.store import arrays as store_arrays
-from transclip_fast.store import graphs
+from transclip_fast.cli import graph as graph_command
+from transclip_fast.store.checkpoint import FileCheckpoint
 from transclip_fast.store.features import array_sha256
 
 
@@ -166,10 +166,10 @@ def test_anchors_from_a_file(save, arrays, succeeds, refused, tmp_path):
 
 @pytest.mark.parametrize("method", ["exact", "ivf"])
 def test_a_killed_search_goes_on(method, save, arrays, cli, succeeds, tmp_path, monkeypatch):
-    monkeypatch.setattr(graphs, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(graph_command, "CHECKPOINT_SECONDS", 0.0)
     command = ("graph", save(arrays), "--method", method, "--out")
     succeeds(*command, tmp_path / "whole")
-    keep, kept = graphs.GraphCheckpoint.keep, []
+    keep, kept = FileCheckpoint.keep, []
 
     def killed(self, state):
         keep(self, state)
@@ -177,21 +177,24 @@ def test_a_killed_search_goes_on(method, save, arrays, cli, succeeds, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphs.GraphCheckpoint, "keep", killed)
+        patch.setattr(FileCheckpoint, "keep", killed)
         assert cli(*command, tmp_path / "graph").code != 0
     assert not (tmp_path / "graph").exists()
-    assert (tmp_path / ".graph.progress.npz").exists()
+    assert (tmp_path / ".graph.search.npz").exists()
     succeeds(*command, tmp_path / "graph")
-    assert not (tmp_path / ".graph.progress.npz").exists()
+    assert not (tmp_path / ".graph.search.npz").exists()
     for name in ("neighbors.npy", "similarities.npy"):
         assert (tmp_path / "graph" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_large_file_stays_on_disk(arrays, succeeds, tmp_path, monkeypatch):
-    np.save(tmp_path / "images.npy", arrays["image_features"])
-    succeeds("graph", tmp_path / "images.npy", "--out", tmp_path / "read")
-    monkeypatch.setattr(store_arrays, "MAPPED_BYTES", 1)
-    assert isinstance(store_arrays.read_array(tmp_path / "images.npy", "x"), np.memmap)
-    succeeds("graph", tmp_path / "images.npy", "--out", tmp_path / "mapped")
+def test_shards_are_read_where_they_are(arrays, succeeds, tmp_path):
+    """The same graph from one file and from three, one of them empty."""
+    features = arrays["image_features"]
+    np.save(tmp_path / "images.npy", features)
+    (tmp_path / "folder" / "img_emb").mkdir(parents=True)
+    for number, part in enumerate((features[:30], features[:0], features[30:])):
+        np.save(tmp_path / "folder" / "img_emb" / f"img_emb_{number}.npy", part)
+    succeeds("graph", tmp_path / "images.npy", "--out", tmp_path / "one")
+    succeeds("graph", tmp_path / "folder", "--out", tmp_path / "three")
     for name in ("neighbors.npy", "similarities.npy"):
-        assert (tmp_path / "read" / name).read_bytes() == (tmp_path / "mapped" / name).read_bytes()
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()

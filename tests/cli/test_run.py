@@ -77,7 +77,7 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     assert run["n_queries"] == 12
     assert run["seconds"]["solve"] > 0
     before = contents(tmp_path / "out")
-    for stage in ("encode.load_backbone", "run.graph_features", "run.solve_features"):
+    for stage in ("encode.load_backbone", "run.kept_graph", "run.solve_features"):
         monkeypatch.setattr(f"transclip_fast.cli.{stage}", None)
     again = cli(*command)
     assert (again.code, again.out) == (0, first.out)

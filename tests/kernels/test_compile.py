@@ -78,7 +78,7 @@ def select(n_classes, given):
 
 def pieces(features):
     arguments = {
-        "order": I64, "values": F32, "rows": I64, "features": features, "bounds": I64,
+        "order": I64, "values": F32, "features": features, "bounds": I64,
         "pieces": I64, "classes": I64, "part": F64, "part_counts": F64, "n_classes": SIZE,
         "width": SIZE, "length": SIZE, "d": EVEN,
     }  # fmt: skip
@@ -95,11 +95,10 @@ def totals():
 
 def full_sums(features):
     arguments = {
-        "z": F32, "features": features, "nodes": I64, "centre": F32, "part": F64,
+        "z": F32, "features": features, "centre": F32, "part": F64,
         "part_counts": F64, "n_rows": SIZE, "n_classes": SIZE, "d": EVEN, "share": SIZE,
     }  # fmt: skip
-    constants = {"NODES": True, "K": class_sums.CLASSES, "D": class_sums.FULL_DIMS}
-    constants["R"] = class_sums.ROWS
+    constants = {"K": class_sums.CLASSES, "D": class_sums.FULL_DIMS, "R": class_sums.ROWS}
     return class_sums.full_kernel, arguments, constants, {"num_warps": class_sums.FULL_WARPS}
 
 

@@ -30,7 +30,7 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(twin, "SUM_CLASSES", 5)
         monkeypatch.setitem(twin.BLOCK_BYTES, "cpu", 4 * K * 6)
         monkeypatch.setattr(numba, "SWEEP_ROWS", 6)
-        monkeypatch.setattr(numba, "READ_ROWS", 30)
+        monkeypatch.setitem(twin.READ_ROWS, "cpu", 30)
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,10 +14,15 @@ import torch
 from transclip_fast.cli import common
 from transclip_fast.cli.common import Command
 from transclip_fast.device import resolve_device
+from transclip_fast.errors import InputError
 from transclip_fast.graph import METHODS, NeighborGraph, build_graph
+from transclip_fast.rows import Rows
 from transclip_fast.store.atomic import new_folder, writing
+from transclip_fast.store.checkpoint import FileCheckpoint, forget
 from transclip_fast.store.features import Features, array_sha256, load_features
-from transclip_fast.store.graphs import CONTENTS, GraphCheckpoint, save_graph
+from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
+
+CHECKPOINT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -122,17 +129,15 @@ def graph_features(
     device: torch.device,
     stages: common.Stages,
     options: GraphOptions = AUTO,
+    rows: Rows | None = None,
 ) -> tuple[NeighborGraph, dict[str, Any]]:
-    """Search stored features and write the graph folder `out`; the graph and its manifest."""
-    features_sha256, starts = stored.sha256(), anchors(stored)
-    identity = {
-        "features_sha256": features_sha256,
-        "anchors_sha256": None if starts is None else array_sha256(starts),
-        "n_neighbors": n_neighbors,
-        "device": device.type,
-        **asdict(options),
-    }
-    checkpoint = GraphCheckpoint(out, identity)
+    """
+    Search stored features and write the graph folder `out`; the graph and its manifest.
+
+    `rows` are their unit rows, where they are at hand.
+    """
+    identity = _identity(stored, n_neighbors, options) | {"device": device.type}
+    checkpoint = FileCheckpoint(out, "search", identity, CHECKPOINT_SECONDS)
     origins = {"features": stored.origins["image_features"], "anchors": stored.path}
     with common.collected_warnings(origins) as warnings, new_folder(out, CONTENTS) as folder:
         with (
@@ -141,7 +146,7 @@ def graph_features(
             common.progress("graph", "rows") as show,
         ):
             graph = options.build(
-                stored.get("image_features"),
+                stored.get("image_features") if rows is None else rows,
                 n_neighbors,
                 stored,
                 device=device,
@@ -151,7 +156,8 @@ def graph_features(
         manifest = {
             "n_rows": len(graph),
             "n_neighbors": n_neighbors,
-            "features_sha256": features_sha256,
+            "features_sha256": stored.sha256(),
+            "identity": identity,
             "seconds": stages.seconds,
             "device": str(device),
             "versions": common.versions(),
@@ -159,5 +165,34 @@ def graph_features(
         }
         with writing(out):
             save_graph(folder, graph, manifest)
-    checkpoint.remove()
+    forget(out, "search")
     return graph, manifest
+
+
+def kept_graph(
+    folder: Path,
+    stored: Features,
+    n_neighbors: int,
+    device: torch.device,
+    stages: common.Stages,
+    options: GraphOptions = AUTO,
+    rows: Rows | None = None,
+) -> NeighborGraph:
+    """The graph in a folder where it is whole and would be made again; otherwise a new one."""
+    with contextlib.suppress(InputError):
+        identity = load_manifest(folder).get("identity", {})
+        if identity == _identity(stored, n_neighbors, options) | {"device": device.type}:
+            graph = load_graph(folder, stored.sha256())
+            return graph.check(len(stored.get("image_features")), n_neighbors)
+    return graph_features(stored, str(folder), n_neighbors, device, stages, options, rows)[0]
+
+
+def _identity(stored: Features, n_neighbors: int, options: GraphOptions) -> dict[str, Any]:
+    """What decides the neighbours."""
+    starts = anchors(stored)
+    return {
+        "features_sha256": stored.sha256(),
+        "anchors_sha256": None if starts is None else array_sha256(starts),
+        "n_neighbors": n_neighbors,
+        **asdict(options),
+    }

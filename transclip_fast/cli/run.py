@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ from transclip_fast.cli import common
 from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
-from transclip_fast.cli.graph import AUTO, GraphOptions, graph_features, method_option
+from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph, method_option
 from transclip_fast.cli.solve import requested, solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph import NeighborGraph
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import load_mixture, load_result
 
 
@@ -73,28 +70,13 @@ def solve_folder(
     result = folder / "result"
     run = _solved(result, stored, model)
     if run is None:
-        graph = _graph(folder / "graph", stored, model, stages, options)
+        device = resolve_device(model.device)
+        graph = kept_graph(folder / "graph", stored, model.n_neighbors, device, stages, options)
         run = solve_features(stored, str(result), model, graph, stages)
     text = solve_text(run, str(result))
     if run["accuracy"] is not None:
         text = f"{text}\n\n{evaluation_text(*evaluate_result(str(result)))}"
     return run, text
-
-
-def _graph(
-    folder: Path,
-    stored: Features,
-    model: TransCLIP,
-    stages: common.Stages,
-    options: GraphOptions,
-) -> NeighborGraph:
-    """The graph in a folder where it is whole and of these features, otherwise a new one."""
-    with contextlib.suppress(InputError):
-        graph = load_graph(folder, stored.sha256())
-        if graph.n_neighbors == model.n_neighbors:
-            return graph.check(len(stored.get("image_features")), model.n_neighbors)
-    device = resolve_device(model.device)
-    return graph_features(stored, str(folder), model.n_neighbors, device, stages, options)[0]
 
 
 def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] | None:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import torch
 
 from transclip_fast.cli import common
-from transclip_fast.cli.graph import AUTO, GraphOptions, describe, method_option
+from transclip_fast.cli.graph import AUTO, GraphOptions, describe, kept_graph, method_option
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
 from transclip_fast.graph import NeighborGraph
 from transclip_fast.graph.affinity import GRAPH_MODES
-from transclip_fast.inputs import as_labels, as_unit_rows
+from transclip_fast.inputs import as_labels
 from transclip_fast.mixture import COVARIANCES
 from transclip_fast.ops import BACKENDS
-from transclip_fast.solver import Progress
-from transclip_fast.store.atomic import new_folder, writing
+from transclip_fast.progress import Progress
+from transclip_fast.rows import Rows
+from transclip_fast.store.atomic import beside, new_folder, writing
+from transclip_fast.store.checkpoint import FileCheckpoint, forget
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
 from transclip_fast.truncation import FORMS
+from transclip_fast.version import __version__
 
 FIT_ARRAYS = tuple(
     name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
@@ -58,8 +63,9 @@ COMPUTATION = {
     "candidates": "Sparse: classes of a row that messages reach.  [default: measured]",
     "rank": "Sparse: classes kept of a row.  [default: as many as candidates]",
     "backend": "Who computes.",
+    "memory": "What may be used, as 8GiB.  [default: what is free]",
 }
-WHOLE_NUMBERS = ("candidates", "rank")
+CHECKPOINT_SECONDS = 1.0
 
 
 def _array_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,8 +84,7 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
             continue
         flag = f"--{field.name.replace('_', '-')}"
         kind: Any = type(field.default) if field.default is not None else float
-        if field.name in WHOLE_NUMBERS:
-            kind = int
+        kind = {"candidates": int, "rank": int, "memory": str}.get(field.name, kind)
         if kind is bool:
             flag, kind = f"{flag}/--no-{flag[2:]}", None
         if field.name in CHOICES:
@@ -151,14 +156,22 @@ def solve_features(
     stages: common.Stages,
     options: GraphOptions = AUTO,
 ) -> dict[str, Any]:
-    """Solve stored features and write the result folder `out`; what is in its run.json."""
+    """
+    Solve stored features and write the result folder `out`; what is in its run.json.
+
+    What a killed solve has done lies beside the folder until it is there: the graph, where none
+    was given, and the state after the last step.
+    """
+    own_graph = beside(out, "graph")
+    stored.origins |= {"X": stored.origins["image_features"], out: out, str(own_graph): out}
     with (
         common.collected_warnings(stored.origins) as warnings,
         new_folder(out, CONTENTS) as folder,
     ):
         with common.named(stored.origins, stored.path):
             truth = _truth(stored)
-            _fit(model, stored, graph, stages, options)
+            source = graph or partial(_search, own_graph, stored, model, stages, options)
+            _fit(model, stored, source, stages, partial(_checkpoint, out, stored))
         _check(model, stored, truth, warnings)
         run = _summary(model, stored, truth, warnings)
         run["seconds"] = stages.seconds
@@ -170,34 +183,59 @@ def solve_features(
         )
         with writing(out):
             save_result(folder, tables, run, model.tensors())
+    forget(out, "solve-")
+    shutil.rmtree(own_graph, ignore_errors=True)
     return run
 
 
 def _fit(
     model: TransCLIP,
     stored: Features,
-    graph: NeighborGraph | None,
+    graph: NeighborGraph | Callable[[Rows], NeighborGraph],
     stages: common.Stages,
-    options: GraphOptions,
+    checkpoint: Callable[[str, dict[str, Any]], FileCheckpoint],
 ) -> None:
-    rows = as_unit_rows(stored.get("image_features"), "image_features")
-
-    def search(unit_rows: torch.Tensor) -> NeighborGraph:
-        with stages.time("graph"), common.progress("graph", "rows") as show:
-            return options.build(
-                unit_rows, model.n_neighbors, stored, device=unit_rows.device, progress=show
-            )
-
     searched = stages.seconds.get("graph", 0.0)  # by a caller, before this solve
-    with stages.time("solve"), common.progress("solve", "steps") as show:
+    with stages.time("solve"), common.progress("solve", "rows") as show:
 
-        def step(state: Progress) -> None:
-            show(state.step, state.last, objective=f"{state.objective:.5f}")
+        def report(state: Progress) -> None:
+            figures: dict[str, Any] = {"step": f"{state.steps}/{state.all_steps}"}
+            if state.objective is not None:
+                figures |= {"objective": f"{state.objective:.5f}", "changed": state.changed}
+            show(state.rows, state.all_rows, **figures)
 
-        arrays = {name: stored.get(name) for name in FIT_ARRAYS}
-        model.fit(rows, graph=search if graph is None else graph, progress=step, **arrays)
+        arrays = {name: stored.get(name) for name in ("image_features", *FIT_ARRAYS)}
+        model.fit(
+            arrays.pop("image_features"),
+            graph=graph,
+            progress=report,
+            checkpoint=checkpoint,
+            **arrays,
+        )
     searching = stages.seconds.get("graph", 0.0) - searched
     stages.seconds["solve"] = round(stages.seconds["solve"] - searching, 4)
+
+
+def _search(
+    folder: Path,
+    stored: Features,
+    model: TransCLIP,
+    stages: common.Stages,
+    options: GraphOptions,
+    rows: Rows,
+) -> NeighborGraph:
+    return kept_graph(folder, stored, model.n_neighbors, rows.device, stages, options, rows)
+
+
+def _checkpoint(
+    out: str,
+    stored: Features,
+    name: str,
+    identity: dict[str, Any],
+) -> FileCheckpoint:
+    """Keeps a run's state, beside the folder that it will fill."""
+    identity |= {"inputs_sha256": stored.inputs_sha256(), "version": __version__}
+    return FileCheckpoint(out, name, identity, CHECKPOINT_SECONDS)
 
 
 def _truth(stored: Features) -> np.ndarray | None:
@@ -267,7 +305,7 @@ def _summary(
 
 def requested(model: TransCLIP) -> dict[str, Any]:
     """The parameters as given, before data decided what was left open."""
-    return {name: getattr(model, name) for name in PARAMETERS | COMPUTATION}
+    return {name: getattr(model, name) for name in PARAMETERS | COMPUTATION if name != "memory"}
 
 
 def text(run: dict[str, Any], out: str) -> str:

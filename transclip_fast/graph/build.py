@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from transclip_fast.checkpoint import Checkpoint, Count, NoCheckpoint
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.anchored import anchored_centres
 from transclip_fast.graph.best import DECIDE_ROWS, SPARE, BestLists, decide, products
-from transclip_fast.graph.checkpoint import Checkpoint, NoCheckpoint, Progress
 from transclip_fast.graph.exact import search_exact
 from transclip_fast.graph.ivf import kmeans_centres
 from transclip_fast.graph.lists import NeighborGraph
@@ -34,7 +34,7 @@ def build_graph(
     recall: float = 0.99,
     anchors: object = None,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Count | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> NeighborGraph:
     """
@@ -42,8 +42,8 @@ def build_graph(
 
     Parameters
     ----------
-    features : array_like (N, d)
-        Unit rows, any float type. A `numpy.memmap` stays on disk.
+    features : array_like or Rows (N, d)
+        Unit rows, any float type. What is in a file, as a `numpy.memmap` is, stays there.
     method : str
         "exact" compares all pairs of rows. "ivf" and "anchored" put the rows into lists and
         compare each with the lists nearest to it: the centres are trained by k-means, or start
@@ -78,7 +78,7 @@ def build_graph(
         raise InputError(f"recall must be between 0 and 1, got {recall!r}")
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    rows = Rows(features, "features", device)
+    rows = features if isinstance(features, Rows) else Rows(features, "features", device)
     if method == "auto":
         approximate = "ivf" if anchors is None else "anchored"
         method = "exact" if len(rows) <= EXACT_ROWS else approximate

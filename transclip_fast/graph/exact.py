@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 import torch
 
+from transclip_fast.checkpoint import Checkpoint, Count, State
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.best import SPARE, BestLists, decide
-from transclip_fast.graph.checkpoint import Checkpoint, Progress, State
 from transclip_fast.graph.compare import Pair, compare
 from transclip_fast.rows import Rows
 from transclip_fast.threads import each, quiet
@@ -22,7 +22,7 @@ from transclip_fast.threads import each, quiet
 TILE = {"cpu": 1024, "cuda": 16384}  # rows of a square block of products
 
 
-def search_exact(rows: Rows, best: BestLists, progress: Progress, checkpoint: Checkpoint) -> None:
+def search_exact(rows: Rows, best: BestLists, progress: Count, checkpoint: Checkpoint) -> None:
     """Bring the neighbours of every row into `best`."""
     pairs = all_pairs(torch.arange(len(rows), device=rows.device))
     state, start = checkpoint.load(), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,12 @@ class NeighborGraph:
     @property
     def n_neighbors(self) -> int:
         return int(self.neighbors.shape[1])
+
+    def sha256(self) -> str:
+        """Hash of the lists."""
+        digest = hashlib.sha256(self.neighbors.tobytes())
+        digest.update(self.similarities.tobytes())
+        return digest.hexdigest()
 
     def check(self, n_rows: int, n_neighbors: int, name: str = "graph") -> NeighborGraph:
         """

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from transclip_fast.checkpoint import Checkpoint, Count, State
 from transclip_fast.graph.best import BestLists
-from transclip_fast.graph.checkpoint import Checkpoint, Progress, State
 from transclip_fast.graph.compare import Pair, compare
 from transclip_fast.graph.exact import all_pairs
 from transclip_fast.rows import Rows
@@ -69,14 +69,14 @@ class ListSearch:
     def n_lists(self) -> int:
         return len(self._centres)
 
-    def run(self, enough: Callable[[], bool], progress: Progress) -> None:
+    def run(self, enough: Callable[[], bool], progress: Count) -> None:
         """Add probes until `enough()` of what `best` then holds, or until all lists are probed."""
         done = False
         while not done:
             self._round(progress)
             done = self.probes == self.n_lists or enough()
 
-    def _round(self, progress: Progress) -> None:
+    def _round(self, progress: Count) -> None:
         """Compare the rows with the lists next in their ranking."""
         n_rows, start = len(self.rows), self._blocks
         probes = next(n for n in _schedule() if n > self.probes)

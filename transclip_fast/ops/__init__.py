@@ -14,6 +14,7 @@ from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.errors import InputError
 from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops.messages import Messages
+from transclip_fast.rows import UnitRows
 
 if TYPE_CHECKING:
     from transclip_fast.truncation import Truncation
@@ -36,7 +37,7 @@ class Operations(Protocol):
 
     def start(
         self,
-        features: torch.Tensor,
+        features: UnitRows,
         weights: torch.Tensor | None,
         log_prior: torch.Tensor | None,
         *,
@@ -64,7 +65,7 @@ class Operations(Protocol):
 
     def score(
         self,
-        features: torch.Tensor,
+        features: UnitRows,
         weights: torch.Tensor,
         offset: torch.Tensor,
         *,
@@ -106,7 +107,7 @@ class Operations(Protocol):
         """
 
     def class_sums(
-        self, z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
+        self, z: Assignments, features: UnitRows, nodes: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Z^T F (K, d) and the mass n_k (K,) of each class, float64.
@@ -123,7 +124,7 @@ class Operations(Protocol):
     ) -> torch.Tensor:
         """sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar."""
 
-    def sum_of_squares(self, features: torch.Tensor) -> torch.Tensor:
+    def sum_of_squares(self, features: UnitRows) -> torch.Tensor:
         """sum_i f_id^2, (d,) float64."""
 
 

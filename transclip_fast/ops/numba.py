@@ -25,9 +25,11 @@ from transclip_fast.ops.torch import (
     blocks,
     expectation,
     gemm_rows,
+    read_rows,
     session,
     sum_of_squares,
 )
+from transclip_fast.rows import UnitRows
 from transclip_fast.threads import CPU, each, n_threads
 
 __all__ = [
@@ -42,11 +44,10 @@ __all__ = [
 ]
 
 SWEEP_ROWS = 1024
-READ_ROWS = 1 << 16  # that are read at a time, once for all classes
 
 
 def start(
-    features: torch.Tensor,
+    features: UnitRows,
     weights: torch.Tensor | None,
     log_prior: torch.Tensor | None,
     *,
@@ -81,7 +82,7 @@ def start(
 
 
 def score(
-    features: torch.Tensor,
+    features: UnitRows,
     weights: torch.Tensor,
     offset: torch.Tensor,
     *,
@@ -131,14 +132,14 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
 
 
 def class_sums(
-    z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
+    z: Assignments, features: UnitRows, nodes: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.class_sums`."""
     # The last row is what was dropped.
     sums = torch.zeros(z.n_classes + 1, features.shape[1], dtype=torch.float64)
     counts = torch.zeros(z.n_classes + 1, dtype=torch.float64)
     places = np.arange(len(z)) if nodes is None else nodes.numpy()
-    for rows in blocks(len(z), READ_ROWS):
+    for rows in blocks(len(z), read_rows(CPU)):
         _add_class_sums(z, features[rows], places[rows], sums, counts)
     return twin.share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
 

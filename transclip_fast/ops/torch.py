@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops.messages import Messages
+from transclip_fast.rows import UnitRows
 from transclip_fast.threads import each, quiet
 
 # One block of one (rows, K) float32 operand: a core's cache, or enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 GEMM_ROWS = {"cpu": (512, 1024), "cuda": (4096, 1 << 20)}  # at least and at most
+READ_ROWS = {"cpu": 1 << 14, "cuda": 1 << 18}
 SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
 SUM_CLASSES = 256  # that one thread sums
 START_ROWS = 8
@@ -51,12 +53,19 @@ def gemm_rows(device: torch.device, n_classes: int) -> int:
     """Rows of one GEMM with K columns: two blocks, but what it needs to run at full speed."""
     fewest, most = GEMM_ROWS.get(device.type, GEMM_ROWS["cuda"])
     rows = min(max(fewest, 2 * block_rows(device, n_classes)), most)
-    return max(1, min(rows, 16 * block_rows(device, n_classes)))
+    rows = min(rows, 16 * block_rows(device, n_classes))
+    # A multiple of 16 float32 rows of any length is aligned as a block of its own would be.
+    return rows // 16 * 16 or max(1, rows)
 
 
-def linear_log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def read_rows(device: torch.device) -> int:
+    """Rows that are read at a time, once for all classes."""
+    return READ_ROWS.get(device.type, READ_ROWS["cuda"])
+
+
+def linear_log_prior(features: UnitRows, weights: torch.Tensor) -> torch.Tensor:
     """log_softmax of F V^T (N, K) float32; `weights` V (K, d) are prototypes times tau."""
-    out = features.new_empty(len(features), len(weights))
+    out = weights.new_empty(len(features), len(weights))
 
     def part(rows: slice) -> None:
         scores = block_scores(features, weights, None, rows, out=out[rows])
@@ -67,7 +76,7 @@ def linear_log_prior(features: torch.Tensor, weights: torch.Tensor) -> torch.Ten
 
 
 def block_scores(
-    features: torch.Tensor,
+    features: UnitRows,
     weights: torch.Tensor | None,
     offset: torch.Tensor | None,
     rows: slice,
@@ -90,7 +99,7 @@ def block_scores(
 
 
 def start(
-    features: torch.Tensor,
+    features: UnitRows,
     weights: torch.Tensor | None,
     log_prior: torch.Tensor | None,
     *,
@@ -98,10 +107,10 @@ def start(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Operations.start`."""
     size = gemm_rows(features.device, out.n_classes)
-    normaliser = features.new_empty(len(features))
+    normaliser = out.values.new_empty(len(features))
 
     def part(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = features.new_empty(rows.stop - rows.start, out.n_classes)
+        scores = normaliser.new_empty(rows.stop - rows.start, out.n_classes)
         block_scores(features, weights, None, rows, log_prior, out=scores)
         torch.logsumexp(scores, 1, out=normaliser[rows])
         scores -= normaliser[rows, None]
@@ -120,7 +129,7 @@ def start(
 
 
 def score(
-    features: torch.Tensor,
+    features: UnitRows,
     weights: torch.Tensor,
     offset: torch.Tensor,
     *,
@@ -136,7 +145,7 @@ def score(
         if out.classes is None:
             block = out.values[rows]
         else:
-            block = features.new_empty(rows.stop - rows.start, out.n_classes)
+            block = out.values.new_empty(rows.stop - rows.start, out.n_classes)
         block_scores(features, weights, offset, rows, log_prior, prior_weight, out=block)
         if messages is not None:
             messages.add_to(block, rows)
@@ -177,36 +186,41 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
 
 
 def class_sums(
-    z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
+    z: Assignments, features: UnitRows, nodes: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.class_sums`."""
     device, n_classes = features.device, z.n_classes
-    sums = features.new_zeros(n_classes, features.shape[1], dtype=torch.float64)
-    counts = features.new_zeros(n_classes, dtype=torch.float64)
+    # The last row is what was dropped.
+    sums = torch.zeros(n_classes + 1, features.shape[1], dtype=torch.float64, device=device)
+    counts = torch.zeros(n_classes + 1, dtype=torch.float64, device=device)
     # The variance is what is left when the squares of the means are taken off: sums of centred
     # rows keep its digits, where float32 sums of thousands of similar rows lose them.
-    size = gemm_rows(device, n_classes)
-    centre = features[:size].mean(0)
+    centre = features[: gemm_rows(device, n_classes)].mean(0)
+    for rows in blocks(len(z), read_rows(device)):
+        read, kept = features[rows] - centre, z.take(rows if nodes is None else nodes[rows])
+        _add_class_sums(kept, read, sums[:-1], counts[:-1])
+        if z.classes is not None:
+            dropped = 1 - kept.values.sum(1)
+            sums[-1] += dropped @ read
+            counts[-1] += dropped.sum(dtype=torch.float64)
+    sums.addr_(counts, centre.double())
+    return share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
+
+
+def _add_class_sums(
+    z: Assignments, features: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """Add a block of rows to the sums and counts."""
+    size = gemm_rows(features.device, z.n_classes)
 
     def part(classes: slice) -> None:
-        centred = torch.empty_like(features[:size])
         for rows in blocks(len(z), size):
-            block = torch.sub(features[rows], centre, out=centred[: rows.stop - rows.start])
-            values = z.take(rows if nodes is None else nodes[rows]).dense(classes)
-            sums[classes] += values.T @ block
+            values = z.take(rows).dense(classes)
+            sums[classes] += values.T @ features[rows]
             for piece in torch.split(values, SUM_ROWS):
                 counts[classes] += piece.sum(0, dtype=torch.float64)
 
-    each(part, blocks(n_classes, SUM_CLASSES), device)
-    sums.addr_(counts, centre.double())
-    if z.classes is None:
-        return sums, counts
-    dropped = 1 - z.values.sum(1)
-    if nodes is not None:
-        dropped = dropped[nodes]
-    tails = each(lambda rows: dropped[rows] @ features[rows], blocks(len(z), size), device)
-    tail = torch.stack(tails).sum(0, dtype=torch.float64)
-    return share_tail(sums, counts, tail, dropped.sum(dtype=torch.float64))
+    each(part, blocks(z.n_classes, SUM_CLASSES), features.device)
 
 
 def share_tail(
@@ -256,7 +270,7 @@ def expectation(
     return torch.stack(each(part, blocks(len(z), block_rows(device, z.n_classes)), device)).sum()
 
 
-def sum_of_squares(features: torch.Tensor) -> torch.Tensor:
+def sum_of_squares(features: UnitRows) -> torch.Tensor:
     """sum_i f_id^2, (d,) float64."""
 
     def part(rows: slice) -> torch.Tensor:

@@ -23,7 +23,14 @@ from transclip_fast.kernels import sweep as sweep_kernels
 from transclip_fast.kernels.messages import Segments
 from transclip_fast.kernels.score import Constant
 from transclip_fast.ops.messages import Messages
-from transclip_fast.ops.torch import blocks, expectation, share_tail, sum_of_squares
+from transclip_fast.ops.torch import (
+    blocks,
+    expectation,
+    read_rows,
+    share_tail,
+    sum_of_squares,
+)
+from transclip_fast.rows import UnitRows
 
 __all__ = [
     "class_sums",
@@ -45,7 +52,7 @@ def session() -> AbstractContextManager[None]:
 
 
 def start(
-    features: torch.Tensor,
+    features: UnitRows,
     weights: torch.Tensor | None,
     log_prior: torch.Tensor | None,
     *,
@@ -85,7 +92,7 @@ def start(
 
 
 def score(
-    features: torch.Tensor,
+    features: UnitRows,
     weights: torch.Tensor,
     offset: torch.Tensor,
     *,
@@ -98,7 +105,8 @@ def score(
     """See `Operations.score`."""
     weights, scale = score_kernels.weights_for(features, weights)
     if out.classes is None:
-        score_kernels.product(features, weights, out.values)
+        for part in blocks(len(features), read_rows(features.device)):
+            score_kernels.product(features[part], weights, out.values[part])
         if scale is not None:
             out.values.mul_(scale)
         out.values.add_(offset)
@@ -137,16 +145,21 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
 
 
 def class_sums(
-    z: Assignments, features: torch.Tensor, nodes: torch.Tensor | None = None
+    z: Assignments, features: UnitRows, nodes: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.class_sums`."""
+    parts = []
+    for rows in blocks(len(z), read_rows(features.device)):
+        kept = z.take(rows if nodes is None else nodes[rows])
+        if kept.classes is None:
+            parts.append(sums_kernels.class_sums_full(kept.values, features[rows]))
+        else:
+            parts.append(
+                sums_kernels.class_sums(kept.values, kept.classes, z.n_classes, features[rows])
+            )
+    sums, counts = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
     if z.classes is None:
-        sums, counts = sums_kernels.class_sums_full(z.values, features, nodes)
         return sums, counts
-    rows = torch.arange(len(z), device=features.device)
-    if nodes is not None:
-        rows = torch.empty_like(rows).scatter_(0, nodes, rows)  # of each node
-    sums, counts = sums_kernels.class_sums(z.values, z.classes, z.n_classes, features, rows)
     return share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
 
 

@@ -10,6 +10,8 @@ import tokenize
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from transclip_fast.errors import InputError
+from transclip_fast.stored import Shard
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 MAPPED_BYTES = 1 << 30  # a .npy file of this size stays on disk
@@ -51,28 +54,27 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
     InputError
         Missing, of another type, truncated or damaged, or holding pickled Python objects.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
-        raise InputError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
-    try:
-        with warnings.catch_warnings():  # of torch, about damage that the error tells better
-            warnings.simplefilter("ignore")
-            return _read(path)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise _pickled(path) from error
-    except DAMAGE as error:
-        if isinstance(error, PermissionError):
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        if isinstance(error, ValueError) and "pickle" in str(error):
-            raise _pickled(path) from error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"{path}: damaged or truncated ({reason}); write or copy it again"
-        ) from error
+    path = _checked(path)
+    with _telling(path):
+        return _read(path)
+
+
+def read_rows(path: str | Path, name: str) -> Any:
+    """
+    Rows of a .npy file, which stay there: a Shard; anything else as `read_array`.
+
+    Raises
+    ------
+    InputError
+        As `read_array`.
+    """
+    path = _checked(path)
+    if path.suffix == ".npy":
+        with _telling(path):
+            shard = Shard.find(path)
+        if shard is not None:
+            return shard
+    return read_array(path, name)
 
 
 def read_array(path: str | Path, name: str) -> Any:
@@ -97,6 +99,37 @@ def npy_bytes(array: np.ndarray) -> bytes:
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     return content.getvalue()
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        raise InputError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
+    return path
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """What the readers raise on a damaged file becomes one line."""
+    try:
+        with warnings.catch_warnings():  # of torch, about damage that the error tells better
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise _pickled(path) from error
+    except DAMAGE as error:
+        if isinstance(error, PermissionError):
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        if isinstance(error, ValueError) and ("pickle" in str(error) or "objects" in str(error)):
+            raise _pickled(path) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"{path}: damaged or truncated ({reason}); write or copy it again"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
         written (permissions, full disk).
     """
     target = Path(os.path.realpath(path))  # Path.resolve fails on a loop of links before 3.13
-    partial, replaced = (target.parent / f".{target.name}.{end}" for end in ("partial", "replaced"))
+    partial, replaced = beside(path, "partial"), beside(path, "replaced")
     with writing(path):
         _check_replaceable(target, path, contents)
     with locked(path):
@@ -45,6 +45,12 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
                 _publish(partial, target, replaced)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def beside(path: str | Path, name: str) -> Path:
+    """The hidden neighbour of a folder in which something of it is kept meanwhile."""
+    target = Path(os.path.realpath(path))
+    return target.parent / f".{target.name}.{name}"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -122,10 +128,9 @@ def locked(path: str | Path) -> Iterator[None]:
     InputError
         Another process is writing it, or the folder above cannot be written.
     """
-    target = Path(os.path.realpath(path))
-    file = target.parent / f".{target.name}.lock"
+    file = beside(path, "lock")
     with writing(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         # A file opened for writing: NFS locks nothing else.
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         _held.add(lock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import SINGLE, read_array, read_arrays
+from transclip_fast.store.arrays import SINGLE, read_array, read_arrays, read_rows
 from transclip_fast.store.atomic import read_json
+from transclip_fast.stored import Shard, StoredRows
 
 ARRAYS = (
     "image_features",
@@ -60,6 +61,7 @@ class Features:
     source_rows: np.ndarray | None = None
     keys: list[str | None] | None = None
     class_names: list[str] | None = field(default=None, init=False)
+    _sha256: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         names = self.arrays.pop("class_names", None)
@@ -72,11 +74,13 @@ class Features:
 
     def sha256(self) -> str:
         """Hash of the image features: type, shape and bytes."""
-        return array_sha256(self.arrays["image_features"])
+        return self.inputs_sha256()["image_features"]
 
     def inputs_sha256(self) -> dict[str, str]:
         """Hash of every array, by name."""
-        return {name: array_sha256(array) for name, array in sorted(self.arrays.items())}
+        for name in sorted(self.arrays.keys() - self._sha256.keys()):
+            self._sha256[name] = array_sha256(self.arrays[name])
+        return self._sha256
 
 
 def load_features(path: str | Path, overrides: Mapping[str, str | None] | None = None) -> Features:
@@ -161,9 +165,13 @@ def array_sha256(array: Any) -> str:
 
 
 def _load_file(path: Path) -> Features:
-    arrays = read_arrays(path)
-    if SINGLE in arrays:
-        arrays = {"image_features": arrays[SINGLE]}
+    if path.suffix == ".npy":
+        found = read_rows(path, "image_features")
+        arrays = {"image_features": _joined([found]) if isinstance(found, Shard) else found}
+    else:
+        arrays = read_arrays(path)
+        if SINGLE in arrays:
+            arrays = {"image_features": arrays[SINGLE]}
     if "image_features" not in arrays:
         raise InputError(
             f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
@@ -177,11 +185,11 @@ def _load_folder(folder: Path) -> Features:
     shards = list(numbered.values())
     if not shards:
         raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; is it a feature folder?")
-    parts = [read_array(shard, "image_features") for shard in shards]
+    parts = [read_rows(shard, "image_features") for shard in shards]
     for shard, part in zip(shards, parts, strict=True):
-        if part.ndim != 2 or part.shape[1] != parts[0].shape[1]:
+        if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
             raise InputError(f"{shard}: has shape {part.shape}, the first shard {parts[0].shape}")
-    arrays: dict[str, Any] = {"image_features": np.concatenate(parts)}
+    arrays: dict[str, Any] = {"image_features": _joined(parts)}
     origins = {"image_features": f"{folder}: image_features"}
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
@@ -194,11 +202,20 @@ def _load_folder(folder: Path) -> Features:
             arrays["class_names"] = names
             origins["class_names"] = f"{folder / 'manifest.json'}: class_names"
     source_rows, keys, labels = _metadata(
-        folder, {number: len(part) for number, part in zip(numbered, parts, strict=True)}
+        folder, {number: part.shape[0] for number, part in zip(numbered, parts, strict=True)}
     )
     if labels is not None:
         arrays["labels"], origins["labels"] = labels, f"{folder / 'metadata'}: label"
     return Features(str(folder), arrays, origins, source_rows, keys)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """All shards as one array: on disk, where they can stay there."""
+    if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
+        return StoredRows(parts)
+    return np.concatenate(
+        [np.asarray(StoredRows([part])) if isinstance(part, Shard) else part for part in parts]
+    )
 
 
 def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int, Path]) -> None:
@@ -218,8 +235,16 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int,
     for file, sha256 in known.items():
         if not file.exists() and sha256 is None:
             continue
-        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        if not file.exists() or _file_sha256(file) != sha256:
             raise InputError(f"{file}: is not what the manifest says; encode it again")
+
+
+def _file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _metadata(

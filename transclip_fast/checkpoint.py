@@ -1,4 +1,4 @@
-"""What a search tells while it runs, and what it needs to go on after it was killed."""
+"""What long work keeps so that it can go on after it was killed, and what it tells meanwhile."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Protocol
 import numpy as np
 
 State = Mapping[str, np.ndarray]
-Progress = Callable[[int, int], None]
+Count = Callable[[int, int], None]  # (done, in all)
 
 
 class Checkpoint(Protocol):
-    """Where the state of a search is kept: `transclip_fast.store.graphs` has one on disk."""
+    """Where a state is kept: `transclip_fast.store.checkpoint` has one on disk."""
 
     def load(self) -> State | None:
-        """The state last kept of this very search, if there is one."""
+        """The state last kept of this very work, if there is one."""
 
     def keep(self, state: Callable[[], State]) -> None:
         """Keep a state, if the last one is old enough to be worth the time."""

@@ -1,0 +1,146 @@
+"""Rows in .npy files, read when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transclip_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows (n, d) in C order, `offset` bytes into a file as it was when it was found."""
+
+    path: Path
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    offset: int
+    written: int  # st_mtime_ns
+
+    @classmethod
+    def find(cls, path: Path) -> Shard | None:
+        """
+        The rows of a .npy file; None where it holds something else, or in another order.
+
+        Raises
+        ------
+        ValueError, OSError, EOFError
+            Damaged or truncated, as numpy says.
+        """
+        written = os.stat(path).st_mtime_ns
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        plain = array.dtype.kind == "f" and array.dtype.isnative and array.dtype.itemsize <= 8
+        if not isinstance(array, np.memmap) or array.ndim != 2 or not plain:
+            return None
+        if not array.flags.c_contiguous:
+            return None
+        return cls(path, array.shape, array.dtype, array.offset, written)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """
+        Rows `start` to `stop`.
+
+        Raises
+        ------
+        InputError
+            The file is gone, was changed or cut since it was found.
+        """
+        width = self.shape[1]
+        try:
+            with open(self.path, "rb") as file:
+                self._check(os.fstat(file.fileno()))
+                offset = self.offset + start * width * self.dtype.itemsize
+                values = np.fromfile(file, self.dtype, (stop - start) * width, offset=offset)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        if len(values) < (stop - start) * width:
+            raise InputError(f"{self.path}: was cut short while it was read; write it again")
+        return values.reshape(-1, width)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The rows given by index (n,)."""
+        try:
+            self._check(os.stat(self.path))
+            taken: np.ndarray = self._mapped[rows]
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return taken
+
+    @cached_property
+    def _mapped(self) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+    def _check(self, found: os.stat_result) -> None:
+        if found.st_mtime_ns != self.written:
+            raise InputError(f"{self.path}: was changed while it was read; start again")
+
+
+class StoredRows:
+    """
+    Features (N, d) in one or several .npy files of the same type.
+
+    Slices are read, in one piece of memory that is then the caller's; rows by index (n,) are
+    gathered through a memory map.
+
+    Parameters
+    ----------
+    shards : sequence of Shard
+        With rows of equal width and type, in order.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = [shard for shard in shards if shard.shape[0]]
+        self._stops = list(accumulate(shard.shape[0] for shard in self._shards))
+        self.shape = (self._stops[-1] if self._stops else 0, shards[0].shape[1])
+        self.dtype, self.ndim = shards[0].dtype, 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, ids: slice | np.ndarray) -> np.ndarray:
+        if not isinstance(ids, slice):
+            return self._take(ids)
+        start, stop, _ = ids.indices(len(self))
+        parts, place = [], start
+        while place < stop:
+            i, first = self._find(place)
+            last = min(stop, self._stops[i])
+            parts.append(self._shards[i].read(place - first, last - first))
+            place = last
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("stored rows are read: there is always a copy")
+        whole = self[0 : len(self)]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def _take(self, ids: np.ndarray) -> np.ndarray:
+        if len(self._shards) == 1:
+            return self._shards[0].take(ids)
+        out = np.empty((len(ids), self.shape[1]), self.dtype)
+        if not len(ids):
+            return out
+        holder = np.searchsorted(self._stops, ids, side="right")
+        order = holder.argsort(kind="stable")
+        present, starts = np.unique(holder[order], return_index=True)
+        for i, places in zip(present, np.split(order, starts[1:]), strict=True):
+            first = self._stops[i - 1] if i else 0
+            out[places] = self._shards[i].take(ids[places] - first)
+        return out
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """The shard that holds a row, and its own first row."""
+        i = bisect_right(self._stops, row)
+        return i, self._stops[i - 1] if i else 0
