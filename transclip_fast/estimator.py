@@ -251,7 +251,7 @@ class TransCLIP(Parameters):
                 gamma=gammas[position],
                 truncation=truncation,
                 backend=self.backend_,
-                progress=meter and meter.run(position),
+                progress=meter.run(position) if meter else None,
                 checkpoint=checkpoint and checkpoint(*self._identity(gammas[position], truncation)),
             )
 

@@ -1,0 +1,153 @@
+"""A solve that was killed goes on after its last outer step, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.cli.conftest import contents
+from transclip_fast.cli import solve as solve_command
+from transclip_fast.solver import _Run
+from transclip_fast.store.checkpoint import FileCheckpoint
+
+
+@pytest.fixture(autouse=True)
+def after_every_step(monkeypatch):
+    monkeypatch.setattr(solve_command, "CHECKPOINT_SECONDS", 0.0)
+
+
+@pytest.fixture
+def few_shot(arrays):
+    """Four values of gamma to choose from: four runs."""
+    features, labels = arrays["image_features"], arrays["labels"]
+    return arrays | {
+        "support_features": features[:20],
+        "support_labels": labels[:20],
+        "validation_features": features[20:40],
+        "validation_labels": labels[20:40],
+    }
+
+
+@pytest.fixture
+def killed(cli, monkeypatch):
+    """Run a command that is killed right after its n-th state was kept."""
+
+    def run(n, *args):
+        keep, left = FileCheckpoint.keep, [n]
+
+        def counted(self, state):
+            keep(self, state)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FileCheckpoint, "keep", counted)
+            assert cli(*args).code == 1
+
+    return run
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The outer steps and ends that are computed from now on, as a list that grows."""
+    taken, update = [], _Run.update_assignments
+
+    def counted(self):
+        taken.append(1)
+        update(self)
+
+    monkeypatch.setattr(_Run, "update_assignments", counted)
+    return taken
+
+
+def results(folder):
+    """The files of a result; run.json without seconds."""
+    found = contents(folder)
+    run = json.loads(found.pop(next(path for path in found if path.name == "run.json")))
+    del run["seconds"]
+    return found, run
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_killed(form, stop, arrays, save, succeeds, killed, steps, tmp_path):
+    # The first state that is kept is of the graph's search.
+    command = ("solve", save(arrays), "--assignments", form, "--max-iter", 5, "--out")
+    succeeds(*command, tmp_path / "whole")
+    killed(stop, *command, tmp_path / "result")
+    assert not (tmp_path / "result").exists()
+    steps.clear()
+    succeeds(*command, tmp_path / "result")
+    assert len(steps) == 6 - (stop - 1)
+    assert results(tmp_path / "result") == results(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"features.npz", "whole", "result"}
+
+
+def test_killed_again_and_again(few_shot, save, succeeds, killed, steps, tmp_path):
+    command = ("solve", save(few_shot), "--max-iter", 3, "--out")
+    succeeds(*command, tmp_path / "whole")
+    for _ in range(3):
+        killed(4, *command, tmp_path / "result")
+    steps.clear()
+    succeeds(*command, tmp_path / "result")
+    # 11 of 12 steps were kept, and each of the four runs ends.
+    assert len(steps) == 1 + 4
+    assert results(tmp_path / "result") == results(tmp_path / "whole")
+
+
+def test_stopped_by_tol(arrays, save, succeeds, killed, steps, tmp_path):
+    command = ("solve", save(arrays), "--tol", 1e-3, "--max-iter", 50, "--out")
+    succeeds(*command, tmp_path / "whole")
+    taken = len(steps) - 1
+    assert 1 < taken < 50
+    killed(1 + taken, *command, tmp_path / "result")
+    steps.clear()
+    succeeds(*command, tmp_path / "result")
+    assert len(steps) == 1
+    assert results(tmp_path / "result") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("changed", ["features", "parameters", "graph"])
+def test_what_was_kept_of_another_solve_is_not_used(
+    changed, arrays, save, cli, succeeds, killed, steps, tmp_path
+):
+    command = ["solve", save(arrays), "--max-iter", 3, "--out", tmp_path / "result"]
+    killed(3, *command)
+    if changed == "features":
+        save(arrays | {"image_features": arrays["image_features"][::-1]})
+    elif changed == "parameters":
+        command += ["--kl-weight", 0.9]
+    else:
+        succeeds("graph", command[1], "--n-neighbors", 5, "--out", tmp_path / "graph")
+        for name in ("neighbors", "similarities"):
+            file = tmp_path / f"graph/{name}.npy"
+            np.save(file, np.load(file)[:, [0, 1, 3]])
+        command += ["--graph", tmp_path / "graph"]
+    steps.clear()
+    ran = cli(*command)
+    assert ran.code == 0
+    assert len(steps) == 4
+    told = "result.solve-0.0.npz: is of other input or parameters; solve-0.0 begins anew"
+    assert told in ran.err
+    after = results(tmp_path / "result")
+    ran = cli(*command)
+    assert ran.code == 0
+    fresh = results(tmp_path / "result")
+    assert after[0] == fresh[0]
+    assert [message for message in after[1]["warnings"] if told not in message] == []
+
+
+def test_a_damaged_state_is_not_used(arrays, save, cli, killed, steps, tmp_path):
+    command = ("solve", save(arrays), "--max-iter", 3, "--out", tmp_path / "result")
+    killed(3, *command)
+    file = tmp_path / ".result.solve-0.0.npz"
+    file.write_bytes(file.read_bytes()[:300])
+    steps.clear()
+    ran = cli(*command)
+    assert ran.code == 0
+    assert "damaged or truncated" in ran.err
+    assert ran.err.endswith("solve-0.0 begins anew\n")
+    assert len(steps) == 4
