@@ -12,7 +12,6 @@ from tests.agreement import assert_agrees
 from tests.test_solver import GAMMA, few_shot_problem
 from transclip_fast import InputError, TransCLIP, memory
 from transclip_fast import truncation as truncation_module
-from transclip_fast.prior import GivenPrior
 from transclip_fast.truncation import Truncation, choose_truncation
 
 BACKENDS = ("torch", "numba")
@@ -191,10 +190,8 @@ def test_measured_candidates():
 def test_candidates_are_measured_on_the_weighted_prior(kl_weight, expected, monkeypatch):
     monkeypatch.setattr(truncation_module, "SMALL", 1)
     log_prior = np.log(0.5 ** np.arange(1, 301))[None].repeat(50, 0)
-    prior = GivenPrior(torch.from_numpy(reference.log_softmax(log_prior)).float())
-    found = choose_truncation(
-        prior, torch.ones(50, 3), kl_weight=kl_weight, most=128, candidates=None, rank=None
-    )
+    sample = torch.from_numpy(reference.log_softmax(log_prior)).float()
+    found = choose_truncation(sample, 50, kl_weight=kl_weight, most=128)
     assert found.candidates == expected
 
 

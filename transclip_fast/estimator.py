@@ -36,7 +36,7 @@ from transclip_fast.solver import (
 )
 from transclip_fast.stored import StoredRows
 from transclip_fast.support import Support
-from transclip_fast.truncation import FORMS, Truncation, choose_truncation
+from transclip_fast.truncation import FORMS, Truncation, choose_truncation, sample_ids
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
 CHOICES: dict[str, tuple[object, ...]] = {
@@ -194,7 +194,7 @@ class TransCLIP(Parameters):
         self.layout_ = choose_layout(
             Size(n_rows, prior_.n_classes, dim, self.n_neighbors, copied=copied),
             device,
-            form=self._form(),
+            form=self.form(),
             candidates=self.candidates,
             memory=memory,
         )
@@ -206,9 +206,10 @@ class TransCLIP(Parameters):
                 "few-shot needs gamma, or validation_features and validation_labels to choose it"
             )
         self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
+        ids = sample_ids(n_rows, device)
         truncation = choose_truncation(
-            prior_,
-            features,
+            prior_.at(ids, features[ids]),
+            n_rows,
             kl_weight=self.kl_weight_,
             most=self.layout_.candidates,
             candidates=self.candidates,
@@ -269,7 +270,7 @@ class TransCLIP(Parameters):
             self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         return self
 
-    def _form(self) -> str:
+    def form(self) -> str:
         """Of the assignments, as far as the parameters decide it."""
         if self.assignments != "auto":
             return self.assignments

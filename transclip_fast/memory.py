@@ -65,6 +65,13 @@ def free_bytes(device: torch.device) -> int:
     return 1024 * int(available.split()[0])
 
 
+def limit_of(device: torch.device, memory: int | None) -> int:
+    """Bytes that the process, or what it has on a GPU, may reach: as told, or what is free."""
+    if memory is not None:
+        return memory
+    return free_bytes(device) + (resident_bytes() if device.type == "cpu" else 0)
+
+
 @dataclass(frozen=True)
 class Size:
     """
@@ -137,7 +144,7 @@ def choose_layout(
         Nothing fits.
     """
     used = resident_bytes() if device.type == "cpu" else 0
-    limit = used + free_bytes(device) if memory is None else memory
+    limit = limit_of(device, memory)
     room = limit - used
     if form == "auto" and candidates is None:
         most = DENSE_BYTES if device.type == "cpu" else room // 2

@@ -39,9 +39,9 @@ class LinearPrior:
     def to(self, device: torch.device) -> LinearPrior:
         return LinearPrior(self.weights.to(device))
 
-    def at(self, features: UnitRows, rows: torch.Tensor) -> torch.Tensor:
-        """log y_hat (n, K) of some rows (n,)."""
-        return linear_log_prior(features[rows], self.weights)
+    def at(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """log y_hat (n, K) of the rows `ids` (n,), which are `rows` (n, d)."""
+        return linear_log_prior(rows, self.weights)
 
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
@@ -62,9 +62,9 @@ class GivenPrior:
     def to(self, device: torch.device) -> GivenPrior:
         return GivenPrior(self.log_probabilities.to(device))
 
-    def at(self, features: UnitRows, rows: torch.Tensor) -> torch.Tensor:
-        """log y_hat (n, K) of some rows (n,)."""
-        return self.log_probabilities[rows]
+    def at(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """log y_hat (n, K) of the rows `ids` (n,), which are `rows` (n, d)."""
+        return self.log_probabilities[ids]
 
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""

@@ -10,8 +10,6 @@ import torch
 from transclip_fast.assignments import Assignments
 from transclip_fast.errors import InputError
 from transclip_fast.memory import ENTRY_BYTES, FEWEST, SMALL
-from transclip_fast.prior import Prior
-from transclip_fast.rows import UnitRows
 
 FORMS = ("auto", "dense", "sparse")
 # z below this is left out; the mass of what is left out is dealt with as a whole.
@@ -83,20 +81,30 @@ class Truncation:
         }
 
 
+def sample_ids(n_rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The rows (n,) on whose prior `choose_truncation` looks, evenly spread."""
+    size = min(n_rows, SAMPLE)
+    return torch.arange(size, device=device) * n_rows // size
+
+
 def choose_truncation(
-    prior: Prior,
-    features: UnitRows,
+    sample: torch.Tensor,
+    n_rows: int,
     *,
     kl_weight: float,
     most: int | None,
-    candidates: int | None,
-    rank: int | None,
+    candidates: int | None = None,
+    rank: int | None = None,
 ) -> Truncation | None:
     """
     What to keep of the rows of a problem; None where everything is kept.
 
     Parameters
     ----------
+    sample : Tensor (n, K)
+        log y_hat of some of the rows.
+    n_rows : int
+        N.
     kl_weight : float
         lambda.
     most : int or None
@@ -111,13 +119,11 @@ def choose_truncation(
     """
     if most is None:
         return None
-    n_rows, n_classes = len(features), prior.n_classes
-    size = min(n_rows, SAMPLE)
+    n_classes = sample.shape[1]
     candidates, rank = (c if c is None else min(c, n_classes) for c in (candidates, rank))
     if candidates is None:
-        rows = torch.arange(size, device=features.device) * n_rows // size
-        sample = prior.at(features, rows).mul_(kl_weight).nan_to_num_(0.0, neginf=-torch.inf)
-        chosen = Truncation.measured(torch.log_softmax(sample, 1), n_rows, most)
+        weighted = (sample * kl_weight).nan_to_num_(0.0, neginf=-torch.inf)
+        chosen = Truncation.measured(torch.log_softmax(weighted, 1), n_rows, most)
         candidates = max(chosen.candidates, rank or 1)
     elif rank is not None and rank > candidates:
         raise InputError(f"rank={rank} is more than candidates={candidates}")

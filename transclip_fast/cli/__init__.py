@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "Label new rows with the mixture of a result.",
     "evaluate": "Compare a result with the true labels.",
     "graph": "Features to neighbour lists, for several solves.",
+    "plan": "Memory and time of a solve, before it.",
     "doctor": "Versions, devices and known conflicts.",
 }
 
