@@ -77,7 +77,7 @@ def run_size(folder: str, held: bool) -> dict[str, Any]:
     peak = process_memory("VmHWM")
     solve = next(stage for stage in plan.stages if stage.name == "solve")
     labels = np.load(place / "labels.npy")
-    z = model.label_distributions_
+    z: Any = model.label_distributions_
     bits = (z.data, z.indices, z.indptr, model.objective_, model.means_, model.variances_)
     return {
         "held": model.layout_.held,

@@ -101,8 +101,10 @@ def unit_divisors(matrix: torch.Tensor | StoredRows, name: str) -> torch.Tensor 
     InputError
         A row that is all zero, not finite, or too large for float32.
     """
-    blocks = range(0, len(matrix), ROWS_PER_CHECK)
-    norms = torch.cat([_norms(matrix[start : start + ROWS_PER_CHECK]) for start in blocks])
+    norms = torch.empty(len(matrix), dtype=torch.float64)
+    for start in range(0, len(matrix), ROWS_PER_CHECK):
+        block = slice(start, start + ROWS_PER_CHECK)
+        norms[block] = _norms(matrix[block])
     if not norms.isfinite().all():
         raise _not_finite(matrix, int((~norms.isfinite()).nonzero()[0, 0]), name)
     if not norms.all():
@@ -160,7 +162,8 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
     InputError
         Wrong number of rows, a negative entry, or a row whose sum is not 1 (to 1e-2).
     """
-    matrix = _checked_rows(as_matrix(array, name), name, rows)
+    matrix = as_matrix(array, name)
+    check_rows(matrix, name, rows)
     if matrix.dtype != torch.float64:  # whose log fits float32 where the probability does not
         matrix = matrix.to(torch.float32)
     negative = (matrix < 0).any(1)
@@ -179,7 +182,8 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
 
 def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
     """log_softmax of a (rows, K) matrix of logits, float32, on the scale a softmax takes."""
-    matrix = _checked_rows(as_matrix(array, name), name, rows).to(torch.float32)
+    matrix = as_matrix(array, name).to(torch.float32)
+    check_rows(matrix, name, rows)
     if not matrix.isfinite().all():
         row = int((~matrix.isfinite().all(1)).nonzero()[0, 0])
         raise InputError(f"{name}: row {row} is too large for float32; rescale the logits")
@@ -221,10 +225,10 @@ def _not_finite(matrix: torch.Tensor | StoredRows, row: int, name: str) -> Input
     return InputError(f"{name}: row {row} contains {kind}; remove or recompute that row")
 
 
-def _checked_rows(matrix: torch.Tensor, name: str, rows: int) -> torch.Tensor:
+def check_rows(matrix: Any, name: str, rows: int) -> None:
+    """Raise InputError unless there is one row per query."""
     if len(matrix) != rows:
         raise InputError(f"{name}: has {len(matrix)} rows, expected {rows}, one per query")
-    return matrix
 
 
 def _norms(block: torch.Tensor | np.ndarray) -> torch.Tensor:

@@ -20,6 +20,7 @@ FEWEST, USUAL = 32, 128  # candidates of a row
 ENTRY_BYTES = 24
 SMALL = 1 << 24  # bytes of lists that are no matter, however few candidates would do
 ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
+LIBRARIES = 1 << 27  # that are loaded on the way, and what the allocator keeps
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
 
 
@@ -53,7 +54,16 @@ def show_bytes(number: float) -> str:
 
 def resident_bytes() -> int:
     """Memory that this process has now."""
-    status = Path("/proc/self/status").read_text().partition("VmRSS:")[2]
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    status = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
     return 1024 * int(status.split()[0])
 
 
@@ -114,6 +124,7 @@ class Layout:
             "graph": n * (12 * k + 8 + 24 * k),  # lists, and both ends of each edge
             "assignments": n * (lists + ROW_BYTES),
             "classes": CLASS_MATRICES * 8 * n_classes * d,
+            "libraries": LIBRARIES if device.type == "cpu" else 0,
             "blocks": 2 * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
         }
 

@@ -6,7 +6,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -70,14 +69,12 @@ class Shard:
         """The rows given by index (n,)."""
         try:
             self._check(os.stat(self.path))
-            taken: np.ndarray = self._mapped[rows]
+            # Not kept: each row that is touched brings 64 KiB of its neighbours into memory.
+            mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        taken: np.ndarray = mapped[rows]
         return taken
-
-    @cached_property
-    def _mapped(self) -> np.ndarray:
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def _check(self, found: os.stat_result) -> None:
         if found.st_mtime_ns != self.written:

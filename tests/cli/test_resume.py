@@ -64,10 +64,10 @@ def steps(monkeypatch):
 
 
 def results(folder):
-    """The files of a result; run.json without seconds."""
+    """The files of a result; run.json without what differs between two runs."""
     found = contents(folder)
     run = json.loads(found.pop(next(path for path in found if path.name == "run.json")))
-    del run["seconds"]
+    del run["seconds"], run["memory"]
     return found, run
 
 

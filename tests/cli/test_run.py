@@ -80,7 +80,9 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     for stage in ("encode.load_backbone", "run.kept_graph", "run.solve_features"):
         monkeypatch.setattr(f"transclip_fast.cli.{stage}", None)
     again = cli(*command)
-    assert (again.code, again.out) == (0, first.out)
+    plan, _, report = first.out.partition("\n")
+    assert plan.startswith("plan: dense, features held, given graph, at most ")
+    assert (again.code, again.out) == (0, report)
     assert contents(tmp_path / "out") == before
 
 

@@ -368,3 +368,9 @@ def test_candidates_of_a_row_that_hears_anything(ops, rng):
     ops.score(*operands, out=out)
     log_p, _ = reference.short_score(score, 5, -np.inf)
     np.testing.assert_allclose(dense(out), log_p, atol=2e-5)
+
+
+def test_sum_of_squares(ops, rng, monkeypatch):
+    monkeypatch.setattr(numba, "SQUARE_ROWS", 30)
+    exact, features = normal(rng, 77, 33)
+    np.testing.assert_allclose(ops.sum_of_squares(features), (exact**2).sum(0), rtol=1e-13)

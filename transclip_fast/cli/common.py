@@ -34,6 +34,10 @@ device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."
 )
 
+memory_option = click.option(
+    "--memory",
+    help="What the process, or its part of a GPU, may use, as 8GiB.  [default: what is free]",
+)
 recall_option = click.option(
     "--recall",
     default=0.99,

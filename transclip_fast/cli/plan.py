@@ -12,7 +12,7 @@ from transclip_fast.cli.graph import method_option
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.inputs import as_log_probabilities, as_logits, as_unit_rows
+from transclip_fast.inputs import as_log_probabilities, as_logits, as_unit_rows, check_rows
 from transclip_fast.memory import Size, choose_layout, limit_of, parse_memory
 from transclip_fast.plan import Plan, make_plan
 from transclip_fast.prior import LinearPrior
@@ -28,7 +28,7 @@ LARGE_WORK = 1e12  # operations of a solve from which a trial is worth its secon
 @click.option("--queries", type=click.IntRange(min=1), help="Rows, where there is no FEATURES yet.")
 @click.option("--classes", type=click.IntRange(min=1), help="Classes.")
 @click.option("--dim", type=click.IntRange(min=1), help="Dimensions of a feature.")
-@click.option("--memory", help="What may be used, as 8GiB.  [default: what is free]")
+@common.memory_option
 @click.option("--assignments", default="auto", show_default=True)
 @click.option("--candidates", type=click.IntRange(min=1), help="Classes of a row that are kept.")
 @method_option("--graph-method")
@@ -139,10 +139,11 @@ def _prior_sample(stored: Features, model: TransCLIP) -> torch.Tensor:
     ids = sample_ids(len(matrix))
     with warnings.catch_warnings():  # solving says it again, of all rows
         warnings.simplefilter("ignore")
-        if stored.get("prior") is not None:
-            return as_log_probabilities(stored.get("prior")[ids.numpy()], "prior", rows=len(ids))
-        if stored.get("prior_logits") is not None:
-            return as_logits(stored.get("prior_logits")[ids.numpy()], "prior_logits", rows=len(ids))
+        for name, check in (("prior", as_log_probabilities), ("prior_logits", as_logits)):
+            given = stored.get(name)
+            if given is not None:
+                check_rows(given, name, len(matrix))
+                return check(given[ids.numpy()], name, rows=len(ids))
         name = "text_features" if stored.get("prototypes") is None else "prototypes"
         if stored.get(name) is None:
             raise InputError(

@@ -28,9 +28,12 @@ from transclip_fast.store.results import load_mixture, load_result
 @encode_options
 @method_option("--graph-method")
 @common.recall_option
+@common.memory_option
 @common.device_option
 @common.json_option
-def command(images: str, out: str, device: str, as_json: bool, **options: Any) -> None:
+def command(
+    images: str, out: str, memory: str | None, device: str, as_json: bool, **options: Any
+) -> None:
     """Label IMAGES with the class names in --classes: encode, graph, solve, report.
 
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths, or
@@ -49,7 +52,9 @@ def command(images: str, out: str, device: str, as_json: bool, **options: Any) -
     with common.collected_warnings({}) as warnings:
         writer, seconds = encode(images, str(folder / "features"), device, **options)
         encoded, encoded_text = report(writer, str(folder / "features"))
-        solved, solved_text = solve_folder(folder, TransCLIP(device=device), graph_options)
+        solved, solved_text = solve_folder(
+            folder, TransCLIP(device=device, memory=memory), graph_options, quiet=as_json
+        )
     summary = {
         **solved,
         "failures": encoded["failures"],
@@ -62,7 +67,7 @@ def command(images: str, out: str, device: str, as_json: bool, **options: Any) -
 
 
 def solve_folder(
-    folder: Path, model: TransCLIP, options: GraphOptions = AUTO
+    folder: Path, model: TransCLIP, options: GraphOptions = AUTO, *, quiet: bool = True
 ) -> tuple[dict[str, Any], str]:
     """Graph, result and report of folder/features, in folder/graph and folder/result."""
     stages = common.Stages()
@@ -72,7 +77,7 @@ def solve_folder(
     if run is None:
         device = resolve_device(model.device)
         graph = kept_graph(folder / "graph", stored, model.n_neighbors, device, stages, options)
-        run = solve_features(stored, str(result), model, graph, stages)
+        run = solve_features(stored, str(result), model, graph, stages, quiet=quiet)
     text = solve_text(run, str(result))
     if run["accuracy"] is not None:
         text = f"{text}\n\n{evaluation_text(*evaluate_result(str(result)))}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from transclip_fast.cli import common
 from transclip_fast.cli.graph import AUTO, GraphOptions, describe, kept_graph, method_option
+from transclip_fast.cli.plan import plan_of
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -21,6 +22,7 @@ from transclip_fast.evaluate import accuracy, check_assignments, check_class_ord
 from transclip_fast.graph import NeighborGraph
 from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.inputs import as_labels
+from transclip_fast.memory import peak_bytes
 from transclip_fast.mixture import COVARIANCES
 from transclip_fast.ops import BACKENDS
 from transclip_fast.progress import Progress
@@ -144,7 +146,8 @@ def command(
         stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
-    run = solve_features(stored, out, model, graph, stages, GraphOptions(method, recall))
+    how = GraphOptions(method, recall)
+    run = solve_features(stored, out, model, graph, stages, how, quiet=as_json)
     common.summarise(run, text(run, out), as_json)
 
 
@@ -155,12 +158,14 @@ def solve_features(
     graph: NeighborGraph | None,
     stages: common.Stages,
     options: GraphOptions = AUTO,
+    *,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """
     Solve stored features and write the result folder `out`; what is in its run.json.
 
-    What a killed solve has done lies beside the folder until it is there: the graph, where none
-    was given, and the state after the last step.
+    Unless `quiet`, the plan is printed first. What a killed solve has done lies beside the folder
+    until it is there: the graph, where none was given, and the state after the last step.
     """
     own_graph = beside(out, "graph")
     stored.origins |= {"X": stored.origins["image_features"], out: out, str(own_graph): out}
@@ -170,11 +175,15 @@ def solve_features(
     ):
         with common.named(stored.origins, stored.path):
             truth = _truth(stored)
+            plan = plan_of(stored, model, options.method if graph is None else None)
+            if not quiet:
+                click.echo(plan.line())
             source = graph or partial(_search, own_graph, stored, model, stages, options)
             _fit(model, stored, source, stages, partial(_checkpoint, out, stored))
         _check(model, stored, truth, warnings)
         run = _summary(model, stored, truth, warnings)
         run["seconds"] = stages.seconds
+        run["memory"] = {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()}
         tables = prediction_tables(
             model.label_distributions_,
             (model.zero_shot_labels_, model.zero_shot_confidences_),

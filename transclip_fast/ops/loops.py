@@ -319,3 +319,12 @@ def class_sums(low, high, features, nodes, z, classes, sums, counts):  # type: i
                     sums[k, x] += weight * features[i, x]
             if last:
                 break
+
+
+@compiled("void(float32[:, ::1], float64[::1])")
+def add_squares(rows, out):  # type: ignore[no-untyped-def]
+    """Add the squares of rows (n, d) to `out` (d,)."""
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            x = np.float64(rows[i, j])
+            out[j] += x * x

@@ -27,7 +27,6 @@ from transclip_fast.ops.torch import (
     gemm_rows,
     read_rows,
     session,
-    sum_of_squares,
 )
 from transclip_fast.rows import UnitRows
 from transclip_fast.threads import CPU, each, n_threads
@@ -44,6 +43,7 @@ __all__ = [
 ]
 
 SWEEP_ROWS = 1024
+SQUARE_ROWS = 2048
 
 
 def start(
@@ -171,6 +171,17 @@ def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Te
 
     pairwise, entropy = np.sum(each(part, blocks(len(z), SWEEP_ROWS)), axis=0)
     return torch.tensor(pairwise), torch.tensor(entropy)
+
+
+def sum_of_squares(features: UnitRows) -> torch.Tensor:
+    """See `Operations.sum_of_squares`."""
+
+    def part(rows: slice) -> np.ndarray:
+        total = np.zeros(features.shape[1])
+        loops.add_squares(features[rows].numpy(), total)
+        return total
+
+    return torch.from_numpy(np.sum(each(part, blocks(len(features), SQUARE_ROWS)), axis=0))
 
 
 def _scores(n_classes: int) -> torch.Tensor:

@@ -273,13 +273,16 @@ def expectation(
 def sum_of_squares(features: UnitRows) -> torch.Tensor:
     """sum_i f_id^2, (d,) float64."""
 
-    def part(rows: slice) -> torch.Tensor:
-        return features[rows].double().square_().sum(0)
+    device = features.device
+    size = SUM_ROWS if device.type == "cpu" else GEMM_ROWS["cuda"][0]
 
-    parts = blocks(
-        len(features), SUM_ROWS if features.device.type == "cpu" else GEMM_ROWS["cuda"][0]
-    )
-    return torch.stack(each(part, parts, features.device)).sum(0)
+    def part(rows: slice) -> torch.Tensor:
+        total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
+        for piece in blocks(rows.stop, size, rows.start):
+            total += features[piece].double().square_().sum(0)
+        return total
+
+    return torch.stack(each(part, blocks(len(features), 16 * size), device)).sum(0)
 
 
 def _top_rows(values: torch.Tensor) -> torch.Tensor:

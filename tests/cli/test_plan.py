@@ -1,0 +1,71 @@
+"""`plan`: what it says, and that solving does as it said."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+
+def plan_of(succeeds, *command):
+    return json.loads(succeeds("plan", *command, "--json"))
+
+
+def test_of_sizes(succeeds):
+    shape = ("--queries", 50_000, "--classes", 300, "--dim", 64)
+    found = plan_of(succeeds, *shape)
+    assert found["size"]["n_rows"] == 50_000
+    assert found["candidates"] == 128
+    assert found["passes"] == 24
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert list(stages) == ["load", "graph", "solve", "write"]
+    assert stages["load"]["disk"] == 2 * 50_000 * 64
+    assert stages["solve"]["work"] == 12 * 2 * 50_000 * 300 * 64
+    assert found["graph"] == "anchored"
+    assert all(stage["seconds"] > 0 for stage in found["stages"])
+    assert found["peak"] == max(stage["host"] for stage in found["stages"]) <= found["limit"]
+    text = succeeds("plan", *shape)
+    assert "50,000 rows, 300 classes, 64 dimensions, 3 neighbours" in text
+    assert "plan: sparse, 128 candidates a row, features held, anchored graph, at most" in text
+
+
+def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
+    arrays["image_features"] = np.tile(arrays["image_features"], (3, 1))
+    del arrays["labels"]
+    command = (save(arrays), "--assignments", "sparse", "--candidates", 5)
+    found = plan_of(succeeds, *command)
+    summary = json.loads(succeeds("solve", *command, "--out", tmp_path / "result", "--json"))
+    assert summary["truncation"]["candidates"] == found["candidates"] == 5
+    assert summary["memory"]["allowed"] > summary["memory"]["planned"]
+
+
+def test_solve_says_it_first(save, arrays, succeeds, tmp_path):
+    file = save(arrays)
+    line = succeeds("plan", file).splitlines()[-1]
+    first = succeeds("solve", file, "--out", tmp_path / "result").splitlines()[0]
+    assert first.startswith("plan: dense, features held, exact graph, at most ")
+    assert line.startswith(first.partition(" at most")[0])
+
+
+@pytest.mark.parametrize("command", ["plan", "solve"])
+def test_what_does_not_fit_is_refused(command, save, arrays, refused, tmp_path):
+    args = [command, save(arrays), "--memory", "100MiB"]
+    told = refused(*args, *(("--out", tmp_path / "result") if command == "solve" else ()))
+    assert "memory: 77 rows and 6 classes, dense, need" in told
+    assert "there are 100 MiB" in told
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ((), "plan needs FEATURES, or --queries, --classes and --dim"),
+        (("--queries", 5, "--dim", 3), "plan needs FEATURES, or --queries"),
+        (("none.npz",), "none.npz: no such file"),
+        (("none.npz", "--queries", 5), "not both"),
+        (("--queries", 5, "--classes", 3, "--dim", 3, "--memory", "lots"), "a size like 8GiB"),
+        (("--queries", 5, "--classes", 3, "--dim", 3, "--assignments", "x"), "assignments='x'"),
+    ],
+)
+def test_bad_input(args, told, refused):
+    assert told in refused("plan", *args)

@@ -1,0 +1,102 @@
+"""What is kept in memory, for how much memory there is."""
+
+import pytest
+import torch
+
+from transclip_fast import InputError, TransCLIP, memory
+from transclip_fast.memory import Layout, Size, choose_layout, parse_memory, show_bytes
+
+CPU = torch.device("cpu")
+MILLION = Size(1_000_000, 1000, 512)
+
+
+@pytest.fixture(autouse=True)
+def _one_gibibyte_used(monkeypatch):
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8GiB", 8 << 30),
+        ("8 GB", 8 << 30),
+        ("8g", 8 << 30),
+        ("1.5T", 3 << 39),
+        ("300M", 300 << 20),
+        ("12345", 12345),
+        (12345, 12345),
+        (None, None),
+    ],
+)
+def test_parse(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1G", "0", 0, -5, True, 1.5, "GiB", "1e9"])
+def test_what_is_no_size(text):
+    with pytest.raises(InputError, match="memory must be a size like 8GiB, got"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (3 << 29, "1.5 GiB"), (10**12, "931 GiB")]
+)
+def test_shown(number, text):
+    assert show_bytes(number) == text
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(16, Layout(128, True)), (5, Layout(128, False)), (3, Layout(70, False))],
+)
+def test_lists_first_then_held_features_then_shorter_lists(limit, expected):
+    found = choose_layout(MILLION, CPU, form="sparse", memory=limit << 30)
+    assert found.held == expected.held
+    assert abs(found.candidates - expected.candidates) < 5
+    assert (1 << 30) + sum(found.bytes(MILLION, CPU).values()) <= limit << 30
+
+
+def test_what_does_not_fit():
+    with pytest.raises(InputError, match=r"sparse, need 2\.\d+ GiB, there are 2 GiB; allow more"):
+        choose_layout(MILLION, CPU, form="sparse", memory=2 << 30)
+    with pytest.raises(InputError, match="there are 4 GiB; choose assignments='sparse'"):
+        choose_layout(MILLION, CPU, form="dense", memory=4 << 30)
+    with pytest.raises(InputError, match="there are 3 GiB"):
+        choose_layout(MILLION, CPU, form="sparse", candidates=100, memory=3 << 30)
+
+
+@pytest.mark.parametrize(
+    ("size", "dense"), [(Size(2000, 1000, 512), True), (Size(20000, 1000, 512), False)]
+)
+def test_auto_is_dense_where_that_is_small(size, dense):
+    assert (choose_layout(size, CPU, form="auto").candidates is None) == dense
+
+
+@pytest.mark.parametrize("limit", [2500, 3000, 4000, 6000, 20000])
+@pytest.mark.parametrize("candidates", [None, 40])
+def test_a_layout_never_takes_more_than_is_allowed(limit, candidates):
+    for n_classes in (10, 1000, 21000):
+        size = Size(400_000, n_classes, 768, 5)
+        try:
+            found = choose_layout(size, CPU, form="auto", candidates=candidates, memory=limit << 20)
+        except InputError:
+            continue
+        assert sum(found.bytes(size, CPU).values()) <= (limit << 20) - (1 << 30)
+        assert found.candidates is None or found.candidates <= n_classes
+
+
+def test_a_fit_that_does_not_fit(problem):
+    features, prototypes, _ = problem()
+    with pytest.raises(InputError, match="memory: 77 rows and 6 classes, dense, need"):
+        TransCLIP(device="cpu", memory=100 << 20).fit(features, prototypes)
+
+
+def test_a_fit_in_a_given_amount(problem, monkeypatch):
+    features, prototypes, _ = problem(n=177)
+    free = TransCLIP(device="cpu", candidates=6).fit(features.astype("float16"), prototypes)
+    size = Size(177, 6, 33)
+    least = sum(Layout(6, held=False).bytes(size, CPU).values())
+    tight = TransCLIP(device="cpu", candidates=6, memory=(1 << 30) + least)
+    tight.fit(features.astype("float16"), prototypes)
+    assert (free.layout_.held, tight.layout_.held) == (True, False)
+    assert (free.transduction_ == tight.transduction_).all()
