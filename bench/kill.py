@@ -86,7 +86,7 @@ def main() -> int:
         kind.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)  # noqa: S311
-    same, kills = 0, []
+    same, kills = 0, list[int]()
     with tempfile.TemporaryDirectory() as scratch:
         if options.what == "encode":
             command = [*RUN, "encode", options.images, "--model", options.model]

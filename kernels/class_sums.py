@@ -151,9 +151,7 @@ def class_sums(
     return sums, counts
 
 
-def class_sums_full(
-    z: torch.Tensor, features: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def class_sums_full(z: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums (K, d) and masses (K,) float64 of the full form z (N, K)."""
     (n_rows, n_classes), d = z.shape, features.shape[1]
     centre = features[:4096].mean(0, dtype=torch.float32)
