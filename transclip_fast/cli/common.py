@@ -25,7 +25,7 @@ out_option = click.option(
     "--out",
     required=True,
     type=click.Path(),
-    help="Folder to write. An earlier result is replaced, a killed encode continued.",
+    help="Folder to write. An earlier result is replaced, a killed run continued.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output."
