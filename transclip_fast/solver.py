@@ -260,7 +260,10 @@ class _Run:
         self.spare = self.z.empty_like()  # the Jacobi sweep writes here, then the two swap
         self.base = Scores.empty(self.affinity.reach(), prior.n_classes, truncation)
         self.squares = ops.sum_of_squares(features)
-        self.moments: Moments  # of the z that update_assignments leaves
+        # Of the z that update_assignments leaves: of the queries, and with the support's, where
+        # the queries' mass is 1.
+        self.moments: Moments
+        self.pooled: Moments
 
     def update_assignments(self) -> None:
         """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), several sweeps."""
@@ -285,19 +288,20 @@ class _Run:
             self.z, self.spare = new, self.z
         sums, counts = self.ops.class_sums(self.z, self.features, self.nodes)
         self.moments = Moments(counts, sums, self.squares)
+        self.pooled = self.moments * (1 / len(self.features))
+        if self.support is not None:
+            self.pooled = self.pooled + self.support.moments * self.support_weight
 
     def update_means(self) -> None:
         """mu_k <- unit(Z^T F / N + w Y^T S)."""
         if self.parameters.update_means:
-            self.mixture = self.mixture.update_means(
-                self._pooled(), unit=self.parameters.unit_means
-            )
+            self.mixture = self.mixture.update_means(self.pooled, unit=self.parameters.unit_means)
 
     def update_variance(self) -> None:
         """sigma^2 <- the mean squared distance to the new means, under the new z."""
         if self.parameters.update_variance:
             self.mixture = self.mixture.update_variance(
-                self._pooled(), covariance=self.parameters.covariance
+                self.pooled, covariance=self.parameters.covariance
             )
 
     def objective(self) -> float:
@@ -345,11 +349,6 @@ class _Run:
         """z in the order of the features, once nothing else is needed."""
         del self.spare, self.base
         return self.z if self.nodes is None else self.z.take(self.nodes)
-
-    def _pooled(self) -> Moments:
-        """Moments of queries and support together, the queries' mass being 1."""
-        pooled = self.moments * (1 / len(self.features))
-        return pooled + self.support.moments * self.support_weight if self.support else pooled
 
 
 def predict(
