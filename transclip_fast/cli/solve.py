@@ -25,6 +25,7 @@ from transclip_fast.solver import Progress
 from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
+from transclip_fast.store.maps import map_features
 from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
 from transclip_fast.truncation import FORMS
 
@@ -51,6 +52,7 @@ PARAMETERS = {
     "covariance": "Shape of the shared covariance.",
     "graph_mode": "Messages both ways along an edge, or only towards its start.",
     "clamp_similarity": "Edge weights are max(0, cosine).",
+    "published_support_rows": "Few-shot: the graph with the published code's errors, to compare.",
     "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
 }
 COMPUTATION = {
@@ -104,6 +106,9 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
 @common.device_option
 @common.json_option
 @_array_options
+@click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
+@click.option("--text-map", type=click.Path(), help="Matrix (d, d) that the texts are mapped by.")
+@common.image_map_option
 @_parameter_options
 def command(
     features: str,
@@ -113,6 +118,9 @@ def command(
     recall: float,
     device: str,
     as_json: bool,
+    shots: int | None,
+    text_map: str | None,
+    image_map: str | None,
     **options: Any,
 ) -> None:
     """Label all rows of FEATURES jointly.
@@ -120,7 +128,9 @@ def command(
     FEATURES is a feature folder, or a .npz file with image_features (N, d), text_features (K, d)
     and optionally labels (N,), class_names (K,), support_features (M, d), support_labels (M,),
     validation_features, validation_labels, and a prior (N, K), prior_logits (N, K) or prototypes
-    (K, d) of another method. --out receives predictions.parquet, mixture.safetensors and run.json.
+    (K, d) of another method; or a folder of few-shot caches (test_f.pt, keys_16shots.pt, ...). A
+    prior may name the largest classes of a row only: prior_indices (N, m) and prior_values (N, m),
+    or a scipy CSR file. --out receives predictions.parquet, mixture.safetensors and run.json.
 
     \b
     Examples:
@@ -128,6 +138,7 @@ def command(
       transclip-fast solve images.npy --text-features text.npy --class-names names.txt --out result
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
+      transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
     """
     stages = common.Stages()
     model = TransCLIP(
@@ -136,7 +147,8 @@ def command(
     model.check()
     resolve_device(device)
     with stages.time("load"):
-        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
+        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]}, shots=shots)
+        map_features(stored, text=text_map, image=image_map)
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
     run = solve_features(stored, out, model, graph, stages, GraphOptions(method, recall))
@@ -257,6 +269,7 @@ def _summary(
         "truncation": model.truncation_,
         "device": str(model.device_),
         "inputs_sha256": stored.inputs_sha256(),
+        "maps": stored.maps,
         "class_names": stored.class_names,
         "parameters": parameters,
         "config": {**parameters, "kl_weight": model.kl_weight_, "gamma": model.gamma_},

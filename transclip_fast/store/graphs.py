@@ -14,9 +14,8 @@ import numpy as np
 
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph
-from transclip_fast.store.arrays import npy_bytes, read_array, read_arrays
+from transclip_fast.store.arrays import inside, npy_bytes, read_array, read_arrays
 from transclip_fast.store.atomic import publish_file, read_json, write_json, writing
-from transclip_fast.store.features import inside
 
 CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
 # What the manifest says of how the lists were made.
