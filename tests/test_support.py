@@ -178,7 +178,7 @@ def test_no_argument_is_ever_modified(problem, prior, scale):
         "validation_labels": log_y[:20].argmax(1),
         "prior": np.exp(log_y),
         "prior_logits": log_y,
-        "prototypes": prototypes[:, ::-1].copy() * np.float32(scale),
+        "prototypes": (prototypes + prototypes[::-1] / 9) * np.float32(scale),
     }
     others = {"prior", "prior_logits", "prototypes"} - {prior}
     arrays = {name: array for name, array in arrays.items() if name not in others}
@@ -194,3 +194,73 @@ def test_no_argument_is_ever_modified(problem, prior, scale):
     for name in ("label_distributions_", "means_", "zero_shot_confidences_"):
         result = getattr(model, name)
         assert not any(np.shares_memory(result, array) for array in arrays.values()), name
+
+
+# -- labels that contradict the prior
+
+
+@pytest.mark.parametrize("shots", [1, 4])
+@pytest.mark.parametrize("kind", ["right", "shifted", "blurred texts"])
+def test_labels_in_another_order(golden, kind, shots):
+    """Shots and validation rows warn where classes are mixed up, not where texts are poor."""
+    features, truth = golden["image_features"].astype(np.float32), golden["labels"]
+    texts, rng = golden["text_features"].astype(np.float32), np.random.default_rng(shots)
+    if kind == "blurred texts":
+        noise = reference.unit(rng.normal(size=texts.shape))
+        amounts = np.linspace(0, 3, 61)
+        hard = (reference.unit(texts + amount * noise).astype(np.float32) for amount in amounts)
+        texts = next(t for t in hard if ((features @ t.T).argmax(1) == truth).mean() < 0.12)
+    rows = np.concatenate([rng.permutation(np.flatnonzero(truth == k))[:shots] for k in range(19)])
+    given = (truth[rows] + (kind == "shifted")) % 19
+    others = np.setdiff1d(np.arange(len(features)), rows)
+    labelled = {"support_features": features[rows], "support_labels": given}
+    labelled |= {"validation_features": features[rows], "validation_labels": given}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = TransCLIP(device="cpu", gamma=0.02, max_iter=0, inner_iter=1)
+        model.fit(features[others[:400]], texts, **labelled)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (2 if kind == "shifted" else 0), messages
+    for message, name in zip(messages, ("support", "validation"), strict=False):
+        assert message.startswith(f"{name}_labels: zero-shot labels match on ")
+        assert "\n" not in message
+
+
+def test_a_given_prior_in_another_order(golden):
+    features, truth = golden["image_features"].astype(np.float32), golden["labels"]
+    prior = 0.9 * np.eye(19)[truth[100:]] + 0.1 / 19
+    model = TransCLIP(device="cpu", gamma=0.02, max_iter=0, inner_iter=1)
+    shots = {"support_features": features[:100], "support_labels": truth[:100]}
+    model.fit(features[100:], prior=prior, **shots)
+    with pytest.warns(UserWarning, match="^support_labels: zero-shot labels match on"):
+        model.fit(features[100:], prior=np.roll(prior, 1, axis=1), **shots)
+
+
+# -- golden features
+
+
+@pytest.mark.parametrize("shots", [(2, 2), (5, 0)])
+def test_golden_few_shot(golden, shots):
+    """Balanced shots, and none of every other class; gamma chosen on validation rows."""
+    features, labels = golden["image_features"].astype(np.float32), golden["labels"]
+    texts, rng = golden["text_features"].astype(np.float32), np.random.default_rng(shots[0])
+    order = rng.permutation(len(features))
+    rows = np.concatenate([order[labels[order] == k][: shots[k % 2]] for k in range(19)])
+    rest = np.setdiff1d(order, rows)
+    held, queries = rest[::9], rest[1::3]
+    validation = features[held], labels[held]
+    model = TransCLIP(device="cpu").fit(
+        features[queries],
+        texts,
+        support_features=features[rows],
+        support_labels=labels[rows],
+        validation_features=validation[0],
+        validation_labels=validation[1],
+    )
+    parameters = reference.Parameters()
+    run = reference.few_shot(
+        features[queries], texts, features[rows], labels[rows], None, validation, parameters
+    )
+    assert model.gamma_ == run.gamma
+    np.testing.assert_array_equal(model.transduction_, run.z.argmax(1))
+    assert np.abs(model.label_distributions_ - run.z).max() < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
+from transclip_fast.evaluate import check_class_order
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
 from transclip_fast.inputs import (
     as_labelled_rows,
@@ -375,7 +377,7 @@ class TransCLIP(Parameters):
         if labelled is None:
             return None
         shots, classes = labelled
-        return Support.build(
+        support = Support.build(
             shots.to(features.device),
             classes.to(features.device),
             features,
@@ -383,6 +385,8 @@ class TransCLIP(Parameters):
             n_neighbors=self.n_neighbors,
             clamp_similarity=self.clamp_similarity,
         )
+        _warn_of_order("support", prior, features, support.neighbors[:, 0], classes)
+        return support
 
     def _make_validation(
         self, features: torch.Tensor, prior: Prior, rows: Any, labels: Any
@@ -392,7 +396,17 @@ class TransCLIP(Parameters):
         if labelled is None:
             return None
         ids, _ = nearest(labelled[0].to(features.device), features, 1)
+        _warn_of_order("validation", prior, features, ids[:, 0], labelled[1])
         return ids[:, 0].cpu().numpy(), labelled[1].numpy()
+
+
+def _warn_of_order(
+    name: str, prior: Prior, features: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """Warn where labels (M,) contradict what the prior says of the most similar queries (M,)."""
+    zero_shot = prior.at(features, queries).argmax(1).cpu().numpy()
+    for message in check_class_order(zero_shot, labels.numpy()):
+        warnings.warn(f"{name}_labels: {message}", stacklevel=4)
 
 
 def _most_accurate(
