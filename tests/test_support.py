@@ -199,7 +199,7 @@ def test_no_argument_is_ever_modified(problem, prior, scale):
 # -- labels that contradict the prior
 
 
-@pytest.mark.parametrize("shots", [1, 4])
+@pytest.mark.parametrize("shots", [2, 8])
 @pytest.mark.parametrize("kind", ["right", "shifted", "blurred texts"])
 def test_labels_in_another_order(golden, kind, shots):
     """Shots and validation rows warn where classes are mixed up, not where texts are poor."""
@@ -207,9 +207,9 @@ def test_labels_in_another_order(golden, kind, shots):
     texts, rng = golden["text_features"].astype(np.float32), np.random.default_rng(shots)
     if kind == "blurred texts":
         noise = reference.unit(rng.normal(size=texts.shape))
-        amounts = np.linspace(0, 3, 61)
-        hard = (reference.unit(texts + amount * noise).astype(np.float32) for amount in amounts)
-        texts = next(t for t in hard if ((features @ t.T).argmax(1) == truth).mean() < 0.12)
+        hard = [reference.unit(texts + amount * noise) for amount in np.linspace(0, 3, 31)]
+        correct = [((features @ t.T).argmax(1) == truth).mean() for t in hard]
+        texts = hard[int(np.abs(np.array(correct) - 0.1).argmin())]
     rows = np.concatenate([rng.permutation(np.flatnonzero(truth == k))[:shots] for k in range(19)])
     given = (truth[rows] + (kind == "shifted")) % 19
     others = np.setdiff1d(np.arange(len(features)), rows)
