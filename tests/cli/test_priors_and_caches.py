@@ -89,7 +89,7 @@ def test_caches(caches, cli, succeeds, refused, tmp_path):
     assert "has no keys_16shots.pt" in refused(
         "solve", caches, "--shots", 16, "--out", tmp_path / "a"
     )
-    succeeds("solve", caches, "--shots", 2, "--out", tmp_path / "a")
+    out = succeeds("solve", caches, "--shots", 2, "--out", tmp_path / "a")
     model = TransCLIP().fit(
         loaded("test_f.pt"),
         loaded("text_weights_template.pt").T,
@@ -100,12 +100,16 @@ def test_caches(caches, cli, succeeds, refused, tmp_path):
     )
     run = run_of(tmp_path / "a")
     assert run["config"]["gamma"] == model.gamma_
+    assert f"few-shot, gamma {model.gamma_} chosen" in out
     assert run["accuracy"] == round(
         100 * np.mean(model.transduction_ == loaded("test_l.pt").numpy()), 4
     )
     np.testing.assert_array_equal(confidences(tmp_path / "a"), model.label_distributions_.max(1))
     assert cli("solve", caches, "--shots", 0, "--out", tmp_path / "b").code == 0
     assert run_of(tmp_path / "b")["config"]["gamma"] is None
+    # Which support makes no difference to these.
+    succeeds("graph", caches, "--out", tmp_path / "graph")
+    succeeds("predict", tmp_path / "b", caches, "--out", tmp_path / "c")
 
 
 def test_maps(arrays, save, succeeds, refused, tmp_path):

@@ -73,6 +73,7 @@ def command(
         stored = load_features(
             new_features,
             {"prior": prior, "prior_logits": prior_logits, "labels": labels},
+            shots=0,
             n_classes=len(mixture.means),
         )
         map_features(stored, image=image_map)

@@ -296,6 +296,9 @@ def text(run: dict[str, Any], out: str) -> str:
             f"sparse: {kept['candidates']} candidates a row, {kept['rank']} kept; mass misplaced "
             f"at most {kept['mean_bound']:.1e} on average, {kept['largest_bound']:.1e} in a row"
         )
+    if run["config"]["gamma"] is not None:
+        chosen = "given" if run["parameters"]["gamma"] is not None else "chosen"
+        lines.append(f"few-shot, gamma {run['config']['gamma']} {chosen}")
     if run["accuracy"] is not None:
         lines.append(
             f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"

@@ -135,7 +135,9 @@ def _support(folder: Path, shots: int | None) -> dict[str, str]:
         return {}
     if shots is None and len(there) > 1:
         found = ", ".join(map(str, there))
-        raise InputError(f"{folder}: has supports of {found} shots; name one with --shots, or 0")
+        raise InputError(
+            f"{folder}: has supports of {found} shots; name one with --shots, or 0 for none"
+        )
     number = there[0] if shots is None else shots
     for kind, known in numbers.items():
         if number not in known:

@@ -103,7 +103,7 @@ def load_features(
     overrides : mapping, optional
         Name in `ARRAYS` to a file; class names may be a text file with one name a line.
     shots : int, optional
-        Which of several supports of a folder of caches.
+        Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
         K, for a sparse prior in which it is not said; where not given, of the other arrays.
 
@@ -116,7 +116,7 @@ def load_features(
     given = {name: file for name, file in (overrides or {}).items() if file is not None}
     if caches.is_cache(path):
         features = Features(str(path), *caches.read_cache(path, shots=shots, without=set(given)))
-    elif shots is not None:
+    elif shots:
         raise InputError(f"{path}: has no keys_*shots.pt to choose from; leave out the shots")
     else:
         features = _load_folder(path) if os.path.isdir(path) else _load_file(path)
