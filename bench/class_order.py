@@ -87,7 +87,7 @@ def draws(
                             for k in range(len(chosen))
                         ]
                     )
-                    queries = np.setdiff1d(np.arange(len(rows)), shots)[:500]
+                    queries = rng.permutation(np.setdiff1d(np.arange(len(rows)), shots))[:500]
                     for order, given in orders(truth[shots], len(chosen), rng).items():
                         warned = warns(rows[queries], hard, rows[shots], given)
                         yield (n_classes or "all", target, n, order), warned

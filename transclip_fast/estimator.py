@@ -376,16 +376,16 @@ class TransCLIP(Parameters):
         labelled = as_labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
-        shots, classes = labelled
+        shots, classes = labelled[0].to(features.device), labelled[1]
         support = Support.build(
-            shots.to(features.device),
+            shots,
             classes.to(features.device),
             features,
             n_classes=prior.n_classes,
             n_neighbors=self.n_neighbors,
             clamp_similarity=self.clamp_similarity,
         )
-        _warn_of_order("support", prior, features, support.neighbors[:, 0], classes)
+        _warn_of_order("support", classes, prior, shots, support.neighbors[:, 0])
         return support
 
     def _make_validation(
@@ -395,16 +395,20 @@ class TransCLIP(Parameters):
         labelled = as_labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
-        ids, _ = nearest(labelled[0].to(features.device), features, 1)
-        _warn_of_order("validation", prior, features, ids[:, 0], labelled[1])
+        held = labelled[0].to(features.device)
+        ids, _ = nearest(held, features, 1)
+        _warn_of_order("validation", labelled[1], prior, held, ids[:, 0])
         return ids[:, 0].cpu().numpy(), labelled[1].numpy()
 
 
 def _warn_of_order(
-    name: str, prior: Prior, features: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor
+    name: str, labels: torch.Tensor, prior: Prior, rows: torch.Tensor, queries: torch.Tensor
 ) -> None:
-    """Warn where labels (M,) contradict what the prior says of the most similar queries (M,)."""
-    zero_shot = prior.at(features, queries).argmax(1).cpu().numpy()
+    """Warn where labels (M,) contradict the prior of rows (M, d), or of their nearest queries."""
+    if isinstance(prior, LinearPrior):
+        zero_shot = prior.predict(rows)[0]
+    else:
+        zero_shot = prior.log_probabilities[queries].argmax(1).cpu().numpy()
     for message in check_class_order(zero_shot, labels.numpy()):
         warnings.warn(f"{name}_labels: {message}", stacklevel=4)
 

@@ -13,7 +13,7 @@ from scipy import sparse
 from tests import reference
 from tests.agreement import assert_agrees
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.inputs import UNLISTED_MASS, ListedPrior, as_log_probabilities
+from transclip_fast.inputs import ListedPrior, as_log_probabilities
 from transclip_fast.store.features import load_features
 
 N, K, M = 77, 6, 3
@@ -38,7 +38,7 @@ def spread(k, rows):
     whole = np.zeros((len(rows), k))
     for i, entries in enumerate(rows):
         named = {c: value for c, value in entries if value > 0}
-        rest = max(1 - sum(named.values()), UNLISTED_MASS) if len(named) < k else 0.0
+        rest = max(1 - sum(named.values()), 1e-6) if len(named) < k else 0.0
         for c in range(k):
             if c in named:
                 whole[i, c] = named[c] * min(1.0, (1 - rest) / sum(named.values()))
