@@ -32,18 +32,19 @@ def golden(request, golden_dir):
 
 @pytest.fixture
 def problem():
-    """Maker of small float32 problems: features (N, d), prototypes (K, d), labels (N,)."""
+    """Maker of small float32 problems, `make_problem`."""
+    return make_problem
 
+
+def make_problem(n=77, k=6, d=33, seed=0, noise=0.03):
+    """A small float32 problem: features (N, d), prototypes (K, d), labels (N,)."""
     # Soft enough that every step, parameter and prior moves the assignments.
-    def make(n=77, k=6, d=33, seed=0, noise=0.03):
-        rng = np.random.default_rng(seed)
-        prototypes = unit(0.15 * rng.normal(size=(k, d)) + 1)
-        labels = rng.integers(k, size=n)
-        centres = unit(prototypes + 0.4 * unit(rng.normal(size=(k, d))))
-        features = unit(centres[labels] + noise * rng.normal(size=(n, d)))
-        return features.astype(np.float32), prototypes.astype(np.float32), labels
-
-    return make
+    rng = np.random.default_rng(seed)
+    prototypes = unit(0.15 * rng.normal(size=(k, d)) + 1)
+    labels = rng.integers(k, size=n)
+    centres = unit(prototypes + 0.4 * unit(rng.normal(size=(k, d))))
+    features = unit(centres[labels] + noise * rng.normal(size=(n, d)))
+    return features.astype(np.float32), prototypes.astype(np.float32), labels
 
 
 def unit(rows):

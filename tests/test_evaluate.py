@@ -88,7 +88,7 @@ def test_class_order(shift, warned):
     found = check_class_order((truth + shift) % 5, truth)
     assert bool(found) == warned
     if warned:
-        assert found[0].startswith("labels match on 0.0 % of rows but would on 100.0 %")
+        assert found[0].startswith("zero-shot labels match on 0.0 % of rows but would on 100.0 %")
 
 
 def test_poor_labels_are_not_a_wrong_order():

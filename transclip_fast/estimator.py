@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transclip_fast.checkpoint import Checkpoint
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
+from transclip_fast.evaluate import check_class_order
 from transclip_fast.graph import NeighborGraph, build_graph, nearest
 from transclip_fast.inputs import (
     as_labelled_rows,
@@ -430,15 +432,17 @@ class TransCLIP(Parameters):
         labelled = as_labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
-        shots, classes = labelled
-        return Support.build(
-            shots.to(features.device),
+        shots, classes = labelled[0].to(features.device), labelled[1]
+        support = Support.build(
+            shots,
             classes.to(features.device),
             features,
             n_classes=prior.n_classes,
             n_neighbors=self.n_neighbors,
             clamp_similarity=self.clamp_similarity,
         )
+        _warn_of_order("support", classes, prior, shots, support.neighbors[:, 0])
+        return support
 
     def _make_validation(
         self, features: Rows, prior: Prior, rows: Any, labels: Any
@@ -447,8 +451,22 @@ class TransCLIP(Parameters):
         labelled = as_labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)
         if labelled is None:
             return None
-        ids, _ = nearest(labelled[0].to(features.device), features, 1)
+        held = labelled[0].to(features.device)
+        ids, _ = nearest(held, features, 1)
+        _warn_of_order("validation", labelled[1], prior, held, ids[:, 0])
         return ids[:, 0].cpu().numpy(), labelled[1].numpy()
+
+
+def _warn_of_order(
+    name: str, labels: torch.Tensor, prior: Prior, rows: torch.Tensor, queries: torch.Tensor
+) -> None:
+    """Warn where labels (M,) contradict the prior of rows (M, d), or of their nearest queries."""
+    if isinstance(prior, LinearPrior):
+        zero_shot = prior.predict(rows)[0]
+    else:
+        zero_shot = prior.log_probabilities[queries].argmax(1).cpu().numpy()
+    for message in check_class_order(zero_shot, labels.numpy()):
+        warnings.warn(f"{name}_labels: {message}", stacklevel=4)
 
 
 def _most_accurate(

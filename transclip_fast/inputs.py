@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transclip_fast.stored import StoredRows
 # fp16 rows are off by up to 6e-4; renormalising those would move z by up to 3e-2.
 UNIT_NORM_TOLERANCE = 2e-3
 PROBABILITY_TOLERANCE = 1e-2
+UNLISTED_MASS = 1e-6  # of a row of a sparse prior, at least, for the classes that it leaves out
 ROWS_PER_CHECK = 4096
 ALIGNMENT = 64  # bytes
 
@@ -157,11 +159,17 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
     """
     log of a (rows, K) matrix of probabilities, float32; a probability of 0 gives -inf.
 
+    A scipy sparse array is first made whole, see `ListedPrior`.
+
     Raises
     ------
     InputError
         Wrong number of rows, a negative entry, or a row whose sum is not 1 (to 1e-2).
     """
+    if hasattr(array, "tocsr"):
+        csr = array.tocsr()
+        listed = ListedPrior(csr.indptr, csr.indices, csr.data, csr.shape[1])
+        array = listed.dense(name, rows=rows)
     matrix = as_matrix(array, name)
     check_rows(matrix, name, rows)
     if matrix.dtype != torch.float64:  # whose log fits float32 where the probability does not
@@ -188,6 +196,90 @@ def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
         row = int((~matrix.isfinite().all(1)).nonzero()[0, 0])
         raise InputError(f"{name}: row {row} is too large for float32; rescale the logits")
     return torch.log_softmax(matrix, dim=1)
+
+
+@dataclass(frozen=True)
+class ListedPrior:
+    """
+    Probabilities of some classes of each row, as a rule its largest, in rows of entries.
+
+    What a row's entries leave of its mass, but at least 1e-6, is spread evenly over the classes
+    it does not list: with a probability of 0 they could never be assigned, whatever the images
+    say. An entry of 0 counts as not listed.
+
+    Parameters
+    ----------
+    offsets : array_like (N + 1,) int
+        Bounds of each row's entries.
+    classes, values : array_like (E,) int, (E,) float
+    n_classes : int, optional
+        K, where that is known.
+    """
+
+    offsets: Any
+    classes: Any
+    values: Any
+    n_classes: int | None = None
+
+    def dense(self, name: str, *, rows: int, n_classes: int | None = None) -> torch.Tensor:
+        """
+        All probabilities (N, K) float32; `n_classes` where the entries themselves do not know.
+
+        Raises
+        ------
+        InputError
+            K is not known, another number of rows, offsets that do not bound the entries, a class
+            that is no position in the list of classes or comes twice in a row, a value that is
+            negative or not finite, or a row of more mass than 1 (to 1e-2).
+        """
+        k = self.n_classes or n_classes
+        if k is None:
+            raise InputError(
+                f"{name}: does not say how many classes there are; give text_features or "
+                "class_names too"
+            )
+        offsets, classes, values = (
+            _as_tensor(array, name).double() for array in (self.offsets, self.classes, self.values)
+        )
+        if len(offsets) != rows + 1:
+            raise InputError(f"{name}: has {len(offsets) - 1} rows, expected {rows}, one per query")
+        lengths = offsets.diff()
+        n_entries = len(values) if values.shape == classes.shape else -1
+        if offsets[0] != 0 or (lengths < 0).any() or offsets[-1] != n_entries:
+            raise InputError(f"{name}: indices and values do not fit each other; write it again")
+        row_of, class_of = torch.repeat_interleave(lengths.long()), classes.long()
+
+        def refuse(wrong: torch.Tensor, why: str) -> None:
+            if wrong.any():
+                entry = int(wrong.nonzero()[0, 0])
+                found = why.format(f"{float(classes[entry]):.10g}")
+                raise InputError(f"{name}: row {int(row_of[entry])} {found}")
+
+        used = values != 0
+        refuse(~values.isfinite(), "contains a value that is not finite; recompute that row")
+        refuse(values < 0, "has a negative probability; scores go in prior_logits")
+        refuse(
+            used & ~((classes >= 0) & (classes < k) & (classes == class_of)),
+            f"names class {{}}, outside 0 .. {k - 1}; classes are positions in the list of classes",
+        )
+        cells = (row_of * k + class_of).where(used, -1)
+        order = cells.argsort(stable=True)
+        again = torch.zeros_like(used)
+        again[order[1:]] = cells[order].diff() == 0
+        refuse(again & used, "names class {} twice; add up what belongs together")
+        mass = torch.bincount(row_of, values, minlength=rows)
+        heavy = (mass > 1 + PROBABILITY_TOLERANCE).nonzero()[:, 0]
+        if len(heavy):
+            row = int(heavy[0])
+            raise InputError(
+                f"{name}: row {row} sums to {mass[row]:.4g}, more than 1; scores go in prior_logits"
+            )
+        left_out = k - torch.bincount(row_of[used], minlength=rows)
+        share = torch.where(left_out > 0, (1 - mass).clamp_min(UNLISTED_MASS), 0.0)
+        whole = (share / left_out.clamp_min(1)).float()[:, None].repeat(1, k)
+        scale = torch.where(mass > 0, torch.minimum((1 - share) / mass, torch.ones(())), 1.0)
+        whole.view(-1)[cells[used]] = (values * scale[row_of])[used].float()
+        return whole
 
 
 def _as_tensor(array: Any, name: str) -> torch.Tensor:

@@ -29,6 +29,13 @@ from transclip_fast.truncation import Truncation
 
 # The likelihood term of M shots, relative to that of N queries, is 50 gamma N / M.
 SUPPORT_SCALE = 50.0
+FLAGS = (
+    "unit_means",
+    "update_means",
+    "update_variance",
+    "clamp_similarity",
+    "published_support_rows",
+)
 
 
 @dataclass(kw_only=True)
@@ -59,6 +66,9 @@ class Parameters:
         Messages through (W + W^T) / 2k, or through W / k.
     clamp_similarity : bool
         Edge weights are max(0, cosine).
+    published_support_rows : bool
+        Few-shot: repeat two errors of the published code in the graph, to compare with its
+        results; see `transclip_fast.support.Support.published`.
     """
 
     n_neighbors: int = 3
@@ -74,6 +84,7 @@ class Parameters:
     covariance: str = "diagonal"
     graph_mode: str = "symmetric"
     clamp_similarity: bool = False
+    published_support_rows: bool = False
 
     def check(self) -> None:
         """Raise InputError for a value outside its range."""
@@ -83,12 +94,14 @@ class Parameters:
             check_weight(name, getattr(self, name))
         if self.kl_weight is not None:
             check_weight("kl_weight", self.kl_weight)
-        for name in ("unit_means", "update_means", "update_variance", "clamp_similarity"):
+        for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, allowed in (("covariance", COVARIANCES), ("graph_mode", GRAPH_MODES)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.published_support_rows and self.graph_mode != "symmetric":
+            raise InputError("published_support_rows needs graph_mode='symmetric'")
 
 
 def check_number(name: str, value: object, least: int) -> None:
@@ -173,6 +186,8 @@ def solve(
     checkpoint : Checkpoint, optional
         Where the state after an outer step is kept, and found.
     """
+    if support is not None and parameters.published_support_rows:
+        graph, support = support.published(graph, clamp_similarity=parameters.clamp_similarity)
     ops, checkpoint = operations(backend), checkpoint or NoCheckpoint()
     with exact_float32(), ops.session():
         run = _Run(
@@ -234,7 +249,7 @@ class _Run:
     ) -> None:
         self.ops, self.features, self.prior, self.parameters = ops, features, prior, parameters
         self.kl_weight, self.support = kl_weight, support
-        self.support_weight = SUPPORT_SCALE * gamma / support.n_rows if support else 0.0  # w
+        self.support_weight = SUPPORT_SCALE * gamma / len(support) if support else 0.0  # w
         self.z = Assignments.empty(len(features), prior.n_classes, truncation, features.device)
         self.prior_normaliser, log_weights, rows = ops.start(
             features, prior.weights, prior.log_probabilities, out=self.z

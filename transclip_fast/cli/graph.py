@@ -103,7 +103,7 @@ def command(
     stages = common.Stages()
     chosen = resolve_device(device)
     with stages.time("load"):
-        stored = load_features(features, {"prototypes": anchor_file})
+        stored = load_features(features, {"prototypes": anchor_file}, shots=0)
     options = GraphOptions(method, recall)
     graph, manifest = graph_features(stored, out, n_neighbors, chosen, stages, options)
     text = f"{len(graph):,} rows, {n_neighbors} neighbours each: {describe(graph.info)}, "

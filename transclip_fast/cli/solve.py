@@ -31,6 +31,7 @@ from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, forget
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
+from transclip_fast.store.maps import map_features
 from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
 from transclip_fast.truncation import FORMS
 from transclip_fast.version import __version__
@@ -58,6 +59,7 @@ PARAMETERS = {
     "covariance": "Shape of the shared covariance.",
     "graph_mode": "Messages both ways along an edge, or only towards its start.",
     "clamp_similarity": "Edge weights are max(0, cosine).",
+    "published_support_rows": "Few-shot: the graph with the published code's errors, to compare.",
     "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
 }
 COMPUTATION = {
@@ -111,6 +113,9 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
 @common.device_option
 @common.json_option
 @_array_options
+@click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
+@click.option("--text-map", type=click.Path(), help="Matrix (d, d) that the texts are mapped by.")
+@common.image_map_option
 @_parameter_options
 def command(
     features: str,
@@ -120,6 +125,9 @@ def command(
     recall: float,
     device: str,
     as_json: bool,
+    shots: int | None,
+    text_map: str | None,
+    image_map: str | None,
     **options: Any,
 ) -> None:
     """Label all rows of FEATURES jointly.
@@ -127,7 +135,9 @@ def command(
     FEATURES is a feature folder, or a .npz file with image_features (N, d), text_features (K, d)
     and optionally labels (N,), class_names (K,), support_features (M, d), support_labels (M,),
     validation_features, validation_labels, and a prior (N, K), prior_logits (N, K) or prototypes
-    (K, d) of another method. --out receives predictions.parquet, mixture.safetensors and run.json.
+    (K, d) of another method; or a folder of few-shot caches (test_f.pt, keys_16shots.pt, ...). A
+    prior may name the largest classes of a row only: prior_indices (N, m) and prior_values (N, m),
+    or a scipy CSR file. --out receives predictions.parquet, mixture.safetensors and run.json.
 
     \b
     Examples:
@@ -135,6 +145,7 @@ def command(
       transclip-fast solve images.npy --text-features text.npy --class-names names.txt --out result
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
+      transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
     """
     stages = common.Stages()
     model = TransCLIP(
@@ -143,7 +154,8 @@ def command(
     model.check()
     resolve_device(device)
     with stages.time("load"):
-        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
+        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]}, shots=shots)
+        map_features(stored, text=text_map, image=image_map)
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
     how = GraphOptions(method, recall)
@@ -304,6 +316,7 @@ def _summary(
         "truncation": model.truncation_,
         "device": str(model.device_),
         "inputs_sha256": stored.inputs_sha256(),
+        "maps": stored.maps,
         "class_names": stored.class_names,
         "parameters": parameters,
         "config": {**parameters, "kl_weight": model.kl_weight_, "gamma": model.gamma_},
@@ -330,6 +343,9 @@ def text(run: dict[str, Any], out: str) -> str:
             f"sparse: {kept['candidates']} candidates a row, {kept['rank']} kept; mass misplaced "
             f"at most {kept['mean_bound']:.1e} on average, {kept['largest_bound']:.1e} in a row"
         )
+    if run["config"]["gamma"] is not None:
+        chosen = "given" if run["parameters"]["gamma"] is not None else "chosen"
+        lines.append(f"few-shot, gamma {run['config']['gamma']} {chosen}")
     if run["accuracy"] is not None:
         lines.append(
             f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"

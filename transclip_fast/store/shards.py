@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import npy_bytes
+from transclip_fast.store.arrays import inside, npy_bytes
 from transclip_fast.store.atomic import read_json, writing
-from transclip_fast.store.features import inside
 from transclip_fast.version import __version__
 
 MANIFEST = "manifest.json"
