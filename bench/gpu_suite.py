@@ -33,11 +33,14 @@ from transclip_fast import solver
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph import affinity
 from transclip_fast.ops import operations
+from transclip_fast.parameters import Parameters
 from transclip_fast.prior import LinearPrior
+from transclip_fast.rows import Rows
 from transclip_fast.truncation import Truncation
 
 LIMIT = 7 * 60  # seconds after which nothing new is begun
 SOLVES = ((50_000, 1000, 512), (1_280_000, 1000, 1280), (10_000_000, 21_000, 1024))
+STREAMED = 2_000_000_000  # entries of features, at most, that are also read from host memory
 
 
 @dataclass
@@ -272,9 +275,9 @@ def solve(suite: Suite, n: int, k: int, d: int) -> None:
     features, prototypes = made_problem(n, k, d, "cuda")
     graph = made_graph(n, k)
     prior = LinearPrior.from_prototypes(prototypes, 100.0)
-    parameters = solver.Parameters()
+    parameters = Parameters()
 
-    def once() -> torch.Tensor:
+    def once(features: torch.Tensor | Rows) -> torch.Tensor:
         solution = solver.solve(
             features, prior, graph, parameters, kl_weight=1.0,
             truncation=Truncation(min(16, k), min(16, k)), backend="triton",
@@ -289,10 +292,12 @@ def solve(suite: Suite, n: int, k: int, d: int) -> None:
         return run(features, prototypes, pair).argmax(1)
 
     arms: dict[str, Callable[[], torch.Tensor]] = {
-        "kernels": once,
+        "kernels": partial(once, features),
         "baseline": partial(rival, baseline.solve),
         "baseline, torch.compile": partial(rival, torch.compile(baseline.solve, dynamic=False)),
     }
+    if n * d <= STREAMED:
+        arms["kernels, streamed"] = partial(once, Rows(features.cpu(), device="cuda", held=False))
     labels: torch.Tensor | None = None
     for arm, run in arms.items():
         taken = suite.attempt(f"{name}, {arm}", partial(timed_solve, run))

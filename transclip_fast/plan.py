@@ -17,9 +17,10 @@ from transclip_fast.graph.recall import SAMPLE
 from transclip_fast.memory import Layout, Size, resident_bytes, show_bytes
 from transclip_fast.ops import choose_backend
 from transclip_fast.ops.torch import gemm_rows
+from transclip_fast.parameters import Parameters
 from transclip_fast.prior import LinearPrior
 from transclip_fast.rows import Rows
-from transclip_fast.solver import Parameters, solve
+from transclip_fast.solver import solve
 from transclip_fast.truncation import Truncation
 
 # Of a trial: operations of a pass, as a share of the real one, and in numbers; rows at most.
