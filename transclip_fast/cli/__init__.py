@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "Label new rows with the mixture of a result.",
     "evaluate": "Compare a result with the true labels.",
     "graph": "Features to neighbour lists, for several solves.",
+    "protocol": "Tables over data sets, shots and seeds, as papers have them.",
     "doctor": "Versions, devices and known conflicts.",
 }
 

@@ -12,12 +12,14 @@ import torch
 
 from transclip_fast.cli import common
 from transclip_fast.cli.graph import AUTO, GraphOptions, describe, method_option
+from transclip_fast.cli.head import FittedHead, fit_stored_head
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
 from transclip_fast.graph import NeighborGraph
 from transclip_fast.graph.affinity import GRAPH_MODES
+from transclip_fast.heads import HEADS, check_head
 from transclip_fast.inputs import as_labels, as_unit_rows
 from transclip_fast.mixture import COVARIANCES
 from transclip_fast.ops import BACKENDS
@@ -101,6 +103,11 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
 @method_option("--graph-method")
 @common.recall_option
+@click.option(
+    "--head",
+    help=f"Few-shot method that the shots train, and TransCLIP goes on top of: {', '.join(HEADS)}.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the head's training.")
 @common.device_option
 @common.json_option
 @_array_options
@@ -111,6 +118,8 @@ def command(
     graph_folder: str | None,
     method: str,
     recall: float,
+    head: str | None,
+    seed: int,
     device: str,
     as_json: bool,
     **options: Any,
@@ -128,18 +137,23 @@ def command(
       transclip-fast solve images.npy --text-features text.npy --class-names names.txt --out result
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
+      transclip-fast solve features.npz --head taskres --out result
     """
     stages = common.Stages()
     model = TransCLIP(
         device=device, **{name: options[name] for name in (*PARAMETERS, *COMPUTATION)}
     )
     model.check()
+    if head is not None:
+        check_head(head)
     resolve_device(device)
     with stages.time("load"):
         stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
-    run = solve_features(stored, out, model, graph, stages, GraphOptions(method, recall))
+    run = solve_features(
+        stored, out, model, graph, stages, GraphOptions(method, recall), head=head, seed=seed
+    )
     common.summarise(run, text(run, out), as_json)
 
 
@@ -150,6 +164,9 @@ def solve_features(
     graph: NeighborGraph | None,
     stages: common.Stages,
     options: GraphOptions = AUTO,
+    *,
+    head: str | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Solve stored features and write the result folder `out`; what is in its run.json."""
     with (
@@ -157,10 +174,12 @@ def solve_features(
         new_folder(out, CONTENTS) as folder,
     ):
         with common.named(stored.origins, stored.path):
-            truth = _truth(stored)
-            _fit(model, stored, graph, stages, options)
+            fitted = fit_stored_head(head, seed, stored, model, stages) if head else None
+            solved = fitted.stored if fitted else stored
+            truth = _truth(solved)
+            _fit(model, solved, graph, stages, options)
         _check(model, stored, truth, warnings)
-        run = _summary(model, stored, truth, warnings)
+        run = _summary(model, stored, truth, warnings, fitted)
         run["seconds"] = stages.seconds
         tables = prediction_tables(
             model.label_distributions_,
@@ -238,7 +257,11 @@ def _check(
 
 
 def _summary(
-    model: TransCLIP, stored: Features, truth: np.ndarray | None, warnings: list[str]
+    model: TransCLIP,
+    stored: Features,
+    truth: np.ndarray | None,
+    warnings: list[str],
+    fitted: FittedHead | None,
 ) -> dict[str, Any]:
     n_queries, n_classes = model.label_distributions_.shape
     parameters = requested(model)
@@ -246,6 +269,7 @@ def _summary(
         "kind": "solve",
         "accuracy": None if truth is None else accuracy(model.transduction_, truth),
         "zero_shot_accuracy": (None if truth is None else accuracy(model.zero_shot_labels_, truth)),
+        "head": fitted and fitted.summary(truth),
         "n_queries": n_queries,
         "n_classes": n_classes,
         "dim": model.means_.shape[1],
@@ -284,9 +308,10 @@ def text(run: dict[str, Any], out: str) -> str:
             f"at most {kept['mean_bound']:.1e} on average, {kept['largest_bound']:.1e} in a row"
         )
     if run["accuracy"] is not None:
-        lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
-        )
+        head = run.get("head")
+        alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""
+        before = f"{run['zero_shot_accuracy']:.2f} % zero-shot{alone}"
+        lines.append(f"accuracy {before} -> {run['accuracy']:.2f} %")
     built = f" {seconds['graph']:.1f} s" if "graph" in seconds else " reused"
     lines += [
         f"graph {describe(graph)}{built}, solve {seconds['solve']:.1f} s on {run['device']}",
