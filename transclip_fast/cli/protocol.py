@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from transclip_fast.cli import common
 from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import HEADS
+from transclip_fast.heads import HEADS, WITHOUT_SHOTS
 from transclip_fast.protocols import plans
 from transclip_fast.protocols.data import DataSet, load_data
 from transclip_fast.protocols.runs import Run, do_runs
@@ -107,9 +107,9 @@ def command() -> None:
     """
 
 
-@command.command("few-shot", cls=_Lists)
+@command.command("few-shot", cls=_Lists, short_help="Heads over numbers of shots.")
 @click.argument("features", nargs=-1, required=True, type=click.Path())
-@_options(NAMES, SHOTS)
+@_options(tuple(name for name in NAMES if name not in WITHOUT_SHOTS), SHOTS)
 def few_shot(
     features: tuple[str, ...],
     heads: tuple[str, ...],
@@ -123,7 +123,7 @@ def few_shot(
 
     Shots are drawn from the support rows, the same for every head, and up to four validation rows a
     class choose hyperparameters. The head transclip-fs is TransCLIP with the shots as its own
-    support.
+    support; prompt-ensemble takes no shots, and TransCLIP on top is the zero-shot one.
 
     \b
     Example:
@@ -139,7 +139,7 @@ def few_shot(
     _carry_out(plan, out, device, as_json)
 
 
-@command.command("cross-dataset", cls=_Lists)
+@command.command("cross-dataset", cls=_Lists, short_help="From one data set to others.")
 @click.argument("source", type=click.Path())
 @click.argument("targets", nargs=-1, required=True, type=click.Path())
 @_options(("clip-adapter",), (16,))
@@ -170,7 +170,7 @@ def cross_dataset(
     _carry_out(plan, out, device, as_json)
 
 
-@command.command("domains", cls=_Lists)
+@command.command("domains", cls=_Lists, short_help="From a data set to its variants.")
 @click.argument("source", type=click.Path())
 @click.argument("targets", nargs=-1, required=True, type=click.Path())
 @click.option(
@@ -231,22 +231,24 @@ def _carry_out(
     with common.collected_warnings({}) as notes:
         with stages.time("load"):
             runs = plan(lambda: TransCLIP(device=device), notes)
-        with locked(out), stages.time("runs"), common.progress("protocol", "runs") as show:
-            rows = do_runs(runs, folder / "runs", show)
+        with locked(out):
+            with stages.time("runs"), common.progress("protocol", "runs") as show:
+                rows = do_runs(runs, folder / "runs", show)
             table = summarise(rows)
             text = markdown(table)
             summary = {
                 "kind": "protocol",
                 "table": table,
                 "runs": len(rows),
+                "seconds": stages.seconds,
                 "versions": common.versions(),
                 "warnings": notes,
             }
             with writing(out):
                 _write_tables(folder, rows, table, text)
                 _publish(folder / "run.json", lambda file: write_json(file, summary))
-    summary["seconds"] = stages.seconds
-    common.summarise(summary, f"{text}\nwritten to {out}: table.md, table.parquet, ...", as_json)
+    written = f"written to {out}: table.md, table.parquet, runs.parquet, run.json"
+    common.summarise(summary, f"{text}\n{written}", as_json)
 
 
 def _write_tables(
