@@ -108,12 +108,17 @@ def test_damaged_splits(parts, told, split):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"test": [["a.png", 0', b"[1, 2]", b"\xff\xfe", b"null"]
+    "content", [b"", b'{"test": [["a.png", 0', b"[1, 2]", b"\xff\xfe", b"null", b"[" * 99999]
 )
 def test_files_that_are_no_splits(content, tmp_path):
     (tmp_path / "split.json").write_bytes(content)
     with pytest.raises(InputError, match=r"split.json: (cannot be read as JSON|expected a JSON)"):
         open_source(tmp_path / "split.json")
+
+
+def test_a_root_that_is_no_folder(split, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        open_source(split(), root=tmp_path / "nowhere")
 
 
 def test_only_splits_have_splits(images):

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transclip_fast.cli import common
-from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS, WITHOUT_SHOTS
 from transclip_fast.protocols import plans
@@ -47,6 +46,10 @@ class _Lists(click.Command):
         return super().parse_args(ctx, spread)
 
 
+def _once(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
 def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
     """The options of every protocol, with its defaults."""
 
@@ -59,6 +62,7 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
                     multiple=True,
                     default=heads,
                     show_default=True,
+                    callback=_once,
                     help="Few-shot methods, one or several.",
                 ),
                 click.option(
@@ -67,6 +71,7 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
                     default=shots,
                     show_default=True,
                     type=click.IntRange(min=1),
+                    callback=_once,
                     help="Labelled rows of a class, one number or several.",
                 ),
                 click.option(
@@ -132,7 +137,7 @@ def few_shot(
     """
 
     def plan(model: Callable[[], TransCLIP], notes: list[str]) -> list[Run]:
-        sets = load_data(features, pools=True)
+        sets = load_data(features, pools=True, device=device)
         _note_shortages(sets, shots, notes)
         return plans.few_shot(sets, heads, shots, seeds, model)
 
@@ -163,7 +168,7 @@ def cross_dataset(
     """
 
     def plan(model: Callable[[], TransCLIP], notes: list[str]) -> list[Run]:
-        (start,), others = load_data([source], pools=True), load_data(targets, pools=False)
+        start, others = _source_and_targets(source, targets, device)
         _note_shortages([start], shots, notes)
         return plans.cross_dataset(start, others, heads, shots, seeds, model)
 
@@ -203,11 +208,18 @@ def domains(
     """
 
     def plan(model: Callable[[], TransCLIP], notes: list[str]) -> list[Run]:
-        (start,), others = load_data([source], pools=True), load_data(targets, pools=False)
+        start, others = _source_and_targets(source, targets, device)
         _note_shortages([start], shots, notes)
         return plans.domains(start, others, dict(subsets), heads, shots, seeds, model)
 
     _carry_out(plan, out, device, as_json)
+
+
+def _source_and_targets(
+    source: str, targets: Sequence[str], device: str
+) -> tuple[DataSet, list[DataSet]]:
+    (start,) = load_data([source], pools=True, device=device)
+    return start, load_data(targets, pools=False, device=device)
 
 
 def _note_shortages(sets: Sequence[DataSet], shots: Sequence[int], notes: list[str]) -> None:
@@ -225,7 +237,6 @@ def _carry_out(
     as_json: bool,
 ) -> None:
     """Do the runs, write the tables, and print them."""
-    resolve_device(device)
     stages = common.Stages()
     folder = Path(out)
     with common.collected_warnings({}) as notes:

@@ -235,6 +235,8 @@ def _split(path: Path, split: str, root: str | Path | None) -> Source:
     names = _split_classes(path, lists)
     keys = [str(entry[0]) for entry in lists[split]]
     folder = _root(path, keys) if root is None else Path(root)
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder")
     files = [str(_below(folder, key, path)) for key in keys]
     labels = [int(entry[1]) for entry in lists[split]]
     return Source("split", [_printable(key) for key in keys], files, None, labels, names)

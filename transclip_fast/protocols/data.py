@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph
 from transclip_fast.heads import ensemble
 from transclip_fast.heads.base import Labelled
 from transclip_fast.inputs import as_labelled_rows, as_labels, as_unit_rows
+from transclip_fast.solver import Parameters
 from transclip_fast.store.features import Features, load_features
 
 SPLITS = {"train": "support", "val": "validation"}  # sub-folder and what its rows are here
@@ -39,6 +41,8 @@ class DataSet:
         "support" and "validation" rows to draw from, where there are any.
     sha256 : dict
         Hash of every array.
+    device : torch.device
+        Where neighbours are searched.
     """
 
     name: str
@@ -48,11 +52,14 @@ class DataSet:
     class_names: list[str] | None
     pools: dict[str, Labelled]
     sha256: dict[str, str]
+    device: torch.device
 
     @cached_property
     def graph(self) -> NeighborGraph:
         """Neighbours of the queries, the same for every run."""
-        return build_graph(self.features, 3, anchors=self.text)
+        return build_graph(
+            self.features, Parameters.n_neighbors, anchors=self.text, device=self.device
+        )
 
     def draw(self, pool: str, shots: int, seed: int) -> Labelled | None:
         """
@@ -83,7 +90,7 @@ class DataSet:
         )
 
 
-def load_data(paths: Sequence[str], *, pools: bool) -> list[DataSet]:
+def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list[DataSet]:
     """
     Data sets by their paths, each called by the name of its file or folder.
 
@@ -94,13 +101,16 @@ def load_data(paths: Sequence[str], *, pools: bool) -> list[DataSet]:
         or a folder of the feature folders test/, train/ and val/, as `encode` makes them.
     pools : bool
         Shots will be drawn.
+    device : str
+        Where neighbours are searched.
 
     Raises
     ------
     InputError
         Something is missing or does not fit, or two data sets have one name.
     """
-    found = [_load(path, pools) for path in paths]
+    chosen = resolve_device(device)
+    found = [_load(path, pools, chosen) for path in paths]
     names = [data.name for data in found]
     for name in names:
         if names.count(name) > 1:
@@ -108,7 +118,7 @@ def load_data(paths: Sequence[str], *, pools: bool) -> list[DataSet]:
     return found
 
 
-def _load(path: str, pools: bool) -> DataSet:
+def _load(path: str, pools: bool, device: torch.device) -> DataSet:
     stored = _stored(Path(path))
     for name in ("labels", "text_features", *(("support_features",) if pools else ())):
         if stored.get(name) is None:
@@ -137,6 +147,7 @@ def _load(path: str, pools: bool) -> DataSet:
         class_names=names,
         pools=labelled,
         sha256=stored.inputs_sha256(),
+        device=device,
     )
 
 
