@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
     options = parser.parse_args(arguments)
     folder = Path(os.environ["TRANSCLIP_GOLDEN"])
-    apart = False
+    apart, threads = False, torch.get_num_threads()
     for name in options.sets:
         arrays = load(folder / f"{name}.npz")
         texts = "its own" if name.startswith("whurs19") else "stand-ins"
@@ -122,7 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("  head             zero-shot   alone   plain  TransCLIP   fit s")
         for head in options.heads:
             row = measure(head, arrays)
-            record("heads", {"features": name, "texts": texts, "shots": SHOTS, **row})
+            record(
+                "heads",
+                {"features": name, "texts": texts, "shots": SHOTS, **row, "threads": threads},
+            )
             apart |= abs(row["alone"] - row["plain"]) > ALLOWED
             print(
                 f"  {head:<16} {row['zero_shot']:9.2f} {row['alone']:7.2f} {row['plain']:7.2f} "
@@ -132,5 +135,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     raise SystemExit(main())
