@@ -53,6 +53,22 @@ def unit(rows):
 
 
 @pytest.fixture
+def pets(problem, tmp_path):
+    """Maker of an .npz with pools of 60 support and 30 validation rows; keywords replace arrays."""
+
+    def make(name="pets", k=6, **changes):
+        features, text, labels = problem(n=167, k=k, noise=0.06)
+        arrays = {"image_features": features[90:], "labels": labels[90:], "text_features": text}
+        for pool, rows in (("support", slice(0, 60)), ("validation", slice(60, 90))):
+            arrays |= {f"{pool}_features": features[rows], f"{pool}_labels": labels[rows]}
+        kept = {key: array for key, array in {**arrays, **changes}.items() if array is not None}
+        np.savez(tmp_path / f"{name}.npz", **kept)
+        return str(tmp_path / f"{name}.npz")
+
+    return make
+
+
+@pytest.fixture
 def backbone():
     return tiny_backbone()
 

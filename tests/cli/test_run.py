@@ -200,3 +200,38 @@ def test_demo(cli, tmp_path, no_network):
         assert numbers["accuracy"] == round(100 * (label == truth).mean(), 4)
         assert numbers["zero_shot_accuracy"] == round(100 * (zero_shot == truth).mean(), 4)
     assert (tmp_path / "demo/changed.png").stat().st_size > 10_000
+
+
+def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp_path):
+    folder = images(12)
+    entries = [
+        [f"{name}/{i:03}.png", k, ("a_cat", "dog")[k]]
+        for i in range(12)
+        for k, name in enumerate(("cat", "dog"))
+        if i % 2 == k
+    ]
+    parts = {"train": entries[:4], "val": entries[4:6], "test": entries[6:]}
+    file = folder.parent / "split_zhou.json"
+    file.write_text(json.dumps(parts))
+    for split in parts:
+        succeeds("encode", file, "--split", split, *tiny, "--out", tmp_path / "pets" / split)
+    stored = load_features(tmp_path / "pets/test")
+    assert stored.class_names == ["a cat", "dog"]
+    assert stored.keys == [path for path, *_ in parts["test"]]
+    assert stored.get("labels").tolist() == [label for _, label, _ in parts["test"]]
+    assert stored.get("text_features").shape[0] == 2
+    ran = cli(
+        "protocol", "few-shot", tmp_path / "pets", "--head", "tip-adapter", "--shots", "2",
+        "--seeds", "1", "--out", tmp_path / "table",
+    )  # fmt: skip
+    assert ran.code == 0
+    assert "| pets | tip-adapter | 2 | 1 |" in ran.out
+    assert cli("run", file, *tiny, "--out", tmp_path / "out").code == 0
+
+
+def test_a_split_that_is_not_there(images, tiny, refused, tmp_path):
+    folder = images(2)
+    (tmp_path / "split.json").write_text('{"test": [["../x.png", 0, "cat"]]}')
+    for path, told in ((tmp_path / "split.json", "has no split 'val'"), (folder, "leave them out")):
+        out = ("--out", tmp_path / "features")
+        assert told in refused("encode", path, "--split", "val", *tiny, *out)

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "Compare a result with the true labels.",
     "graph": "Features to neighbour lists, for several solves.",
     "plan": "Memory and time of a solve, before it.",
+    "protocol": "Tables over data sets, shots and seeds, as papers have them.",
     "doctor": "Versions, devices and known conflicts.",
 }
 

@@ -14,7 +14,7 @@ from transclip_fast.cli import common
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.encoder import EncodeProgress, encode_images, fixed_threads
 from transclip_fast.encode.models import Backbone, identify, load_backbone
-from transclip_fast.encode.sources import Source, open_source, resolve_labels
+from transclip_fast.encode.sources import SPLITS, Source, open_source, resolve_labels
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.shards import MANIFEST, FeatureWriter, RowTable
@@ -35,7 +35,8 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--classes",
                 "names",
-                help="Class names: a text file, one a line, or imagenet.",
+                help="Class names: a text file, one a line, or imagenet; a .json of splits has "
+                "its own.",
             ),
             click.option(
                 "--templates",
@@ -49,6 +50,16 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
                 "folder_labels",
                 is_flag=True,
                 help="Sub-folder names are the true labels.",
+            ),
+            click.option(
+                "--split",
+                type=click.Choice(SPLITS),
+                help="Of a .json of splits.  [default: test]",
+            ),
+            click.option(
+                "--root",
+                type=click.Path(),
+                help="Folder that the paths in a .json of splits start at.  [default: found]",
             ),
             click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1)),
             click.option(
@@ -82,14 +93,17 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
 def command(images: str, out: str, device: str, as_json: bool, **options: Any) -> None:
     """Encode IMAGES into a feature folder; a killed run continues when started again.
 
-    IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths, or
-    webdataset tars. --out receives img_emb/, metadata/, manifest.json, failures.csv and, with
-    --classes, prototypes.npy: a folder that `graph` and `solve` open.
+    IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
+    webdataset tars, or a .json of splits as CoOp has them. --out receives img_emb/, metadata/,
+    manifest.json, failures.csv and, with --classes, prototypes.npy: a folder that `graph` and
+    `solve` open.
 
     \b
-    Example:
+    Examples:
       transclip-fast encode photos --model ViT-B-32 --pretrained openai --classes names.txt \\
           --out features
+      transclip-fast encode split_zhou_OxfordPets.json --split test --model ViT-B-32 \\
+          --pretrained openai --out pets/test
     """
     strict = options.pop("strict")
     with common.collected_warnings({}) as warnings:
@@ -110,6 +124,8 @@ def encode(
     names: str | None,
     template_spec: str,
     folder_labels: bool,
+    split: str | None,
+    root: str | None,
     batch_size: int,
     workers: int,
     shard_rows: int,
@@ -118,8 +134,9 @@ def encode(
     stages = common.Stages()
     chosen = resolve_device(device)
     with stages.time("list"):
-        source = open_source(images, folder_labels=folder_labels)
-        text = ClassPrompts.read(names, template_spec) if names else None
+        source = open_source(images, folder_labels=folder_labels, split=split, root=root)
+        classes = names or source.class_names
+        text = ClassPrompts.read(classes, template_spec) if classes else None
         identity = identify(model, pretrained)
     writer = _whole(source, {**identity, "device": chosen.type}, out, text)
     if writer is None:

@@ -36,9 +36,10 @@ def command(
 ) -> None:
     """Label IMAGES with the class names in --classes: encode, graph, solve, report.
 
-    IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths, or
-    webdataset tars. --out receives the folders features/, graph/ and result/. Started again it
-    skips each stage that is whole, and continues an encode that was killed.
+    IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
+    webdataset tars, or a .json of splits as CoOp has them. --out receives the folders features/,
+    graph/ and result/. Started again it skips each stage that is whole, and continues an encode
+    that was killed.
 
     \b
     Example:
@@ -46,7 +47,7 @@ def command(
     """
     strict = options.pop("strict")
     graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
-    if options["names"] is None:
+    if options["names"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     folder = Path(out)
     with common.collected_warnings({}) as warnings:

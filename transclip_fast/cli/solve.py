@@ -14,6 +14,7 @@ import numpy as np
 
 from transclip_fast.cli import common
 from transclip_fast.cli.graph import AUTO, GraphOptions, describe, kept_graph, method_option
+from transclip_fast.cli.head import FittedHead, fit_stored_head
 from transclip_fast.cli.plan import plan_of
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
@@ -21,6 +22,7 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
 from transclip_fast.graph import NeighborGraph
 from transclip_fast.graph.affinity import GRAPH_MODES
+from transclip_fast.heads import HEADS, check_head
 from transclip_fast.inputs import as_labels
 from transclip_fast.memory import peak_bytes
 from transclip_fast.mixture import COVARIANCES
@@ -110,6 +112,11 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
 @method_option("--graph-method")
 @common.recall_option
+@click.option(
+    "--head",
+    help=f"Few-shot method that the shots train, and TransCLIP goes on top of: {', '.join(HEADS)}.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the head's training.")
 @common.device_option
 @common.json_option
 @_array_options
@@ -123,6 +130,8 @@ def command(
     graph_folder: str | None,
     method: str,
     recall: float,
+    head: str | None,
+    seed: int,
     device: str,
     as_json: bool,
     shots: int | None,
@@ -146,12 +155,15 @@ def command(
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
       transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
+      transclip-fast solve features.npz --head taskres --out result
     """
     stages = common.Stages()
     model = TransCLIP(
         device=device, **{name: options[name] for name in (*PARAMETERS, *COMPUTATION)}
     )
     model.check()
+    if head is not None:
+        check_head(head)
     resolve_device(device)
     with stages.time("load"):
         stored = load_features(features, {name: options[name] for name in ARRAYS[1:]}, shots=shots)
@@ -159,7 +171,9 @@ def command(
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
     how = GraphOptions(method, recall)
-    run = solve_features(stored, out, model, graph, stages, how, quiet=as_json)
+    run = solve_features(
+        stored, out, model, graph, stages, how, head=head, seed=seed, quiet=as_json
+    )
     common.summarise(run, text(run, out), as_json)
 
 
@@ -171,6 +185,8 @@ def solve_features(
     stages: common.Stages,
     options: GraphOptions = AUTO,
     *,
+    head: str | None = None,
+    seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """
@@ -186,14 +202,16 @@ def solve_features(
         new_folder(out, CONTENTS) as folder,
     ):
         with common.named(stored.origins, stored.path):
-            truth = _truth(stored)
-            plan = plan_of(stored, model, options.method if graph is None else None)
+            fitted = fit_stored_head(head, seed, stored, model, stages) if head else None
+            solved = fitted.stored if fitted else stored
+            truth = _truth(solved)
+            plan = plan_of(solved, model, options.method if graph is None else None)
             if not quiet:
                 click.echo(plan.line())
-            source = graph or partial(_search, own_graph, stored, model, stages, options)
-            _fit(model, stored, source, stages, partial(_checkpoint, out, stored))
+            source = graph or partial(_search, own_graph, solved, model, stages, options)
+            _fit(model, solved, source, stages, partial(_checkpoint, out, solved))
         _check(model, stored, truth, warnings)
-        run = _summary(model, stored, truth, warnings)
+        run = _summary(model, stored, truth, warnings, fitted)
         run["seconds"] = stages.seconds
         run["memory"] = {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()}
         tables = prediction_tables(
@@ -297,7 +315,11 @@ def _check(
 
 
 def _summary(
-    model: TransCLIP, stored: Features, truth: np.ndarray | None, warnings: list[str]
+    model: TransCLIP,
+    stored: Features,
+    truth: np.ndarray | None,
+    warnings: list[str],
+    fitted: FittedHead | None,
 ) -> dict[str, Any]:
     n_queries, n_classes = model.label_distributions_.shape
     parameters = requested(model)
@@ -305,6 +327,7 @@ def _summary(
         "kind": "solve",
         "accuracy": None if truth is None else accuracy(model.transduction_, truth),
         "zero_shot_accuracy": (None if truth is None else accuracy(model.zero_shot_labels_, truth)),
+        "head": fitted and fitted.summary(truth),
         "n_queries": n_queries,
         "n_classes": n_classes,
         "dim": model.means_.shape[1],
@@ -347,9 +370,10 @@ def text(run: dict[str, Any], out: str) -> str:
         chosen = "given" if run["parameters"]["gamma"] is not None else "chosen"
         lines.append(f"few-shot, gamma {run['config']['gamma']} {chosen}")
     if run["accuracy"] is not None:
-        lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
-        )
+        head = run.get("head")
+        alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""
+        before = f"{run['zero_shot_accuracy']:.2f} % zero-shot{alone}"
+        lines.append(f"accuracy {before} -> {run['accuracy']:.2f} %")
     built = f" {seconds['graph']:.1f} s" if "graph" in seconds else " reused"
     lines += [
         f"graph {describe(graph)}{built}, solve {seconds['solve']:.1f} s on {run['device']}",

@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # brackets in brackets, too deep
         raise InputError(f"{path}: cannot be read as JSON ({error}); write it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")

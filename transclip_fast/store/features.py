@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ class Features:
     def get(self, name: str) -> Any:
         """The array of that name, or None."""
         return self.arrays.get(name)
+
+    def with_arrays(self, arrays: dict[str, Any]) -> Features:
+        """The same with other arrays."""
+        other = copy(self)
+        other.arrays = arrays
+        same = {name for name in arrays if arrays[name] is self.get(name)}
+        other._sha256 = {name: self._sha256[name] for name in same & self._sha256.keys()}
+        return other
 
     def sha256(self) -> str:
         """Hash of the image features: type, shape and bytes."""
