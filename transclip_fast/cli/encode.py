@@ -14,6 +14,7 @@ from transclip_fast.cli import common
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.encoder import EncodeProgress, encode_images, fixed_threads
 from transclip_fast.encode.models import Backbone, identify, load_backbone
+from transclip_fast.encode.networks import PRECISIONS
 from transclip_fast.encode.sources import Source, open_source, resolve_labels
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.store.atomic import locked
@@ -26,11 +27,22 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of every command that encodes images."""
     for option in reversed(
         (
-            click.option("--model", required=True, help="open_clip model, e.g. ViT-B-32."),
+            click.option(
+                "--model",
+                required=True,
+                help="open_clip model, e.g. ViT-B-32, or a folder with an open_clip_config.json.",
+            ),
             click.option(
                 "--pretrained",
-                required=True,
-                help="Weights: a tag open_clip knows, a checkpoint file, or none (random).",
+                help="Weights: a tag open_clip knows, a checkpoint file, or none (random). "
+                "A folder brings its own.",
+            ),
+            click.option(
+                "--precision",
+                default="fp32",
+                show_default=True,
+                type=click.Choice([*PRECISIONS]),
+                help="Arithmetic of the model.",
             ),
             click.option(
                 "--classes",
@@ -106,7 +118,8 @@ def encode(
     device: str,
     *,
     model: str,
-    pretrained: str,
+    pretrained: str | None,
+    precision: str,
     names: str | None,
     template_spec: str,
     folder_labels: bool,
@@ -120,11 +133,11 @@ def encode(
     with stages.time("list"):
         source = open_source(images, folder_labels=folder_labels)
         text = ClassPrompts.read(names, template_spec) if names else None
-        identity = identify(model, pretrained)
+        identity = identify(model, pretrained, precision)
     writer = _whole(source, {**identity, "device": chosen.type}, out, text)
     if writer is None:
         with stages.time("load"):
-            backbone = load_backbone(model, pretrained, chosen)
+            backbone = load_backbone(model, pretrained, chosen, precision)
         writer = encode_with(
             source,
             backbone,

@@ -140,7 +140,7 @@ def _embed(backbone: Backbone, images: torch.Tensor | None) -> np.ndarray:
     """Unit rows (B, d) float16 of preprocessed images (B, 3, H, W)."""
     if images is None:
         return np.empty((0, backbone.dim), np.float16)
-    rows = backbone.model.encode_image(images.to(backbone.device)).float()
+    rows = backbone.model.encode_image(images.to(backbone.device, backbone.dtype)).float()
     unit = torch.nn.functional.normalize(rows, dim=1).half().cpu()
     result: np.ndarray = unit.numpy()
     return result
