@@ -50,13 +50,14 @@ def command(images: str, out: str, device: str, as_json: bool, **options: Any) -
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     folder = Path(out)
     with common.collected_warnings({}) as warnings:
-        writer, seconds = encode(images, str(folder / "features"), device, **options)
-        encoded, encoded_text = report(writer, str(folder / "features"))
+        made = encode(images, str(folder / "features"), device, **options)
+        encoded, encoded_text = report(made, str(folder / "features"))
         solved, solved_text = solve_folder(folder, TransCLIP(device=device), graph_options)
     summary = {
         **solved,
         "failures": encoded["failures"],
-        "seconds": {**seconds, **solved["seconds"]},
+        "throughput": encoded["throughput"],
+        "seconds": {**made.seconds, **solved["seconds"]},
         "warnings": [*warnings, *solved["warnings"]],
     }
     common.summarise(summary, f"{encoded_text}\n{solved_text}", as_json)

@@ -19,6 +19,7 @@ import torch
 
 from transclip_fast.encode import eva, networks
 from transclip_fast.encode.checkpoint import checkpoint_files, checkpoint_in, read_checkpoint
+from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import DAMAGE
 from transclip_fast.store.atomic import read_json
@@ -45,6 +46,10 @@ class Backbone:
         What decides the features, for the manifest: model, pretrained, preprocessing.
     dtype : torch.dtype
         Of the images that the image tower takes.
+    pixels : Pixels, optional
+        A faster way to what `preprocess` gives, where there is one.
+    compiled : bool
+        Whether `encode_image` is compiled by torch.
     """
 
     model: Any
@@ -52,6 +57,8 @@ class Backbone:
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
     identity: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    pixels: Pixels | None = None
+    compiled: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -65,9 +72,48 @@ class Backbone:
         with torch.inference_mode():
             return int(self.model.encode_text(self.tokenizer(["a"]).to(self.device)).shape[1])
 
+    def read(self, data: bytes) -> torch.Tensor:
+        """The content of an image file as what `embed` takes of it."""
+        if self.pixels is not None:
+            return self.pixels.read(data)
+        return self.preprocess(rgb(data))
+
+    def embed(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        """
+        Embeddings (B, d) of images (B, ...) as `read` gives them; a GPU may still be at it.
+
+        A compiled image tower sees batches of `size` alone, or each size would be compiled.
+        """
+        number, images = len(images), self._moved(images)
+        if self.compiled and number < size:
+            images = torch.cat([images, images.new_zeros(size - number, *images.shape[1:])])
+        if self.pixels is not None:
+            images = self.pixels.scale(images)
+        embedded: torch.Tensor = self.model.encode_image(images.to(self.dtype))
+        return embedded[:number]
+
+    def _moved(self, images: torch.Tensor) -> torch.Tensor:
+        """Images on the device; on a GPU they arrive beside what it still computes."""
+        if self.device.type != "cuda":
+            return images.to(self.device)
+        with torch.cuda.stream(self._arrivals):
+            moved = images.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._arrivals)
+        moved.record_stream(computing)
+        return moved
+
+    @functools.cached_property
+    def _arrivals(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
 
 def load_backbone(
-    model: str, pretrained: str | None, device: torch.device, precision: str = "fp32"
+    model: str,
+    pretrained: str | None,
+    device: torch.device,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> Backbone:
     """
     An open_clip model in evaluation mode.
@@ -82,13 +128,15 @@ def load_backbone(
         from a fixed seed. A folder brings its own.
     precision : str
         "fp32", "bf16" or "fp16", as open_clip understands them.
+    compiled : bool
+        Let torch compile the image tower: minutes at the start.
 
     Raises
     ------
     InputError
         Unknown model or tag (with the nearest names), or a checkpoint that does not load.
     """
-    identity = identify(model, pretrained, precision)
+    identity = identify(model, pretrained, precision, compiled)
     told = f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
     try:
         own = _folder(model) is not None or model in _shipped()
@@ -109,7 +157,13 @@ def load_backbone(
     net, preprocess, tokenizer, preprocessing = parts
     net.eval()
     identity["preprocessing"] = preprocessing
-    return Backbone(net, preprocess, tokenizer, identity, networks.PRECISIONS[precision])
+    pixels = Pixels.of(preprocessing)
+    if pixels is not None:
+        identity["resize"] = RESIZE
+    dtype = networks.PRECISIONS[precision]
+    if compiled:
+        net.encode_image = torch.compile(net.encode_image, dynamic=False)
+    return Backbone(net, preprocess, tokenizer, identity, dtype, pixels, compiled)
 
 
 def network_config(model: str) -> dict[str, Any]:
@@ -205,11 +259,13 @@ def _hub_cache_only() -> Iterator[None]:
         logging.disable(level)
 
 
-def identify(model: str, pretrained: str | None, precision: str = "fp32") -> dict[str, Any]:
+def identify(
+    model: str, pretrained: str | None, precision: str = "fp32", compiled: bool = False
+) -> dict[str, Any]:
     """
     What a backbone is known by before it is loaded.
 
-    Model, weights by tag or by file hash, activation and precision.
+    Model, weights by tag or by file hash, activation, precision, whether compiled.
 
     A checkpoint file does not say whether it wants QuickGELU: the model's name decides
     ("ViT-B-32-quickgelu"), or the folder's configuration.
@@ -233,6 +289,7 @@ def identify(model: str, pretrained: str | None, precision: str = "fp32") -> dic
         "weights": weights,
         "quick_gelu": quick_gelu,
         "precision": precision,
+        "compiled": compiled,
     }
 
 
