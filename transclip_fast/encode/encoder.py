@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.encode.feed import Batch, WorkerLostError, feed, noticed
+from transclip_fast.encode.feed import Batch, feed, is_worker_lost
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import Source
@@ -114,22 +114,20 @@ def encode_images(
     with torch.inference_mode(), ThreadPoolExecutor(1, "writing") as thread:
         loop = _Loop(source, backbone, writer, workers, clock, thread)
         while todo:
+            again = lost_at == todo[0]
             try:
-                loop.run(todo, size)
-            except WorkerLostError as error:
-                if lost_at == todo[0]:
-                    keys = [source.keys[row] for row in writer.rows(todo[0])]
-                    raise InputError(
-                        f"{keys[0]} to {keys[-1]}: workers hang or die twice ({error}); "
-                        "run again with --workers 0 to see where"
-                    ) from error
-                lost_at = todo[0]
+                # Once more without what follows: workers are ahead, and may have been lost there.
+                loop.run(todo, 1 if again else len(todo), size)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if is_worker_lost(error) and not again:
+                    lost_at = todo[0]
+                elif _out_of_memory(error) and size > 1:
+                    size //= 2
+                elif is_worker_lost(error) or _out_of_memory(error):
+                    keys = [source.keys[row] for row in writer.rows(todo[0])]
+                    raise InputError(_given_up(error, keys)) from error
+                else:
                     raise
-                if size == 1:
-                    raise InputError(f"not even one image fits into memory ({error})") from error
-                size //= 2
         loop.saved()
     return clock.stop()
 
@@ -146,23 +144,23 @@ class _Loop:
     thread: ThreadPoolExecutor
     writing: Future[None] | None = None
 
-    def run(self, todo: deque[int], size: int) -> None:
-        """Encode the shards of `todo` in batches of `size`; what is on its way is taken off."""
+    def run(self, todo: deque[int], shards: int, size: int) -> None:
+        """Encode the first `shards` of `todo` in batches of `size`; each is taken off when done."""
         cut = [
             list(rows[start : start + size])
-            for rows in map(self.writer.rows, todo)
+            for rows in map(self.writer.rows, list(todo)[:shards])
             for start in range(0, len(rows), size)
         ]
         self.clock.throughput.batch_size = size
         with closing(feed(self.source, self.backbone, cut, self.workers)) as batches:
-            while todo:
+            for _ in range(shards):
                 self.clock.begin_shard()
                 shard = self._shard(len(self.writer.rows(todo[0])), size, batches)
-                self.clock.end_shard()
                 self.saved()  # one shard is on its way, not more
                 self.writing = self.thread.submit(
                     self.writer.write_shard, todo.popleft(), *shard, size
                 )
+                self.clock.end_shard()
 
     def saved(self) -> None:
         """Wait until the last shard is written."""
@@ -179,13 +177,13 @@ class _Loop:
         for _ in range(0, rows, size):
             with self.clock.waiting("images"):
                 batch = next(batches)
-            with self.clock.waiting("model"), noticed():
+            with self.clock.waiting("model"):
                 in_flight.append(_launch(self.backbone, batch.images, size))
                 if len(in_flight) == IN_FLIGHT:
                     features.append(in_flight.popleft()())
             failures += batch.failures
             self.clock.done(len(batch))
-        with self.clock.waiting("model"), noticed():
+        with self.clock.waiting("model"):
             features += [land() for land in in_flight]
         return np.concatenate(features), failures
 
@@ -218,6 +216,17 @@ def _embed(backbone: Backbone, images: torch.Tensor | None, size: int) -> torch.
         return torch.empty((0, backbone.dim), dtype=torch.float16)
     rows = backbone.embed(images, size).float()
     return torch.nn.functional.normalize(rows, dim=1).half()
+
+
+def _given_up(error: Exception, keys: Sequence[str]) -> str:
+    """What to tell of images with these keys where trying again does not help."""
+    told = " ".join(str(error).split())
+    if _out_of_memory(error):
+        return f"not even one image fits into memory ({told})"
+    return (
+        f"{keys[0]} to {keys[-1]}: workers hang or die twice ({told}); "
+        "run again with --workers 0 to see where"
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:

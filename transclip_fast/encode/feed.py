@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,6 @@ from transclip_fast.store.shards import Failure
 FATAL = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
 PREFETCH = 4
 HUNG = 300.0  # seconds without a batch after which a worker hangs
-
-
-class WorkerLostError(Exception):
-    """A process that decodes hangs or has died."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,9 @@ def feed(
     ------
     InputError
         The machine fails to read an image; a later run may not.
-    WorkerLostError
-        No batch for `HUNG` seconds, or a worker that was killed.
+    RuntimeError
+        No batch for `HUNG` seconds, or a worker that was killed (see `is_worker_lost`). Of the
+        latter torch tells by a signal, wherever this process is at that moment.
     """
     loader: DataLoader[Any] = DataLoader(
         _Images(source, backbone),
@@ -71,27 +67,16 @@ def feed(
         timeout=HUNG if workers else 0,
         pin_memory=backbone.device.type == "cuda",
     )
-    with noticed():
-        for batch in loader:
-            for failure in batch.failures:
-                if failure.fatal:
-                    raise InputError(f"{failure.key}: {failure.reason}; run again to continue")
-            yield batch
+    for batch in loader:
+        for failure in batch.failures:
+            if failure.fatal:
+                raise InputError(f"{failure.key}: {failure.reason}; run again to continue")
+        yield batch
 
 
-@contextmanager
-def noticed() -> Iterator[None]:
-    """
-    What torch's loader raises about its workers becomes `WorkerLostError`.
-
-    Of a worker that was killed it tells by a signal, wherever this process is at that moment.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader "):
-            raise
-        raise WorkerLostError(" ".join(str(error).split())) from error
+def is_worker_lost(error: Exception) -> bool:
+    """Whether an error is what torch's loader raises about its workers."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")
 
 
 class _Images(Dataset[Any]):
