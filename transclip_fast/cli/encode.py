@@ -19,6 +19,7 @@ from transclip_fast.encode.encoder import (
     Throughput,
     encode_images,
     fixed_threads,
+    merged,
 )
 from transclip_fast.encode.fit import fitting_batch_size, forward_rate
 from transclip_fast.encode.models import Backbone, identify, load_backbone
@@ -231,10 +232,10 @@ def encode_with(
                 throughput = encode_images(
                     source, backbone, writer, plan, workers=workers, progress=step
                 )
-        ranks.wait()
+        throughput = merged(ranks.gathered(throughput))
         if ranks.leads:
             writer.finish()
-    return Encoded(writer, stages.seconds, throughput if plan else None)
+    return Encoded(writer, stages.seconds, throughput if throughput.images else None)
 
 
 def _begin(

@@ -79,6 +79,16 @@ class Throughput:
         }
 
 
+def merged(parts: Sequence[Throughput]) -> Throughput:
+    """That of processes side by side: images in all, the slowest one's time, the mean wait."""
+    return Throughput(
+        images=sum(part.images for part in parts),
+        seconds=max(part.seconds for part in parts),
+        waited={stage: sum(part.waited[stage] for part in parts) / len(parts) for stage in STAGES},
+        batch_size=min(part.batch_size for part in parts),
+    )
+
+
 def encode_images(
     source: Source,
     backbone: Backbone,
@@ -249,7 +259,8 @@ class _Clock:
         self.before = int(writer.config["source"]["rows"]) - missing
         self.rows = self.whole = self.before
         self.total, self.report = self.before + mine, report
-        self.throughput, self.start = Throughput(), time.perf_counter()
+        self.throughput = Throughput(batch_size=writer.batch_size)
+        self.start = time.perf_counter()
 
     @contextmanager
     def waiting(self, stage: str) -> Iterator[None]:

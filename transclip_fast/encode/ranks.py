@@ -48,11 +48,13 @@ class Ranks:
                 torch.distributed.broadcast_object_list(values)
         return values[0]
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def gathered(self, value: Part) -> list[Part]:
+        """The values of all ranks, when all have come to give them."""
+        values = [value] * self.size
         if self.size > 1:
             with _lost():
-                torch.distributed.barrier()
+                torch.distributed.all_gather_object(values, value)
+        return values
 
 
 ALONE = Ranks()
