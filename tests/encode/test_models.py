@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from transclip_fast.encode.fit import fitting_batch_size, made_images
 from transclip_fast.encode.models import identify, load_backbone
 from transclip_fast.errors import InputError
 
@@ -178,3 +179,32 @@ def test_folders_that_are_none(small, tmp_path):
 def test_a_name_needs_weights(small):
     with pytest.raises(InputError, match="needs --pretrained"):
         identify("small-clip", None)
+
+
+def test_a_compiled_tower_sees_whole_batches(small, monkeypatch):
+    seen = []
+
+    def compile_(function, dynamic):
+        assert dynamic is False
+
+        def compiled(images):
+            seen.append(len(images))
+            return function(images)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    device = torch.device("cpu")
+    compiled = load_backbone("small-clip", "none", device, "fp32", True)
+    plain = load_backbone("small-clip", "none", device)
+    images = made_images(plain, 3)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.embed(images, 8), plain.embed(images, 8))
+    assert seen == [8]
+    assert compiled.identity == {**plain.identity, "compiled": True}
+
+
+def test_a_cpu_takes_the_usual_batch(small):
+    backbone = load_backbone("small-clip", "none", torch.device("cpu"))
+    assert fitting_batch_size(backbone, 4096) == 64
+    assert fitting_batch_size(backbone, 10) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def command(images: str, out: str, device: str, as_json: bool, **options: Any) -
     graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
     if options["names"] is None:
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
     with common.collected_warnings({}) as warnings:
         made = encode(images, str(folder / "features"), device, **options)

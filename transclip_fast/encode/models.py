@@ -72,11 +72,12 @@ class Backbone:
         with torch.inference_mode():
             return int(self.model.encode_text(self.tokenizer(["a"]).to(self.device)).shape[1])
 
-    def read(self, data: bytes) -> torch.Tensor:
-        """The content of an image file as what `embed` takes of it."""
+    @property
+    def read(self) -> Callable[[bytes], torch.Tensor]:
+        """From the content of an image file to what `embed` takes of it; without the model."""
         if self.pixels is not None:
-            return self.pixels.read(data)
-        return self.preprocess(rgb(data))
+            return self.pixels.read
+        return functools.partial(_preprocessed, self.preprocess)
 
     def embed(self, images: torch.Tensor, size: int) -> torch.Tensor:
         """
@@ -106,6 +107,10 @@ class Backbone:
     @functools.cached_property
     def _arrivals(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+
+def _preprocessed(preprocess: Callable[[Any], torch.Tensor], data: bytes) -> torch.Tensor:
+    return preprocess(rgb(data))
 
 
 def load_backbone(
