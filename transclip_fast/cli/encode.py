@@ -185,6 +185,8 @@ def encode(
     """Encode a source with an open_clip model into the folder `out`."""
     stages = common.Stages()
     chosen = resolve_device(ranks.device(device))
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)  # or every rank would also take memory of the first GPU
     with stages.time("list"):
         source = open_source(images, folder_labels=folder_labels)
         text = ClassPrompts.read(names, template_spec) if names else None

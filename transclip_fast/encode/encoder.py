@@ -210,7 +210,7 @@ def _launch(backbone: Backbone, images: torch.Tensor | None, size: int) -> Calla
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     host.copy_(rows, non_blocking=True)
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record()
+    done.record(torch.cuda.current_stream(rows.device))
 
     def land() -> np.ndarray:
         done.synchronize()

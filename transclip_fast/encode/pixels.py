@@ -73,12 +73,15 @@ class Pixels:
 
         They become (B, 3, S, S), channels last in memory.
         """
-        mean, std = (
-            torch.tensor(values, device=images.device)[:, None, None]
-            for values in (self.mean, self.std)
-        )
+        mean, std = (_channels(values, images.device) for values in (self.mean, self.std))
         planes = images.permute(0, 3, 1, 2)
         return planes.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """One number a channel, (3, 1, 1); copied once, as a GPU would be waited for each time."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 @functools.cache
