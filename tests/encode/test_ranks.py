@@ -16,6 +16,7 @@ from tests.tiny import tiny_backbone
 from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
 from transclip_fast.encode import encoder
+from transclip_fast.encode.encoder import Throughput, merged
 from transclip_fast.encode.ranks import ALONE, Ranks, joined
 from transclip_fast.encode.sources import open_source
 from transclip_fast.errors import InputError
@@ -112,3 +113,24 @@ def test_each_rank_has_its_gpu(monkeypatch):
     assert Ranks(5, 8).device("cuda") == "cuda:2"
     assert Ranks(5, 8).device("cuda:0") == "cuda:0"
     assert ALONE.device("cuda") == "cuda"
+
+
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    assert ALONE.cores() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert Ranks(5, 16).cores() == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    assert Ranks(5, 99).cores() == 1
+
+
+def test_throughputs_add_up():
+    parts = [
+        Throughput(10, 2.0, {"images": 1.0, "model": 0.5, "writing": 0.0}, 4),
+        Throughput(8, 1.0, {"images": 0.0, "model": 1.0, "writing": 0.0}, 2),
+    ]
+    whole = merged(parts)
+    assert (whole.images, whole.seconds, whole.batch_size) == (18, 2.0, 2)
+    assert whole.images_per_second == 9
+    assert whole.shares() == {"images": 0.25, "model": 0.375, "writing": 0.0}
+    assert whole.bottleneck == "model"

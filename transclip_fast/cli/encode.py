@@ -87,7 +87,6 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option(
                 "--workers",
-                default=min(os.cpu_count() or 1, 16),
                 type=click.IntRange(min=0),
                 help="Processes that decode images.  [default: one a core, at most 16]",
             ),
@@ -179,13 +178,13 @@ def encode(
     template_spec: str,
     folder_labels: bool,
     batch_size: int | None,
-    workers: int,
+    workers: int | None,
     shard_rows: int,
 ) -> Encoded:
     """Encode a source with an open_clip model into the folder `out`."""
     stages = common.Stages()
     chosen = resolve_device(ranks.device(device))
-    if chosen.index is not None:
+    if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # or every rank would also take memory of the first GPU
     with stages.time("list"):
         source = open_source(images, folder_labels=folder_labels)
@@ -206,7 +205,7 @@ def encode(
         stages,
         ranks,
         batch_size=batch_size,
-        workers=workers,
+        workers=ranks.cores() if workers is None else workers,
         shard_rows=shard_rows,
     )
 

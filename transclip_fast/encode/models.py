@@ -347,7 +347,13 @@ def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hash of a file's bytes."""
+    """Hash of a file's bytes; of one that has not changed since, remembered."""
+    known = os.stat(path)
+    return _sha256(os.path.realpath(path), known.st_size, known.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, _size: int, _modified: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -14,6 +14,7 @@ import torch.distributed
 
 from transclip_fast.errors import InputError
 
+MOST_WORKERS = 16
 PATIENCE = timedelta(days=7)  # of a rank for slower ones; one that dies is noticed at once
 Part = TypeVar("Part")
 
@@ -39,6 +40,11 @@ class Ranks:
         if self.size > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
             return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         return name
+
+    def cores(self) -> int:
+        """Cores of this machine that are this rank's, up to `MOST_WORKERS`."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+        return min(max((os.cpu_count() or 1) // here, 1), MOST_WORKERS)
 
     def told(self, value: Any) -> Any:
         """The first rank's value, on every rank."""

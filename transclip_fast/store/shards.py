@@ -223,6 +223,8 @@ class FeatureWriter:
 
     def _count(self, number: str, entry: Mapping[str, Any]) -> None:
         """Take a shard for written if its features are what they should be."""
+        if self.shards.get(number) == entry:  # this process has just written it
+            return
         if self._whole(features_name(int(number)), entry["features_sha256"]):
             batch_size = int(entry.get("batch_size", self.config["batch_size"]))
             failures = list(entry["failures"])
