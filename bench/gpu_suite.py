@@ -20,6 +20,7 @@ import torch
 
 from bench import baseline
 from bench.common import record
+from bench.gpu_eva import EvaTower, eva_error
 from bench.gpu_problems import (
     lists,
     made_graph,
@@ -269,6 +270,25 @@ def neighbours(suite: Suite, d: int = 1280) -> None:
     suite.attempt("neighbours of 1.28M rows", whole)
 
 
+def eva(suite: Suite, batch: int = 64) -> None:
+    """The image tower of EVA-CLIP-8B, random weights, bfloat16: images a second."""
+    tower = EvaTower(device="cuda", dtype=torch.bfloat16).draw(0)
+    images = [
+        torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)
+    ]
+    arms: dict[str, Arm] = {"torch": lambda i: tower(images[i])}
+    compiled = torch.compile(tower, dynamic=False)
+    arms["torch.compile"] = lambda i: compiled(images[i])
+    with torch.inference_mode():
+        suite.arms(
+            "EVA-CLIP-8B image tower", arms, batch * tower.operations(), "TFLOP/s",
+            eva_error("cuda"), batch=batch, operations_per_image=tower.operations(),
+        )  # fmt: skip
+    for line in suite.lines[-2:]:
+        if line.operation.startswith("EVA"):
+            print(f"{line.operation}, {line.arm}: {1e3 * batch / line.milliseconds:.0f} images/s")
+
+
 def solve(suite: Suite, n: int, k: int, d: int) -> None:
     """A whole solve, 10 x 5, graph given, beside the baseline and its compiled form."""
     name = f"solve {n} x {k} x {d}"
@@ -353,6 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
         suite.attempt(part.__name__, partial(part, suite))
     for sizes in SOLVES:
         suite.attempt(f"solve {sizes}", partial(solve, suite, *sizes))
+    suite.attempt("eva", partial(eva, suite))
     print(table(suite.lines))
     return 0
 

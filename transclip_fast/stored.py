@@ -103,7 +103,9 @@ class StoredRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, ids: slice | np.ndarray) -> np.ndarray:
+    def __getitem__(self, ids: slice | int | np.ndarray) -> np.ndarray:
+        if isinstance(ids, int):
+            return self[ids : ids + 1][0]
         if not isinstance(ids, slice):
             return self._take(ids)
         start, stop, _ = ids.indices(len(self))

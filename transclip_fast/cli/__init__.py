@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "Handwritten digits, from images to labels, offline.",
     "run": "Images and class names to labels, in one go.",
     "encode": "Images and class names to a feature folder.",
+    "convert": "A checkpoint to one file that loads without a copy.",
     "solve": "Features to labels, all of them jointly.",
     "predict": "Label new rows with the mixture of a result.",
     "evaluate": "Compare a result with the true labels.",

@@ -66,7 +66,7 @@ def command(
     elif queries is None or classes is None or dim is None:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
     else:
-        found = _plan(Size(queries, classes, dim), 2 * queries * dim, None, model, method)
+        found = plan_of_size(queries, classes, dim, model, method, trial=True)
     common.summarise(found.summary(), found.table(), as_json)
 
 
@@ -88,10 +88,22 @@ def plan_of(
     device = resolve_device(model.device)
     copied = on_disk or "float32" not in str(matrix.dtype) or device.type != "cpu"
     size = Size(n_rows, sample.shape[1], dim, model.n_neighbors, copied=copied)
-    if trial is None:
-        trial = n_rows * sample.shape[1] * dim * model.max_iter > LARGE_WORK
     nbytes = n_rows * dim * matrix.dtype.itemsize if on_disk else 0
     return _plan(size, nbytes, sample, model, method, trial=trial)
+
+
+def plan_of_size(
+    n_rows: int,
+    n_classes: int,
+    dim: int,
+    model: TransCLIP,
+    method: str | None,
+    *,
+    trial: bool | None = None,
+) -> Plan:
+    """The plan of solving so many rows in float16 files; candidates are as many as there may be."""
+    size = Size(n_rows, n_classes, dim, model.n_neighbors)
+    return _plan(size, 2 * n_rows * dim, None, model, method, trial=trial)
 
 
 def _plan(
@@ -101,8 +113,11 @@ def _plan(
     model: TransCLIP,
     method: str | None,
     *,
-    trial: bool = True,
+    trial: bool | None,
 ) -> Plan:
+    """`trial` None: where the work is worth a second."""
+    if trial is None:
+        trial = size.n_rows * size.n_classes * size.dim * model.max_iter > LARGE_WORK
     device = resolve_device(model.device)
     memory = parse_memory(model.memory)
     layout = choose_layout(

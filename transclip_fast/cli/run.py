@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
 from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph, method_option
+from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.cli.solve import requested, solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
@@ -49,17 +51,26 @@ def command(
     graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
     if options["names"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
+    model, planned = TransCLIP(device=device, memory=memory), []
+
+    def foresee(n_rows: int, n_classes: int, dim: int) -> None:
+        planned.append(plan_of_size(n_rows, n_classes, dim, model, graph_options.method))
+        if not as_json:
+            click.echo(planned[0].line())
+
     with common.collected_warnings({}) as warnings:
-        writer, seconds = encode(images, str(folder / "features"), device, **options)
-        encoded, encoded_text = report(writer, str(folder / "features"))
-        solved, solved_text = solve_folder(
-            folder, TransCLIP(device=device, memory=memory), graph_options, quiet=as_json
-        )
+        made = encode(images, str(folder / "features"), device, foresee=foresee, **options)
+        encoded, encoded_text = report(made, str(folder / "features"))
+        quiet = as_json or bool(planned)
+        solved, solved_text = solve_folder(folder, model, graph_options, quiet=quiet)
     summary = {
         **solved,
         "failures": encoded["failures"],
-        "seconds": {**seconds, **solved["seconds"]},
+        "throughput": encoded["throughput"],
+        "seconds": {**made.seconds, **solved["seconds"]},
         "warnings": [*warnings, *solved["warnings"]],
     }
     common.summarise(summary, f"{encoded_text}\n{solved_text}", as_json)
