@@ -105,7 +105,8 @@ class StoredRows:
 
     def __getitem__(self, ids: slice | int | np.ndarray) -> np.ndarray:
         if isinstance(ids, int):
-            return self[ids : ids + 1][0]
+            row: np.ndarray = self[ids : ids + 1][0]
+            return row
         if not isinstance(ids, slice):
             return self._take(ids)
         start, stop, _ = ids.indices(len(self))
