@@ -12,17 +12,16 @@ import torch
 from transclip_fast.checkpoint import Checkpoint
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.given import make_priors, make_support, make_validation
+from transclip_fast.given import make_priors, make_support, make_validation, size_of
 from transclip_fast.graph import NeighborGraph, build_graph
 from transclip_fast.inputs import as_unit_rows, unread_matrix
-from transclip_fast.memory import Size, choose_layout, parse_memory
+from transclip_fast.memory import choose_layout, parse_memory
 from transclip_fast.ops import BACKENDS, choose_backend
 from transclip_fast.parameters import Parameters, check_number, check_weight
 from transclip_fast.prior import LinearPrior, Prior
 from transclip_fast.progress import Meter, Progress
 from transclip_fast.rows import Rows
 from transclip_fast.solver import Solution, predict, reads, solve
-from transclip_fast.stored import StoredRows
 from transclip_fast.truncation import FORMS, Truncation, choose_truncation, sample_ids
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
@@ -171,9 +170,8 @@ class TransCLIP(Parameters):
         self.check()
         device = self.device_ = resolve_device(self.device)
         matrix = unread_matrix(X, "X")
-        shape = n_rows, dim = matrix.shape[0], matrix.shape[1]
         prior_, zero_shot = make_priors(
-            shape,
+            (matrix.shape[0], matrix.shape[1]),
             device,
             self.logit_scale,
             text_features=text_features,
@@ -181,10 +179,11 @@ class TransCLIP(Parameters):
             prior_logits=prior_logits,
             prototypes=prototypes,
         )
-        in_memory = not isinstance(X, np.memmap | StoredRows)
-        as_is = in_memory and matrix.dtype == torch.float32 and device.type == "cpu"
+        tried = GAMMAS if self.gamma is None else (self.gamma,)
+        gammas: Sequence[float] = (0.0,) if support_features is None else tried
+        linear = isinstance(prior_, LinearPrior)
         self.layout_ = choose_layout(
-            Size(n_rows, prior_.n_classes, dim, self.n_neighbors, copied=not as_is),
+            size_of(X, prior_.n_classes, self, device, linear=linear, runs=len(gammas)),
             device,
             form=self.form(),
             candidates=self.candidates,
@@ -202,12 +201,9 @@ class TransCLIP(Parameters):
         anchors = text_features if prototypes is None else prototypes
         self.graph_ = self._graph(graph, features, anchors)
 
-        gammas: Sequence[float] = (0.0,)
-        if support is not None:
-            gammas = GAMMAS if self.gamma is None else (self.gamma,)
         meter = None
         if progress is not None:
-            meter = Meter(n_rows, reads(prior_), self.max_iter, len(gammas), progress)
+            meter = Meter(len(features), reads(prior_), self.max_iter, len(gammas), progress)
             features.on_read = meter.rows
         factors = features if self.precision == "float32" else features.half()
 
@@ -223,7 +219,8 @@ class TransCLIP(Parameters):
                 truncation=truncation,
                 backend=self.backend_,
                 progress=meter.run(position) if meter else None,
-                checkpoint=checkpoint and checkpoint(*self._identity(gammas[position], truncation)),
+                checkpoint=checkpoint
+                and checkpoint(f"solve-{position}", self._identity(gammas[position], truncation)),
             )
 
         runs = ((gamma, run(position)) for position, gamma in enumerate(gammas))
@@ -278,11 +275,11 @@ class TransCLIP(Parameters):
         only_sparse = self.backend == "numba" or self.candidates or self.rank
         return "sparse" if only_sparse else "auto"
 
-    def _identity(self, gamma: float, truncation: Truncation | None) -> tuple[str, dict[str, Any]]:
-        """A name for a run, and what its result depends on beside the arrays given to `fit`."""
+    def _identity(self, gamma: float, truncation: Truncation | None) -> dict[str, Any]:
+        """What the result of a run depends on beside the arrays given to `fit`."""
         parameters = asdict(self)
         del parameters["memory"]
-        identity = parameters | {
+        return parameters | {
             "kl_weight": self.kl_weight_,
             "gamma": gamma,
             "truncation": truncation and asdict(truncation),
@@ -290,7 +287,6 @@ class TransCLIP(Parameters):
             "device": self.device_.type,
             "graph_sha256": self.graph_.sha256(),
         }
-        return f"solve-{gamma}", identity
 
     def _keep(self, solution: Solution, prior: Prior, zero_shot: Prior) -> None:
         """Set the attributes, and what `predict_proba` and `tensors` need of the fit."""

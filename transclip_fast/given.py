@@ -11,11 +11,50 @@ import torch
 from transclip_fast.errors import InputError
 from transclip_fast.evaluate import check_class_order
 from transclip_fast.graph import nearest
-from transclip_fast.inputs import as_labelled_rows, as_log_probabilities, as_logits, as_unit_rows
+from transclip_fast.inputs import (
+    as_labelled_rows,
+    as_log_probabilities,
+    as_logits,
+    as_unit_rows,
+    is_aligned,
+    unread_matrix,
+)
+from transclip_fast.memory import Size
 from transclip_fast.parameters import Parameters
 from transclip_fast.prior import GivenPrior, LinearPrior, Prior
 from transclip_fast.rows import Rows
+from transclip_fast.stored import StoredRows
 from transclip_fast.support import Support
+
+
+def size_of(
+    X: Any,
+    n_classes: int,
+    parameters: Parameters,
+    device: torch.device,
+    *,
+    linear: bool = True,
+    runs: int = 1,
+) -> Size:
+    """The size of a problem, as far as memory is concerned."""
+    matrix = unread_matrix(X, "X")
+    n_rows, dim = matrix.shape[0], matrix.shape[1]
+    in_file = isinstance(X, np.memmap | StoredRows)
+    own = n_rows * dim * matrix.dtype.itemsize
+    # A given prior, its logarithm, and what computing that takes.
+    given = 0 if linear else 16 * n_rows * n_classes
+    as_is = isinstance(matrix, torch.Tensor) and is_aligned(matrix) and device.type == "cpu"
+    return Size(
+        n_rows,
+        n_classes,
+        dim,
+        parameters.n_neighbors,
+        stored=own if in_file else 0,
+        given=given if in_file else given + own,
+        copied=in_file or not as_is,
+        linear=linear,
+        runs=runs,
+    )
 
 
 def make_priors(

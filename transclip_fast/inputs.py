@@ -86,9 +86,9 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
     divisors = unit_divisors(matrix, name)
     matrix = _aligned(matrix.to(torch.float32))
     if divisors is not None:
-        off = (divisors != 1).nonzero()[:, 0]
         matrix = matrix.clone()
-        matrix[off] = (matrix[off].double() / divisors[off, None]).float()
+        for off in torch.split((divisors != 1).nonzero()[:, 0], ROWS_PER_CHECK):
+            matrix[off] = (matrix[off].double() / divisors[off, None]).float()
     return matrix
 
 
@@ -333,9 +333,18 @@ def _norms(block: torch.Tensor | np.ndarray) -> torch.Tensor:
     return norms.double()
 
 
-def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether float32 rows can be used where they are."""
     # The order of a BLAS library's sums depends on the alignment of its operands.
-    if matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0:
+    return (
+        matrix.dtype == torch.float32
+        and matrix.is_contiguous()
+        and matrix.data_ptr() % ALIGNMENT == 0
+    )
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    if is_aligned(matrix):
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 

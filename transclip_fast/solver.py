@@ -115,15 +115,18 @@ def solve(
             truncation=truncation,
         )
         history = run.resume(checkpoint.load())
+        labels = None if progress is None else run.z.best()[0]
+        if progress is not None and history:
+            progress(Step(len(history), history[-1] / len(features), 0))
         while not _finished(history, parameters, len(features)):
-            before = run.z.best()[0] if progress is not None else None
             run.update_assignments()
             run.update_means()
             run.update_variance()
             history.append(run.objective())
             checkpoint.keep(partial(run.state, history))
-            if progress is not None and before is not None:
-                changed = int((run.z.best()[0] != before).sum())
+            if progress is not None:
+                labels, before = run.z.best()[0], labels
+                changed = int((labels != before).sum())
                 progress(Step(len(history), history[-1] / len(features), changed))
         n_iter = len(history)
         run.update_assignments()

@@ -14,8 +14,9 @@ from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
 from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph, method_option
+from transclip_fast.cli.options import requested
 from transclip_fast.cli.plan import plan_of_size
-from transclip_fast.cli.solve import requested, solve_features
+from transclip_fast.cli.solve import solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError

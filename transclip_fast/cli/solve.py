@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,97 +11,41 @@ import click
 import numpy as np
 
 from transclip_fast.cli import common
-from transclip_fast.cli.graph import AUTO, GraphOptions, describe, kept_graph, method_option
+from transclip_fast.cli.graph import (
+    AUTO,
+    GraphOptions,
+    describe,
+    kept_graph,
+    left_by,
+    method_option,
+)
 from transclip_fast.cli.head import FittedHead, fit_stored_head
+from transclip_fast.cli.options import (
+    FIT_ARRAYS,
+    array_options,
+    model_of,
+    parameter_options,
+    requested,
+)
 from transclip_fast.cli.plan import plan_of
-from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.estimator import TransCLIP
+from transclip_fast.estimator import GAMMAS, TransCLIP
 from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
 from transclip_fast.graph import NeighborGraph
-from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.heads import HEADS, check_head
 from transclip_fast.inputs import as_labels
 from transclip_fast.memory import peak_bytes
-from transclip_fast.mixture import COVARIANCES
-from transclip_fast.ops import BACKENDS
 from transclip_fast.progress import Progress
 from transclip_fast.rows import Rows
 from transclip_fast.store.atomic import beside, new_folder, writing
-from transclip_fast.store.checkpoint import FileCheckpoint, forget
+from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.maps import map_features
 from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
-from transclip_fast.truncation import FORMS
 from transclip_fast.version import __version__
 
-FIT_ARRAYS = tuple(
-    name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
-)
-CHOICES = {
-    "covariance": COVARIANCES,
-    "graph_mode": GRAPH_MODES,
-    "assignments": FORMS,
-    "backend": BACKENDS,
-}
-PARAMETERS = {
-    "n_neighbors": "Neighbours of each query in the graph.",
-    "max_iter": "Outer steps.",
-    "inner_iter": "Sweeps over the assignments in each step.",
-    "tol": "Stop when a step changes the objective by less than this, per query.",
-    "logit_scale": "Temperature of the text prediction.",
-    "kl_weight": "Lambda, the tie to the prior.  [default: 1, few-shot 0.5]",
-    "likelihood_weight": "Weight of the mixture.",
-    "unit_means": "Keep class means on the unit sphere.",
-    "update_means": "Update the means.",
-    "update_variance": "Update the variance.",
-    "covariance": "Shape of the shared covariance.",
-    "graph_mode": "Messages both ways along an edge, or only towards its start.",
-    "clamp_similarity": "Edge weights are max(0, cosine).",
-    "published_support_rows": "Few-shot: the graph with the published code's errors, to compare.",
-    "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
-}
-COMPUTATION = {
-    "assignments": "All classes of a row, or only its largest.",
-    "candidates": "Sparse: classes of a row that messages reach.  [default: measured]",
-    "rank": "Sparse: classes kept of a row.  [default: as many as candidates]",
-    "backend": "Who computes.",
-    "memory": "What may be used, as 8GiB.  [default: what is free]",
-}
 CHECKPOINT_SECONDS = 1.0
-
-
-def _array_options(command: Callable[..., None]) -> Callable[..., None]:
-    for name in reversed(ARRAYS[1:]):
-        flag = f"--{name.replace('_', '-')}"
-        also = " or a text file, one name a line" if name == "class_names" else ""
-        text = f"{name} from this array file{also}, not from FEATURES."
-        command = click.option(flag, name, type=click.Path(), help=text)(command)
-    return command
-
-
-def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
-    for field in reversed(fields(TransCLIP)):
-        help_text = (PARAMETERS | COMPUTATION).get(field.name)
-        if help_text is None:
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        kind: Any = type(field.default) if field.default is not None else float
-        kind = {"candidates": int, "rank": int, "memory": str}.get(field.name, kind)
-        if kind is bool:
-            flag, kind = f"{flag}/--no-{flag[2:]}", None
-        if field.name in CHOICES:
-            kind = click.Choice(CHOICES[field.name])
-        command = click.option(
-            flag,
-            field.name,
-            default=field.default,
-            type=kind,
-            show_default=field.default is not None,
-            help=help_text,
-        )(command)
-    return command
 
 
 @click.command("solve")
@@ -119,11 +61,11 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--seed", default=0, show_default=True, help="Of the head's training.")
 @common.device_option
 @common.json_option
-@_array_options
+@array_options
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
 @click.option("--text-map", type=click.Path(), help="Matrix (d, d) that the texts are mapped by.")
 @common.image_map_option
-@_parameter_options
+@parameter_options
 def command(
     features: str,
     out: str,
@@ -158,13 +100,9 @@ def command(
       transclip-fast solve features.npz --head taskres --out result
     """
     stages = common.Stages()
-    model = TransCLIP(
-        device=device, **{name: options[name] for name in (*PARAMETERS, *COMPUTATION)}
-    )
-    model.check()
+    model = model_of(options, device)
     if head is not None:
         check_head(head)
-    resolve_device(device)
     with stages.time("load"):
         stored = load_features(features, {name: options[name] for name in ARRAYS[1:]}, shots=shots)
         map_features(stored, text=text_map, image=image_map)
@@ -196,10 +134,11 @@ def solve_features(
     until it is there: the graph, where none was given, and the state after the last step.
     """
     own_graph = beside(out, "graph")
+    states = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
     stored.origins |= {"X": stored.origins["image_features"], out: out, str(own_graph): out}
     with (
         common.collected_warnings(stored.origins) as warnings,
-        new_folder(out, CONTENTS) as folder,
+        new_folder(out, CONTENTS, obsolete=[*states, *left_by(own_graph)]) as folder,
     ):
         with common.named(stored.origins, stored.path):
             fitted = fit_stored_head(head, seed, stored, model, stages) if head else None
@@ -222,8 +161,6 @@ def solve_features(
         )
         with writing(out):
             save_result(folder, tables, run, model.tensors())
-    forget(out, "solve-")
-    shutil.rmtree(own_graph, ignore_errors=True)
     return run
 
 
@@ -346,11 +283,6 @@ def _summary(
         "versions": common.versions(),
         "warnings": warnings,
     }
-
-
-def requested(model: TransCLIP) -> dict[str, Any]:
-    """The parameters as given, before data decided what was left open."""
-    return {name: getattr(model, name) for name in PARAMETERS | COMPUTATION if name != "memory"}
 
 
 def text(run: dict[str, Any], out: str) -> str:

@@ -6,16 +6,20 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transclip_fast.errors import InputError
 
+HIDDEN = ("partial", "replaced", "lock")  # what stands beside a folder while it is written
+
 
 @contextmanager
-def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, contents: frozenset[str], *, obsolete: Iterable[Path] = ()
+) -> Iterator[Path]:
     """
     A temporary folder to fill, renamed to `path` at the end; gone if anything fails.
 
@@ -24,6 +28,8 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
     path : path
         Created, with its parents. An existing folder is replaced only if it is empty or holds
         nothing but files named in `contents`, that is, an earlier result.
+    obsolete : iterable of path
+        Files and folders that are removed once the folder is there.
 
     Raises
     ------
@@ -43,6 +49,11 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
             yield partial
             with writing(path):
                 _publish(partial, target, replaced)
+                for left in obsolete:
+                    if left.is_dir():
+                        shutil.rmtree(left)
+                    else:
+                        left.unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -258,6 +258,7 @@ def _load_folder(folder: Path) -> Features:
 
 def _joined(parts: Sequence[Any]) -> Any:
     """All shards as one array: on disk, where they can stay there."""
+    parts = [part for part in parts if part.shape[0]] or parts[:1]
     if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
         return StoredRows(parts)
     return np.concatenate(
