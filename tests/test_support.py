@@ -111,6 +111,7 @@ def counts(draw):
     return draw(st.lists(st.integers(0, 5), min_size=6, max_size=6).filter(any))
 
 
+@pytest.mark.filterwarnings("ignore:support_labels. zero-shot labels match")
 @settings(max_examples=25, deadline=None)
 @given(shots=counts(), gamma=st.sampled_from((0.0, *reference.GAMMAS)), seed=st.integers(0, 99))
 def test_unbalanced_shots_and_classes_without(shots, gamma, seed):
@@ -213,7 +214,7 @@ def test_no_argument_is_ever_modified(problem, prior, scale):
 # -- labels that contradict the prior
 
 
-@pytest.mark.parametrize("shots", [2, 8])
+@pytest.mark.parametrize("shots", [4, 16])
 @pytest.mark.parametrize("kind", ["right", "shifted", "blurred texts"])
 def test_labels_in_another_order(golden, kind, shots):
     """Shots and validation rows warn where classes are mixed up, not where texts are poor."""

@@ -142,8 +142,9 @@ class TransCLIP(Parameters):
         text_features : array_like (K, d), optional
             Text embedding of each class: the prior, unless another is given; then only the
             zero-shot attributes come from it.
-        prior : array_like (N, K), optional
-            Probabilities of another method; or
+        prior : array_like or scipy sparse array (N, K), optional
+            Probabilities of another method; what a sparse row leaves of its mass, but at least
+            1e-6, is spread evenly over the classes it leaves out; or
         prior_logits : array_like (N, K), optional
             its logits, on the scale that a softmax takes; or
         prototypes : array_like (K, d), optional
@@ -151,7 +152,8 @@ class TransCLIP(Parameters):
         support_features, support_labels : array_like (M, d), (M,), optional
             Labelled rows: few-shot.
         validation_features, validation_labels : array_like (V, d), (V,), optional
-            Labelled rows that choose gamma where it is not given.
+            Labelled rows that choose gamma where it is not given: the value is taken with which
+            most of them have the label of their most similar query, the first of equal ones.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or what makes them from its unit rows, a
             `transclip_fast.rows.Rows`; `build_graph` where not given.

@@ -238,14 +238,33 @@ class ListedPrior:
                 f"{name}: does not say how many classes there are; give text_features or "
                 "class_names too"
             )
+        row_of, class_of, values = self._checked(name, rows, k)
+        mass = torch.bincount(row_of, values, minlength=rows)
+        heavy = (mass > 1 + PROBABILITY_TOLERANCE).nonzero()[:, 0]
+        if len(heavy):
+            row = int(heavy[0])
+            raise InputError(
+                f"{name}: row {row} sums to {mass[row]:.4g}, more than 1; scores go in prior_logits"
+            )
+        left_out = k - torch.bincount(row_of, minlength=rows)
+        rest = torch.where(left_out > 0, (1 - mass).clamp_min(UNLISTED_MASS), 0.0)
+        scale = torch.where(mass > 0, ((1 - rest) / mass).clamp_max(1), 1.0)
+        whole = (rest / left_out.clamp_min(1)).float()[:, None].repeat(1, k)
+        whole[row_of, class_of] = (values * scale[row_of]).float()
+        return whole
+
+    def _checked(
+        self, name: str, rows: int, n_classes: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row and class (E,) int64 and value (E,) float64 of the entries that are not 0."""
         offsets, classes, values = (
             _as_tensor(array, name).double() for array in (self.offsets, self.classes, self.values)
         )
         if len(offsets) != rows + 1:
             raise InputError(f"{name}: has {len(offsets) - 1} rows, expected {rows}, one per query")
-        lengths = offsets.diff()
-        n_entries = len(values) if values.shape == classes.shape else -1
-        if offsets[0] != 0 or (lengths < 0).any() or offsets[-1] != n_entries:
+        lengths, fits = offsets.diff(), offsets.ndim == 1 and classes.ndim == 1
+        fits = fits and classes.shape == values.shape and bool((lengths >= 0).all())
+        if not fits or offsets[0] != 0 or offsets[-1] != len(values):
             raise InputError(f"{name}: indices and values do not fit each other; write it again")
         row_of, class_of = torch.repeat_interleave(lengths.long()), classes.long()
 
@@ -259,27 +278,16 @@ class ListedPrior:
         refuse(~values.isfinite(), "contains a value that is not finite; recompute that row")
         refuse(values < 0, "has a negative probability; scores go in prior_logits")
         refuse(
-            used & ~((classes >= 0) & (classes < k) & (classes == class_of)),
-            f"names class {{}}, outside 0 .. {k - 1}; classes are positions in the list of classes",
+            used & ~((classes >= 0) & (classes < n_classes) & (classes == class_of)),
+            f"names class {{}}, outside 0 .. {n_classes - 1}; classes are positions in the list of "
+            "classes",
         )
-        cells = (row_of * k + class_of).where(used, -1)
+        cells = (row_of * n_classes + class_of).where(used, -1)
         order = cells.argsort(stable=True)
         again = torch.zeros_like(used)
         again[order[1:]] = cells[order].diff() == 0
         refuse(again & used, "names class {} twice; add up what belongs together")
-        mass = torch.bincount(row_of, values, minlength=rows)
-        heavy = (mass > 1 + PROBABILITY_TOLERANCE).nonzero()[:, 0]
-        if len(heavy):
-            row = int(heavy[0])
-            raise InputError(
-                f"{name}: row {row} sums to {mass[row]:.4g}, more than 1; scores go in prior_logits"
-            )
-        left_out = k - torch.bincount(row_of[used], minlength=rows)
-        share = torch.where(left_out > 0, (1 - mass).clamp_min(UNLISTED_MASS), 0.0)
-        whole = (share / left_out.clamp_min(1)).float()[:, None].repeat(1, k)
-        scale = torch.where(mass > 0, torch.minimum((1 - share) / mass, torch.ones(())), 1.0)
-        whole.view(-1)[cells[used]] = (values * scale[row_of])[used].float()
-        return whole
+        return row_of[used], class_of[used], values[used]
 
 
 def _as_tensor(array: Any, name: str) -> torch.Tensor:

@@ -207,6 +207,12 @@ def test_shots_of_something_else(problem_parts, tmp_path):
         load_features(tmp_path / "x.npy", shots=4)
 
 
+def test_shots_and_a_support(tip_adapter):
+    support = {"support_features": tip_adapter / "keys_1shots.pt"}
+    with pytest.raises(InputError, match="give --shots or the files of the support, not both"):
+        load_features(tip_adapter, support, shots=4)
+
+
 def test_a_link_that_leads_out(tip_adapter, tmp_path):
     (tip_adapter / "val_l.pt").rename(tmp_path / "val_l.pt")
     (tip_adapter / "val_l.pt").symlink_to(tmp_path / "val_l.pt")

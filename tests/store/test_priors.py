@@ -193,6 +193,7 @@ def test_bad_lists(kind, soft, tmp_path):
         ({"format": b"csc"}, "sparse array in another format"),
         ({"shape": np.array([N])}, r"shape must be \(rows, classes\)"),
         ({"indptr": np.arange(N + 1)}, "indices and values do not fit each other"),
+        ({"indptr": np.zeros((N + 1, 2))}, "indices and values do not fit each other"),
         ({"indices": np.zeros(3, int)}, "indices and values do not fit each other"),
         ({"data": np.array(["a"] * 3 * N)}, "expected numbers"),
     ],

@@ -77,9 +77,12 @@ def command(
             n_classes=len(mixture.means),
         )
         map_features(stored, image=image_map)
-        if stored.maps.get("image_map") != solved.get("maps", {}).get("image_map"):
+        known = solved.get("maps", {}).get("image_map")
+        if stored.maps.get("image_map") != known:
             raise InputError(
-                f"{image_map or result}: the image features were solved with another --image-map"
+                f"{result}: was solved without an image map; leave out --image-map"
+                if known is None
+                else f"{result}: was solved with an image map; give the same --image-map"
             )
         stored.class_names = solved["class_names"]
     n_classes, d = mixture.means.shape

@@ -81,6 +81,8 @@ def read_cache(
             files[name] = found[0]
     if not SUPPORT & set(without):
         files |= _support(folder, shots)
+    elif shots:
+        raise InputError(f"{folder}: give --shots or the files of the support, not both")
     arrays: dict[str, Any] = {}
     for name, file in files.items():
         path = inside(folder, file)
