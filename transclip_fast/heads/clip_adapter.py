@@ -52,8 +52,8 @@ def fit(task: Task) -> AdapterHead:
     Source: Gao et al. 2021, CLIP-Adapter: Better Vision-Language Models with Feature Adapters, with
     the image branch only, as in the authors' repository (gaopengcuhk/CLIP-Adapter), which has
     r = 0.2. It names no optimiser: AdamW is that of the same authors' Tip-Adapter-F, the 200 epochs
-    are CoOp's, and the rate is one at which they are enough for few rows too. Unit rows lose nothing: g is homogeneous and the
-    blend is normalised, so the norm of the features cancels.
+    are CoOp's with 16 shots. Unit rows lose nothing: g is homogeneous and the blend is normalised,
+    so the norm of the features cancels.
     """
     ratios = (RATIO,) if task.validation is None else RATIOS
     heads = [_fit(task, ratio, place, len(ratios)) for place, ratio in enumerate(ratios)]
