@@ -86,6 +86,12 @@ def test_several_templates(arrays, save, succeeds, tmp_path):
     np.testing.assert_array_equal(table["zero_shot_label"], model.zero_shot_labels_)
 
 
+def test_rows_that_are_no_unit_vectors_are_told_of_once(shots, save, cli, tmp_path):
+    scaled = {**shots, "image_features": 3 * shots["image_features"]}
+    ran = cli("solve", save(scaled), "--head", "tip-adapter", "--out", tmp_path / "result")
+    assert (ran.code, ran.err.count("were not unit vectors")) == (0, 1)
+
+
 def test_new_rows_of_a_head_with_prototypes(shots, save, succeeds, tmp_path):
     file = save(shots)
     succeeds("solve", file, "--head", "taskres", "--out", tmp_path / "result")

@@ -191,6 +191,13 @@ def test_domains(pets, succeeds, tmp_path, problem):
         assert row["head_accuracy"] == accuracy(logits.argmax(1), target["labels"])
 
 
+def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/predictions.parquet").write_bytes(b"")
+    message = refused("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "album")
+    assert "album: holds other files (predictions.parquet)" in message
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [

@@ -87,5 +87,6 @@ def fit_stored_head(
     solved = copy.copy(stored)
     kept = {array: value for array, value in stored.arrays.items() if array not in LABELLED}
     # Of several templates the first counts as zero-shot, so that the ensemble shows what it adds.
-    solved.arrays = {**kept, **prior, "text_features": prompt_texts(texts)[0]}
+    kept |= {"image_features": rows, "text_features": prompt_texts(texts)[0]}
+    solved.arrays = {**kept, **prior}
     return FittedHead(name, head.parameters, labels, solved)
