@@ -141,6 +141,12 @@ def test_training_lowers_the_loss_of_the_shots(name, task):
     assert loss(fitted(name, task).logits(rows), labels) < 0.7 * loss(before, labels)
 
 
+@pytest.mark.parametrize("name", ["prompt-ensemble", "taskres", "linear-probe"])
+def test_prototypes_are_unit_rows(name, task):
+    prototypes = fitted(name, task).prior(torch.empty(0, 33))["prototypes"]
+    np.testing.assert_allclose(prototypes.norm(dim=1), 1, atol=1e-6)
+
+
 def test_clip_adapter_is_its_formula(task):
     head = fitted("clip-adapter", task)
     rows = task["image_features"].astype(np.float64)
