@@ -39,8 +39,8 @@ def read(folder):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_head_alone_and_below_transclip(name, shots, save, succeeds, tmp_path):
-    out = succeeds("solve", save(shots), "--head", name, "--out", tmp_path / "result")
+def test_head_alone_and_below_transclip(name, shots, save, done, tmp_path):
+    out = done("solve", save(shots), "--head", name, "--out", tmp_path / "result")
     run, table = read(tmp_path / "result")
     head, labels = head_of(name, shots), shots["labels"]
     rows = torch.from_numpy(shots["image_features"])
@@ -60,9 +60,9 @@ def test_without_a_head_there_is_none(solved):
     assert read(solved)[0]["head"] is None
 
 
-def test_seed_and_scale_reach_the_head(shots, save, succeeds, tmp_path):
+def test_seed_and_scale_reach_the_head(shots, save, done, tmp_path):
     given = ("--seed", 5, "--logit-scale", 30)
-    succeeds("solve", save(shots), "--head", "clip-adapter", *given, "--out", tmp_path / "result")
+    done("solve", save(shots), "--head", "clip-adapter", *given, "--out", tmp_path / "result")
     head = head_of("clip-adapter", shots, seed=5, logit_scale=30.0)
     rows = torch.from_numpy(shots["image_features"])
     model = TransCLIP(logit_scale=30.0).fit(rows, **head.prior(rows))
@@ -71,13 +71,13 @@ def test_seed_and_scale_reach_the_head(shots, save, succeeds, tmp_path):
     )
 
 
-def test_several_templates(arrays, save, succeeds, tmp_path):
+def test_several_templates(arrays, save, done, tmp_path):
     text = arrays["text_features"]
     noise = 0.1 * np.random.default_rng(0).normal(size=(4, *text.shape))
     prompts = text + noise / 33**0.5
     prompts /= np.linalg.norm(prompts, axis=2, keepdims=True)
     file = save({**arrays, "text_features": prompts})
-    succeeds("solve", file, "--head", "prompt-ensemble", "--out", tmp_path / "result")
+    done("solve", file, "--head", "prompt-ensemble", "--out", tmp_path / "result")
     _, table = read(tmp_path / "result")
     rows = torch.from_numpy(arrays["image_features"])
     head = fit_head("prompt-ensemble", prompts)
@@ -86,10 +86,16 @@ def test_several_templates(arrays, save, succeeds, tmp_path):
     np.testing.assert_array_equal(table["zero_shot_label"], model.zero_shot_labels_)
 
 
-def test_new_rows_of_a_head_with_prototypes(shots, save, succeeds, tmp_path):
+def test_rows_that_are_no_unit_vectors_are_told_of_once(shots, save, cli, tmp_path):
+    scaled = {**shots, "image_features": 3 * shots["image_features"]}
+    ran = cli("solve", save(scaled), "--head", "tip-adapter", "--out", tmp_path / "result")
+    assert (ran.code, ran.err.count("were not unit vectors")) == (0, 1)
+
+
+def test_new_rows_of_a_head_with_prototypes(shots, save, done, tmp_path):
     file = save(shots)
-    succeeds("solve", file, "--head", "taskres", "--out", tmp_path / "result")
-    succeeds("predict", tmp_path / "result", file, "--out", tmp_path / "more")
+    done("solve", file, "--head", "taskres", "--out", tmp_path / "result")
+    done("predict", tmp_path / "result", file, "--out", tmp_path / "more")
     rows = torch.from_numpy(shots["image_features"])
     head = head_of("taskres", shots)
     model = TransCLIP().fit(rows, **head.prior(rows))

@@ -11,7 +11,7 @@ import torch
 
 from tests.cli.conftest import contents
 from transclip_fast import TransCLIP
-from transclip_fast.heads import HEADS, fit_head
+from transclip_fast.heads import fit_head
 from transclip_fast.protocols.data import load_data
 
 QUICK = ("--head", "tip-adapter", "linear-probe", "--shots", 1, 4, "--seeds", 2)
@@ -25,32 +25,35 @@ def accuracy(labels, truth):
     return round(100 * float((np.asarray(labels) == truth).mean()), 4)
 
 
-def test_few_shot(pets, succeeds, tmp_path):
+def test_few_shot(pets, done, tmp_path):
     paths = pets("pets"), pets("dtd", k=4)
-    out = succeeds("protocol", "few-shot", *paths, *QUICK, "--out", tmp_path / "table", "--json")
+    out = done("protocol", "few-shot", *paths, *QUICK, "--out", tmp_path / "table", "--json")
     rows = runs_of(tmp_path / "table")
     assert len(rows) == 2 * 2 * 2 * 2
     assert len({tuple(row[c] for c in ("data", "head", "shots", "seed")) for row in rows}) == 16
     (data,) = load_data(paths[:1], pools=True)
-    shots, held_out = data.draw("support", 4, 1), data.draw("validation", 4, 1)
-    head = fit_head(
-        "tip-adapter",
-        data.text,
-        shots.features,
-        shots.labels,
-        validation_features=held_out.features,
-        validation_labels=held_out.labels,
-        seed=1,
-    )
-    model = TransCLIP().fit(data.features, data.text, **head.prior(data.features))
-    (row,) = (
-        r
-        for r in rows
-        if [r[c] for c in ("data", "head", "shots", "seed")] == ["pets", "tip-adapter", 4, 1]
-    )
-    assert row["head_accuracy"] == accuracy(head.predict(data.features), data.labels)
-    assert row["accuracy"] == accuracy(model.transduction_, data.labels)
-    assert row["zero_shot_accuracy"] == accuracy(model.zero_shot_labels_, data.labels)
+    for n in (1, 4):
+        shots, held_out = data.draw("support", n, 1), data.draw("validation", n, 1)
+        head = fit_head(
+            "tip-adapter",
+            data.text,
+            shots.features,
+            shots.labels,
+            validation_features=held_out.features,
+            validation_labels=held_out.labels,
+            seed=1,
+        )
+        model = TransCLIP().fit(data.features, data.text, **head.prior(data.features))
+        (row,) = (
+            row
+            for row in rows
+            if [row[c] for c in ("data", "head", "shots", "seed")] == ["pets", "tip-adapter", n, 1]
+        )
+        assert row["head_accuracy"] == accuracy(head.predict(data.features), data.labels)
+        assert row["accuracy"] == accuracy(model.transduction_, data.labels)
+        assert row["zero_shot_accuracy"] == accuracy(model.zero_shot_labels_, data.labels)
+        chosen = head.parameters
+        assert row["head_parameters"] == f"alpha {chosen['alpha']:g}, beta {chosen['beta']:g}"
     assert row["queries"] == 77
     table = pq.read_table(tmp_path / "table/table.parquet").to_pylist()
     assert json.loads(out)["table"] == table
@@ -66,9 +69,9 @@ def test_few_shot(pets, succeeds, tmp_path):
     assert f"| pets | tip-adapter | 4 | 2 | {mean['zero_shot_accuracy']:.2f} ± 0.00 |" in text
 
 
-def test_transclip_fs_has_the_shots_itself(pets, succeeds, tmp_path):
+def test_transclip_fs_has_the_shots_itself(pets, done, tmp_path):
     path = pets()
-    succeeds(
+    done(
         "protocol", "few-shot", path, "--head", "transclip-fs", "--shots", 2, "--seeds", 1,
         "--out", tmp_path / "table",
     )  # fmt: skip
@@ -87,7 +90,7 @@ def test_transclip_fs_has_the_shots_itself(pets, succeeds, tmp_path):
     assert row["head_parameters"] == f"gamma {model.gamma_:g}"
 
 
-def test_a_killed_protocol_goes_on(pets, cli, succeeds, tmp_path, monkeypatch):
+def test_a_killed_protocol_goes_on(pets, cli, done, tmp_path, monkeypatch):
     command = ("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "table")
     calls = []
 
@@ -108,15 +111,15 @@ def test_a_killed_protocol_goes_on(pets, cli, succeeds, tmp_path, monkeypatch):
     assert cli(*command).code == 0
     assert len(calls) == 9
     assert contents(tmp_path / "table/runs") == before
-    succeeds("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "fresh")
+    done("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "fresh")
     assert (tmp_path / "fresh/table.md").read_text() == table
 
 
-def test_other_data_are_run_anew(pets, succeeds, tmp_path):
+def test_other_data_are_run_anew(pets, done, tmp_path):
     command = ("--head", "tip-adapter", "--shots", 1, "--seeds", 1, "--out", tmp_path / "table")
-    succeeds("protocol", "few-shot", pets(), *command)
+    done("protocol", "few-shot", pets(), *command)
     before = runs_of(tmp_path / "table")
-    succeeds("protocol", "few-shot", pets(k=5), *command)
+    done("protocol", "few-shot", pets(k=5), *command)
     assert len(runs_of(tmp_path / "table")) == 1
     assert runs_of(tmp_path / "table") != before
 
@@ -131,11 +134,9 @@ def test_more_shots_than_there_are(pets, cli, tmp_path):
     assert ran.err.count("\n") == 1
 
 
-def test_cross_dataset(pets, succeeds, tmp_path):
+def test_cross_dataset(pets, done, tmp_path):
     paths = pets("source"), pets("flowers", k=9), pets("dtd", k=4)
-    succeeds(
-        "protocol", "cross-dataset", *paths, "--seeds", 1, "--shots", 4, "--out", tmp_path / "t"
-    )
+    done("protocol", "cross-dataset", *paths, "--seeds", 1, "--shots", 4, "--out", tmp_path / "t")
     rows = runs_of(tmp_path / "t")
     assert [(row["source"], row["data"]) for row in rows] == [
         ("source", "flowers"),
@@ -154,7 +155,7 @@ def test_cross_dataset(pets, succeeds, tmp_path):
     assert rows[0]["head_accuracy"] == accuracy(head.predict(flowers.features), flowers.labels)
 
 
-def test_domains(pets, succeeds, tmp_path, problem):
+def test_domains(pets, done, tmp_path, problem):
     names = np.array(["a cat", "dog", "owl", "bee", "elk", "fox"])
     features, text, labels = problem(n=200, noise=0.06)
     chosen = [4, 0, 2]
@@ -168,13 +169,14 @@ def test_domains(pets, succeeds, tmp_path, problem):
     np.savez(tmp_path / "named.npz", **target, class_names=np.array(["elk", "A_cat", "owl"]))
     np.savez(tmp_path / "listed.npz", **target)
     (tmp_path / "subset.txt").write_text("4\n0\n2\n")
-    succeeds(
+    done(
         "protocol", "domains", source, tmp_path / "named.npz", tmp_path / "listed.npz",
         "--subset", "listed", tmp_path / "subset.txt", "--shots", 4, "--seeds", 1,
+        "--head", "tip-adapter", "linear-probe",
         "--out", tmp_path / "table",
     )  # fmt: skip
     rows = runs_of(tmp_path / "table")
-    assert len(rows) == 2 * len(HEADS)
+    assert len(rows) == 2 * 2
     (data,) = load_data([source], pools=True)
     shots, held_out = data.draw("support", 4, 0), data.draw("validation", 4, 0)
     for row in rows:
@@ -188,6 +190,13 @@ def test_domains(pets, succeeds, tmp_path, problem):
         )
         logits = head.logits(torch.from_numpy(features[kept])).numpy()[:, chosen]
         assert row["head_accuracy"] == accuracy(logits.argmax(1), target["labels"])
+
+
+def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/predictions.parquet").write_bytes(b"")
+    message = refused("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "album")
+    assert "album: holds other files (predictions.parquet)" in message
 
 
 @pytest.mark.parametrize(

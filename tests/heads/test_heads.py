@@ -10,7 +10,17 @@ from bench import heads as bench_heads
 from bench.plain_heads import fit as fit_plainly
 from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.heads import HEADS, base, ensemble, fit_head, linear_probe, tip_adapter
+from transclip_fast.heads import (
+    HEADS,
+    base,
+    clip_adapter,
+    ensemble,
+    fit_head,
+    linear_probe,
+    task_res,
+    tip_adapter,
+    tip_adapter_f,
+)
 
 TRAINED = ("tip-adapter-f", "clip-adapter", "taskres", "linear-probe")
 BOUND = ("prompt-ensemble", "tip-adapter", "tip-adapter-f", "taskres", "linear-probe")
@@ -50,10 +60,20 @@ def right(logits, arrays):
     return 100 * (logits.argmax(1) == arrays["labels"]).mean()
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Trainings that are over soon, for what does not depend on their length."""
+    for head in (tip_adapter_f, clip_adapter):
+        monkeypatch.setattr(head, "EPOCHS", 10)
+    monkeypatch.setattr(task_res, "EPOCHS", 10)
+
+
 @pytest.mark.parametrize("name", HEADS)
-def test_as_good_as_the_plain_fit(name, task):
+def test_as_good_as_the_plain_fit(name, task, monkeypatch):
+    # The plain fit stops when the loss stands still: 200 steps of a single batch are too few.
+    monkeypatch.setattr(clip_adapter, "EPOCHS", 600)
     head, plain = logits_of(fitted(name, task), task), fit_plainly(name, task)
-    assert abs(right(head, task) - right(plain, task)) <= 2.5  # 328 queries
+    assert abs(right(head, task) - right(plain, task)) <= 1
     if name in TRAINED:
         zero_shot = right(TAU * task["image_features"] @ task["text_features"].T, task)
         assert right(head, task) > zero_shot + 5
@@ -121,6 +141,12 @@ def test_training_lowers_the_loss_of_the_shots(name, task):
     assert loss(fitted(name, task).logits(rows), labels) < 0.7 * loss(before, labels)
 
 
+@pytest.mark.parametrize("name", ["prompt-ensemble", "taskres", "linear-probe"])
+def test_prototypes_are_unit_rows(name, task):
+    prototypes = fitted(name, task).prior(torch.empty(0, 33))["prototypes"]
+    np.testing.assert_allclose(prototypes.norm(dim=1), 1, atol=1e-6)
+
+
 def test_clip_adapter_is_its_formula(task):
     head = fitted("clip-adapter", task)
     rows = task["image_features"].astype(np.float64)
@@ -167,7 +193,7 @@ def test_templates_of_different_shapes(task):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_the_same_seed_gives_the_same_head(name, task):
+def test_the_same_seed_gives_the_same_head(name, task, short):
     heads = [fitted(name, task, seed=seed) for seed in (3, 3, 4)]
     first, same, other = (logits_of(head, task) for head in heads)
     np.testing.assert_array_equal(first, same)
@@ -175,7 +201,7 @@ def test_the_same_seed_gives_the_same_head(name, task):
 
 
 @pytest.mark.parametrize("name", ["taskres", "tip-adapter-f"])
-def test_batches_are_shuffled_by_the_seed(name, task, monkeypatch):
+def test_batches_are_shuffled_by_the_seed(name, task, short, monkeypatch):
     monkeypatch.setattr("transclip_fast.heads.training.BATCH", 16)
     heads = [fitted(name, task, seed=seed) for seed in (3, 3, 4)]
     first, same, other = (logits_of(head, task) for head in heads)
@@ -184,14 +210,14 @@ def test_batches_are_shuffled_by_the_seed(name, task, monkeypatch):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_restricted_to_some_classes(name, task):
+def test_restricted_to_some_classes(name, task, short):
     head = fitted(name, task)
     classes = torch.tensor([4, 0, 3])
     restricted = logits_of(head.restrict(classes), task)
     np.testing.assert_allclose(restricted, logits_of(head, task)[:, classes], atol=1e-4)
 
 
-def test_clip_adapter_goes_to_other_classes(task, problem):
+def test_clip_adapter_goes_to_other_classes(task, problem, short):
     _, other, _ = problem(k=9, seed=5)
     moved = fitted("clip-adapter", task).transfer(torch.from_numpy(other))
     logits = logits_of(moved, task)
@@ -201,7 +227,7 @@ def test_clip_adapter_goes_to_other_classes(task, problem):
 
 
 @pytest.mark.parametrize("name", BOUND[1:])
-def test_other_heads_are_bound_to_their_classes(name, task):
+def test_other_heads_are_bound_to_their_classes(name, task, short):
     head = fitted(name, task)
     with pytest.raises(InputError, match="bound to the classes"):
         head.transfer(head.text)
@@ -220,7 +246,7 @@ def test_a_class_without_shots(name, task):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_arrays_are_not_modified_and_blocks_do_not_matter(name, task, monkeypatch):
+def test_arrays_are_not_modified_and_blocks_do_not_matter(name, task, short, monkeypatch):
     before = {key: array.copy() for key, array in task.items()}
     whole = logits_of(fitted(name, task), task)
     monkeypatch.setattr(base, "ROWS", 50)
@@ -233,7 +259,7 @@ def test_arrays_are_not_modified_and_blocks_do_not_matter(name, task, monkeypatc
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_below_transclip(name, task):
+def test_below_transclip(name, task, short):
     head = fitted(name, task)
     rows = torch.from_numpy(task["image_features"])
     given = TransCLIP(device="cpu").fit(rows, task["text_features"], **head.prior(rows))
@@ -242,7 +268,7 @@ def test_below_transclip(name, task):
     assert given.kl_weight_ == 1
 
 
-def test_other_logit_scales(task):
+def test_other_logit_scales(task, short):
     for name in HEADS:
         head = fitted(name, without_validation(task), logit_scale=30.0)
         assert head.logit_scale == 30.0
@@ -252,7 +278,7 @@ def test_other_logit_scales(task):
     )
 
 
-def test_progress_reaches_its_end(task):
+def test_progress_reaches_its_end(task, short):
     for name in TRAINED:
         seen = []
         fitted(name, task, progress=lambda done, of, seen=seen: seen.append((done, of)))

@@ -85,5 +85,6 @@ def fit_stored_head(
         prior = head.prior(rows)
     kept = {array: value for array, value in stored.arrays.items() if array not in LABELLED}
     # Of several templates the first counts as zero-shot, so that the ensemble shows what it adds.
-    solved = stored.with_arrays({**kept, **prior, "text_features": prompt_texts(texts)[0]})
+    kept |= {"image_features": rows, "text_features": prompt_texts(texts)[0]}
+    solved = stored.with_arrays({**kept, **prior})
     return FittedHead(name, head.parameters, labels, solved)

@@ -18,10 +18,12 @@ from transclip_fast.protocols import plans
 from transclip_fast.protocols.data import DataSet, load_data
 from transclip_fast.protocols.runs import Run, do_runs
 from transclip_fast.protocols.table import markdown, summarise
-from transclip_fast.store.atomic import locked, publish_file, write_json, writing
+from transclip_fast.store.atomic import check_replaceable, locked, publish_file, write_json, writing
 
 SHOTS = (1, 2, 4, 8, 16)
 NAMES = (*HEADS, plans.TRANSCLIP_FS)
+FILES = ("table.md", "table.parquet", "runs.parquet", "run.json")
+CONTENTS = frozenset({"runs", *FILES, *(f".{name}.partial" for name in FILES)})
 
 
 class _Lists(click.Command):
@@ -243,6 +245,8 @@ def _carry_out(
         with stages.time("load"):
             runs = plan(lambda: TransCLIP(device=device), notes)
         with locked(out):
+            with writing(out):
+                check_replaceable(folder, out, CONTENTS)
             with stages.time("runs"), common.progress("protocol", "runs") as show:
                 rows = do_runs(runs, folder / "runs", show)
             table = summarise(rows)
@@ -258,7 +262,7 @@ def _carry_out(
             with writing(out):
                 _write_tables(folder, rows, table, text)
                 _publish(folder / "run.json", lambda file: write_json(file, summary))
-    written = f"written to {out}: table.md, table.parquet, runs.parquet, run.json"
+    written = f"written to {out}: {', '.join(FILES)}"
     common.summarise(summary, f"{text}\n{written}", as_json)
 
 

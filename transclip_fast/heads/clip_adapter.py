@@ -13,7 +13,7 @@ from transclip_fast.heads.training import train, trainable
 RATIO = 0.2
 RATIOS = (0.2, 0.4, 0.6, 0.8)
 REDUCTION = 4
-EPOCHS, RATE = 100, 1e-2
+EPOCHS, RATE = 200, 2e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ def fit(task: Task) -> AdapterHead:
 
     Source: Gao et al. 2021, CLIP-Adapter: Better Vision-Language Models with Feature Adapters, with
     the image branch only, as in the authors' repository (gaopengcuhk/CLIP-Adapter), which has
-    r = 0.2. It names no optimiser: AdamW is that of the same authors' Tip-Adapter-F, at a rate at
-    which 100 epochs are enough for few rows too. Unit rows lose nothing: g is homogeneous and the
-    blend is normalised, so the norm of the features cancels.
+    r = 0.2. It names no optimiser: AdamW is that of the same authors' Tip-Adapter-F, the 200 epochs
+    are CoOp's with 16 shots. Unit rows lose nothing: g is homogeneous and the blend is normalised,
+    so the norm of the features cancels.
     """
     ratios = (RATIO,) if task.validation is None else RATIOS
     heads = [_fit(task, ratio, place, len(ratios)) for place, ratio in enumerate(ratios)]

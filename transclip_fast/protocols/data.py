@@ -119,10 +119,19 @@ def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list
 
 
 def _load(path: str, pools: bool, device: torch.device) -> DataSet:
+    try:
+        return _checked(path, pools, device)
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
+
+
+def _checked(path: str, pools: bool, device: torch.device) -> DataSet:
     stored = _stored(Path(path))
     for name in ("labels", "text_features", *(("support_features",) if pools else ())):
         if stored.get(name) is None:
-            raise InputError(f"{path}: has no {name}, which the protocol needs")
+            raise InputError(f"has no {name}, which the protocol needs")
     origins = stored.origins
     text = ensemble(stored.get("text_features"))
     n_classes, d = text.shape
@@ -132,7 +141,7 @@ def _load(path: str, pools: bool, device: torch.device) -> DataSet:
     )
     names = stored.class_names
     if names is not None and len(names) != n_classes:
-        raise InputError(f"{path}: {len(names)} class names for {n_classes} text features")
+        raise InputError(f"{len(names)} class names for {n_classes} text features")
     labelled = {}
     for pool in SPLITS.values() if pools else ():
         arrays = [stored.get(f"{pool}_{kind}") for kind in ("features", "labels")]

