@@ -165,6 +165,8 @@ def load_backbone(
     if pixels is not None:
         identity["resize"] = RESIZE
     dtype = networks.PRECISIONS[precision]
+    if device.type == "cuda":
+        net.to(memory_format=torch.channels_last)
     if compiled:
         net.encode_image = torch.compile(net.encode_image, dynamic=False)
     return Backbone(net, preprocess, tokenizer, identity, dtype, pixels, compiled)
