@@ -153,7 +153,9 @@ def draw_stream(figure: Figure, rows: Rows) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
     left.legend()
     sizes = f"K = {row['classes']:,}, d = {row['dim']}"
-    figure.suptitle(f"Features read from files, graph given; {sizes} ({machine(rows)})", fontsize=10)
+    figure.suptitle(
+        f"Features read from files, graph given; {sizes} ({machine(rows)})", fontsize=10
+    )
 
 
 DRAWN: dict[str, Callable[[Figure, Rows], None]] = {

@@ -1,10 +1,10 @@
 """What the graph does to labels: its parameters, mutual neighbours, and a recall of 0.99.
 
 On golden data (`TRANSCLIP_GOLDEN`): WHU-RS19 with its texts, Oxford Pets and DTD with validation
-means as prototypes. Zero-shot accuracy and, where the file holds its z, agreement with the
-published code are recorded too. Beside the accuracy, the share of labels that differ from the default.
+means as prototypes. Beside the accuracy, the share of labels that differ from the default.
 Graphs of our approximate searches that reach a recall of 0.99 must change at most 0.2 % of them, or
 the exit code is 1; graphs that miss one true neighbour in 100 at random are shown beside them.
+Recorded too: zero-shot accuracy, and agreement with z of the published code where it is there.
 """
 
 from __future__ import annotations

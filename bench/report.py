@@ -246,7 +246,9 @@ def gpu(folder: Path) -> str:
         )
     cells = []
     for row in rows:
-        share = f"{row['rate']:.0f} {row['unit']}, {100 * row['share']:.0f} %" if row["unit"] else ""
+        share = (
+            f"{row['rate']:.0f} {row['unit']}, {100 * row['share']:.0f} %" if row["unit"] else ""
+        )
         cells.append([row["operation"], row["arm"], f"{row['milliseconds']:.3g} ms", share])
     head = ["operation", "by", "time", "rate, share of the ceiling"]
     return table(head, cells) + "\n\n" + source(rows)
@@ -322,8 +324,13 @@ def check(root: Path = ROOT) -> list[str]:
         text = (root / name).read_text()
         if rewritten(text, folder) != text:
             wrong.append(f"{name} differs from bench/results")
-    wrong += [f"README.md states outside its markers: {x}" for x in stated((root / DOCUMENTS[0]).read_text())]
-    wrong += [f"bench/plots/{x}.png is stale" for x in stale_plots(folder, root / "bench" / "plots")]
+    wrong += [
+        f"README.md states outside its markers: {x}"
+        for x in stated((root / DOCUMENTS[0]).read_text())
+    ]
+    wrong += [
+        f"bench/plots/{x}.png is stale" for x in stale_plots(folder, root / "bench" / "plots")
+    ]
     return wrong
 
 
