@@ -24,6 +24,7 @@ DOCUMENTS = ("README.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 STATED = re.compile(r"\d ?(?:[smx]\b|ms\b|[kKMGT]i?B\b|seconds\b|minutes\b|hours\b|times faster\b)")
+HERE = Path(__file__).parent
 Row = dict[str, Any]
 
 
@@ -287,7 +288,7 @@ def stated(text: str) -> list[str]:
 
 def digest(rows: list[Row]) -> str:
     """What a plot carries of the lines and of the code that it was drawn from."""
-    code = "".join((ROOT / "bench" / f"{x}.py").read_text() for x in ("drawing", "names"))
+    code = "".join((HERE / f"{x}.py").read_text() for x in ("drawing", "names"))
     return hashlib.sha256((code + json.dumps(rows, sort_keys=True)).encode()).hexdigest()
 
 
@@ -317,7 +318,7 @@ def stale_plots(folder: Path, plots: Path) -> list[str]:
     return found
 
 
-def check(root: Path = ROOT) -> list[str]:
+def check(root: Path) -> list[str]:
     """What the documents and plots under `root` say otherwise than its results, one line each."""
     folder, wrong = root / "bench" / "results", []
     for name in DOCUMENTS:
@@ -334,10 +335,8 @@ def check(root: Path = ROOT) -> list[str]:
     return wrong
 
 
-def write(root: Path = ROOT) -> None:
+def write(root: Path) -> None:
     """Write the documents' figures and the plots under `root`."""
-    from bench.drawing import draw
-
     folder = root / "bench" / "results"
     for name in DOCUMENTS:
         file = root / name
@@ -345,6 +344,8 @@ def write(root: Path = ROOT) -> None:
     stale = stale_plots(folder, root / "bench" / "plots")
     for name, rows in drawn_from(folder).items():
         if name in stale:
+            from bench.drawing import draw  # only here is matplotlib needed
+
             draw(name, rows, root / "bench" / "plots" / f"{name}.png", digest(rows))
             print(f"drew bench/plots/{name}.png")
 
@@ -355,8 +356,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     options = parser.parse_args(arguments)
     if not options.check:
-        write()
-    wrong = check()
+        write(ROOT)
+    wrong = check(ROOT)
     for line in wrong:
         print(line)
     if wrong and options.check:
