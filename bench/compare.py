@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, nargs="+", default=[2500, 5000], metavar="N")
     parser.add_argument("--classes", type=int, default=1000, metavar="K")
     parser.add_argument("--dim", type=int, default=512, metavar="D")
-    parser.add_argument("--repeats", type=int, default=5, metavar="R")
+    parser.add_argument("--repeats", type=int, default=3, metavar="R")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:

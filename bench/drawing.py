@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.names import GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS
+from bench.names import GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS, most_memory
 
 STYLE = {
     "font.size": 10,
@@ -62,11 +62,12 @@ def plain_numbers(axis: Any) -> None:
 
 
 def draw_speed(figure: Figure, rows: Rows) -> None:
-    """Seconds and memory against N, an arm a line; of the K and d with most sizes."""
-    groups: dict[tuple[int, int], Rows] = {}
+    """Seconds and memory against N, an arm a line; of the machine, K and d with most sizes."""
+    groups: dict[tuple[str, int, int], Rows] = {}
     for row in rows:
-        groups.setdefault((row["classes"], row["dim"]), []).append(row)
-    (classes, dim), shown = max(groups.items(), key=lambda group: len(group[1]))
+        key = str(row["machine"]["gpu"]), row["classes"], row["dim"]
+        groups.setdefault(key, []).append(row)
+    (_, classes, dim), shown = max(groups.items(), key=lambda group: len(group[1]))
     left, right = figure.subplots(1, 2)
     for arm, label in SPEED_ARMS.items():
         done = [(row["queries"], row["arms"][arm]) for row in shown if arm in row["arms"]]
@@ -75,7 +76,7 @@ def draw_speed(figure: Figure, rows: Rows) -> None:
         n = [queries for queries, _ in done]
         line = {"marker": "o", "color": COLOURS[arm], "label": label}
         left.plot(n, [found["median"] for _, found in done], **line)
-        right.plot(n, [found["peak_bytes"] / 1e9 for _, found in done], **line)
+        right.plot(n, [most_memory(found) / 1e9 for _, found in done], **line)
     for axes, what in ((left, "seconds"), (right, "peak memory, GB")):
         axes.set(xscale="log", yscale="log", xlabel="images N", ylabel=what)
         axes.set_xticks(sorted({row["queries"] for row in shown}))
@@ -83,7 +84,7 @@ def draw_speed(figure: Figure, rows: Rows) -> None:
         plain_numbers(axes.yaxis)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(
-        f"Labels of N images, search included; K = {classes:,}, d = {dim} ({machine(rows)})",
+        f"Labels of N images, search included; K = {classes:,}, d = {dim} ({machine(shown)})",
         fontsize=10,
     )
 
@@ -116,7 +117,7 @@ def draw_sparse(figure: Figure, rows: Rows) -> None:
 
 def draw_graph(figure: Figure, rows: Rows) -> None:
     """Seconds of each search, with its recall."""
-    row = max((row for row in rows if "arms" in row), key=lambda row: int(row["queries"]))
+    row = max(rows, key=lambda row: int(row["queries"]))
     axes = figure.subplots()
     values = [arm["median"] for arm in row["arms"].values()]
     names = [GRAPH_ARMS[arm].replace("`", "") for arm in row["arms"]]

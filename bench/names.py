@@ -1,5 +1,9 @@
 """What tables and plots call the arms and the data."""
 
+from __future__ import annotations
+
+from typing import Any
+
 # Of `bench.compare`, in the order of the table.
 SPEED_ARMS = {
     "published": "published code",
@@ -33,3 +37,8 @@ FEATURES = {
     "oxford_pets_vitb32": "Oxford Pets, CLIP ViT-B/32",
     "dtd_vitb32": "DTD, CLIP ViT-B/32",
 }
+
+
+def most_memory(arm: dict[str, Any]) -> int:
+    """Return the peak of an arm of `bench.compare`, on the GPU where it ran on one."""
+    return int(arm.get("device_peak_bytes") or arm["peak_bytes"])

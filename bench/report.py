@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, ROOT
-from bench.names import FEATURES, GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS
+from bench.names import FEATURES, GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS, most_memory
 
 DOCUMENTS = ("README.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -34,7 +34,8 @@ def newest(name: str, *identity: str, folder: Path = RESULTS) -> list[Row]:
     Parameters
     ----------
     identity : str
-        Keys that tell one measurement from another; the lines come in the order of their values.
+        Keys that tell one measurement from another, beside the GPU it ran on, if any; the lines
+        come in the order of their values.
     """
     file = folder / f"{name}.jsonl"
     if not file.exists():
@@ -43,7 +44,8 @@ def newest(name: str, *identity: str, folder: Path = RESULTS) -> list[Row]:
     found: dict[tuple[Any, ...], Row] = {}
     for line in sorted(lines, key=lambda line: str(line["date"])):
         if line["machine"]["dirty"] is False:
-            found[tuple(line.get(key) for key in identity)] = line
+            measurement = line["machine"]["gpu"] or "", *(line.get(key) for key in identity)
+            found[measurement] = line
     return [found[key] for key in sorted(found, key=lambda key: [(x is None, x) for x in key])]
 
 
@@ -124,11 +126,13 @@ def speed(folder: Path) -> str:
     arms = [arm for arm in SPEED_ARMS if any(arm in row["arms"] for row in rows)]
     cells = []
     for row in rows:
-        line = [f"{row['queries']:,}", f"{row['classes']:,}", str(row["dim"])]
+        gpu = row["machine"]["gpu"]
+        line = [f"{row['queries']:,}" + (f" ({gpu})" if gpu else "")]
+        line += [f"{row['classes']:,}", str(row["dim"])]
         ours = row.get("default", "transclip_fast")
         for arm in arms:
             done = row["arms"].get(arm)
-            cell = f"{seconds(done['median'])}, {size(done['peak_bytes'])}" if done else ""
+            cell = f"{seconds(done['median'])}, {size(most_memory(done))}" if done else ""
             line.append(f"**{cell}**" if arm == ours else cell)
         line.append(f"{row['arms'][ours]['times_faster']['baseline']:.2f}")
         cells.append(line)
@@ -297,7 +301,9 @@ def drawn_from(folder: Path) -> dict[str, list[Row]]:
     return {
         "speed": newest("compare", "classes", "dim", "queries", folder=folder),
         "sparse": newest("sparse", "classes", "dim", "queries", "logit_scale", folder=folder),
-        "graph": newest("graph", "case", "queries", "dim", folder=folder),
+        "graph": [
+            row for row in newest("graph", "case", "queries", "dim", folder=folder) if "arms" in row
+        ],
         "stream": newest("stream", "classes", "dim", folder=folder),
     }
 
