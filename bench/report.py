@@ -241,6 +241,34 @@ def kills(folder: Path) -> str:
     return table(head, cells) + "\n\n" + source(rows)
 
 
+def scaling(folder: Path) -> str:
+    """Exponents of time and memory, and labels of shorter lists and schedules."""
+    rows = newest("scaling", "against", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.scaling`."
+    grown: list[list[str]] = []
+    labels: list[list[str]] = []
+    for row in rows:
+        for arm, fits in row.get("exponents", {}).items():
+            done = [x[row["against"]] for x in row["rows"]]
+            what = f"{row['against']}, {done[0]:,} to {done[-1]:,}"
+            powers = [f"{fits[x]:.1f}" for x in ("knn", "solve", "bytes")]
+            grown.append([what, SPEED_ARMS[arm], *powers])
+        sizes = [f"{row[x]:,}" for x in ("queries", "classes", "dim")]
+        for option in row.get("options", []):
+            names = {"candidates": "C", "rank": "R", "max_iter": "outer", "inner_iter": "sweeps"}
+            what = ", ".join(f"{names[x]} {option[x]}" for x in names if x in option)
+            found = [percent(option["agreement"]), f"{100 * option['accuracy']:.2f} %"]
+            labels.append([*sizes, what, *found])
+    parts = []
+    if grown:
+        parts.append(table(["against", "arm", "search", "solve", "memory"], grown))
+    if labels:
+        head = ["N", "K", "d", "option", "labels of dense, 10 x 5", "accuracy"]
+        parts.append(table(head, labels))
+    return "\n\n".join([*parts, source(rows)])
+
+
 def gpu(folder: Path) -> str:
     """The suite of one GPU."""
     rows = newest("gpu_suite", "operation", "arm", folder=folder)
@@ -268,6 +296,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "stream": stream,
     "encode": encode,
     "kills": kills,
+    "scaling": scaling,
     "gpu": gpu,
 }
 

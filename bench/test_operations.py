@@ -22,6 +22,7 @@ from transclip_fast.graph import Affinity, affinity, build_graph
 from transclip_fast.ops import Operations, operations
 from transclip_fast.truncation import Truncation
 
+pytest.importorskip("pytest_benchmark", reason='pip install ".[bench]"')
 N, K, D = 4000, 500, 256
 N_NEIGHBORS = 3
 CANDIDATES = 32
