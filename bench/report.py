@@ -216,16 +216,21 @@ def stream(folder: Path) -> str:
 
 def encode(folder: Path) -> str:
     """Encoding beside its two halves."""
-    rows = [
-        row
-        for row in newest("encode", "command", folder=folder)
-        if {"options", "median", "share"} <= row.keys()
-    ]
-    head = ["model", "model alone", "decoding alone", "both and writing", "share of the slower"]
+    lines = sorted(newest("encode", "command", folder=folder), key=lambda row: str(row["date"]))
+    rows = list({row["options"]["model"]: row for row in lines}.values())
+    arms = {
+        "forward": "model alone",
+        "decode": "decoding alone",
+        "encode": "both and writing",
+        "clip-retrieval": "clip-retrieval",
+    }
+    shown = [arm for arm in arms if any(arm in row["median"] for row in rows)]
     cells = []
     for row in rows:
-        rates = [f"{row['median'][x]:.1f} images/s" for x in ("forward", "decode", "encode")]
-        cells.append([row["options"]["model"], *rates, f"{100 * row['share']:.0f} %"])
+        rates = (row["median"].get(arm) for arm in shown)
+        found = ["" if rate is None else f"{rate:.1f} images/s" for rate in rates]
+        cells.append([row["options"]["model"], *found, f"{100 * row['share']:.0f} %"])
+    head = ["model", *(arms[arm] for arm in shown), "share of the slower half"]
     return table(head, cells) + "\n\n" + source(rows)
 
 

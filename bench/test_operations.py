@@ -90,6 +90,8 @@ def timed(benchmark: Any, run: Callable[[], Any], flops: float, n_bytes: float) 
 
     benchmark.group = benchmark.name.partition("[")[0].removeprefix("test_")
     benchmark(whole)
+    if benchmark.disabled:
+        return
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(
         sizes={"queries": N, "classes": K, "dim": D, "candidates": CANDIDATES},
