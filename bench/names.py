@@ -10,11 +10,11 @@ SPEED_ARMS = {
     "baseline": "good dense torch",
     "baseline_compiled": "the same, compiled",
     "transclip_fast": "transclip_fast",
-    "dense_torch": "dense, torch",
-    "sparse_torch": "sparse, torch",
-    "sparse_numba": "sparse, numba",
-    "dense_triton": "dense, Triton",
-    "sparse_triton": "sparse, Triton",
+    "dense_torch": "transclip_fast: dense, torch",
+    "sparse_torch": "transclip_fast: sparse, torch",
+    "sparse_numba": "transclip_fast: sparse, numba",
+    "dense_triton": "transclip_fast: dense, Triton",
+    "sparse_triton": "transclip_fast: sparse, Triton",
 }
 SPARSE_ARMS = {
     "baseline": "a good dense torch version",

@@ -136,7 +136,7 @@ def speed(folder: Path) -> str:
             line.append(f"**{cell}**" if arm == ours else cell)
         line.append(f"{row['arms'][ours]['times_faster']['baseline']:.2f}")
         cells.append(line)
-    head = ["N", "K", "d", *(SPEED_ARMS[arm] for arm in arms), "faster than good dense torch"]
+    head = ["N", "K", "d", *(SPEED_ARMS[arm] for arm in arms), "dense torch's time / the default's"]
     same = min(done["agreement"] for row in rows for done in row["arms"].values())
     text = f"Bold is the default. All arms give the same labels on at least {percent(same)} of rows"
     text += "; the last column divides medians of one run.\n\n"
@@ -164,7 +164,7 @@ def sparse(folder: Path) -> str:
 def graph(folder: Path) -> str:
     """Searches for neighbours."""
     rows = newest("graph", "case", "queries", "dim", folder=folder)
-    head = ["N", "d", "search", "time", "recall", "faster than exact FAISS"]
+    head = ["N", "d", "search", "time", "recall", "exact FAISS's time / its own"]
     cells = []
     for row in rows:
         sizes = [f"{row['queries']:,}", str(row["dim"])]
