@@ -40,6 +40,7 @@ from bench.published import VARIABLE, available
 
 SAME_LABELS = 0.999
 N_NEIGHBORS = 3
+QUIET = 0.25  # processes that wait for each core: above it the machine has other work
 Stages = dict[str, float]
 
 
@@ -327,6 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, metavar="R")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > QUIET * cores:
+        print(f"WARNING: load {load:.1f} on {cores} cores before the start: do not believe ratios")
     with tempfile.TemporaryDirectory() as folder:
         cases = [
             make_case(
@@ -344,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         rows = [time_arms(case, options.repeats) for case in cases]
     for row in rows:
-        record("compare", row)
+        record("compare", {"load_before": load, **row})
     print_table(rows)
     return 0
 

@@ -1,6 +1,7 @@
 """No time is told of an arm that gives other labels."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def test_equal_labels_are_timed_in_turns_and_recorded(arms, capsys, tmp_path):
     assert rows[0]["arms"]["sparse_numba"]["seconds"] == [3.0, 3.0]
     assert rows[0]["arms"]["sparse_numba"]["agreement"] == 0.999
     assert rows[0]["arms"]["sparse_numba"]["device_peak_bytes"] is None
+
+
+def test_other_work_on_the_machine_is_told(arms, monkeypatch, capsys, tmp_path):
+    for load, told in ((0.0, False), (50.0 * (os.cpu_count() or 1), True)):
+        monkeypatch.setattr(compare.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert compare.main(SIZES) == 0
+        assert ("do not believe ratios" in capsys.readouterr().out) is told
+        line = (tmp_path / "compare.jsonl").read_text().splitlines()[-1]
+        assert json.loads(line)["load_before"] == load
 
 
 def test_without_a_compiler_the_compiled_arm_is_skipped_loudly(arms, monkeypatch, capsys):
