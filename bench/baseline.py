@@ -69,6 +69,7 @@ def solve(
     max_iter: int = 10,
     inner_iter: int = 5,
     likelihood_weight: float = 1 / 50,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Assign classes to rows.
 
@@ -80,6 +81,8 @@ def solve(
         Unit rows of the classes' texts.
     graph : pair of (N, k) int64 and (N, k) float32
         What `nearest` returns.
+    compiled : bool
+        Let torch.compile fuse each step but the sparse product, which it knows nothing of.
 
     Returns
     -------
@@ -95,18 +98,48 @@ def solve(
     variance = features.new_full((d,), 1 / d)
     second_moment = features.double().square().mean(0)
 
+    score, sweep, mixture = _score, _sweep, _mixture
+    if compiled:
+        score, sweep, mixture = (
+            torch.compile(score, dynamic=False),
+            torch.compile(sweep, dynamic=False),
+            torch.compile(mixture, dynamic=False),
+        )
     for step in range(max_iter + 1):
-        # The squared distances over the variance, less what is the same for every class.
-        slope = likelihood_weight * means / variance + logits
-        offset = -0.5 * likelihood_weight * (means.square() / variance).sum(1)
-        base = torch.addmm(offset, features, slope.T)  # (N, K)
+        base = score(features, means, variance, logits, likelihood_weight)
         for _ in range(inner_iter):
-            z = torch.softmax(base + affinity @ z, dim=1)
+            z = sweep(base, affinity @ z)
         if step < max_iter:
-            counts, sums = z.sum(0), z.T @ features
-            means = torch.where(counts[:, None] > 0, normalize(sums, dim=1), means)
-            exact = means.double()
-            cross, square = (exact * sums).sum(0), counts.double() @ exact.square()
-            variance = (second_moment + (square - 2 * cross) / n).float()
-            variance.clamp_(min=VARIANCE_FLOOR / d)
+            means, variance = mixture(features, z, means, second_moment)
     return z
+
+
+def _score(
+    features: torch.Tensor,
+    means: torch.Tensor,
+    variance: torch.Tensor,
+    logits: torch.Tensor,
+    weight: float,
+) -> torch.Tensor:
+    """Squared distances over the variance and the prior (N, K), less what all classes share."""
+    slope = weight * means / variance + logits
+    offset = -0.5 * weight * (means.square() / variance).sum(1)
+    return torch.addmm(offset, features, slope.T)
+
+
+def _sweep(base: torch.Tensor, messages: torch.Tensor) -> torch.Tensor:
+    """z (N, K)."""
+    return torch.softmax(base + messages, dim=1)
+
+
+def _mixture(
+    features: torch.Tensor, z: torch.Tensor, means: torch.Tensor, second_moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return means (K, d) and variance (d,) of z."""
+    n, d = features.shape
+    counts, sums = z.sum(0), z.T @ features
+    means = torch.where(counts[:, None] > 0, normalize(sums, dim=1), means)
+    exact = means.double()
+    cross, square = (exact * sums).sum(0), counts.double() @ exact.square()
+    variance = (second_moment + (square - 2 * cross) / n).float()
+    return means, variance.clamp_(min=VARIANCE_FLOOR / d)

@@ -1,18 +1,21 @@
-"""Same problem to the published code, to the strong baseline and to transclip_fast.
+"""Same problem to the published code, to the strong baseline and to each of our solvers.
 
 Labels come first: unless every arm agrees with the reference (the published code where it runs, or
 else the baseline) on 99.9 % of the rows at every size, no time is printed and the exit code is 1.
-Everything runs on the CPU, each run in a process of its own. Memory is that of the first solve
-there, time that of the second, when all is compiled; the published code has a first one only.
+Each run has a process of its own, on a GPU where torch finds one. Memory is that of the first solve
+there, time that of the second, when all is compiled. The published code takes minutes: it runs
+once, at the smallest size, and has a first solve only.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.common import (
     Isolated,
@@ -36,6 +40,7 @@ from bench.published import VARIABLE, available
 
 SAME_LABELS = 0.999
 N_NEIGHBORS = 3
+QUIET = 0.25  # processes that wait for each core: above it the machine has other work
 Stages = dict[str, float]
 
 
@@ -43,56 +48,81 @@ Stages = dict[str, float]
 def _timed(stages: Stages, name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     stages[name] = time.perf_counter() - start
 
 
-def run_published(features: np.ndarray, prototypes: np.ndarray) -> tuple[np.ndarray, Stages]:
+def run_published(
+    features: np.ndarray, prototypes: np.ndarray, device: str
+) -> tuple[np.ndarray, Stages]:
     """Return labels (N,) and the seconds of each stage."""
-    import torch
-
     from bench.published import zero_shot
 
-    z, stages = zero_shot(torch.from_numpy(features), torch.from_numpy(prototypes))
-    return z.argmax(1).numpy(), stages
+    f, t = (torch.from_numpy(array).to(device) for array in (features, prototypes))
+    z, stages = zero_shot(f, t)
+    return z.argmax(1).cpu().numpy(), stages
 
 
-def run_baseline(features: np.ndarray, prototypes: np.ndarray) -> tuple[np.ndarray, Stages]:
+def run_baseline(
+    features: np.ndarray, prototypes: np.ndarray, device: str, *, compiled: bool = False
+) -> tuple[np.ndarray, Stages]:
     """Return labels (N,) and the seconds of each stage."""
-    import torch
-
     from bench.baseline import nearest, solve
 
     stages: Stages = {}
-    f, t = torch.from_numpy(features), torch.from_numpy(prototypes)
     with _timed(stages, "knn"):
+        f, t = (torch.from_numpy(array).to(device) for array in (features, prototypes))
         graph = nearest(f, N_NEIGHBORS)
     with _timed(stages, "solve"):
-        labels = solve(f, t, graph).argmax(1).numpy()
+        labels = solve(f, t, graph, compiled=compiled).argmax(1).cpu().numpy()
     return labels, stages
 
 
-def run_ours(features: np.ndarray, prototypes: np.ndarray) -> tuple[np.ndarray, Stages]:
+def run_ours(
+    features: np.ndarray, prototypes: np.ndarray, device: str, *, assignments: str, backend: str
+) -> tuple[np.ndarray, Stages]:
     """Return labels (N,) and the seconds of each stage."""
     from transclip_fast import TransCLIP
     from transclip_fast.graph import build_graph
 
     stages: Stages = {}
     with _timed(stages, "knn"):
-        graph = build_graph(features, N_NEIGHBORS)
+        graph = build_graph(features, N_NEIGHBORS, device=device)
     with _timed(stages, "solve"):
-        model = TransCLIP(n_neighbors=N_NEIGHBORS, device="cpu")
+        model = TransCLIP(
+            n_neighbors=N_NEIGHBORS, device=device, assignments=assignments, backend=backend
+        )
         labels = model.fit(features, text_features=prototypes, graph=graph).transduction_
     return np.asarray(labels), stages
 
 
-ARMS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, Stages]]] = {
+ARMS: dict[str, Callable[[np.ndarray, np.ndarray, str], tuple[np.ndarray, Stages]]] = {
     "published": run_published,
     "baseline": run_baseline,
-    "transclip_fast": run_ours,
+    "baseline_compiled": partial(run_baseline, compiled=True),
+    "dense_torch": partial(run_ours, assignments="dense", backend="torch"),
+    "sparse_torch": partial(run_ours, assignments="sparse", backend="torch"),
+    "sparse_numba": partial(run_ours, assignments="sparse", backend="numba"),
+    "dense_triton": partial(run_ours, assignments="dense", backend="triton"),
+    "sparse_triton": partial(run_ours, assignments="sparse", backend="triton"),
 }
 
 
-def run_arm(arm: str, folder: str) -> dict[str, Any]:
+def default_arm(queries: int, classes: int, dim: int, device: str) -> str:
+    """Return which of our arms `TransCLIP()` is at this size."""
+    from transclip_fast.memory import Size, choose_layout
+    from transclip_fast.ops import choose_backend
+    from transclip_fast.truncation import Truncation
+
+    where = torch.device(device)
+    size = Size(queries, classes, dim, N_NEIGHBORS, copied=device != "cpu")
+    short = choose_layout(size, where, form="auto").candidates is not None
+    backend = choose_backend("auto", where, Truncation(1, 1) if short else None)
+    return f"{'sparse' if short else 'dense'}_{backend}"
+
+
+def run_arm(arm: str, folder: str, device: str) -> dict[str, Any]:
     """Run one arm in this process on the problem in `folder`, and leave its labels there.
 
     The peak is counted from what is resident after a small problem has brought in every import,
@@ -101,16 +131,23 @@ def run_arm(arm: str, folder: str) -> dict[str, Any]:
     place = Path(folder)
     dim = np.load(place / "features.npy", mmap_mode="r").shape[1]
     small = make_problem(300, 20, dim)
-    ARMS[arm](small.features, small.prototypes)
+    ARMS[arm](small.features, small.prototypes, device)
     reset_peak_memory()
     before = process_memory("VmRSS")
     features, prototypes = np.load(place / "features.npy"), np.load(place / "prototypes.npy")
-    labels, stages = ARMS[arm](features, prototypes)
+    on_device = torch.cuda if device == "cuda" else None
+    if on_device:
+        on_device.reset_peak_memory_stats()
+    labels, stages = ARMS[arm](features, prototypes, device)
     peak = process_memory("VmHWM")
     if arm != "published":  # minutes a run: what its first one adds is not seen
-        labels, stages = ARMS[arm](features, prototypes)
+        labels, stages = ARMS[arm](features, prototypes, device)
     np.save(place / f"{arm}.npy", labels)
-    return {"stages": stages, "peak_bytes": peak - before}
+    return {
+        "stages": stages,
+        "peak_bytes": peak - before,
+        "device_peak_bytes": on_device.max_memory_allocated() if on_device else None,
+    }
 
 
 @dataclass
@@ -121,7 +158,9 @@ class Case:
     classes: int
     dim: int
     folder: Path
+    device: str
     arms: list[str]
+    skipped: dict[str, str]  # arms that cannot run here, and why
     runs: dict[str, list[Isolated]] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
 
@@ -132,11 +171,13 @@ class Case:
 
     def run(self, arm: str) -> None:
         """Run an arm once more in a process of its own."""
-        done = run_isolated("bench.compare:run_arm", arm=arm, folder=str(self.folder))
+        done = run_isolated(
+            "bench.compare:run_arm", arm=arm, folder=str(self.folder), device=self.device
+        )
         self.runs.setdefault(arm, []).append(done)
 
 
-def why_not_published(queries: int, classes: int, dim: int) -> str | None:
+def why_not_published(queries: int, classes: int, dim: int, device: str) -> str | None:
     """Return why the published code cannot run at this size, or None where it can."""
     if not available():
         return f"{VARIABLE} names no checkout of it"
@@ -144,24 +185,59 @@ def why_not_published(queries: int, classes: int, dim: int) -> str | None:
         return "it needs at least 8 queries and one a class"
     chunk = min(queries, 2500) * classes * dim  # its fp32 temporary; two are alive at once
     needed = 4 * (2.2 * chunk + queries**2 + 8 * queries * classes)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_bytes(device)
     if needed > 0.9 * free:
         return f"it needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
     return None
 
 
-def make_case(queries: int, classes: int, dim: int, folder: Path) -> Case:
-    """Write a problem to `folder` and choose its arms."""
+def free_bytes(device: str) -> int:
+    """Return the memory that is free where the arms compute."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def why_not(arm: str, device: str) -> str | None:
+    """Return why an arm of `ARMS` cannot run here at any size, or None where it can."""
+    compiler = os.environ.get("CXX", "g++")
+    if arm == "baseline_compiled" and device == "cpu" and shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    if arm.endswith("triton") and device == "cpu":
+        return "torch finds no GPU"
+    if arm.endswith("numba") and device == "cuda":
+        return "numba's loops are for a CPU"
+    module = arm.rpartition("_")[2]
+    if module in ("numba", "triton") and importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    return None
+
+
+def make_case(
+    queries: int,
+    classes: int,
+    dim: int,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    arms: Iterable[str] = ARMS,
+    smallest: bool = True,
+) -> Case:
+    """Write a problem to `folder` and choose those of the arms that can run."""
     folder.mkdir()
     problem = make_problem(queries, classes, dim)
     np.save(folder / "features.npy", problem.features)
     np.save(folder / "prototypes.npy", problem.prototypes)
-    reason = why_not_published(queries, classes, dim)
-    if reason:
-        print(f"N = {queries}: published code skipped: {reason}", flush=True)
-    return Case(
-        queries, classes, dim, folder, [arm for arm in ARMS if arm != "published" or not reason]
-    )
+    reasons = {arm: why_not(arm, device) for arm in arms}
+    if "published" in reasons and smallest:
+        reasons["published"] = why_not_published(queries, classes, dim, device)
+    elif "published" in reasons:
+        reasons["published"] = "it takes minutes, and runs at the smallest size only"
+    skipped = {arm: reason for arm, reason in reasons.items() if reason}
+    for arm, reason in skipped.items():
+        print(f"N = {queries}: SKIPPED {arm}: {reason}", flush=True)
+    able = [arm for arm in reasons if arm not in skipped]
+    return Case(queries, classes, dim, folder, device, able, skipped)
 
 
 def same_labels(case: Case) -> bool:
@@ -193,6 +269,9 @@ def time_arms(case: Case, repeats: int) -> dict[str, Any]:
         "queries": case.queries,
         "classes": case.classes,
         "dim": case.dim,
+        "device": case.device,
+        "default": default_arm(case.queries, case.classes, case.dim, case.device),
+        "skipped": case.skipped,
         "arms": {
             arm: {
                 "seconds": seconds[arm],
@@ -202,7 +281,7 @@ def time_arms(case: Case, repeats: int) -> dict[str, Any]:
                     for stage in runs[0].result["stages"]
                 },
                 "process_seconds": float(np.median([run.seconds for run in runs])),
-                "peak_bytes": max(run.result["peak_bytes"] for run in runs),
+                **{name: peak(runs, name) for name in ("peak_bytes", "device_peak_bytes")},
                 "agreement": case.agreement[arm],
                 "times_faster": {
                     slow: ratio(seconds, slow, arm) for slow in case.arms[: case.arms.index(arm)]
@@ -213,22 +292,30 @@ def time_arms(case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
+def peak(runs: list[Isolated], name: str) -> int | None:
+    """Return the largest of the runs' peaks, or None where there was no such memory."""
+    found = [run.result[name] for run in runs]
+    return None if None in found else max(found)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line for each arm at each size."""
     print(
-        f"{'N':>8} {'K':>6} {'d':>5}  {'arm':<15} {'knn s':>8} {'solve s':>8} {'total s':>8} "
-        f"{'peak GB':>8} {'same labels':>12}  faster than"
+        f"{'N':>8} {'K':>6} {'d':>5}  {'arm':<18} {'knn s':>8} {'solve s':>8} {'total s':>8} "
+        f"{'peak GB':>8} {'on GPU':>8} {'same labels':>12}  times faster than"
     )
     for row in rows:
         for name, arm in row["arms"].items():
-            faster = ", ".join(
-                f"{slow} {times:.1f}x" for slow, times in arm["times_faster"].items()
-            )
+            rivals = ((x, arm["times_faster"].get(x)) for x in ("published", "baseline"))
+            faster = ", ".join(f"{slow} {times:.2f}" for slow, times in rivals if times)
+            on_device = arm["device_peak_bytes"]
+            on_gpu = "" if on_device is None else f"{on_device / 1e9:.3f}"
             print(
-                f"{row['queries']:>8} {row['classes']:>6} {row['dim']:>5}  {name:<15} "
+                f"{row['queries']:>8} {row['classes']:>6} {row['dim']:>5}  {name:<18} "
                 f"{arm['stages']['knn']:>8.2f} {arm['stages']['solve']:>8.2f} "
                 f"{arm['median']:>8.2f} "
-                f"{arm['peak_bytes'] / 1e9:>8.3f} {100 * arm['agreement']:>10.2f} %  {faster}"
+                f"{arm['peak_bytes'] / 1e9:>8.3f} {on_gpu:>8} "
+                f"{100 * arm['agreement']:>10.2f} %  {faster}"
             )
 
 
@@ -238,11 +325,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, nargs="+", default=[2500, 5000], metavar="N")
     parser.add_argument("--classes", type=int, default=1000, metavar="K")
     parser.add_argument("--dim", type=int, default=512, metavar="D")
-    parser.add_argument("--repeats", type=int, default=5, metavar="R")
+    parser.add_argument("--repeats", type=int, default=3, metavar="R")
     options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > QUIET * cores:
+        print(f"WARNING: load {load:.1f} on {cores} cores before the start: do not believe ratios")
     with tempfile.TemporaryDirectory() as folder:
         cases = [
-            make_case(n, options.classes, options.dim, Path(folder) / str(i))
+            make_case(
+                n,
+                options.classes,
+                options.dim,
+                Path(folder) / str(i),
+                device=device,
+                smallest=n == min(options.queries),
+            )
             for i, n in enumerate(options.queries)
         ]
         agreed = [same_labels(case) for case in cases]  # all sizes, to report every failure
@@ -250,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         rows = [time_arms(case, options.repeats) for case in cases]
     for row in rows:
-        record("compare", row)
+        record("compare", {"load_before": load, **row})
     print_table(rows)
     return 0
 

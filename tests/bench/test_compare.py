@@ -1,6 +1,7 @@
 """No time is told of an arm that gives other labels."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -9,19 +10,25 @@ import pytest
 
 from bench import compare
 from bench.common import Isolated, record
+from transclip_fast import solver
+
+ON_CPU = ["baseline", "baseline_compiled", "dense_torch", "sparse_torch", "sparse_numba"]
 
 
 @pytest.fixture
 def arms(monkeypatch, tmp_path):
     """Stand-ins for the processes: what each arm answers, and who was asked, in order."""
-    answers, asked = {"baseline": np.zeros(2000), "transclip_fast": np.zeros(2000)}, []
+    answers, asked = {arm: np.zeros(2000) for arm in ON_CPU}, []
 
-    def run_isolated(target, arm, folder):
+    def run_isolated(target, arm, folder, device):
+        assert device == "cpu"
         asked.append(arm)
         np.save(Path(folder) / f"{arm}.npy", answers[arm])
-        return Isolated({"stages": {"knn": 1.0, "solve": 2.0}, "peak_bytes": 3}, 4.0, 5)
+        result = {"stages": {"knn": 1.0, "solve": 2.0}, "peak_bytes": 3, "device_peak_bytes": None}
+        return Isolated(result, 4.0, 5)
 
     monkeypatch.delenv(compare.VARIABLE, raising=False)
+    monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(compare, "run_isolated", run_isolated)
     monkeypatch.setattr(compare, "record", partial(record, folder=tmp_path))
     return answers, asked
@@ -32,32 +39,85 @@ SIZES = ["--queries", "20", "30", "--classes", "5", "--dim", "8", "--repeats", "
 
 def test_two_wrong_rows_in_a_thousand_fail(arms, capsys, tmp_path):
     answers, asked = arms
-    answers["transclip_fast"][:4] = 1
+    answers["sparse_numba"][:4] = 1
     assert compare.main(SIZES) == 1
     printed = capsys.readouterr().out
-    assert "transclip_fast has other labels than baseline on 4 rows (99.80 % equal)" in printed
+    assert "sparse_numba has other labels than baseline on 4 rows (99.80 % equal)" in printed
     assert "solve s" not in printed
-    assert len(asked) == 4  # each arm once a size, none of them timed
+    assert asked == 2 * ON_CPU  # each arm once a size, none of them timed
     assert not list(tmp_path.iterdir())
 
 
 def test_equal_labels_are_timed_in_turns_and_recorded(arms, capsys, tmp_path):
     answers, asked = arms
-    answers["transclip_fast"][:2] = 1  # 99.9 % is enough
+    answers["sparse_numba"][:2] = 1  # 99.9 % is enough
     assert compare.main(SIZES) == 0
-    assert asked == ["baseline", "transclip_fast"] * 6
+    assert asked == 6 * ON_CPU
     printed = capsys.readouterr().out
-    assert f"published code skipped: {compare.VARIABLE} names no checkout" in printed
-    assert "baseline 1.0x" in printed
+    assert f"SKIPPED published: {compare.VARIABLE} names no checkout" in printed
+    assert "SKIPPED sparse_triton: torch finds no GPU" in printed
+    assert "baseline 1.00" in printed
     rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
     assert [row["queries"] for row in rows] == [20, 30]
-    assert rows[0]["arms"]["transclip_fast"]["seconds"] == [3.0, 3.0]
-    assert rows[0]["arms"]["transclip_fast"]["agreement"] == 0.999
+    assert rows[0]["default"] == "dense_torch"
+    assert rows[0]["arms"]["sparse_numba"]["seconds"] == [3.0, 3.0]
+    assert rows[0]["arms"]["sparse_numba"]["agreement"] == 0.999
+    assert rows[0]["arms"]["sparse_numba"]["device_peak_bytes"] is None
+
+
+def test_other_work_on_the_machine_is_told(arms, monkeypatch, capsys, tmp_path):
+    for load, told in ((0.0, False), (50.0 * (os.cpu_count() or 1), True)):
+        monkeypatch.setattr(compare.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert compare.main(SIZES) == 0
+        assert ("do not believe ratios" in capsys.readouterr().out) is told
+        line = (tmp_path / "compare.jsonl").read_text().splitlines()[-1]
+        assert json.loads(line)["load_before"] == load
+
+
+def test_without_a_compiler_the_compiled_arm_is_skipped_loudly(arms, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compare.main(SIZES) == 0
+    assert "baseline_compiled" not in arms[1]
+    wanted = (
+        "SKIPPED baseline_compiled: torch.compile needs a C++ compiler, and there is no no-such"
+    )
+    assert wanted in capsys.readouterr().out
+
+
+TWO = "baseline", "dense_torch"
+
+
+def without_prior(linear_score, mixture, prior, **weights):
+    """P and c of a solver that forgets its prior."""
+    slope, offset = linear_score(mixture, prior, **weights)
+    return slope - weights["kl_weight"] * prior.weights, offset
+
+
+def test_a_wrong_solver_is_caught(monkeypatch, capsys, tmp_path):
+    def run_isolated(target, **arguments):
+        assert target == "bench.compare:run_arm"
+        return Isolated(compare.run_arm(**arguments), 1.0, 1)
+
+    monkeypatch.delenv(compare.VARIABLE, raising=False)
+    monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compare, "run_isolated", run_isolated)
+    monkeypatch.setattr(compare, "record", partial(record, folder=tmp_path))
+    monkeypatch.setattr(compare, "why_not", lambda arm, _: "not asked" if arm not in TWO else None)
+    sizes = ["--queries", "500", "--classes", "20", "--dim", "64", "--repeats", "1"]
+    assert compare.main(sizes) == 0
+    assert "solve s" in capsys.readouterr().out
+    monkeypatch.setattr(solver, "linear_score", partial(without_prior, solver.linear_score))
+    (tmp_path / "compare.jsonl").unlink()
+    assert compare.main(sizes) == 1
+    printed = capsys.readouterr().out
+    assert "dense_torch has other labels than baseline" in printed
+    assert "solve s" not in printed
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_arm_leaves_its_labels_and_says_time_and_memory(tmp_path):
     case = compare.make_case(200, 10, 32, tmp_path / "case")
-    found = compare.run_arm("baseline", str(case.folder))
+    found = compare.run_arm("baseline", str(case.folder), "cpu")
     assert found["stages"].keys() == {"knn", "solve"}
     assert found["peak_bytes"] >= 0
     assert np.load(case.folder / "baseline.npy").shape == (200,)

@@ -1,0 +1,44 @@
+"""What tables and plots call the arms and the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Of `bench.compare`, in the order of the table.
+SPEED_ARMS = {
+    "published": "published code",
+    "baseline": "good dense torch",
+    "baseline_compiled": "the same, compiled",
+    "transclip_fast": "transclip_fast",
+    "dense_torch": "transclip_fast: dense, torch",
+    "sparse_torch": "transclip_fast: sparse, torch",
+    "sparse_numba": "transclip_fast: sparse, numba",
+    "dense_triton": "transclip_fast: dense, Triton",
+    "sparse_triton": "transclip_fast: sparse, Triton",
+}
+SPARSE_ARMS = {
+    "baseline": "a good dense torch version",
+    "dense": "transclip_fast, dense",
+    "sparse": "transclip_fast, sparse",
+    "gemms": "the eleven products F P^T alone",
+}
+GRAPH_ARMS = {
+    "faiss_exact": "FAISS, exact",
+    "faiss_ivf": "FAISS, IVF",
+    "exact": "`--method exact`",
+    "ivf": "`--method ivf`",
+    "anchored_texts": "`--method anchored`, texts as anchors",
+    "anchored_means": "the same, class means as anchors",
+}
+FEATURES = {
+    "whurs19_clip_rn50": "WHU-RS19, CLIP RN50",
+    "whurs19_clip_vit-b-32": "WHU-RS19, CLIP ViT-B/32",
+    "whurs19_clip_vit-l-14": "WHU-RS19, CLIP ViT-L/14",
+    "oxford_pets_vitb32": "Oxford Pets, CLIP ViT-B/32",
+    "dtd_vitb32": "DTD, CLIP ViT-B/32",
+}
+
+
+def most_memory(arm: dict[str, Any]) -> int:
+    """Return the peak of an arm of `bench.compare`, on the GPU where it ran on one."""
+    return int(arm.get("device_peak_bytes") or arm["peak_bytes"])
