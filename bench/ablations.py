@@ -107,7 +107,7 @@ def main(say: Callable[[str], None] = print) -> int:
     folder = Path(os.environ["TRANSCLIP_GOLDEN"])
     found = {}
     for name in FEATURES:
-        features, prototypes, labels = load(folder / f"{name}.npz")
+        features, prototypes, labels, _ = load(folder / f"{name}.npz")
         found[name] = measure(features, prototypes, labels)
         record("ablations", {"features": name, "queries": len(features), "variants": found[name]})
     say(table(found))

@@ -98,7 +98,7 @@ def main(say: Callable[[str], None] = print) -> int:
     folder = Path(os.environ["TRANSCLIP_GOLDEN"])
     total, warned = Counter[str](), Counter[str]()
     for name in FEATURES:
-        features, texts, labels = load(folder / f"{name}.npz")
+        features, texts, labels, _ = load(folder / f"{name}.npz")
         rows, prototypes = features.astype(np.float32), unit(texts.astype(np.float32))
         for (n_classes, target, n, order), found in draws(rows, prototypes, labels):
             hard = "as is" if target == 1 else f"blurred to {target:.0%}"

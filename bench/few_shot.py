@@ -124,7 +124,7 @@ def main(say: Callable[[str], None] = print) -> int:
     folder = Path(os.environ["TRANSCLIP_GOLDEN"])
     failed = False
     for name in FEATURES:
-        features, texts, labels = load(folder / f"{name}.npz")
+        features, texts, labels, _ = load(folder / f"{name}.npz")
         problem = features.astype(np.float32), texts.astype(np.float32), labels
         for seed, (pattern, shots) in enumerate(PATTERNS.items()):
             rows = draw(features, labels, shots, seed)
