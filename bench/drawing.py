@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bench.names import GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS, most_memory
 
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -20,6 +20,7 @@ import torch
 
 from bench import baseline
 from bench.common import record
+from bench.gpu_eva import EvaTower, eva_error
 from bench.gpu_problems import (
     lists,
     made_graph,
@@ -33,11 +34,14 @@ from transclip_fast import solver
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph import affinity
 from transclip_fast.ops import operations
+from transclip_fast.parameters import Parameters
 from transclip_fast.prior import LinearPrior
+from transclip_fast.rows import Rows
 from transclip_fast.truncation import Truncation
 
 LIMIT = 7 * 60  # seconds after which nothing new is begun
 SOLVES = ((50_000, 1000, 512), (1_280_000, 1000, 1280), (10_000_000, 21_000, 1024))
+STREAMED = 2_000_000_000  # entries of features, at most, that are also read from host memory
 
 
 @dataclass
@@ -266,15 +270,34 @@ def neighbours(suite: Suite, d: int = 1280) -> None:
     suite.attempt("neighbours of 1.28M rows", whole)
 
 
+def eva(suite: Suite, batch: int = 64) -> None:
+    """The image tower of EVA-CLIP-8B, random weights, bfloat16: images a second."""
+    tower = EvaTower(device="cuda", dtype=torch.bfloat16).draw(0)
+    images = [
+        torch.randn(batch, 3, 224, 224, device="cuda", dtype=torch.bfloat16) for _ in range(SETS)
+    ]
+    arms: dict[str, Arm] = {"torch": lambda i: tower(images[i])}
+    compiled = torch.compile(tower, dynamic=False)
+    arms["torch.compile"] = lambda i: compiled(images[i])
+    with torch.inference_mode():
+        suite.arms(
+            "EVA-CLIP-8B image tower", arms, batch * tower.operations(), "TFLOP/s",
+            eva_error("cuda"), batch=batch, operations_per_image=tower.operations(),
+        )  # fmt: skip
+    for line in suite.lines[-2:]:
+        if line.operation.startswith("EVA"):
+            print(f"{line.operation}, {line.arm}: {1e3 * batch / line.milliseconds:.0f} images/s")
+
+
 def solve(suite: Suite, n: int, k: int, d: int) -> None:
     """A whole solve, 10 x 5, graph given, beside the baseline and its compiled form."""
     name = f"solve {n} x {k} x {d}"
     features, prototypes = made_problem(n, k, d, "cuda")
     graph = made_graph(n, k)
     prior = LinearPrior.from_prototypes(prototypes, 100.0)
-    parameters = solver.Parameters()
+    parameters = Parameters()
 
-    def once() -> torch.Tensor:
+    def once(features: torch.Tensor | Rows) -> torch.Tensor:
         solution = solver.solve(
             features, prior, graph, parameters, kl_weight=1.0,
             truncation=Truncation(min(16, k), min(16, k)), backend="triton",
@@ -289,10 +312,12 @@ def solve(suite: Suite, n: int, k: int, d: int) -> None:
         return run(features, prototypes, pair).argmax(1)
 
     arms: dict[str, Callable[[], torch.Tensor]] = {
-        "kernels": once,
+        "kernels": partial(once, features),
         "baseline": partial(rival, baseline.solve),
         "baseline, torch.compile": partial(rival, partial(baseline.solve, compiled=True)),
     }
+    if n * d <= STREAMED:
+        arms["kernels, streamed"] = partial(once, Rows(features.cpu(), device="cuda", held=False))
     labels: torch.Tensor | None = None
     for arm, run in arms.items():
         taken = suite.attempt(f"{name}, {arm}", partial(timed_solve, run))
@@ -348,6 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
         suite.attempt(part.__name__, partial(part, suite))
     for sizes in SOLVES:
         suite.attempt(f"solve {sizes}", partial(solve, suite, *sizes))
+    suite.attempt("eva", partial(eva, suite))
     print(table(suite.lines))
     return 0
 

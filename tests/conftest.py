@@ -32,23 +32,40 @@ def golden(request, golden_dir):
 
 @pytest.fixture
 def problem():
-    """Maker of small float32 problems: features (N, d), prototypes (K, d), labels (N,)."""
+    """Maker of small float32 problems, `make_problem`."""
+    return make_problem
 
+
+def make_problem(n=77, k=6, d=33, seed=0, noise=0.03):
+    """A small float32 problem: features (N, d), prototypes (K, d), labels (N,)."""
     # Soft enough that every step, parameter and prior moves the assignments.
-    def make(n=77, k=6, d=33, seed=0, noise=0.03):
-        rng = np.random.default_rng(seed)
-        prototypes = unit(0.15 * rng.normal(size=(k, d)) + 1)
-        labels = rng.integers(k, size=n)
-        centres = unit(prototypes + 0.4 * unit(rng.normal(size=(k, d))))
-        features = unit(centres[labels] + noise * rng.normal(size=(n, d)))
-        return features.astype(np.float32), prototypes.astype(np.float32), labels
-
-    return make
+    rng = np.random.default_rng(seed)
+    prototypes = unit(0.15 * rng.normal(size=(k, d)) + 1)
+    labels = rng.integers(k, size=n)
+    centres = unit(prototypes + 0.4 * unit(rng.normal(size=(k, d))))
+    features = unit(centres[labels] + noise * rng.normal(size=(n, d)))
+    return features.astype(np.float32), prototypes.astype(np.float32), labels
 
 
 def unit(rows):
     """Rows scaled to unit norm."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def pets(problem, tmp_path):
+    """Maker of an .npz with pools of 60 support and 30 validation rows; keywords replace arrays."""
+
+    def make(name="pets", k=6, **changes):
+        features, text, labels = problem(n=167, k=k, noise=0.06)
+        arrays = {"image_features": features[90:], "labels": labels[90:], "text_features": text}
+        for pool, rows in (("support", slice(0, 60)), ("validation", slice(60, 90))):
+            arrays |= {f"{pool}_features": features[rows], f"{pool}_labels": labels[rows]}
+        kept = {key: array for key, array in {**arrays, **changes}.items() if array is not None}
+        np.savez(tmp_path / f"{name}.npz", **kept)
+        return str(tmp_path / f"{name}.npz")
+
+    return make
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ class Parameters:
     covariance: str = "diagonal"
     graph_mode: str = "symmetric"
     clamp_similarity: bool = False
+    published_support_rows: bool = False  # the published code's few-shot graph, errors and all
 
 
 @dataclass
@@ -116,7 +117,20 @@ def solve(
         a = graph / p.n_neighbors
     if support_graph is None:
         support_graph = knn_weights(s, f, p.n_neighbors, False, p.clamp_similarity)  # (M, N)
-    shots = support_graph.T / (2 * p.n_neighbors)
+
+    def hear(z):
+        """The messages (N, K) that reach the queries."""
+        return a @ z + support_graph.T / (2 * p.n_neighbors) @ y
+
+    if few_shot and p.published_support_rows:
+        # A shot loses its most similar query, W stacks [support; query], z stacks [query; support].
+        best = knn_weights(s, f, 1, False, p.clamp_similarity)
+        more = knn_weights(s, f, p.n_neighbors + 1, False, p.clamp_similarity)
+        stacked = np.concatenate([more - best, graph])  # W (M + N, N)
+
+        def hear(z):
+            heard = stacked.T @ np.concatenate([z, y]) + (stacked @ z)[:n]
+            return heard / (2 * p.n_neighbors)
 
     z = np.exp(log_y)
     means = start_means(f, z, support, labels)
@@ -126,7 +140,7 @@ def solve(
     for step in range(p.max_iter + 1):
         score = p.likelihood_weight * log_gaussian(f, means, variances) + kl_term
         for _ in range(p.inner_iter):
-            z = np.exp(log_softmax(score + a @ z + shots @ y))
+            z = np.exp(log_softmax(score + hear(z)))
         if step < p.max_iter:
             numerator = z.T @ f / n + w * y.T @ s  # (K, d)
             count = z.sum(0) / n + w * y.sum(0)  # (K,)
@@ -143,19 +157,18 @@ def solve(
                 variances = np.maximum(spread / (1 + w * len(s)), 1e-6 / d)
                 if p.covariance == "isotropic":
                     variances = np.full(d, variances.mean())
-        objective.append(
-            _objective(f, z, means, variances, a, shots @ y, kl_term, s, labels, w * n, p)
-        )
+        objective.append(_objective(f, z, means, variances, hear, kl_term, s, labels, w * n, p))
     return Solution(z, means, variances, objective, gamma if few_shot else None)
 
 
-def _objective(f, z, means, variances, a, messages, kl_term, s, labels, support_weight, p):
+def _objective(f, z, means, variances, hear, kl_term, s, labels, support_weight, p):
     log_det = 0.5 * np.log(variances).sum()
     value = -p.likelihood_weight * (z * (log_gaussian(f, means, variances) - log_det)).sum()
     if len(s):
         own = log_gaussian(s, means, variances)[np.arange(len(s)), labels] - log_det
         value -= p.likelihood_weight * support_weight * own.sum()
-    value -= 0.5 * (z * (a @ z)).sum() + (z * messages).sum()
+    of_support = hear(np.zeros_like(z))
+    value -= (z * (0.5 * (hear(z) - of_support) + of_support)).sum()
     entropy = (z * np.log(np.where(z > 0, z, 1))).sum()
     return value + entropy - (z * np.where(z > 0, kl_term, 0)).sum()
 

@@ -118,6 +118,7 @@ def test_few_shot_at_every_gamma(problem, gamma):
     assert model.gamma_ == gamma
 
 
+@pytest.mark.filterwarnings("ignore:.*_labels. zero-shot labels match")
 def test_gamma_is_the_best_on_the_validation_rows(problem):
     chosen = set()
     for seed in range(12):

@@ -88,7 +88,7 @@ def test_class_order(shift, warned):
     found = check_class_order((truth + shift) % 5, truth)
     assert bool(found) == warned
     if warned:
-        assert found[0].startswith("labels match on 0.0 % of rows but would on 100.0 %")
+        assert found[0].startswith("zero-shot labels match on 0.0 % of rows but would on 100.0 %")
 
 
 def test_poor_labels_are_not_a_wrong_order():
@@ -99,3 +99,27 @@ def test_poor_labels_are_not_a_wrong_order():
 def test_two_classes_can_simply_be_wrong():
     truth = np.arange(300) % 2
     assert check_class_order(1 - truth, truth) == []
+
+
+@pytest.mark.parametrize("n_classes", [10, 30])
+def test_texts_that_know_nothing_are_no_wrong_order(n_classes):
+    """Each class has a label, drawn at random, on all of its rows: some happen to be one-to-one."""
+    warned = 0
+    for seed in range(200):
+        usual = np.random.default_rng(seed).integers(n_classes, size=n_classes)
+        truth = np.arange(400) % n_classes
+        warned += bool(check_class_order(usual[truth], truth))
+    assert warned <= 30
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(15, False), (16, True)])
+def test_few_rows_say_nothing(rows, warned):
+    truth = np.arange(rows) % 5
+    assert bool(check_class_order((truth + 1) % 5, truth)) == warned
+
+
+def test_some_classes_of_many():
+    """Ten classes out of a thousand have labels of their own whatever the texts know."""
+    truth = np.repeat(np.arange(10), 20)
+    labels = np.random.default_rng(0).permutation(1000)[truth]
+    assert check_class_order(np.r_[labels, 999], np.r_[truth, 999]) == []

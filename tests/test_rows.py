@@ -73,12 +73,9 @@ def test_files_that_change_meanwhile(stored, tmp_path):
     file = tmp_path / "1.npy"
     assert len(found[30:50]) == 20
     whole, written = file.read_bytes(), os.stat(file)
-    file.write_bytes(whole[:500])
-    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
-    with pytest.raises(InputError, match=r"1\.npy: was cut short while it was read"):
-        found[30:50]
-    file.write_bytes(whole)
-    os.utime(file, ns=(0, 1))
+    (tmp_path / "other.npy").write_bytes(whole)  # as `cp -p` leaves it
+    os.utime(tmp_path / "other.npy", ns=(written.st_atime_ns, written.st_mtime_ns))
+    (tmp_path / "other.npy").rename(file)
     for ids in (slice(30, 50), np.array([3, 76])):
         with pytest.raises(InputError, match=r"1\.npy: was changed while it was read"):
             found[ids]
@@ -86,6 +83,17 @@ def test_files_that_change_meanwhile(stored, tmp_path):
     file.unlink()
     with pytest.raises(InputError, match=r"1\.npy: cannot be read"):
         found[30:50]
+
+
+def test_files_that_are_cut_at_the_same_moment(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr("transclip_fast.stored._state", lambda _: ())
+    found = stored(features(), [40, 37])
+    file = tmp_path / "1.npy"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"1\.npy: was cut short while it was read"):
+        found[30:50]
+    with pytest.raises(InputError, match=r"1\.npy: cannot be read"):
+        found[np.array([3, 76])]
 
 
 def sources(array, stored, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from tests import reference
 from tests.agreement import assert_agrees
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.solver import Parameters
+from transclip_fast.parameters import Parameters
 
 GAMMA = 0.02
 

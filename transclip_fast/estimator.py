@@ -12,30 +12,16 @@ import torch
 from transclip_fast.checkpoint import Checkpoint
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.graph import NeighborGraph, build_graph, nearest
-from transclip_fast.inputs import (
-    as_labelled_rows,
-    as_log_probabilities,
-    as_logits,
-    as_unit_rows,
-    unread_matrix,
-)
-from transclip_fast.memory import Size, choose_layout, parse_memory
+from transclip_fast.given import make_priors, make_support, make_validation, size_of
+from transclip_fast.graph import NeighborGraph, build_graph
+from transclip_fast.inputs import as_unit_rows, unread_matrix
+from transclip_fast.memory import choose_layout, parse_memory
 from transclip_fast.ops import BACKENDS, choose_backend
-from transclip_fast.prior import GivenPrior, LinearPrior, Prior
+from transclip_fast.parameters import Parameters, check_number, check_weight
+from transclip_fast.prior import LinearPrior, Prior
 from transclip_fast.progress import Meter, Progress
 from transclip_fast.rows import Rows
-from transclip_fast.solver import (
-    Parameters,
-    Solution,
-    check_number,
-    check_weight,
-    predict,
-    reads,
-    solve,
-)
-from transclip_fast.stored import StoredRows
-from transclip_fast.support import Support
+from transclip_fast.solver import Solution, predict, reads, solve
 from transclip_fast.truncation import FORMS, Truncation, choose_truncation, sample_ids
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
@@ -79,7 +65,7 @@ class TransCLIP(Parameters):
         is there. It decides whether features are held on the device or read in every pass, and
         how many candidates there are at most; what is free, where not given.
     **
-        All other parameters are those of `transclip_fast.solver.Parameters`.
+        All other parameters are those of `transclip_fast.parameters.Parameters`.
 
     Attributes
     ----------
@@ -156,8 +142,9 @@ class TransCLIP(Parameters):
         text_features : array_like (K, d), optional
             Text embedding of each class: the prior, unless another is given; then only the
             zero-shot attributes come from it.
-        prior : array_like (N, K), optional
-            Probabilities of another method; or
+        prior : array_like or scipy sparse array (N, K), optional
+            Probabilities of another method; what a sparse row leaves of its mass, but at least
+            1e-6, is spread evenly over the classes it leaves out; or
         prior_logits : array_like (N, K), optional
             its logits, on the scale that a softmax takes; or
         prototypes : array_like (K, d), optional
@@ -165,7 +152,8 @@ class TransCLIP(Parameters):
         support_features, support_labels : array_like (M, d), (M,), optional
             Labelled rows: few-shot.
         validation_features, validation_labels : array_like (V, d), (V,), optional
-            Labelled rows that choose gamma where it is not given.
+            Labelled rows that choose gamma where it is not given: the value is taken with which
+            most of them have the label of their most similar query, the first of equal ones.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or what makes them from its unit rows, a
             `transclip_fast.rows.Rows`; `build_graph` where not given.
@@ -183,67 +171,47 @@ class TransCLIP(Parameters):
         """
         self.check()
         device = self.device_ = resolve_device(self.device)
-        memory = parse_memory(self.memory)
-        in_file = isinstance(X, np.memmap | StoredRows)
         matrix = unread_matrix(X, "X")
-        n_rows, dim = matrix.shape
-        prior_, zero_shot = self._make_priors(
-            (n_rows, dim), device, text_features, prior, prior_logits, prototypes
+        prior_, zero_shot = make_priors(
+            (matrix.shape[0], matrix.shape[1]),
+            device,
+            self.logit_scale,
+            text_features=text_features,
+            prior=prior,
+            prior_logits=prior_logits,
+            prototypes=prototypes,
         )
-        copied = in_file or matrix.dtype != torch.float32 or device.type != "cpu"
+        tried = GAMMAS if self.gamma is None else (self.gamma,)
+        gammas: Sequence[float] = (0.0,) if support_features is None else tried
+        linear = isinstance(prior_, LinearPrior)
         self.layout_ = choose_layout(
-            Size(n_rows, prior_.n_classes, dim, self.n_neighbors, copied=copied),
+            size_of(X, prior_.n_classes, self, device, linear=linear, runs=len(gammas)),
             device,
             form=self.form(),
             candidates=self.candidates,
-            memory=memory,
+            memory=parse_memory(self.memory),
         )
         features = Rows(matrix, "X", device, held=self.layout_.held)
-        support = self._make_support(features, prior_, support_features, support_labels)
-        validation = self._make_validation(features, prior_, validation_features, validation_labels)
+        support = make_support(features, prior_, support_features, support_labels, self)
+        validation = make_validation(features, prior_, validation_features, validation_labels)
         if support is not None and self.gamma is None and validation is None:
             raise InputError(
                 "few-shot needs gamma, or validation_features and validation_labels to choose it"
             )
         self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
-        ids = sample_ids(n_rows, device)
-        truncation = choose_truncation(
-            prior_.at(ids, features[ids]),
-            n_rows,
-            kl_weight=self.kl_weight_,
-            most=self.layout_.candidates,
-            candidates=self.candidates,
-            rank=self.rank,
-        )
-        self.backend_ = choose_backend(self.backend, device, truncation)
-        if self.precision == "float16" and self.backend_ != "triton":
-            raise InputError(
-                f"precision='float16' is for backend='triton', here {self.backend_} computes; "
-                "leave precision out"
-            )
-        if graph is None:
-            anchors = text_features if prototypes is None else prototypes
-            graph = build_graph(features, self.n_neighbors, anchors=anchors, device=device)
-        elif not isinstance(graph, NeighborGraph):
-            if not callable(graph):
-                raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
-            graph = graph(features)
-        self.graph_ = graph.check(len(features), self.n_neighbors)
-
-        gammas: Sequence[float] = (0.0,)
-        if support is not None:
-            gammas = GAMMAS if self.gamma is None else (self.gamma,)
+        truncation = self._truncation(features, prior_)
+        anchors = text_features if prototypes is None else prototypes
+        self.graph_ = self._graph(graph, features, anchors)
 
         meter = None
         if progress is not None:
-            meter = Meter(n_rows, reads(prior_), self.max_iter, len(gammas), progress)
+            meter = Meter(len(features), reads(prior_), self.max_iter, len(gammas), progress)
             features.on_read = meter.rows
-        if self.precision == "float16":
-            features = features.half()
+        factors = features if self.precision == "float32" else features.half()
 
         def run(position: int) -> Solution:
             return solve(
-                features,
+                factors,
                 prior_,
                 self.graph_,
                 self,
@@ -253,22 +221,54 @@ class TransCLIP(Parameters):
                 truncation=truncation,
                 backend=self.backend_,
                 progress=meter.run(position) if meter else None,
-                checkpoint=checkpoint and checkpoint(*self._identity(gammas[position], truncation)),
+                checkpoint=checkpoint
+                and checkpoint(f"solve-{position}", self._identity(gammas[position], truncation)),
             )
 
-        if meter is not None:
-            features.on_read = meter.rows
         runs = ((gamma, run(position)) for position, gamma in enumerate(gammas))
         gamma, solution = _most_accurate(runs, validation)
+        features.on_read = None
         self.gamma_ = gamma if support else None
         self._keep(solution, prior_, zero_shot)
         self.truncation_ = truncation and truncation.losses(
             solution.assignments, solution.tail_mass
         )
-        features.on_read = None
         if zero_shot is not prior_:
             self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
         return self
+
+    def _truncation(self, features: Rows, prior: Prior) -> Truncation | None:
+        """What is kept of a row, and with it who computes."""
+        ids = sample_ids(len(features), features.device)
+        truncation = choose_truncation(
+            prior.at(ids, features[ids]),
+            len(features),
+            kl_weight=self.kl_weight_,
+            most=self.layout_.candidates,
+            candidates=self.candidates,
+            rank=self.rank,
+        )
+        self.backend_ = choose_backend(self.backend, features.device, truncation)
+        if self.precision == "float16" and self.backend_ != "triton":
+            raise InputError(
+                f"precision='float16' is for backend='triton', here {self.backend_} computes; "
+                "leave precision out"
+            )
+        return truncation
+
+    def _graph(
+        self,
+        graph: NeighborGraph | Callable[[Rows], NeighborGraph] | None,
+        features: Rows,
+        anchors: Any,
+    ) -> NeighborGraph:
+        if graph is None:
+            graph = build_graph(features, self.n_neighbors, anchors=anchors, device=features.device)
+        elif not isinstance(graph, NeighborGraph):
+            if not callable(graph):
+                raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
+            graph = graph(features)
+        return graph.check(len(features), self.n_neighbors)
 
     def form(self) -> str:
         """Of the assignments, as far as the parameters decide it."""
@@ -277,11 +277,11 @@ class TransCLIP(Parameters):
         only_sparse = self.backend == "numba" or self.candidates or self.rank
         return "sparse" if only_sparse else "auto"
 
-    def _identity(self, gamma: float, truncation: Truncation | None) -> tuple[str, dict[str, Any]]:
-        """A name for a run, and what its result depends on beside the arrays given to `fit`."""
+    def _identity(self, gamma: float, truncation: Truncation | None) -> dict[str, Any]:
+        """What the result of a run depends on beside the arrays given to `fit`."""
         parameters = asdict(self)
         del parameters["memory"]
-        identity = parameters | {
+        return parameters | {
             "kl_weight": self.kl_weight_,
             "gamma": gamma,
             "truncation": truncation and asdict(truncation),
@@ -289,7 +289,6 @@ class TransCLIP(Parameters):
             "device": self.device_.type,
             "graph_sha256": self.graph_.sha256(),
         }
-        return f"solve-{gamma}", identity
 
     def _keep(self, solution: Solution, prior: Prior, zero_shot: Prior) -> None:
         """Set the attributes, and what `predict_proba` and `tensors` need of the fit."""
@@ -339,7 +338,13 @@ class TransCLIP(Parameters):
             )
         new_prior = (
             self._prior
-            or self._make_priors((len(features), d), device, None, prior, prior_logits, None)[0]
+            or make_priors(
+                (len(features), d),
+                device,
+                self.logit_scale,
+                prior=prior,
+                prior_logits=prior_logits,
+            )[0]
         )
         if new_prior.n_classes != n_classes:
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
@@ -385,70 +390,6 @@ class TransCLIP(Parameters):
                 check_number(name, value, 1)
                 if self.assignments == "dense":
                     raise InputError(f"{name}: dense assignments keep every class; leave it out")
-
-    def _make_priors(
-        self,
-        shape: tuple[int, int],
-        device: torch.device,
-        text_features: Any,
-        prior: Any,
-        prior_logits: Any,
-        prototypes: Any,
-    ) -> tuple[Prior, Prior]:
-        """The prior, and the one that counts as zero-shot: of the text features, if there are."""
-        if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
-            raise InputError("give one of prior, prior_logits and prototypes, not several")
-
-        def linear(array: Any, name: str) -> Prior:
-            rows = as_unit_rows(array, name, columns=shape[1])
-            return LinearPrior.from_prototypes(rows, self.logit_scale).to(device)
-
-        def given(log_probabilities: torch.Tensor) -> Prior:
-            return GivenPrior(log_probabilities).to(device)
-
-        text = None if text_features is None else linear(text_features, "text_features")
-        if prior is not None:
-            chosen = given(as_log_probabilities(prior, "prior", rows=shape[0]))
-        elif prior_logits is not None:
-            chosen = given(as_logits(prior_logits, "prior_logits", rows=shape[0]))
-        elif prototypes is not None:
-            chosen = linear(prototypes, "prototypes")
-        elif text is not None:
-            chosen = text
-        else:
-            raise InputError(
-                "no text features and no prior: give text_features, prototypes, prior or "
-                "prior_logits"
-            )
-        if text is not None and text.n_classes != chosen.n_classes:
-            raise InputError(
-                f"text_features: has {text.n_classes} classes, the prior {chosen.n_classes}"
-            )
-        return chosen, text or chosen
-
-    def _make_support(self, features: Rows, prior: Prior, rows: Any, labels: Any) -> Support | None:
-        labelled = as_labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
-        if labelled is None:
-            return None
-        shots, classes = labelled
-        return Support.build(
-            shots.to(features.device),
-            classes.to(features.device),
-            features,
-            n_classes=prior.n_classes,
-            n_neighbors=self.n_neighbors,
-            clamp_similarity=self.clamp_similarity,
-        )
-
-    def _make_validation(
-        self, features: Rows, prior: Prior, rows: Any, labels: Any
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """The most similar query (V,) of each validation row, and the labels (V,)."""
-        labelled = as_labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)
-        if labelled is None:
-            return None
-        ids, _ = nearest(labelled[0].to(features.device), features, 1)
-        return ids[:, 0].cpu().numpy(), labelled[1].numpy()
 
 
 def _most_accurate(

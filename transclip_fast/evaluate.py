@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
-ORDER_GAIN = 30.0  # points of accuracy that renaming the classes must bring
+# What speaks for another order: rows enough, accuracy that renaming the classes multiplies and
+# raises by some points, and a class for each label, by some deviations more than by chance.
+LEAST_ROWS, ORDER_FACTOR, ORDER_GAIN, ORDER_DEVIATIONS = 16, 3, 30.0, 1.5
 
 
 def accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
@@ -104,23 +107,45 @@ def check_assignments(
 
 
 def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
-    """A warning where the labels (N,) would fit the truth (N,) far better with other names."""
+    """
+    A warning where zero-shot labels (N,) would fit the truth (N,) far better with other names.
+
+    Poor labels are not in another order: `bench.class_order` counts how often this is right.
+    """
     as_is = accuracy(labels, truth)
     pairs, counts = np.unique(np.stack([labels, truth]), axis=1, return_counts=True)
     # The largest groups first, each class once on either side: at least half of the best renaming.
     renamed = 0
     used: set[int] = set()
     taken: set[int] = set()
+    usual: dict[int, int] = {}  # each true class's most frequent label
     for i in np.argsort(-counts, kind="stable"):
         label, true = int(pairs[0, i]), int(pairs[1, i])
+        usual.setdefault(true, label)
         if label not in used and true not in taken:
             used.add(label)
             taken.add(true)
             renamed += int(counts[i])
     better = 100 * renamed / len(labels)
-    if len(taken) < 3 or better - as_is < ORDER_GAIN or as_is > better / 2:
+    if len(truth) < LEAST_ROWS or len(taken) < 3:
+        return []
+    if better - as_is < ORDER_GAIN or ORDER_FACTOR * as_is > better:
+        return []
+    if len(set(usual.values())) < _distinct_by_chance(len(usual), int(pairs.max()) + 1):
         return []
     return [
-        f"labels match on {as_is:.1f} % of rows but would on {better:.1f} % if classes were "
-        "renamed: class names, text features and labels do not seem to be in one order"
+        f"zero-shot labels match on {as_is:.1f} % of rows but would on {better:.1f} % if classes "
+        "were renamed: class names, text features and labels do not seem to be in one order"
     ]
+
+
+def _distinct_by_chance(draws: int, n_classes: int) -> float:
+    """
+    As many different classes as some draws of a class at random hardly bring.
+
+    Texts that know nothing of the images still give each class a label of its own that often.
+    """
+    missed = (1 - 1 / n_classes) ** draws  # by all draws
+    both_missed = (1 - 2 / n_classes) ** draws
+    variance = n_classes * (missed + (n_classes - 1) * both_missed - n_classes * missed**2)
+    return n_classes * (1 - missed) + ORDER_DEVIATIONS * math.sqrt(max(variance, 0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transclip_fast.stored import StoredRows
 # fp16 rows are off by up to 6e-4; renormalising those would move z by up to 3e-2.
 UNIT_NORM_TOLERANCE = 2e-3
 PROBABILITY_TOLERANCE = 1e-2
+UNLISTED_MASS = 1e-6  # of a row of a sparse prior, at least, for the classes that it leaves out
 ROWS_PER_CHECK = 4096
 ALIGNMENT = 64  # bytes
 
@@ -84,9 +86,9 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
     divisors = unit_divisors(matrix, name)
     matrix = _aligned(matrix.to(torch.float32))
     if divisors is not None:
-        off = (divisors != 1).nonzero()[:, 0]
         matrix = matrix.clone()
-        matrix[off] = (matrix[off].double() / divisors[off, None]).float()
+        for off in torch.split((divisors != 1).nonzero()[:, 0], ROWS_PER_CHECK):
+            matrix[off] = (matrix[off].double() / divisors[off, None]).float()
     return matrix
 
 
@@ -157,11 +159,17 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
     """
     log of a (rows, K) matrix of probabilities, float32; a probability of 0 gives -inf.
 
+    A scipy sparse array is first made whole, see `ListedPrior`.
+
     Raises
     ------
     InputError
         Wrong number of rows, a negative entry, or a row whose sum is not 1 (to 1e-2).
     """
+    if hasattr(array, "tocsr"):
+        csr = array.tocsr()
+        listed = ListedPrior(csr.indptr, csr.indices, csr.data, csr.shape[1])
+        array = listed.dense(name, rows=rows)
     matrix = as_matrix(array, name)
     check_rows(matrix, name, rows)
     if matrix.dtype != torch.float64:  # whose log fits float32 where the probability does not
@@ -188,6 +196,98 @@ def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
         row = int((~matrix.isfinite().all(1)).nonzero()[0, 0])
         raise InputError(f"{name}: row {row} is too large for float32; rescale the logits")
     return torch.log_softmax(matrix, dim=1)
+
+
+@dataclass(frozen=True)
+class ListedPrior:
+    """
+    Probabilities of some classes of each row, as a rule its largest, in rows of entries.
+
+    What a row's entries leave of its mass, but at least 1e-6, is spread evenly over the classes
+    it does not list: with a probability of 0 they could never be assigned, whatever the images
+    say. An entry of 0 counts as not listed.
+
+    Parameters
+    ----------
+    offsets : array_like (N + 1,) int
+        Bounds of each row's entries.
+    classes, values : array_like (E,) int, (E,) float
+    n_classes : int, optional
+        K, where that is known.
+    """
+
+    offsets: Any
+    classes: Any
+    values: Any
+    n_classes: int | None = None
+
+    def dense(self, name: str, *, rows: int, n_classes: int | None = None) -> torch.Tensor:
+        """
+        All probabilities (N, K) float32; `n_classes` where the entries themselves do not know.
+
+        Raises
+        ------
+        InputError
+            K is not known, another number of rows, offsets that do not bound the entries, a class
+            that is no position in the list of classes or comes twice in a row, a value that is
+            negative or not finite, or a row of more mass than 1 (to 1e-2).
+        """
+        k = self.n_classes or n_classes
+        if k is None:
+            raise InputError(
+                f"{name}: does not say how many classes there are; give text_features or "
+                "class_names too"
+            )
+        row_of, class_of, values = self._checked(name, rows, k)
+        mass = torch.bincount(row_of, values, minlength=rows)
+        heavy = (mass > 1 + PROBABILITY_TOLERANCE).nonzero()[:, 0]
+        if len(heavy):
+            row = int(heavy[0])
+            raise InputError(
+                f"{name}: row {row} sums to {mass[row]:.4g}, more than 1; scores go in prior_logits"
+            )
+        left_out = k - torch.bincount(row_of, minlength=rows)
+        rest = torch.where(left_out > 0, (1 - mass).clamp_min(UNLISTED_MASS), 0.0)
+        scale = torch.where(mass > 0, ((1 - rest) / mass).clamp_max(1), 1.0)
+        whole = (rest / left_out.clamp_min(1)).float()[:, None].repeat(1, k)
+        whole[row_of, class_of] = (values * scale[row_of]).float()
+        return whole
+
+    def _checked(
+        self, name: str, rows: int, n_classes: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row and class (E,) int64 and value (E,) float64 of the entries that are not 0."""
+        offsets, classes, values = (
+            _as_tensor(array, name).double() for array in (self.offsets, self.classes, self.values)
+        )
+        if len(offsets) != rows + 1:
+            raise InputError(f"{name}: has {len(offsets) - 1} rows, expected {rows}, one per query")
+        lengths, fits = offsets.diff(), offsets.ndim == 1 and classes.ndim == 1
+        fits = fits and classes.shape == values.shape and bool((lengths >= 0).all())
+        if not fits or offsets[0] != 0 or offsets[-1] != len(values):
+            raise InputError(f"{name}: indices and values do not fit each other; write it again")
+        row_of, class_of = torch.repeat_interleave(lengths.long()), classes.long()
+
+        def refuse(wrong: torch.Tensor, why: str) -> None:
+            if wrong.any():
+                entry = int(wrong.nonzero()[0, 0])
+                found = why.format(f"{float(classes[entry]):.10g}")
+                raise InputError(f"{name}: row {int(row_of[entry])} {found}")
+
+        used = values != 0
+        refuse(~values.isfinite(), "contains a value that is not finite; recompute that row")
+        refuse(values < 0, "has a negative probability; scores go in prior_logits")
+        refuse(
+            used & ~((classes >= 0) & (classes < n_classes) & (classes == class_of)),
+            f"names class {{}}, outside 0 .. {n_classes - 1}; classes are positions in the list of "
+            "classes",
+        )
+        cells = (row_of * n_classes + class_of).where(used, -1)
+        order = cells.argsort(stable=True)
+        again = torch.zeros_like(used)
+        again[order[1:]] = cells[order].diff() == 0
+        refuse(again & used, "names class {} twice; add up what belongs together")
+        return row_of[used], class_of[used], values[used]
 
 
 def _as_tensor(array: Any, name: str) -> torch.Tensor:
@@ -241,9 +341,18 @@ def _norms(block: torch.Tensor | np.ndarray) -> torch.Tensor:
     return norms.double()
 
 
-def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether float32 rows can be used where they are."""
     # The order of a BLAS library's sums depends on the alignment of its operands.
-    if matrix.is_contiguous() and matrix.data_ptr() % ALIGNMENT == 0:
+    return (
+        matrix.dtype == torch.float32
+        and matrix.is_contiguous()
+        and matrix.data_ptr() % ALIGNMENT == 0
+    )
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    if is_aligned(matrix):
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 

@@ -12,6 +12,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.ops.torch import gemm_rows, read_rows
 from transclip_fast.threads import n_threads
 
+CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Up to this size z, its successor and its scores stay whole: nothing is gained by lists.
 DENSE_BYTES = 1 << 25
@@ -20,7 +21,7 @@ FEWEST, USUAL = 32, 128  # candidates of a row
 ENTRY_BYTES = 24
 SMALL = 1 << 24  # bytes of lists that are no matter, however few candidates would do
 ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
-LIBRARIES = 1 << 27  # that are loaded on the way, and what the allocator keeps
+PROCESS = 700 << 20  # Python, torch, numba and the rest, and what the allocator keeps
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
 
 
@@ -38,9 +39,10 @@ def parse_memory(value: str | int | None) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(value), re.IGNORECASE)
-    if not isinstance(value, str) or match is None or float(match[1]) == 0:
-        raise InputError(f"memory must be a size like 8GiB, got {value!r}")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    size = float(match[1]) * UNITS[match[2].upper()] if match is not None else 0.0
+    if not isinstance(value, str) or not 1 <= size < 2**63:
+        raise InputError(f"memory must be a size like 8GiB, got {value!r:.60}")
+    return int(size)
 
 
 def show_bytes(number: float) -> str:
@@ -70,9 +72,14 @@ def _status(field: str) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device; on the CPU, with what the cache of files gives back."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     available = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-    return 1024 * int(available.split()[0])
+    free = 1024 * int(available.split()[0])
+    most, now = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if most.exists() and most.read_text().strip() != "max":  # of a container
+        free = min(free, max(0, int(most.read_text()) - int(now.read_text())))
+    return free
 
 
 def limit_of(device: torch.device, memory: int | None) -> int:
@@ -85,16 +92,37 @@ def limit_of(device: torch.device, memory: int | None) -> int:
 @dataclass(frozen=True)
 class Size:
     """
-    Of a problem: queries, classes, dimensions, neighbours of a query.
+    Of a problem.
 
-    `copied` says whether features held on the device are a copy of what is given.
+    Parameters
+    ----------
+    n_rows, n_classes, dim, n_neighbors : int
+        N, K, d, k.
+    stored : int
+        Bytes of the features in files; 0 where they are in memory.
+    given : int
+        Bytes that the process has before a solve: features in memory, and a given prior.
+    copied : bool
+        Whether features held on the device are a copy of what is given.
+    linear : bool
+        Whether the prior is one of prototypes.
+    runs : int
+        Values of gamma that are tried.
     """
 
     n_rows: int
     n_classes: int
     dim: int
     n_neighbors: int = 3
+    stored: int = 0
+    given: int = 0
     copied: bool = True
+    linear: bool = True
+    runs: int = 1
+
+    def used(self, device: torch.device) -> int:
+        """What is there before a solve; not what is measured, so that it is the same each time."""
+        return PROCESS + self.given if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)
@@ -118,13 +146,15 @@ class Layout:
         n, n_classes, d, k = size.n_rows, size.n_classes, size.dim, size.n_neighbors
         workers = n_threads() if device.type == "cpu" else 1
         read = 4 * d * min(n, read_rows(device))
-        lists = 12 * n_classes if self.candidates is None else ENTRY_BYTES * self.candidates
+        kept, lists = 4 * n_classes, 12 * n_classes
+        if self.candidates is not None:
+            kept, lists = 8 * self.candidates, ENTRY_BYTES * self.candidates
+        best = kept if size.runs > 1 else 0  # of the runs so far
         return {
             "features": 4 * n * d if self.held and size.copied else 0,
             "graph": n * (12 * k + 8 + 24 * k),  # lists, and both ends of each edge
-            "assignments": n * (lists + ROW_BYTES),
+            "assignments": n * (lists + best + ROW_BYTES),
             "classes": CLASS_MATRICES * 8 * n_classes * d,
-            "libraries": LIBRARIES if device.type == "cpu" else 0,
             "blocks": 2 * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
         }
 
@@ -154,8 +184,7 @@ def choose_layout(
     InputError
         Nothing fits.
     """
-    used = resident_bytes() if device.type == "cpu" else 0
-    limit = limit_of(device, memory)
+    used, limit = size.used(device), limit_of(device, memory)
     room = limit - used
     if form == "auto" and candidates is None:
         most = DENSE_BYTES if device.type == "cpu" else room // 2
@@ -164,15 +193,18 @@ def choose_layout(
     if form == "sparse":
         fixed = sum(Layout(0, held=False).bytes(size, device).values())
         fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
-        usual = candidates or max(USUAL, SMALL // (ENTRY_BYTES * size.n_rows))
-        least = min(candidates or FEWEST, size.n_classes)
-        layout = replace(layout, candidates=max(least, min(usual, fits, size.n_classes)))
-    needed = sum(layout.bytes(size, device).values())
-    if needed > room:
+        chosen = candidates or max(USUAL, SMALL // (ENTRY_BYTES * size.n_rows))
+        while candidates is None and chosen > FEWEST and min(chosen, size.n_classes) > fits:
+            chosen = max(FEWEST, chosen // 2)  # in steps: a little less memory changes no result
+        layout = replace(layout, candidates=min(chosen, size.n_classes))
+    needed = used + sum(layout.bytes(size, device).values())
+    if needed > limit:
+        remedy = "allow more, or solve fewer rows at a time"
+        if form == "dense" and size.n_classes > FEWEST:
+            remedy = "choose assignments='sparse', or allow more"
         raise InputError(
-            f"memory: {size.n_rows:,} rows and {size.n_classes:,} classes, {form}, need "
-            f"{show_bytes(used + needed)}, there are {show_bytes(limit)}; "
-            + ("choose assignments='sparse'" if form == "dense" else "allow more, or fewer rows")
+            f"memory: {size.n_rows:,} rows and {size.n_classes:,} classes, {form}, need at least "
+            f"{show_bytes(needed)}, there are {show_bytes(limit)}; {remedy}"
         )
     held = replace(layout, held=True)
     return held if sum(held.bytes(size, device).values()) <= room else layout

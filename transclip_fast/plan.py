@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph import NeighborGraph, build_graph
 from transclip_fast.graph.build import EXACT_ROWS
 from transclip_fast.graph.ivf import usual_lists
 from transclip_fast.graph.recall import SAMPLE
-from transclip_fast.memory import Layout, Size, resident_bytes, show_bytes
+from transclip_fast.memory import PROCESS, Layout, Size, limit_of, parse_memory, show_bytes
 from transclip_fast.ops import choose_backend
 from transclip_fast.ops.torch import gemm_rows
+from transclip_fast.parameters import Parameters
 from transclip_fast.prior import LinearPrior
 from transclip_fast.rows import Rows
-from transclip_fast.solver import Parameters, solve
+from transclip_fast.solver import solve
 from transclip_fast.truncation import Truncation
 
 # Of a trial: operations of a pass, as a share of the real one, and in numbers; rows at most.
@@ -31,8 +33,8 @@ CHECKS = 3  # passes over features in files: their hash, that of the manifest, n
 FILE_RATE = 1e9  # bytes a second
 TABLE_BYTES = 90  # of a row of predictions.parquet
 TABLE_RATE = 1e6  # rows a second
-MERGE_BYTES = 1 << 28  # finds of a search that wait, and what their sort takes
-LIST_BYTES = 160  # of a row, in a search
+LIST_BYTES = 1750  # of a row, in a search of some 30 lists: what was found, and is sorted
+STATE_BYTES = 40  # of a row, in a state that is kept after a step
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,20 @@ class Plan:
 
     Parameters
     ----------
+    layout : Layout
+        With as many candidates as there will be.
     passes : int
         How often the features are read.
     block_rows : int
         Rows of one product.
+    graph : str
+        How it is searched, or "given".
     limit : int
         Bytes that are allowed, or free.
     """
 
     size: Size
     layout: Layout
-    candidates: int | None
     passes: int
     block_rows: int
     graph: str
@@ -77,7 +82,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """The most memory on the device that does the work."""
-        return max(max(stage.device or stage.host for stage in self.stages), 0)
+        return max(stage.device or stage.host for stage in self.stages)
 
     @property
     def seconds(self) -> float | None:
@@ -87,7 +92,8 @@ class Plan:
 
     def line(self) -> str:
         """The plan in one line."""
-        form = "dense" if self.candidates is None else f"sparse, {self.candidates} candidates a row"
+        kept = self.layout.candidates
+        form = "dense" if kept is None else f"sparse, {kept} candidates a row"
         features = "held" if self.layout.held else f"read {self.passes} times"
         took = "" if self.seconds is None else f", about {show_seconds(self.seconds)}"
         return (
@@ -126,14 +132,11 @@ def show_seconds(seconds: float) -> str:
 def make_plan(
     size: Size,
     layout: Layout,
-    parameters: Parameters,
+    candidates: int | None,
+    model: TransCLIP,
     device: torch.device,
     *,
-    limit: int,
-    candidates: int | None,
-    stored_bytes: int,
     method: str | None = "auto",
-    backend: str = "auto",
     trial: bool = True,
 ) -> Plan:
     """
@@ -141,83 +144,66 @@ def make_plan(
 
     Parameters
     ----------
-    limit : int
-        Bytes that are allowed, or free.
     candidates : int or None
         Of a row; None where z is dense.
-    stored_bytes : int
-        Of the features where they are stored; 0 where they are in memory.
     method : str or None
         How the graph is searched; None where there is one.
     trial : bool
-        Whether to run a small problem of this shape for a second, to predict the time.
+        Whether to run small problems of this shape for a second or two, to predict the time.
     """
     if method == "auto":
         method = "exact" if size.n_rows <= EXACT_ROWS else "anchored"
-    base, on_gpu = resident_bytes(), device.type == "cuda"
-    parts = layout.bytes(size, device)
-    if layout.candidates is not None and candidates is not None:
-        parts["assignments"] -= (layout.candidates - candidates) * 24 * size.n_rows
     n, n_classes, d = size.n_rows, size.n_classes, size.dim
-    steps = parameters.max_iter + 1
-    passes = 2 + 2 * steps
+    if candidates is not None:
+        layout = replace(layout, candidates=candidates)
+    steps = model.max_iter + 1
+    passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
+    parts = layout.bytes(size, device)
     solving = sum(parts.values())
-    searching = parts["features"] + parts["blocks"] + LIST_BYTES * n + min(MERGE_BYTES, 4096 * n)
-    truncation = candidates and Truncation(candidates, candidates)
-    times: dict[str, float] = {}
+    searching = parts["features"] + LIST_BYTES * n
+    read = size.stored * (1 if layout.held else passes)
+    state = size.runs * steps * n * (4 * n_classes if candidates is None else STATE_BYTES)
+    solve_time = graph_time = None
     if trial:
-        times["solve"] = _solve_seconds(size, parameters, truncation or None, device, backend)
-        if method is not None:
-            times["graph"] = _graph_seconds(size, method, device)
+        solve_time = _solve_seconds(size, layout, model, device) + read / FILE_RATE
+    if trial and method is not None:
+        graph_time = _graph_seconds(size, method, device)
 
     def stage(name: str, seconds: float | None, work: float, disk: int, memory: int) -> Stage:
-        host, own = (base, memory) if on_gpu else (base + memory, 0)
-        return Stage(name, seconds, work, disk, host, own)
+        on_gpu = device.type == "cuda"
+        host = PROCESS + size.given if on_gpu else size.used(device) + memory
+        return Stage(name, seconds, work, int(disk), host, memory if on_gpu else 0)
 
-    stages = [
-        stage("load", CHECKS * stored_bytes / FILE_RATE, 0, stored_bytes, parts["blocks"]),
-        *(
-            []
-            if method is None
-            else [stage("graph", times.get("graph"), 2.0 * d * _products(n, method), 0, searching)]
-        ),
-        stage("solve", times.get("solve"), 2.0 * n * n_classes * d * (steps + 1), 0, solving),
-        stage("write", n / TABLE_RATE, 0, TABLE_BYTES * n + 4 * n_classes * d * 3, solving),
-    ]
-    return Plan(
-        size,
-        layout,
-        candidates,
-        passes,
-        gemm_rows(device, n_classes),
-        method or "given",
-        limit,
-        tuple(stages),
-    )
+    stages = [stage("load", CHECKS * size.stored / FILE_RATE, 0, CHECKS * size.stored, 0)]
+    if method is not None:
+        work = 2.0 * d * _products(n, method)
+        stages.append(stage("graph", graph_time, work, 12 * n * size.n_neighbors, searching))
+    work = 2.0 * n * n_classes * d * (steps + 1) * size.runs
+    stages.append(stage("solve", solve_time, work, read + state, solving))
+    written = TABLE_BYTES * n + 12 * n_classes * d
+    stages.append(stage("write", n / TABLE_RATE, 0, written, solving))
+    limit = limit_of(device, parse_memory(model.memory))
+    block, how = gemm_rows(device, n_classes), method or "given"
+    return Plan(size, layout, passes, block, how, limit, tuple(stages))
 
 
-def _solve_seconds(
-    size: Size,
-    parameters: Parameters,
-    truncation: Truncation | None,
-    device: torch.device,
-    backend: str,
-) -> float:
+def _solve_seconds(size: Size, layout: Layout, model: TransCLIP, device: torch.device) -> float:
     """Of a solve, from two small ones: a part for each row, and one for each step."""
     a_pass = 2.0 * size.n_classes * size.dim  # operations of a row
     work = min(max(TRIAL_SHARE * a_pass * size.n_rows, TRIAL_WORK[0]), TRIAL_WORK[1])
     rows = int(min(max(64, work // a_pass), TRIAL_ROWS, max(2, size.n_rows)))
-    chosen = choose_backend(backend, device, truncation)
-    given = {field.name: getattr(parameters, field.name) for field in fields(Parameters)}
-    trial = Parameters(**given | {"max_iter": TRIAL_STEPS, "tol": 0.0})
+    truncation = layout.candidates and Truncation(layout.candidates, layout.candidates)
+    backend = choose_backend(model.backend, device, truncation or None)
+    given = {field.name: getattr(model, field.name) for field in fields(Parameters)}
+    parameters = Parameters(**given | {"max_iter": TRIAL_STEPS, "tol": 0.0})
 
     def seconds(n: int) -> float:
         features, prior, graph = _made(n, size, device)
-        source = Rows(features, device=device)
+        source = Rows(features.half(), device=device, held=layout.held)
 
         def run() -> None:
-            how = {"kl_weight": 1.0, "truncation": truncation, "backend": chosen}
-            solve(source, prior, graph, trial, **how)  # type: ignore[arg-type]
+            how = {"kl_weight": 1.0, "truncation": truncation or None, "backend": backend}
+            solve(source, prior, graph, parameters, **how)  # type: ignore[arg-type]
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
@@ -228,7 +214,8 @@ def _solve_seconds(
     half, whole = seconds(few), seconds(rows)
     a_row = max(0.0, whole - half) / max(1, rows - few)
     a_step = max(0.0, whole - rows * a_row)
-    return (parameters.max_iter + 2) / (TRIAL_STEPS + 2) * (a_step + size.n_rows * a_row)
+    steps = (model.max_iter + 2) / (TRIAL_STEPS + 2) * size.runs
+    return steps * (a_step + size.n_rows * a_row)
 
 
 def _graph_seconds(size: Size, method: str, device: torch.device) -> float:

@@ -28,8 +28,6 @@ class Rows:
     features : array_like, numpy.memmap or StoredRows (N, d)
     held : bool, optional
         Where not told, what is in a file is streamed and what is in memory is held.
-    columns : int, optional
-        d, where it is known.
 
     Attributes
     ----------
@@ -51,14 +49,13 @@ class Rows:
         device: torch.device | str = "cpu",
         *,
         held: bool | None = None,
-        columns: int | None = None,
     ) -> None:
         self.device, self.dtype = torch.device(device), torch.float32
         self.on_read: Callable[[int], None] | None = None
         self._divisors: torch.Tensor | None = None
         self._ahead: _ReadAhead | None = None
         in_file = isinstance(features, np.memmap | StoredRows)
-        self._source = unread_matrix(features, name, columns)
+        self._source = unread_matrix(features, name)
         self.shape = (len(self._source), self._source.shape[1])
         self._held: torch.Tensor | None = None
         if held is None:
@@ -100,12 +97,16 @@ class Rows:
 
     def blocks(self) -> list[slice]:
         """Slices that cover all rows, each small beside memory."""
-        step = max(64, BLOCK_BYTES // (4 * self.shape[1]))
+        step = self._block_rows
         return [slice(start, start + step) for start in range(0, len(self), step)]
+
+    @property
+    def _block_rows(self) -> int:
+        return max(64, BLOCK_BYTES // (4 * self.shape[1]))
 
     def _host(self, ids: torch.Tensor | slice) -> torch.Tensor:
         """Streamed rows in float32, on the CPU; large slices on all cores."""
-        if isinstance(ids, slice) and ids.stop - ids.start > (size := self.blocks()[0].stop):
+        if isinstance(ids, slice) and ids.stop - ids.start > (size := self._block_rows):
             out = torch.empty(ids.stop - ids.start, self.shape[1], dtype=torch.float32)
 
             def part(first: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ import torch
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.checkpoint import Checkpoint, NoCheckpoint, State
 from transclip_fast.device import exact_float32
-from transclip_fast.errors import InputError
 from transclip_fast.graph import Affinity, NeighborGraph, affinity
-from transclip_fast.graph.affinity import GRAPH_MODES
-from transclip_fast.mixture import COVARIANCES, Mixture, Moments
+from transclip_fast.mixture import Mixture, Moments
 from transclip_fast.ops import Operations, operations
+from transclip_fast.parameters import Parameters
 from transclip_fast.prior import Prior
 from transclip_fast.rows import UnitRows
 from transclip_fast.support import Support
@@ -29,78 +27,6 @@ from transclip_fast.truncation import Truncation
 
 # The likelihood term of M shots, relative to that of N queries, is 50 gamma N / M.
 SUPPORT_SCALE = 50.0
-
-
-@dataclass(kw_only=True)
-class Parameters:
-    """
-    The parameters of the method; the defaults reproduce the published results.
-
-    Parameters
-    ----------
-    n_neighbors : int
-        k, neighbours of each query in the graph.
-    max_iter : int
-        Outer steps: assignments, means, variance. One last update of z follows them.
-    inner_iter : int
-        Sweeps over the assignments in each step.
-    tol : float
-        Stop when a step changes the objective by less than `tol` per query; 0 takes every step.
-    logit_scale : float
-        tau, the temperature of the text prediction.
-    kl_weight : float, optional
-        lambda; 1 zero-shot and 0.5 few-shot where it is not given.
-    likelihood_weight : float
-        Weight of the mixture term.
-    unit_means, update_means, update_variance : bool
-        Keep the means on the unit sphere; update them at all; update the variance.
-    covariance : {"diagonal", "isotropic"}
-    graph_mode : {"symmetric", "directed"}
-        Messages through (W + W^T) / 2k, or through W / k.
-    clamp_similarity : bool
-        Edge weights are max(0, cosine).
-    """
-
-    n_neighbors: int = 3
-    max_iter: int = 10
-    inner_iter: int = 5
-    tol: float = 0.0
-    logit_scale: float = 100.0
-    kl_weight: float | None = None
-    likelihood_weight: float = 1 / 50
-    unit_means: bool = True
-    update_means: bool = True
-    update_variance: bool = True
-    covariance: str = "diagonal"
-    graph_mode: str = "symmetric"
-    clamp_similarity: bool = False
-
-    def check(self) -> None:
-        """Raise InputError for a value outside its range."""
-        for name, least in (("n_neighbors", 1), ("max_iter", 0), ("inner_iter", 1)):
-            check_number(name, getattr(self, name), least)
-        for name in ("tol", "logit_scale", "likelihood_weight"):
-            check_weight(name, getattr(self, name))
-        if self.kl_weight is not None:
-            check_weight("kl_weight", self.kl_weight)
-        for name in ("unit_means", "update_means", "update_variance", "clamp_similarity"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name, allowed in (("covariance", COVARIANCES), ("graph_mode", GRAPH_MODES)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-
-
-def check_number(name: str, value: object, least: int) -> None:
-    """Raise InputError unless a parameter is a whole number of at least that."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
-
-
-def check_weight(name: str, value: object) -> None:
-    """Raise InputError unless a parameter is a number >= 0 that float32 can hold."""
-    if not isinstance(value, Real) or not 0 <= float(value) <= torch.finfo(torch.float32).max:
-        raise InputError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -173,6 +99,8 @@ def solve(
     checkpoint : Checkpoint, optional
         Where the state after an outer step is kept, and found.
     """
+    if support is not None and parameters.published_support_rows:
+        graph, support = support.published(graph, clamp_similarity=parameters.clamp_similarity)
     ops, checkpoint = operations(backend), checkpoint or NoCheckpoint()
     with exact_float32(), ops.session():
         run = _Run(
@@ -187,15 +115,18 @@ def solve(
             truncation=truncation,
         )
         history = run.resume(checkpoint.load())
+        labels = None if progress is None else run.z.best()[0]
+        if progress is not None and history:
+            progress(Step(len(history), history[-1] / len(features), 0))
         while not _finished(history, parameters, len(features)):
-            before = run.z.best()[0] if progress is not None else None
             run.update_assignments()
             run.update_means()
             run.update_variance()
             history.append(run.objective())
             checkpoint.keep(partial(run.state, history))
-            if progress is not None and before is not None:
-                changed = int((run.z.best()[0] != before).sum())
+            if progress is not None:
+                labels, before = run.z.best()[0], labels
+                changed = int((labels != before).sum())
                 progress(Step(len(history), history[-1] / len(features), changed))
         n_iter = len(history)
         run.update_assignments()
@@ -234,7 +165,7 @@ class _Run:
     ) -> None:
         self.ops, self.features, self.prior, self.parameters = ops, features, prior, parameters
         self.kl_weight, self.support = kl_weight, support
-        self.support_weight = SUPPORT_SCALE * gamma / support.n_rows if support else 0.0  # w
+        self.support_weight = SUPPORT_SCALE * gamma / len(support) if support else 0.0  # w
         self.z = Assignments.empty(len(features), prior.n_classes, truncation, features.device)
         self.prior_normaliser, log_weights, rows = ops.start(
             features, prior.weights, prior.log_probabilities, out=self.z
@@ -260,7 +191,10 @@ class _Run:
         self.spare = self.z.empty_like()  # the Jacobi sweep writes here, then the two swap
         self.base = Scores.empty(self.affinity.reach(), prior.n_classes, truncation)
         self.squares = ops.sum_of_squares(features)
-        self.moments: Moments  # of the z that update_assignments leaves
+        # Of the z that update_assignments leaves: of the queries, and with the support's, where
+        # the queries' mass is 1.
+        self.moments: Moments
+        self.pooled: Moments
 
     def update_assignments(self) -> None:
         """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), several sweeps."""
@@ -285,19 +219,20 @@ class _Run:
             self.z, self.spare = new, self.z
         sums, counts = self.ops.class_sums(self.z, self.features, self.nodes)
         self.moments = Moments(counts, sums, self.squares)
+        self.pooled = self.moments * (1 / len(self.features))
+        if self.support is not None:
+            self.pooled = self.pooled + self.support.moments * self.support_weight
 
     def update_means(self) -> None:
         """mu_k <- unit(Z^T F / N + w Y^T S)."""
         if self.parameters.update_means:
-            self.mixture = self.mixture.update_means(
-                self._pooled(), unit=self.parameters.unit_means
-            )
+            self.mixture = self.mixture.update_means(self.pooled, unit=self.parameters.unit_means)
 
     def update_variance(self) -> None:
         """sigma^2 <- the mean squared distance to the new means, under the new z."""
         if self.parameters.update_variance:
             self.mixture = self.mixture.update_variance(
-                self._pooled(), covariance=self.parameters.covariance
+                self.pooled, covariance=self.parameters.covariance
             )
 
     def objective(self) -> float:
@@ -345,11 +280,6 @@ class _Run:
         """z in the order of the features, once nothing else is needed."""
         del self.spare, self.base
         return self.z if self.nodes is None else self.z.take(self.nodes)
-
-    def _pooled(self) -> Moments:
-        """Moments of queries and support together, the queries' mass being 1."""
-        pooled = self.moments * (1 / len(self.features))
-        return pooled + self.support.moments * self.support_weight if self.support else pooled
 
 
 def predict(

@@ -17,13 +17,15 @@ from transclip_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows (n, d) in C order, `offset` bytes into a file as it was when it was found."""
+    """
+    Rows (n, d) in C order, `offset` bytes into a file; `state` is the file's when it was found.
+    """
 
     path: Path
     shape: tuple[int, int]
     dtype: np.dtype[Any]
     offset: int
-    written: int  # st_mtime_ns
+    state: tuple[int, ...]
 
     @classmethod
     def find(cls, path: Path) -> Shard | None:
@@ -35,14 +37,14 @@ class Shard:
         ValueError, OSError, EOFError
             Damaged or truncated, as numpy says.
         """
-        written = os.stat(path).st_mtime_ns
+        state = _state(os.stat(path))
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         plain = array.dtype.kind == "f" and array.dtype.isnative and array.dtype.itemsize <= 8
         if not isinstance(array, np.memmap) or array.ndim != 2 or not plain:
             return None
         if not array.flags.c_contiguous:
             return None
-        return cls(path, array.shape, array.dtype, array.offset, written)
+        return cls(path, array.shape, array.dtype, array.offset, state)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """
@@ -71,14 +73,19 @@ class Shard:
             self._check(os.stat(self.path))
             # Not kept: each row that is touched brings 64 KiB of its neighbours into memory.
             mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # ValueError: shorter than it was
+            raise InputError(f"{self.path}: cannot be read ({error})") from error
         taken: np.ndarray = mapped[rows]
         return taken
 
     def _check(self, found: os.stat_result) -> None:
-        if found.st_mtime_ns != self.written:
+        if _state(found) != self.state:
             raise InputError(f"{self.path}: was changed while it was read; start again")
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """What differs where a file was written or replaced, even by one of the same time and size."""
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 class StoredRows:
@@ -103,7 +110,10 @@ class StoredRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, ids: slice | np.ndarray) -> np.ndarray:
+    def __getitem__(self, ids: slice | int | np.ndarray) -> np.ndarray:
+        if isinstance(ids, int):
+            row: np.ndarray = self[ids : ids + 1][0]
+            return row
         if not isinstance(ids, slice):
             return self._take(ids)
         start, stop, _ = ids.indices(len(self))

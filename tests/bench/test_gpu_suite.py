@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import gpu_suite
+from bench.gpu_eva import EvaTower
 from bench.gpu_problems import (
     lists,
     made_graph,
@@ -96,3 +97,23 @@ def test_lines_and_table(tmp_path, monkeypatch, capsys):
 def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert gpu_suite.main(["--out", str(tmp_path)]) == 2
     assert "needs a GPU" in capsys.readouterr().out
+
+
+def test_the_eva_tower_is_timms():
+    from timm.models.eva import Eva
+
+    theirs = Eva(
+        img_size=28, patch_size=14, embed_dim=24, depth=2, num_heads=3, mlp_ratio=5,
+        qkv_bias=False, global_pool="token", num_classes=0,
+        norm_layer=lambda width, **kinds: torch.nn.RMSNorm(width, eps=1e-6, **kinds),
+    ).eval()  # fmt: skip
+    ours = EvaTower(24, 2, 3, 5, 28, 14).draw(0)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_operations_of_eva_8b():
+    tower = EvaTower(device="meta")
+    assert sum(p.numel() for p in tower.parameters()) == 7_520_845_824
+    assert 3.85e12 < tower.operations() < 3.95e12

@@ -16,18 +16,47 @@ def test_of_sizes(succeeds):
     shape = ("--queries", 50_000, "--classes", 300, "--dim", 64)
     found = plan_of(succeeds, *shape)
     assert found["size"]["n_rows"] == 50_000
-    assert found["candidates"] == 128
+    assert found["layout"] == {"candidates": 128, "held": True}
     assert found["passes"] == 24
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert list(stages) == ["load", "graph", "solve", "write"]
-    assert stages["load"]["disk"] == 2 * 50_000 * 64
+    assert stages["load"]["disk"] == 3 * 2 * 50_000 * 64
+    assert stages["graph"]["disk"] == 12 * 3 * 50_000
+    assert stages["solve"]["disk"] == 2 * 50_000 * 64 + 11 * 40 * 50_000
     assert stages["solve"]["work"] == 12 * 2 * 50_000 * 300 * 64
     assert found["graph"] == "anchored"
     assert all(stage["seconds"] > 0 for stage in found["stages"])
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
     assert found["peak"] == max(stage["host"] for stage in found["stages"]) <= found["limit"]
     text = succeeds("plan", *shape)
     assert "50,000 rows, 300 classes, 64 dimensions, 3 neighbours" in text
     assert "plan: sparse, 128 candidates a row, features held, anchored graph, at most" in text
+
+
+def test_streamed_features_are_read_in_every_pass(succeeds):
+    shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 512, "--graph", "somewhere")
+    found = plan_of(succeeds, *shape, "--candidates", 32, "--max-iter", 2, "--memory", "4GiB")
+    assert found["layout"] == {"candidates": 32, "held": False}
+    assert found["passes"] == 8
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert list(stages) == ["load", "solve", "write"]
+    rows = 2 * 2_000_000 * 512
+    assert stages["solve"]["disk"] == 8 * rows + 3 * 40 * 2_000_000
+    assert found["graph"] == "given"
+
+
+def test_runs_of_gamma_and_given_priors_count(save, arrays, succeeds):
+    plain = plan_of(succeeds, save(arrays))
+    features, labels = arrays["image_features"], arrays["labels"]
+    shots = {"support_features": features[:20], "support_labels": labels[:20]}
+    few_shot = plan_of(succeeds, save(arrays | shots))
+    assert (plain["passes"], few_shot["passes"]) == (24, 4 * 24)
+    assert few_shot["stages"][2]["work"] == 4 * plain["stages"][2]["work"]
+    assert plan_of(succeeds, save(arrays | shots), "--gamma", 0.02)["passes"] == 24
+    prior = {"prior": np.full((77, 6), 1 / 6, np.float32)}
+    given = plan_of(succeeds, save(arrays | prior))
+    assert given["passes"] == 23
+    assert given["size"]["given"] == plain["size"]["given"] + 16 * 77 * 6
 
 
 def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
@@ -36,7 +65,7 @@ def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
     command = (save(arrays), "--assignments", "sparse", "--candidates", 5)
     found = plan_of(succeeds, *command)
     summary = json.loads(succeeds("solve", *command, "--out", tmp_path / "result", "--json"))
-    assert summary["truncation"]["candidates"] == found["candidates"] == 5
+    assert summary["truncation"]["candidates"] == found["layout"]["candidates"] == 5
     assert summary["memory"]["allowed"] > summary["memory"]["planned"]
 
 
@@ -46,6 +75,12 @@ def test_solve_says_it_first(save, arrays, succeeds, tmp_path):
     first = succeeds("solve", file, "--out", tmp_path / "result").splitlines()[0]
     assert first.startswith("plan: dense, features held, exact graph, at most ")
     assert line.startswith(first.partition(" at most")[0])
+
+
+def test_the_memory_of_a_search_counts(refused):
+    shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 64, "--candidates", 32)
+    told = refused("plan", *shape, "--memory", "3GiB")
+    assert "memory: searching the neighbours of 2,000,000 rows needs 4." in told
 
 
 @pytest.mark.parametrize("command", ["plan", "solve"])
@@ -64,7 +99,7 @@ def test_what_does_not_fit_is_refused(command, save, arrays, refused, tmp_path):
         (("none.npz",), "none.npz: no such file"),
         (("none.npz", "--queries", 5), "not both"),
         (("--queries", 5, "--classes", 3, "--dim", 3, "--memory", "lots"), "a size like 8GiB"),
-        (("--queries", 5, "--classes", 3, "--dim", 3, "--assignments", "x"), "assignments='x'"),
+        (("--queries", 5, "--classes", 3, "--dim", 3, "--candidates", 0), "candidates must be"),
     ],
 )
 def test_bad_input(args, told, refused):

@@ -130,7 +130,7 @@ def test_what_was_kept_of_another_solve_is_not_used(
     ran = cli(*command)
     assert ran.code == 0
     assert len(steps) == 4
-    told = "result.solve-0.0.npz: is of other input or parameters; solve-0.0 begins anew"
+    told = "result.solve-0.npz: is of other input or parameters; solve-0 begins anew"
     assert told in ran.err
     after = results(tmp_path / "result")
     ran = cli(*command)
@@ -143,11 +143,11 @@ def test_what_was_kept_of_another_solve_is_not_used(
 def test_a_damaged_state_is_not_used(arrays, save, cli, killed, steps, tmp_path):
     command = ("solve", save(arrays), "--max-iter", 3, "--out", tmp_path / "result")
     killed(3, *command)
-    file = tmp_path / ".result.solve-0.0.npz"
+    file = tmp_path / ".result.solve-0.npz"
     file.write_bytes(file.read_bytes()[:300])
     steps.clear()
     ran = cli(*command)
     assert ran.code == 0
     assert "damaged or truncated" in ran.err
-    assert ran.err.endswith("solve-0.0 begins anew\n")
+    assert ran.err.endswith("solve-0 begins anew\n")
     assert len(steps) == 4

@@ -9,8 +9,10 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.cli.conftest import contents
 from transclip_fast.store.features import load_features
@@ -56,6 +58,56 @@ def test_encode_makes_a_folder_that_solve_opens(images, names, tiny, succeeds, c
     assert set(table["label_name"].to_pylist()) <= {"cat", "dog"}
 
 
+def test_encode_tells_what_it_waited_for(images, tiny, succeeds, tmp_path):
+    command = ("encode", images(12), *tiny, "--out", tmp_path / "out", "--json")
+    fast = json.loads(succeeds(*command))["throughput"]
+    assert (fast["images"], fast["batch_size"]) == (12, 64)
+    assert fast["images_per_second"] == pytest.approx(12 / fast["seconds"])
+    assert list(fast["waiting"]) == ["images", "model", "writing"]
+    assert 0 < sum(fast["waiting"].values()) <= 1
+    assert fast["waiting"][fast["bottleneck"]] == max(fast["waiting"].values())
+    assert json.loads(succeeds(*command))["throughput"] is None  # all was there
+
+
+def test_synthetic(tiny, succeeds, refused, monkeypatch):
+    monkeypatch.setattr("transclip_fast.encode.fit.TIMED_SECONDS", 0)
+    assert "images a second in batches of 64, the model alone" in succeeds(
+        "encode", "--synthetic", *tiny
+    )
+    summary = json.loads(succeeds("encode", "--synthetic", *tiny, "--batch-size", 5, "--json"))
+    assert summary["batch_size"] == 5
+    assert summary["images_per_second"] > 0
+    assert "needs IMAGES and --out" in refused("encode", *tiny)
+
+
+def test_run_is_one_process(images, names, tiny, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ("run", images(), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert "run is one process" in refused(*command)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 3e-2), ("fp16", 3e-3)])
+def test_a_folder_as_a_model_in_another_precision(images, succeeds, tmp_path, precision, error):
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
+        "text_cfg": {"width": 32, "heads": 2, "layers": 2},
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    net = open_clip.CLIP(**config)
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "model/tuned.pt")
+    rows = []
+    for kind in ("fp32", precision):
+        succeeds(
+            "encode", images(6), "--model", tmp_path / "model", "--precision", kind,
+            "--workers", 0, "--out", tmp_path / kind,
+        )  # fmt: skip
+        rows.append(np.load(tmp_path / kind / "img_emb/img_emb_00000.npy").astype(float))
+    np.testing.assert_allclose(rows[1], rows[0], atol=error)
+    assert not np.array_equal(*rows)
+
+
 def test_encode_without_classes_has_no_prototypes(images, tiny, succeeds, refused, tmp_path):
     succeeds("encode", images(), *tiny, "--out", tmp_path / "features")
     assert not (tmp_path / "features/prototypes.npy").exists()
@@ -80,9 +132,10 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     for stage in ("encode.load_backbone", "run.kept_graph", "run.solve_features"):
         monkeypatch.setattr(f"transclip_fast.cli.{stage}", None)
     again = cli(*command)
-    plan, _, report = first.out.partition("\n")
-    assert plan.startswith("plan: dense, features held, given graph, at most ")
-    assert (again.code, again.out) == (0, report)
+    lines = first.out.splitlines(keepends=True)
+    assert (again.code, again.out) == (0, lines[1] + "".join(lines[3:]))
+    assert lines[0].startswith("plan: dense, features held, exact graph, at most ")
+    assert "images a second in batches of 64; time spent waiting for images" in lines[2]
     assert contents(tmp_path / "out") == before
 
 
@@ -200,3 +253,46 @@ def test_demo(cli, tmp_path, no_network):
         assert numbers["accuracy"] == round(100 * (label == truth).mean(), 4)
         assert numbers["zero_shot_accuracy"] == round(100 * (zero_shot == truth).mean(), 4)
     assert (tmp_path / "demo/changed.png").stat().st_size > 10_000
+
+
+def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp_path):
+    folder = images(12)
+    entries = [
+        [f"{name}/{i:03}.png", k, ("a_cat", "dog")[k]]
+        for i in range(12)
+        for k, name in enumerate(("cat", "dog"))
+        if i % 2 == k
+    ]
+    parts = {"train": entries[:4], "val": entries[4:6], "test": entries[6:]}
+    file = folder.parent / "split_zhou.json"
+    file.write_text(json.dumps(parts))
+    for split in parts:
+        succeeds("encode", file, "--split", split, *tiny, "--out", tmp_path / "pets" / split)
+    stored = load_features(tmp_path / "pets/test")
+    assert stored.class_names == ["a cat", "dog"]
+    assert stored.keys == [path for path, *_ in parts["test"]]
+    assert stored.get("labels").tolist() == [label for _, label, _ in parts["test"]]
+    assert stored.get("text_features").shape[0] == 2
+    ran = cli(
+        "protocol", "few-shot", tmp_path / "pets", "--head", "tip-adapter", "--shots", "2",
+        "--seeds", "1", "--out", tmp_path / "table",
+    )  # fmt: skip
+    assert ran.code == 0
+    assert "| pets | tip-adapter | 2 | 1 |" in ran.out
+    assert cli("run", file, *tiny, "--out", tmp_path / "out").code == 0
+
+
+def test_a_split_that_is_not_there(images, tiny, refused, tmp_path):
+    folder = images(2)
+    (tmp_path / "split.json").write_text('{"test": [["../x.png", 0, "cat"]]}')
+    for path, told in ((tmp_path / "split.json", "has no split 'val'"), (folder, "leave them out")):
+        out = ("--out", tmp_path / "features")
+        assert told in refused("encode", path, "--split", "val", *tiny, *out)
+
+
+def test_run_refuses_before_it_encodes(images, tiny, names, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("transclip_fast.cli.encode.encode_with", None)
+    command = ("run", images(12), "--classes", names, *tiny, "--memory", "100MiB")
+    ran = cli(*command, "--out", tmp_path / "out")
+    assert (ran.code, ran.out) == (2, "")
+    assert "error: memory: 12 rows and 2 classes, dense, need" in ran.err

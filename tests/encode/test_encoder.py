@@ -16,7 +16,7 @@ from PIL import Image
 
 from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
-from transclip_fast.encode import encoder
+from transclip_fast.encode import encoder, feed
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts
 from transclip_fast.errors import InputError
@@ -30,7 +30,7 @@ TEXT = ClassPrompts(["dog", "cat"], [["a dog"], ["a cat"]], "here")
 def encode(folder, backbone, out, text=TEXT, **options):
     options = {"batch_size": 2, "workers": 0, "shard_rows": 3, **options}
     source = open_source(folder, folder_labels=True)
-    return encode_with(source, backbone, str(out), text, Stages(), **options)
+    return encode_with(source, backbone, str(out), text, Stages(), **options).writer
 
 
 def contents(folder):
@@ -205,7 +205,9 @@ def test_progress_counts_failures_and_what_was_there(images, backbone, tmp_path)
     shard = tmp_path / "out/img_emb/img_emb_00002.npy"
     shard.unlink()
     writer = FeatureWriter(tmp_path / "out", writer.config, writer.table)
-    encoder.encode_images(open_source(folder), backbone, writer, workers=0, progress=seen.append)
+    encoder.encode_images(
+        open_source(folder), backbone, writer, [2], workers=0, progress=seen.append
+    )
     assert [(state.done, state.total) for state in seen] == [(7, 7)]
     assert 0 <= seen[0].waiting <= 1
 
@@ -217,7 +219,7 @@ def test_a_kill_between_any_two_writes_is_continued(images, backbone, tmp_path, 
     rename, renames = Path.rename, []
     monkeypatch.setattr(Path, "rename", lambda *paths: (renames.append(1), rename(*paths))[1])
     encode(folder, backbone, tmp_path / "counted")
-    monkeypatch.setattr(encoder, "PREFETCH", 1)
+    monkeypatch.setattr(feed, "PREFETCH", 1)
     for last in range(len(renames)):
         left = [last]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import open_clip
 import pytest
 import torch
 from huggingface_hub import constants
 
+from transclip_fast.encode.fit import fitting_batch_size, made_images
 from transclip_fast.encode.models import identify, load_backbone
+from transclip_fast.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -59,3 +63,148 @@ def test_the_hub_is_asked_only_for_what_is_not_in_its_cache(monkeypatch, cached)
     load_backbone("ViT-S-32", "none", torch.device("cpu"))
     assert offline == ([True] if cached else [True, before])
     assert before == constants.HF_HUB_OFFLINE
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small CLIP that open_clip knows by name."""
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
+        "text_cfg": {"width": 32, "heads": 2, "layers": 2},
+    }
+    file = tmp_path_factory.mktemp("configs") / "small-clip.json"
+    file.write_text(json.dumps(config))
+    open_clip.add_model_config(file)
+    return "small-clip"
+
+
+def saved(tmp_path, wrap, name="tuned.pt"):
+    """A checkpoint of random weights as training scripts write it; its tensors."""
+    draw = torch.Generator().manual_seed(3)
+    net = open_clip.create_model("small-clip")
+    weights = {k: torch.randn(v.shape, generator=draw) / 9 for k, v in net.state_dict().items()}
+    torch.save(wrap(weights), tmp_path / name)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}},
+        lambda weights: {"model": {f"clip_model.{k}": v for k, v in weights.items()}, "step": 1},
+        lambda weights: {
+            "model": {"state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}}
+        },
+        lambda weights: {k: v for k, v in weights.items() if k != "logit_scale"},
+        lambda weights: weights | {"input_resolution": torch.tensor(224)},
+    ],
+)
+def test_checkpoints_of_training_scripts(small, tmp_path, wrap):
+    weights = saved(tmp_path, wrap)
+    backbone = load_backbone("small-clip", str(tmp_path / "tuned.pt"), torch.device("cpu"))
+    for name, tensor in backbone.model.state_dict().items():
+        assert name == "logit_scale" or torch.equal(tensor, weights[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_file_gives_what_open_clip_gives(small, tmp_path, precision):
+    """Types, outputs and preprocessing are those of open_clip's own loading."""
+    saved(tmp_path, lambda weights: weights)
+    path = str(tmp_path / "tuned.pt")
+    backbone = load_backbone("small-clip", path, torch.device("cpu"), precision)
+    net, _, preprocess = open_clip.create_model_and_transforms(
+        "small-clip", pretrained=path, precision=precision
+    )
+    net.eval()
+    types = {name: tensor.dtype for name, tensor in net.state_dict().items()}
+    assert {n: t.dtype for n, t in backbone.model.state_dict().items()} == types
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = backbone.tokenizer(["a cat", "a dog"])
+    with torch.inference_mode():
+        assert torch.equal(
+            backbone.model.encode_image(image.to(backbone.dtype)),
+            net.encode_image(image.to(backbone.dtype)),
+        )
+        assert torch.equal(backbone.model.encode_text(tokens), net.encode_text(tokens))
+    assert backbone.identity["preprocessing"] == open_clip.get_model_preprocess_cfg(net)
+    assert str(backbone.preprocess) == str(preprocess)
+    assert backbone.identity["precision"] == precision
+
+
+def a_folder(tmp_path, **preprocess):
+    """A model as a folder: configuration and weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_cfg": open_clip.get_model_config("small-clip"), "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_folder_with_its_configuration(small, tmp_path):
+    folder = a_folder(tmp_path, mean=[0.5] * 3, std=[0.25] * 3, resize_mode="squash")
+    weights = saved(folder, lambda weights: weights, "open_clip_pytorch_model.bin")
+    backbone = load_backbone(str(folder), None, torch.device("cpu"))
+    assert torch.equal(backbone.model.state_dict()["visual.proj"], weights["visual.proj"])
+    assert backbone.identity["preprocessing"]["mean"] == [0.5] * 3
+    assert backbone.identity["preprocessing"]["resize_mode"] == "squash"
+    first = identify(str(folder), None)
+    folder.rename(tmp_path / "elsewhere")
+    assert identify(str(tmp_path / "elsewhere"), None) == first
+
+
+def test_folders_that_are_none(small, tmp_path):
+    folder = a_folder(tmp_path)
+    with pytest.raises(InputError, match="holds no checkpoints"):
+        identify(str(folder), None)
+    for name in ("a.pt", "b.pt"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(InputError, match="holds several checkpoints"):
+        identify(str(folder), None)
+    (folder / "a.pt").unlink()
+    (folder / "b.pt").unlink()
+    (tmp_path / "outside.pt").write_bytes(b"")
+    (folder / "a.pt").symlink_to(tmp_path / "outside.pt")
+    with pytest.raises(InputError, match="leads out of"):
+        identify(str(folder), None)
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(InputError, match="has no vision_cfg and text_cfg"):
+        load_backbone(str(folder), "none", torch.device("cpu"))
+    (folder / "open_clip_config.json").unlink()
+    with pytest.raises(InputError, match="has no open_clip_config.json"):
+        identify(str(folder), None)
+
+
+def test_a_name_needs_weights(small):
+    with pytest.raises(InputError, match="needs --pretrained"):
+        identify("small-clip", None)
+
+
+def test_a_compiled_tower_sees_whole_batches(small, monkeypatch):
+    seen = []
+
+    def compile_(function, dynamic):
+        assert dynamic is False
+
+        def compiled(images):
+            seen.append(len(images))
+            return function(images)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    device = torch.device("cpu")
+    compiled = load_backbone("small-clip", "none", device, "fp32", True)
+    plain = load_backbone("small-clip", "none", device)
+    images = made_images(plain, 3)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.embed(images, 8), plain.embed(images, 8))
+    assert seen == [8]
+    assert compiled.identity == {**plain.identity, "compiled": True}
+
+
+def test_a_cpu_takes_the_usual_batch(small):
+    backbone = load_backbone("small-clip", "none", torch.device("cpu"))
+    assert fitting_batch_size(backbone, 4096) == 64
+    assert fitting_batch_size(backbone, 10) == 10

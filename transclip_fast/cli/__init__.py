@@ -13,11 +13,13 @@ COMMANDS = {
     "demo": "Handwritten digits, from images to labels, offline.",
     "run": "Images and class names to labels, in one go.",
     "encode": "Images and class names to a feature folder.",
+    "convert": "A checkpoint to one file that loads without a copy.",
     "solve": "Features to labels, all of them jointly.",
     "predict": "Label new rows with the mixture of a result.",
     "evaluate": "Compare a result with the true labels.",
     "graph": "Features to neighbour lists, for several solves.",
     "plan": "Memory and time of a solve, before it.",
+    "protocol": "Tables over data sets, shots and seeds, as papers have them.",
     "doctor": "Versions, devices and known conflicts.",
 }
 

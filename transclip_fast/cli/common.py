@@ -45,6 +45,9 @@ recall_option = click.option(
     type=click.FloatRange(0, 1),
     help="What an approximate graph must reach, measured on 1000 rows.",
 )
+image_map_option = click.option(
+    "--image-map", type=click.Path(), help="Matrix (d, d) that the image features are mapped by."
+)
 
 
 class Stages:

@@ -17,12 +17,12 @@ from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph import METHODS, NeighborGraph, build_graph
 from transclip_fast.rows import Rows
-from transclip_fast.store.atomic import new_folder, writing
-from transclip_fast.store.checkpoint import FileCheckpoint, forget
+from transclip_fast.store.atomic import HIDDEN, beside, new_folder, writing
+from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features, array_sha256, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
 
-CHECKPOINT_SECONDS = 30.0
+SEARCH, CHECKPOINT_SECONDS = "search", 30.0  # what is kept of a search, and how often
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def command(
     stages = common.Stages()
     chosen = resolve_device(device)
     with stages.time("load"):
-        stored = load_features(features, {"prototypes": anchor_file})
+        stored = load_features(features, {"prototypes": anchor_file}, shots=0)
     options = GraphOptions(method, recall)
     graph, manifest = graph_features(stored, out, n_neighbors, chosen, stages, options)
     text = f"{len(graph):,} rows, {n_neighbors} neighbours each: {describe(graph.info)}, "
@@ -137,9 +137,12 @@ def graph_features(
     `rows` are their unit rows, where they are at hand.
     """
     identity = _identity(stored, n_neighbors, options) | {"device": device.type}
-    checkpoint = FileCheckpoint(out, "search", identity, CHECKPOINT_SECONDS)
+    checkpoint = FileCheckpoint(out, SEARCH, identity, CHECKPOINT_SECONDS)
     origins = {"features": stored.origins["image_features"], "anchors": stored.path}
-    with common.collected_warnings(origins) as warnings, new_folder(out, CONTENTS) as folder:
+    with (
+        common.collected_warnings(origins) as warnings,
+        new_folder(out, CONTENTS, obsolete=files(out, SEARCH)) as folder,
+    ):
         with (
             common.named(origins, stored.path),
             stages.time("graph"),
@@ -165,7 +168,6 @@ def graph_features(
         }
         with writing(out):
             save_graph(folder, graph, manifest)
-    forget(out, "search")
     return graph, manifest
 
 
@@ -185,6 +187,11 @@ def kept_graph(
             graph = load_graph(folder, stored.sha256())
             return graph.check(len(stored.get("image_features")), n_neighbors)
     return graph_features(stored, str(folder), n_neighbors, device, stages, options, rows)[0]
+
+
+def left_by(folder: Path) -> list[Path]:
+    """A graph folder, and all that a killed search of it may have left."""
+    return [folder, *(beside(folder, name) for name in HIDDEN), *files(folder, SEARCH)]
 
 
 def _identity(stored: Features, n_neighbors: int, options: GraphOptions) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transclip_fast.prior import GivenPrior, LinearPrior, Prior
 from transclip_fast.solver import predict
 from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.maps import map_features
 from transclip_fast.store.results import (
     CONTENTS,
     load_mixture,
@@ -34,6 +35,7 @@ from transclip_fast.store.results import (
 @click.option("--prior", type=click.Path(), help="Probabilities (N, K) of the new rows.")
 @click.option("--prior-logits", type=click.Path(), help="Logits (N, K) of the new rows.")
 @click.option("--labels", type=click.Path(), help="True labels (N,) of the new rows.")
+@common.image_map_option
 @common.device_option
 @common.json_option
 def command(
@@ -43,6 +45,7 @@ def command(
     prior: str | None,
     prior_logits: str | None,
     labels: str | None,
+    image_map: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -68,8 +71,19 @@ def command(
                 "leave the option out"
             )
         stored = load_features(
-            new_features, {"prior": prior, "prior_logits": prior_logits, "labels": labels}
+            new_features,
+            {"prior": prior, "prior_logits": prior_logits, "labels": labels},
+            shots=0,
+            n_classes=len(mixture.means),
         )
+        map_features(stored, image=image_map)
+        known = solved.get("maps", {}).get("image_map")
+        if stored.maps.get("image_map") != known:
+            raise InputError(
+                f"{result}: was solved without an image map; leave out --image-map"
+                if known is None
+                else f"{result}: was solved with an image map; give the same --image-map"
+            )
         stored.class_names = solved["class_names"]
     n_classes, d = mixture.means.shape
     with common.collected_warnings(stored.origins) as warnings, new_folder(out, CONTENTS) as folder:
@@ -98,6 +112,7 @@ def command(
             "class_names": stored.class_names,
             "config": solved["config"],
             "inputs_sha256": stored.inputs_sha256(),
+            "maps": stored.maps,
             "versions": common.versions(),
             "warnings": warnings,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
 from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph, method_option
-from transclip_fast.cli.solve import requested, solve_features
+from transclip_fast.cli.options import requested
+from transclip_fast.cli.plan import plan_of_size
+from transclip_fast.cli.solve import solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
@@ -36,9 +39,10 @@ def command(
 ) -> None:
     """Label IMAGES with the class names in --classes: encode, graph, solve, report.
 
-    IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths, or
-    webdataset tars. --out receives the folders features/, graph/ and result/. Started again it
-    skips each stage that is whole, and continues an encode that was killed.
+    IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
+    webdataset tars, or a .json of splits as CoOp has them. --out receives the folders features/,
+    graph/ and result/. Started again it skips each stage that is whole, and continues an encode
+    that was killed.
 
     \b
     Example:
@@ -46,19 +50,28 @@ def command(
     """
     strict = options.pop("strict")
     graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
-    if options["names"] is None:
+    if options["names"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
+    model, planned = TransCLIP(device=device, memory=memory), []
+
+    def foresee(n_rows: int, n_classes: int, dim: int) -> None:
+        planned.append(plan_of_size(n_rows, n_classes, dim, model, graph_options.method))
+        if not as_json:
+            click.echo(planned[0].line())
+
     with common.collected_warnings({}) as warnings:
-        writer, seconds = encode(images, str(folder / "features"), device, **options)
-        encoded, encoded_text = report(writer, str(folder / "features"))
-        solved, solved_text = solve_folder(
-            folder, TransCLIP(device=device, memory=memory), graph_options, quiet=as_json
-        )
+        made = encode(images, str(folder / "features"), device, foresee=foresee, **options)
+        encoded, encoded_text = report(made, str(folder / "features"))
+        quiet = as_json or bool(planned)
+        solved, solved_text = solve_folder(folder, model, graph_options, quiet=quiet)
     summary = {
         **solved,
         "failures": encoded["failures"],
-        "seconds": {**seconds, **solved["seconds"]},
+        "throughput": encoded["throughput"],
+        "seconds": {**made.seconds, **solved["seconds"]},
         "warnings": [*warnings, *solved["warnings"]],
     }
     common.summarise(summary, f"{encoded_text}\n{solved_text}", as_json)

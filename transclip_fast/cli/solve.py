@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,93 +11,41 @@ import click
 import numpy as np
 
 from transclip_fast.cli import common
-from transclip_fast.cli.graph import AUTO, GraphOptions, describe, kept_graph, method_option
+from transclip_fast.cli.graph import (
+    AUTO,
+    GraphOptions,
+    describe,
+    kept_graph,
+    left_by,
+    method_option,
+)
+from transclip_fast.cli.head import FittedHead, fit_stored_head
+from transclip_fast.cli.options import (
+    FIT_ARRAYS,
+    array_options,
+    model_of,
+    parameter_options,
+    requested,
+)
 from transclip_fast.cli.plan import plan_of
-from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.estimator import TransCLIP
+from transclip_fast.estimator import GAMMAS, TransCLIP
 from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
 from transclip_fast.graph import NeighborGraph
-from transclip_fast.graph.affinity import GRAPH_MODES
+from transclip_fast.heads import HEADS, check_head
 from transclip_fast.inputs import as_labels
 from transclip_fast.memory import peak_bytes
-from transclip_fast.mixture import COVARIANCES
-from transclip_fast.ops import BACKENDS
 from transclip_fast.progress import Progress
 from transclip_fast.rows import Rows
 from transclip_fast.store.atomic import beside, new_folder, writing
-from transclip_fast.store.checkpoint import FileCheckpoint, forget
+from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
+from transclip_fast.store.maps import map_features
 from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
-from transclip_fast.truncation import FORMS
 from transclip_fast.version import __version__
 
-FIT_ARRAYS = tuple(
-    name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
-)
-CHOICES = {
-    "covariance": COVARIANCES,
-    "graph_mode": GRAPH_MODES,
-    "assignments": FORMS,
-    "backend": BACKENDS,
-}
-PARAMETERS = {
-    "n_neighbors": "Neighbours of each query in the graph.",
-    "max_iter": "Outer steps.",
-    "inner_iter": "Sweeps over the assignments in each step.",
-    "tol": "Stop when a step changes the objective by less than this, per query.",
-    "logit_scale": "Temperature of the text prediction.",
-    "kl_weight": "Lambda, the tie to the prior.  [default: 1, few-shot 0.5]",
-    "likelihood_weight": "Weight of the mixture.",
-    "unit_means": "Keep class means on the unit sphere.",
-    "update_means": "Update the means.",
-    "update_variance": "Update the variance.",
-    "covariance": "Shape of the shared covariance.",
-    "graph_mode": "Messages both ways along an edge, or only towards its start.",
-    "clamp_similarity": "Edge weights are max(0, cosine).",
-    "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
-}
-COMPUTATION = {
-    "assignments": "All classes of a row, or only its largest.",
-    "candidates": "Sparse: classes of a row that messages reach.  [default: measured]",
-    "rank": "Sparse: classes kept of a row.  [default: as many as candidates]",
-    "backend": "Who computes.",
-    "memory": "What may be used, as 8GiB.  [default: what is free]",
-}
 CHECKPOINT_SECONDS = 1.0
-
-
-def _array_options(command: Callable[..., None]) -> Callable[..., None]:
-    for name in reversed(ARRAYS[1:]):
-        flag = f"--{name.replace('_', '-')}"
-        also = " or a text file, one name a line" if name == "class_names" else ""
-        text = f"{name} from this array file{also}, not from FEATURES."
-        command = click.option(flag, name, type=click.Path(), help=text)(command)
-    return command
-
-
-def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
-    for field in reversed(fields(TransCLIP)):
-        help_text = (PARAMETERS | COMPUTATION).get(field.name)
-        if help_text is None:
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        kind: Any = type(field.default) if field.default is not None else float
-        kind = {"candidates": int, "rank": int, "memory": str}.get(field.name, kind)
-        if kind is bool:
-            flag, kind = f"{flag}/--no-{flag[2:]}", None
-        if field.name in CHOICES:
-            kind = click.Choice(CHOICES[field.name])
-        command = click.option(
-            flag,
-            field.name,
-            default=field.default,
-            type=kind,
-            show_default=field.default is not None,
-            help=help_text,
-        )(command)
-    return command
 
 
 @click.command("solve")
@@ -108,18 +54,31 @@ def _parameter_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
 @method_option("--graph-method")
 @common.recall_option
+@click.option(
+    "--head",
+    help=f"Few-shot method that the shots train, and TransCLIP goes on top of: {', '.join(HEADS)}.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the head's training.")
 @common.device_option
 @common.json_option
-@_array_options
-@_parameter_options
+@array_options
+@click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
+@click.option("--text-map", type=click.Path(), help="Matrix (d, d) that the texts are mapped by.")
+@common.image_map_option
+@parameter_options
 def command(
     features: str,
     out: str,
     graph_folder: str | None,
     method: str,
     recall: float,
+    head: str | None,
+    seed: int,
     device: str,
     as_json: bool,
+    shots: int | None,
+    text_map: str | None,
+    image_map: str | None,
     **options: Any,
 ) -> None:
     """Label all rows of FEATURES jointly.
@@ -127,7 +86,9 @@ def command(
     FEATURES is a feature folder, or a .npz file with image_features (N, d), text_features (K, d)
     and optionally labels (N,), class_names (K,), support_features (M, d), support_labels (M,),
     validation_features, validation_labels, and a prior (N, K), prior_logits (N, K) or prototypes
-    (K, d) of another method. --out receives predictions.parquet, mixture.safetensors and run.json.
+    (K, d) of another method; or a folder of few-shot caches (test_f.pt, keys_16shots.pt, ...). A
+    prior may name the largest classes of a row only: prior_indices (N, m) and prior_values (N, m),
+    or a scipy CSR file. --out receives predictions.parquet, mixture.safetensors and run.json.
 
     \b
     Examples:
@@ -135,19 +96,22 @@ def command(
       transclip-fast solve images.npy --text-features text.npy --class-names names.txt --out result
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
+      transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
+      transclip-fast solve features.npz --head taskres --out result
     """
     stages = common.Stages()
-    model = TransCLIP(
-        device=device, **{name: options[name] for name in (*PARAMETERS, *COMPUTATION)}
-    )
-    model.check()
-    resolve_device(device)
+    model = model_of(options, device)
+    if head is not None:
+        check_head(head)
     with stages.time("load"):
-        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
+        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]}, shots=shots)
+        map_features(stored, text=text_map, image=image_map)
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
     how = GraphOptions(method, recall)
-    run = solve_features(stored, out, model, graph, stages, how, quiet=as_json)
+    run = solve_features(
+        stored, out, model, graph, stages, how, head=head, seed=seed, quiet=as_json
+    )
     common.summarise(run, text(run, out), as_json)
 
 
@@ -159,6 +123,8 @@ def solve_features(
     stages: common.Stages,
     options: GraphOptions = AUTO,
     *,
+    head: str | None = None,
+    seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """
@@ -168,20 +134,23 @@ def solve_features(
     until it is there: the graph, where none was given, and the state after the last step.
     """
     own_graph = beside(out, "graph")
+    states = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
     stored.origins |= {"X": stored.origins["image_features"], out: out, str(own_graph): out}
     with (
         common.collected_warnings(stored.origins) as warnings,
-        new_folder(out, CONTENTS) as folder,
+        new_folder(out, CONTENTS, obsolete=[*states, *left_by(own_graph)]) as folder,
     ):
         with common.named(stored.origins, stored.path):
-            truth = _truth(stored)
-            plan = plan_of(stored, model, options.method if graph is None else None)
+            fitted = fit_stored_head(head, seed, stored, model, stages) if head else None
+            solved = fitted.stored if fitted else stored
+            truth = _truth(solved)
+            plan = plan_of(solved, model, options.method if graph is None else None)
             if not quiet:
                 click.echo(plan.line())
-            source = graph or partial(_search, own_graph, stored, model, stages, options)
-            _fit(model, stored, source, stages, partial(_checkpoint, out, stored))
+            source = graph or partial(_search, own_graph, solved, model, stages, options)
+            _fit(model, solved, source, stages, partial(_checkpoint, out, solved))
         _check(model, stored, truth, warnings)
-        run = _summary(model, stored, truth, warnings)
+        run = _summary(model, stored, truth, warnings, fitted)
         run["seconds"] = stages.seconds
         run["memory"] = {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()}
         tables = prediction_tables(
@@ -192,8 +161,6 @@ def solve_features(
         )
         with writing(out):
             save_result(folder, tables, run, model.tensors())
-    forget(out, "solve-")
-    shutil.rmtree(own_graph, ignore_errors=True)
     return run
 
 
@@ -285,7 +252,11 @@ def _check(
 
 
 def _summary(
-    model: TransCLIP, stored: Features, truth: np.ndarray | None, warnings: list[str]
+    model: TransCLIP,
+    stored: Features,
+    truth: np.ndarray | None,
+    warnings: list[str],
+    fitted: FittedHead | None,
 ) -> dict[str, Any]:
     n_queries, n_classes = model.label_distributions_.shape
     parameters = requested(model)
@@ -293,6 +264,7 @@ def _summary(
         "kind": "solve",
         "accuracy": None if truth is None else accuracy(model.transduction_, truth),
         "zero_shot_accuracy": (None if truth is None else accuracy(model.zero_shot_labels_, truth)),
+        "head": fitted and fitted.summary(truth),
         "n_queries": n_queries,
         "n_classes": n_classes,
         "dim": model.means_.shape[1],
@@ -304,17 +276,13 @@ def _summary(
         "truncation": model.truncation_,
         "device": str(model.device_),
         "inputs_sha256": stored.inputs_sha256(),
+        "maps": stored.maps,
         "class_names": stored.class_names,
         "parameters": parameters,
         "config": {**parameters, "kl_weight": model.kl_weight_, "gamma": model.gamma_},
         "versions": common.versions(),
         "warnings": warnings,
     }
-
-
-def requested(model: TransCLIP) -> dict[str, Any]:
-    """The parameters as given, before data decided what was left open."""
-    return {name: getattr(model, name) for name in PARAMETERS | COMPUTATION if name != "memory"}
 
 
 def text(run: dict[str, Any], out: str) -> str:
@@ -330,10 +298,14 @@ def text(run: dict[str, Any], out: str) -> str:
             f"sparse: {kept['candidates']} candidates a row, {kept['rank']} kept; mass misplaced "
             f"at most {kept['mean_bound']:.1e} on average, {kept['largest_bound']:.1e} in a row"
         )
+    if run["config"]["gamma"] is not None:
+        chosen = "given" if run["parameters"]["gamma"] is not None else "chosen"
+        lines.append(f"few-shot, gamma {run['config']['gamma']} {chosen}")
     if run["accuracy"] is not None:
-        lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
-        )
+        head = run.get("head")
+        alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""
+        before = f"{run['zero_shot_accuracy']:.2f} % zero-shot{alone}"
+        lines.append(f"accuracy {before} -> {run['accuracy']:.2f} %")
     built = f" {seconds['graph']:.1f} s" if "graph" in seconds else " reused"
     lines += [
         f"graph {describe(graph)}{built}, solve {seconds['solve']:.1f} s on {run['device']}",

@@ -1,4 +1,4 @@
-"""Backbones: open_clip models by name, with weights by tag, from a file, or random."""
+"""Backbones: open_clip models by name or folder, with weights by tag, from a file, or random."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from transclip_fast.encode import eva, networks
+from transclip_fast.encode.checkpoint import checkpoint_files, checkpoint_in, read_checkpoint
+from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import DAMAGE
+from transclip_fast.store.arrays import DAMAGE, inside
+from transclip_fast.store.atomic import read_json
 
 NONE = "none"  # pretrained: random weights, always the same
+FOLDER_CONFIG = "open_clip_config.json"
 
 
 @dataclass
@@ -38,12 +43,21 @@ class Backbone:
         List of strings to token ids (B, L) int64.
     identity : dict
         What decides the features, for the manifest: model, pretrained, preprocessing.
+    dtype : torch.dtype
+        Of the images that the image tower takes.
+    pixels : Pixels, optional
+        A faster way to what `preprocess` gives, where there is one.
+    compiled : bool
+        Whether `encode_image` is compiled by torch.
     """
 
     model: Any
     preprocess: Callable[[Any], torch.Tensor]
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
     identity: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    pixels: Pixels | None = None
+    compiled: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -57,51 +71,167 @@ class Backbone:
         with torch.inference_mode():
             return int(self.model.encode_text(self.tokenizer(["a"]).to(self.device)).shape[1])
 
+    @property
+    def read(self) -> Callable[[bytes], torch.Tensor]:
+        """From the content of an image file to what `embed` takes of it; without the model."""
+        if self.pixels is not None:
+            return self.pixels.read
+        return functools.partial(_preprocessed, self.preprocess)
 
-def load_backbone(model: str, pretrained: str, device: torch.device) -> Backbone:
+    def embed(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        """
+        Embeddings (B, d) of images (B, ...) as `read` gives them; a GPU may still be at it.
+
+        A compiled image tower sees batches of `size` alone, or each size would be compiled.
+        """
+        number, images = len(images), self._moved(images)
+        if self.compiled and number < size:
+            images = torch.cat([images, images.new_zeros(size - number, *images.shape[1:])])
+        if self.pixels is not None:
+            images = self.pixels.scale(images)
+        embedded: torch.Tensor = self.model.encode_image(images.to(self.dtype))
+        return embedded[:number]
+
+    def _moved(self, images: torch.Tensor) -> torch.Tensor:
+        """Images on the device; on a GPU they arrive beside what it still computes."""
+        if self.device.type != "cuda":
+            return images.to(self.device)
+        with torch.cuda.stream(self._arrivals):
+            moved = images.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._arrivals)
+        moved.record_stream(computing)
+        return moved
+
+    @functools.cached_property
+    def _arrivals(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+
+def _preprocessed(preprocess: Callable[[Any], torch.Tensor], data: bytes) -> torch.Tensor:
+    return preprocess(rgb(data))
+
+
+def load_backbone(
+    model: str,
+    pretrained: str | None,
+    device: torch.device,
+    precision: str = "fp32",
+    compiled: bool = False,
+) -> Backbone:
     """
-    An open_clip model in float32, in evaluation mode.
+    An open_clip model in evaluation mode.
 
     Parameters
     ----------
     model : str
-        A name that open_clip knows, e.g. "ViT-B-32".
-    pretrained : str
-        A tag that open_clip knows for it, a checkpoint file, or "none": random weights from a
-        fixed seed.
+        A name that open_clip knows, e.g. "ViT-B-32", "EVA-CLIP-8B" or "EVA-CLIP-18B", or a folder
+        with an open_clip_config.json.
+    pretrained : str, optional
+        A tag that open_clip knows for the model, a checkpoint file, or "none": random weights
+        from a fixed seed. A folder brings its own.
+    precision : str
+        "fp32", "bf16" or "fp16", as open_clip understands them.
+    compiled : bool
+        Let torch compile the image tower: minutes at the start.
 
     Raises
     ------
     InputError
         Unknown model or tag (with the nearest names), or a checkpoint that does not load.
     """
-    import open_clip
-
-    identity = identify(model, pretrained)
+    identity = identify(model, pretrained, precision, compiled)
+    told = f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
     try:
-        try:
-            with _hub_cache_only():
-                net, preprocess, tokenizer = _create(model, pretrained, identity, device)
-        except (OSError, ValueError, RuntimeError):
-            # Not in the cache, and if it is anything else it fails again.
-            net, preprocess, tokenizer = _create(model, pretrained, identity, device)
+        own = _folder(model) is not None or model in _shipped()
+        if pretrained in _tags(model) or (pretrained == NONE and not own):
+            parts = _from_open_clip(model, str(pretrained), identity, precision, device)
+        else:
+            parts = _from_files(model, pretrained, precision, device)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"model {model}, pretrained {pretrained}: does not load (damaged, or holds pickled "
+            f"{told}: does not load (damaged, or holds pickled "
             "Python objects, which are never loaded; save its state_dict alone)"
         ) from error
     except (*DAMAGE, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"model {model}, pretrained {pretrained}: does not load ({reason})"
-        ) from error
+        raise InputError(f"{told}: does not load ({reason})") from error
+    net, preprocess, tokenizer, preprocessing = parts
     net.eval()
-    identity["preprocessing"] = open_clip.get_model_preprocess_cfg(net)
-    return Backbone(net, preprocess, tokenizer, identity)
+    identity["preprocessing"] = preprocessing
+    pixels = Pixels.of(preprocessing)
+    if pixels is not None:
+        identity["resize"] = RESIZE
+    dtype = networks.PRECISIONS[precision]
+    if device.type == "cuda":
+        net.to(memory_format=torch.channels_last)
+    if compiled:
+        net.encode_image = torch.compile(net.encode_image, dynamic=False)
+    return Backbone(net, preprocess, tokenizer, identity, dtype, pixels, compiled)
+
+
+def network_config(model: str) -> dict[str, Any]:
+    """
+    The configuration of a model by name or folder, as `networks.empty_network` takes it.
+
+    Raises
+    ------
+    InputError
+        No such model, or a folder without one.
+    """
+    import open_clip
+
+    folder = _folder(model)
+    if folder is None:
+        return dict(open_clip.get_model_config(model))
+    config = read_json(inside(folder, FOLDER_CONFIG))
+    config = config.get("model_cfg", config)
+    if not all(isinstance(config.get(part), dict) for part in ("vision_cfg", "text_cfg")):
+        raise InputError(f"{folder / FOLDER_CONFIG}: has no vision_cfg and text_cfg")
+    return dict(config)
+
+
+def _from_files(
+    model: str, pretrained: str | None, precision: str, device: torch.device
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Network, preprocessing, tokenizer and what the manifest tells of the preprocessing."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+    net = networks.empty_network(network_config(model), precision)
+    if pretrained == NONE:
+        networks.draw_weights(net, device)
+    else:
+        file = _weights_file(model, pretrained)
+        networks.load_weights(net, read_checkpoint(file), str(file), device)
+    own, tokens, folder = {}, model, _folder(model)
+    if folder is not None:
+        own = read_json(inside(folder, FOLDER_CONFIG)).get("preprocess_cfg", {})
+        tokens = f"local-dir:{folder}"
+    cfg = merge_preprocess_dict(PreprocessCfg(), {**own, "size": net.visual.image_size})
+    preprocess = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
+    return net, preprocess, open_clip.get_tokenizer(tokens), asdict(PreprocessCfg(**cfg))
+
+
+def _from_open_clip(
+    model: str, pretrained: str, identity: dict[str, Any], precision: str, device: torch.device
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """The same of a model with a tag, or with open_clip's random weights."""
+    try:
+        with _hub_cache_only():
+            net, preprocess, tokenizer = _create(model, pretrained, identity, precision, device)
+    except (OSError, ValueError, RuntimeError):
+        # Not in the cache, and if it is anything else it fails again.
+        net, preprocess, tokenizer = _create(model, pretrained, identity, precision, device)
+    import open_clip
+
+    return net, preprocess, tokenizer, open_clip.get_model_preprocess_cfg(net)
 
 
 def _create(
-    model: str, pretrained: str, identity: dict[str, Any], device: torch.device
+    model: str, pretrained: str, identity: dict[str, Any], precision: str, device: torch.device
 ) -> tuple[Any, Any, Any]:
     """Network, preprocessing and tokenizer as open_clip makes them."""
     import open_clip
@@ -113,7 +243,7 @@ def _create(
             model,
             pretrained=None if identity["weights"] == NONE else pretrained,
             device=device,
-            precision="fp32",
+            precision=precision,
             # Weights trained with QuickGELU load into any network, and are wrong in most.
             force_quick_gelu=identity["quick_gelu"],
         )
@@ -135,12 +265,16 @@ def _hub_cache_only() -> Iterator[None]:
         logging.disable(level)
 
 
-def identify(model: str, pretrained: str) -> dict[str, Any]:
+def identify(
+    model: str, pretrained: str | None, precision: str = "fp32", compiled: bool = False
+) -> dict[str, Any]:
     """
-    What a backbone is known by before it is loaded: model, weights by tag or by file hash.
+    What a backbone is known by before it is loaded.
+
+    Model, weights by tag or by file hash, activation, precision, whether compiled.
 
     A checkpoint file does not say whether it wants QuickGELU: the model's name decides
-    ("ViT-B-32-quickgelu").
+    ("ViT-B-32-quickgelu"), or the folder's configuration.
 
     Raises
     ------
@@ -149,18 +283,63 @@ def identify(model: str, pretrained: str) -> dict[str, Any]:
     """
     import open_clip
 
-    if model not in open_clip.list_models():
-        raise _unknown(model, open_clip.list_models(), "model")
-    tags = open_clip.list_pretrained_tags_by_model(model)
+    folder, tags = _folder(model), _tags(model)
+    quick_gelu = False
     if pretrained == NONE or pretrained in tags:
-        known = open_clip.get_pretrained_cfg(model, pretrained)
-        quick_gelu = bool(known.get("quick_gelu", False))
-        return {"model": model, "weights": pretrained, "quick_gelu": quick_gelu}
+        known = open_clip.get_pretrained_cfg(model, pretrained) if pretrained in tags else {}
+        weights, quick_gelu = pretrained, bool(known.get("quick_gelu", False))
+    else:
+        weights = _files_sha256(checkpoint_files(_weights_file(model, pretrained)))
+    return {
+        "model": model if folder is None else file_sha256(folder / FOLDER_CONFIG),
+        "weights": weights,
+        "quick_gelu": quick_gelu,
+        "precision": precision,
+        "compiled": compiled,
+    }
+
+
+def _files_sha256(files: Sequence[Path]) -> str:
+    hashes = [file_sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _weights_file(model: str, pretrained: str | None) -> Path:
+    if pretrained is None:
+        folder = _folder(model)
+        if folder is None:
+            raise InputError(f"model {model} needs --pretrained: a tag, a checkpoint file, or none")
+        return checkpoint_in(folder)
     if os.path.isfile(pretrained):
-        return {"model": model, "weights": file_sha256(pretrained), "quick_gelu": False}
+        return Path(pretrained)
     if Path(pretrained).suffix or "/" in pretrained:
         raise InputError(f"{pretrained}: no such file")
-    raise _unknown(pretrained, [*tags, NONE], f"weights for {model}")
+    raise _unknown(pretrained, [*_tags(model), NONE], f"weights for {model}")
+
+
+def _tags(model: str) -> list[str]:
+    import open_clip
+
+    return [] if _folder(model) else open_clip.list_pretrained_tags_by_model(model)
+
+
+def _shipped() -> frozenset[str]:
+    """Models that this package adds to open_clip's."""
+    return frozenset(file.stem for file in eva.CONFIGS.glob("*.json"))
+
+
+def _folder(model: str) -> Path | None:
+    """The folder that a model is, or None where it is a name that open_clip knows."""
+    import open_clip
+
+    eva.register_shipped()
+    if model in open_clip.list_models():
+        return None
+    if not os.path.isdir(model):
+        raise _unknown(model, open_clip.list_models(), "model")
+    if not os.path.isfile(os.path.join(model, FOLDER_CONFIG)):
+        raise InputError(f"{model}: has no {FOLDER_CONFIG}")
+    return Path(model)
 
 
 def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
@@ -169,7 +348,13 @@ def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hash of a file's bytes."""
+    """Hash of a file's bytes; of one that has not changed since, remembered."""
+    known = os.stat(path)
+    return _sha256(os.path.realpath(path), known.st_size, known.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, _size: int, _modified: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

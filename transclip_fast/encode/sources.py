@@ -1,4 +1,4 @@
-"""Where images come from: a folder, ImageNet's folders, a list of paths, webdataset tars."""
+"""Where images come from: folders, lists of paths, webdataset tars, splits of a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError
+from transclip_fast.store.atomic import read_json
 from transclip_fast.store.shards import RowTable
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 TAR_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has is its label
+SPLITS = ("train", "val", "test")
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Source:
     Parameters
     ----------
     kind : str
-        "folder", "list" or "webdataset".
+        "folder", "list", "webdataset" or "split".
     keys : list of str
         Name of each image within the source.
     files : list of str
@@ -42,6 +44,8 @@ class Source:
         Where in its file each image lies; without spans the file is the image.
     labels : list of int, str or None, optional
         As the source has them: class positions, class names or synsets.
+    class_names : list of str, optional
+        Of the classes that labels are positions of, where the source has them.
     """
 
     kind: str
@@ -49,6 +53,7 @@ class Source:
     files: list[str]
     spans: list[tuple[int, int]] | None = None
     labels: Sequence[int | str | None] | None = None
+    class_names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -75,7 +80,13 @@ class Source:
         return {"kind": self.kind, "rows": len(self), "sha256": digest.hexdigest()}
 
 
-def open_source(path: str | Path, *, folder_labels: bool = False) -> Source:
+def open_source(
+    path: str | Path,
+    *,
+    folder_labels: bool = False,
+    split: str | None = None,
+    root: str | Path | None = None,
+) -> Source:
     """
     The source at a path.
 
@@ -84,16 +95,25 @@ def open_source(path: str | Path, *, folder_labels: bool = False) -> Source:
     path : path
         A folder of images (with sub-folders, in order of their paths); a folder of .tar files or
         one .tar file (webdataset); or a .txt, .csv or .parquet list with a column `path` (a .txt
-        has one path a line) and optionally `label` and `key`, paths relative to the list.
+        has one path a line) and optionally `label` and `key`, paths relative to the list; or a
+        .json of splits as CoOp has them, lists of [path, label, class name].
     folder_labels : bool
         The name of an image's first sub-folder is its label.
+    split : {"train", "val", "test"}, optional
+        Of a .json of splits; test where not given.
+    root : path, optional
+        Folder that the paths of a .json of splits start at; where not given, its own, or the one
+        folder there that has the first image.
 
     Raises
     ------
     InputError
-        Nothing there, no images, or a list or tar that cannot be read.
+        Nothing there, no images, or a list, tar or split that cannot be read; a split's path that
+        leads out of its folder.
     """
     path = Path(path)
+    if path.suffix != ".json" and (split or root):
+        raise InputError(f"{path}: split and root are for a .json of splits; leave them out")
     if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
@@ -105,8 +125,13 @@ def open_source(path: str | Path, *, folder_labels: bool = False) -> Source:
         source = _webdataset([path])
     elif path.suffix in (".txt", ".csv", ".parquet"):
         source = _list(path)
+    elif path.suffix == ".json":
+        source = _split(path, split or "test", root)
     else:
-        raise InputError(f"{path}: expected a folder, a .tar, or a .txt, .csv or .parquet list")
+        raise InputError(
+            f"{path}: expected a folder, a .tar, a .txt, .csv or .parquet list, or a .json of "
+            "splits"
+        )
     if not len(source):
         raise InputError(f"{path}: holds no images ({', '.join(sorted(SUFFIXES))})")
     return source
@@ -131,14 +156,14 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
         return None
     positions: dict[str, int | None] = {}
     for k, name in enumerate(names):
-        positions[_plain(name)] = None if _plain(name) in positions else k
+        positions[plain_name(name)] = None if plain_name(name) in positions else k
     synsets = _synsets(len(names)) if any(_is_synset(label) for label in source.labels) else {}
     captions = any(isinstance(label, str) for label in source.labels)
     found = np.empty(len(source), dtype=np.int64)
     for row, label in enumerate(source.labels):
         position = label
         if isinstance(label, str):
-            position = positions.get(_plain(label), synsets.get(label))
+            position = positions.get(plain_name(label), synsets.get(label))
             if position is None and label.isdecimal():
                 position = int(label)
         if (
@@ -200,6 +225,64 @@ def _list(path: Path) -> Source:
         keys = [str(value) for value in table.column("key").to_pylist()]
     labels = table.column("label").to_pylist() if "label" in table.column_names else None
     return Source("list", keys, [str(path.parent / value) for value in paths], labels=labels)
+
+
+def _split(path: Path, split: str, root: str | Path | None) -> Source:
+    splits = read_json(path)
+    lists = {name: splits[name] for name in SPLITS if isinstance(splits.get(name), list)}
+    if split not in lists:
+        raise InputError(f"{path}: has no split {split!r}, only {', '.join(lists) or 'none'}")
+    names = _split_classes(path, lists)
+    keys = [str(entry[0]) for entry in lists[split]]
+    folder = _root(path, keys) if root is None else Path(root)
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder")
+    files = [str(_below(folder, key, path)) for key in keys]
+    labels = [int(entry[1]) for entry in lists[split]]
+    return Source("split", [_printable(key) for key in keys], files, None, labels, names)
+
+
+def _split_classes(path: Path, lists: Mapping[str, list[Any]]) -> list[str]:
+    """Class names by their labels, as written in all splits; with " " for "_", as in prompts."""
+    names: dict[int, str] = {}
+    for split, entries in lists.items():
+        for row, entry in enumerate(entries):
+            match entry:
+                case [str(), int(label), str(name)] if not isinstance(label, bool):
+                    if names.setdefault(label, name) != name:
+                        raise InputError(
+                            f"{path}: {split}, row {row}: calls class {label} {name!r}, rows "
+                            f"before {names[label]!r}"
+                        )
+                case _:
+                    raise InputError(
+                        f"{path}: {split}, row {row}: expected [path, label, class name]"
+                    )
+    if sorted(names) != list(range(len(names))):
+        raise InputError(f"{path}: labels are not 0 .. {len(names) - 1}, one for each class")
+    return [names[k].replace("_", " ") for k in range(len(names))]
+
+
+def _root(path: Path, keys: Sequence[str]) -> Path:
+    """The folder of a .json of splits, or the one folder in it, that has the first image."""
+    folders = [path.parent, *sorted(entry for entry in path.parent.iterdir() if entry.is_dir())]
+    found = [folder for folder in folders if keys and os.path.isfile(folder / keys[0])]
+    if keys and len(found) != 1:
+        where = " and ".join(map(str, found)) or f"neither {path.parent} nor a folder in it"
+        has = "have" if len(found) > 1 else "has"
+        raise InputError(f"{path}: {where} {has} {keys[0]}; name the folder with --root")
+    return found[0] if found else path.parent
+
+
+def _below(folder: Path, key: str, path: Path) -> Path:
+    file = folder / key
+    try:
+        inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+    except ValueError as error:
+        raise InputError(f"{path}: {key!r} is no path ({error})") from error
+    if not inside:
+        raise InputError(f"{path}: {key!r} leads out of {folder}")
+    return file
 
 
 def _webdataset(tars: Iterable[Path]) -> Source:
@@ -272,7 +355,8 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A class name as it is compared: case, "_" and " " alike."""
     return name.replace("_", " ").casefold().strip()
 
 

@@ -85,9 +85,10 @@ class ClassPrompts:
     origin: str
 
     @classmethod
-    def read(cls, names: str, template_spec: str) -> ClassPrompts:
-        """From the specifications that `class_names` and `templates` take."""
-        listed, fill = class_names(names), templates(template_spec)
+    def read(cls, names: str | Sequence[str], template_spec: str) -> ClassPrompts:
+        """From the names, or what `class_names` takes, and from what `templates` takes."""
+        listed = class_names(names) if isinstance(names, str) else list(names)
+        fill = templates(template_spec)
         return cls(listed, [list(fill(name)) for name in listed], template_spec)
 
     def identity(self) -> dict[str, Any]:

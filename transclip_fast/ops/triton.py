@@ -148,16 +148,17 @@ def class_sums(
     z: Assignments, features: UnitRows, nodes: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Operations.class_sums`."""
-    parts = []
     for rows in blocks(len(z), read_rows(features.device)):
         kept = z.take(rows if nodes is None else nodes[rows])
         if kept.classes is None:
-            parts.append(sums_kernels.class_sums_full(kept.values, features[rows]))
+            part = sums_kernels.class_sums_full(kept.values, features[rows])
         else:
-            parts.append(
-                sums_kernels.class_sums(kept.values, kept.classes, z.n_classes, features[rows])
-            )
-    sums, counts = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+            part = sums_kernels.class_sums(kept.values, kept.classes, z.n_classes, features[rows])
+        if rows.start == 0:
+            sums, counts = part
+        else:
+            sums += part[0]
+            counts += part[1]
     if z.classes is None:
         return sums, counts
     return share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])

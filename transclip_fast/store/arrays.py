@@ -10,7 +10,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,39 @@ def read_rows(path: str | Path, name: str) -> Any:
 
 
 def read_array(path: str | Path, name: str) -> Any:
+    """The array called `name`, or the only one there is; errors as `read_arrays`, `one_array`."""
+    return one_array(read_arrays(path), path, name)
+
+
+def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
     """
-    The array called `name`, or the only one there is.
+    Of the arrays in the file `path` the one called `name`, or the only one there is.
 
     Raises
     ------
     InputError
-        As `read_arrays`, and where several arrays have other names.
+        Several arrays, all with other names.
     """
-    arrays = read_arrays(path)
     if name in arrays:
         return arrays[name]
     if len(arrays) == 1:
         return next(iter(arrays.values()))
     raise InputError(f"{path}: has no array {name!r}, only {', '.join(sorted(arrays)) or 'none'}")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """
+    A file of a folder by name.
+
+    Raises
+    ------
+    InputError
+        The name, or a link that it is, leads out of the folder.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{path}: leads out of {folder}")
+    return path
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

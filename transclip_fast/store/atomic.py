@@ -6,16 +6,20 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transclip_fast.errors import InputError
 
+HIDDEN = ("partial", "replaced", "lock")  # what stands beside a folder while it is written
+
 
 @contextmanager
-def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, contents: frozenset[str], *, obsolete: Iterable[Path] = ()
+) -> Iterator[Path]:
     """
     A temporary folder to fill, renamed to `path` at the end; gone if anything fails.
 
@@ -24,6 +28,8 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
     path : path
         Created, with its parents. An existing folder is replaced only if it is empty or holds
         nothing but files named in `contents`, that is, an earlier result.
+    obsolete : iterable of path
+        Files and folders that are removed once the folder is there.
 
     Raises
     ------
@@ -34,7 +40,7 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))  # Path.resolve fails on a loop of links before 3.13
     partial, replaced = beside(path, "partial"), beside(path, "replaced")
     with writing(path):
-        _check_replaceable(target, path, contents)
+        check_replaceable(target, path, contents)
     with locked(path):
         try:
             with writing(path):
@@ -43,6 +49,11 @@ def new_folder(path: str | Path, contents: frozenset[str]) -> Iterator[Path]:
             yield partial
             with writing(path):
                 _publish(partial, target, replaced)
+                for left in obsolete:
+                    if left.is_dir():
+                        shutil.rmtree(left)
+                    else:
+                        left.unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -71,14 +82,22 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # brackets in brackets, too deep
         raise InputError(f"{path}: cannot be read as JSON ({error}); write it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
 
 
-def _check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]) -> None:
+def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]) -> None:
+    """
+    Refuse a folder that holds anything but `contents`.
+
+    Raises
+    ------
+    InputError
+        `target` is a file, or below one, or holds other files; `shown` is what the user called it.
+    """
     if not target.exists():
         above = next(folder for folder in target.parents if folder.exists())
         if not above.is_dir():

@@ -35,8 +35,8 @@ class FileCheckpoint:
     def __init__(
         self, path: str | Path, name: str, identity: Mapping[str, Any], seconds: float
     ) -> None:
-        self.path, self.file = path, beside(path, f"{name}.npz")
-        self._partial = beside(path, f"{name}.partial")
+        self.path = path
+        self.file, self._partial = files(path, name)
         self.name, self.seconds = name, seconds
         self.identity = json.dumps(identity, sort_keys=True)
         self._last = time.monotonic()
@@ -69,9 +69,6 @@ class FileCheckpoint:
         self._last = time.monotonic()
 
 
-def forget(path: str | Path, name: str) -> None:
-    """Remove the states of all work of that name, once the folder is there."""
-    first = beside(path, name)
-    for file in first.parent.iterdir():
-        if file.name.startswith(first.name) and file.suffix in (".npz", ".partial"):
-            file.unlink()
+def files(path: str | Path, name: str) -> list[Path]:
+    """Where the state of work of that name is kept, and written."""
+    return [beside(path, f"{name}.npz"), beside(path, f"{name}.partial")]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import pyarrow.parquet as pq
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import SINGLE, read_array, read_arrays, read_rows
+from transclip_fast.inputs import ListedPrior
+from transclip_fast.store import caches
+from transclip_fast.store.arrays import SINGLE, inside, read_array, read_arrays, read_rows
 from transclip_fast.store.atomic import read_json
+from transclip_fast.store.priors import listed_prior, read_prior
 from transclip_fast.stored import Shard, StoredRows
 
 ARRAYS = (
@@ -53,6 +57,8 @@ class Features:
         Position of each row in the source it was encoded from.
     keys : list of str, optional
         Key or path of each row.
+    maps : dict
+        Hash of each linear map that the embeddings went through.
     """
 
     path: str
@@ -61,6 +67,7 @@ class Features:
     source_rows: np.ndarray | None = None
     keys: list[str | None] | None = None
     class_names: list[str] | None = field(default=None, init=False)
+    maps: dict[str, str] = field(default_factory=dict, init=False)
     _sha256: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +78,14 @@ class Features:
     def get(self, name: str) -> Any:
         """The array of that name, or None."""
         return self.arrays.get(name)
+
+    def with_arrays(self, arrays: dict[str, Any]) -> Features:
+        """The same with other arrays."""
+        other = copy(self)
+        other.arrays = arrays
+        same = {name for name in arrays if arrays[name] is self.get(name)}
+        other._sha256 = {name: self._sha256[name] for name in same & self._sha256.keys()}
+        return other
 
     def sha256(self) -> str:
         """Hash of the image features: type, shape and bytes."""
@@ -83,17 +98,27 @@ class Features:
         return self._sha256
 
 
-def load_features(path: str | Path, overrides: Mapping[str, str | None] | None = None) -> Features:
+def load_features(
+    path: str | Path,
+    overrides: Mapping[str, str | None] | None = None,
+    *,
+    shots: int | None = None,
+    n_classes: int | None = None,
+) -> Features:
     """
     FEATURES, with single arrays replaced by other files.
 
     Parameters
     ----------
     path : path
-        A feature folder, or a .npz, .npy, .pt or .safetensors file; one nameless array in it is
-        the image features.
+        A feature folder, a folder of few-shot caches (see `transclip_fast.store.caches`), or a
+        .npz, .npy, .pt or .safetensors file; one nameless array in it is the image features.
     overrides : mapping, optional
         Name in `ARRAYS` to a file; class names may be a text file with one name a line.
+    shots : int, optional
+        Which of several supports of a folder of caches; 0 for none.
+    n_classes : int, optional
+        K, for a sparse prior in which it is not said; where not given, of the other arrays.
 
     Raises
     ------
@@ -101,21 +126,32 @@ def load_features(path: str | Path, overrides: Mapping[str, str | None] | None =
         A file that is missing, damaged or pickled, or without image features.
     """
     path = Path(path)
-    features = _load_folder(path) if os.path.isdir(path) else _load_file(path)
-    for name, file in (overrides or {}).items():
-        if file is None:
-            continue
-        features.origins[name] = str(file)
-        if name == "class_names":
-            features.class_names = read_names(file)
-        else:
-            features.arrays[name] = read_array(file, name)
+    given = {name: file for name, file in (overrides or {}).items() if file is not None}
+    if caches.is_cache(path):
+        features = Features(str(path), *caches.read_cache(path, shots=shots, without=set(given)))
+    elif shots:
+        raise InputError(f"{path}: has no keys_*shots.pt to choose from; leave out the shots")
+    else:
+        features = _load_folder(path) if os.path.isdir(path) else _load_file(path)
     shape = tuple(features.arrays["image_features"].shape)
     if len(shape) != 2 or 0 in shape:
         raise InputError(
             f"{features.origins['image_features']}: expected a non-empty "
             f"(rows, columns) array, got shape {shape}"
         )
+    for name, file in given.items():
+        features.origins[name] = str(file)
+        if name == "class_names":
+            features.class_names = read_names(file)
+        elif name == "prior":
+            features.arrays[name] = read_prior(file)
+        else:
+            array, rows = read_array(file, name), features.arrays["image_features"]
+            features.arrays[name] = caches.as_rows(Path(file), array, rows)
+    prior = features.get("prior")
+    if isinstance(prior, ListedPrior):
+        known, origin = n_classes or _n_classes(features), features.origins["prior"]
+        features.arrays["prior"] = prior.dense(origin, rows=shape[0], n_classes=known)
     return features
 
 
@@ -164,6 +200,14 @@ def array_sha256(array: Any) -> str:
     return digest.hexdigest()
 
 
+def _n_classes(features: Features) -> int | None:
+    for name in ("text_features", "prototypes"):
+        array = features.get(name)
+        if array is not None and array.ndim == 2:
+            return len(array)
+    return None if features.class_names is None else len(features.class_names)
+
+
 def _load_file(path: Path) -> Features:
     if path.suffix == ".npy":
         found = read_rows(path, "image_features")
@@ -177,6 +221,9 @@ def _load_file(path: Path) -> Features:
             f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
         )
     known = {name: arrays[name] for name in ARRAYS if name in arrays}
+    listed = listed_prior(arrays, str(path))
+    if listed is not None:
+        known["prior"] = listed
     return Features(str(path), known, {name: f"{path}: {name}" for name in known})
 
 
@@ -211,6 +258,7 @@ def _load_folder(folder: Path) -> Features:
 
 def _joined(parts: Sequence[Any]) -> Any:
     """All shards as one array: on disk, where they can stay there."""
+    parts = [part for part in parts if part.shape[0]] or parts[:1]
     if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
         return StoredRows(parts)
     return np.concatenate(
@@ -282,21 +330,6 @@ def _metadata(
         keys,
         None if labels is None or labels.null_count else labels.to_numpy(),
     )
-
-
-def inside(folder: Path, name: str) -> Path:
-    """
-    A file of a folder by name.
-
-    Raises
-    ------
-    InputError
-        The name, or a link that it is, leads out of the folder.
-    """
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{path}: leads out of {folder}")
-    return path
 
 
 def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:

@@ -19,9 +19,9 @@ from scipy import sparse
 from transclip_fast.errors import InputError
 from transclip_fast.inputs import as_labels
 from transclip_fast.mixture import Mixture
-from transclip_fast.store.arrays import read_arrays
+from transclip_fast.store.arrays import inside, read_arrays
 from transclip_fast.store.atomic import read_json, write_json
-from transclip_fast.store.features import Features, inside, read_table
+from transclip_fast.store.features import Features, read_table
 
 CONTENTS = frozenset({"predictions.parquet", "mixture.safetensors", "run.json"})
 TOP = 5

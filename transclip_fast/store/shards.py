@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import npy_bytes
+from transclip_fast.store.arrays import inside, npy_bytes
 from transclip_fast.store.atomic import read_json, writing
-from transclip_fast.store.features import inside
 from transclip_fast.version import __version__
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.csv"
 PROTOTYPES = "prototypes.npy"
-FOLDERS = ("img_emb", "metadata")
+RECORDS = "records"  # of shards that the manifest does not name yet
+FOLDERS = ("img_emb", "metadata", RECORDS)
 # Decided by the first run and kept by those that continue it: other values change some last bits.
 KEPT = ("batch_size", "threads", "shard_rows")
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
@@ -71,8 +72,9 @@ class FeatureWriter:
     """
     A feature folder in the making: img_emb/, metadata/, prototypes.npy, manifest.json.
 
-    Every file appears whole; a shard counts once the manifest names it with its hash. The metadata
-    follows from the source alone: that of finished shards is written again where labels changed.
+    Every file appears whole; a shard counts once the manifest, or a file of records/ on the way to
+    it, names it with its hash. The metadata follows from the source alone: that of finished shards
+    is written again where labels changed.
 
     Parameters
     ----------
@@ -83,6 +85,9 @@ class FeatureWriter:
         an existing folder overrules.
     table : RowTable
         The rows of the source.
+    leads : bool
+        Whether this process keeps the manifest; others write the shards they are told, with the
+        configuration that the leading one has settled.
 
     Raises
     ------
@@ -91,18 +96,21 @@ class FeatureWriter:
         damaged, or cannot be written.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], table: RowTable) -> None:
+    def __init__(
+        self, path: str | Path, config: Mapping[str, Any], table: RowTable, leads: bool = True
+    ) -> None:
         self.folder, self.table = Path(path), table
         self.config = json.loads(json.dumps(config))
         self.shards: dict[str, dict[str, Any]] = {}  # by number, as JSON has no other keys
         self.text: dict[str, Any] = {}
+        if not leads:
+            return
         with writing(path):
             if os.path.isfile(self.folder / MANIFEST):
                 self._continue()
             else:
                 self._begin()
-            for name in FOLDERS:
-                (self.folder / name).mkdir(exist_ok=True)
+            self._collect()
             self._refresh_metadata()
 
     @property
@@ -112,6 +120,12 @@ class FeatureWriter:
     @property
     def complete(self) -> bool:
         return len(self.shards) == self.n_shards
+
+    @property
+    def batch_size(self) -> int:
+        """The configured one, or the smallest that a shard had to be encoded with."""
+        used = [int(entry["batch_size"]) for entry in self.shards.values()]
+        return min([int(self.config["batch_size"]), *used])
 
     def rows(self, number: int) -> range:
         """Source rows of a shard."""
@@ -128,7 +142,9 @@ class FeatureWriter:
             for failure in self.shards[number]["failures"]:
                 yield Failure(*failure)
 
-    def write_shard(self, number: int, features: np.ndarray, failures: Sequence[Failure]) -> None:
+    def write_shard(
+        self, number: int, features: np.ndarray, failures: Sequence[Failure], batch_size: int
+    ) -> None:
         """
         One shard: features (rows, d) float16 of all its rows but the failures.
 
@@ -139,16 +155,29 @@ class FeatureWriter:
         """
         listed = [[f.source_row, f.key, f.reason] for f in failures]
         with writing(self.folder):
-            self.shards[str(number)] = {
+            entry = {
                 "rows": len(features),
+                "batch_size": batch_size,
                 "features_sha256": self._save(features_name(number), npy_bytes(features)),
                 "metadata_sha256": self._save(
                     metadata_name(number), self._metadata(number, listed)
                 ),
                 "failures": listed,
             }
-            self._save_failures()
-            self._save_manifest()
+            self._save(record_name(number), (json.dumps(entry) + "\n").encode())
+        self.shards[str(number)] = entry
+
+    def finish(self) -> None:
+        """
+        Name the shards that all processes have written in the manifest.
+
+        Raises
+        ------
+        InputError
+            The folder cannot be written (full disk, permissions).
+        """
+        with writing(self.folder):
+            self._collect()
 
     def has_prototypes(self, identity: Mapping[str, Any]) -> bool:
         """Whether prototypes.npy is there, whole, and of this identity."""
@@ -185,12 +214,38 @@ class FeatureWriter:
             self.config = {**begun, **{name: int(begun[name]) for name in KEPT}}
             self.text = {name: manifest[name] for name in TEXT if name in manifest}
             for number, entry in manifest["shards"].items():
-                if self._whole(features_name(int(number)), entry["features_sha256"]):
-                    self.shards[number] = {**entry, "failures": list(entry["failures"])}
+                self._count(number, entry)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{self.folder / MANIFEST}: is damaged ({error!r}); name a new folder"
             ) from error
+
+    def _count(self, number: str, entry: Mapping[str, Any]) -> None:
+        """Take a shard for written if its features are what they should be."""
+        if self.shards.get(number) == entry:  # this process has just written it
+            return
+        if self._whole(features_name(int(number)), entry["features_sha256"]):
+            batch_size = int(entry.get("batch_size", self.config["batch_size"]))
+            failures = list(entry["failures"])
+            self.shards[number] = {**entry, "batch_size": batch_size, "failures": failures}
+
+    def _collect(self) -> None:
+        """Move the records into the manifest."""
+        records = sorted((self.folder / RECORDS).glob("*.json"))
+        for record in records:
+            try:
+                self._count(
+                    str(int(record.stem)), read_json(inside(self.folder / RECORDS, record.name))
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{record}: is damaged ({error!r}); remove it") from error
+        if records:
+            self._save_failures()
+            self._save_manifest()
+        for record in records:
+            record.unlink()
+        if (self.folder / RECORDS).is_dir():
+            shutil.rmtree(self.folder / RECORDS)
 
     def _refresh_metadata(self) -> None:
         """Metadata of finished shards as the source has it now."""
@@ -235,6 +290,7 @@ class FeatureWriter:
     def _save(self, name: str, data: bytes) -> str:
         """Write a file under a temporary name, sync, rename; its sha256."""
         target = self.folder / name
+        target.parent.mkdir(exist_ok=True)
         partial = target.with_name(f".{target.name}.partial")
         try:
             with open(partial, "wb") as file:
@@ -256,6 +312,11 @@ def features_name(number: int) -> str:
 def metadata_name(number: int) -> str:
     """File of a shard's metadata."""
     return f"metadata/metadata_{number:05}.parquet"
+
+
+def record_name(number: int) -> str:
+    """File that names a shard until the manifest does."""
+    return f"{RECORDS}/{number:05}.json"
 
 
 def _is_partial(entry: Path) -> bool:

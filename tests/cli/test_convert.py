@@ -1,0 +1,95 @@
+"""`convert`: checkpoints of every form to one file, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.encode.plain_eva import embeddings, made_checkpoint, register_tiny
+from transclip_fast.encode import eva
+from transclip_fast.encode.models import load_backbone
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The name of a registered EVA-CLIP of small sizes."""
+    return register_tiny(tmp_path_factory.mktemp("configs"), post_norm=False)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return made_checkpoint()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "bin index", "safetensors index"])
+def test_convert(tiny, weights, tmp_path, succeeds, kind):
+    checkpoint = tmp_path / "official.pt"
+    if kind == "safetensors":
+        checkpoint = tmp_path / "official.safetensors"
+        save_file(weights, checkpoint)
+    elif kind == "pt":
+        torch.save({"module": weights, "epoch": 3}, checkpoint)
+    else:
+        suffix = kind.split()[0]
+        checkpoint = tmp_path / f"model.{suffix}.index.json"
+        names = sorted(weights)
+        files = {n: f"part-{i % 2}.{suffix}" for i, n in enumerate(names)}
+        checkpoint.write_text(json.dumps({"weight_map": files}))
+        for file in set(files.values()):
+            part = {n: weights[n] for n in names if files[n] == file}
+            (save_file if suffix == "safetensors" else torch.save)(part, tmp_path / file)
+    out = tmp_path / "new" / "tiny.safetensors"
+    summary = json.loads(succeeds("convert", checkpoint, "--model", tiny, "--out", out, "--json"))
+    written = load_file(out)
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert summary["n_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert summary["bytes"] == out.stat().st_size
+    for official, tensor in weights.items():
+        torch.testing.assert_close(
+            written[eva.open_clip_name(official)], tensor.bfloat16(), atol=0, rtol=0
+        )
+    assert sorted(file.name for file in out.parent.iterdir()) == ["tiny.safetensors"]
+    images, tokens = torch.zeros(1, 3, 28, 28), torch.ones(1, 77, dtype=torch.int64)
+    first = embeddings(load_backbone(tiny, str(checkpoint), CPU, "bf16"), images.bfloat16(), tokens)
+    again = embeddings(load_backbone(tiny, str(out), CPU, "bf16"), images.bfloat16(), tokens)
+    assert torch.equal(first[0], again[0])
+    assert first[0].dtype == torch.bfloat16
+    # Norms of the text tower are kept in float32 of what the file has: bf16 after conversion.
+    torch.testing.assert_close(first[1], again[1], atol=0.05, rtol=0.05)
+
+
+def test_a_pickle_is_refused(tiny, weights, tmp_path, refused):
+    class Evil:
+        def __reduce__(self):
+            return print, ("unpickled",)
+
+    torch.save({"state_dict": weights, "config": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("evil.pt", "plain.pt"):
+        message = refused(
+            "convert", tmp_path / name, "--model", tiny, "--out", tmp_path / "out.safetensors"
+        )
+        assert f"{name}: does not load" in message
+        assert "pickled Python objects" in message
+
+
+def test_convert_refuses(weights, tmp_path, refused):
+    save_file(weights, tmp_path / "official.safetensors")
+    checkpoint = tmp_path / "official.safetensors"
+    out = tmp_path / "out.safetensors"
+    assert "in other shapes" in refused(
+        "convert", checkpoint, "--model", "EVA-CLIP-8B", "--out", out
+    )
+    assert "no such file" in refused("convert", tmp_path / "a.pt", "--model", "RN50", "--out", out)
+    assert "unknown model 'EVA-CLIP-9B'; nearest: EVA-CLIP-8B" in refused(
+        "convert", checkpoint, "--model", "EVA-CLIP-9B", "--out", out
+    )
+    assert "ends in .safetensors" in refused(
+        "convert", checkpoint, "--model", "EVA-CLIP-8B", "--out", tmp_path / "out.pt"
+    )

@@ -1,0 +1,236 @@
+"""`protocol`: its tables are those of the library, and a killed one goes on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.cli.conftest import contents
+from transclip_fast import TransCLIP
+from transclip_fast.heads import fit_head
+from transclip_fast.protocols.data import load_data
+
+QUICK = ("--head", "tip-adapter", "linear-probe", "--shots", 1, 4, "--seeds", 2)
+
+
+def runs_of(folder):
+    return pq.read_table(folder / "runs.parquet").to_pylist()
+
+
+def accuracy(labels, truth):
+    return round(100 * float((np.asarray(labels) == truth).mean()), 4)
+
+
+def test_few_shot(pets, done, tmp_path):
+    paths = pets("pets"), pets("dtd", k=4)
+    out = done("protocol", "few-shot", *paths, *QUICK, "--out", tmp_path / "table", "--json")
+    rows = runs_of(tmp_path / "table")
+    assert len(rows) == 2 * 2 * 2 * 2
+    assert len({tuple(row[c] for c in ("data", "head", "shots", "seed")) for row in rows}) == 16
+    (data,) = load_data(paths[:1], pools=True)
+    for n in (1, 4):
+        shots, held_out = data.draw("support", n, 1), data.draw("validation", n, 1)
+        head = fit_head(
+            "tip-adapter",
+            data.text,
+            shots.features,
+            shots.labels,
+            validation_features=held_out.features,
+            validation_labels=held_out.labels,
+            seed=1,
+        )
+        model = TransCLIP().fit(data.features, data.text, **head.prior(data.features))
+        (row,) = (
+            row
+            for row in rows
+            if [row[c] for c in ("data", "head", "shots", "seed")] == ["pets", "tip-adapter", n, 1]
+        )
+        assert row["head_accuracy"] == accuracy(head.predict(data.features), data.labels)
+        assert row["accuracy"] == accuracy(model.transduction_, data.labels)
+        assert row["zero_shot_accuracy"] == accuracy(model.zero_shot_labels_, data.labels)
+        chosen = head.parameters
+        assert row["head_parameters"] == f"alpha {chosen['alpha']:g}, beta {chosen['beta']:g}"
+    assert row["queries"] == 77
+    table = pq.read_table(tmp_path / "table/table.parquet").to_pylist()
+    assert json.loads(out)["table"] == table
+    assert len(table) == 2 * 2 * 2 + 2 * 2
+    of_seeds = [
+        r["accuracy"]
+        for r in rows
+        if (r["data"], r["head"], r["shots"]) == ("pets", "tip-adapter", 4)
+    ]
+    (mean,) = (r for r in table if (r["data"], r["head"], r["shots"]) == ("pets", "tip-adapter", 4))
+    assert mean["accuracy"] == pytest.approx(np.mean(of_seeds), abs=1e-4)
+    text = (tmp_path / "table/table.md").read_text()
+    assert f"| pets | tip-adapter | 4 | 2 | {mean['zero_shot_accuracy']:.2f} ± 0.00 |" in text
+
+
+def test_transclip_fs_has_the_shots_itself(pets, done, tmp_path):
+    path = pets()
+    done(
+        "protocol", "few-shot", path, "--head", "transclip-fs", "--shots", 2, "--seeds", 1,
+        "--out", tmp_path / "table",
+    )  # fmt: skip
+    (data,), (row,) = load_data([path], pools=True), runs_of(tmp_path / "table")
+    shots, held_out = data.draw("support", 2, 0), data.draw("validation", 2, 0)
+    model = TransCLIP().fit(
+        data.features,
+        data.text,
+        support_features=shots.features,
+        support_labels=shots.labels,
+        validation_features=held_out.features,
+        validation_labels=held_out.labels,
+    )
+    assert row["accuracy"] == accuracy(model.transduction_, data.labels)
+    assert row["head_accuracy"] is None
+    assert row["head_parameters"] == f"gamma {model.gamma_:g}"
+
+
+def test_a_killed_protocol_goes_on(pets, cli, done, tmp_path, monkeypatch):
+    command = ("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "table")
+    calls = []
+
+    def third_fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit_head(*args, **kwargs)
+
+    monkeypatch.setattr("transclip_fast.protocols.runs.fit_head", third_fails)
+    assert cli(*command).code == 1
+    assert not (tmp_path / "table/table.md").exists()
+    assert cli(*command).code == 0
+    assert len(calls) == 3 + 6
+    before = contents(tmp_path / "table/runs")
+    assert len(before) == 8
+    table = (tmp_path / "table/table.md").read_text()
+    assert cli(*command).code == 0
+    assert len(calls) == 9
+    assert contents(tmp_path / "table/runs") == before
+    done("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "fresh")
+    assert (tmp_path / "fresh/table.md").read_text() == table
+
+
+def test_other_data_are_run_anew(pets, done, tmp_path):
+    command = ("--head", "tip-adapter", "--shots", 1, "--seeds", 1, "--out", tmp_path / "table")
+    done("protocol", "few-shot", pets(), *command)
+    before = runs_of(tmp_path / "table")
+    done("protocol", "few-shot", pets(k=5), *command)
+    assert len(runs_of(tmp_path / "table")) == 1
+    assert runs_of(tmp_path / "table") != before
+
+
+def test_more_shots_than_there_are(pets, cli, tmp_path):
+    ran = cli(
+        "protocol", "few-shot", pets(), "--head", "tip-adapter", "--shots", 50, "--seeds", 1,
+        "--out", tmp_path / "table",
+    )  # fmt: skip
+    assert ran.code == 0
+    assert ran.err.startswith("warning: pets: 6 of 6 classes have fewer than 50 rows")
+    assert ran.err.count("\n") == 1
+
+
+def test_cross_dataset(pets, done, tmp_path):
+    paths = pets("source"), pets("flowers", k=9), pets("dtd", k=4)
+    done("protocol", "cross-dataset", *paths, "--seeds", 1, "--shots", 4, "--out", tmp_path / "t")
+    rows = runs_of(tmp_path / "t")
+    assert [(row["source"], row["data"]) for row in rows] == [
+        ("source", "flowers"),
+        ("source", "dtd"),
+    ]
+    source, flowers, _ = load_data(paths, pools=True)
+    shots, held_out = source.draw("support", 4, 0), source.draw("validation", 4, 0)
+    head = fit_head(
+        "clip-adapter",
+        source.text,
+        shots.features,
+        shots.labels,
+        validation_features=held_out.features,
+        validation_labels=held_out.labels,
+    ).transfer(flowers.text)
+    assert rows[0]["head_accuracy"] == accuracy(head.predict(flowers.features), flowers.labels)
+
+
+def test_domains(pets, done, tmp_path, problem):
+    names = np.array(["a cat", "dog", "owl", "bee", "elk", "fox"])
+    features, text, labels = problem(n=200, noise=0.06)
+    chosen = [4, 0, 2]
+    kept = np.isin(labels, chosen)
+    target = {
+        "image_features": features[kept],
+        "labels": np.array([chosen.index(k) for k in labels[kept]]),
+        "text_features": text[chosen],
+    }
+    source = pets("source", class_names=names)
+    np.savez(tmp_path / "named.npz", **target, class_names=np.array(["elk", "A_cat", "owl"]))
+    np.savez(tmp_path / "listed.npz", **target)
+    (tmp_path / "subset.txt").write_text("4\n0\n2\n")
+    done(
+        "protocol", "domains", source, tmp_path / "named.npz", tmp_path / "listed.npz",
+        "--subset", "listed", tmp_path / "subset.txt", "--shots", 4, "--seeds", 1,
+        "--head", "tip-adapter", "linear-probe",
+        "--out", tmp_path / "table",
+    )  # fmt: skip
+    rows = runs_of(tmp_path / "table")
+    assert len(rows) == 2 * 2
+    (data,) = load_data([source], pools=True)
+    shots, held_out = data.draw("support", 4, 0), data.draw("validation", 4, 0)
+    for row in rows:
+        head = fit_head(
+            row["head"],
+            data.text,
+            shots.features,
+            shots.labels,
+            validation_features=held_out.features,
+            validation_labels=held_out.labels,
+        )
+        logits = head.logits(torch.from_numpy(features[kept])).numpy()[:, chosen]
+        assert row["head_accuracy"] == accuracy(logits.argmax(1), target["labels"])
+
+
+def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/predictions.parquet").write_bytes(b"")
+    message = refused("protocol", "few-shot", pets(), *QUICK, "--out", tmp_path / "album")
+    assert "album: holds other files (predictions.parquet)" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("few-shot", "none.npz"), "none.npz: no such file"),
+        (("few-shot", "pets.npz", "--head", "lora"), "head 'lora' is not known"),
+        (("few-shot", "pets.npz", "other/pets.npz"), "pets: two data sets have this name"),
+        (("few-shot", "bare.npz"), "bare.npz: has no support_features"),
+        (("few-shot", "bold.npz", "--head", "transclip-fs"), "needs validation rows"),
+        (("cross-dataset", "pets.npz", "bare.npz", "--head", "taskres"), "bound to the classes"),
+        (("cross-dataset", "pets.npz", "narrow.npz"), "narrow: has 20 dimensions, pets 33"),
+        (("domains", "pets.npz", "bare.npz", "--subset", "none", "s.txt"), "none: is no target"),
+        (("domains", "pets.npz", "bare.npz", "--subset", "bare", "s.txt"), "s.txt: class 2 (9) is"),
+        (("domains", "pets.npz", "bare.npz", "--subset", "bare", "t.txt"), "t.txt: 2 classes"),
+        (("domains", "pets.npz", "bare.npz"), "bare: has 4 classes, pets 6"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run(command, told, pets, problem, cli, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    pets("other/pets")
+    pets("bold", validation_features=None, validation_labels=None)
+    pets()
+    for name, d in (("bare", 33), ("narrow", 20)):
+        features, text, labels = problem(k=4, d=d)
+        np.savez(
+            tmp_path / f"{name}.npz", image_features=features, text_features=text, labels=labels
+        )
+    (tmp_path / "s.txt").write_text("1\n9\n")
+    (tmp_path / "t.txt").write_text("1\n3\n")
+    monkeypatch.chdir(tmp_path)
+    ran = cli("protocol", *command, "--shots", 1, "--seeds", 1, "--out", tmp_path / "table")
+    assert ran.code == 2
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert told in ran.err
+    assert not (tmp_path / "table/table.md").exists()

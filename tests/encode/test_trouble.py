@@ -1,0 +1,159 @@
+"""Too little memory, workers that hang or die, a full disk: the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.encode.test_encoder import contents, encode
+from transclip_fast.encode import encoder, feed
+from transclip_fast.errors import InputError
+from transclip_fast.store.features import load_features
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Batches of more than so many images do not fit from the n-th on; their sizes are kept."""
+
+    def limit(most, error=torch.OutOfMemoryError, first=0):
+        embed, sizes = encoder._embed, []
+
+        def tight(backbone, images, size):
+            sizes.append(len(images))
+            if len(images) > most and len(sizes) > first:
+                raise error("can't allocate memory")
+            return embed(backbone, images, size)
+
+        monkeypatch.setattr(encoder, "_embed", tight)
+        return sizes
+
+    yield limit
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_memory_halves_the_batch(images, backbone, tmp_path, small_memory, error):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "two", batch_size=2, shard_rows=5)
+    sizes = small_memory(2, error)
+    encode(folder, backbone, tmp_path / "tight", batch_size=8, shard_rows=5)
+    assert sizes == [5, 4, 2, 2, 1, 2]  # a shard of 5 rows, then one of 2
+    manifest = json.loads((tmp_path / "tight/manifest.json").read_text())
+    assert manifest["config"]["batch_size"] == 8
+    assert [entry["batch_size"] for entry in manifest["shards"].values()] == [2, 2]
+    two, tight = contents(tmp_path / "two"), contents(tmp_path / "tight")
+    assert {name for name in two if two[name] != tight[name]} == {"manifest.json"}
+
+
+def test_a_halved_batch_is_remembered(images, backbone, tmp_path, small_memory, monkeypatch):
+    folder = images(7)
+    small_memory(2, first=1)  # the first batch of 3 still fits
+    encode(folder, backbone, tmp_path / "whole", batch_size=4, shard_rows=3)
+    manifest = json.loads((tmp_path / "whole/manifest.json").read_text())
+    assert [entry["batch_size"] for entry in manifest["shards"].values()] == [4, 2, 2]
+    monkeypatch.undo()
+    sizes = small_memory(9)
+    (tmp_path / "whole/img_emb/img_emb_00002.npy").unlink()
+    encode(folder, backbone, tmp_path / "whole", batch_size=4, shard_rows=3)
+    assert sizes == [1]
+    assert json.loads((tmp_path / "whole/manifest.json").read_text()) == manifest
+
+
+def test_not_even_one_image_fits(images, backbone, tmp_path, small_memory):
+    small_memory(0)
+    with pytest.raises(InputError, match="not even one image fits into memory"):
+        encode(images(3), backbone, tmp_path / "out")
+    assert not json.loads((tmp_path / "out/manifest.json").read_text())["complete"]
+
+
+def test_other_errors_are_not_taken_for_it(images, backbone, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(encoder, "_embed", broken)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        encode(images(3), backbone, tmp_path / "out")
+
+
+def hang():
+    time.sleep(600)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Not minutes until a worker is given up."""
+    monkeypatch.setattr(feed, "HUNG", 4.0)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+
+
+@pytest.mark.parametrize("trouble", [hang, die])
+def test_a_lost_worker_is_replaced(images, backbone, tmp_path, quick, trouble):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "whole")
+    good, seen = backbone.preprocess, tmp_path / "seen"
+
+    def first_time_bad(image):
+        if not seen.exists():
+            seen.touch()
+            trouble()
+        return good(image)
+
+    backbone.preprocess = first_time_bad
+    encode(folder, backbone, tmp_path / "out", workers=1)
+    assert seen.exists()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_workers_that_always_die_are_given_up(images, backbone, tmp_path, quick):
+    good = backbone.preprocess
+    folder = images(7)
+
+    def deadly(image):
+        if np.asarray(image).sum() == poison:
+            die()
+        return good(image)
+
+    with Image.open(folder / "dog/001.png") as image:
+        poison = np.asarray(image).sum()
+    backbone.preprocess = deadly
+    told = r"dog/001.png to dog/005.png: workers hang or die twice .*--workers 0"
+    with pytest.raises(InputError, match=told):
+        encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)
+    backbone.preprocess = good
+    encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)
+    encode(folder, backbone, tmp_path / "whole", shard_rows=4)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("writes", range(0, 14, 2))
+def test_a_full_disk_is_told_and_continued(images, backbone, tmp_path, monkeypatch, writes):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "whole")
+    fsync, left = os.fsync, [writes]
+
+    def full(descriptor):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "no space")
+        left[0] -= 1
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        encode(folder, backbone, tmp_path / "out")
+    with pytest.raises(InputError):
+        load_features(tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", fsync)
+    encode(folder, backbone, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

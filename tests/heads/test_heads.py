@@ -1,0 +1,308 @@
+"""Every head against its formula, written plainly in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bench import heads as bench_heads
+from bench.plain_heads import fit as fit_plainly
+from tests.conftest import unit
+from transclip_fast import InputError, TransCLIP
+from transclip_fast.heads import (
+    HEADS,
+    base,
+    clip_adapter,
+    ensemble,
+    fit_head,
+    linear_probe,
+    task_res,
+    tip_adapter,
+    tip_adapter_f,
+)
+
+TRAINED = ("tip-adapter-f", "clip-adapter", "taskres", "linear-probe")
+BOUND = ("prompt-ensemble", "tip-adapter", "tip-adapter-f", "taskres", "linear-probe")
+TAU = 100.0
+
+
+@pytest.fixture
+def task(problem):
+    """Arrays of a FEATURES file with 8 shots and 4 validation rows a class."""
+    features, text, labels = problem(n=400, noise=0.06)
+    order = np.argsort(labels, kind="stable")
+    place = np.concatenate([np.arange(n) for n in np.bincount(labels)])
+    groups = {"support": place < 8, "validation": (place >= 8) & (place < 12), "image": place >= 12}
+    arrays = {"text_features": text}
+    for name, chosen in groups.items():
+        arrays[f"{name}_features"] = features[order[chosen]]
+        arrays[f"{name}_labels"] = labels[order[chosen]]
+    arrays["labels"] = arrays.pop("image_labels")
+    return arrays
+
+
+def fitted(name, arrays, **more):
+    """The head of some arrays."""
+    shots = {key: a for key, a in arrays.items() if key.startswith(("support_", "validation_"))}
+    return fit_head(name, arrays["text_features"], **shots, **more)
+
+
+def without_validation(arrays):
+    return {key: a for key, a in arrays.items() if not key.startswith("validation")}
+
+
+def logits_of(head, arrays):
+    return head.logits(torch.from_numpy(arrays["image_features"])).numpy()
+
+
+def right(logits, arrays):
+    return 100 * (logits.argmax(1) == arrays["labels"]).mean()
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Trainings that are over soon, for what does not depend on their length."""
+    for head in (tip_adapter_f, clip_adapter):
+        monkeypatch.setattr(head, "EPOCHS", 10)
+    monkeypatch.setattr(task_res, "EPOCHS", 10)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_as_good_as_the_plain_fit(name, task, monkeypatch):
+    # The plain fit stops when the loss stands still: 200 steps of a single batch are too few.
+    monkeypatch.setattr(clip_adapter, "EPOCHS", 600)
+    head, plain = logits_of(fitted(name, task), task), fit_plainly(name, task)
+    assert abs(right(head, task) - right(plain, task)) <= 1
+    if name in TRAINED:
+        zero_shot = right(TAU * task["image_features"] @ task["text_features"].T, task)
+        assert right(head, task) > zero_shot + 5
+
+
+@pytest.mark.parametrize("name", ["tip-adapter", "taskres", "linear-probe"])
+def test_within_a_point_of_the_plain_fit_on_pets(name, golden_dir):
+    arrays = bench_heads.load(golden_dir / "oxford_pets_vitb32.npz")
+    arrays["image_features"] = arrays["image_features"].astype(np.float32)
+    head, plain = logits_of(fitted(name, arrays), arrays), fit_plainly(name, arrays)
+    assert abs(right(head, arrays) - right(plain, arrays)) <= 1
+
+
+def test_tip_adapter_is_its_formula(task):
+    arrays = without_validation(task)
+    head = fitted("tip-adapter", arrays)
+    assert head.parameters == {"alpha": 1.17, "beta": 1.0}
+    rows, keys, text = (
+        arrays[f"{n}_features"].astype(np.float64) for n in ("image", "support", "text")
+    )
+    cached = np.exp(-1.0 * (1 - rows @ keys.T)) @ np.eye(6)[arrays["support_labels"]]
+    expected = TAU * rows @ text.T + 1.17 * cached
+    np.testing.assert_allclose(logits_of(head, arrays), expected, atol=1e-4)
+
+
+def test_tip_adapter_finds_the_best_of_its_grid(task):
+    head = fitted("tip-adapter", task)
+    rows, keys, text = (task[f"{n}_features"] for n in ("validation", "support", "text"))
+    one_hot = np.eye(6)[task["support_labels"]]
+    scores = {}
+    for beta in tip_adapter.BETAS:
+        cached = np.exp(-beta * (1 - rows @ keys.T)) @ one_hot
+        for alpha in tip_adapter.ALPHAS:
+            logits = TAU * rows @ text.T + alpha * cached
+            scores[alpha, beta] = (logits.argmax(1) == task["validation_labels"]).mean()
+    chosen = head.parameters["alpha"], head.parameters["beta"]
+    assert scores[chosen] == max(scores.values()) > min(scores.values())
+
+
+def test_linear_probe_is_the_minimum(task):
+    logits = logits_of(fitted("linear-probe", task), task)
+    np.testing.assert_allclose(logits, fit_plainly("linear-probe", task), atol=0.05)
+
+
+def test_linear_probe_holds_where_zero_shot_is_sure(task):
+    kept = task["support_labels"] != 2
+    rows, labels = task["support_features"][kept], task["support_labels"][kept]
+    text, shots = torch.from_numpy(task["text_features"]), map(torch.from_numpy, (rows, labels))
+    found = linear_probe.constraints(
+        base.Task(text, base.Labelled(*shots), None, TAU, seed=0, progress=None)
+    )
+    logits = TAU * rows.astype(np.float64) @ task["text_features"].T
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = np.array([p[labels == k, k].mean() if k != 2 else np.nan for k in range(6)])
+    expected[2] = np.nanmean(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert found.max() > 1.5 * found.min()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_lowers_the_loss_of_the_shots(name, task):
+    rows, labels = (torch.from_numpy(task[f"support_{n}"]) for n in ("features", "labels"))
+    before = TAU * rows @ torch.from_numpy(task["text_features"]).T
+    loss = torch.nn.functional.cross_entropy
+    assert loss(fitted(name, task).logits(rows), labels) < 0.7 * loss(before, labels)
+
+
+@pytest.mark.parametrize("name", ["prompt-ensemble", "taskres", "linear-probe"])
+def test_prototypes_are_unit_rows(name, task):
+    prototypes = fitted(name, task).prior(torch.empty(0, 33))["prototypes"]
+    np.testing.assert_allclose(prototypes.norm(dim=1), 1, atol=1e-6)
+
+
+def test_clip_adapter_is_its_formula(task):
+    head = fitted("clip-adapter", task)
+    rows = task["image_features"].astype(np.float64)
+    adapted = np.maximum(np.maximum(rows @ head.down.numpy().T, 0) @ head.up.numpy().T, 0)
+    mixed = unit(head.ratio * adapted + (1 - head.ratio) * rows)
+    np.testing.assert_allclose(
+        logits_of(head, task), TAU * mixed @ task["text_features"].T, atol=1e-3
+    )
+    assert head.down.shape == (8, 33)
+
+
+def test_clip_adapter_takes_the_ratio_that_validates_best(task):
+    rows, labels = (torch.from_numpy(task[f"validation_{n}"]) for n in ("features", "labels"))
+    chosen = fitted("clip-adapter", task)
+    first = fitted("clip-adapter", without_validation(task))
+    assert first.parameters == {"ratio": 0.2}
+    scores = [(head.predict(rows) == labels).double().mean() for head in (chosen, first)]
+    assert scores[0] >= scores[1]
+    assert (chosen.ratio == 0.2) == (scores[0] == scores[1])
+
+
+def test_prompt_ensemble_is_the_unit_mean(task):
+    draw = np.random.default_rng(0)
+    prompts = [unit(task["text_features"] + 0.05 * draw.normal(size=(6, 33))) for _ in range(3)]
+    expected = unit(np.mean(prompts, 0))
+    for given in (prompts, np.stack(prompts), torch.tensor(np.stack(prompts))):
+        np.testing.assert_allclose(ensemble(given).numpy(), expected, atol=1e-6)
+    head = fit_head("prompt-ensemble", prompts)
+    np.testing.assert_allclose(
+        logits_of(head, task), TAU * task["image_features"] @ expected.T, atol=1e-3
+    )
+
+
+def test_one_template_stays_as_it_is(task):
+    text = task["text_features"]
+    for given in (text, text[None], [text], text.tolist()):
+        np.testing.assert_array_equal(ensemble(given).numpy(), text)
+
+
+def test_templates_of_different_shapes(task):
+    text = task["text_features"]
+    with pytest.raises(InputError, match=r"text_features: templates have different shapes"):
+        ensemble([text, text[:5]])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_same_seed_gives_the_same_head(name, task, short):
+    heads = [fitted(name, task, seed=seed) for seed in (3, 3, 4)]
+    first, same, other = (logits_of(head, task) for head in heads)
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any() or name != "clip-adapter"  # which draws its start
+
+
+@pytest.mark.parametrize("name", ["taskres", "tip-adapter-f"])
+def test_batches_are_shuffled_by_the_seed(name, task, short, monkeypatch):
+    monkeypatch.setattr("transclip_fast.heads.training.BATCH", 16)
+    heads = [fitted(name, task, seed=seed) for seed in (3, 3, 4)]
+    first, same, other = (logits_of(head, task) for head in heads)
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_restricted_to_some_classes(name, task, short):
+    head = fitted(name, task)
+    classes = torch.tensor([4, 0, 3])
+    restricted = logits_of(head.restrict(classes), task)
+    np.testing.assert_allclose(restricted, logits_of(head, task)[:, classes], atol=1e-4)
+
+
+def test_clip_adapter_goes_to_other_classes(task, problem, short):
+    _, other, _ = problem(k=9, seed=5)
+    moved = fitted("clip-adapter", task).transfer(torch.from_numpy(other))
+    logits = logits_of(moved, task)
+    assert logits.shape == (328, 9)
+    same = fitted("clip-adapter", task)
+    np.testing.assert_array_equal(logits_of(moved.transfer(same.text), task), logits_of(same, task))
+
+
+@pytest.mark.parametrize("name", BOUND[1:])
+def test_other_heads_are_bound_to_their_classes(name, task, short):
+    head = fitted(name, task)
+    with pytest.raises(InputError, match="bound to the classes"):
+        head.transfer(head.text)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_class_without_shots(name, task):
+    kept = task["support_labels"] != 2
+    arrays = {
+        **task,
+        **{f"support_{n}": task[f"support_{n}"][kept] for n in ("features", "labels")},
+    }
+    logits = logits_of(fitted(name, arrays), task)
+    assert np.isfinite(logits).all()
+    assert right(logits, task) > 50
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_arrays_are_not_modified_and_blocks_do_not_matter(name, task, short, monkeypatch):
+    before = {key: array.copy() for key, array in task.items()}
+    whole = logits_of(fitted(name, task), task)
+    monkeypatch.setattr(base, "ROWS", 50)
+    head = fitted(name, task)
+    np.testing.assert_allclose(logits_of(head, task), whole, atol=1e-4)
+    rows = torch.from_numpy(task["image_features"])
+    np.testing.assert_array_equal(head.predict(rows), head.logits(rows).argmax(1))
+    for key, array in before.items():
+        np.testing.assert_array_equal(task[key], array)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_below_transclip(name, task, short):
+    head = fitted(name, task)
+    rows = torch.from_numpy(task["image_features"])
+    given = TransCLIP(device="cpu").fit(rows, task["text_features"], **head.prior(rows))
+    same = TransCLIP(device="cpu").fit(rows, prior_logits=head.logits(rows))
+    np.testing.assert_allclose(given.label_distributions_, same.label_distributions_, atol=2e-4)
+    assert given.kl_weight_ == 1
+
+
+def test_other_logit_scales(task, short):
+    for name in HEADS:
+        head = fitted(name, without_validation(task), logit_scale=30.0)
+        assert head.logit_scale == 30.0
+    text = fit_head("prompt-ensemble", task["text_features"], logit_scale=30.0)
+    np.testing.assert_allclose(
+        logits_of(text, task), 30 * task["image_features"] @ task["text_features"].T, atol=1e-4
+    )
+
+
+def test_progress_reaches_its_end(task, short):
+    for name in TRAINED:
+        seen = []
+        fitted(name, task, progress=lambda done, of, seen=seen: seen.append((done, of)))
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        assert seen[-1][0] == seen[-1][1] or name == "linear-probe"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("nonsense", {}, "head 'nonsense' is not known; choose one of prompt-ensemble"),
+        ("taskres", {"support_features": None, "support_labels": None}, "taskres needs shots"),
+        ("taskres", {"support_labels": None}, "come together"),
+        ("taskres", {"support_labels": np.full(48, 6)}, "support_labels: row 0 has label 6"),
+        ("taskres", {"support_features": np.ones((48, 32))}, "has 32 columns, expected 33"),
+        ("tip-adapter", {"validation_labels": np.zeros(3)}, "validation_labels: expected 24"),
+        ("tip-adapter", {"text_features": np.ones(6)}, "text_features: expected a non-empty"),
+        (
+            "tip-adapter",
+            {"text_features": np.zeros((0, 6, 33))},
+            "text_features: holds no template",
+        ),
+    ],
+)
+def test_what_cannot_be_fitted(name, change, told, task):
+    with pytest.raises(InputError, match=told):
+        fitted(name, {**task, **change})

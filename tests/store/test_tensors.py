@@ -1,0 +1,87 @@
+"""Safetensors files written tensor by tensor."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors.torch import load_file, save_file
+
+from transclip_fast.errors import InputError
+from transclip_fast.store.tensors import write_tensors
+
+
+def ignore(done, total):
+    """A progress nobody looks at."""
+
+
+arrays = st.dictionaries(
+    st.text(max_size=5),
+    hnp.arrays(
+        st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, np.bool_]),
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+    ),
+    max_size=4,
+)
+
+
+@settings(deadline=None)
+@given(arrays)
+def test_what_is_written_is_read(tmp_path_factory, made):
+    tensors = {name: torch.from_numpy(array) for name, array in made.items()}
+    file = tmp_path_factory.getbasetemp() / "made.safetensors"
+    told = []
+    size = write_tensors(file, tensors, torch.bfloat16, lambda *step: told.append(step))
+    assert size == file.stat().st_size
+    assert len(told) == len(tensors)
+    assert not told or told[-1][0] == told[-1][1]
+    read = load_file(file)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        expected = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        assert read[name].dtype == expected.dtype
+        torch.testing.assert_close(read[name], expected, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_transposed_view(tmp_path):
+    tensor = torch.arange(6.0).reshape(2, 3).T
+    write_tensors(tmp_path / "a.safetensors", {"a": tensor}, torch.float32, ignore)
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], tensor)
+
+
+def anonymous_bytes():
+    """Memory of this process that is not a mapped file."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+def test_the_tensors_are_never_all_in_memory(tmp_path):
+    side = 2048  # 4 M entries
+    save_file({f"t{i}": torch.full((side, side), float(i)) for i in range(12)}, tmp_path / "f32")
+    tensors = load_file(tmp_path / "f32")  # mapped
+    before, seen = anonymous_bytes(), []
+    write_tensors(
+        tmp_path / "bf16.safetensors",
+        tensors,
+        torch.bfloat16,
+        lambda *_: seen.append(anonymous_bytes()),
+    )
+    assert len(seen) == 12
+    assert max(seen) - before < 2.5 * 2 * side**2  # all would be 12 times that of one
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)}, torch.float32, ignore)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,64 @@
+"""`transclip-fast convert`: a checkpoint to one file that loads without a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from transclip_fast.cli import common
+from transclip_fast.encode.checkpoint import read_checkpoint
+from transclip_fast.encode.models import network_config
+from transclip_fast.encode.networks import PRECISIONS, empty_network, fitted
+from transclip_fast.errors import InputError
+from transclip_fast.store.tensors import write_tensors
+
+
+@click.command("convert")
+@click.argument("checkpoint", type=click.Path())
+@click.option("--model", required=True, help="The checkpoint's model, e.g. EVA-CLIP-8B.")
+@click.option(
+    "--dtype",
+    default="bf16",
+    show_default=True,
+    type=click.Choice([*PRECISIONS]),
+    help="Type of the written weights.",
+)
+@click.option("--out", required=True, type=click.Path(), help="The .safetensors file to write.")
+@common.json_option
+def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) -> None:
+    """Convert CHECKPOINT to one .safetensors file in open_clip's names, tensor by tensor.
+
+    CHECKPOINT is a .safetensors file, a file of torch.save, or the .index.json of either in
+    several files. The written file is for `encode --pretrained`, which maps it from disk; no more
+    than one tensor is in memory at any time.
+
+    \b
+    Example:
+      transclip-fast convert EVA_CLIP_8B_psz14_s9B.pt --model EVA-CLIP-8B --dtype bf16 \\
+          --out eva-clip-8b.safetensors
+      transclip-fast encode photos --model EVA-CLIP-8B --pretrained eva-clip-8b.safetensors \\
+          --precision bf16 --out features
+    """
+    if not out.endswith(".safetensors"):
+        raise InputError(f"{out}: name a file that ends in .safetensors")
+    stages = common.Stages()
+    with stages.time("convert"), common.progress("convert", "bytes") as show:
+        net = empty_network(network_config(model))
+        tensors = fitted(net, read_checkpoint(checkpoint), checkpoint)
+        size = write_tensors(out, tensors, PRECISIONS[dtype], show)
+    summary: dict[str, Any] = {
+        "out": out,
+        "model": model,
+        "dtype": dtype,
+        "n_tensors": len(tensors),
+        "n_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": size,
+        "seconds": stages.seconds,
+        "versions": common.versions(),
+    }
+    text = (
+        f"{summary['n_tensors']:,} tensors, {summary['n_parameters']:,} parameters as {dtype}, "
+        f"{size / 2**30:.2f} GiB written to {out}"
+    )
+    common.summarise(summary, text, as_json)

@@ -1,0 +1,102 @@
+"""Batches of decoded images in order, from processes that work ahead."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from transclip_fast.encode.models import Backbone
+from transclip_fast.encode.sources import Source
+from transclip_fast.errors import InputError
+from transclip_fast.store.shards import Failure
+
+# The machine fails, not the image: a later run can read it.
+FATAL = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
+PREFETCH = 4
+HUNG = 300.0  # seconds without a batch after which a worker hangs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, ...) as `Backbone.read` gives them, None where all failed; and the failures."""
+
+    images: torch.Tensor | None
+    failures: list[Failure]
+
+    def __len__(self) -> int:
+        return len(self.failures) + (0 if self.images is None else len(self.images))
+
+    def pin_memory(self) -> Batch:
+        """Itself, where the device can fetch it (called by torch's loader)."""
+        return Batch(None if self.images is None else self.images.pin_memory(), self.failures)
+
+
+def feed(
+    source: Source, backbone: Backbone, batches: Sequence[list[int]], workers: int
+) -> Generator[Batch]:
+    """
+    Decoded images in order, some batches ahead of the one that is asked for.
+
+    Parameters
+    ----------
+    batches : sequence of list of int
+        Rows of the source, cut into batches.
+    workers : int
+        Processes that decode; 0 decodes in this one.
+
+    Raises
+    ------
+    InputError
+        The machine fails to read an image; a later run may not.
+    RuntimeError
+        No batch for `HUNG` seconds, or a worker that was killed (see `is_worker_lost`). Of the
+        latter torch tells by a signal, wherever this process is at that moment.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Images(source, backbone),
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        timeout=HUNG if workers else 0,
+        pin_memory=backbone.device.type == "cuda",
+    )
+    for batch in loader:
+        for failure in batch.failures:
+            if failure.fatal:
+                raise InputError(f"{failure.key}: {failure.reason}; run again to continue")
+        yield batch
+
+
+def is_worker_lost(error: Exception) -> bool:
+    """Whether an error is what torch's loader raises about its workers."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")
+
+
+class _Images(Dataset[Any]):
+    """Row number to the image, or to why there is none."""
+
+    def __init__(self, source: Source, backbone: Backbone) -> None:
+        self.source, self.read = source, backbone.read
+
+    def __getitem__(self, row: int) -> torch.Tensor | Failure:
+        try:
+            return self.read(self.source.read(row))
+        except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            # The buffer's address, which differs from run to run, tells nobody anything.
+            reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)
+            fatal = isinstance(error, MemoryError) or getattr(error, "errno", None) in FATAL
+            return Failure(row, self.source.keys[row], reason, fatal)
+
+
+def _collate(items: list[torch.Tensor | Failure]) -> Batch:
+    good = [item for item in items if not isinstance(item, Failure)]
+    failures = [item for item in items if isinstance(item, Failure)]
+    return Batch(torch.stack(good) if good else None, failures)

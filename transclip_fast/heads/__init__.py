@@ -1,0 +1,108 @@
+"""
+Few-shot methods on features that are already there: a classifier from texts and a few shots.
+
+Each is a file of this folder with a function `fit`. TransCLIP goes on top of what it predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from transclip_fast.errors import InputError
+from transclip_fast.heads import (
+    clip_adapter,
+    linear_probe,
+    prompt_ensemble,
+    task_res,
+    tip_adapter,
+    tip_adapter_f,
+)
+from transclip_fast.heads.base import Head, Labelled, Progress, PrototypeHead, Task
+from transclip_fast.heads.prompt_ensemble import ensemble
+from transclip_fast.inputs import as_labelled_rows
+
+__all__ = ["HEADS", "Head", "PrototypeHead", "check_head", "ensemble", "fit_head"]
+
+HEADS: dict[str, Callable[[Task], Head]] = {
+    "prompt-ensemble": prompt_ensemble.fit,
+    "tip-adapter": tip_adapter.fit,
+    "tip-adapter-f": tip_adapter_f.fit,
+    "clip-adapter": clip_adapter.fit,
+    "taskres": task_res.fit,
+    "linear-probe": linear_probe.fit,
+}
+WITHOUT_SHOTS = frozenset({"prompt-ensemble"})
+TRANSFERABLE = frozenset({"clip-adapter"})  # their `transfer` takes other classes
+
+
+def check_head(name: str) -> None:
+    """Raise InputError unless there is a head of that name."""
+    if name not in HEADS:
+        raise InputError(f"head {name!r} is not known; choose one of {', '.join(HEADS)}")
+
+
+def fit_head(
+    name: str,
+    text_features: Any,
+    support_features: Any = None,
+    support_labels: Any = None,
+    *,
+    validation_features: Any = None,
+    validation_labels: Any = None,
+    logit_scale: float = 100.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Head:
+    """
+    Fit a head to the texts of K classes and a few labelled rows, on the CPU.
+
+    Arrays are numpy or torch, of any float type, and never modified; rows off the unit sphere are
+    normalised. The same seed gives the same head.
+
+    Parameters
+    ----------
+    name : str
+        One of `HEADS`.
+    text_features : array_like (K, d), or (P, K, d), or a sequence of P arrays (K, d)
+        Text embedding of each class; of P templates, the ensemble of them is used.
+    support_features, support_labels : array_like (M, d), (M,)
+        The shots; needed by all but "prompt-ensemble". Classes may be without.
+    validation_features, validation_labels : array_like (V, d), (V,), optional
+        Choose hyperparameters; without them published defaults hold.
+    logit_scale : float
+        tau; TransCLIP on top needs the same.
+    seed : int
+    progress : callable, optional
+        Called with the steps done and their number.
+
+    Returns
+    -------
+    Head
+        `logits(features)`, `predict(features)`, and `prior(features)`, the arguments that make
+        TransCLIP's `fit` take it: `model.fit(X, T, **head.prior(X))`, X a tensor of unit rows.
+
+    Raises
+    ------
+    InputError
+        An unknown name, no shots, and arrays that cannot be used.
+    """
+    check_head(name)
+    text = ensemble(text_features)
+    n_classes, d = text.shape
+    shots = as_labelled_rows("support", support_features, support_labels, d, n_classes)
+    if shots is None and name not in WITHOUT_SHOTS:
+        raise InputError(f"head {name} needs shots: give support_features and support_labels")
+    held_out = as_labelled_rows("validation", validation_features, validation_labels, d, n_classes)
+    task = Task(
+        text=text,
+        shots=Labelled(*(shots or (text.new_empty(0, d), torch.empty(0, dtype=torch.int64)))),
+        validation=held_out and Labelled(*held_out),
+        logit_scale=logit_scale,
+        seed=seed,
+        progress=progress or (lambda done, of: None),
+    )
+    with torch.enable_grad():
+        return HEADS[name](task)

@@ -1,0 +1,145 @@
+"""What every head is given, and what it gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from transclip_fast.errors import InputError
+
+ROWS = 16384  # of a block, so that nothing (N, M) is ever held
+Progress = Callable[[int, int], None]  # steps done, of how many
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Unit rows (M, d) float32 and their classes (M,) int64."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What a head is fitted to.
+
+    Parameters
+    ----------
+    text : Tensor (K, d) float32
+        Unit rows.
+    shots : Labelled
+        May leave classes out; (0, d) where there are none.
+    validation : Labelled, optional
+        Chooses what a head leaves open; without it published defaults hold.
+    logit_scale : float
+        tau: logits are tau times cosines.
+    seed : int
+        Of everything random.
+    progress : callable
+        Told of the steps of a training.
+    """
+
+    text: torch.Tensor
+    shots: Labelled
+    validation: Labelled | None
+    logit_scale: float
+    seed: int
+    progress: Progress
+
+    @property
+    def n_shots(self) -> int:
+        """Most shots that a class has."""
+        return int(torch.bincount(self.shots.labels).max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(ABC):
+    """
+    A fitted classifier of image features over K classes.
+
+    Parameters
+    ----------
+    text : Tensor (K, d) float32
+        Unit rows: the classes, as the text encoder or a training placed them.
+    logit_scale : float
+    parameters : dict
+        Hyperparameters that were given or chosen, by name.
+    """
+
+    text: torch.Tensor
+    logit_scale: float
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @abstractmethod
+    def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits (n, K) of a block of unit rows (n, d)."""
+
+    @abstractmethod
+    def restrict(self, classes: torch.Tensor) -> Head:
+        """The same head over some of its classes (k,), in that order, and no others."""
+
+    def transfer(self, text: torch.Tensor) -> Head:
+        """
+        The same head over other classes, of which only the text (K', d) is known.
+
+        Raises
+        ------
+        InputError
+            What was trained belongs to the classes it was trained on.
+        """
+        raise InputError("this head is bound to the classes it was trained on")
+
+    @torch.no_grad()
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K) float32 of unit rows (N, d), on the scale that a softmax takes."""
+        return torch.cat([self.block_logits(rows) for rows in _blocks(features)])
+
+    @torch.no_grad()
+    def predict(self, features: torch.Tensor) -> torch.Tensor:
+        """Most likely class (N,) int64 of unit rows (N, d)."""
+        return torch.cat([self.block_logits(rows).argmax(1) for rows in _blocks(features)])
+
+    def prior(self, features: torch.Tensor) -> dict[str, Any]:
+        """What TransCLIP's `fit` takes as this head's prediction of unit rows (N, d), by name."""
+        return {"prior_logits": self.logits(features)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypeHead(Head):
+    """logits = tau F T^T: all that was learned is in the prototypes T, here `text`."""
+
+    def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.logit_scale * rows @ self.text.T
+
+    def restrict(self, classes: torch.Tensor) -> PrototypeHead:
+        return replace(self, text=self.text[classes])
+
+    def prior(self, features: torch.Tensor) -> dict[str, Any]:
+        return {"prototypes": self.text}
+
+
+def _blocks(features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(features, ROWS)
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to unit norm."""
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def percent_right(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of rows whose largest logit is at their label, in percent."""
+    return 100 * float((logits.argmax(1) == labels).double().mean())
+
+
+def best(candidates: Sequence[Any], score: Callable[[Any], float]) -> Any:
+    """The candidate with the largest score; the first of equal ones."""
+    return max(candidates, key=score)

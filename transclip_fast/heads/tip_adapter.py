@@ -1,0 +1,93 @@
+"""Tip-Adapter: the shots as a cache of keys and labels beside the text, without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from transclip_fast.heads.base import Head, Labelled, Task, best, percent_right
+
+ALPHA, BETA = 1.17, 1.0  # of most of the published configurations, ImageNet's among them
+# The published grids are even ones, up to 7 or as far as 50 according to the data set.
+ALPHAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 20))
+BETAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 40))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheHead(Head):
+    """
+    logits = tau F T^T + alpha exp(-beta (1 - F keys^T)) Y, with Y (M, K) the one-hot labels.
+
+    Parameters
+    ----------
+    cache : Labelled
+        Keys (M, d) and their classes (M,); trained keys need not be unit rows.
+    alpha, beta : float
+        Weight and sharpness of the cache.
+    """
+
+    cache: Labelled
+    alpha: float
+    beta: float
+
+    def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        text = self.logit_scale * rows @ self.text.T
+        cached = cache_logits(rows @ self.cache.features.T, self.cache, self.beta, len(self.text))
+        return text + self.alpha * cached
+
+    def restrict(self, classes: torch.Tensor) -> CacheHead:
+        place = torch.full((len(self.text),), -1)
+        place[classes] = torch.arange(len(classes))
+        labels = place[self.cache.labels]
+        kept = labels >= 0
+        cache = Labelled(self.cache.features[kept], labels[kept])
+        return replace(self, text=self.text[classes], cache=cache)
+
+
+def cache_logits(
+    affinity: torch.Tensor, cache: Labelled, beta: float, n_classes: int
+) -> torch.Tensor:
+    """Class sums (n, K) of exp(-beta (1 - affinity)), affinity (n, M)."""
+    weights = torch.exp(beta * (affinity - 1))
+    # Not a product with one-hot labels: that costs K additions an entry.
+    return weights.new_zeros(len(affinity), n_classes).index_add(1, cache.labels, weights)
+
+
+def fit(task: Task) -> CacheHead:
+    """
+    The shots as they are; alpha and beta searched on the validation set where there is one.
+
+    Source: Zhang et al. 2022, Tip-Adapter: Training-free Adaption of CLIP for Few-shot
+    Classification, section 3.1; defaults as in the authors' repository (gaopengcuhk/Tip-Adapter,
+    configs).
+    """
+    return with_cache(task, task.shots)
+
+
+def with_cache(task: Task, cache: Labelled) -> CacheHead:
+    """The head with these keys; alpha and beta as in `fit`."""
+    alpha, beta = search(task, cache)
+    return CacheHead(
+        text=task.text,
+        logit_scale=task.logit_scale,
+        parameters={"alpha": alpha, "beta": beta},
+        cache=cache,
+        alpha=alpha,
+        beta=beta,
+    )
+
+
+def search(task: Task, cache: Labelled) -> tuple[float, float]:
+    """The alpha and beta with the best accuracy on the validation set; defaults without one."""
+    if task.validation is None:
+        return ALPHA, BETA
+    rows, labels = task.validation.features, task.validation.labels
+    text = task.logit_scale * rows @ task.text.T
+    affinity = rows @ cache.features.T
+    found: list[tuple[float, float, float]] = []
+    for beta in BETAS:
+        cached = cache_logits(affinity, cache, beta, len(task.text))
+        found += [(percent_right(text + alpha * cached, labels), alpha, beta) for alpha in ALPHAS]
+    _, alpha, beta = best(found, lambda entry: entry[0])
+    return alpha, beta

@@ -1,0 +1,175 @@
+"""Data sets of a protocol: queries, labelled pools to draw shots from, and class texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from transclip_fast.device import resolve_device
+from transclip_fast.errors import InputError
+from transclip_fast.graph import NeighborGraph, build_graph
+from transclip_fast.heads import ensemble
+from transclip_fast.heads.base import Labelled
+from transclip_fast.inputs import as_labelled_rows, as_labels, as_unit_rows
+from transclip_fast.parameters import Parameters
+from transclip_fast.store.features import Features, load_features
+
+SPLITS = {"train": "support", "val": "validation"}  # sub-folder and what its rows are here
+VALIDATION_SHOTS = 4  # a class has at most so many, as in CoOp and in the paper
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """
+    A data set, ready to run.
+
+    Parameters
+    ----------
+    name : str
+    features : Tensor (N, d) float32
+        Unit rows of the queries.
+    labels : ndarray (N,) int64
+    text : Tensor (K, d) float32
+    class_names : list of str, optional
+    pools : dict
+        "support" and "validation" rows to draw from, where there are any.
+    sha256 : dict
+        Hash of every array.
+    device : torch.device
+        Where neighbours are searched.
+    """
+
+    name: str
+    features: torch.Tensor
+    labels: np.ndarray
+    text: torch.Tensor
+    class_names: list[str] | None
+    pools: dict[str, Labelled]
+    sha256: dict[str, str]
+    device: torch.device
+
+    @cached_property
+    def graph(self) -> NeighborGraph:
+        """Neighbours of the queries, the same for every run."""
+        return build_graph(
+            self.features, Parameters.n_neighbors, anchors=self.text, device=self.device
+        )
+
+    def draw(self, pool: str, shots: int, seed: int) -> Labelled | None:
+        """
+        Some rows of a pool: `shots` of each class, all of a class that has fewer.
+
+        A class's rows come in an order that follows from the seed and the class alone, so that more
+        shots keep those of fewer.
+        """
+        if pool not in self.pools:
+            return None
+        rows = self.pools[pool]
+        taken = [
+            np.random.default_rng([seed, k]).permutation(np.flatnonzero(rows.labels.numpy() == k))
+            for k in range(len(self.text))
+        ]
+        chosen = torch.from_numpy(np.concatenate([order[:shots] for order in taken]))
+        return Labelled(rows.features[chosen], rows.labels[chosen])
+
+    def shortage(self, shots: int) -> str | None:
+        """A warning where classes have fewer rows to draw from."""
+        counts = torch.bincount(self.pools["support"].labels, minlength=len(self.text))
+        short = int((counts < shots).sum())
+        if not short:
+            return None
+        return (
+            f"{self.name}: {short} of {len(counts)} classes have fewer than {shots} rows to draw "
+            f"from, at least {int(counts.min())}; all of these are taken"
+        )
+
+
+def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list[DataSet]:
+    """
+    Data sets by their paths, each called by the name of its file or folder.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        FEATURES with labels, text features and, for `pools`, support and perhaps validation rows;
+        or a folder of the feature folders test/, train/ and val/, as `encode` makes them.
+    pools : bool
+        Shots will be drawn.
+    device : str
+        Where neighbours are searched.
+
+    Raises
+    ------
+    InputError
+        Something is missing or does not fit, or two data sets have one name.
+    """
+    chosen = resolve_device(device)
+    found = [_load(path, pools, chosen) for path in paths]
+    names = [data.name for data in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name}: two data sets have this name; rename one file or folder")
+    return found
+
+
+def _load(path: str, pools: bool, device: torch.device) -> DataSet:
+    try:
+        return _checked(path, pools, device)
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
+
+
+def _checked(path: str, pools: bool, device: torch.device) -> DataSet:
+    stored = _stored(Path(path))
+    for name in ("labels", "text_features", *(("support_features",) if pools else ())):
+        if stored.get(name) is None:
+            raise InputError(f"has no {name}, which the protocol needs")
+    origins = stored.origins
+    text = ensemble(stored.get("text_features"))
+    n_classes, d = text.shape
+    features = as_unit_rows(stored.get("image_features"), origins["image_features"], columns=d)
+    labels = as_labels(
+        stored.get("labels"), origins["labels"], rows=len(features), n_classes=n_classes
+    )
+    names = stored.class_names
+    if names is not None and len(names) != n_classes:
+        raise InputError(f"{len(names)} class names for {n_classes} text features")
+    labelled = {}
+    for pool in SPLITS.values() if pools else ():
+        arrays = [stored.get(f"{pool}_{kind}") for kind in ("features", "labels")]
+        rows = as_labelled_rows(pool, arrays[0], arrays[1], d, n_classes)
+        if rows is not None:
+            labelled[pool] = Labelled(*rows)
+    return DataSet(
+        name=Path(path).stem if os.path.isfile(path) else Path(os.path.realpath(path)).name,
+        features=features,
+        labels=labels.numpy(),
+        text=text,
+        class_names=names,
+        pools=labelled,
+        sha256=stored.inputs_sha256(),
+        device=device,
+    )
+
+
+def _stored(path: Path) -> Features:
+    """FEATURES, or the feature folders of the splits put together."""
+    if not os.path.isdir(path / "test"):
+        return load_features(path)
+    stored = load_features(path / "test")
+    for split, pool in SPLITS.items():
+        if not os.path.isdir(path / split):
+            continue
+        part = load_features(path / split)
+        for name, array in (("features", "image_features"), ("labels", "labels")):
+            if part.get(array) is not None:
+                stored.arrays[f"{pool}_{name}"] = part.get(array)
+    return stored

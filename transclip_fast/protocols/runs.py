@@ -1,0 +1,125 @@
+"""The runs of a protocol, each kept as soon as it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transclip_fast.errors import InputError
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.evaluate import accuracy
+from transclip_fast.heads import fit_head
+from transclip_fast.heads.base import Head, Labelled
+from transclip_fast.protocols.data import VALIDATION_SHOTS, DataSet
+from transclip_fast.store.atomic import publish_file, read_json, write_json, writing
+from transclip_fast.version import __version__
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A run: the columns that say what it is, the hashes of what it reads, and how to do it.
+
+    `work` returns the measured columns.
+    """
+
+    columns: dict[str, Any]
+    inputs: dict[str, Any]
+    work: Callable[[], Row]
+
+    def file(self, folder: Path) -> Path:
+        """Where it is kept: named by all that its outcome depends on."""
+        identity = {"run": self.columns, "inputs": self.inputs, "version": __version__}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return folder / f"{digest[:32]}.json"
+
+
+def do_runs(runs: Sequence[Run], folder: Path, progress: Callable[[int, int], None]) -> list[Row]:
+    """Rows of all runs; those that `folder` has from an earlier call are not done again."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for done, run in enumerate(runs):
+        progress(done, len(runs))
+        file = run.file(folder)
+        if not file.exists():
+            row = {**run.columns, **run.work()}
+            partial = file.with_suffix(".partial")
+            with writing(folder):
+                write_json(partial, row)
+                publish_file(partial, file)
+        rows.append(read_json(file))
+    progress(len(runs), len(runs))
+    return rows
+
+
+def train_head(data: DataSet, name: str, shots: int, seed: int, logit_scale: float) -> Head:
+    """A head fitted to shots of a data set, with at most 4 validation rows a class."""
+    drawn = data.draw("support", shots, seed)
+    held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
+    return fit_head(
+        name,
+        data.text,
+        *_arrays(drawn),
+        **dict(zip(("validation_features", "validation_labels"), _arrays(held_out), strict=True)),
+        logit_scale=logit_scale,
+        seed=seed,
+    )
+
+
+def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> Row:
+    """Accuracies on the queries of zero-shot, of a head, and of TransCLIP on top of it."""
+    predicted, graph = head.predict(data.features).numpy(), data.graph
+    start = time.perf_counter()
+    model.fit(data.features, data.text, **head.prior(data.features), graph=graph)
+    return {
+        **_solved(data, model, time.perf_counter() - start),
+        "head_accuracy": accuracy(predicted, data.labels),
+        "head_seconds": round(train_seconds, 3),
+        "head_parameters": head.parameters,
+    }
+
+
+def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> Row:
+    """Accuracies on the queries of zero-shot and of TransCLIP-FS, which has the shots itself."""
+    drawn = data.draw("support", shots, seed)
+    held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
+    if held_out is None:
+        raise InputError(f"{data.name}: transclip-fs needs validation rows, which choose gamma")
+    names = ("support_features", "support_labels", "validation_features", "validation_labels")
+    arrays: dict[str, Any] = dict(zip(names, (*_arrays(drawn), *_arrays(held_out)), strict=True))
+    graph = data.graph
+    start = time.perf_counter()
+    model.fit(data.features, data.text, **arrays, graph=graph)
+    return {
+        **_solved(data, model, time.perf_counter() - start),
+        "head_accuracy": None,
+        "head_seconds": None,
+        "head_parameters": {"gamma": model.gamma_},
+    }
+
+
+def timed(work: Callable[[], Head]) -> tuple[Head, float]:
+    """What `work` returns, and its seconds."""
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
+
+
+def _solved(data: DataSet, model: TransCLIP, seconds: float) -> Row:
+    return {
+        "queries": len(data.labels),
+        "zero_shot_accuracy": accuracy(model.zero_shot_labels_, data.labels),
+        "accuracy": accuracy(model.transduction_, data.labels),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _arrays(rows: Labelled | None) -> tuple[Any, Any]:
+    return (None, None) if rows is None else (rows.features, rows.labels)

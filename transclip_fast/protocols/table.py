@@ -1,0 +1,92 @@
+"""Rows of runs to a table: mean and deviation over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+MEASURES = ("zero_shot_accuracy", "head_accuracy", "accuracy")
+AVERAGE = "(average)"
+HEADINGS = {
+    "source": "trained on",
+    "data": "data",
+    "head": "head",
+    "shots": "shots",
+    "seeds": "seeds",
+    "zero_shot_accuracy": "zero-shot",
+    "head_accuracy": "head alone",
+    "accuracy": "TransCLIP",
+}
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    A row for each data set, head and number of shots, and their averages over data sets.
+
+    Accuracies are means over seeds, and beside them the sample standard deviation over seeds, None
+    for a single one. That of an average is the deviation of the seeds' averages.
+    """
+    groups = ("source", "data", "head", "shots")
+    names = [name for name in groups if name in rows[0]]
+    found = [_group(part, key) for key, part in _split(rows, names).items()]
+    if len({row["data"] for row in rows}) > 1:
+        over = [name for name in names if name != "data"]
+        for key, part in _split(rows, over).items():
+            seeds = [_average(of_seed) for of_seed in _split(part, ["seed"]).values()]
+            found.append(_group(seeds, (("data", AVERAGE), *key)))
+    return [{name: row[name] for name in (*names, *row) if name in row} for row in found]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of `summarise` in Markdown, accuracies in percent."""
+    columns = [name for name in HEADINGS if name in rows[0]]
+    lines = [
+        "| " + " | ".join(HEADINGS[name] for name in columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(row, name) for name in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+Key = tuple[tuple[str, Any], ...]
+
+
+def _split(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[Key, list[Mapping[str, Any]]]:
+    """Rows by the values of some columns, in order of appearance."""
+    parts: dict[Key, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault(tuple((name, row[name]) for name in names), []).append(row)
+    return parts
+
+
+def _group(rows: Sequence[Mapping[str, Any]], key: Key) -> dict[str, Any]:
+    group: dict[str, Any] = {**dict(key), "seeds": len(rows)}
+    for name in MEASURES:
+        values = [row[name] for row in rows]
+        known = None not in values
+        group[name] = round(float(np.mean(values)), 4) if known else None
+        several = known and len(values) > 1
+        group[f"{name}_std"] = round(float(np.std(values, ddof=1)), 4) if several else None
+    return group
+
+
+def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the data sets of one seed."""
+    values = {name: [row[name] for row in rows] for name in MEASURES}
+    return {
+        name: None if None in column else float(np.mean(column)) for name, column in values.items()
+    }
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    if name not in MEASURES:
+        return str(row[name])
+    if row[name] is None:
+        return ""
+    deviation = row[f"{name}_std"]
+    return f"{row[name]:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
