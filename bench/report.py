@@ -151,8 +151,10 @@ def sparse(folder: Path) -> str:
     cells = []
     for row in rows:
         sizes = [f"{row['queries']:,}", f"{row['classes']:,}", f"{row['logit_scale']:g}"]
+        reference = next(iter(row["arms"]))
         for arm, done in row["arms"].items():
             same = "" if done["agreement"] is None else percent(done["agreement"])
+            same = "reference" if arm == reference else same
             memory = "" if arm == "gemms" else size(done["peak_bytes"])
             took = [SPARSE_ARMS[arm], seconds(done["median"]), memory]
             cells.append([*sizes, *took, f"{done['times_sparse']:.2f}", same])

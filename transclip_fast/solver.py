@@ -74,9 +74,9 @@ def solve(
     """
     Classify all queries jointly.
 
-    The features are read `reads(prior)` times before the first step and twice in every outer
-    step: new means need the assignments of all rows, and those the scores of all rows under the
-    means before.
+    The features are read `reads(prior)` times before the first step (and once more when `Rows`
+    checks them), twice in every outer step and twice at the end: new means need the assignments
+    of all rows, and those the scores of all rows under the means before.
 
     Parameters
     ----------
