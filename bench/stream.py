@@ -28,7 +28,6 @@ from bench.common import (
 SHARDS = 4
 N_NEIGHBORS = 3
 OWN_CLASS = 0.65  # of neighbours; on real features 62 to 71 % share the zero-shot label
-BASE_BYTES, ROW_BYTES = 1 << 30, 3300  # of memory that is allowed: in all, and for each row
 
 
 def write_problem(queries: int, classes: int, dim: int, folder: Path) -> None:
@@ -60,15 +59,22 @@ def run_size(folder: str, held: bool) -> dict[str, Any]:
     """Plan and solve the problem in `folder` in this process."""
     from transclip_fast import TransCLIP
     from transclip_fast.cli.plan import plan_of
+    from transclip_fast.device import resolve_device
+    from transclip_fast.given import size_of
     from transclip_fast.graph import NeighborGraph
+    from transclip_fast.memory import USUAL, Layout
     from transclip_fast.store.features import load_features
 
     place = Path(folder)
     stored = load_features(place)
     features = stored.get("image_features")
     graph = NeighborGraph(np.load(place / "neighbors.npy"), np.load(place / "similarities.npy"))
-    memory = None if held else BASE_BYTES + ROW_BYTES * len(features)
-    model = TransCLIP(device="cpu", assignments="sparse", memory=memory)
+    model = TransCLIP(device="cpu", assignments="sparse")
+    if not held:  # what streaming takes with lists of the usual length, and no more
+        device = resolve_device("cpu")
+        size = size_of(features, len(stored.get("text_features")), model, device)
+        lists = Layout(USUAL, held=False).bytes(size, device)
+        model.memory = size.used(device) + sum(lists.values())
     plan = plan_of(stored, model, None, trial=True)
     reset_peak_memory()
     read, start = bytes_read(), time.perf_counter()
@@ -81,7 +87,7 @@ def run_size(folder: str, held: bool) -> dict[str, Any]:
     bits = (z.data, z.indices, z.indptr, model.objective_, model.means_, model.variances_)
     return {
         "held": model.layout_.held,
-        "memory": memory,
+        "memory": model.memory,
         "seconds": seconds,
         "peak_bytes": peak,
         "read_bytes": read,
