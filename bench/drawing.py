@@ -150,7 +150,7 @@ def draw_stream(figure: Figure, rows: Rows) -> None:
         ):
             axes.plot(n, [done[key] / unit for done in row["sizes"]], label=label, **line)
         axes.set(xlabel="images N", ylabel=what, xlim=(0, None), ylim=(0, None))
-        axes.set_xticks(n)
+        axes.set_xticks([x for x in n if x >= max(n) / 5])  # the others are too close for text
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
     left.legend()
     sizes = f"K = {row['classes']:,}, d = {row['dim']}"
