@@ -189,17 +189,17 @@ def launch_of(n_classes: int) -> tuple[int, int]:
 
 
 def weights_for(
-    features: torch.Tensor, weights: torch.Tensor
+    dtype: torch.dtype, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     P in the type of the features, and the power of two () float32 to multiply the products by.
 
     float16 has no room for P where a variance is small: all of P is brought to at most 2^15.
     """
-    if features.dtype == weights.dtype:
+    if dtype == weights.dtype:
         return weights, None
     exponent = torch.frexp(weights.abs().max()).exponent - 15
-    scaled = torch.ldexp(weights, -exponent).to(features.dtype)
+    scaled = torch.ldexp(weights, -exponent).to(dtype)
     return scaled, torch.ldexp(torch.ones_like(weights[0, 0]), exponent)
 
 

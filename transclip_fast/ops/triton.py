@@ -68,7 +68,7 @@ def start(
     buffer = normaliser.new_empty(chunk if log_prior is None else 0, n_classes)
     scale = None
     if weights is not None:
-        weights, scale = score_kernels.weights_for(features, weights)
+        weights, scale = score_kernels.weights_for(features.dtype, weights)
     for rows in blocks(n_rows, chunk):
         if log_prior is not None:
             products = log_prior[rows]
@@ -103,7 +103,7 @@ def score(
     nodes: torch.Tensor | None = None,
 ) -> Scores:
     """See `Operations.score`."""
-    weights, scale = score_kernels.weights_for(features, weights)
+    weights, scale = score_kernels.weights_for(features.dtype, weights)
     if out.classes is None:
         for part in blocks(len(features), read_rows(features.device)):
             score_kernels.product(features[part], weights, out.values[part])
