@@ -14,13 +14,11 @@ import triton.language as tl
 from transclip_fast.kernels.messages import (
     Launch,
     Segments,
-    add_segments,
     full_launch,
+    hear_all,
     hear_segments,
     hear_segments_full,
     heard_full,
-    listen,
-    silence,
 )
 
 TINY = tl.constexpr(1.1754944e-38)  # 0 log 0 = 0
@@ -40,20 +38,9 @@ def energy_kernel(
     mass = tl.load(z + row[:, None] * width + c, mask, other=0.0)  # (B, C)
     slots = tl.load(z_classes + row[:, None] * width + c, mask, other=-1)
     slots = tl.where(mass > 0, slots, -1)
-    first, last = (
-        tl.load(offsets + row, inside, other=0),
-        tl.load(offsets + row + 1, inside, other=0),
-    )
-    segment = tl.load(segments + row, inside, other=0)
-    stop = tl.load(segments + row + 1, inside, other=0)
-    last = tl.where(segment == stop, last, first)  # a hub hears its segments instead
-    heard, others, elsewhere, pooled = silence(slots, H)
-    heard, others, elsewhere, pooled = listen(
-        first, last, columns, weights, z, z_classes, width, slots, heard, others, elsewhere, pooled
-    )
-    heard, others, elsewhere, pooled = add_segments(
-        segment, stop, part, part_others, part_elsewhere, part_pooled, width,
-        slots, heard, others, elsewhere, pooled,
+    heard, _others, _elsewhere, _pooled = hear_all(
+        row, inside, offsets, columns, weights, z, z_classes, width,
+        segments, part, part_others, part_elsewhere, part_pooled, width, slots, H,
     )  # fmt: skip
     tl.store(terms + 2 * row, tl.sum(mass * heard, 1), inside)
     tl.store(terms + 2 * row + 1, tl.sum(mass * tl.log(tl.maximum(mass, TINY)), 1), inside)

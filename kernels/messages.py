@@ -132,6 +132,27 @@ def add_segments(
 
 
 @triton.jit
+def hear_all(
+    row, inside, offsets, columns, weights, z, z_classes, width,
+    segments, part, part_others, part_elsewhere, part_pooled, n_slots, slots, H: tl.constexpr,
+):  # fmt: skip
+    """All that rows (B,) hear at their slots (B, C) and elsewhere; a hub from its segments."""
+    first = tl.load(offsets + row, inside, other=0)
+    last = tl.load(offsets + row + 1, inside, other=0)
+    segment = tl.load(segments + row, inside, other=0)
+    stop = tl.load(segments + row + 1, inside, other=0)
+    last = tl.where(segment == stop, last, first)
+    heard, others, elsewhere, pooled = silence(slots, H)
+    heard, others, elsewhere, pooled = listen(
+        first, last, columns, weights, z, z_classes, width, slots, heard, others, elsewhere, pooled
+    )
+    return add_segments(
+        segment, stop, part, part_others, part_elsewhere, part_pooled, n_slots,
+        slots, heard, others, elsewhere, pooled,
+    )  # fmt: skip
+
+
+@triton.jit
 def silence(slots, H: tl.constexpr):
     """Nothing heard yet."""
     B: tl.constexpr = slots.shape[0]

@@ -26,13 +26,11 @@ import triton.language as tl
 from transclip_fast.kernels.messages import (
     Launch,
     Segments,
-    add_segments,
     full_launch,
+    hear_all,
     hear_segments,
     hear_segments_full,
     heard_full,
-    listen,
-    silence,
 )
 
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
@@ -75,20 +73,9 @@ def sweep_kernel(
     slots = tl.where(base > least, tl.load(candidates + place, mask, other=-1), -1)
     tail = tl.load(tails + row, inside, other=1.0)  # (B,)
 
-    first, last = (
-        tl.load(offsets + row, inside, other=0),
-        tl.load(offsets + row + 1, inside, other=0),
-    )
-    segment = tl.load(segments + row, inside, other=0)
-    stop = tl.load(segments + row + 1, inside, other=0)
-    last = tl.where(segment == stop, last, first)  # a hub hears its segments instead
-    heard, others, elsewhere, pooled = silence(slots, H)
-    heard, others, elsewhere, pooled = listen(
-        first, last, columns, weights, z, z_classes, width, slots, heard, others, elsewhere, pooled
-    )
-    heard, others, elsewhere, pooled = add_segments(
-        segment, stop, part, part_others, part_elsewhere, part_pooled, n_slots,
-        slots, heard, others, elsewhere, pooled,
+    heard, _others, elsewhere, pooled = hear_all(
+        row, inside, offsets, columns, weights, z, z_classes, width,
+        segments, part, part_others, part_elsewhere, part_pooled, n_slots, slots, H,
     )  # fmt: skip
 
     logits = base + heard
