@@ -60,3 +60,49 @@ def test_cut(values, limit):
     assert (values >= high).sum() <= limit < (values >= low).sum()
     between = values[(values >= low) & (values < high)]
     assert np.ptp(between) < 1e-3
+
+
+@pytest.mark.parametrize("n_classes", [40, 5000])  # many entries for so few classes, and few
+@pytest.mark.parametrize("width", [1, 4, 7, 30])
+def test_what_is_heard_is_forgotten(n_classes, width):
+    rng = np.random.default_rng(width)
+    lengths = rng.integers(1, width + 1, 6)
+    used = np.arange(width) < lengths[:, None]
+    values = np.where(used, rng.random((6, width)), 0).astype(np.float32)
+    drawn = [rng.choice(n_classes, width, replace=False) for _ in values]
+    classes = np.array(drawn, np.int32)
+    graph = np.array([0, 2, 6]), rng.permutation(6)
+    weights = rng.standard_normal(6).astype(np.float32)
+    heard = np.zeros(n_classes, np.float32)
+    for i in range(2):
+        count = loops.listen(i, *graph, weights, values, classes, heard)
+        entries = slice(graph[0][i], graph[0][i + 1])
+        expected = np.zeros(n_classes)
+        for j, weight in zip(graph[1][entries], weights[entries], strict=True):
+            np.add.at(expected, classes[j][used[j]], float(weight) * values[j][used[j]])
+        np.testing.assert_allclose(heard, expected, atol=1e-6)
+        largest = loops.forget(count, i, *graph, values, classes, heard)
+        np.testing.assert_allclose(largest, np.abs(expected).max(), rtol=1e-5)
+        assert (heard == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "kept"),
+    [
+        ([5.0, 1.0, 3.0, 4.0], 2.0, [0, 2, 3]),
+        ([5.0, 1.0, 3.0, 4.0, 2.0], 1.0, [0, 2, 3]),
+        ([1.0, 2.0, 1.0, 1.0, 1.0], 1.0, [0, 1, 2]),  # equal ones from the front
+        ([1.0, 2.0, 3.0, 4.0, 5.0], -1e9, [2, 3, 4]),
+        ([1.0, 1.0], 2.0, []),
+    ],
+)
+def test_enter(values, low, kept):
+    """Entries >= low in their order, the largest three where there are more; the rest cleared."""
+    values = np.array(values, np.float32)
+    classes = np.arange(10, 10 + len(values), dtype=np.int32)
+    out, out_classes = np.full(3, 9, np.float32), np.zeros(3, np.int32)
+    count = loops.enter(values, classes, low, values.max() + 1, out, out_classes, -np.inf)
+    assert count == len(kept)
+    np.testing.assert_array_equal(out[:count], values[kept])
+    np.testing.assert_array_equal(out_classes[:count], classes[kept])
+    assert (out[count:] == -np.inf).all()

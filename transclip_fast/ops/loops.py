@@ -15,9 +15,16 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 CHUNK = 16  # classes whose maximum is kept, to look only where candidates are
 HALVINGS = 24  # of the range in which a row is cut to its largest entries
+
+LINE = 16  # entries of a cache line
+AHEAD = 8  # rows: lists are asked for so long before they are read
+AT_ONCE = 8  # entries that are cleared in the time of one alone
 
 F = np.float32
 LOG2E = F(1 / math.log(2))
@@ -50,6 +57,45 @@ def compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], A
     return decorate
 
 
+@intrinsic
+def prefetch(_, lists, row, entry):  # type: ignore[no-untyped-def]
+    """
+    Have the cache line of an entry of `lists` (N, R) on its way, whether or not it exists.
+
+    Lists of neighbours lie anywhere: without it a sweep waits for them a third of its time.
+    """
+
+    def code(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        helpers: Any = cgutils
+        kind = signature.args[0]
+        array = context.make_array(kind)(context, builder, values[0])
+        place = helpers.get_item_pointer(context, builder, kind, array, values[1:])
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        void = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        call = helpers.get_or_insert_function(builder.module, void, "llvm.prefetch.p0i8")
+        to_read, keep, data = i32(0), i32(3), i32(1)
+        builder.call(call, [builder.bitcast(place, byte), to_read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(lists, row, entry), code
+
+
+@compiled("void(int64, float32[:, ::1], int32[:, ::1])")
+def fetch(i, values, classes):  # type: ignore[no-untyped-def]
+    """Have the first entries of a row's list on their way: most lists have no more."""
+    for entry in range(0, 2 * LINE, LINE):
+        prefetch(values, i, entry)  # type: ignore[call-arg]
+        prefetch(classes, i, entry)
+
+
+@compiled("void(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1])")
+def fetch_neighbors(i, offsets, columns, values, classes):  # type: ignore[no-untyped-def]
+    """Have the lists of a row's neighbours on their way, where there is such a row."""
+    if i + 1 < len(offsets):
+        for entry in range(offsets[i], offsets[i + 1]):
+            fetch(columns[entry], values, classes)
+
+
 @compiled("float32(float32[::1], float32[::1])", fastmath=FAST)
 def chunk_maxima(row, out):  # type: ignore[no-untyped-def]
     """Largest entry of a row (K,); `out` receives that of each chunk."""
@@ -68,6 +114,24 @@ def chunk_maxima(row, out):  # type: ignore[no-untyped-def]
         out[n_full] = top
         largest = max(largest, top)
     return largest
+
+
+@compiled("float32(float32[::1])", fastmath=FAST)
+def largest_of(row):  # type: ignore[no-untyped-def]
+    """Largest entry of a row."""
+    top = row[0]
+    for j in range(len(row)):
+        top = max(top, row[j])
+    return top
+
+
+@compiled("int64(float32[::1], float32)")
+def number(row, low):  # type: ignore[no-untyped-def]
+    """Entries of a row that are >= low."""
+    above = 0
+    for j in range(len(row)):
+        above += row[j] >= low
+    return above
 
 
 @compiled("float32(float32[::1], float32, int32[::1], float32[::1])", fastmath=FAST)
@@ -96,24 +160,47 @@ def cut(values, low, high, limit):  # type: ignore[no-untyped-def]
     """
     for _ in range(HALVINGS):
         middle = F(0.5) * (low + high)
-        above = 0
-        for j in range(len(values)):
-            above += values[j] >= middle
-        if above > limit:
+        if number(values, middle) > limit:
             low = middle
         else:
             high = middle
     return low, high
 
 
+@compiled("int64(float32[::1], int32[::1], float32, float32, float32[::1], int32[::1], float32)")
+def enter(values, classes, low, high, out, out_classes, unused):  # type: ignore[no-untyped-def]
+    """
+    Enter the values in [low, high) into a list, the largest of them where it is full.
+
+    Their number; all after them becomes `unused`.
+    """
+    width, spare, count = len(out), 0, number(values, low)
+    least = low
+    if count > width:
+        low, least = cut(values, max(low, values.min()), high, width)
+        spare, count = width - number(values, least), width
+    kept, c = 0, 0
+    while kept < count:
+        above, equal = values[c] >= least, values[c] >= low and spare > 0
+        out[kept] = values[c]  # stays only where the list moves on: no branch
+        out_classes[kept] = classes[c]
+        spare -= equal and not above
+        kept += above or equal
+        c += 1
+    while kept < width and out[kept] != unused:
+        out[kept] = unused
+        kept += 1
+    return count
+
+
 @compiled("int64(float32[::1], float32[::1], float32, int32[::1])")
-def at_least(row, maxima, low, places):  # type: ignore[no-untyped-def]
-    """Classes of a row (K,) whose entry is >= low, into `places`; their number."""
+def at_least(row, maxima, low, classes):  # type: ignore[no-untyped-def]
+    """Classes of a row (K,) whose entry is >= low, into `classes`; their number."""
     count = 0
     for q in range(len(maxima)):
         if maxima[q] >= low:
             for j in range(q * CHUNK, min(len(row), (q + 1) * CHUNK)):
-                places[count] = j  # kept only where the count moves on: no branch
+                classes[count] = j  # kept only where the count moves on: no branch
                 count += row[j] >= low
     return count
 
@@ -124,39 +211,26 @@ def at_least(row, maxima, low, places):  # type: ignore[no-untyped-def]
 )
 def select(scores, first, nodes, least, values, classes, tail, normaliser):  # type: ignore[no-untyped-def]
     """Candidates of a block of scores (n, K): its rows are `first` and on, their nodes differ."""
-    n_classes, width = scores.shape[1], values.shape[1]
+    n_classes = scores.shape[1]
     maxima = np.empty(-(-n_classes // CHUNK), np.float32)
     bits, rest = np.empty(n_classes, np.int32), np.empty(n_classes, np.float32)
-    places = np.empty(n_classes + 1, np.int32)
+    found_classes = np.empty(n_classes + 1, np.int32)
     found = np.empty(n_classes, np.float32)
     for i in range(len(scores)):
         row, node = scores[i], nodes[first + i]
+        fetch(nodes[first + min(i + AHEAD, len(scores) - 1)], values, classes)
         largest = chunk_maxima(row, maxima)
         everything = exponentials(row, largest, bits, rest)
         total = largest + F(math.log(everything))
         normaliser[first + i] = total
         low = max(min(total + least[node], largest), LOWEST / F(2))
-        count = at_least(row, maxima, low, places)
+        count = at_least(row, maxima, low, found_classes)
         for c in range(count):
-            found[c] = row[places[c]]
-        high, spare = low, 0
-        if count > width:
-            low, high = cut(found[:count], found[:count].min(), largest + F(1), width)
-            spare = width
-            for c in range(count):
-                spare -= found[c] >= high
-        kept = 0
-        for c in range(count):
-            if found[c] >= high or (found[c] >= low and spare > 0):
-                spare -= found[c] < high
-                classes[node, kept] = places[c]
-                values[node, kept] = found[c] - total
-                found[kept] = found[c]
-                kept += 1
-        tail[node] = max(F(0), F(1) - exponentials(found[:kept], largest, bits, rest) / everything)
-        while kept < width and values[node, kept] > -np.inf:
-            values[node, kept] = -np.inf
-            kept += 1
+            found[c] = row[found_classes[c]] - total
+        own, own_classes = values[node], classes[node]
+        kept = enter(found[:count], found_classes, low - total, F(1), own, own_classes, -F(np.inf))
+        mass = exponentials(own[:kept], largest - total, bits, rest)
+        tail[node] = max(F(0), F(1) - mass / everything)
 
 
 @compiled("void(float32[:, ::1], int64, float32[::1], float32[:, ::1], int64[:, ::1])")
@@ -176,30 +250,82 @@ def most_confident(scores, first, normaliser, values, rows):  # type: ignore[no-
                 rows[place, k] = first + i
 
 
+@compiled("UniTuple(uint32, 4)(int32[::1], int64)")
+def four(classes, r):  # type: ignore[no-untyped-def]
+    """Four classes of a list; unsigned, they need no look at whether they count from the end."""
+    k0, k1 = np.uint32(classes[r]), np.uint32(classes[r + 1])
+    return k0, k1, np.uint32(classes[r + 2]), np.uint32(classes[r + 3])
+
+
+@compiled("int64(float32, float32[::1], int32[::1], float32[::1])")
+def hear(weight, values, classes, heard):  # type: ignore[no-untyped-def]
+    """Add a list (R,), `weight` times, to `heard` (K,); about how many entries it has."""
+    r = 0
+    # Four at a time, in one branch: unused entries add nothing.
+    while r + 4 <= len(values) and values[r] != 0:
+        k0, k1, k2, k3 = four(classes, r)
+        heard[k0] += weight * values[r]
+        heard[k1] += weight * values[r + 1]
+        heard[k2] += weight * values[r + 2]
+        heard[k3] += weight * values[r + 3]
+        r += 4
+    while r < len(values) and values[r] != 0:
+        heard[classes[r]] += weight * values[r]
+        r += 1
+    return r
+
+
+@compiled("float32(float32[::1], int32[::1], float32[::1])")
+def clear(values, classes, heard):  # type: ignore[no-untyped-def]
+    """Clear `heard` (K,) at the classes of a list (R,); the largest entry, of either sign."""
+    largest, r = F(0), 0
+    while r + 4 <= len(values) and values[r] != 0:
+        k0, k1, k2, k3 = four(classes, r)
+        first, second = max(abs(heard[k0]), abs(heard[k1])), max(abs(heard[k2]), abs(heard[k3]))
+        largest = max(largest, max(first, second))
+        heard[k0] = heard[k1] = heard[k2] = heard[k3] = 0
+        r += 4
+    while r < len(values) and values[r] != 0:
+        largest = max(largest, abs(heard[classes[r]]))
+        heard[classes[r]] = 0
+        r += 1
+    return largest
+
+
+@compiled("float32(float32[::1])", fastmath=FAST)
+def clear_all(heard):  # type: ignore[no-untyped-def]
+    """As `clear`, at all classes."""
+    largest = F(0)
+    for k in range(len(heard)):
+        largest = max(largest, abs(heard[k]))
+        heard[k] = 0
+    return largest
+
+
 @compiled(
-    "void(int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],float32[::1])"
+    "int64(int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],"
+    "float32[::1])"
 )
 def listen(i, offsets, columns, weights, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Add (A z)_i to `heard` (K,)."""
+    """Add (A z)_i to `heard` (K,); about how many entries that were."""
+    count = 0
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]
-        for r in range(values.shape[1]):
-            if values[j, r] == 0:
-                break
-            heard[classes[j, r]] += weights[entry] * values[j, r]
+        count += hear(weights[entry], values[j], classes[j], heard)
+    return count
 
 
-@compiled("float32(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])")
-def forget(i, offsets, columns, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Clear what `listen` wrote; its largest entry, of either sign."""
+@compiled(
+    "float32(int64, int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])"
+)
+def forget(count, i, offsets, columns, values, classes, heard):  # type: ignore[no-untyped-def]
+    """Clear the `count` entries that `listen` heard; the largest of them, of either sign."""
+    if count * AT_ONCE > len(heard):
+        return clear_all(heard)
     largest = F(0)
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]
-        for r in range(values.shape[1]):
-            if values[j, r] == 0:
-                break
-            largest = max(largest, abs(heard[classes[j, r]]))
-            heard[classes[j, r]] = 0
+        largest = max(largest, clear(values[j], classes[j], heard))
     return largest
 
 
@@ -226,46 +352,30 @@ def sweep(  # type: ignore[no-untyped-def]
     n_classes,
 ):
     """One sweep over a block of nodes."""
-    width = out.shape[1]
     heard = np.zeros(n_classes, np.float32)
-    logits = np.empty(base.shape[1], np.float32)
-    mass = np.empty(base.shape[1], np.float32)
-    bits = np.empty(base.shape[1], np.int32)
+    logits = np.empty(base.shape[1] + 1, np.float32)
+    mass = np.empty_like(logits)
+    bits = np.empty(len(logits), np.int32)
     for i in range(start, stop):
-        listen(i, offsets, columns, weights, z, z_classes, heard)
-        largest = F(math.log(tail[i])) if tail[i] > 0 else F(-np.inf)
-        rest = largest
+        fetch_neighbors(i + AHEAD, offsets, columns, z, z_classes)
+        fetch(i + AHEAD, base, candidates)
+        fetch(i + AHEAD, out, out_classes)
+        count = listen(i, offsets, columns, weights, z, z_classes, heard)
         n = 0
         while n < base.shape[1] and base[i, n] > -np.inf:
-            logits[n] = base[i, n] + heard[candidates[i, n]]
-            largest = max(largest, logits[n])
-            heard[candidates[i, n]] = 0
+            k = candidates[i, n]
+            logits[n] = base[i, n] + heard[k]
+            heard[k] = 0
             n += 1
-        total = exponentials(logits[:n], largest, bits, mass) + F(math.exp(rest - largest))
-        scale, top, count = F(1) / total, F(0), 0
+        # The tail is one more class, which hears nothing.
+        logits[n] = F(math.log(tail[i])) if tail[i] > 0 else LOWEST
+        total = exponentials(logits[: n + 1], largest_of(logits[: n + 1]), bits, mass)
         for c in range(n):
-            mass[c] *= scale
-            top = max(top, mass[c])
-        low = min(floor, top)
-        for c in range(n):
-            count += mass[c] >= low
-        high, spare = low, 0
-        if count > width:
-            low, high = cut(mass[:n], low, F(2) * top, width)
-            spare = width
-            for c in range(n):
-                spare -= mass[c] >= high
-        kept = 0
-        for c in range(n):
-            if mass[c] >= high or (mass[c] >= low and spare > 0):
-                spare -= mass[c] < high
-                out[i, kept] = max(mass[c], TINY)
-                out_classes[i, kept] = candidates[i, c]
-                kept += 1
-        while kept < width and out[i, kept] > 0:
-            out[i, kept] = 0
-            kept += 1
-        unheard = forget(i, offsets, columns, z, z_classes, heard)
+            mass[c] = max(mass[c] / total, TINY)
+        top = largest_of(mass[:n])
+        low, high = min(floor, top), F(2) * top
+        enter(mass[:n], candidates[i], low, high, out[i], out_classes[i], F(0))
+        unheard = forget(count, i, offsets, columns, z, z_classes, heard)
         # Of a tail below rounding nothing is known but that.
         known = max(tail[i], n_classes * ROUNDING)
         bound[i] = min(1.0, known * math.expm1(min(unheard, MOST_HEARD)))
@@ -280,51 +390,12 @@ def energies(start, stop, offsets, columns, weights, z, classes, n_classes, out)
     heard = np.zeros(n_classes, np.float32)
     pairwise, entropy = 0.0, 0.0
     for i in range(start, stop):
-        listen(i, offsets, columns, weights, z, classes, heard)
+        fetch_neighbors(i + AHEAD, offsets, columns, z, classes)
+        count = listen(i, offsets, columns, weights, z, classes, heard)
         for r in range(z.shape[1]):
             if z[i, r] == 0:
                 break
             pairwise += z[i, r] * heard[classes[i, r]]
             entropy += z[i, r] * math.log(z[i, r])
-        forget(i, offsets, columns, z, classes, heard)
+        forget(count, i, offsets, columns, z, classes, heard)
     out[0], out[1] = pairwise, entropy
-
-
-@compiled(
-    "void(int64, int64, float32[:, ::1], int64[::1], float32[:, ::1], int32[:, ::1],"
-    "float64[:, ::1], float64[::1])",
-    fastmath={"contract"},
-)
-def class_sums(low, high, features, nodes, z, classes, sums, counts):  # type: ignore[no-untyped-def]
-    """
-    Add the sums and masses of the classes from `low` to `high`, rows in their order.
-
-    The class after the last, of `sums` (K + 1, d), takes what the rows dropped.
-    """
-    dropped = high == len(sums)
-    for i in range(len(features)):
-        node = nodes[i]
-        rest = 1.0
-        for r in range(z.shape[1] + 1):
-            last = r == z.shape[1] or z[node, r] == 0
-            if last and not dropped:
-                break
-            k, weight = len(sums) - 1, rest
-            if not last:
-                k, weight = classes[node, r], np.float64(z[node, r])
-                rest -= weight
-            if low <= k < high:
-                counts[k] += weight
-                for x in range(features.shape[1]):
-                    sums[k, x] += weight * features[i, x]
-            if last:
-                break
-
-
-@compiled("void(float32[:, ::1], float64[::1])")
-def add_squares(rows, out):  # type: ignore[no-untyped-def]
-    """Add the squares of rows (n, d) to `out` (d,)."""
-    for i in range(rows.shape[0]):
-        for j in range(rows.shape[1]):
-            x = np.float64(rows[i, j])
-            out[j] += x * x

@@ -19,6 +19,7 @@ import transclip_fast.ops.torch as twin
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops import loops
+from transclip_fast.ops import sums as sum_loops
 from transclip_fast.ops.messages import Messages
 from transclip_fast.ops.torch import (
     START_ROWS,
@@ -42,6 +43,7 @@ __all__ = [
     "sweep",
 ]
 
+TOGETHER = 4
 SWEEP_ROWS = 1024
 SQUARE_ROWS = 2048
 
@@ -59,20 +61,20 @@ def start(
     normaliser, tail = np.empty((2, n_rows), np.float32)
     least = np.full(n_rows, math.log(out.floor) if out.floor else -np.inf, np.float32)
     out.values.fill_(-torch.inf)
-    lists = _lists(out)
+    lists, size = _lists(out), even(n_rows, gemm_rows(CPU, n_classes))
 
     def part(whole: slice) -> tuple[torch.Tensor, torch.Tensor]:
         best = np.full((START_ROWS, n_classes), -np.inf, np.float32)
         rows = np.zeros(best.shape, np.int64)
         buffer = _scores(n_classes)
-        for block in blocks(whole.stop, len(buffer), whole.start):
+        for block in blocks(whole.stop, size, whole.start):
             scores = twin.block_scores(features, weights, None, block, log_prior, out=buffer)
             values = scores.clamp_(min=loops.LOWEST).numpy()
             loops.select(values, block.start, nodes, least, *lists, tail, normaliser)
             loops.most_confident(values, block.start, normaliser, best, rows)
         return torch.from_numpy(best), torch.from_numpy(rows)
 
-    found = each(part, _parts(n_rows, n_threads(), gemm_rows(CPU, n_classes)))
+    found = each(part, _parts(n_rows, n_threads(), size))
     out.values.exp_()
     values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = rows.argsort(dim=0)  # of equal values the first row
@@ -111,7 +113,7 @@ def score(
             scores.clamp_(min=loops.LOWEST)
         loops.select(scores.numpy(), block.start, places, *lists, normaliser)
 
-    each(part, blocks(n_rows, gemm_rows(CPU, n_classes)))
+    each(part, blocks(n_rows, even(n_rows, gemm_rows(CPU, n_classes))))
     return out
 
 
@@ -127,7 +129,7 @@ def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments)
     def part(rows: slice) -> None:
         loops.sweep(rows.start, rows.stop, *arrays, out.floor, z.n_classes)
 
-    each(part, blocks(len(z), SWEEP_ROWS))
+    each(part, blocks(len(z), even(len(z), SWEEP_ROWS)))
     return out
 
 
@@ -155,7 +157,7 @@ def _add_class_sums(
     arrays = features.numpy(), nodes, *_lists(z), sums.numpy(), counts.numpy()
 
     def part(classes: slice) -> None:
-        loops.class_sums(classes.start, classes.stop, *arrays)
+        sum_loops.class_sums(classes.start, classes.stop, *arrays)
 
     each(part, _parts(len(sums), n_threads()))
 
@@ -169,7 +171,7 @@ def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Te
         loops.energies(rows.start, rows.stop, *arrays, z.n_classes, terms)
         return terms
 
-    pairwise, entropy = np.sum(each(part, blocks(len(z), SWEEP_ROWS)), axis=0)
+    pairwise, entropy = np.sum(each(part, blocks(len(z), even(len(z), SWEEP_ROWS))), axis=0)
     return torch.tensor(pairwise), torch.tensor(entropy)
 
 
@@ -178,10 +180,17 @@ def sum_of_squares(features: UnitRows) -> torch.Tensor:
 
     def part(rows: slice) -> np.ndarray:
         total = np.zeros(features.shape[1])
-        loops.add_squares(features[rows].numpy(), total)
+        sum_loops.add_squares(features[rows].numpy(), total)
         return total
 
     return torch.from_numpy(np.sum(each(part, blocks(len(features), SQUARE_ROWS)), axis=0))
+
+
+def even(n_rows: int, most: int) -> int:
+    """Rows of a block, at most so many: of equal blocks that 2 or 4 threads end together with."""
+    number = TOGETHER * -(-n_rows // (TOGETHER * most))
+    # 16 rows of any length are aligned as a block of its own would be.
+    return min(most, 16 * max(1, -(-n_rows // (16 * number))))
 
 
 def _scores(n_classes: int) -> torch.Tensor:
