@@ -62,10 +62,9 @@ def test_cut(values, limit):
     assert np.ptp(between) < 1e-3
 
 
-@pytest.mark.parametrize("n_classes", [40, 5000])  # many entries for so few classes, and few
 @pytest.mark.parametrize("width", [1, 4, 7, 30])
-def test_what_is_heard_is_forgotten(n_classes, width):
-    rng = np.random.default_rng(width)
+def test_what_is_heard_is_forgotten(width):
+    rng, n_classes = np.random.default_rng(width), 40
     lengths = rng.integers(1, width + 1, 6)
     used = np.arange(width) < lengths[:, None]
     values = np.where(used, rng.random((6, width)), 0).astype(np.float32)
@@ -75,13 +74,13 @@ def test_what_is_heard_is_forgotten(n_classes, width):
     weights = rng.standard_normal(6).astype(np.float32)
     heard = np.zeros(n_classes, np.float32)
     for i in range(2):
-        count = loops.listen(i, *graph, weights, values, classes, heard)
+        loops.listen(i, *graph, weights, values, classes, heard)
         entries = slice(graph[0][i], graph[0][i + 1])
         expected = np.zeros(n_classes)
         for j, weight in zip(graph[1][entries], weights[entries], strict=True):
             np.add.at(expected, classes[j][used[j]], float(weight) * values[j][used[j]])
         np.testing.assert_allclose(heard, expected, atol=1e-6)
-        largest = loops.forget(count, i, *graph, values, classes, heard)
+        largest = loops.forget(i, *graph, values, classes, heard)
         np.testing.assert_allclose(largest, np.abs(expected).max(), rtol=1e-5)
         assert (heard == 0).all()
 

@@ -24,7 +24,6 @@ HALVINGS = 24  # of the range in which a row is cut to its largest entries
 
 LINE = 16  # entries of a cache line
 AHEAD = 8  # rows: lists are asked for so long before they are read
-AT_ONCE = 8  # entries that are cleared in the time of one alone
 
 F = np.float32
 LOG2E = F(1 / math.log(2))
@@ -257,9 +256,9 @@ def four(classes, r):  # type: ignore[no-untyped-def]
     return k0, k1, np.uint32(classes[r + 2]), np.uint32(classes[r + 3])
 
 
-@compiled("int64(float32, float32[::1], int32[::1], float32[::1])")
+@compiled("void(float32, float32[::1], int32[::1], float32[::1])")
 def hear(weight, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Add a list (R,), `weight` times, to `heard` (K,); about how many entries it has."""
+    """Add a list (R,), `weight` times, to `heard` (K,)."""
     r = 0
     # Four at a time, in one branch: unused entries add nothing.
     while r + 4 <= len(values) and values[r] != 0:
@@ -272,7 +271,6 @@ def hear(weight, values, classes, heard):  # type: ignore[no-untyped-def]
     while r < len(values) and values[r] != 0:
         heard[classes[r]] += weight * values[r]
         r += 1
-    return r
 
 
 @compiled("float32(float32[::1], int32[::1], float32[::1])")
@@ -292,36 +290,19 @@ def clear(values, classes, heard):  # type: ignore[no-untyped-def]
     return largest
 
 
-@compiled("float32(float32[::1])", fastmath=FAST)
-def clear_all(heard):  # type: ignore[no-untyped-def]
-    """As `clear`, at all classes."""
-    largest = F(0)
-    for k in range(len(heard)):
-        largest = max(largest, abs(heard[k]))
-        heard[k] = 0
-    return largest
-
-
 @compiled(
-    "int64(int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],"
-    "float32[::1])"
+    "void(int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],float32[::1])"
 )
 def listen(i, offsets, columns, weights, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Add (A z)_i to `heard` (K,); about how many entries that were."""
-    count = 0
+    """Add (A z)_i to `heard` (K,)."""
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]
-        count += hear(weights[entry], values[j], classes[j], heard)
-    return count
+        hear(weights[entry], values[j], classes[j], heard)
 
 
-@compiled(
-    "float32(int64, int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])"
-)
-def forget(count, i, offsets, columns, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Clear the `count` entries that `listen` heard; the largest of them, of either sign."""
-    if count * AT_ONCE > len(heard):
-        return clear_all(heard)
+@compiled("float32(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])")
+def forget(i, offsets, columns, values, classes, heard):  # type: ignore[no-untyped-def]
+    """Clear what `listen` wrote; its largest entry, of either sign."""
     largest = F(0)
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]
@@ -360,7 +341,7 @@ def sweep(  # type: ignore[no-untyped-def]
         fetch_neighbors(i + AHEAD, offsets, columns, z, z_classes)
         fetch(i + AHEAD, base, candidates)
         fetch(i + AHEAD, out, out_classes)
-        count = listen(i, offsets, columns, weights, z, z_classes, heard)
+        listen(i, offsets, columns, weights, z, z_classes, heard)
         n = 0
         while n < base.shape[1] and base[i, n] > -np.inf:
             k = candidates[i, n]
@@ -375,7 +356,7 @@ def sweep(  # type: ignore[no-untyped-def]
         top = largest_of(mass[:n])
         low, high = min(floor, top), F(2) * top
         enter(mass[:n], candidates[i], low, high, out[i], out_classes[i], F(0))
-        unheard = forget(count, i, offsets, columns, z, z_classes, heard)
+        unheard = forget(i, offsets, columns, z, z_classes, heard)
         # Of a tail below rounding nothing is known but that.
         known = max(tail[i], n_classes * ROUNDING)
         bound[i] = min(1.0, known * math.expm1(min(unheard, MOST_HEARD)))
@@ -391,11 +372,11 @@ def energies(start, stop, offsets, columns, weights, z, classes, n_classes, out)
     pairwise, entropy = 0.0, 0.0
     for i in range(start, stop):
         fetch_neighbors(i + AHEAD, offsets, columns, z, classes)
-        count = listen(i, offsets, columns, weights, z, classes, heard)
+        listen(i, offsets, columns, weights, z, classes, heard)
         for r in range(z.shape[1]):
             if z[i, r] == 0:
                 break
             pairwise += z[i, r] * heard[classes[i, r]]
             entropy += z[i, r] * math.log(z[i, r])
-        forget(count, i, offsets, columns, z, classes, heard)
+        forget(i, offsets, columns, z, classes, heard)
     out[0], out[1] = pairwise, entropy

@@ -22,7 +22,7 @@ from transclip_fast.threads import each, quiet
 
 # One block of one (rows, K) float32 operand: a core's cache, or enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-GEMM_ROWS = {"cpu": (512, 1024), "cuda": (4096, 1 << 20)}  # at least and at most
+GEMM_ROWS = {"cpu": (512, 512), "cuda": (4096, 1 << 20)}  # at least and at most
 READ_ROWS = {"cpu": 1 << 14, "cuda": 1 << 18}
 SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
 SUM_CLASSES = 256  # that one thread sums
