@@ -1,6 +1,6 @@
 """What every benchmark shares: made problems, machine facts, timing, and results on disk.
 
-Needs numpy only, so that it runs wherever a solver runs. Memory is read from Linux's /proc.
+Needs numpy only, so that it runs wherever a solver runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import statistics as stats
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -285,70 +284,14 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
-    """Return how many times longer `slow` takes than `fast`, median against median of one run."""
-    found = medians(times)
-    return found[slow] / found[fast]
-
-
-@dataclass(frozen=True)
-class Isolated:
-    """What a function did in a process of its own."""
-
-    result: Any
-    seconds: float  # of the whole process, with its imports
-    peak_bytes: int  # largest resident memory of that process alone
-
-
-def process_memory(field: str) -> int:
-    """Return this process's resident memory in bytes: "VmRSS" now, "VmHWM" at its peak."""
-    # Not ru_maxrss: it starts at the peak of the parent that forked the process.
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(field + ":")[2].split()[0]) * 1024
-
-
-def reset_peak_memory() -> None:
-    """Let "VmHWM" start over from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def run_isolated(target: str, **arguments: Any) -> Isolated:
-    """Call a function in a new Python process.
-
-    Parameters
-    ----------
-    target : str
-        "package.module:function"; what it returns must fit in JSON.
-    **arguments
-        Its keyword arguments; they must fit in JSON.
-
-    Returns
-    -------
-    Isolated
-        The function's result, the process's seconds and peak bytes.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        call = "from bench.common import answer_call; answer_call()"
-        command = [sys.executable, "-c", call, target, json.dumps(arguments), str(answer)]
-        start = time.perf_counter()
-        done = subprocess.run(  # noqa: S603 - this interpreter, with the caller's arguments
-            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-        )
-        seconds = time.perf_counter() - start
-        if done.returncode != 0:
-            raise RuntimeError(f"{target} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-        found = json.loads(answer.read_text())
-    return Isolated(found["result"], seconds, found["peak_bytes"])
+    Return how many times longer `slow` takes than `fast`: the median over rounds.
 
-
-def answer_call() -> None:
-    """Make the call that `run_isolated` put on this process's command line."""
-    target, arguments, answer = sys.argv[1:]
-    module, _, function = target.partition(":")
-    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-    found = {"result": result, "peak_bytes": process_memory("VmHWM")}
-    Path(answer).write_text(json.dumps(found))
+    Both of a round met the same machine. An arm that ran once is compared with every round.
+    """
+    rounds = max(len(times[slow]), len(times[fast]))
+    pairs = [times[arm] * (rounds if len(times[arm]) == 1 else 1) for arm in (slow, fast)]
+    return float(stats.median(a / b for a, b in zip(*pairs, strict=True)))
 
 
 def record(name: str, row: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:

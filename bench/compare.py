@@ -2,9 +2,9 @@
 
 Labels come first: unless every arm agrees with the reference (the published code where it runs, or
 else the baseline) on 99.9 % of the rows at every size, no time is printed and the exit code is 1.
-Each run has a process of its own, on a GPU where torch finds one. Memory is that of the first solve
-there, time that of the second, when all is compiled. The published code takes minutes: it runs
-once, at the smallest size, and has a first solve only.
+Each arm has a process of its own, on a GPU where torch finds one. Memory is that of the first solve
+there; then the arms take turns, and the ratio of two is the median over rounds, in each of which
+both met the same machine. The published code takes minutes: it runs once, at the smallest size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,17 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import (
-    Isolated,
-    interleaved,
-    make_problem,
-    medians,
-    process_memory,
-    ratio,
-    record,
-    reset_peak_memory,
-    run_isolated,
-)
+from bench.common import interleaved, make_problem, medians, ratio, record
+from bench.processes import Process, process_memory, reset_peak_memory
 from bench.published import VARIABLE, available
 
 SAME_LABELS = 0.999
@@ -134,20 +125,26 @@ def run_arm(arm: str, folder: str, device: str) -> dict[str, Any]:
     ARMS[arm](small.features, small.prototypes, device)
     reset_peak_memory()
     before = process_memory("VmRSS")
-    features, prototypes = np.load(place / "features.npy"), np.load(place / "prototypes.npy")
     on_device = torch.cuda if device == "cuda" else None
     if on_device:
         on_device.reset_peak_memory_stats()
-    labels, stages = ARMS[arm](features, prototypes, device)
-    peak = process_memory("VmHWM")
-    if arm != "published":  # minutes a run: what its first one adds is not seen
-        labels, stages = ARMS[arm](features, prototypes, device)
+    labels, stages = ARMS[arm](*_load(folder), device)
     np.save(place / f"{arm}.npy", labels)
     return {
         "stages": stages,
-        "peak_bytes": peak - before,
+        "peak_bytes": process_memory("VmHWM") - before,
         "device_peak_bytes": on_device.max_memory_allocated() if on_device else None,
     }
+
+
+def run_again(arm: str, folder: str, device: str) -> Stages:
+    """Return the seconds of each stage, where all is compiled and in memory."""
+    return ARMS[arm](*_load(folder), device)[1]
+
+
+def _load(folder: str) -> tuple[np.ndarray, np.ndarray]:
+    features, prototypes = (np.load(Path(folder) / f"{x}.npy") for x in ("features", "prototypes"))
+    return features, prototypes
 
 
 @dataclass
@@ -161,7 +158,9 @@ class Case:
     device: str
     arms: list[str]
     skipped: dict[str, str]  # arms that cannot run here, and why
-    runs: dict[str, list[Isolated]] = field(default_factory=dict)
+    processes: dict[str, Process] = field(default_factory=dict)
+    first: dict[str, dict[str, Any]] = field(default_factory=dict)  # what `run_arm` returned
+    turns: dict[str, list[Stages]] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -169,12 +168,21 @@ class Case:
         """The arm whose labels the others must have."""
         return self.arms[0]
 
-    def run(self, arm: str) -> None:
-        """Run an arm once more in a process of its own."""
-        done = run_isolated(
-            "bench.compare:run_arm", arm=arm, folder=str(self.folder), device=self.device
-        )
-        self.runs.setdefault(arm, []).append(done)
+    def call(self, arm: str, function: str) -> Any:
+        """Call `run_arm` or `run_again` in the arm's process."""
+        if arm not in self.processes:
+            self.processes[arm] = Process()
+        given = {"arm": arm, "folder": str(self.folder), "device": self.device}
+        return self.processes[arm].call(f"bench.compare:{function}", **given)
+
+    def turn(self, arm: str) -> None:
+        """Run an arm once more."""
+        self.turns[arm].append(self.call(arm, "run_again"))
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes.values():
+            process.close()
 
 
 def why_not_published(queries: int, classes: int, dim: int, device: str) -> str | None:
@@ -243,7 +251,8 @@ def make_case(
 def same_labels(case: Case) -> bool:
     """Run every arm once and say whether all agree with the reference; print those that do not."""
     for arm in case.arms:
-        case.run(arm)
+        case.first[arm] = case.call(arm, "run_arm")
+        case.turns[arm] = [case.first[arm]["stages"]]
     labels = {arm: np.load(case.folder / f"{arm}.npy") for arm in case.arms}
     expected = labels[case.reference]
     for arm, found in labels.items():
@@ -260,11 +269,9 @@ def time_arms(case: Case, repeats: int) -> dict[str, Any]:
     """Run the fast arms in turns, the published one no more, and return the row to record."""
     quick = [arm for arm in case.arms if arm != "published"]
     for arm in quick:
-        case.runs[arm].clear()  # the run that was checked came before the turns
-    interleaved({arm: partial(case.run, arm) for arm in quick}, repeats, cold=quick)
-    seconds = {
-        arm: [sum(run.result["stages"].values()) for run in runs] for arm, runs in case.runs.items()
-    }
+        case.turns[arm].clear()  # the first run is not what a turn is
+    interleaved({arm: partial(case.turn, arm) for arm in quick}, repeats, cold=quick)
+    seconds = {arm: [sum(turn.values()) for turn in case.turns[arm]] for arm in case.arms}
     return {
         "queries": case.queries,
         "classes": case.classes,
@@ -277,25 +284,17 @@ def time_arms(case: Case, repeats: int) -> dict[str, Any]:
                 "seconds": seconds[arm],
                 "median": medians(seconds)[arm],
                 "stages": {
-                    stage: float(np.median([run.result["stages"][stage] for run in runs]))
-                    for stage in runs[0].result["stages"]
+                    stage: float(np.median([turn[stage] for turn in turns])) for stage in turns[0]
                 },
-                "process_seconds": float(np.median([run.seconds for run in runs])),
-                **{name: peak(runs, name) for name in ("peak_bytes", "device_peak_bytes")},
+                **{name: case.first[arm][name] for name in ("peak_bytes", "device_peak_bytes")},
                 "agreement": case.agreement[arm],
                 "times_faster": {
                     slow: ratio(seconds, slow, arm) for slow in case.arms[: case.arms.index(arm)]
                 },
             }
-            for arm, runs in case.runs.items()
+            for arm, turns in case.turns.items()
         },
     }
-
-
-def peak(runs: list[Isolated], name: str) -> int | None:
-    """Return the largest of the runs' peaks, or None where there was no such memory."""
-    found = [run.result[name] for run in runs]
-    return None if None in found else max(found)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -325,13 +324,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, nargs="+", default=[2500, 5000], metavar="N")
     parser.add_argument("--classes", type=int, default=1000, metavar="K")
     parser.add_argument("--dim", type=int, default=512, metavar="D")
-    parser.add_argument("--repeats", type=int, default=3, metavar="R")
+    parser.add_argument("--repeats", type=int, default=7, metavar="R")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load > QUIET * cores:
         print(f"WARNING: load {load:.1f} on {cores} cores before the start: do not believe ratios")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
         cases = [
             make_case(
                 n,
@@ -343,6 +342,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             for i, n in enumerate(options.queries)
         ]
+        for case in cases:
+            processes.callback(case.close)
         agreed = [same_labels(case) for case in cases]  # all sizes, to report every failure
         if not all(agreed):
             return 1

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import interleaved, make_problem, medians, ratio, record, run_isolated
+from bench.common import interleaved, make_problem, medians, ratio, record
+from bench.processes import run_isolated
 
 K = 3
 TARGET = 0.99

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ def grow(against: str, fixed: dict[str, int], repeats: int) -> dict[str, Any] | 
     sizes = [{**fixed, against: size} for size in SIZES[against]]
     # The form of the largest size at all of them, or the fit would join two curves.
     arms = "baseline", default_arm(**sizes[-1], device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
         cases = [
             make_case(
                 size["queries"], size["classes"], size["dim"], Path(folder) / str(i), arms=arms
             )
             for i, size in enumerate(sizes)
         ]
+        for case in cases:
+            processes.callback(case.close)
         agreed = [same_labels(case) for case in cases]
         if not all(agreed):
             return None

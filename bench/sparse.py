@@ -20,16 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import (
-    interleaved,
-    make_problem,
-    medians,
-    process_memory,
-    ratio,
-    record,
-    reset_peak_memory,
-    run_isolated,
-)
+from bench.common import interleaved, make_problem, medians, ratio, record
+from bench.processes import process_memory, reset_peak_memory, run_isolated
 
 SAME_LABELS = 0.999
 N_NEIGHBORS = 3

@@ -17,13 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import (
-    make_problem,
-    process_memory,
-    record,
-    reset_peak_memory,
-    run_isolated,
-)
+from bench.common import make_problem, record
+from bench.processes import process_memory, reset_peak_memory, run_isolated
 
 SHARDS = 4
 N_NEIGHBORS = 3

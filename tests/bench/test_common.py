@@ -15,7 +15,6 @@ from bench.common import (
     medians,
     ratio,
     record,
-    run_isolated,
     statistics,
 )
 
@@ -135,32 +134,11 @@ def test_interleaved_takes_turns_and_warms_up_all_but_the_cold():
 
 
 def test_medians_and_ratio():
-    times = {"slow": [4.0, 90.0, 6.0], "fast": [2.0, 1.0, 3.0]}
-    assert medians(times) == {"slow": 6.0, "fast": 2.0}
+    """Of two arms that met the same three machines; the third ran once."""
+    times = {"slow": [4.0, 60.0, 10.0], "fast": [2.0, 20.0, 2.0], "once": [80.0]}
+    assert medians(times) == {"slow": 10.0, "fast": 2.0, "once": 80.0}
     assert ratio(times, "slow", "fast") == 3.0
-
-
-@pytest.fixture
-def touch(tmp_path, monkeypatch):
-    """A module for other processes: its function touches some memory, or fails."""
-    code = "def touch(mib):\n    return sum(bytearray(b'1') * (mib << 20)) // 49 >> 20\n"
-    (tmp_path / "touching.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return "touching:touch"
-
-
-def test_run_isolated_returns_the_result_and_that_process_peak(touch):
-    own = np.ones(400 << 17)  # 400 MiB here must not show up there
-    small, large = (run_isolated(touch, mib=mib) for mib in (1, 65))
-    assert (small.result, large.result) == (1, 65)
-    assert 60 << 20 < large.peak_bytes - small.peak_bytes < 80 << 20
-    assert small.peak_bytes < own.nbytes
-    assert small.seconds > 0
-
-
-def test_run_isolated_passes_on_what_went_wrong(touch):
-    with pytest.raises(RuntimeError, match=r"touching:touch ended with 1:(.|\n)*TypeError"):
-        run_isolated(touch, mib="none")
+    assert ratio(times, "once", "fast") == 40.0
 
 
 def test_record_appends_and_never_rewrites(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import compare
-from bench.common import Isolated, record
+from bench.common import record
 from transclip_fast import solver
 
 ON_CPU = ["baseline", "baseline_compiled", "dense_torch", "sparse_torch", "sparse_numba"]
@@ -18,20 +18,26 @@ ON_CPU = ["baseline", "baseline_compiled", "dense_torch", "sparse_torch", "spars
 @pytest.fixture
 def arms(monkeypatch, tmp_path):
     """Stand-ins for the processes: what each arm answers, and who was asked, in order."""
-    answers, asked = {arm: np.zeros(2000) for arm in ON_CPU}, []
+    answers, asked, closed = {arm: np.zeros(2000) for arm in ON_CPU}, [], []
 
-    def run_isolated(target, arm, folder, device):
-        assert device == "cpu"
-        asked.append(arm)
-        np.save(Path(folder) / f"{arm}.npy", answers[arm])
-        result = {"stages": {"knn": 1.0, "solve": 2.0}, "peak_bytes": 3, "device_peak_bytes": None}
-        return Isolated(result, 4.0, 5)
+    class StandIn:
+        def call(self, target, arm, folder, device):
+            assert device == "cpu"
+            asked.append((target.rpartition(":")[2], arm))
+            np.save(Path(folder) / f"{arm}.npy", answers[arm])
+            stages = {"knn": 1.0, "solve": 2.0}
+            first = {"stages": stages, "peak_bytes": 3, "device_peak_bytes": None}
+            return first if target == "bench.compare:run_arm" else stages
+
+        def close(self):
+            closed.append(self)
 
     monkeypatch.delenv(compare.VARIABLE, raising=False)
     monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(compare, "run_isolated", run_isolated)
+    monkeypatch.setattr(compare, "Process", StandIn)
     monkeypatch.setattr(compare, "record", partial(record, folder=tmp_path))
-    return answers, asked
+    yield answers, asked
+    assert len(closed) == len([call for call in asked if call[0] == "run_arm"])
 
 
 SIZES = ["--queries", "20", "30", "--classes", "5", "--dim", "8", "--repeats", "2"]
@@ -44,7 +50,8 @@ def test_two_wrong_rows_in_a_thousand_fail(arms, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "sparse_numba has other labels than baseline on 4 rows (99.80 % equal)" in printed
     assert "solve s" not in printed
-    assert asked == 2 * ON_CPU  # each arm once a size, none of them timed
+    # Each arm once a size, none of them timed.
+    assert asked == 2 * [("run_arm", arm) for arm in ON_CPU]
     assert not list(tmp_path.iterdir())
 
 
@@ -52,7 +59,8 @@ def test_equal_labels_are_timed_in_turns_and_recorded(arms, capsys, tmp_path):
     answers, asked = arms
     answers["sparse_numba"][:2] = 1  # 99.9 % is enough
     assert compare.main(SIZES) == 0
-    assert asked == 6 * ON_CPU
+    turns = [("run_again", arm) for arm in ON_CPU]
+    assert asked == 2 * [("run_arm", arm) for arm in ON_CPU] + 4 * turns
     printed = capsys.readouterr().out
     assert f"SKIPPED published: {compare.VARIABLE} names no checkout" in printed
     assert "SKIPPED sparse_triton: torch finds no GPU" in printed
@@ -77,7 +85,7 @@ def test_other_work_on_the_machine_is_told(arms, monkeypatch, capsys, tmp_path):
 def test_without_a_compiler_the_compiled_arm_is_skipped_loudly(arms, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compare.main(SIZES) == 0
-    assert "baseline_compiled" not in arms[1]
+    assert "baseline_compiled" not in {arm for _, arm in arms[1]}
     wanted = (
         "SKIPPED baseline_compiled: torch.compile needs a C++ compiler, and there is no no-such"
     )
@@ -94,13 +102,16 @@ def without_prior(linear_score, mixture, prior, **weights):
 
 
 def test_a_wrong_solver_is_caught(monkeypatch, capsys, tmp_path):
-    def run_isolated(target, **arguments):
-        assert target == "bench.compare:run_arm"
-        return Isolated(compare.run_arm(**arguments), 1.0, 1)
+    class Here:
+        def call(self, target, **arguments):
+            return getattr(compare, target.rpartition(":")[2])(**arguments)
+
+        def close(self):
+            pass
 
     monkeypatch.delenv(compare.VARIABLE, raising=False)
     monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(compare, "run_isolated", run_isolated)
+    monkeypatch.setattr(compare, "Process", Here)
     monkeypatch.setattr(compare, "record", partial(record, folder=tmp_path))
     monkeypatch.setattr(compare, "why_not", lambda arm, _: "not asked" if arm not in TWO else None)
     sizes = ["--queries", "500", "--classes", "20", "--dim", "64", "--repeats", "1"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import compare, scaling
-from bench.common import Isolated, record
+from bench.common import record
 
 SMALL = ["--queries", "200", "--classes", "12", "--dim", "32", "--repeats", "1"]
 
@@ -23,18 +23,25 @@ def test_exponent_of_a_power():
     assert scaling.exponent([10, 20, 40], [3 * n**1.5 for n in (10, 20, 40)]) == pytest.approx(1.5)
 
 
-def stand_in(target, arm, folder, device):
+class StandIn:
     """A process whose time is linear in N, its memory quadratic."""
-    n = len(np.load(Path(folder) / "features.npy"))
-    np.save(Path(folder) / f"{arm}.npy", np.zeros(n) + (arm == stand_in.wrong))
-    stages = {"knn": 1e-6 * n, "solve": 1e-5 * n}
-    result = {"stages": stages, "peak_bytes": n * n, "device_peak_bytes": None}
-    return Isolated(result, 1.0, 1)
+
+    wrong: str | None = None
+
+    def call(self, target, arm, folder, device):
+        n = len(np.load(Path(folder) / "features.npy"))
+        stages = {"knn": 1e-6 * n, "solve": 1e-5 * n}
+        if target == "bench.compare:run_again":
+            return stages
+        np.save(Path(folder) / f"{arm}.npy", np.zeros(n) + (arm == self.wrong))
+        return {"stages": stages, "peak_bytes": n * n, "device_peak_bytes": None}
+
+    def close(self):
+        pass
 
 
 def test_growth_is_fitted_and_recorded(monkeypatch, recorded, capsys):
-    stand_in.wrong = None
-    monkeypatch.setattr(compare, "run_isolated", stand_in)
+    monkeypatch.setattr(compare, "Process", StandIn)
     monkeypatch.setitem(scaling.SIZES, "queries", (20, 40, 80))
     assert scaling.main(["--against", "queries", *SMALL]) == 0
     fits = recorded()["exponents"]
@@ -44,8 +51,8 @@ def test_growth_is_fitted_and_recorded(monkeypatch, recorded, capsys):
 
 
 def test_other_labels_are_not_timed(monkeypatch, recorded, capsys):
-    stand_in.wrong = "dense_torch"
-    monkeypatch.setattr(compare, "run_isolated", stand_in)
+    monkeypatch.setattr(compare, "Process", StandIn)
+    monkeypatch.setattr(StandIn, "wrong", "dense_torch")
     monkeypatch.setitem(scaling.SIZES, "queries", (20, 40))
     assert scaling.main(["--against", "queries", *SMALL]) == 1
     assert "dense_torch has other labels than baseline" in capsys.readouterr().out

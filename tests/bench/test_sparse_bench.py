@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bench import sparse
-from bench.common import Isolated, record
+from bench.common import record
+from bench.processes import Isolated
 
 SIZES = ["--queries", "600", "--classes", "12", "--dim", "64", "--repeats", "1"]
 

@@ -1,0 +1,45 @@
+"""Calls in other processes."""
+
+import numpy as np
+import pytest
+
+from bench.processes import Process, run_isolated
+
+
+@pytest.fixture
+def touch(tmp_path, monkeypatch):
+    """A module for other processes: its function touches some memory, or fails."""
+    code = "def touch(mib):\n    return sum(bytearray(b'1') * (mib << 20)) // 49 >> 20\n"
+    (tmp_path / "touching.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "touching:touch"
+
+
+def test_run_isolated_returns_the_result_and_that_process_peak(touch):
+    own = np.ones(400 << 17)  # 400 MiB here must not show up there
+    small, large = (run_isolated(touch, mib=mib) for mib in (1, 65))
+    assert (small.result, large.result) == (1, 65)
+    assert 60 << 20 < large.peak_bytes - small.peak_bytes < 80 << 20
+    assert small.peak_bytes < own.nbytes
+    assert small.seconds > 0
+
+
+def test_run_isolated_passes_on_what_went_wrong(touch):
+    with pytest.raises(RuntimeError, match=r"touching:touch ended with 1:(.|\n)*TypeError"):
+        run_isolated(touch, mib="none")
+
+
+def test_a_process_makes_one_call_after_another(touch):
+    with Process() as process:
+        own = process.call("os:getpid")
+        assert process.call(touch, mib=2) == 2
+        assert process.call("os:getpid") == own
+
+
+def test_a_process_that_has_ended_is_told(touch):
+    process = Process()
+    with pytest.raises(RuntimeError, match="TypeError"):
+        process.call(touch, mib="none")
+    with pytest.raises(RuntimeError, match="touching:touch ended with 1"):
+        process.call(touch, mib=1)
+    process.close()
