@@ -158,6 +158,7 @@ class Case:
     device: str
     arms: list[str]
     skipped: dict[str, str]  # arms that cannot run here, and why
+    threads: int
     processes: dict[str, Process] = field(default_factory=dict)
     first: dict[str, dict[str, Any]] = field(default_factory=dict)  # what `run_arm` returned
     turns: dict[str, list[Stages]] = field(default_factory=dict)
@@ -171,7 +172,7 @@ class Case:
     def call(self, arm: str, function: str) -> Any:
         """Call `run_arm` or `run_again` in the arm's process."""
         if arm not in self.processes:
-            self.processes[arm] = Process()
+            self.processes[arm] = Process(self.threads)
         given = {"arm": arm, "folder": str(self.folder), "device": self.device}
         return self.processes[arm].call(f"bench.compare:{function}", **given)
 
@@ -230,6 +231,7 @@ def make_case(
     device: str = "cpu",
     arms: Iterable[str] = ARMS,
     smallest: bool = True,
+    threads: int = 1,
 ) -> Case:
     """Write a problem to `folder` and choose those of the arms that can run."""
     folder.mkdir()
@@ -245,7 +247,7 @@ def make_case(
     for arm, reason in skipped.items():
         print(f"N = {queries}: SKIPPED {arm}: {reason}", flush=True)
     able = [arm for arm in reasons if arm not in skipped]
-    return Case(queries, classes, dim, folder, device, able, skipped)
+    return Case(queries, classes, dim, folder, device, able, skipped, threads)
 
 
 def same_labels(case: Case) -> bool:
@@ -277,6 +279,7 @@ def time_arms(case: Case, repeats: int) -> dict[str, Any]:
         "classes": case.classes,
         "dim": case.dim,
         "device": case.device,
+        "threads": case.threads,
         "default": default_arm(case.queries, case.classes, case.dim, case.device),
         "skipped": case.skipped,
         "arms": {
@@ -318,6 +321,20 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             )
 
 
+def usable_threads() -> tuple[float, int]:
+    """
+    Return the load, and the threads of an arm: all cores, or one where others work here too.
+
+    Threads that wait for each other lose whole time slices to other work, and some arms more than
+    others: on several threads the load changes the ratio itself, on one it does not.
+    """
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load <= QUIET * cores:
+        return load, cores
+    print(f"WARNING: load {load:.1f} on {cores} cores before the start: every arm gets one thread")
+    return load, 1
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
@@ -327,9 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, metavar="R")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    if load > QUIET * cores:
-        print(f"WARNING: load {load:.1f} on {cores} cores before the start: do not believe ratios")
+    load, threads = usable_threads()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
         cases = [
             make_case(
@@ -339,6 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
                 Path(folder) / str(i),
                 device=device,
                 smallest=n == min(options.queries),
+                threads=threads,
             )
             for i, n in enumerate(options.queries)
         ]

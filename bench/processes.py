@@ -20,6 +20,8 @@ from typing import Any
 
 from bench.common import ROOT
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
 
 @dataclass(frozen=True)
 class Isolated:
@@ -31,16 +33,24 @@ class Isolated:
 
 
 class Process:
-    """A new Python process that makes one call after another."""
+    """
+    A new Python process that makes one call after another.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    threads : int, optional
+        Of each of its libraries; as many as they like where not given.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        limits = {} if threads is None else dict.fromkeys(THREADS, str(threads))
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         answers, theirs = os.pipe()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `close` does
         call = f"from bench.processes import answer_calls; answer_calls({theirs})"
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, with our own words
             [sys.executable, "-c", call],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, **limits},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,

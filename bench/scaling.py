@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import make_problem, record
-from bench.compare import default_arm, make_case, same_labels, time_arms
+from bench.compare import default_arm, make_case, same_labels, time_arms, usable_threads
 
 SIZES = {
     "queries": (2000, 4000, 8000),
@@ -35,13 +35,19 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 def grow(against: str, fixed: dict[str, int], repeats: int) -> dict[str, Any] | None:
     """Measure every size; None where labels differ."""
+    _, threads = usable_threads()
     sizes = [{**fixed, against: size} for size in SIZES[against]]
     # The form of the largest size at all of them, or the fit would join two curves.
     arms = "baseline", default_arm(**sizes[-1], device="cpu")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
         cases = [
             make_case(
-                size["queries"], size["classes"], size["dim"], Path(folder) / str(i), arms=arms
+                size["queries"],
+                size["classes"],
+                size["dim"],
+                Path(folder) / str(i),
+                arms=arms,
+                threads=threads,
             )
             for i, size in enumerate(sizes)
         ]

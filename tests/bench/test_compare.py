@@ -21,6 +21,9 @@ def arms(monkeypatch, tmp_path):
     answers, asked, closed = {arm: np.zeros(2000) for arm in ON_CPU}, [], []
 
     class StandIn:
+        def __init__(self, threads):
+            pass
+
         def call(self, target, arm, folder, device):
             assert device == "cpu"
             asked.append((target.rpartition(":")[2], arm))
@@ -73,13 +76,14 @@ def test_equal_labels_are_timed_in_turns_and_recorded(arms, capsys, tmp_path):
     assert rows[0]["arms"]["sparse_numba"]["device_peak_bytes"] is None
 
 
-def test_other_work_on_the_machine_is_told(arms, monkeypatch, capsys, tmp_path):
-    for load, told in ((0.0, False), (50.0 * (os.cpu_count() or 1), True)):
+def test_beside_other_work_every_arm_has_one_thread(arms, monkeypatch, capsys, tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    for load, threads in ((0.0, cores), (50.0 * cores, 1)):
         monkeypatch.setattr(compare.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         assert compare.main(SIZES) == 0
-        assert ("do not believe ratios" in capsys.readouterr().out) is told
-        line = (tmp_path / "compare.jsonl").read_text().splitlines()[-1]
-        assert json.loads(line)["load_before"] == load
+        assert ("every arm gets one thread" in capsys.readouterr().out) is (load > 0)
+        line = json.loads((tmp_path / "compare.jsonl").read_text().splitlines()[-1])
+        assert (line["load_before"], line["threads"]) == (load, threads)
 
 
 def test_without_a_compiler_the_compiled_arm_is_skipped_loudly(arms, monkeypatch, capsys):
@@ -103,6 +107,9 @@ def without_prior(linear_score, mixture, prior, **weights):
 
 def test_a_wrong_solver_is_caught(monkeypatch, capsys, tmp_path):
     class Here:
+        def __init__(self, threads):
+            pass
+
         def call(self, target, **arguments):
             return getattr(compare, target.rpartition(":")[2])(**arguments)
 

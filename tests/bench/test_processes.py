@@ -36,6 +36,11 @@ def test_a_process_makes_one_call_after_another(touch):
         assert process.call("os:getpid") == own
 
 
+def test_threads_of_a_process():
+    with Process(threads=1) as process:
+        assert process.call("torch:get_num_threads") == 1
+
+
 def test_a_process_that_has_ended_is_told(touch):
     process = Process()
     with pytest.raises(RuntimeError, match="TypeError"):
