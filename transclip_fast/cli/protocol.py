@@ -146,6 +146,38 @@ def few_shot(
     _carry_out(plan, out, device, as_json)
 
 
+@command.command("base-to-new", cls=_Lists, short_help="From half of the classes to the others.")
+@click.argument("features", nargs=-1, required=True, type=click.Path())
+@_options(("clip-adapter",), (16,))
+def base_to_new(
+    features: tuple[str, ...],
+    heads: tuple[str, ...],
+    shots: tuple[int, ...],
+    seeds: int,
+    out: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train each head on the first half of the classes, and measure it on each half alone.
+
+    Base classes are the first half (of an odd number one more), new ones the others; queries of
+    one half are told apart among its own classes only, and TransCLIP goes on top of each. The
+    table has base, new and their harmonic mean. Only heads that are not bound to the classes they
+    were trained on can do that.
+
+    \b
+    Example:
+      transclip-fast protocol base-to-new pets.npz dtd.npz --shots 16 --out table
+    """
+
+    def plan(model: Callable[[], TransCLIP], notes: list[str]) -> list[Run]:
+        sets = load_data(features, pools=True, device=device)
+        _note_shortages([data.halves[0] for data in sets], shots, notes)
+        return plans.base_to_new(sets, heads, shots, seeds, model)
+
+    _carry_out(plan, out, device, as_json)
+
+
 @command.command("cross-dataset", cls=_Lists, short_help="From one data set to others.")
 @click.argument("source", type=click.Path())
 @click.argument("targets", nargs=-1, required=True, type=click.Path())

@@ -37,6 +37,7 @@ ARRAYS = (
     "prior_logits",
     "prototypes",
 )
+LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
 KEYS = ("key", "path", "image_path")  # the first of these columns that there is names the rows
 
 
@@ -50,7 +51,8 @@ class Features:
     path : str
         Where they were read.
     arrays : dict
-        By the names in `ARRAYS`; `image_features` (N, d) is always there.
+        By the names in `ARRAYS`; `image_features` (N, d) is always there. By those in `LOCAL`
+        local features, where they were asked for: (N, L, d), or (N, L d) of a feature folder.
     origins : dict
         For error messages: "FILE: name" of each array.
     source_rows : ndarray (N,) int64, optional
@@ -104,6 +106,7 @@ def load_features(
     *,
     shots: int | None = None,
     n_classes: int | None = None,
+    local: bool = False,
 ) -> Features:
     """
     FEATURES, with single arrays replaced by other files.
@@ -119,6 +122,8 @@ def load_features(
         Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
         K, for a sparse prior in which it is not said; where not given, of the other arrays.
+    local : bool
+        Load local features, too, where there are any: they are large, and few heads want them.
 
     Raises
     ------
@@ -132,7 +137,7 @@ def load_features(
     elif shots:
         raise InputError(f"{path}: has no keys_*shots.pt to choose from; leave out the shots")
     else:
-        features = _load_folder(path) if os.path.isdir(path) else _load_file(path)
+        features = _load_folder(path, local) if os.path.isdir(path) else _load_file(path, local)
     shape = tuple(features.arrays["image_features"].shape)
     if len(shape) != 2 or 0 in shape:
         raise InputError(
@@ -208,7 +213,7 @@ def _n_classes(features: Features) -> int | None:
     return None if features.class_names is None else len(features.class_names)
 
 
-def _load_file(path: Path) -> Features:
+def _load_file(path: Path, local: bool) -> Features:
     if path.suffix == ".npy":
         found = read_rows(path, "image_features")
         arrays = {"image_features": _joined([found]) if isinstance(found, Shard) else found}
@@ -220,14 +225,15 @@ def _load_file(path: Path) -> Features:
         raise InputError(
             f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
         )
-    known = {name: arrays[name] for name in ARRAYS if name in arrays}
+    wanted = ARRAYS + LOCAL if local else ARRAYS
+    known = {name: arrays[name] for name in wanted if name in arrays}
     listed = listed_prior(arrays, str(path))
     if listed is not None:
         known["prior"] = listed
     return Features(str(path), known, {name: f"{path}: {name}" for name in known})
 
 
-def _load_folder(folder: Path) -> Features:
+def _load_folder(folder: Path, local: bool) -> Features:
     numbered = _numbered(folder, "img_emb", ".npy")
     shards = list(numbered.values())
     if not shards:
@@ -241,9 +247,13 @@ def _load_folder(folder: Path) -> Features:
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
+    patches = _numbered(folder, "local_emb", ".npy") if local else {}
+    if patches:
+        arrays["local_features"] = _patches(folder, patches, numbered, parts)
+        origins["local_features"] = f"{folder}: local_features"
     if (folder / "manifest.json").exists():
         manifest = read_json(inside(folder, "manifest.json"))
-        _check_manifest(folder, manifest, numbered)
+        _check_manifest(folder, manifest, numbered, patches)
         names = manifest.get("class_names")
         if names is not None:
             arrays["class_names"] = names
@@ -256,6 +266,22 @@ def _load_folder(folder: Path) -> Features:
     return Features(str(folder), arrays, origins, source_rows, keys)
 
 
+def _patches(
+    folder: Path, patches: Mapping[int, Path], shards: Mapping[int, Path], parts: Sequence[Any]
+) -> Any:
+    """Local features (N, L d) of all shards, where they fit the shards of the images."""
+    if patches.keys() != shards.keys():
+        number = min(patches.keys() ^ shards.keys())
+        kind = "img_emb" if number in patches else "local_emb"
+        raise InputError(f"{folder}: shard {number} has no {kind} file")
+    found = [read_rows(file, "local_features") for file in patches.values()]
+    for file, part, of in zip(patches.values(), found, parts, strict=True):
+        shape = part.shape
+        if len(shape) != 2 or shape[0] != of.shape[0] or shape[1] % of.shape[1]:
+            raise InputError(f"{file}: has shape {shape}, the features of its images {of.shape}")
+    return _joined(found)
+
+
 def _joined(parts: Sequence[Any]) -> Any:
     """All shards as one array: on disk, where they can stay there."""
     parts = [part for part in parts if part.shape[0]] or parts[:1]
@@ -266,7 +292,12 @@ def _joined(parts: Sequence[Any]) -> Any:
     )
 
 
-def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int, Path]) -> None:
+def _check_manifest(
+    folder: Path,
+    manifest: dict[str, Any],
+    shards: Mapping[int, Path],
+    patches: Mapping[int, Path],
+) -> None:
     if not manifest.get("complete", True):
         raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
     entries = manifest.get("shards")
@@ -278,6 +309,8 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int,
     for number, shard in shards.items():
         entry = entries[str(number)] if isinstance(entries[str(number)], dict) else {}
         known[shard] = entry.get("features_sha256")
+        if number in patches:
+            known[patches[number]] = entry.get("local_sha256")
         metadata = folder / "metadata" / f"metadata_{number:05}.parquet"
         known[metadata] = entry.get("metadata_sha256")
     for file, sha256 in known.items():
