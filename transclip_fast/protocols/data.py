@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -78,6 +78,46 @@ class DataSet:
         chosen = torch.from_numpy(np.concatenate([order[:shots] for order in taken]))
         return Labelled(rows.features[chosen], rows.labels[chosen])
 
+    @cached_property
+    def halves(self) -> tuple[DataSet, DataSet]:
+        """
+        The first half of the classes, of an odd number one more, and the others.
+
+        Raises
+        ------
+        InputError
+            There is one class only, or no query of one of the halves.
+        """
+        n_classes = len(self.text)
+        if n_classes < 2:
+            raise InputError(f"{self.name}: has one class, which makes no two halves")
+        half = -(-n_classes // 2)
+        return self.subset(range(half)), self.subset(range(half, n_classes))
+
+    def subset(self, classes: range) -> DataSet:
+        """
+        The rows of some classes, counted from 0, and the texts of these alone.
+
+        Raises
+        ------
+        InputError
+            No query is of these classes.
+        """
+        held = np.flatnonzero((self.labels >= classes.start) & (self.labels < classes.stop))
+        if not len(held):
+            raise InputError(
+                f"{self.name}: has no query of the classes {classes.start} to {classes.stop - 1}"
+            )
+        names = self.class_names
+        return replace(
+            self,
+            features=self.features[held],
+            labels=self.labels[held] - classes.start,
+            text=self.text[classes.start : classes.stop],
+            class_names=names and names[classes.start : classes.stop],
+            pools={name: _of_classes(rows, classes) for name, rows in self.pools.items()},
+        )
+
     def shortage(self, shots: int) -> str | None:
         """A warning where classes have fewer rows to draw from."""
         counts = torch.bincount(self.pools["support"].labels, minlength=len(self.text))
@@ -88,6 +128,11 @@ class DataSet:
             f"{self.name}: {short} of {len(counts)} classes have fewer than {shots} rows to draw "
             f"from, at least {int(counts.min())}; all of these are taken"
         )
+
+
+def _of_classes(rows: Labelled, classes: range) -> Labelled:
+    held = (rows.labels >= classes.start) & (rows.labels < classes.stop)
+    return Labelled(rows.features[held], rows.labels[held] - classes.start)
 
 
 def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list[DataSet]:

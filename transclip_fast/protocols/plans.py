@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -14,9 +16,32 @@ from transclip_fast.heads import TRANSFERABLE, check_head
 from transclip_fast.heads.base import Head
 from transclip_fast.protocols.data import DataSet
 from transclip_fast.protocols.runs import Row, Run, measure, measure_few_shot, timed, train_head
+from transclip_fast.protocols.table import BASE, NEW
 from transclip_fast.store.features import read_names
 
 TRANSCLIP_FS = "transclip-fs"
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    Where a trained head is measured.
+
+    Parameters
+    ----------
+    data : DataSet
+    columns : dict
+        That tell it from others.
+    move : callable
+        The trained head to the same over the classes of `data`.
+    classes : list of int, optional
+        The classes of the source that these are.
+    """
+
+    data: DataSet
+    columns: dict[str, Any]
+    move: Callable[[Head], Head]
+    classes: list[int] | None = None
 
 
 def few_shot(
@@ -56,6 +81,30 @@ def few_shot(
     ]
 
 
+def base_to_new(
+    sets: Sequence[DataSet],
+    heads: Sequence[str],
+    shots: Sequence[int],
+    seeds: int,
+    model: Callable[[], TransCLIP],
+) -> list[Run]:
+    """
+    Each head trained on the first half of a data set's classes, and measured on either half alone.
+
+    Source: Zhou et al. 2022, Conditional Prompt Learning for Vision-Language Models, section 4.1.
+    """
+    _check_transferable(heads)
+    runs = []
+    for data in sets:
+        base, new = data.halves
+        targets = [
+            Target(base, {"data": data.name, "classes": BASE}, lambda head: head),
+            Target(new, {"data": data.name, "classes": NEW}, _transfer_to(new)),
+        ]
+        runs += _transfers("base-to-new", base, targets, heads, shots, seeds, model)
+    return runs
+
+
 def cross_dataset(
     source: DataSet,
     targets: Sequence[DataSet],
@@ -65,24 +114,18 @@ def cross_dataset(
     model: Callable[[], TransCLIP],
 ) -> list[Run]:
     """Each head trained on the source, with the texts of each target in place of the source's."""
-    for name in heads:
-        check_head(name)
-        if name not in TRANSFERABLE:
-            raise InputError(
-                f"head {name} is bound to the classes it was trained on; choose one of "
-                f"{', '.join(sorted(TRANSFERABLE))}"
-            )
+    _check_transferable(heads)
     for target in targets:
         if target.text.shape[1] != source.text.shape[1]:
             raise InputError(
                 f"{target.name}: has {target.text.shape[1]} dimensions, {source.name} "
                 f"{source.text.shape[1]}; encode both with one model"
             )
-
-    def move(head: Head, target: DataSet) -> Head:
-        return head.transfer(target.text)
-
-    return _transfers("cross-dataset", source, targets, heads, shots, seeds, model, move, {})
+    moved = [
+        Target(target, {"source": source.name, "data": target.name}, _transfer_to(target))
+        for target in targets
+    ]
+    return _transfers("cross-dataset", source, moved, heads, shots, seeds, model)
 
 
 def domains(
@@ -108,14 +151,12 @@ def domains(
     unknown = sorted(subsets.keys() - {target.name for target in targets})
     if unknown:
         raise InputError(f"{unknown[0]}: is no target; give --subset a target's name and a file")
-    classes = {
-        target.name: class_subset(source, target, subsets.get(target.name)) for target in targets
-    }
-
-    def move(head: Head, target: DataSet) -> Head:
-        return head.restrict(torch.tensor(classes[target.name]))
-
-    return _transfers("domains", source, targets, heads, shots, seeds, model, move, classes)
+    moved = []
+    for target in targets:
+        classes = class_subset(source, target, subsets.get(target.name))
+        columns = {"source": source.name, "data": target.name}
+        moved.append(Target(target, columns, _restrict_to(classes), classes))
+    return _transfers("domains", source, moved, heads, shots, seeds, model)
 
 
 def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int]:
@@ -161,16 +202,32 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
     return found
 
 
+def _check_transferable(heads: Sequence[str]) -> None:
+    for name in heads:
+        check_head(name)
+        if name not in TRANSFERABLE:
+            raise InputError(
+                f"head {name} is bound to the classes it was trained on; choose one of "
+                f"{', '.join(sorted(TRANSFERABLE))}"
+            )
+
+
+def _transfer_to(target: DataSet) -> Callable[[Head], Head]:
+    return lambda head: head.transfer(target.text)
+
+
+def _restrict_to(classes: list[int]) -> Callable[[Head], Head]:
+    return lambda head: head.restrict(torch.tensor(classes))
+
+
 def _transfers(
     protocol: str,
     source: DataSet,
-    targets: Sequence[DataSet],
+    targets: Sequence[Target],
     heads: Sequence[str],
     shots: Sequence[int],
     seeds: int,
     model: Callable[[], TransCLIP],
-    move: Callable[[Head, DataSet], Head],
-    classes: Mapping[str, list[int]],
 ) -> list[Run]:
     """Runs that train on the source, once for all targets, and measure on a target."""
 
@@ -178,27 +235,20 @@ def _transfers(
     def trained(name: str, n: int, seed: int) -> tuple[Head, float]:
         return _train(source, name, n, seed, model)
 
-    def work(target: DataSet, name: str, n: int, seed: int) -> Callable[[], Row]:
+    def work(target: Target, name: str, n: int, seed: int) -> Callable[[], Row]:
         def run() -> Row:
             head, seconds = trained(name, n, seed)
-            return measure(target, model(), move(head, target), seconds)
+            return measure(target.data, model(), target.move(head), seconds)
 
         return run
 
     return [
         Run(
-            {
-                "protocol": protocol,
-                "source": source.name,
-                "data": target.name,
-                "head": name,
-                "shots": n,
-                "seed": seed,
-            },
+            {"protocol": protocol, **target.columns, "head": name, "shots": n, "seed": seed},
             {
                 "source": source.sha256,
-                "data": target.sha256,
-                "classes": classes.get(target.name),
+                "data": target.data.sha256,
+                "classes": target.classes,
             },
             work(target, name, n, seed),
         )
