@@ -1,7 +1,8 @@
 """
 Few-shot methods on features that are already there: a classifier from texts and a few shots.
 
-Each is a file of this folder with a function `fit`. TransCLIP goes on top of what it predicts.
+Each is a file of this folder with a function `fit`; those of `prompts` train through a text tower.
+TransCLIP goes on top of what they predict.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from transclip_fast.heads import (
 )
 from transclip_fast.heads.base import Head, Labelled, Progress, PrototypeHead, Task
 from transclip_fast.heads.prompt_ensemble import ensemble
+from transclip_fast.heads.prompts import Prompting, coop, prograd
 from transclip_fast.inputs import as_labelled_rows
 
-__all__ = ["HEADS", "Head", "PrototypeHead", "check_head", "ensemble", "fit_head"]
+__all__ = ["HEADS", "LEARNERS", "Head", "PrototypeHead", "check_head", "ensemble", "fit_head"]
 
 HEADS: dict[str, Callable[[Task], Head]] = {
     "prompt-ensemble": prompt_ensemble.fit,
@@ -34,14 +36,19 @@ HEADS: dict[str, Callable[[Task], Head]] = {
     "taskres": task_res.fit,
     "linear-probe": linear_probe.fit,
 }
+LEARNERS: dict[str, Callable[[Task], Head]] = {  # of prompts, through a text tower
+    "coop": coop.fit,
+    "prograd": prograd.fit,
+}
 WITHOUT_SHOTS = frozenset({"prompt-ensemble"})
 TRANSFERABLE = frozenset({"clip-adapter"})  # their `transfer` takes other classes
 
 
 def check_head(name: str) -> None:
     """Raise InputError unless there is a head of that name."""
-    if name not in HEADS:
-        raise InputError(f"head {name!r} is not known; choose one of {', '.join(HEADS)}")
+    known = (*HEADS, *LEARNERS)
+    if name not in known:
+        raise InputError(f"head {name!r} is not known; choose one of {', '.join(known)}")
 
 
 def fit_head(
@@ -55,9 +62,10 @@ def fit_head(
     logit_scale: float = 100.0,
     seed: int = 0,
     progress: Progress | None = None,
+    prompting: Prompting | None = None,
 ) -> Head:
     """
-    Fit a head to the texts of K classes and a few labelled rows, on the CPU.
+    Fit a head to the texts of K classes and a few labelled rows.
 
     Arrays are numpy or torch, of any float type, and never modified; rows off the unit sphere are
     normalised. The same seed gives the same head.
@@ -65,7 +73,7 @@ def fit_head(
     Parameters
     ----------
     name : str
-        One of `HEADS`.
+        One of `HEADS` or `LEARNERS`.
     text_features : array_like (K, d), or (P, K, d), or a sequence of P arrays (K, d)
         Text embedding of each class; of P templates, the ensemble of them is used.
     support_features, support_labels : array_like (M, d), (M,)
@@ -76,7 +84,11 @@ def fit_head(
         tau; TransCLIP on top needs the same.
     seed : int
     progress : callable, optional
-        Called with the steps done and their number.
+        Called with the steps done and their number, and by prompt learners with `loss` and
+        `validation`, the accuracy, as text.
+    prompting : Prompting, optional
+        Text tower, class names and settings, which the prompt learners need; these train where the
+        tower is, all others on the CPU.
 
     Returns
     -------
@@ -92,6 +104,11 @@ def fit_head(
     check_head(name)
     text = ensemble(text_features)
     n_classes, d = text.shape
+    if prompting is None and name in LEARNERS:
+        raise InputError(
+            f"head {name} trains through a text tower: `transclip-fast train-head {name}` does that "
+            "and writes a file for `solve --head`; from Python give prompting"
+        )
     shots = as_labelled_rows("support", support_features, support_labels, d, n_classes)
     if shots is None and name not in WITHOUT_SHOTS:
         raise InputError(f"head {name} needs shots: give support_features and support_labels")
@@ -102,7 +119,8 @@ def fit_head(
         validation=held_out and Labelled(*held_out),
         logit_scale=logit_scale,
         seed=seed,
-        progress=progress or (lambda done, of: None),
+        progress=progress or (lambda done, of, **figures: None),
+        prompting=prompting,
     )
     with torch.enable_grad():
-        return HEADS[name](task)
+        return (HEADS | LEARNERS)[name](task)

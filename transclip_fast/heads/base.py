@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from transclip_fast.errors import InputError
 
+if TYPE_CHECKING:
+    from transclip_fast.heads.prompts.learning import Prompting
+
 ROWS = 16384  # of a block, so that nothing (N, M) is ever held
-Progress = Callable[[int, int], None]  # steps done, of how many
+Progress = Callable[..., None]  # steps done, of how many, and figures by name
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Task:
         Of everything random.
     progress : callable
         Told of the steps of a training.
+    prompting : Prompting, optional
+        Text tower and class names, for the prompt learners.
     """
 
     text: torch.Tensor
@@ -53,6 +58,7 @@ class Task:
     logit_scale: float
     seed: int
     progress: Progress
+    prompting: Prompting | None = None
 
     @property
     def n_shots(self) -> int:
