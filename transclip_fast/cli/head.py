@@ -81,10 +81,9 @@ def fit_stored_head(
         rows = as_unit_rows(
             stored.get("image_features"), "image_features", columns=head.text.shape[1]
         )
-        labels = head.predict(rows).numpy()
-        prior = head.prior(rows)
+        labels, prior = head.labels_and_prior(rows)
     kept = {array: value for array, value in stored.arrays.items() if array not in LABELLED}
     # Of several templates the first counts as zero-shot, so that the ensemble shows what it adds.
     kept |= {"image_features": rows, "text_features": prompt_texts(texts)[0]}
     solved = stored.with_arrays({**kept, **prior})
-    return FittedHead(name, head.parameters, labels, solved)
+    return FittedHead(name, head.parameters, labels.numpy(), solved)

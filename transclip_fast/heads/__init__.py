@@ -22,11 +22,29 @@ from transclip_fast.heads import (
     tip_adapter_f,
 )
 from transclip_fast.heads.base import Head, Labelled, Progress, PrototypeHead, Task
+from transclip_fast.heads.patches import PatchedRows
 from transclip_fast.heads.prompt_ensemble import ensemble
-from transclip_fast.heads.prompts import Prompting, coop, prograd
+from transclip_fast.heads.prompts import (
+    ContextSettings,
+    Prompting,
+    Schedule,
+    cocoop,
+    coop,
+    plot,
+    prograd,
+)
 from transclip_fast.inputs import as_labelled_rows
 
-__all__ = ["HEADS", "LEARNERS", "Head", "PrototypeHead", "check_head", "ensemble", "fit_head"]
+__all__ = [
+    "HEADS",
+    "LEARNERS",
+    "SETTINGS",
+    "Head",
+    "PrototypeHead",
+    "check_head",
+    "ensemble",
+    "fit_head",
+]
 
 HEADS: dict[str, Callable[[Task], Head]] = {
     "prompt-ensemble": prompt_ensemble.fit,
@@ -39,7 +57,16 @@ HEADS: dict[str, Callable[[Task], Head]] = {
 LEARNERS: dict[str, Callable[[Task], Head]] = {  # of prompts, through a text tower
     "coop": coop.fit,
     "prograd": prograd.fit,
+    "cocoop": cocoop.fit,
+    "plot": plot.fit,
 }
+SETTINGS: dict[str, tuple[ContextSettings, Schedule]] = {  # as published
+    "coop": (ContextSettings(), Schedule()),
+    "prograd": (ContextSettings(), Schedule()),
+    "cocoop": (cocoop.CONTEXT, cocoop.SCHEDULE),
+    "plot": (plot.CONTEXT, plot.SCHEDULE),
+}
+WITH_PATCHES = frozenset({"plot"})
 WITHOUT_SHOTS = frozenset({"prompt-ensemble"})
 TRANSFERABLE = frozenset({"clip-adapter"})  # their `transfer` takes other classes
 
@@ -59,6 +86,8 @@ def fit_head(
     *,
     validation_features: Any = None,
     validation_labels: Any = None,
+    support_local_features: Any = None,
+    validation_local_features: Any = None,
     logit_scale: float = 100.0,
     seed: int = 0,
     progress: Progress | None = None,
@@ -80,6 +109,8 @@ def fit_head(
         The shots; needed by all but "prompt-ensemble". Classes may be without.
     validation_features, validation_labels : array_like (V, d), (V,), optional
         Choose hyperparameters; without them published defaults hold.
+    support_local_features, validation_local_features : array_like (M, L, d), (V, L, d), optional
+        Features of each image's L patches, for the head plot alone.
     logit_scale : float
         tau; TransCLIP on top needs the same.
     seed : int
@@ -113,6 +144,10 @@ def fit_head(
     if shots is None and name not in WITHOUT_SHOTS:
         raise InputError(f"head {name} needs shots: give support_features and support_labels")
     held_out = as_labelled_rows("validation", validation_features, validation_labels, d, n_classes)
+    shots = _patched("support", shots, support_local_features, name)
+    held_out = _patched("validation", held_out, validation_local_features, name)
+    if shots and held_out and shots[0].ndim != held_out[0].ndim:
+        raise InputError("local features: give those of support and validation, or neither")
     task = Task(
         text=text,
         shots=Labelled(*(shots or (text.new_empty(0, d), torch.empty(0, dtype=torch.int64)))),
@@ -124,3 +159,17 @@ def fit_head(
     )
     with torch.enable_grad():
         return (HEADS | LEARNERS)[name](task)
+
+
+def _patched(
+    use: str, rows: tuple[torch.Tensor, torch.Tensor] | None, patches: Any, head: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Labelled rows with their patches behind them, where there are any."""
+    if patches is None:
+        return rows
+    name = f"{use}_local_features"
+    if head not in WITH_PATCHES:
+        raise InputError(f"{name}: the head {head} takes none, only {', '.join(WITH_PATCHES)} does")
+    if rows is None:
+        raise InputError(f"{name} and {use}_features come together; one is missing")
+    return PatchedRows(rows[0], patches, name)[:], rows[1]

@@ -34,9 +34,9 @@ class PatchedRows:
 
     def __init__(self, rows: torch.Tensor, patches: Any, name: str) -> None:
         n_rows, d = rows.shape
-        shape = tuple(patches.shape)
+        shape = tuple(getattr(patches, "shape", np.shape(patches)))
         flat = len(shape) == 2 and shape[1] % d == 0
-        if shape[0] != n_rows or shape[-1] == 0 or not (flat or shape[2:] == (d,)):
+        if not (flat or shape[2:] == (d,)) or shape[0] != n_rows or 0 in shape:
             raise InputError(
                 f"{name}: expected ({n_rows}, L, {d}), the patches of {n_rows} rows, got {shape}"
             )

@@ -76,12 +76,12 @@ def train_head(data: DataSet, name: str, shots: int, seed: int, logit_scale: flo
 
 def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> Row:
     """Accuracies on the queries of zero-shot, of a head, and of TransCLIP on top of it."""
-    predicted, graph = head.predict(data.features).numpy(), data.graph
+    (predicted, prior), graph = head.labels_and_prior(data.features), data.graph
     start = time.perf_counter()
-    model.fit(data.features, data.text, **head.prior(data.features), graph=graph)
+    model.fit(data.features, data.text, **prior, graph=graph)
     return {
         **_solved(data, model, time.perf_counter() - start),
-        "head_accuracy": accuracy(predicted, data.labels),
+        "head_accuracy": accuracy(predicted.numpy(), data.labels),
         "head_seconds": round(train_seconds, 3),
         "head_parameters": head.parameters,
     }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head, Task
 from transclip_fast.heads.prompts.context import (
     ContextSettings,
@@ -23,6 +25,7 @@ CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
 # Published with batches of one; the rate grows with the batch (Goyal et al. 2017).
 SCHEDULE = Schedule(epochs=10, batch_size=8, rate=8 * 2e-3)
 REDUCTION = 16
+TENSORS = ("context", "down", "down_bias", "up", "up_bias")  # of `Conditional`
 
 
 @dataclass(frozen=True)
@@ -61,80 +64,100 @@ class Conditional:
             drawn(hidden, width),
         )
 
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def of(cls, holder: Any) -> Conditional:
+        """That of something with all of these tensors."""
+        return cls(*(getattr(holder, name) for name in TENSORS))
+
+    def to(self, device: torch.device) -> Conditional:
+        """The same elsewhere, without gradients."""
+        return Conditional(*(getattr(self, name).detach().to(device) for name in TENSORS))
+
+    def contexts(self, rows: torch.Tensor) -> torch.Tensor:
         """Contexts (n, n_ctx, width) of unit rows (n, d)."""
         hidden = torch.relu(F.linear(rows, self.down, self.down_bias))
         return self.context + F.linear(hidden, self.up, self.up_bias)[:, None]
 
-    def to(self, device: torch.device) -> Conditional:
-        """The same elsewhere, without gradients."""
-        return Conditional(*(getattr(self, x.name).detach().to(device) for x in fields(self)))
 
+@dataclass(frozen=True)
+class Reader:
+    """A text tower and the prompts of K classes that it reads, image by image."""
 
-def conditional_logits(
-    tower: TextTower, prompts: Prompts, conditional: Conditional, rows: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Logits (n, K) of unit rows (n, d): each with the prototypes (K, d) of its own contexts."""
-    n_rows, n_classes = len(rows), len(prompts)
-    repeated = prompts.rows(torch.arange(n_classes, device=tower.device).repeat(n_rows))
-    contexts = conditional.of(rows).repeat_interleave(n_classes, 0)  # (n K, n_ctx, width)
-    text = tower.encode(repeated, contexts).unflatten(0, (n_rows, n_classes))
-    return scale * torch.einsum("nd,nkd->nk", rows, text)
+    tower: TextTower
+    prompts: Prompts
 
+    @property
+    def images(self) -> int:
+        """Images whose prompts the tower encodes in one go."""
+        return max(1, self.tower.chunk(self.prompts.tokens.shape[1]) // len(self.prompts))
 
-def images_at_once(tower: TextTower, prompts: Prompts) -> int:
-    """Images whose prompts the tower encodes in one go."""
-    return max(1, tower.chunk(prompts.tokens.shape[1]) // len(prompts))
+    def logits(self, conditional: Conditional, rows: torch.Tensor, scale: float) -> torch.Tensor:
+        """Logits (n, K) of unit rows (n, d): each with the prototypes (K, d) of its contexts."""
+        n_rows, n_classes = len(rows), len(self.prompts)
+        each = torch.arange(n_classes, device=self.tower.device).repeat(n_rows)
+        contexts = conditional.contexts(rows).repeat_interleave(n_classes, 0)  # (n K, n_ctx, width)
+        text = self.tower.encode(self.prompts.rows(each), contexts)
+        return scale * torch.einsum("nd,nkd->nk", rows, text.unflatten(0, (n_rows, n_classes)))
+
+    @torch.no_grad()
+    def without_image(self, context: torch.Tensor) -> torch.Tensor:
+        """Unit rows (K, d) of the classes in a context that no image shifts, on the CPU."""
+        return self.tower.encode(self.prompts, context.to(self.tower.device)).float().cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionalHead(Head):
     """
-    Prototypes that a text tower makes anew for each image.
-
-    Logits of N rows take N K runs of the tower.
+    Prototypes that a text tower makes anew for each image: logits of N rows are N K of its runs.
 
     Parameters
     ----------
     text : Tensor (K, d)
         The classes in the context without an image.
-    tower : TextTower
-    prompts : Prompts
-        Of the K classes.
-    conditional : Conditional
+    context, down, down_bias, up, up_bias : Tensor
+        As of `Conditional`.
     position : str
         Of the class name: "end", "middle" or "front".
     words : list of str
         Nearest word of each vector of the context.
+    reader : Reader, optional
+        Without one it cannot predict: see `for_classes`.
     """
 
-    tower: TextTower
-    prompts: Prompts
-    conditional: Conditional
+    context: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
     position: str
     words: list[str]
+    reader: Reader | None = None
 
     @property
     def block_rows(self) -> int:
-        return images_at_once(self.tower, self.prompts)
+        return self._reader().images
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        conditional = self.conditional.to(self.tower.device)
+        reader = self._reader()
+        conditional = Conditional.of(self).to(reader.tower.device)
         there = rows.to(conditional.context)
-        logits = conditional_logits(self.tower, self.prompts, conditional, there, self.logit_scale)
-        return logits.to(rows)
+        return reader.logits(conditional, there, self.logit_scale).to(rows)
 
     def restrict(self, classes: torch.Tensor) -> ConditionalHead:
-        chosen = self.prompts.rows(classes.to(self.tower.device))
-        return replace(self, text=self.text[classes], prompts=chosen)
+        reader = self._reader()
+        prompts = reader.prompts.rows(classes.to(reader.tower.device))
+        return replace(self, text=self.text[classes], reader=replace(reader, prompts=prompts))
 
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> ConditionalHead:
-        """The same context and network around other class names."""
-        context = self.conditional.context
-        prompts = class_prompts(tower, class_names, len(context), self.position)
-        return replace(
-            self, tower=tower, prompts=prompts, text=_without_image(tower, prompts, context)
-        )
+        """The same context and network around these class names, read by this tower."""
+        prompts = class_prompts(tower, class_names, len(self.context), self.position)
+        reader = Reader(tower, prompts)
+        return replace(self, text=reader.without_image(self.context), reader=reader)
+
+    def _reader(self) -> Reader:
+        if self.reader is None:
+            raise InputError("the head cocoop runs a text tower for every image: give it one")
+        return self.reader
 
 
 class CoCoOp(Learner):
@@ -152,26 +175,24 @@ class CoCoOp(Learner):
     def __init__(self, task: Task) -> None:
         super().__init__()
         prompting = prompting_of(task)
-        self.tower, self.position = prompting.tower, prompting.context.position
+        if prompting.context.class_specific:
+            raise InputError("cocoop: its context is shared by all classes, not class-specific")
+        tower, self.position = prompting.tower, prompting.context.position
         self.logit_scale = task.logit_scale
-        settings = replace(prompting.context, class_specific=False)
-        context = first_context(self.tower, settings, len(task.text), task.seed)
-        self.prompts = class_prompts(self.tower, prompting.class_names, len(context), self.position)
+        context = first_context(tower, prompting.context, len(task.text), task.seed)
+        prompts = class_prompts(tower, prompting.class_names, len(context), self.position)
+        self.reader = Reader(tower, prompts)
         begun = Conditional.begin(context, task.text.shape[1], task.seed)
-        for field in fields(begun):
-            setattr(self, field.name, torch.nn.Parameter(getattr(begun, field.name)))
-
-    @property
-    def conditional(self) -> Conditional:
-        return Conditional(*(getattr(self, field.name) for field in fields(Conditional)))
+        for name in TENSORS:
+            setattr(self, name, torch.nn.Parameter(getattr(begun, name)))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        conditional = self.conditional
+        conditional = Conditional.of(self)
         there = rows.to(conditional.context.dtype)
-        return conditional_logits(self.tower, self.prompts, conditional, there, self.logit_scale)
+        return self.reader.logits(conditional, there, self.logit_scale)
 
     def descend(self, rows: torch.Tensor, labels: torch.Tensor) -> float:
-        size, total = images_at_once(self.tower, self.prompts), 0.0
+        size, total = self.reader.images, 0.0
         for some, own in zip(rows.split(size), labels.split(size), strict=True):
             loss = F.cross_entropy(self(some), own, reduction="sum") / len(rows)
             torch.autograd.backward(loss)
@@ -180,16 +201,15 @@ class CoCoOp(Learner):
 
     @torch.no_grad()
     def head(self) -> ConditionalHead:
-        conditional = self.conditional.to(torch.device("cpu"))
+        conditional = Conditional.of(self).to(torch.device("cpu"))
         return ConditionalHead(
-            text=_without_image(self.tower, self.prompts, conditional.context),
+            text=self.reader.without_image(conditional.context),
             logit_scale=self.logit_scale,
             parameters={"n_ctx": len(conditional.context)},
-            tower=self.tower,
-            prompts=self.prompts,
-            conditional=conditional,
+            **{name: getattr(conditional, name).clone() for name in TENSORS},
             position=self.position,
-            words=nearest_words(self.tower, conditional.context),
+            words=nearest_words(self.reader.tower, conditional.context),
+            reader=self.reader,
         )
 
 
@@ -198,8 +218,3 @@ def fit(task: Task) -> ConditionalHead:
     learner = CoCoOp(task)
     train(learner, task)
     return learner.head()
-
-
-@torch.no_grad()
-def _without_image(tower: TextTower, prompts: Prompts, context: torch.Tensor) -> torch.Tensor:
-    return tower.encode(prompts, context.to(tower.device)).float().cpu()

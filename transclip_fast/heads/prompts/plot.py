@@ -117,6 +117,8 @@ class Plot(Learner):
     def __init__(self, task: Task) -> None:
         super().__init__()
         prompting = prompting_of(task)
+        if prompting.context.class_specific:
+            raise InputError("plot: its contexts are shared by all classes, not class-specific")
         self.tower, self.position = prompting.tower, prompting.context.position
         self.logit_scale = task.logit_scale
         shots = task.shots.features
