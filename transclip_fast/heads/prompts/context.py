@@ -169,9 +169,7 @@ class _Frame:
         for row in self._tower.tokenize(list(texts)).tolist():
             body = row[first:]
             behind = self._behind
-            length = next(
-                m for m in range(len(body) + 1) if body[m:] == behind[: len(body) - m]
-            )
+            length = next(m for m in range(len(body) + 1) if body[m:] == behind[: len(body) - m])
             found.append(body[:length])
         return found
 

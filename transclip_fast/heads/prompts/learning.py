@@ -111,7 +111,7 @@ def prompting_of(task: Task) -> Prompting:
         Nothing, another number of names than of classes, or settings that make no sense.
     """
     if task.prompting is None:
-        raise InputError("a prompt learner needs a text tower and class names: give prompting")
+        raise InputError("prompts are learned through a text tower: give prompting")
     names, n_classes = task.prompting.class_names, len(task.text)
     if len(names) != n_classes:
         raise InputError(f"class_names: {len(names)} names for {n_classes} classes")

@@ -68,7 +68,9 @@ class TextTower:
         self.device = backbone.device
         self.precision = precision or ("bf16" if self.device.type == "cuda" else "fp32")
         # open_clip's CLIP is its own text tower; its other models have one.
-        self._name, self._text = ("model.text", model.text) if hasattr(model, "text") else ("model", model)
+        self._name, self._text = (
+            ("model.text", model.text) if hasattr(model, "text") else ("model", model)
+        )
         self._huggingface = hasattr(self._text, "pooler")
         self.embedding: torch.nn.Module = (
             self._text.transformer.get_input_embeddings()
