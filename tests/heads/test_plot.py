@@ -49,10 +49,11 @@ def test_the_formula_with_patches(tower):
     task = make_task(tower, 2, patches=L)
     learner, rows = Plot(task), task.shots.features
     assert learner.contexts.shape == (4, 2, 16)
+    learner.contexts.data *= 40  # so that the prompts differ
     expected = plain_logits(rows.double().numpy(), plain_texts(learner))
     np.testing.assert_allclose(learner(rows).detach(), expected, rtol=1e-9, atol=1e-9)
     # Transport is not the mean that it is without patches.
-    assert np.abs(expected - learner(rows[:, 1:].mean(1)).detach().numpy()).max() > 0.01
+    assert np.abs(expected - learner(rows[:, 1:].mean(1)).detach().numpy()).max() > 0.1
 
 
 def test_without_patches_it_is_the_mean_over_prompts(tower):
@@ -100,7 +101,7 @@ def test_chunks_change_nothing(tower, monkeypatch):
 def test_training_lowers_the_loss(tower, patches):
     task = make_task(tower, 2, patches=patches, epochs=20)
     rows, labels = task.shots.features, task.shots.labels
-    before = float(F.cross_entropy(Plot(task)(rows), labels))
+    before = F.cross_entropy(Plot(task)(rows), labels).item()
     head = fit(task)
     assert F.cross_entropy(head.logits(rows), labels) < 0.8 * before
     assert head.parameters == {"n_ctx": 2, "patches": patches}
@@ -119,7 +120,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tower, steps):
 
 
 def test_it_says_that_there_are_no_patches(tower):
-    with pytest.warns(UserWarning, match="plot: no local features, .* encode --local-features"):
+    with pytest.warns(UserWarning, match="plot: no local features, .*`encode --local-features`"):
         head = fit(make_task(tower, 2, epochs=1))
     assert head.patches == 0
 

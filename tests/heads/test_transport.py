@@ -58,21 +58,19 @@ def test_marginals():
 
 
 def test_small_epsilon_is_the_cheapest_transport():
-    for s in cosines(6, 5, 4):
-        rows, columns = s.shape
-        sums = np.concatenate(
-            [np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))]
-        )
-        weights = np.repeat([1 / rows, 1 / columns], [rows, columns])
+    similarities, epsilon = cosines(6, 5, 4), 5e-3
+    plans = transport(
+        torch.from_numpy(similarities), epsilon=epsilon, iterations=5000, threshold=0.0
+    ).numpy()
+    sums = np.concatenate([np.kron(np.eye(5), np.ones(4)), np.kron(np.ones(5), np.eye(4))])
+    weights = np.repeat([1 / 5, 1 / 4], [5, 4])
+    for s, plan in zip(similarities, plans, strict=True):
         exact = linprog((1 - s).ravel(), A_eq=sums, b_eq=weights)
-        plan = transport(torch.from_numpy(s)[None], epsilon=2e-3, iterations=20000, threshold=0.0)[
-            0
-        ].numpy()
         cost = ((1 - s) * plan).sum()
         assert exact.fun <= cost + 1e-9
         # The entropy of a plan is at most log(L N), and weighs epsilon.
-        assert cost <= exact.fun + 2e-3 * np.log(rows * columns)
-        assert cost < (1 - s).mean() - 0.02  # uniform transport is dearer
+        assert cost <= exact.fun + epsilon * np.log(20)
+        assert cost < (1 - s).mean() - 0.05  # uniform transport is dearer
 
 
 def test_a_plan_does_not_depend_on_its_neighbours():

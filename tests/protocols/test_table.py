@@ -67,8 +67,8 @@ def test_harmonic_means_of_base_and_new(rows):
     found = {(row["data"], row["classes"]): row for row in summarise(halves)}
     assert list(found) == [
         (data, classes)
-        for classes in ("base", "new", "harmonic mean")
         for data in ("pets", "dtd", "(average)")
+        for classes in ("base", "new", "harmonic mean")
     ]
     values = np.array([row["accuracy"] for row in halves]).reshape(2, 3, 2)  # data, seed, half
     for data, of_data in (("pets", values[0]), ("dtd", values[1]), ("(average)", values.mean(0))):

@@ -135,11 +135,6 @@ def fit_head(
     check_head(name)
     text = ensemble(text_features)
     n_classes, d = text.shape
-    if prompting is None and name in LEARNERS:
-        raise InputError(
-            f"head {name} trains through a text tower: `transclip-fast train-head {name}` does that "
-            "and writes a file for `solve --head`; from Python give prompting"
-        )
     shots = as_labelled_rows("support", support_features, support_labels, d, n_classes)
     if shots is None and name not in WITHOUT_SHOTS:
         raise InputError(f"head {name} needs shots: give support_features and support_labels")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,20 +63,12 @@ class DataSet:
 
     def draw(self, pool: str, shots: int, seed: int) -> Labelled | None:
         """
-        Some rows of a pool: `shots` of each class, all of a class that has fewer.
+        Some rows of a pool, None where there is no such pool.
 
-        A class's rows come in an order that follows from the seed and the class alone, so that more
-        shots keep those of fewer.
+        See `draw`.
         """
-        if pool not in self.pools:
-            return None
-        rows = self.pools[pool]
-        taken = [
-            np.random.default_rng([seed, k]).permutation(np.flatnonzero(rows.labels.numpy() == k))
-            for k in range(len(self.text))
-        ]
-        chosen = torch.from_numpy(np.concatenate([order[:shots] for order in taken]))
-        return Labelled(rows.features[chosen], rows.labels[chosen])
+        rows = self.pools.get(pool)
+        return rows and draw(rows, len(self.text), shots, seed)
 
     @cached_property
     def halves(self) -> tuple[DataSet, DataSet]:
@@ -120,14 +112,35 @@ class DataSet:
 
     def shortage(self, shots: int) -> str | None:
         """A warning where classes have fewer rows to draw from."""
-        counts = torch.bincount(self.pools["support"].labels, minlength=len(self.text))
-        short = int((counts < shots).sum())
-        if not short:
-            return None
-        return (
-            f"{self.name}: {short} of {len(counts)} classes have fewer than {shots} rows to draw "
-            f"from, at least {int(counts.min())}; all of these are taken"
-        )
+        short = shortage(self.pools["support"], len(self.text), shots)
+        return short and f"{self.name}: {short}"
+
+
+def draw(rows: Labelled, n_classes: int, shots: int, seed: int) -> Labelled:
+    """
+    Some labelled rows: `shots` of each class, all of a class that has fewer.
+
+    A class's rows come in an order that follows from the seed and the class alone, so that more
+    shots keep those of fewer.
+    """
+    taken = [
+        np.random.default_rng([seed, k]).permutation(np.flatnonzero(rows.labels.numpy() == k))
+        for k in range(n_classes)
+    ]
+    chosen = torch.from_numpy(np.concatenate([order[:shots] for order in taken]))
+    return Labelled(rows.features[chosen], rows.labels[chosen])
+
+
+def shortage(rows: Labelled, n_classes: int, shots: int) -> str | None:
+    """A warning where classes have fewer rows to draw from."""
+    counts = torch.bincount(rows.labels, minlength=n_classes)
+    short = int((counts < shots).sum())
+    if not short:
+        return None
+    return (
+        f"{short} of {len(counts)} classes have fewer than {shots} rows to draw from, at least "
+        f"{int(counts.min())}; all of these are taken"
+    )
 
 
 def _of_classes(rows: Labelled, classes: range) -> Labelled:
@@ -173,7 +186,7 @@ def _load(path: str, pools: bool, device: torch.device) -> DataSet:
 
 
 def _checked(path: str, pools: bool, device: torch.device) -> DataSet:
-    stored = _stored(Path(path))
+    stored = stored_splits(path)
     for name in ("labels", "text_features", *(("support_features",) if pools else ())):
         if stored.get(name) is None:
             raise InputError(f"has no {name}, which the protocol needs")
@@ -187,34 +200,60 @@ def _checked(path: str, pools: bool, device: torch.device) -> DataSet:
     names = stored.class_names
     if names is not None and len(names) != n_classes:
         raise InputError(f"{len(names)} class names for {n_classes} text features")
-    labelled = {}
-    for pool in SPLITS.values() if pools else ():
-        arrays = [stored.get(f"{pool}_{kind}") for kind in ("features", "labels")]
-        rows = as_labelled_rows(pool, arrays[0], arrays[1], d, n_classes)
-        if rows is not None:
-            labelled[pool] = Labelled(*rows)
     return DataSet(
         name=Path(path).stem if os.path.isfile(path) else Path(os.path.realpath(path)).name,
         features=features,
         labels=labels.numpy(),
         text=text,
         class_names=names,
-        pools=labelled,
+        pools=labelled_pools(stored, d, n_classes) if pools else {},
         sha256=stored.inputs_sha256(),
         device=device,
     )
 
 
-def _stored(path: Path) -> Features:
-    """FEATURES, or the feature folders of the splits put together."""
+def labelled_pools(stored: Features, d: int, n_classes: int) -> dict[str, Labelled]:
+    """
+    The support and validation rows that there are, as unit rows (M, d).
+
+    Raises
+    ------
+    InputError
+        As `as_labelled_rows`.
+    """
+    found = {}
+    for pool in SPLITS.values():
+        arrays = [stored.get(f"{pool}_{kind}") for kind in ("features", "labels")]
+        rows = as_labelled_rows(pool, arrays[0], arrays[1], d, n_classes)
+        if rows is not None:
+            found[pool] = Labelled(*rows)
+    return found
+
+
+def stored_splits(
+    path: str | Path, overrides: Mapping[str, str | None] | None = None, *, shots: int | None = None
+) -> Features:
+    """
+    FEATURES, see `load_features`, or the feature folders test/, train/ and val/ put together.
+
+    Raises
+    ------
+    InputError
+        As `load_features`, and splits of different backbones.
+    """
+    path = Path(path)
     if not os.path.isdir(path / "test"):
-        return load_features(path)
-    stored = load_features(path / "test")
+        return load_features(path, overrides, shots=shots)
+    stored = load_features(path / "test", overrides)
+    given = {name for name, file in (overrides or {}).items() if file is not None}
     for split, pool in SPLITS.items():
-        if not os.path.isdir(path / split):
+        if not os.path.isdir(path / split) or f"{pool}_features" in given:
             continue
         part = load_features(path / split)
+        if part.encoder != stored.encoder:
+            raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
         for name, array in (("features", "image_features"), ("labels", "labels")):
-            if part.get(array) is not None:
+            if part.get(array) is not None and f"{pool}_{name}" not in given:
                 stored.arrays[f"{pool}_{name}"] = part.get(array)
+                stored.origins[f"{pool}_{name}"] = part.origins[array]
     return stored

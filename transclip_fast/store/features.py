@@ -37,6 +37,7 @@ ARRAYS = (
     "prior_logits",
     "prototypes",
 )
+ENCODER = ("model", "weights", "quick_gelu")  # what a manifest knows a backbone by
 LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
 KEYS = ("key", "path", "image_path")  # the first of these columns that there is names the rows
 
@@ -59,6 +60,8 @@ class Features:
         Position of each row in the source it was encoded from.
     keys : list of str, optional
         Key or path of each row.
+    encoder : dict, optional
+        Model and weights that encoded the rows, where a manifest says so.
     maps : dict
         Hash of each linear map that the embeddings went through.
     """
@@ -68,6 +71,7 @@ class Features:
     origins: dict[str, str]
     source_rows: np.ndarray | None = None
     keys: list[str | None] | None = None
+    encoder: dict[str, Any] | None = None
     class_names: list[str] | None = field(default=None, init=False)
     maps: dict[str, str] = field(default_factory=dict, init=False)
     _sha256: dict[str, str] = field(default_factory=dict, init=False)
@@ -244,6 +248,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
             raise InputError(f"{shard}: has shape {part.shape}, the first shard {parts[0].shape}")
     arrays: dict[str, Any] = {"image_features": _joined(parts)}
     origins = {"image_features": f"{folder}: image_features"}
+    encoder = None
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
@@ -254,6 +259,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
     if (folder / "manifest.json").exists():
         manifest = read_json(inside(folder, "manifest.json"))
         _check_manifest(folder, manifest, numbered, patches)
+        encoder = _encoder(manifest)
         names = manifest.get("class_names")
         if names is not None:
             arrays["class_names"] = names
@@ -263,7 +269,14 @@ def _load_folder(folder: Path, local: bool) -> Features:
     )
     if labels is not None:
         arrays["labels"], origins["labels"] = labels, f"{folder / 'metadata'}: label"
-    return Features(str(folder), arrays, origins, source_rows, keys)
+    return Features(str(folder), arrays, origins, source_rows, keys, encoder)
+
+
+def _encoder(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    config = manifest.get("config")
+    if not isinstance(config, dict) or not {"model", "weights"} <= config.keys():
+        return None
+    return {name: config[name] for name in ENCODER if name in config}
 
 
 def _patches(

@@ -196,7 +196,7 @@ class CoCoOp(Learner):
         for some, own in zip(rows.split(size), labels.split(size), strict=True):
             loss = F.cross_entropy(self(some), own, reduction="sum") / len(rows)
             torch.autograd.backward(loss)
-            total += float(loss)
+            total += loss.item()
         return total
 
     @torch.no_grad()

@@ -61,8 +61,8 @@ class CoOp(Learner):
     """
     Class prototypes of a learned context.
 
-    Source: Zhou et al. 2022, Learning to Prompt for Vision-Language Models: equation 2 with the
-    class name at the end, 3 in the middle, 4 for logits; a context of each class is section 3.2.2.
+    Source: Zhou et al. 2022, Learning to Prompt for Vision-Language Models, section 3.2, equations
+    2 to 4; the unified context and that of each class are its two forms.
     """
 
     def __init__(self, task: Task) -> None:
@@ -90,7 +90,7 @@ class CoOp(Learner):
             text=self.prototypes().float().cpu(),
             logit_scale=self.logit_scale,
             parameters={"n_ctx": self.context.shape[-2]},
-            context=self.context.detach().cpu().clone(),
+            context=self.context.detach().float().cpu().clone(),
             position=self.settings.position,
             words=nearest_words(self.tower, self.context),
         )

@@ -94,7 +94,7 @@ class Learner(torch.nn.Module, ABC):
         """Leave the gradients of a batch (n, d), (n,) in the parameters; its loss."""
         loss = F.cross_entropy(self(rows), labels)
         torch.autograd.backward(loss)
-        return float(loss)
+        return loss.item()
 
     def validate(self, rows: Labelled) -> float:
         """Accuracy on labelled rows, in percent."""
@@ -111,7 +111,7 @@ def prompting_of(task: Task) -> Prompting:
         Nothing, another number of names than of classes, or settings that make no sense.
     """
     if task.prompting is None:
-        raise InputError("a prompt learner needs a text tower and class names: give prompting")
+        raise InputError("prompts are learned through a text tower: give prompting")
     names, n_classes = task.prompting.class_names, len(task.text)
     if len(names) != n_classes:
         raise InputError(f"class_names: {len(names)} names for {n_classes} classes")

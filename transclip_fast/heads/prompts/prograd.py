@@ -16,8 +16,9 @@ class ProGrad(CoOp):
     """
     CoOp whose gradient gives up the part that points against zero-shot's.
 
-    Source: Zhu et al. 2023, Prompt-aligned Gradient for Prompt Tuning: equation 5, with lambda = 1
-    and a softmax temperature of 1 as the authors have them.
+    Source: Zhu et al. 2023, Prompt-aligned Gradient for Prompt Tuning, with lambda = 1 and a
+    temperature of 1 as in the authors' repository (BeierZhu/Prompt-align). Zero-shot is what the
+    task's text features say.
     """
 
     def __init__(self, task: Task) -> None:
@@ -31,7 +32,7 @@ class ProGrad(CoOp):
         (direction,) = torch.autograd.grad(general, self.context, retain_graph=True)
         (gradient,) = torch.autograd.grad(loss, self.context)
         self.context.grad = aligned(gradient, direction)
-        return float(loss)
+        return loss.item()
 
 
 def aligned(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,243 @@
+"""`transclip-fast train-head`: a few-shot method on stored features, to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import click
+import torch
+
+from transclip_fast.cli import common
+from transclip_fast.cli.head import LABELLED, SUFFIX
+from transclip_fast.cli.options import array_options
+from transclip_fast.cli.towers import encoder_of, load_tower, prompt_options, settings_of
+from transclip_fast.errors import InputError
+from transclip_fast.evaluate import accuracy
+from transclip_fast.heads import HEADS, LEARNERS, Head, check_head, ensemble, fit_head
+from transclip_fast.heads.base import Labelled
+from transclip_fast.heads.prompts import Prompting
+from transclip_fast.inputs import as_labels, as_unit_rows
+from transclip_fast.protocols.data import (
+    VALIDATION_SHOTS,
+    draw,
+    labelled_pools,
+    shortage,
+    stored_splits,
+)
+from transclip_fast.store.atomic import locked
+from transclip_fast.store.checkpoint import TensorCheckpoint, files
+from transclip_fast.store.features import Features, array_sha256
+from transclip_fast.store.heads import StoredHead, check_writable, save_head
+from transclip_fast.version import __version__
+
+CHECKPOINT_SECONDS = 5.0
+TRAINING = "training"  # what its state is kept under, beside the file to write
+ARRAYS = ("text_features", "class_names", "labels", *LABELLED)
+OF_PROMPTS = ("model", "pretrained", "precision", "n_ctx", "start", "class_specific", "epochs")
+SHOWN_WORDS = 64  # of a context
+
+
+@click.command("train-head")
+@click.argument("name")
+@click.argument("features", type=click.Path())
+@click.option("--shots", type=click.IntRange(min=1), help="Rows of a class.  [default: all]")
+@click.option("--out", required=True, type=click.Path(), help="The .safetensors file to write.")
+@click.option("--seed", default=0, show_default=True, help="Of the shots and of the training.")
+@click.option(
+    "--logit-scale", default=100.0, show_default=True, help="Temperature; `solve` needs the same."
+)
+@prompt_options
+@common.device_option
+@common.json_option
+@partial(array_options, names=ARRAYS)
+def command(
+    name: str, features: str, shots: int | None, out: str, as_json: bool, **options: Any
+) -> None:
+    """Train the few-shot method NAME on FEATURES and write a file for `solve --head`.
+
+    FEATURES is a folder of the feature folders train/, test/ and perhaps val/, or a file with
+    support_features, support_labels and perhaps validation rows; see `solve`. NAME is coop or
+    prograd, which learn prompts through the text tower of the model that encoded FEATURES, or a
+    method on features alone, see `solve --head`. A training of prompts that was killed goes on when
+    the same command is given again.
+
+    \b
+    Examples:
+      transclip-fast train-head coop pets --shots 16 --out coop.safetensors
+      transclip-fast train-head prograd features.npz --shots 4 --start "a photo of a" \\
+          --model ViT-B-32 --pretrained openai --out prograd.safetensors
+      transclip-fast solve pets/test --head coop.safetensors --out result
+    """
+    check_head(name)
+    if not out.endswith(SUFFIX):
+        raise InputError(f"{out}: name a file that ends in {SUFFIX}")
+    for option in OF_PROMPTS if name in HEADS else ():
+        if options[option]:
+            raise InputError(f"head {name} learns no prompts; leave {option} out")
+    stages = common.Stages()
+    with stages.time("load"):
+        stored = stored_splits(features, {array: options[array] for array in ARRAYS}, shots=shots)
+    about = partial(common.named, stored.origins, stored.path)
+    with common.collected_warnings(stored.origins) as warnings, locked(out):
+        check_writable(out)
+        with about():
+            pools = _drawn(stored, name, shots, options["seed"], warnings)
+        prompting = None
+        if name in LEARNERS:
+            with stages.time("model"):
+                prompting = _prompting(stored, options)
+            identity = _identity(name, stored, pools, prompting, options)
+            checkpoint = TensorCheckpoint(out, TRAINING, identity, CHECKPOINT_SECONDS)
+            prompting = replace(prompting, checkpoint=checkpoint)
+        with stages.time("train"), common.progress(f"train {name}", "steps") as show, about():
+            head = _fitted(name, stored, pools, prompting, options, show)
+        with about():
+            run = _summary(name, head, stored, pools)
+        training = {"shots": shots, "seed": options["seed"], "version": __version__}
+        encoder = stored.encoder if prompting is None else encoder_of(prompting.tower.backbone)
+        save_head(out, StoredHead(head, name, stored.class_names, encoder, training))
+        files(out, TRAINING, TensorCheckpoint.suffix)[0].unlink(missing_ok=True)
+        run |= {"training": training, "seconds": stages.seconds, "versions": common.versions()}
+        run["warnings"] = warnings
+    common.summarise(run, _text(run, features, out), as_json)
+
+
+def _drawn(
+    stored: Features, name: str, shots: int | None, seed: int, warnings: list[str]
+) -> dict[str, Labelled]:
+    """The pools, or what is drawn of them: for validation at most 4 rows a class."""
+    texts = stored.get("text_features")
+    if texts is None:
+        raise InputError(f"head {name} needs text_features")
+    n_classes, d = ensemble(texts).shape
+    pools = labelled_pools(stored, d, n_classes)
+    if "support" not in pools:
+        raise InputError(
+            "has no shots: give a folder with train/, or support_features and support_labels"
+        )
+    if shots is None:
+        return pools
+    short = shortage(pools["support"], n_classes, shots)
+    if short is not None:
+        common.warn(warnings, f"{stored.path}: {short}")
+    held_out = min(shots, VALIDATION_SHOTS)
+    sizes = {"support": shots, "validation": held_out}
+    return {pool: draw(rows, n_classes, sizes[pool], seed) for pool, rows in pools.items()}
+
+
+def _prompting(stored: Features, options: Mapping[str, Any]) -> Prompting:
+    """The text tower of the features, and how prompts are learned through it."""
+    context, schedule = settings_of(options)
+    if stored.class_names is None:
+        raise InputError(
+            f"{stored.path}: has no class_names to make prompts of; give --class-names"
+        )
+    named = (options[option] for option in ("device", "model", "pretrained", "precision"))
+    tower = load_tower(stored, *named)
+    return Prompting(tower, stored.class_names, context, schedule)
+
+
+def _identity(
+    name: str,
+    stored: Features,
+    pools: Mapping[str, Labelled],
+    prompting: Prompting,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that a training depends on."""
+    rows = {
+        f"{pool}_{part}": array_sha256(getattr(labelled, part))
+        for pool, labelled in pools.items()
+        for part in ("features", "labels")
+    }
+    return {
+        "name": name,
+        "context": asdict(prompting.context),
+        "schedule": asdict(prompting.schedule),
+        "tower": prompting.tower.identity,
+        "class_names": list(prompting.class_names),
+        "text": stored.inputs_sha256()["text_features"],
+        **rows,
+        **{option: options[option] for option in ("seed", "logit_scale")},
+        "device": prompting.tower.device.type,
+        "version": __version__,
+    }
+
+
+def _fitted(
+    name: str,
+    stored: Features,
+    pools: Mapping[str, Labelled],
+    prompting: Prompting | None,
+    options: Mapping[str, Any],
+    show: Any,
+) -> Head:
+    arrays = {
+        f"{pool}_{part}": getattr(rows, part)
+        for pool, rows in pools.items()
+        for part in ("features", "labels")
+    }
+    return fit_head(
+        name,
+        stored.get("text_features"),
+        **arrays,
+        logit_scale=options["logit_scale"],
+        seed=options["seed"],
+        progress=show,
+        prompting=prompting,
+    )
+
+
+def _summary(
+    name: str, head: Head, stored: Features, pools: Mapping[str, Labelled]
+) -> dict[str, Any]:
+    """What was learned, and how well it does on the rows of known labels."""
+    found: dict[str, float | None] = {"zero_shot_accuracy": None, "accuracy": None}
+    labels = stored.get("labels")
+    if labels is not None:
+        text = ensemble(stored.get("text_features"))
+        rows = as_unit_rows(stored.get("image_features"), "image_features", columns=text.shape[1])
+        truth = as_labels(labels, "labels", rows=len(rows), n_classes=len(text)).cpu().numpy()
+        zero_shot = torch.cat([(block @ text.T).argmax(1) for block in rows.split(16384)])
+        found = {
+            "zero_shot_accuracy": accuracy(zero_shot.numpy(), truth),
+            "accuracy": accuracy(head.predict(rows).numpy(), truth),
+        }
+    held_out = pools.get("validation")
+    return {
+        "kind": "train-head",
+        "name": name,
+        "n_classes": len(head.text),
+        "n_shots": len(pools["support"]),
+        "n_queries": len(stored.get("image_features")),
+        **found,
+        "validation_accuracy": held_out
+        and accuracy(head.predict(held_out.features).numpy(), held_out.labels.numpy()),
+        "parameters": head.parameters,
+        "nearest_words": getattr(head, "words", None),
+    }
+
+
+def _text(run: Mapping[str, Any], features: str, out: str) -> str:
+    lines = [
+        f"{run['name']}: trained on {run['n_shots']:,} shots of {run['n_classes']:,} classes in "
+        f"{run['seconds']['train']:.1f} s"
+    ]
+    if run["parameters"]:
+        lines.append(", ".join(f"{name} {value:g}" for name, value in run["parameters"].items()))
+    words = run["nearest_words"]
+    if words is not None:
+        more = " ..." if len(words) > SHOWN_WORDS else ""
+        lines.append(f"words nearest to the context: {' '.join(words[:SHOWN_WORDS])}{more}")
+    if run["validation_accuracy"] is not None:
+        lines.append(f"accuracy on the validation rows {run['validation_accuracy']:.2f} %")
+    if run["accuracy"] is not None:
+        lines.append(
+            f"accuracy on {run['n_queries']:,} queries {run['zero_shot_accuracy']:.2f} % zero-shot "
+            f"-> {run['accuracy']:.2f} %"
+        )
+    lines.append(f"written to {out}; TransCLIP goes on top with `solve --head {out}`")
+    return "\n".join(lines)
