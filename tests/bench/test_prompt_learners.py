@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from bench import prompt_learners, report
 from bench.names import LEARNERS, NAMINGS
@@ -33,7 +34,7 @@ def test_zero_shot_cannot_use_the_names(naming, demo):
     names = prompt_learners.NAMINGS[naming]
     assert len(set(names)) == 10
     assert not any(own == other for own, other in zip(CLASS_NAMES, names, strict=True))
-    data = prompt_learners.load(demo, per_class=20)
+    data = prompt_learners.load(demo, per_class=10)
     text = prompt_learners.zero_shot_texts(demo, names)
     right = ((data.rows @ text.T).argmax(1).numpy() == data.labels).mean()
     assert right < 0.25
@@ -41,10 +42,10 @@ def test_zero_shot_cannot_use_the_names(naming, demo):
 
 def test_one_learner(demo, monkeypatch):
     monkeypatch.setattr(prompt_learners, "SHOTS", 4)
-    data = prompt_learners.load(demo, per_class=10)
-    assert data.crops.shape == (100, 4, 512)
+    data = prompt_learners.load(demo, per_class=8)
+    assert data.crops.shape == (80, 4, 512)
     row = prompt_learners.measure("plot-crops", "words", demo, data, seeds=1)
-    assert row["queries"] == 60
+    assert row["queries"] == 40
     assert row["alone"][0] > row["zero_shot"][0]
 
 
@@ -55,6 +56,8 @@ def test_a_learner_that_does_not_beat_zero_shot_fails(monkeypatch):
         "with_transclip": [0.0],
         "seconds": [0],
     }
+    images = prompt_learners.Data(torch.eye(2, 512), torch.ones(2, 4, 512), np.arange(2))
+    monkeypatch.setattr(prompt_learners, "load", lambda _: images)
     monkeypatch.setattr(prompt_learners, "record", lambda *_: None)
     monkeypatch.setattr(prompt_learners, "measure", lambda *_: rows)
     chosen = ["--namings", "words", "--learners", "coop"]

@@ -80,7 +80,7 @@ def test_places_of_a_resnet_are_asked_as_its_mean_is():
     "vision",
     [
         {**VIT, "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
-        {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "image_size": 32},
+        {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "image_size": 32},
     ],
 )
 def test_towers_without_patches_are_refused(vision):
