@@ -57,7 +57,9 @@ def load(demo: Backbone, per_class: int | None = None) -> Data:
         images, labels = images[kept], labels[kept]
     pictures = [Image.fromarray(enlarge(image)) for image in images]
     crops = [crop for picture in pictures for crop in _crops(picture)]
-    return Data(_encoded(demo, pictures), _encoded(demo, crops).unflatten(0, (-1, CROPS)), labels)
+    return Data(
+        _encoded(demo, pictures), _encoded(demo, crops).view(len(images), CROPS, -1), labels
+    )
 
 
 def _crops(picture: Image.Image) -> Iterator[Image.Image]:

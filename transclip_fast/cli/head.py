@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import numpy as np
 
 from transclip_fast.cli import common
@@ -14,9 +17,13 @@ from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.evaluate import accuracy
 from transclip_fast.heads import HEADS, LEARNERS, Head, check_head, fit_head
+from transclip_fast.heads.patches import seen_by
 from transclip_fast.heads.prompt_ensemble import prompt_texts
+from transclip_fast.heads.prompts import TextTower
+from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.inputs import as_unit_rows
-from transclip_fast.store.features import Features
+from transclip_fast.protocols.data import patched_rows
+from transclip_fast.store.features import LOCAL, Features
 from transclip_fast.store.heads import read_head
 
 LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
@@ -76,8 +83,18 @@ def check_named(head: str) -> None:
         )
 
 
+def wants_patches(head: str | None) -> bool:
+    """Whether `--head` names a file of a head that transports local features."""
+    return head is not None and is_file(head) and getattr(read_head(head).head, "patches", 0) > 0
+
+
 def stored_head(
-    head: str, seed: int, stored: Features, model: TransCLIP, stages: common.Stages
+    head: str,
+    seed: int,
+    stored: Features,
+    model: TransCLIP,
+    stages: common.Stages,
+    tower: Callable[[Features], TextTower],
 ) -> FittedHead:
     """
     A head from a file, or fitted to the shots of stored features.
@@ -85,6 +102,8 @@ def stored_head(
     TransCLIP then runs as on top of any other method: with the head as prior, lambda as in
     zero-shot, and no support of its own. That is how the paper and its code combine it with
     few-shot methods ("TransCLIP-ZS on top"); shots in TransCLIP itself are TransCLIP-FS.
+
+    `tower` gives the text tower of features to a head that needs one for each image.
 
     Raises
     ------
@@ -99,7 +118,7 @@ def stored_head(
         raise InputError(f"gamma: the shots go to the head {head}; leave gamma out")
     if is_file(head):
         with stages.time("head"):
-            return _from_file(head, stored, model)
+            return _from_file(head, stored, model, tower)
     texts = stored.get("text_features")
     if texts is None:
         raise InputError(f"head {head} needs text_features")
@@ -111,7 +130,9 @@ def stored_head(
         return _beneath(fitted, head, stored)
 
 
-def _from_file(file: str, stored: Features, model: TransCLIP) -> FittedHead:
+def _from_file(
+    file: str, stored: Features, model: TransCLIP, tower: Callable[[Features], TextTower]
+) -> FittedHead:
     kept = read_head(file)
     head, names = kept.head, kept.class_names
     n_classes, d = head.text.shape
@@ -130,6 +151,18 @@ def _from_file(file: str, stored: Features, model: TransCLIP) -> FittedHead:
         raise InputError(
             f"{file}: was trained with --logit-scale {head.logit_scale:g}; give the same"
         )
+    if isinstance(head, ConditionalHead):
+        n_rows = len(stored.get("image_features"))
+        click.echo(
+            f"head {kept.name}: {n_rows:,} images, each in the prompts of {n_classes:,} classes, "
+            f"are {n_rows * n_classes:,} runs of the text tower",
+            err=True,
+        )
+        known = copy(stored)
+        known.encoder = stored.encoder or kept.encoder
+        if names is None:
+            raise InputError(f"{file}: has no class names to make prompts of")
+        head = head.for_classes(tower(known), names)
     return _beneath(head, kept.name, stored, file)
 
 
@@ -150,13 +183,16 @@ def _check_classes(file: str, n_classes: int, names: list[str] | None, stored: F
 def _beneath(head: Head, name: str, stored: Features, file: str | None = None) -> FittedHead:
     """The features with a head as their prior."""
     rows = as_unit_rows(stored.get("image_features"), "image_features", columns=head.text.shape[1])
-    kept = {array: value for array, value in stored.arrays.items() if array not in LABELLED}
+    unseen = (*LABELLED, *LOCAL)
+    kept = {array: value for array, value in stored.arrays.items() if array not in unseen}
     kept["image_features"] = rows
     texts = stored.get("text_features")
     if texts is not None:
         # Of several templates the first counts as zero-shot, so that the ensemble shows its gain.
         kept["text_features"] = prompt_texts(texts)[0]
-    labels, prior = head.labels_and_prior(rows)
+    seen = seen_by(head, rows, patched_rows(rows, stored))
+    with common.progress(f"head {name}", "images") as show:
+        labels, prior = head.labels_and_prior(seen, show)
     return FittedHead(
         name, head.parameters, labels.numpy(), stored.with_arrays({**kept, **prior}), file
     )

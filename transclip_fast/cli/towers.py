@@ -3,47 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import click
 
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.errors import InputError
+from transclip_fast.heads import SETTINGS
 from transclip_fast.heads.prompts import ContextSettings, Schedule, TextTower
 from transclip_fast.heads.prompts.context import POSITIONS
 from transclip_fast.heads.prompts.tower import AUTOCAST
-from transclip_fast.store.features import ENCODER, Features
+from transclip_fast.store.features import ENCODER
 
 DEMO = "demo"
 SHA256 = 64  # digits; a name or tag has fewer
 
 
-def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that learns prompts."""
+def _epochs(name: str) -> str:
+    return f"{name}: {SETTINGS[name][1].epochs}"
+
+
+def _rates() -> str:
+    by_rate: dict[float, list[str]] = {}
+    for name, (_, schedule) in SETTINGS.items():
+        by_rate.setdefault(schedule.rate, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {rate:g}" for rate, names in by_rate.items())
+
+
+def tower_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that runs the text tower of what encoded FEATURES."""
     for option in reversed(
         (
             click.option(
                 "--model",
-                help="open_clip model, a folder with an open_clip_config.json, or demo.  "
-                "[default: what encoded FEATURES]",
+                help="Text tower of a prompt learner: open_clip model, a folder with an "
+                "open_clip_config.json, or demo.  [default: what encoded FEATURES]",
             ),
             click.option(
                 "--pretrained",
-                help="Weights, as for `encode`.  [default: what encoded FEATURES]",
+                help="Its weights, as for `encode`.  [default: what encoded FEATURES]",
             ),
             click.option(
                 "--precision",
                 type=click.Choice([*AUTOCAST]),
                 help="Of the text tower's matrix products.  [default: bf16 on CUDA, else fp32]",
             ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What prompts are learned, and how."""
+    for option in reversed(
+        (
             click.option(
                 "--context",
                 "n_ctx",
                 type=click.IntRange(1, 64),
-                help="Learned vectors of a prompt.  [default: 16, or the words of --start]",
+                help="Learned vectors of a prompt, from random ones.  [default: as published: 16, "
+                "cocoop has --start]",
             ),
-            click.option("--start", help='Words to start from, e.g. "a photo of a"; else random.'),
+            click.option(
+                "--start",
+                help='Words to start from.  [default: none, cocoop "a photo of a"]',
+            ),
             click.option(
                 "--class-specific", is_flag=True, help="Vectors of each class, instead of shared."
             ),
@@ -57,14 +84,13 @@ def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--epochs",
                 type=click.IntRange(min=1),
-                help="Over the shots.  [default: 50 with one shot, 100 up to four, else 200]",
+                help="Over the shots.  [default: coop, prograd: 50 with one shot, 100 up to four, "
+                f"else 200; {_epochs('plot')}, {_epochs('cocoop')}]",
             ),
             click.option(
                 "--rate",
-                default=Schedule.rate,
-                show_default=True,
                 type=click.FloatRange(0, min_open=True),
-                help="Of the gradient descent.",
+                help=f"Of the gradient descent.  [default: {_rates()}]",
             ),
         )
     ):
@@ -72,9 +98,9 @@ def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def settings_of(options: Mapping[str, Any]) -> tuple[ContextSettings, Schedule]:
+def settings_of(name: str, options: Mapping[str, Any]) -> tuple[ContextSettings, Schedule]:
     """
-    What `prompt_options` say of contexts and training.
+    What `prompt_options` say of contexts and training, and what is published for the rest.
 
     Raises
     ------
@@ -84,18 +110,34 @@ def settings_of(options: Mapping[str, Any]) -> tuple[ContextSettings, Schedule]:
     n_ctx, start = options["n_ctx"], options["start"]
     if n_ctx is not None and start is not None:
         raise InputError("--start says by its words how long the context is; leave --context out")
-    context = ContextSettings(
-        n_ctx=n_ctx or ContextSettings.n_ctx,
-        class_specific=options["class_specific"],
-        position=options["position"],
-        start=start,
+    context, schedule = SETTINGS[name]
+    if n_ctx is not None:
+        context = replace(context, n_ctx=n_ctx, start=None)
+    if start is not None:
+        context = replace(context, start=start)
+    context = replace(
+        context, class_specific=options["class_specific"], position=options["position"]
     )
-    return context, Schedule(epochs=options["epochs"], rate=options["rate"])
+    given = {key: options[key] for key in ("epochs", "rate") if options[key] is not None}
+    return context, replace(schedule, **given)
+
+
+class Encoded(Protocol):
+    """Features that say what encoded them."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def encoder(self) -> dict[str, Any] | None: ...
+
+    @property
+    def dim(self) -> int: ...
 
 
 def load_tower(
-    stored: Features,
-    device: str,
+    stored: Encoded,
+    device: str = "auto",
     model: str | None = None,
     pretrained: str | None = None,
     precision: str | None = None,
@@ -105,7 +147,8 @@ def load_tower(
 
     Parameters
     ----------
-    stored : Features
+    stored : Encoded
+        Features, or a data set of them.
     device : str
     model, pretrained : str, optional
         As for `encode`; without them, what the manifest of the features says.
@@ -137,11 +180,10 @@ def load_tower(
                 f"{stored.path}: was encoded with {told(made)}, not with {told(found)}; give "
                 "--model and --pretrained of the former"
             )
-    d = stored.get("image_features").shape[1]
-    if backbone.dim != d:
+    if backbone.dim != stored.dim:
         raise InputError(
-            f"{stored.path}: has {d} dimensions, embeddings of {model} have {backbone.dim}; give "
-            "--model and --pretrained of what encoded it"
+            f"{stored.path}: has {stored.dim} dimensions, embeddings of {model} have "
+            f"{backbone.dim}; give --model and --pretrained of what encoded it"
         )
     return TextTower(backbone, precision)
 
@@ -158,7 +200,7 @@ def told(encoder: Mapping[str, Any]) -> str:
     return f"{model[:12] if len(model) == SHA256 else model} ({weights[:12]}{gelu})"
 
 
-def _named(stored: Features) -> tuple[str, str | None]:
+def _named(stored: Encoded) -> tuple[str, str | None]:
     """Model and weights by the names that the manifest has of them."""
     made = stored.encoder
     if made is None:

@@ -13,17 +13,34 @@ import torch
 from transclip_fast.cli import common
 from transclip_fast.cli.head import LABELLED, SUFFIX
 from transclip_fast.cli.options import array_options
-from transclip_fast.cli.towers import encoder_of, load_tower, prompt_options, settings_of
+from transclip_fast.cli.towers import (
+    encoder_of,
+    load_tower,
+    prompt_options,
+    settings_of,
+    tower_options,
+)
 from transclip_fast.errors import InputError
 from transclip_fast.evaluate import accuracy
-from transclip_fast.heads import HEADS, LEARNERS, Head, check_head, ensemble, fit_head
+from transclip_fast.heads import (
+    HEADS,
+    LEARNERS,
+    WITH_PATCHES,
+    Head,
+    check_head,
+    ensemble,
+    fit_head,
+)
 from transclip_fast.heads.base import Labelled
+from transclip_fast.heads.patches import by_name, seen_by
 from transclip_fast.heads.prompts import Prompting
+from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.inputs import as_labels, as_unit_rows
 from transclip_fast.protocols.data import (
     VALIDATION_SHOTS,
     draw,
     labelled_pools,
+    patched_rows,
     shortage,
     stored_splits,
 )
@@ -49,6 +66,7 @@ SHOWN_WORDS = 64  # of a context
 @click.option(
     "--logit-scale", default=100.0, show_default=True, help="Temperature; `solve` needs the same."
 )
+@tower_options
 @prompt_options
 @common.device_option
 @common.json_option
@@ -59,10 +77,11 @@ def command(
     """Train the few-shot method NAME on FEATURES and write a file for `solve --head`.
 
     FEATURES is a folder of the feature folders train/, test/ and perhaps val/, or a file with
-    support_features, support_labels and perhaps validation rows; see `solve`. NAME is coop or
-    prograd, which learn prompts through the text tower of the model that encoded FEATURES, or a
-    method on features alone, see `solve --head`. A training of prompts that was killed goes on when
-    the same command is given again.
+    support_features, support_labels and perhaps validation rows; see `solve`. NAME is coop,
+    prograd, cocoop or plot, which learn prompts through the text tower of the model that encoded
+    FEATURES, or a method on features alone, see `solve --head`. What plot transports to are the
+    patches of `encode --local-features`; without them it says so and takes the mean of its prompts.
+    A training of prompts that was killed goes on when the same command is given again.
 
     \b
     Examples:
@@ -79,7 +98,8 @@ def command(
             raise InputError(f"head {name} learns no prompts; leave {option} out")
     stages = common.Stages()
     with stages.time("load"):
-        stored = stored_splits(features, {array: options[array] for array in ARRAYS}, shots=shots)
+        given = {array: options[array] for array in ARRAYS}
+        stored = stored_splits(features, given, shots=shots, local=name in WITH_PATCHES)
     about = partial(common.named, stored.origins, stored.path)
     with common.collected_warnings(stored.origins) as warnings, locked(out):
         check_writable(out)
@@ -88,7 +108,7 @@ def command(
         prompting = None
         if name in LEARNERS:
             with stages.time("model"):
-                prompting = _prompting(stored, options)
+                prompting = _prompting(name, stored, options)
             identity = _identity(name, stored, pools, prompting, options)
             checkpoint = TensorCheckpoint(out, TRAINING, identity, CHECKPOINT_SECONDS)
             prompting = replace(prompting, checkpoint=checkpoint)
@@ -119,7 +139,7 @@ def _drawn(
             "has no shots: give a folder with train/, or support_features and support_labels"
         )
     if shots is None:
-        return pools
+        return {pool: rows.rows(slice(None)) for pool, rows in pools.items()}
     short = shortage(pools["support"], n_classes, shots)
     if short is not None:
         common.warn(warnings, f"{stored.path}: {short}")
@@ -128,9 +148,9 @@ def _drawn(
     return {pool: draw(rows, n_classes, sizes[pool], seed) for pool, rows in pools.items()}
 
 
-def _prompting(stored: Features, options: Mapping[str, Any]) -> Prompting:
+def _prompting(name: str, stored: Features, options: Mapping[str, Any]) -> Prompting:
     """The text tower of the features, and how prompts are learned through it."""
-    context, schedule = settings_of(options)
+    context, schedule = settings_of(name, options)
     if stored.class_names is None:
         raise InputError(
             f"{stored.path}: has no class_names to make prompts of; give --class-names"
@@ -175,11 +195,9 @@ def _fitted(
     options: Mapping[str, Any],
     show: Any,
 ) -> Head:
-    arrays = {
-        f"{pool}_{part}": getattr(rows, part)
-        for pool, rows in pools.items()
-        for part in ("features", "labels")
-    }
+    arrays: dict[str, Any] = {}
+    for pool, rows in pools.items():
+        arrays |= by_name(rows, pool)
     return fit_head(
         name,
         stored.get("text_features"),
@@ -197,14 +215,16 @@ def _summary(
     """What was learned, and how well it does on the rows of known labels."""
     found: dict[str, float | None] = {"zero_shot_accuracy": None, "accuracy": None}
     labels = stored.get("labels")
-    if labels is not None:
+    # To ask a text tower for every query takes long, and `solve` does it anyway.
+    if labels is not None and not isinstance(head, ConditionalHead):
         text = ensemble(stored.get("text_features"))
         rows = as_unit_rows(stored.get("image_features"), "image_features", columns=text.shape[1])
         truth = as_labels(labels, "labels", rows=len(rows), n_classes=len(text)).cpu().numpy()
-        zero_shot = torch.cat([(block @ text.T).argmax(1) for block in rows.split(16384)])
+        seen = seen_by(head, rows, patched_rows(rows, stored))
+        zero_shot = torch.cat([(block @ text.T).argmax(1) for block in torch.split(rows, 16384)])
         found = {
             "zero_shot_accuracy": accuracy(zero_shot.numpy(), truth),
-            "accuracy": accuracy(head.predict(rows).numpy(), truth),
+            "accuracy": accuracy(head.predict(seen).numpy(), truth),
         }
     held_out = pools.get("validation")
     return {

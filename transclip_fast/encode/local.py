@@ -97,11 +97,13 @@ def _attended(pool: Any, places: torch.Tensor) -> torch.Tensor:
     tokens = tokens + pool.positional_embedding.to(tokens.dtype)
 
     def heads(linear: Any) -> torch.Tensor:
-        split: torch.Tensor = linear(tokens).unflatten(-1, (pool.num_heads, -1))
-        return split.transpose(1, 2)  # (B, heads, 1 + hw, C / heads)
+        split: torch.Tensor = linear(tokens)
+        return split.view(*split.shape[:2], pool.num_heads, -1).transpose(
+            1, 2
+        )  # (B, heads, 1 + hw, C / heads)
 
     mixed = F.scaled_dot_product_attention(
         heads(pool.q_proj), heads(pool.k_proj), heads(pool.v_proj)
     )
     found: torch.Tensor = pool.c_proj(mixed.transpose(1, 2).flatten(2))[:, 1:]
-    return found.mT.unflatten(-1, places.shape[2:])
+    return found.mT.reshape(len(places), -1, *places.shape[2:])

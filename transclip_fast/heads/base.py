@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transclip_fast.heads.patches import PatchedRows
     from transclip_fast.heads.prompts.learning import Prompting
 
-    ImageRows = torch.Tensor | PatchedRows
+    ImageRows: TypeAlias = torch.Tensor | PatchedRows
 
 ROWS = 16384  # of a block, so that nothing (N, M) is ever held
 Progress = Callable[..., None]  # steps done, of how many, and figures by name

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import unit
+from transclip_fast.heads.base import Head, Labelled, unit
 
 
 class PatchedRows:
@@ -25,40 +25,71 @@ class PatchedRows:
         Of any float type; sliced, never modified.
     name : str
         For messages.
+    ids : ndarray (N,), optional
+        Where in `patches` those of each row are, if not in order.
 
     Raises
     ------
     InputError
-        Another shape; when sliced, a patch that is zero or not finite.
+        Another shape; when read, a patch that is zero or not finite.
     """
 
-    def __init__(self, rows: torch.Tensor, patches: Any, name: str) -> None:
-        n_rows, d = rows.shape
-        shape = tuple(getattr(patches, "shape", np.shape(patches)))
+    def __init__(
+        self, rows: torch.Tensor, patches: Any, name: str, ids: np.ndarray | None = None
+    ) -> None:
+        d, shape = rows.shape[1], tuple(getattr(patches, "shape", np.shape(patches)))
         flat = len(shape) == 2 and shape[1] % d == 0
+        n_rows = len(rows) if ids is None else shape[0]
         if not (flat or shape[2:] == (d,)) or shape[0] != n_rows or 0 in shape:
             raise InputError(
                 f"{name}: expected ({n_rows}, L, {d}), the patches of {n_rows} rows, got {shape}"
             )
-        self._rows, self._patches, self._name = rows, patches, name
         self.number = shape[1] // d if flat else shape[1]  # L
+        self._rows, self._patches, self._name, self._ids = rows, patches, name, ids
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, block: slice) -> torch.Tensor:
-        rows = self._rows[block]
-        part = self._patches[block]
+    def __getitem__(self, which: slice | torch.Tensor) -> torch.Tensor:
+        rows = self._rows[which]
+        places = self._places(which)
+        part = self._patches[places]
         read = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.asarray(part))
         patches = read.float().reshape(len(rows), self.number, rows.shape[1])
-        sizes = patches.norm(dim=2).amin(1)
-        wrong = ((sizes == 0) | ~patches.isfinite().all(2).all(1)).nonzero()
-        if len(wrong):
-            row = (block.start or 0) + int(wrong[0])
+        wrong = (patches.norm(dim=2).amin(1) == 0) | ~patches.isfinite().all(2).all(1)
+        if wrong.any():
+            row = np.arange(len(self._patches))[places][wrong.numpy()][0]
             raise InputError(f"{self._name}: row {row} has a patch that is zero or not finite")
         return torch.cat([rows[:, None], unit(patches)], 1)
+
+    def take(self, which: np.ndarray) -> PatchedRows:
+        """Some of the rows by index (n,), read when they are asked for."""
+        places = np.arange(len(self))[which] if self._ids is None else self._ids[which]
+        return PatchedRows(self._rows[which], self._patches, self._name, places)
+
+    def _places(self, which: slice | torch.Tensor) -> slice | np.ndarray:
+        index = which if isinstance(which, slice) else which.numpy()
+        return index if self._ids is None else self._ids[index]
 
 
 def images(rows: torch.Tensor) -> torch.Tensor:
     """Rows (n, d), without their patches where they have any."""
     return rows[:, 0] if rows.ndim == 3 else rows
+
+
+def seen_by(
+    head: Head, rows: torch.Tensor, patched: PatchedRows | None
+) -> torch.Tensor | PatchedRows:
+    """Rows (N, d) as a head takes them: with their patches where it was trained with such."""
+    wants = getattr(head, "patches", 0) > 0
+    return patched if wants and patched is not None else rows
+
+
+def by_name(rows: Labelled | None, use: str) -> dict[str, Any]:
+    """Labelled rows under the names that `fit_head` has for them, e.g. "support_features"."""
+    if rows is None:
+        return {}
+    found = {f"{use}_features": images(rows.features), f"{use}_labels": rows.labels}
+    if rows.features.ndim == 3:
+        found[f"{use}_local_features"] = rows.features[:, 1:]
+    return found

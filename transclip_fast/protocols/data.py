@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,34 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph import NeighborGraph, build_graph
 from transclip_fast.heads import ensemble
 from transclip_fast.heads.base import Labelled
+from transclip_fast.heads.patches import PatchedRows
 from transclip_fast.inputs import as_labelled_rows, as_labels, as_unit_rows
 from transclip_fast.parameters import Parameters
 from transclip_fast.store.features import Features, load_features
 
 SPLITS = {"train": "support", "val": "validation"}  # sub-folder and what its rows are here
+PARTS = {"features": "image_features", "labels": "labels", "local_features": "local_features"}
 VALIDATION_SHOTS = 4  # a class has at most so many, as in CoOp and in the paper
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Labelled rows to draw from: `Labelled`, or the same whose patches are not read yet."""
+
+    features: torch.Tensor | PatchedRows
+    labels: torch.Tensor
+
+    def rows(self, which: torch.Tensor | slice) -> Labelled:
+        """Some of them."""
+        return Labelled(self.features[which], self.labels[which])
+
+    def of_classes(self, classes: range) -> Pool:
+        """Those of some classes, counted from 0."""
+        labels = self.labels.numpy()
+        held = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
+        features = self.features
+        taken = features.take(held) if isinstance(features, PatchedRows) else features[held]
+        return Pool(taken, self.labels[held] - classes.start)
 
 
 @dataclass(frozen=True)
@@ -39,8 +62,13 @@ class DataSet:
     class_names : list of str, optional
     pools : dict
         "support" and "validation" rows to draw from, where there are any.
+    patched : PatchedRows, optional
+        The queries with their patches.
     sha256 : dict
         Hash of every array.
+    path : str
+    encoder : dict, optional
+        Model and weights that encoded it, where a manifest says so.
     device : torch.device
         Where neighbours are searched.
     """
@@ -50,9 +78,17 @@ class DataSet:
     labels: np.ndarray
     text: torch.Tensor
     class_names: list[str] | None
-    pools: dict[str, Labelled]
+    pools: dict[str, Pool]
+    patched: PatchedRows | None
     sha256: dict[str, str]
+    path: str
+    encoder: dict[str, Any] | None
     device: torch.device
+
+    @property
+    def dim(self) -> int:
+        """d."""
+        return self.text.shape[1]
 
     @cached_property
     def graph(self) -> NeighborGraph:
@@ -67,8 +103,9 @@ class DataSet:
 
         See `draw`.
         """
-        rows = self.pools.get(pool)
-        return rows and draw(rows, len(self.text), shots, seed)
+        if pool not in self.pools:
+            return None
+        return draw(self.pools[pool], len(self.text), shots, seed)
 
     @cached_property
     def halves(self) -> tuple[DataSet, DataSet]:
@@ -107,7 +144,8 @@ class DataSet:
             labels=self.labels[held] - classes.start,
             text=self.text[classes.start : classes.stop],
             class_names=names and names[classes.start : classes.stop],
-            pools={name: _of_classes(rows, classes) for name, rows in self.pools.items()},
+            pools={name: pool.of_classes(classes) for name, pool in self.pools.items()},
+            patched=self.patched and self.patched.take(held),
         )
 
     def shortage(self, shots: int) -> str | None:
@@ -116,7 +154,7 @@ class DataSet:
         return short and f"{self.name}: {short}"
 
 
-def draw(rows: Labelled, n_classes: int, shots: int, seed: int) -> Labelled:
+def draw(rows: Pool, n_classes: int, shots: int, seed: int) -> Labelled:
     """
     Some labelled rows: `shots` of each class, all of a class that has fewer.
 
@@ -128,10 +166,10 @@ def draw(rows: Labelled, n_classes: int, shots: int, seed: int) -> Labelled:
         for k in range(n_classes)
     ]
     chosen = torch.from_numpy(np.concatenate([order[:shots] for order in taken]))
-    return Labelled(rows.features[chosen], rows.labels[chosen])
+    return rows.rows(chosen)
 
 
-def shortage(rows: Labelled, n_classes: int, shots: int) -> str | None:
+def shortage(rows: Pool, n_classes: int, shots: int) -> str | None:
     """A warning where classes have fewer rows to draw from."""
     counts = torch.bincount(rows.labels, minlength=n_classes)
     short = int((counts < shots).sum())
@@ -143,12 +181,9 @@ def shortage(rows: Labelled, n_classes: int, shots: int) -> str | None:
     )
 
 
-def _of_classes(rows: Labelled, classes: range) -> Labelled:
-    held = (rows.labels >= classes.start) & (rows.labels < classes.stop)
-    return Labelled(rows.features[held], rows.labels[held] - classes.start)
-
-
-def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list[DataSet]:
+def load_data(
+    paths: Sequence[str], *, pools: bool, device: str = "cpu", local: bool = False
+) -> list[DataSet]:
     """
     Data sets by their paths, each called by the name of its file or folder.
 
@@ -161,6 +196,8 @@ def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list
         Shots will be drawn.
     device : str
         Where neighbours are searched.
+    local : bool
+        With the features of patches, where there are any.
 
     Raises
     ------
@@ -168,7 +205,7 @@ def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list
         Something is missing or does not fit, or two data sets have one name.
     """
     chosen = resolve_device(device)
-    found = [_load(path, pools, chosen) for path in paths]
+    found = [_load(path, pools, chosen, local) for path in paths]
     names = [data.name for data in found]
     for name in names:
         if names.count(name) > 1:
@@ -176,17 +213,17 @@ def load_data(paths: Sequence[str], *, pools: bool, device: str = "cpu") -> list
     return found
 
 
-def _load(path: str, pools: bool, device: torch.device) -> DataSet:
+def _load(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
     try:
-        return _checked(path, pools, device)
+        return _checked(path, pools, device, local)
     except InputError as error:
         if str(path) in str(error):
             raise
         raise InputError(f"{path}: {error}") from error
 
 
-def _checked(path: str, pools: bool, device: torch.device) -> DataSet:
-    stored = stored_splits(path)
+def _checked(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
+    stored = stored_splits(path, local=local)
     for name in ("labels", "text_features", *(("support_features",) if pools else ())):
         if stored.get(name) is None:
             raise InputError(f"has no {name}, which the protocol needs")
@@ -207,31 +244,46 @@ def _checked(path: str, pools: bool, device: torch.device) -> DataSet:
         text=text,
         class_names=names,
         pools=labelled_pools(stored, d, n_classes) if pools else {},
+        patched=patched_rows(features, stored),
         sha256=stored.inputs_sha256(),
+        path=str(path),
+        encoder=stored.encoder,
         device=device,
     )
 
 
-def labelled_pools(stored: Features, d: int, n_classes: int) -> dict[str, Labelled]:
+def labelled_pools(stored: Features, d: int, n_classes: int) -> dict[str, Pool]:
     """
-    The support and validation rows that there are, as unit rows (M, d).
+    The support and validation rows that there are, as unit rows (M, d), or with their patches.
 
     Raises
     ------
     InputError
-        As `as_labelled_rows`.
+        As `as_labelled_rows` and `PatchedRows`.
     """
     found = {}
     for pool in SPLITS.values():
         arrays = [stored.get(f"{pool}_{kind}") for kind in ("features", "labels")]
         rows = as_labelled_rows(pool, arrays[0], arrays[1], d, n_classes)
         if rows is not None:
-            found[pool] = Labelled(*rows)
+            patched = patched_rows(rows[0], stored, f"{pool}_")
+            found[pool] = Pool(rows[0] if patched is None else patched, rows[1])
     return found
 
 
+def patched_rows(rows: torch.Tensor, stored: Features, use: str = "") -> PatchedRows | None:
+    """Unit rows (N, d) with their patches, where `stored` has any of that use."""
+    name = f"{use}local_features"
+    patches = stored.get(name)
+    return None if patches is None else PatchedRows(rows, patches, name)
+
+
 def stored_splits(
-    path: str | Path, overrides: Mapping[str, str | None] | None = None, *, shots: int | None = None
+    path: str | Path,
+    overrides: Mapping[str, str | None] | None = None,
+    *,
+    shots: int | None = None,
+    local: bool = False,
 ) -> Features:
     """
     FEATURES, see `load_features`, or the feature folders test/, train/ and val/ put together.
@@ -243,16 +295,16 @@ def stored_splits(
     """
     path = Path(path)
     if not os.path.isdir(path / "test"):
-        return load_features(path, overrides, shots=shots)
-    stored = load_features(path / "test", overrides)
+        return load_features(path, overrides, shots=shots, local=local)
+    stored = load_features(path / "test", overrides, local=local)
     given = {name for name, file in (overrides or {}).items() if file is not None}
     for split, pool in SPLITS.items():
         if not os.path.isdir(path / split) or f"{pool}_features" in given:
             continue
-        part = load_features(path / split)
+        part = load_features(path / split, local=local)
         if part.encoder != stored.encoder:
             raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
-        for name, array in (("features", "image_features"), ("labels", "labels")):
+        for name, array in PARTS.items():
             if part.get(array) is not None and f"{pool}_{name}" not in given:
                 stored.arrays[f"{pool}_{name}"] = part.get(array)
                 stored.origins[f"{pool}_{name}"] = part.origins[array]

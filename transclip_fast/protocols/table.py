@@ -34,17 +34,18 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     groups = ("source", "data", "classes", "head", "shots")
     names = [name for name in groups if name in rows[0]]
-    parts = _split(rows, names)
+    parts: dict[Key, Sequence[Mapping[str, Any]]] = {**_split(rows, names)}
     if len({row["data"] for row in rows}) > 1:
         over = [name for name in names if name != "data"]
-        for key, part in _split(rows, over).items():
+        for others, part in _split(rows, over).items():
             seeds = [_average(of_seed) for of_seed in _split(part, ["seed"]).values()]
-            parts[(("data", AVERAGE), *key)] = seeds
+            average: Key = (("data", AVERAGE), *others)
+            parts[average] = seeds
     found = []
-    for key, part in parts.items():
-        found.append(_group(part, key))
+    for key, of_group in parts.items():
+        found.append(_group(of_group, key))
         if ("classes", NEW) in key:
-            found.append(_harmonic(parts[_with(key, BASE)], part, _with(key, HARMONIC)))
+            found.append(_harmonic(parts[_with(key, BASE)], of_group, _with(key, HARMONIC)))
     return [{name: row[name] for name in (*names, *row) if name in row} for row in found]
 
 

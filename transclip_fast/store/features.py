@@ -81,6 +81,11 @@ class Features:
         if names is not None:
             self.class_names = _names(names, self.origins["class_names"])
 
+    @property
+    def dim(self) -> int:
+        """d, of the image features."""
+        return int(self.arrays["image_features"].shape[1])
+
     def get(self, name: str) -> Any:
         """The array of that name, or None."""
         return self.arrays.get(name)

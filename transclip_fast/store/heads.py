@@ -16,7 +16,9 @@ import torch
 from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head, Labelled, PrototypeHead
 from transclip_fast.heads.clip_adapter import AdapterHead
+from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
+from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.heads.tip_adapter import CacheHead
 from transclip_fast.store.tensors import read_tensors, write_tensors
 
@@ -55,6 +57,18 @@ KINDS = {
     "adapter": Kind(AdapterHead, TEXT | {"down": ("wd",), "up": ("dw",)}, {"ratio": float}),
     "prompts": Kind(
         PromptHead, TEXT | {"context": ("nv", "Knv")}, {"position": str, "words": list}
+    ),
+    "conditional": Kind(
+        ConditionalHead,
+        TEXT
+        | {"context": ("nv",), "down": ("wd",), "down_bias": ("w",)}
+        | {"up": ("vw",), "up_bias": ("v",)},
+        {"position": str, "words": list},
+    ),
+    "transport": Kind(
+        TransportHead,
+        TEXT | {"texts": ("KPd",), "contexts": ("Pnv",)},
+        {"position": str, "words": list, "patches": int},
     ),
 }
 
@@ -135,8 +149,9 @@ def read_head(path: str | Path) -> StoredHead:
     if names is not None and not (_strings(names) and len(names) == n_classes):
         raise InputError(f"{path}: damaged: class_names are not {n_classes} strings")
     words = settings.get("words")
-    if words is not None and not (
-        _strings(words) and len(words) == tensors["context"].shape[:-1].numel()
+    context = tensors.get("context", tensors.get("contexts"))
+    if context is not None and not (
+        words and _strings(words) and len(words) == context.shape[:-1].numel()
     ):
         raise InputError(f"{path}: damaged: words are not one for each vector of the context")
     if not (_is(entry["logit_scale"], float) and entry["logit_scale"] > 0):

@@ -96,8 +96,8 @@ class Reader:
         n_rows, n_classes = len(rows), len(self.prompts)
         each = torch.arange(n_classes, device=self.tower.device).repeat(n_rows)
         contexts = conditional.contexts(rows).repeat_interleave(n_classes, 0)  # (n K, n_ctx, width)
-        text = self.tower.encode(self.prompts.rows(each), contexts)
-        return scale * torch.einsum("nd,nkd->nk", rows, text.unflatten(0, (n_rows, n_classes)))
+        text = self.tower.encode(self.prompts.rows(each), contexts).view(n_rows, n_classes, -1)
+        return scale * torch.einsum("nd,nkd->nk", rows, text)
 
     @torch.no_grad()
     def without_image(self, context: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ class CoCoOp(Learner):
 
     def descend(self, rows: torch.Tensor, labels: torch.Tensor) -> float:
         size, total = self.reader.images, 0.0
-        for some, own in zip(rows.split(size), labels.split(size), strict=True):
+        for some, own in zip(torch.split(rows, size), torch.split(labels, size), strict=True):
             loss = F.cross_entropy(self(some), own, reduction="sum") / len(rows)
             torch.autograd.backward(loss)
             total += loss.item()

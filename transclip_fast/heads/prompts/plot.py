@@ -162,7 +162,7 @@ def encode_each(tower: TextTower, prompts: Prompts, contexts: torch.Tensor) -> t
     n_classes, number = len(prompts), len(contexts)
     each = torch.arange(n_classes, device=tower.device).repeat_interleave(number)
     repeated = contexts.repeat(n_classes, 1, 1)
-    return tower.encode(prompts.rows(each), repeated).unflatten(0, (n_classes, number))
+    return tower.encode(prompts.rows(each), repeated).view(n_classes, number, -1)
 
 
 def fit(task: Task) -> TransportHead:
