@@ -21,7 +21,7 @@ from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts, encode_text
-from transclip_fast.heads import fit_head
+from transclip_fast.heads import clip_adapter, fit_head
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
 from transclip_fast.store.checkpoint import TensorCheckpoint
 from transclip_fast.store.heads import read_head
@@ -146,6 +146,7 @@ def test_its_words_are_shown(coop, save, digits, done, tmp_path):
 
 @pytest.mark.parametrize("name", ["taskres", "tip-adapter-f", "clip-adapter"])
 def test_methods_on_features_alone(name, save, digits, done, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_adapter, "EPOCHS", 5)
     head = tmp_path / "head.safetensors"
     done("train-head", name, save(digits), "--out", head)
     labelled = {k: digits[k] for k in digits if k.startswith(("support", "validation"))}
@@ -232,7 +233,7 @@ def test_interrupted_again_and_again(save, digits, killed, done, monkeypatch, tm
         assert not (tmp_path / "head.safetensors").exists()
     state = load_file(tmp_path / ".head.safetensors.training.safetensors")
     assert int(state["step"]) == 4
-    assert state.keys() == {"step", "context", "momentum.context"}
+    assert state.keys() == {"step", "threads", "context", "momentum.context"}
     done(*command, tmp_path / "head.safetensors")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"features.npz", "whole.safetensors", "head.safetensors"}
@@ -248,7 +249,7 @@ def test_killed(save, digits, done, tmp_path):
         "--model",
         "demo",
         "--epochs",
-        200,
+        60,
         "--context",
         4,
     ]
@@ -262,7 +263,7 @@ def test_killed(save, digits, done, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not head.exists()
-    assert 0 < int(load_file(tmp_path / state)["step"]) < 400
+    assert 0 < int(load_file(tmp_path / state)["step"]) < 120
     done(*command, head)
     done(*command, tmp_path / "whole.safetensors")
     assert head.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_problem
 from transclip_fast.errors import InputError
-from transclip_fast.heads import HEADS, fit_head
+from transclip_fast.heads import HEADS, clip_adapter, fit_head
 from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.store.heads import ENTRY, StoredHead, read_head, save_head
 
@@ -32,6 +32,14 @@ def prompt_head(specific=False):
         position="middle",
         words=["é", "b", "c"] * len(context),
     )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -55,7 +63,8 @@ def changed(path, tensors=None, entry=None, raw=None):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_on_features(name, tmp_path):
+def test_every_head_on_features(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_adapter, "EPOCHS", 5)
     features, text, labels = make_problem(n=137)
     head = fit_head(
         name,

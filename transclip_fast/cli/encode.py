@@ -18,7 +18,6 @@ from transclip_fast.encode.encoder import (
     EncodeProgress,
     Throughput,
     encode_images,
-    fixed_threads,
     merged,
 )
 from transclip_fast.encode.fit import fitting_batch_size, forward_rate
@@ -32,6 +31,7 @@ from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.shards import MANIFEST, FeatureWriter, RowTable
+from transclip_fast.threads import fixed_threads
 
 SHOWN_FAILURES = 5
 

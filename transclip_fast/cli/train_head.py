@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from transclip_fast.cli import common
@@ -31,7 +32,7 @@ from transclip_fast.heads import (
     ensemble,
     fit_head,
 )
-from transclip_fast.heads.base import Labelled
+from transclip_fast.heads.base import Labelled, PrototypeHead
 from transclip_fast.heads.patches import by_name, seen_by
 from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
@@ -45,6 +46,7 @@ from transclip_fast.protocols.data import (
     stored_splits,
 )
 from transclip_fast.store.atomic import locked
+from transclip_fast.store.caches import is_cache
 from transclip_fast.store.checkpoint import TensorCheckpoint, files
 from transclip_fast.store.features import Features, array_sha256
 from transclip_fast.store.heads import StoredHead, check_writable, save_head
@@ -99,12 +101,15 @@ def command(
     stages = common.Stages()
     with stages.time("load"):
         given = {array: options[array] for array in ARRAYS}
-        stored = stored_splits(features, given, shots=shots, local=name in WITH_PATCHES)
+        only = shots if is_cache(features) else None
+        stored = stored_splits(features, given, shots=only, local=name in WITH_PATCHES)
     about = partial(common.named, stored.origins, stored.path)
     with common.collected_warnings(stored.origins) as warnings, locked(out):
         check_writable(out)
         with about():
-            pools = _drawn(stored, name, shots, options["seed"], warnings)
+            text = _text_of(stored, name)
+            truth = _truth(stored, len(text))
+            pools = _drawn(stored, text, shots, options["seed"], warnings)
         prompting = None
         if name in LEARNERS:
             with stages.time("model"):
@@ -115,7 +120,7 @@ def command(
         with stages.time("train"), common.progress(f"train {name}", "steps") as show, about():
             head = _fitted(name, stored, pools, prompting, options, show)
         with about():
-            run = _summary(name, head, stored, pools)
+            run = _summary(name, head, stored, pools, text, truth)
         training = {"shots": shots, "seed": options["seed"], "version": __version__}
         encoder = stored.encoder if prompting is None else encoder_of(prompting.tower.backbone)
         save_head(out, StoredHead(head, name, stored.class_names, encoder, training))
@@ -125,14 +130,27 @@ def command(
     common.summarise(run, _text(run, features, out), as_json)
 
 
-def _drawn(
-    stored: Features, name: str, shots: int | None, seed: int, warnings: list[str]
-) -> dict[str, Labelled]:
-    """The pools, or what is drawn of them: for validation at most 4 rows a class."""
+def _text_of(stored: Features, name: str) -> torch.Tensor:
+    """Zero-shot's prototypes (K, d)."""
     texts = stored.get("text_features")
     if texts is None:
         raise InputError(f"head {name} needs text_features")
-    n_classes, d = ensemble(texts).shape
+    return ensemble(texts)
+
+
+def _truth(stored: Features, n_classes: int) -> np.ndarray | None:
+    """The checked labels of the queries, where there are any."""
+    labels, rows = stored.get("labels"), len(stored.get("image_features"))
+    if labels is None:
+        return None
+    return as_labels(labels, "labels", rows=rows, n_classes=n_classes).cpu().numpy()
+
+
+def _drawn(
+    stored: Features, text: torch.Tensor, shots: int | None, seed: int, warnings: list[str]
+) -> dict[str, Labelled]:
+    """The pools, or what is drawn of them: for validation at most 4 rows a class."""
+    n_classes, d = text.shape
     pools = labelled_pools(stored, d, n_classes)
     if "support" not in pools:
         raise InputError(
@@ -210,20 +228,22 @@ def _fitted(
 
 
 def _summary(
-    name: str, head: Head, stored: Features, pools: Mapping[str, Labelled]
+    name: str,
+    head: Head,
+    stored: Features,
+    pools: Mapping[str, Labelled],
+    text: torch.Tensor,
+    truth: np.ndarray | None,
 ) -> dict[str, Any]:
-    """What was learned, and how well it does on the rows of known labels."""
+    """What was learned, and how well it does on the queries."""
     found: dict[str, float | None] = {"zero_shot_accuracy": None, "accuracy": None}
-    labels = stored.get("labels")
     # To ask a text tower for every query takes long, and `solve` does it anyway.
-    if labels is not None and not isinstance(head, ConditionalHead):
-        text = ensemble(stored.get("text_features"))
+    if truth is not None and not isinstance(head, ConditionalHead):
         rows = as_unit_rows(stored.get("image_features"), "image_features", columns=text.shape[1])
-        truth = as_labels(labels, "labels", rows=len(rows), n_classes=len(text)).cpu().numpy()
         seen = seen_by(head, rows, patched_rows(rows, stored))
-        zero_shot = torch.cat([(block @ text.T).argmax(1) for block in torch.split(rows, 16384)])
+        zero_shot = PrototypeHead(text=text, logit_scale=head.logit_scale)
         found = {
-            "zero_shot_accuracy": accuracy(zero_shot.numpy(), truth),
+            "zero_shot_accuracy": accuracy(zero_shot.predict(rows).numpy(), truth),
             "accuracy": accuracy(head.predict(seen).numpy(), truth),
         }
     held_out = pools.get("validation")

@@ -287,14 +287,3 @@ class _Clock:
         self.throughput.images = self.rows - self.before
         self.throughput.seconds = time.perf_counter() - self.start
         return self.throughput
-
-
-@contextmanager
-def fixed_threads(number: int) -> Iterator[None]:
-    """The number of CPU threads decides the last bits: it stays that of the first run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

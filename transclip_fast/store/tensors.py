@@ -106,7 +106,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a file ending in .safetensors")
     tensors = read_arrays(path)
-    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, "pt") as file:
         return tensors, dict(file.metadata() or {})
 
 

@@ -19,30 +19,24 @@ VISION = {"image_size": 8, "layers": 1, "width": 64, "patch_size": 4}
 NAMES = ["cat", "red fox", "dog", "old oak tree"]
 
 
-def text_configs():
-    """The text towers of open_clip's models that differ in more than size, by one model's name."""
-    found = {}
-    folder = Path(open_clip.__file__).parent / "model_configs"
-    for file in sorted(folder.glob("*.json")):
-        config = json.loads(file.read_text())
-        text = config["text_cfg"]
-        if "hf_model_name" in text:
-            continue
-        kept = {name: value for name, value in text.items() if "tokenizer" not in name}
-        kept |= {"width": WIDTH, "heads": 2, "layers": 2}
-        kept |= {"context_length": LENGTH, "vocab_size": END + 1}
-        if "eos_id" in kept:
-            kept["eos_id"] = END
-        kind = (
-            bool(config.get("custom_text")),
-            "multimodal_cfg" in config,
-            repr(sorted(kept.items())),
-        )
-        found.setdefault(kind, (file.stem, kept))
-    return {name: (*kind[:2], text) for kind, (name, text) in found.items()}
+def text_config(file):
+    """What a model's text tower is made with, shrunk; None where transformers has it."""
+    config = json.loads(file.read_text())
+    text = config["text_cfg"]
+    if "hf_model_name" in text:
+        return None
+    kept = {name: value for name, value in text.items() if "tokenizer" not in name}
+    kept |= {"width": WIDTH, "heads": 2, "layers": 2}
+    kept |= {"context_length": LENGTH, "vocab_size": END + 1}
+    if "eos_id" in kept:
+        kept["eos_id"] = END
+    return bool(config.get("custom_text")), "multimodal_cfg" in config, kept
 
 
-CONFIGS = text_configs()
+FILES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
+CONFIGS = {file.stem: found for file in FILES if (found := text_config(file)) is not None}
+# One model of each kind of text tower: they differ in more than size.
+TOWERS = list({repr(found): name for name, found in reversed(CONFIGS.items())}.values())
 
 
 def tiny(name="ViT-B-32", dtype=torch.float32, **changes):
@@ -58,8 +52,9 @@ def tiny(name="ViT-B-32", dtype=torch.float32, **changes):
     else:
         model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(dim, vision, text)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
+        for name, parameter in model.named_parameters():
+            if "embedding" in name:  # as large as what the layers add
+                parameter.mul_(20)
     model.to(dtype)
     tokenizer = SimpleTokenizer(context_length=text["context_length"])
     identity = {"model": name, "weights": "none"}

@@ -196,7 +196,7 @@ class CoCoOp(Learner):
         for some, own in zip(torch.split(rows, size), torch.split(labels, size), strict=True):
             loss = F.cross_entropy(self(some), own, reduction="sum") / len(rows)
             torch.autograd.backward(loss)
-            total += loss.item()
+            total += float(loss.detach())
         return total
 
     @torch.no_grad()

@@ -133,7 +133,7 @@ def nearest_words(tower: TextTower, context: torch.Tensor) -> list[str]:
     vectors = context.detach().reshape(-1, context.shape[-1]).to(tower.device)
     nearest = torch.full((len(vectors),), torch.inf, device=tower.device, dtype=vectors.dtype)
     found = torch.zeros(len(vectors), dtype=torch.int64, device=tower.device)
-    for block in ids.split(BLOCK):
+    for block in torch.split(ids, BLOCK):
         distances = torch.cdist(vectors, tower.vectors(block).to(vectors.dtype))
         least, place = distances.min(1)
         found = torch.where(least < nearest, block.to(tower.device)[place], found)

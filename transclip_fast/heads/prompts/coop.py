@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from transclip_fast.heads.base import Labelled, PrototypeHead, Task, percent_right
+from transclip_fast.heads.base import Head, Labelled, PrototypeHead, Task, percent_right
 from transclip_fast.heads.prompts.context import class_prompts, first_context, nearest_words
 from transclip_fast.heads.prompts.learning import Learner, prompting_of, train
 from transclip_fast.heads.prompts.tower import TextTower
@@ -101,8 +101,6 @@ class CoOp(Learner):
         return percent_right(head.logits(rows.features), rows.labels)
 
 
-def fit(task: Task) -> PromptHead:
-    """Train a context from the task's `prompting`."""
-    learner = CoOp(task)
-    train(learner, task)
-    return learner.head()
+def fit(task: Task) -> Head:
+    """Train a context with the task's `prompting`; a PromptHead."""
+    return train(CoOp(task), task)

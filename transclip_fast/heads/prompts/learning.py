@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head, Labelled, Task, percent_right
 from transclip_fast.heads.prompts.context import ContextSettings
 from transclip_fast.heads.prompts.tower import TextTower
+from transclip_fast.threads import fixed_threads
 
 WARM_UP, WARM_UP_RATE = 1, 1e-5  # epochs
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 EPOCHS = ((1, 50), (4, 100), (math.inf, 200))  # up to so many shots so many epochs
-FINE = "momentum."
+MOMENTUM_OF = "momentum."
+SMALL = 1 << 16  # numbers between two layers; with fewer, threads wait more than they work
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Learner(torch.nn.Module, ABC):
         """Leave the gradients of a batch (n, d), (n,) in the parameters; its loss."""
         loss = F.cross_entropy(self(rows), labels)
         torch.autograd.backward(loss)
-        return loss.item()
+        return float(loss.detach())
 
     def validate(self, rows: Labelled) -> float:
         """Accuracy on labelled rows, in percent."""
@@ -119,13 +122,14 @@ def prompting_of(task: Task) -> Prompting:
     return task.prompting
 
 
-def train(learner: Learner, task: Task) -> None:
+def train(learner: Learner, task: Task) -> Head:
     """
-    Train on the shots by stochastic gradient descent with momentum.
+    Train on the shots by stochastic gradient descent with momentum; the head at the end.
 
     Batches are shuffled; the order of an epoch follows from the seed and its number, so that the
-    steps done are all the random state there is. The task's progress is told the steps, the loss
-    and, after each epoch, the accuracy on the validation set.
+    steps done are all the random state there is. Last bits follow from the number of threads, which
+    a training that goes on therefore keeps. The task's progress is told the steps, the loss and,
+    after each epoch, the accuracy on the validation set.
 
     Source: Zhou et al. 2022, section 4.1 and the authors' repository (KaiyangZhou/CoOp,
     configs/trainers/CoOp): SGD at 0.002, one epoch of warm-up at 1e-5, a cosine by epochs, batches
@@ -137,19 +141,35 @@ def train(learner: Learner, task: Task) -> None:
         The loss is no number any more.
     """
     prompting = prompting_of(task)
-    schedule = prompting.schedule
-    device, shots = prompting.tower.device, task.shots
+    rate = prompting.schedule.rate
+    optimizer = torch.optim.SGD(
+        learner.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    small = len(task.text) * prompting.tower.prompt_size < SMALL
+    done, threads = 0, 1 if small else torch.get_num_threads()
+    kept = prompting.checkpoint.load()
+    if kept is not None:
+        done, threads = _restore(learner, optimizer, kept)
+    with fixed_threads(threads):
+        _descend(learner, optimizer, task, prompting, done)
+        return learner.head()
+
+
+def _descend(
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    prompting: Prompting,
+    done: int,
+) -> None:
+    """The steps from `done` on."""
+    schedule, device, shots = prompting.schedule, prompting.tower.device, task.shots
     features, labels = shots.features.to(device), shots.labels.to(device)
     epochs = schedule.of(task.n_shots)
     rates = schedule.rates(epochs)
     batches = -(-len(shots) // schedule.batch_size)
-    optimizer = torch.optim.SGD(
-        learner.parameters(), lr=schedule.rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-    )
-    kept = prompting.checkpoint.load()
-    done = 0 if kept is None else _restore(learner, optimizer, kept)
-    figures: dict[str, str] = {}
-    for step, rows in _batches(len(shots), schedule.batch_size, task.seed, done, epochs * batches):
+    steps, figures = epochs * batches, dict[str, str]()
+    for step, rows in _batches(len(shots), schedule.batch_size, task.seed, done, steps):
         optimizer.param_groups[0]["lr"] = rates[step // batches]
         optimizer.zero_grad()
         rows = rows.to(device)
@@ -160,8 +180,8 @@ def train(learner: Learner, task: Task) -> None:
         figures["loss"] = f"{loss:.4f}"
         if task.validation is not None and (step + 1) % batches == 0:
             figures["validation"] = f"{learner.validate(task.validation):.2f} %"
-        task.progress(step + 1, epochs * batches, **figures)
-        prompting.checkpoint.keep(lambda: _state(learner, optimizer, step + 1))  # noqa: B023
+        task.progress(step + 1, steps, **figures)
+        prompting.checkpoint.keep(partial(_state, learner, optimizer, step + 1))
 
 
 def _batches(
@@ -178,20 +198,20 @@ def _batches(
 
 
 def _state(learner: Learner, optimizer: torch.optim.Optimizer, done: int) -> dict[str, np.ndarray]:
-    state = {"step": np.array(done, np.int64)}
+    state = {"step": np.array(done), "threads": np.array(torch.get_num_threads())}
     for name, parameter in learner.named_parameters():
         state[name] = parameter.detach().cpu().numpy()
-        state[FINE + name] = optimizer.state[parameter]["momentum_buffer"].cpu().numpy()
+        state[MOMENTUM_OF + name] = optimizer.state[parameter]["momentum_buffer"].cpu().numpy()
     return state
 
 
 def _restore(
     learner: Learner, optimizer: torch.optim.Optimizer, state: Mapping[str, np.ndarray]
-) -> int:
-    """Put back what `_state` kept; the steps done."""
+) -> tuple[int, int]:
+    """Put back what `_state` kept; the steps done, and the threads that did them."""
     with torch.no_grad():
         for name, parameter in learner.named_parameters():
             parameter.copy_(torch.from_numpy(state[name]))
-            momentum = torch.from_numpy(state[FINE + name]).to(parameter)
+            momentum = torch.from_numpy(state[MOMENTUM_OF + name]).to(parameter)
             optimizer.state[parameter]["momentum_buffer"] = momentum
-    return int(state["step"])
+    return int(state["step"]), int(state["threads"])

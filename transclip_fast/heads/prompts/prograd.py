@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.heads.base import Task
-from transclip_fast.heads.prompts.coop import CoOp, PromptHead
+from transclip_fast.heads.base import Head, Task
+from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.prompts.learning import train
 
 LAMBDA = 1.0
@@ -32,7 +32,7 @@ class ProGrad(CoOp):
         (direction,) = torch.autograd.grad(general, self.context, retain_graph=True)
         (gradient,) = torch.autograd.grad(loss, self.context)
         self.context.grad = aligned(gradient, direction)
-        return loss.item()
+        return float(loss.detach())
 
 
 def aligned(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -46,12 +46,10 @@ def aligned(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     size = direction.norm()
     if size == 0:
         return gradient
-    along = (gradient * direction).sum() / size
-    return gradient - LAMBDA * along.clamp_max(0) * direction / size
+    against = ((gradient * direction).sum() / size).clamp_max(0)
+    return torch.sub(gradient, LAMBDA * against * direction / size)
 
 
-def fit(task: Task) -> PromptHead:
-    """Train a context from the task's `prompting`."""
-    learner = ProGrad(task)
-    train(learner, task)
-    return learner.head()
+def fit(task: Task) -> Head:
+    """Train a context with the task's `prompting`; a PromptHead."""
+    return train(ProGrad(task), task)

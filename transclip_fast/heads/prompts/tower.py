@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,6 +100,12 @@ class TextTower:
     def vocabulary_size(self) -> int:
         """Tokens that the embedding knows."""
         return int(self.embedding.num_embeddings)  # type: ignore[arg-type]
+
+    @cached_property
+    def prompt_size(self) -> int:
+        """Numbers between two layers of the tower for one prompt."""
+        tokens = self.tokenize([""])
+        return tokens.shape[1] * self.vectors(tokens[0, :1]).shape[1]
 
     @property
     def shortens(self) -> bool:
