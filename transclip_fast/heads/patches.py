@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import Head, Labelled, unit
+from transclip_fast.heads.base import Head, Labelled
+from transclip_fast.inputs import UNIT_NORM_TOLERANCE
 
 
 class PatchedRows:
     """
     Unit rows (N, 1 + L, d) float32 in slices: each image, and behind it its L patches.
 
-    Patches are made unit rows as they are read, so that they may stay on disk.
+    Patches become unit rows as they are read, so that they may stay on disk.
 
     Parameters
     ----------
@@ -56,11 +57,13 @@ class PatchedRows:
         part = self._patches[places]
         read = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.asarray(part))
         patches = read.float().reshape(len(rows), self.number, rows.shape[1])
-        wrong = (patches.norm(dim=2).amin(1) == 0) | ~patches.isfinite().all(2).all(1)
+        norms = patches.norm(dim=2, keepdim=True)
+        wrong = ((norms == 0) | ~norms.isfinite()).flatten(1).any(1)
         if wrong.any():
             row = np.arange(len(self._patches))[places][wrong.numpy()][0]
             raise InputError(f"{self._name}: row {row} has a patch that is zero or not finite")
-        return torch.cat([rows[:, None], unit(patches)], 1)
+        near = (norms - 1).abs() <= UNIT_NORM_TOLERANCE  # are used as they are, like images
+        return torch.cat([rows[:, None], patches / norms.where(~near, 1)], 1)
 
     def take(self, which: np.ndarray) -> PatchedRows:
         """Some of the rows by index (n,), read when they are asked for."""
