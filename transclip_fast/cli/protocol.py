@@ -119,7 +119,8 @@ def command() -> None:
     A data set is FEATURES (see `solve`) with labels, text_features and the pools that shots are
     drawn from, support_* and perhaps validation_*; or a folder of the feature folders test/, train/
     and val/. --out receives table.md, table.parquet (mean and deviation over seeds), runs.parquet
-    and run.json. A killed protocol goes on where it stopped.
+    and run.json. A killed protocol goes on where it stopped. The prompt learners coop, prograd,
+    cocoop and plot also need class_names, and run the text tower of what encoded FEATURES.
 
     \b
     Example:
@@ -165,12 +166,12 @@ def base_to_new(
 
     Base classes are the first half (of an odd number one more), new ones the others; queries of
     one half are told apart among its own classes only, and TransCLIP goes on top of each. The
-    table has base, new and their harmonic mean. Only heads that are not bound to the classes they
-    were trained on can do that.
+    table has base, new and their harmonic mean. Prompt learners go to the new classes with their
+    names, clip-adapter with their texts; other heads are bound to the classes they were trained on.
 
     \b
     Example:
-      transclip-fast protocol base-to-new pets.npz dtd.npz --shots 16 --out table
+      transclip-fast protocol base-to-new pets dtd --head coop cocoop --shots 16 --out table
     """
 
     def plan(trials: Trials, notes: list[str]) -> list[Run]:
@@ -192,11 +193,12 @@ def cross_dataset(
 ) -> None:
     """Train each head on SOURCE and use it on TARGETS, which have other classes.
 
-    Only heads that are not bound to the classes they were trained on can do that.
+    Prompt learners go to TARGETS with the names of their classes, clip-adapter with their texts;
+    other heads are bound to the classes they were trained on.
 
     \b
     Example:
-      transclip-fast protocol cross-dataset imagenet.npz pets.npz dtd.npz --out table
+      transclip-fast protocol cross-dataset imagenet pets dtd --head coop --out table
     """
 
     def plan(trials: Trials, notes: list[str]) -> list[Run]:

@@ -81,9 +81,11 @@ def command(
     FEATURES is a folder of the feature folders train/, test/ and perhaps val/, or a file with
     support_features, support_labels and perhaps validation rows; see `solve`. NAME is coop,
     prograd, cocoop or plot, which learn prompts through the text tower of the model that encoded
-    FEATURES, or a method on features alone, see `solve --head`. What plot transports to are the
-    patches of `encode --local-features`; without them it says so and takes the mean of its prompts.
-    A training of prompts that was killed goes on when the same command is given again.
+    FEATURES, or a method on features alone, see `solve --head`. Plot transports to the
+    patches of images, as `encode --local-features` writes them, or local_features (N, L, d),
+    support_local_features and validation_local_features of a file; without them it says so, and
+    takes the mean of its prompts. A training of prompts that was killed goes on when the same
+    command is given again.
 
     \b
     Examples:

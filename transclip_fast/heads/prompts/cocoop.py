@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import Head, Task
+from transclip_fast.heads.base import Head, Labelled, Task, percent_right
 from transclip_fast.heads.prompts.context import (
     ContextSettings,
     class_prompts,
@@ -168,9 +168,11 @@ class CoCoOp(Learner):
     Source: Zhou et al. 2022, Conditional Prompt Learning for Vision-Language Models, section 3.2,
     and the authors' repository (KaiyangZhou/CoOp, configs/trainers/CoCoOp): 4 tokens that start as
     "a photo of a", the class name at the end, a bottleneck of d/16. They take one image at a time,
-    for 10 epochs at a rate of 0.002. Batches of 8 are a third of the steps with 30 epochs, and learn
-    the demo's digits as well at 0.004; with 10 epochs at 8 times the rate some draws fail.
+    for 10 epochs at a rate of 0.002. Batches of 8 over 30 epochs are fewer steps, and learn the
+    demo's digits as well at 0.004; over 10 epochs at 8 times the rate some draws fail.
     """
+
+    context: torch.nn.Parameter
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -199,8 +201,14 @@ class CoCoOp(Learner):
             total += float(loss.detach())
         return total
 
-    @torch.no_grad()
     def head(self) -> ConditionalHead:
+        return self._head(nearest_words(self.reader.tower, self.context))
+
+    def validate(self, rows: Labelled) -> float:
+        return percent_right(self._head([]).logits(rows.features), rows.labels)
+
+    @torch.no_grad()
+    def _head(self, words: list[str]) -> ConditionalHead:
         conditional = Conditional.of(self).to(torch.device("cpu"))
         return ConditionalHead(
             text=self.reader.without_image(conditional.context),
@@ -208,7 +216,7 @@ class CoCoOp(Learner):
             parameters={"n_ctx": len(conditional.context)},
             **{name: getattr(conditional, name).clone() for name in TENSORS},
             position=self.position,
-            words=nearest_words(self.reader.tower, conditional.context),
+            words=words,
             reader=self.reader,
         )
 

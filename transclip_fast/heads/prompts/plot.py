@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import Head, Task, unit
+from transclip_fast.heads.base import Head, Labelled, Task, percent_right, unit
 from transclip_fast.heads.patches import images
 from transclip_fast.heads.prompts.context import (
     SPREAD,
@@ -142,8 +142,14 @@ class Plot(Learner):
         there = (rows if self.patches else images(rows)).to(texts.dtype)
         return transported_logits(there, texts, self.logit_scale)
 
-    @torch.no_grad()
     def head(self) -> TransportHead:
+        return self._head(nearest_words(self.tower, self.contexts))
+
+    def validate(self, rows: Labelled) -> float:
+        return percent_right(self._head([]).logits(rows.features), rows.labels)
+
+    @torch.no_grad()
+    def _head(self, words: list[str]) -> TransportHead:
         texts = self.texts().float().cpu()
         return TransportHead(
             text=unit(texts.mean(1)),
@@ -152,7 +158,7 @@ class Plot(Learner):
             texts=texts,
             contexts=self.contexts.detach().cpu().clone(),
             position=self.position,
-            words=nearest_words(self.tower, self.contexts),
+            words=words,
             patches=self.patches,
         )
 
