@@ -13,12 +13,21 @@ import argparse
 import hashlib
 import json
 import re
+import statistics as stats
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench.common import RESULTS, ROOT
-from bench.names import FEATURES, GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS, most_memory
+from bench.names import (
+    FEATURES,
+    GRAPH_ARMS,
+    LEARNERS,
+    NAMINGS,
+    SPARSE_ARMS,
+    SPEED_ARMS,
+    most_memory,
+)
 
 DOCUMENTS = ("README.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -62,6 +71,11 @@ def size(n_bytes: float) -> str:
 def percent(share: float) -> str:
     """Two decimals of a percentage, never rounded up to 100."""
     return f"{min(100 * share, 99.99 if share < 1 else 100):.2f} %"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample deviation, two decimals."""
+    return f"{stats.mean(values):.2f} ± {stats.stdev(values):.2f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -197,6 +211,30 @@ def graph_labels(folder: Path) -> str:
     return "\n\n".join([text, table(head, lines), source(rows)])
 
 
+def prompt_learners(folder: Path) -> str:
+    """Prompt learners on names that prompts cannot use."""
+    rows = newest("prompt_learners", "naming", "learner", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.prompt_learners`."
+    order = {x: place for place, x in enumerate([*NAMINGS, *LEARNERS])}
+    rows.sort(key=lambda row: (order[row["naming"]], order[row["learner"]]))
+    head = ["digits are called by", "learner", "zero-shot", "learner alone", "TransCLIP on top"]
+    cells = [
+        [
+            NAMINGS[row["naming"]],
+            LEARNERS[row["learner"]],
+            *(spread(row[x]) for x in ("zero_shot", "alone", "with_transclip")),
+        ]
+        for row in rows
+    ]
+    draws, shots, queries, own = (rows[0][x] for x in ("alone", "shots", "queries", "own_names"))
+    text = (
+        f"Accuracy on {queries} digits, mean and deviation over {len(draws)} draws of {shots} "
+        f"shots a class; by their own names zero-shot is right on {own:.2f} % of all."
+    )
+    return "\n\n".join([text, table(head, cells), source(rows)])
+
+
 def stream(folder: Path) -> str:
     """Features that stay on disk."""
     rows = newest("stream", "classes", "dim", folder=folder)
@@ -300,6 +338,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "sparse": sparse,
     "graph": graph,
     "graph-labels": graph_labels,
+    "prompt-learners": prompt_learners,
     "stream": stream,
     "encode": encode,
     "kills": kills,

@@ -55,6 +55,17 @@ def quiet() -> Iterator[None]:
         del _own.size
 
 
+@contextmanager
+def fixed_threads(number: int) -> Iterator[None]:
+    """The number of CPU threads decides the last bits: it stays that of the first run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _pool(size: int) -> ThreadPoolExecutor:
     """The pool of a size; threads do not survive a fork, so each process has its own."""
     with _lock:

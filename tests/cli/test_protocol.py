@@ -155,6 +155,43 @@ def test_cross_dataset(pets, done, tmp_path):
     assert rows[0]["head_accuracy"] == accuracy(head.predict(flowers.features), flowers.labels)
 
 
+def test_base_to_new(pets, done, tmp_path):
+    paths = pets("pets", k=5), pets("dtd", k=4)
+    command = ("protocol", "base-to-new", *paths, "--seeds", 2, "--shots", 4)
+    done(*command, "--out", tmp_path / "t")
+    rows = runs_of(tmp_path / "t")
+    assert [(row["data"], row["classes"], row["seed"]) for row in rows] == [
+        (data, classes, seed)
+        for data in ("pets", "dtd")
+        for seed in (0, 1)
+        for classes in ("base", "new")
+    ]
+    (data, _) = load_data(paths, pools=True)
+    base, new = data.halves
+    assert (len(base.text), len(new.text)) == (3, 2)
+    shots, held_out = base.draw("support", 4, 1), base.draw("validation", 4, 1)
+    head = fit_head(
+        "clip-adapter",
+        base.text,
+        shots.features,
+        shots.labels,
+        validation_features=held_out.features,
+        validation_labels=held_out.labels,
+        seed=1,
+    )
+    for half, row in ((base, rows[2]), (new, rows[3])):
+        moved = head if half is base else head.transfer(new.text)
+        assert row["queries"] == len(half.labels)
+        assert row["head_accuracy"] == accuracy(moved.predict(half.features), half.labels)
+        model = TransCLIP().fit(half.features, half.text, **moved.prior(half.features))
+        assert row["accuracy"] == accuracy(model.transduction_, half.labels)
+        assert row["zero_shot_accuracy"] == accuracy(model.zero_shot_labels_, half.labels)
+    table = (tmp_path / "t/table.md").read_text()
+    assert "| pets | harmonic mean | clip-adapter | 4 | 2 |" in table
+    assert "| (average) | harmonic mean | clip-adapter | 4 | 2 |" in table
+    assert len(table.splitlines()) == 2 + 9
+
+
 def test_domains(pets, done, tmp_path, problem):
     names = np.array(["a cat", "dog", "owl", "bee", "elk", "fox"])
     features, text, labels = problem(n=200, noise=0.06)
@@ -208,6 +245,8 @@ def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
         (("few-shot", "bare.npz"), "bare.npz: has no support_features"),
         (("few-shot", "bold.npz", "--head", "transclip-fs"), "needs validation rows"),
         (("cross-dataset", "pets.npz", "bare.npz", "--head", "taskres"), "bound to the classes"),
+        (("base-to-new", "pets.npz", "--head", "taskres"), "taskres is bound to the classes"),
+        (("base-to-new", "half.npz"), "half: has no query of the classes 3 to 5"),
         (("cross-dataset", "pets.npz", "narrow.npz"), "narrow: has 20 dimensions, pets 33"),
         (("domains", "pets.npz", "bare.npz", "--subset", "none", "s.txt"), "none: is no target"),
         (("domains", "pets.npz", "bare.npz", "--subset", "bare", "s.txt"), "s.txt: class 2 (9) is"),
@@ -219,6 +258,7 @@ def test_what_cannot_be_run(command, told, pets, problem, cli, tmp_path, monkeyp
     (tmp_path / "other").mkdir()
     pets("other/pets")
     pets("bold", validation_features=None, validation_labels=None)
+    pets("half", labels=np.zeros(77))
     pets()
     for name, d in (("bare", 33), ("narrow", 20)):
         features, text, labels = problem(k=4, d=d)

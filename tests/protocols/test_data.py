@@ -69,3 +69,32 @@ def test_names_are_unique(pets):
     path = pets()
     with pytest.raises(InputError, match="pets: two data sets have this name"):
         load_data([path, path], pools=True)
+
+
+def test_halves_of_the_classes(pets):
+    names = [f"class {k}" for k in range(7)]
+    (data,) = load_data([pets(k=7, class_names=np.array(names))], pools=True)
+    base, new = data.halves
+    for half, first, last in ((base, 0, 4), (new, 4, 7)):
+        kept = (data.labels >= first) & (data.labels < last)
+        torch.testing.assert_close(half.features, data.features[kept])
+        np.testing.assert_array_equal(half.labels, data.labels[kept] - first)
+        torch.testing.assert_close(half.text, data.text[first:last])
+        assert half.class_names == names[first:last]
+        for name, rows in data.pools.items():
+            kept = (rows.labels >= first) & (rows.labels < last)
+            torch.testing.assert_close(half.pools[name].features, rows.features[kept])
+            torch.testing.assert_close(half.pools[name].labels, rows.labels[kept] - first)
+        assert half.graph.neighbors.shape[0] == len(half.labels)
+    drawn_base, drawn_all = base.draw("support", 3, 5), data.draw("support", 3, 5)
+    kept = drawn_all.labels < 4
+    torch.testing.assert_close(drawn_base.features, drawn_all.features[kept])
+
+
+def test_halves_that_are_none(pets):
+    (data,) = load_data([pets(labels=np.zeros(77))], pools=True)
+    with pytest.raises(InputError, match="pets: has no query of the classes 3 to 5"):
+        _ = data.halves
+    (data,) = load_data([pets("one", k=1)], pools=True)
+    with pytest.raises(InputError, match="one: has one class"):
+        _ = data.halves

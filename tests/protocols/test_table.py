@@ -55,3 +55,39 @@ def test_markdown(rows):
     assert lines[1] == "|---|---|---|---|---|---|---|"
     assert lines[2].startswith("| pets | taskres | 4 | 3 | 70.00 ± 0.00 | ")
     assert len(lines) == 5
+
+
+def test_harmonic_means_of_base_and_new(rows):
+    draw = np.random.default_rng(1)
+    halves = [
+        {**row, "classes": classes, "accuracy": float(draw.uniform(20, 90))}
+        for row in rows
+        for classes in ("base", "new")
+    ]
+    found = {(row["data"], row["classes"]): row for row in summarise(halves)}
+    assert list(found) == [
+        (data, classes)
+        for data in ("pets", "dtd", "(average)")
+        for classes in ("base", "new", "harmonic mean")
+    ]
+    values = np.array([row["accuracy"] for row in halves]).reshape(2, 3, 2)  # data, seed, half
+    for data, of_data in (("pets", values[0]), ("dtd", values[1]), ("(average)", values.mean(0))):
+        a, b = of_data.mean(0)
+        row = found[data, "harmonic mean"]
+        assert row["accuracy"] == pytest.approx(2 / (1 / a + 1 / b), abs=1e-4)
+        seeds = 2 / (1 / of_data).sum(1)
+        assert row["accuracy_std"] == pytest.approx(seeds.std(ddof=1), abs=1e-4)
+        assert row["zero_shot_accuracy"] == 70.0
+        assert found[data, "new"]["accuracy"] == pytest.approx(b, abs=1e-4)
+    assert "| pets | harmonic mean | taskres | 4 | 3 | 70.00 ± 0.00 | " in markdown(
+        summarise(halves)
+    )
+
+
+def test_nothing_right_has_a_harmonic_mean_of_nothing(rows):
+    none = [
+        {**rows[0], "classes": classes, "accuracy": 0.0, "head_accuracy": None}
+        for classes in ("base", "new")
+    ]
+    row = summarise(none)[-1]
+    assert (row["classes"], row["accuracy"], row["head_accuracy"]) == ("harmonic mean", 0.0, None)

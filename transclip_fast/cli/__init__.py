@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "Images and class names to labels, in one go.",
     "encode": "Images and class names to a feature folder.",
     "convert": "A checkpoint to one file that loads without a copy.",
+    "train-head": "A few-shot method on features, CoOp among them, to a file.",
     "solve": "Features to labels, all of them jointly.",
     "predict": "Label new rows with the mixture of a result.",
     "evaluate": "Compare a result with the true labels.",
@@ -37,7 +38,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = __import__(f"transclip_fast.cli.{name}", fromlist=["command"])
+        module = __import__(f"transclip_fast.cli.{name.replace('-', '_')}", fromlist=["command"])
         command: click.Command = module.command
         return command
 

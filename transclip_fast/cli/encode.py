@@ -18,10 +18,10 @@ from transclip_fast.encode.encoder import (
     EncodeProgress,
     Throughput,
     encode_images,
-    fixed_threads,
     merged,
 )
 from transclip_fast.encode.fit import fitting_batch_size, forward_rate
+from transclip_fast.encode.local import LocalEncoder
 from transclip_fast.encode.models import Backbone, identify, load_backbone
 from transclip_fast.encode.networks import PRECISIONS
 from transclip_fast.encode.pixels import decoder
@@ -31,6 +31,7 @@ from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.shards import MANIFEST, FeatureWriter, RowTable
+from transclip_fast.threads import fixed_threads
 
 SHOWN_FAILURES = 5
 
@@ -129,18 +130,31 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
     is_flag=True,
     help="Time the model alone, on made images: the most that this machine can encode.",
 )
+@click.option(
+    "--local-features",
+    type=click.IntRange(min=1),
+    metavar="G",
+    help="Also write the features of at most G x G patches of each image, for the head plot.",
+)
 @encode_options
 @common.device_option
 @common.json_option
 def command(
-    images: str | None, out: str | None, synthetic: bool, device: str, as_json: bool, **options: Any
+    images: str | None,
+    out: str | None,
+    synthetic: bool,
+    local_features: int | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Encode IMAGES into a feature folder; a killed run continues when started again.
 
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
     webdataset tars, or a .json of splits as CoOp has them. --out receives img_emb/, metadata/,
     manifest.json, failures.csv and, with --classes, prototypes.npy: a folder that `graph` and
-    `solve` open. Started by torchrun, all processes encode into the same folder, each its shards.
+    `solve` open. --local-features adds local_emb/, a feature for each patch of an image. Started by
+    torchrun, all processes encode into the same folder, each its shards.
 
     \b
     Examples:
@@ -159,7 +173,7 @@ def command(
     if images is None or out is None:
         raise InputError("encode needs IMAGES and --out (or --synthetic, which needs neither)")
     with common.collected_warnings({}) as warnings, joined() as ranks:
-        encoded = encode(images, out, device, ranks, **options)
+        encoded = encode(images, out, device, ranks, local_features=local_features, **options)
     if not ranks.leads:
         return
     summary, text = report(encoded, out)
@@ -196,12 +210,15 @@ def encode(
     batch_size: int | None,
     workers: int | None,
     shard_rows: int,
+    local_features: int | None = None,
 ) -> Encoded:
     """
     Encode a source with an open_clip model into the folder `out`.
 
     `foresee` is told how many rows, classes and dimensions there will be, before they are encoded.
     """
+    if compiled and local_features is not None:
+        raise InputError("local features: cannot be had of a compiled image tower; drop --compile")
     stages = common.Stages()
     chosen = resolve_device(ranks.device(device))
     if chosen.type == "cuda" and chosen.index is not None:
@@ -211,13 +228,20 @@ def encode(
         classes = names or source.class_names
         text = ClassPrompts.read(classes, template_spec) if classes else None
         identity = identify(model, pretrained, precision, compiled)
-    known = {**identity, "device": chosen.type, "source": source.identity()}
+    known = {
+        **identity,
+        "device": chosen.type,
+        "source": source.identity(),
+        "local_features": local_features,
+    }
     finished = _finished(source, known, out, text) if ranks.leads else None
     if ranks.told(finished is not None):
         writer = finished or FeatureWriter(out, known, _table(source, text), leads=False)
         return Encoded(writer, stages.seconds)
     with stages.time("load"):
         backbone = load_backbone(model, pretrained, chosen, precision, compiled)
+        if local_features is not None:
+            backbone.local = LocalEncoder.of(backbone.model, local_features, model)
     if foresee is not None and text is not None:
         foresee(len(source), len(text.names), backbone.dim)
     return encode_with(
@@ -278,6 +302,7 @@ def _begin(
         "device": backbone.device.type,
         "source": source.identity(),
         "dtype": "float16",
+        "local_features": backbone.local and backbone.local.most,
         "batch_size": batch_size,
         # On a GPU they change nothing, and differ with the number of processes.
         "threads": torch.get_num_threads() if cpu else 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -52,9 +52,9 @@ COMPUTATION = {
 }
 
 
-def array_options(command: Command) -> Command:
-    """A file for each array of FEATURES."""
-    for name in reversed(ARRAYS[1:]):
+def array_options(command: Command, names: Sequence[str] = ARRAYS[1:]) -> Command:
+    """A file for each array of FEATURES, or for some."""
+    for name in reversed(names):
         flag = f"--{name.replace('_', '-')}"
         also = " or a text file, one name a line" if name == "class_names" else ""
         text = f"{name} from this array file{also}, not from FEATURES."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transclip_fast.cli import common
+from transclip_fast.cli.towers import load_tower, tower_options
+from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import HEADS, WITHOUT_SHOTS
+from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, WITH_PATCHES, WITHOUT_SHOTS
+from transclip_fast.heads.prompts import Prompting, TextTower
 from transclip_fast.protocols import plans
 from transclip_fast.protocols.data import DataSet, load_data
+from transclip_fast.protocols.plans import Trials
 from transclip_fast.protocols.runs import Run, do_runs
 from transclip_fast.protocols.table import markdown, summarise
 from transclip_fast.store.atomic import check_replaceable, locked, publish_file, write_json, writing
 
 SHOTS = (1, 2, 4, 8, 16)
-NAMES = (*HEADS, plans.TRANSCLIP_FS)
+NAMES = (*HEADS, *LEARNERS, plans.TRANSCLIP_FS)
 FILES = ("table.md", "table.parquet", "runs.parquet", "run.json")
 CONTENTS = frozenset({"runs", *FILES, *(f".{name}.partial" for name in FILES)})
 
@@ -65,7 +71,8 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
                     default=heads,
                     show_default=True,
                     callback=_once,
-                    help="Few-shot methods, one or several.",
+                    help="Few-shot methods, one or several; "
+                    f"{', '.join(LEARNERS)} run the text tower of what encoded FEATURES.",
                 ),
                 click.option(
                     "--shots",
@@ -89,6 +96,12 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
                     type=click.Path(),
                     help="Folder of the tables; runs that it has are not done again.",
                 ),
+                click.option(
+                    "--epochs",
+                    type=click.IntRange(min=1),
+                    help="Of the prompt learners' training.  [default: as published]",
+                ),
+                tower_options,
                 common.device_option,
                 common.json_option,
             )
@@ -106,7 +119,8 @@ def command() -> None:
     A data set is FEATURES (see `solve`) with labels, text_features and the pools that shots are
     drawn from, support_* and perhaps validation_*; or a folder of the feature folders test/, train/
     and val/. --out receives table.md, table.parquet (mean and deviation over seeds), runs.parquet
-    and run.json. A killed protocol goes on where it stopped.
+    and run.json. A killed protocol goes on where it stopped. The prompt learners coop, prograd,
+    cocoop and plot also need class_names, and run the text tower of what encoded FEATURES.
 
     \b
     Example:
@@ -116,15 +130,10 @@ def command() -> None:
 
 @command.command("few-shot", cls=_Lists, short_help="Heads over numbers of shots.")
 @click.argument("features", nargs=-1, required=True, type=click.Path())
-@_options(tuple(name for name in NAMES if name not in WITHOUT_SHOTS), SHOTS)
+@_options(tuple(x for x in (*HEADS, plans.TRANSCLIP_FS) if x not in WITHOUT_SHOTS), SHOTS)
 def few_shot(
     features: tuple[str, ...],
-    heads: tuple[str, ...],
-    shots: tuple[int, ...],
-    seeds: int,
-    out: str,
-    device: str,
-    as_json: bool,
+    **options: Any,
 ) -> None:
     """Train each head on a few shots of each class, and put TransCLIP on top.
 
@@ -138,12 +147,39 @@ def few_shot(
           --shots 1 2 4 8 16 --seeds 3 --out table
     """
 
-    def plan(model: Callable[[], TransCLIP], notes: list[str]) -> list[Run]:
-        sets = load_data(features, pools=True, device=device)
-        _note_shortages(sets, shots, notes)
-        return plans.few_shot(sets, heads, shots, seeds, model)
+    def plan(trials: Trials, notes: list[str]) -> list[Run]:
+        sets = _load(features, trials, options, pools=True)
+        _note_shortages(sets, trials, notes)
+        return plans.few_shot(sets, trials)
 
-    _carry_out(plan, out, device, as_json)
+    _carry_out(plan, options)
+
+
+@command.command("base-to-new", cls=_Lists, short_help="From half of the classes to the others.")
+@click.argument("features", nargs=-1, required=True, type=click.Path())
+@_options(("clip-adapter",), (16,))
+def base_to_new(
+    features: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Train each head on the first half of the classes, and measure it on each half alone.
+
+    Base classes are the first half (of an odd number one more), new ones the others; queries of
+    one half are told apart among its own classes only, and TransCLIP goes on top of each. The
+    table has base, new and their harmonic mean. Prompt learners go to the new classes with their
+    names, clip-adapter with their texts; other heads are bound to the classes they were trained on.
+
+    \b
+    Example:
+      transclip-fast protocol base-to-new pets dtd --head coop cocoop --shots 16 --out table
+    """
+
+    def plan(trials: Trials, notes: list[str]) -> list[Run]:
+        sets = _load(features, trials, options, pools=True)
+        _note_shortages([data.halves[0] for data in sets], trials, notes)
+        return plans.base_to_new(sets, trials)
+
+    _carry_out(plan, options)
 
 
 @command.command("cross-dataset", cls=_Lists, short_help="From one data set to others.")
@@ -153,28 +189,24 @@ def few_shot(
 def cross_dataset(
     source: str,
     targets: tuple[str, ...],
-    heads: tuple[str, ...],
-    shots: tuple[int, ...],
-    seeds: int,
-    out: str,
-    device: str,
-    as_json: bool,
+    **options: Any,
 ) -> None:
     """Train each head on SOURCE and use it on TARGETS, which have other classes.
 
-    Only heads that are not bound to the classes they were trained on can do that.
+    Prompt learners go to TARGETS with the names of their classes, clip-adapter with their texts;
+    other heads are bound to the classes they were trained on.
 
     \b
     Example:
-      transclip-fast protocol cross-dataset imagenet.npz pets.npz dtd.npz --out table
+      transclip-fast protocol cross-dataset imagenet pets dtd --head coop --out table
     """
 
-    def plan(model: Callable[[], TransCLIP], notes: list[str]) -> list[Run]:
-        start, others = _source_and_targets(source, targets, device)
-        _note_shortages([start], shots, notes)
-        return plans.cross_dataset(start, others, heads, shots, seeds, model)
+    def plan(trials: Trials, notes: list[str]) -> list[Run]:
+        (start,) = _load([source], trials, options, pools=True)
+        _note_shortages([start], trials, notes)
+        return plans.cross_dataset(start, _load(targets, trials, options), trials)
 
-    _carry_out(plan, out, device, as_json)
+    _carry_out(plan, options)
 
 
 @command.command("domains", cls=_Lists, short_help="From a data set to its variants.")
@@ -194,12 +226,7 @@ def domains(
     source: str,
     targets: tuple[str, ...],
     subsets: tuple[tuple[str, str], ...],
-    heads: tuple[str, ...],
-    shots: tuple[int, ...],
-    seeds: int,
-    out: str,
-    device: str,
-    as_json: bool,
+    **options: Any,
 ) -> None:
     """Train each head on SOURCE and use it on TARGETS, which have all or some of its classes.
 
@@ -209,41 +236,65 @@ def domains(
           --subset imagenet-a classes-of-a.txt --head taskres --out table
     """
 
-    def plan(model: Callable[[], TransCLIP], notes: list[str]) -> list[Run]:
-        start, others = _source_and_targets(source, targets, device)
-        _note_shortages([start], shots, notes)
-        return plans.domains(start, others, dict(subsets), heads, shots, seeds, model)
+    def plan(trials: Trials, notes: list[str]) -> list[Run]:
+        (start,) = _load([source], trials, options, pools=True)
+        _note_shortages([start], trials, notes)
+        return plans.domains(start, _load(targets, trials, options), dict(subsets), trials)
 
-    _carry_out(plan, out, device, as_json)
-
-
-def _source_and_targets(
-    source: str, targets: Sequence[str], device: str
-) -> tuple[DataSet, list[DataSet]]:
-    (start,) = load_data([source], pools=True, device=device)
-    return start, load_data(targets, pools=False, device=device)
+    _carry_out(plan, options)
 
 
-def _note_shortages(sets: Sequence[DataSet], shots: Sequence[int], notes: list[str]) -> None:
+def _load(
+    paths: Sequence[str], trials: Trials, options: Mapping[str, Any], *, pools: bool = False
+) -> list[DataSet]:
+    local = bool(WITH_PATCHES & set(trials.heads))
+    return load_data(paths, pools=pools, device=options["device"], local=local)
+
+
+def _note_shortages(sets: Sequence[DataSet], trials: Trials, notes: list[str]) -> None:
     for data in sets:
-        for n in shots:
+        for n in trials.shots:
             shortage = data.shortage(n)
             if shortage is not None:
                 common.warn(notes, shortage)
 
 
+class _Prompter:
+    """Text tower, class names and settings of a prompt learner on a data set."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._named = {x: options[x] for x in ("device", "model", "pretrained", "precision")}
+        self._epochs = options["epochs"]
+        self._towers: dict[str, TextTower] = {}
+
+    def __call__(self, data: DataSet, head: str) -> Prompting:
+        if data.class_names is None:
+            raise InputError(f"{data.path}: has no class_names, of which {head} makes prompts")
+        key = json.dumps([data.encoder, data.dim], sort_keys=True)
+        if key not in self._towers:
+            self._towers[key] = load_tower(data, **self._named)
+        context, schedule = SETTINGS[head]
+        schedule = replace(schedule, epochs=self._epochs or schedule.epochs)
+        return Prompting(self._towers[key], data.class_names, context, schedule)
+
+
 def _carry_out(
-    plan: Callable[[Callable[[], TransCLIP], list[str]], list[Run]],
-    out: str,
-    device: str,
-    as_json: bool,
+    plan: Callable[[Trials, list[str]], list[Run]],
+    options: Mapping[str, Any],
 ) -> None:
     """Do the runs, write the tables, and print them."""
-    stages = common.Stages()
+    stages, out = common.Stages(), options["out"]
     folder = Path(out)
+    trials = Trials(
+        options["heads"],
+        options["shots"],
+        options["seeds"],
+        lambda: TransCLIP(device=options["device"]),
+        _Prompter(options),
+    )
     with common.collected_warnings({}) as notes:
         with stages.time("load"):
-            runs = plan(lambda: TransCLIP(device=device), notes)
+            runs = plan(trials, notes)
         with locked(out):
             with writing(out):
                 check_replaceable(folder, out, CONTENTS)
@@ -263,7 +314,7 @@ def _carry_out(
                 _write_tables(folder, rows, table, text)
                 _publish(folder / "run.json", lambda file: write_json(file, summary))
     written = f"written to {out}: {', '.join(FILES)}"
-    common.summarise(summary, f"{text}\n{written}", as_json)
+    common.summarise(summary, f"{text}\n{written}", options["as_json"])
 
 
 def _write_tables(

@@ -19,7 +19,7 @@ from transclip_fast.cli.graph import (
     left_by,
     method_option,
 )
-from transclip_fast.cli.head import FittedHead, fit_stored_head
+from transclip_fast.cli.head import FittedHead, check_named, stored_head, wants_patches
 from transclip_fast.cli.options import (
     FIT_ARRAYS,
     array_options,
@@ -28,11 +28,13 @@ from transclip_fast.cli.options import (
     requested,
 )
 from transclip_fast.cli.plan import plan_of
+from transclip_fast.cli.towers import load_tower, tower_options
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import GAMMAS, TransCLIP
 from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
 from transclip_fast.graph import NeighborGraph
-from transclip_fast.heads import HEADS, check_head
+from transclip_fast.heads import HEADS
+from transclip_fast.heads.prompts import TextTower
 from transclip_fast.inputs import as_labels
 from transclip_fast.memory import peak_bytes
 from transclip_fast.progress import Progress
@@ -56,9 +58,11 @@ CHECKPOINT_SECONDS = 1.0
 @common.recall_option
 @click.option(
     "--head",
-    help=f"Few-shot method that the shots train, and TransCLIP goes on top of: {', '.join(HEADS)}.",
+    help="Few-shot method that TransCLIP goes on top of: a file of `train-head`, or one that the "
+    f"shots train here: {', '.join(HEADS)}.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the head's training.")
+@tower_options
 @common.device_option
 @common.json_option
 @array_options
@@ -98,19 +102,26 @@ def command(
           --gamma 0.02 --out result
       transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
       transclip-fast solve features.npz --head taskres --out result
+      transclip-fast solve features --head coop.safetensors --out result
     """
     stages = common.Stages()
     model = model_of(options, device)
     if head is not None:
-        check_head(head)
+        check_named(head)
     with stages.time("load"):
-        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]}, shots=shots)
+        given = {name: options[name] for name in ARRAYS[1:]}
+        local = wants_patches(head)
+        stored = load_features(features, given, shots=shots, local=local)
+        if local and image_map is not None:
+            raise InputError(f"{image_map}: maps no local features, which the head {head} needs")
         map_features(stored, text=text_map, image=image_map)
         graph = load_graph(graph_folder, stored.sha256()) if graph_folder else None
     stored.origins["graph"] = graph_folder or "graph"
     how = GraphOptions(method, recall)
+    named = {name: options[name] for name in ("model", "pretrained", "precision")}
+    tower = partial(load_tower, device=device, **named)
     run = solve_features(
-        stored, out, model, graph, stages, how, head=head, seed=seed, quiet=as_json
+        stored, out, model, graph, stages, how, head=head, seed=seed, tower=tower, quiet=as_json
     )
     common.summarise(run, text(run, out), as_json)
 
@@ -125,6 +136,7 @@ def solve_features(
     *,
     head: str | None = None,
     seed: int = 0,
+    tower: Callable[[Features], TextTower] = load_tower,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """
@@ -141,7 +153,7 @@ def solve_features(
         new_folder(out, CONTENTS, obsolete=[*states, *left_by(own_graph)]) as folder,
     ):
         with common.named(stored.origins, stored.path):
-            fitted = fit_stored_head(head, seed, stored, model, stages) if head else None
+            fitted = stored_head(head, seed, stored, model, stages, tower) if head else None
             solved = fitted.stored if fitted else stored
             truth = _truth(solved)
             plan = plan_of(solved, model, options.method if graph is None else None)

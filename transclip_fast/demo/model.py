@@ -38,6 +38,7 @@ class TrimmedTokenizer:
 
     def __init__(self, ids: Sequence[int], context_length: int) -> None:
         self._tokenizer = SimpleTokenizer(context_length=context_length)
+        self._ids = list(ids)
         self._new_ids = {old: new for new, old in enumerate(ids)}
         self.context_length = context_length
         self.vocab_size = len(ids)
@@ -62,6 +63,11 @@ class TrimmedTokenizer:
                     "give --model and --pretrained for anything else"
                 )
         return torch.tensor([[self._new_ids[token] for token in row] for row in rows])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some token ids."""
+        text: str = self._tokenizer.decode([self._ids[token] for token in tokens])
+        return text
 
 
 def build(config: dict[str, Any]) -> CLIP:

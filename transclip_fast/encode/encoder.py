@@ -181,7 +181,7 @@ class _Loop:
     def _shard(
         self, rows: int, size: int, batches: Generator[Batch]
     ) -> tuple[np.ndarray, list[Failure]]:
-        """Features (rows, d) float16 of the next rows, and those that could not be read."""
+        """Features (rows, *shape) float16 of the next rows, and those that could not be read."""
         features, failures = list[np.ndarray](), list[Failure]()
         in_flight: deque[Callable[[], np.ndarray]] = deque()
         for _ in range(0, rows, size):
@@ -200,7 +200,7 @@ class _Loop:
 
 def _launch(backbone: Backbone, images: torch.Tensor | None, size: int) -> Callable[[], np.ndarray]:
     """
-    Begin to embed a batch; the result waits for its unit rows (B, d) float16.
+    Begin to embed a batch; the result waits for its unit rows (B, *shape) float16.
 
     A GPU computes while the next batch is fetched; a CPU is done when this returns.
     """
@@ -221,11 +221,13 @@ def _launch(backbone: Backbone, images: torch.Tensor | None, size: int) -> Calla
 
 
 def _embed(backbone: Backbone, images: torch.Tensor | None, size: int) -> torch.Tensor:
-    """Unit rows (B, d) float16, on the backbone's device; batches have `size` images at most."""
+    """
+    Unit rows (B, *shape) float16, on the backbone's device; batches have `size` images at most.
+    """
     if images is None:
-        return torch.empty((0, backbone.dim), dtype=torch.float16)
+        return torch.empty((0, *backbone.shape), dtype=torch.float16)
     rows = backbone.embed(images, size).float()
-    return torch.nn.functional.normalize(rows, dim=1).half()
+    return torch.nn.functional.normalize(rows, dim=-1).half()
 
 
 def _given_up(error: Exception, keys: Sequence[str]) -> str:
@@ -285,14 +287,3 @@ class _Clock:
         self.throughput.images = self.rows - self.before
         self.throughput.seconds = time.perf_counter() - self.start
         return self.throughput
-
-
-@contextmanager
-def fixed_threads(number: int) -> Iterator[None]:
-    """The number of CPU threads decides the last bits: it stays that of the first run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,6 +19,7 @@ import torch
 
 from transclip_fast.encode import eva, networks
 from transclip_fast.encode.checkpoint import checkpoint_files, checkpoint_in, read_checkpoint
+from transclip_fast.encode.local import LocalEncoder
 from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import DAMAGE, inside
@@ -49,6 +50,8 @@ class Backbone:
         A faster way to what `preprocess` gives, where there is one.
     compiled : bool
         Whether `encode_image` is compiled by torch.
+    local : LocalEncoder, optional
+        Embeds patches, too.
     """
 
     model: Any
@@ -58,6 +61,7 @@ class Backbone:
     dtype: torch.dtype = torch.float32
     pixels: Pixels | None = None
     compiled: bool = False
+    local: LocalEncoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +76,11 @@ class Backbone:
             return int(self.model.encode_text(self.tokenizer(["a"]).to(self.device)).shape[1])
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what `embed` gives of an image: (d,), or (1 + L, d) with its L patches."""
+        return (self.dim,) if self.local is None else (1 + self.local.number, self.dim)
+
+    @property
     def read(self) -> Callable[[bytes], torch.Tensor]:
         """From the content of an image file to what `embed` takes of it; without the model."""
         if self.pixels is not None:
@@ -80,7 +89,7 @@ class Backbone:
 
     def embed(self, images: torch.Tensor, size: int) -> torch.Tensor:
         """
-        Embeddings (B, d) of images (B, ...) as `read` gives them; a GPU may still be at it.
+        Embeddings (B, *shape) of images (B, ...) as `read` gives them; a GPU may still be at it.
 
         A compiled image tower sees batches of `size` alone, or each size would be compiled.
         """
@@ -89,7 +98,8 @@ class Backbone:
             images = torch.cat([images, images.new_zeros(size - number, *images.shape[1:])])
         if self.pixels is not None:
             images = self.pixels.scale(images)
-        embedded: torch.Tensor = self.model.encode_image(images.to(self.dtype))
+        encode = self.local or self.model.encode_image
+        embedded: torch.Tensor = encode(images.to(self.dtype))
         return embedded[:number]
 
     def _moved(self, images: torch.Tensor) -> torch.Tensor:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from transclip_fast.errors import InputError
 
+if TYPE_CHECKING:
+    from transclip_fast.heads.patches import PatchedRows
+    from transclip_fast.heads.prompts.learning import Prompting
+
+    ImageRows: TypeAlias = torch.Tensor | PatchedRows
+
 ROWS = 16384  # of a block, so that nothing (N, M) is ever held
-Progress = Callable[[int, int], None]  # steps done, of how many
+Progress = Callable[..., None]  # steps done, of how many, and figures by name
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Unit rows (M, d) float32 and their classes (M,) int64."""
+    """Unit rows (M, d) float32, (M, 1 + L, d) with patches, and their classes (M,) int64."""
 
     features: torch.Tensor
     labels: torch.Tensor
@@ -45,6 +51,8 @@ class Task:
         Of everything random.
     progress : callable
         Told of the steps of a training.
+    prompting : Prompting, optional
+        Text tower and class names, for the prompt learners.
     """
 
     text: torch.Tensor
@@ -53,6 +61,7 @@ class Task:
     logit_scale: float
     seed: int
     progress: Progress
+    prompting: Prompting | None = None
 
     @property
     def n_shots(self) -> int:
@@ -78,9 +87,14 @@ class Head(ABC):
     logit_scale: float
     parameters: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        return ROWS
+
     @abstractmethod
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Logits (n, K) of a block of unit rows (n, d)."""
+        """Logits (n, K) of a block of unit rows (n, d), or (n, 1 + L, d) with patches."""
 
     @abstractmethod
     def restrict(self, classes: torch.Tensor) -> Head:
@@ -97,19 +111,40 @@ class Head(ABC):
         """
         raise InputError("this head is bound to the classes it was trained on")
 
-    @torch.no_grad()
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (N, K) float32 of unit rows (N, d), on the scale that a softmax takes."""
-        return torch.cat([self.block_logits(rows) for rows in _blocks(features)])
+    def logits(self, features: ImageRows, progress: Progress | None = None) -> torch.Tensor:
+        """
+        Logits (N, K) float32 of unit rows (N, d), on the scale that a softmax takes.
 
-    @torch.no_grad()
-    def predict(self, features: torch.Tensor) -> torch.Tensor:
-        """Most likely class (N,) int64 of unit rows (N, d)."""
-        return torch.cat([self.block_logits(rows).argmax(1) for rows in _blocks(features)])
+        `progress` is told of the rows done.
+        """
+        return torch.cat(list(self._blocks(features, progress)))
 
-    def prior(self, features: torch.Tensor) -> dict[str, Any]:
+    def predict(self, features: ImageRows, progress: Progress | None = None) -> torch.Tensor:
+        """Most likely class (N,) int64 of unit rows (N, d); `progress` as in `logits`."""
+        return torch.cat([logits.argmax(1) for logits in self._blocks(features, progress)])
+
+    def prior(self, features: ImageRows, progress: Progress | None = None) -> dict[str, Any]:
         """What TransCLIP's `fit` takes as this head's prediction of unit rows (N, d), by name."""
-        return {"prior_logits": self.logits(features)}
+        return {"prior_logits": self.logits(features, progress)}
+
+    def labels_and_prior(
+        self, features: ImageRows, progress: Progress | None = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What `predict` and `prior` give, with logits computed once."""
+        prior = self.prior(features, progress)
+        if "prior_logits" in prior:
+            return prior["prior_logits"].argmax(1), prior
+        return self.predict(features, progress), prior
+
+    @torch.no_grad()
+    def _blocks(
+        self, features: ImageRows, progress: Progress | None
+    ) -> Generator[torch.Tensor, None, None]:
+        n_rows, size = len(features), self.block_rows
+        for start in range(0, max(1, n_rows), size):
+            yield self.block_logits(features[start : start + size])
+            if progress is not None:
+                progress(min(start + size, n_rows), n_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +157,8 @@ class PrototypeHead(Head):
     def restrict(self, classes: torch.Tensor) -> PrototypeHead:
         return replace(self, text=self.text[classes])
 
-    def prior(self, features: torch.Tensor) -> dict[str, Any]:
+    def prior(self, features: ImageRows, progress: Progress | None = None) -> dict[str, Any]:
         return {"prototypes": self.text}
-
-
-def _blocks(features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(features, ROWS)
 
 
 def unit(rows: torch.Tensor) -> torch.Tensor:

@@ -3,96 +3,166 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 from transclip_fast.encode.sources import plain_name
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import TRANSFERABLE, check_head
+from transclip_fast.heads import LEARNERS, TRANSFERABLE, check_head
 from transclip_fast.heads.base import Head
+from transclip_fast.heads.prompts import Prompting
+from transclip_fast.heads.prompts.cocoop import ConditionalHead
+from transclip_fast.heads.prompts.coop import PromptHead
+from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.protocols.data import DataSet
 from transclip_fast.protocols.runs import Row, Run, measure, measure_few_shot, timed, train_head
+from transclip_fast.protocols.table import BASE, NEW
 from transclip_fast.store.features import read_names
 
 TRANSCLIP_FS = "transclip-fs"
 
 
+@dataclass(frozen=True)
+class Trials:
+    """
+    What is tried on every data set.
+
+    Parameters
+    ----------
+    heads : sequence of str
+    shots : sequence of int
+        A class.
+    seeds : int
+        Draws of the shots.
+    model : callable
+        A new TransCLIP to put on top.
+    prompter : callable
+        Text tower, class names and settings with which a prompt learner trains on a data set.
+    """
+
+    heads: Sequence[str]
+    shots: Sequence[int]
+    seeds: int
+    model: Callable[[], TransCLIP]
+    prompter: Callable[[DataSet, str], Prompting]
+
+    def prompting(self, data: DataSet, head: str) -> Prompting | None:
+        """What a head needs beside the data set; None for one on features alone."""
+        return self.prompter(data, head) if head in LEARNERS else None
+
+    def train(self, data: DataSet, head: str, shots: int, seed: int) -> tuple[Head, float]:
+        """A head trained on a data set, and the seconds that it took."""
+        prompting, scale = self.prompting(data, head), self.model().logit_scale
+        return timed(lambda: train_head(data, head, shots, seed, scale, prompting))
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    Where a trained head is measured.
+
+    Parameters
+    ----------
+    data : DataSet
+    columns : dict
+        That tell it from others.
+    move : callable
+        A trained head, and its `Prompting` where it has one, to the same over the classes of
+        `data`.
+    classes : list of int, optional
+        The classes of the source that these are.
+    """
+
+    data: DataSet
+    columns: dict[str, Any]
+    move: Callable[[Head, Prompting | None], Head]
+    classes: list[int] | None = None
+
+
 def few_shot(
     sets: Sequence[DataSet],
-    heads: Sequence[str],
-    shots: Sequence[int],
-    seeds: int,
-    model: Callable[[], TransCLIP],
+    trials: Trials,
 ) -> list[Run]:
     """
     Each head trained on so many shots a class, and TransCLIP on top of it.
 
     "transclip-fs" among the heads is TransCLIP with the shots as its own support.
     """
-    for name in heads:
+    for name in trials.heads:
         if name != TRANSCLIP_FS:
             check_head(name)
 
     def work(data: DataSet, name: str, n: int, seed: int) -> Callable[[], Row]:
         def run() -> Row:
             if name == TRANSCLIP_FS:
-                return measure_few_shot(data, model(), n, seed)
-            return measure(data, model(), *_train(data, name, n, seed, model))
+                return measure_few_shot(data, trials.model(), n, seed)
+            return measure(data, trials.model(), *trials.train(data, name, n, seed))
 
         return run
 
     return [
         Run(
             {"protocol": "few-shot", "data": data.name, "head": name, "shots": n, "seed": seed},
-            {"data": data.sha256},
+            {"data": data.sha256, **_identity(trials.prompting(data, name))},
             work(data, name, n, seed),
         )
         for data in sets
-        for name in heads
-        for n in shots
-        for seed in range(seeds)
+        for name in trials.heads
+        for n in trials.shots
+        for seed in range(trials.seeds)
     ]
+
+
+def base_to_new(
+    sets: Sequence[DataSet],
+    trials: Trials,
+) -> list[Run]:
+    """
+    Each head trained on the first half of a data set's classes, and measured on either half alone.
+
+    Source: Zhou et al. 2022, Conditional Prompt Learning for Vision-Language Models, section 4.1.
+    """
+    _check_transferable(trials.heads, sets)
+    runs = []
+    for data in sets:
+        base, new = data.halves
+        targets = [
+            Target(base, {"data": data.name, "classes": BASE}, lambda head, _: head),
+            Target(new, {"data": data.name, "classes": NEW}, _transfer_to(new)),
+        ]
+        runs += _transfers("base-to-new", base, targets, trials)
+    return runs
 
 
 def cross_dataset(
     source: DataSet,
     targets: Sequence[DataSet],
-    heads: Sequence[str],
-    shots: Sequence[int],
-    seeds: int,
-    model: Callable[[], TransCLIP],
+    trials: Trials,
 ) -> list[Run]:
     """Each head trained on the source, with the texts of each target in place of the source's."""
-    for name in heads:
-        check_head(name)
-        if name not in TRANSFERABLE:
-            raise InputError(
-                f"head {name} is bound to the classes it was trained on; choose one of "
-                f"{', '.join(sorted(TRANSFERABLE))}"
-            )
+    _check_transferable(trials.heads, targets)
     for target in targets:
-        if target.text.shape[1] != source.text.shape[1]:
+        if target.dim != source.dim:
             raise InputError(
-                f"{target.name}: has {target.text.shape[1]} dimensions, {source.name} "
-                f"{source.text.shape[1]}; encode both with one model"
+                f"{target.name}: has {target.dim} dimensions, {source.name} {source.dim}; encode "
+                "both with one model"
             )
-
-    def move(head: Head, target: DataSet) -> Head:
-        return head.transfer(target.text)
-
-    return _transfers("cross-dataset", source, targets, heads, shots, seeds, model, move, {})
+    moved = [
+        Target(target, {"source": source.name, "data": target.name}, _transfer_to(target))
+        for target in targets
+    ]
+    return _transfers("cross-dataset", source, moved, trials)
 
 
 def domains(
     source: DataSet,
     targets: Sequence[DataSet],
     subsets: Mapping[str, str],
-    heads: Sequence[str],
-    shots: Sequence[int],
-    seeds: int,
-    model: Callable[[], TransCLIP],
+    trials: Trials,
 ) -> list[Run]:
     """
     Each head trained on the source, on targets that have some of its classes.
@@ -103,19 +173,17 @@ def domains(
         Name of a target to a file of its classes' names, or of their positions in the source, one a
         line in the order of the target's labels; see `class_subset` for targets without.
     """
-    for name in heads:
+    for name in trials.heads:
         check_head(name)
     unknown = sorted(subsets.keys() - {target.name for target in targets})
     if unknown:
         raise InputError(f"{unknown[0]}: is no target; give --subset a target's name and a file")
-    classes = {
-        target.name: class_subset(source, target, subsets.get(target.name)) for target in targets
-    }
-
-    def move(head: Head, target: DataSet) -> Head:
-        return head.restrict(torch.tensor(classes[target.name]))
-
-    return _transfers("domains", source, targets, heads, shots, seeds, model, move, classes)
+    moved = []
+    for target in targets:
+        classes = class_subset(source, target, subsets.get(target.name))
+        columns = {"source": source.name, "data": target.name}
+        moved.append(Target(target, columns, _restrict_to(classes), classes))
+    return _transfers("domains", source, moved, trials)
 
 
 def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int]:
@@ -161,55 +229,80 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
     return found
 
 
+def _check_transferable(heads: Sequence[str], targets: Sequence[DataSet]) -> None:
+    movable = sorted(TRANSFERABLE | LEARNERS.keys())
+    for name in heads:
+        check_head(name)
+        if name not in movable:
+            raise InputError(
+                f"head {name} is bound to the classes it was trained on; choose one of "
+                f"{', '.join(movable)}"
+            )
+    for target in targets:
+        if target.class_names is None and LEARNERS.keys() & set(heads):
+            raise InputError(f"{target.name}: has no class_names to make prompts of")
+
+
+def _transfer_to(target: DataSet) -> Callable[[Head, Prompting | None], Head]:
+    def move(head: Head, prompting: Prompting | None) -> Head:
+        if isinstance(head, PromptHead | ConditionalHead | TransportHead) and prompting:
+            return head.for_classes(prompting.tower, target.class_names or [])
+        return head.transfer(target.text)
+
+    return move
+
+
+def _restrict_to(classes: list[int]) -> Callable[[Head, Prompting | None], Head]:
+    return lambda head, _: head.restrict(torch.tensor(classes))
+
+
+def _identity(prompting: Prompting | None, *targets: DataSet) -> dict[str, Any]:
+    """All that the outcome of a prompt learner depends on, beside its data."""
+    if prompting is None:
+        return {}
+    return {
+        "prompting": {
+            "tower": prompting.tower.identity,
+            "context": asdict(prompting.context),
+            "schedule": asdict(prompting.schedule),
+            "class_names": [list(prompting.class_names), *(data.class_names for data in targets)],
+        }
+    }
+
+
 def _transfers(
     protocol: str,
     source: DataSet,
-    targets: Sequence[DataSet],
-    heads: Sequence[str],
-    shots: Sequence[int],
-    seeds: int,
-    model: Callable[[], TransCLIP],
-    move: Callable[[Head, DataSet], Head],
-    classes: Mapping[str, list[int]],
+    targets: Sequence[Target],
+    trials: Trials,
 ) -> list[Run]:
     """Runs that train on the source, once for all targets, and measure on a target."""
 
     @cache
     def trained(name: str, n: int, seed: int) -> tuple[Head, float]:
-        return _train(source, name, n, seed, model)
+        return trials.train(source, name, n, seed)
 
-    def work(target: DataSet, name: str, n: int, seed: int) -> Callable[[], Row]:
+    def work(target: Target, name: str, n: int, seed: int) -> Callable[[], Row]:
         def run() -> Row:
             head, seconds = trained(name, n, seed)
-            return measure(target, model(), move(head, target), seconds)
+            moved = target.move(head, trials.prompting(source, name))
+            return measure(target.data, trials.model(), moved, seconds)
 
         return run
 
     return [
         Run(
-            {
-                "protocol": protocol,
-                "source": source.name,
-                "data": target.name,
-                "head": name,
-                "shots": n,
-                "seed": seed,
-            },
+            {"protocol": protocol, **target.columns, "head": name, "shots": n, "seed": seed},
             {
                 "source": source.sha256,
-                "data": target.sha256,
-                "classes": classes.get(target.name),
+                "data": target.data.sha256,
+                "classes": target.classes,
+                **_identity(trials.prompting(source, name), target.data),
             },
             work(target, name, n, seed),
         )
-        for name in heads
-        for n in shots
-        for seed in range(seeds)
+        for name in trials.heads
+        for n in trials.shots
+        for seed in range(trials.seeds)
         for target in targets
     ]
-
-
-def _train(
-    data: DataSet, name: str, shots: int, seed: int, model: Callable[[], TransCLIP]
-) -> tuple[Head, float]:
-    return timed(lambda: train_head(data, name, shots, seed, model().logit_scale))

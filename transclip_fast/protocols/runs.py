@@ -13,10 +13,13 @@ from typing import Any
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.evaluate import accuracy
-from transclip_fast.heads import fit_head
-from transclip_fast.heads.base import Head, Labelled
+from transclip_fast.heads import WITH_PATCHES, fit_head
+from transclip_fast.heads.base import Head
+from transclip_fast.heads.patches import by_name, seen_by
+from transclip_fast.heads.prompts import Prompting
 from transclip_fast.protocols.data import VALIDATION_SHOTS, DataSet
 from transclip_fast.store.atomic import publish_file, read_json, write_json, writing
+from transclip_fast.store.features import LOCAL
 from transclip_fast.version import __version__
 
 Row = dict[str, Any]
@@ -60,28 +63,35 @@ def do_runs(runs: Sequence[Run], folder: Path, progress: Callable[[int, int], No
     return rows
 
 
-def train_head(data: DataSet, name: str, shots: int, seed: int, logit_scale: float) -> Head:
+def train_head(
+    data: DataSet,
+    name: str,
+    shots: int,
+    seed: int,
+    logit_scale: float,
+    prompting: Prompting | None = None,
+) -> Head:
     """A head fitted to shots of a data set, with at most 4 validation rows a class."""
-    drawn = data.draw("support", shots, seed)
-    held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
+    arrays = by_name(data.draw("support", shots, seed), "support")
+    if prompting is None:  # prompt learners choose nothing by validation rows
+        held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
+        arrays |= by_name(held_out, "validation")
+    if name not in WITH_PATCHES:
+        arrays = {array: rows for array, rows in arrays.items() if array not in LOCAL}
     return fit_head(
-        name,
-        data.text,
-        *_arrays(drawn),
-        **dict(zip(("validation_features", "validation_labels"), _arrays(held_out), strict=True)),
-        logit_scale=logit_scale,
-        seed=seed,
+        name, data.text, **arrays, logit_scale=logit_scale, seed=seed, prompting=prompting
     )
 
 
 def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> Row:
     """Accuracies on the queries of zero-shot, of a head, and of TransCLIP on top of it."""
-    predicted, graph = head.predict(data.features).numpy(), data.graph
+    seen = seen_by(head, data.features, data.patched)
+    (predicted, prior), graph = head.labels_and_prior(seen), data.graph
     start = time.perf_counter()
-    model.fit(data.features, data.text, **head.prior(data.features), graph=graph)
+    model.fit(data.features, data.text, **prior, graph=graph)
     return {
         **_solved(data, model, time.perf_counter() - start),
-        "head_accuracy": accuracy(predicted, data.labels),
+        "head_accuracy": accuracy(predicted.numpy(), data.labels),
         "head_seconds": round(train_seconds, 3),
         "head_parameters": head.parameters,
     }
@@ -93,8 +103,8 @@ def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> 
     held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
     if held_out is None:
         raise InputError(f"{data.name}: transclip-fs needs validation rows, which choose gamma")
-    names = ("support_features", "support_labels", "validation_features", "validation_labels")
-    arrays: dict[str, Any] = dict(zip(names, (*_arrays(drawn), *_arrays(held_out)), strict=True))
+    arrays = {**by_name(drawn, "support"), **by_name(held_out, "validation")}
+    arrays = {array: rows for array, rows in arrays.items() if array not in LOCAL}
     graph = data.graph
     start = time.perf_counter()
     model.fit(data.features, data.text, **arrays, graph=graph)
@@ -119,7 +129,3 @@ def _solved(data: DataSet, model: TransCLIP, seconds: float) -> Row:
         "accuracy": accuracy(model.transduction_, data.labels),
         "seconds": round(seconds, 3),
     }
-
-
-def _arrays(rows: Labelled | None) -> tuple[Any, Any]:
-    return (None, None) if rows is None else (rows.features, rows.labels)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import read_arrays
 from transclip_fast.store.atomic import beside, publish_file, writing
+from transclip_fast.store.tensors import read_tensors, write_tensors
 
 
 class FileCheckpoint:
@@ -32,11 +34,13 @@ class FileCheckpoint:
         A state that is younger is not replaced: what a kill may cost.
     """
 
+    suffix = "npz"
+
     def __init__(
         self, path: str | Path, name: str, identity: Mapping[str, Any], seconds: float
     ) -> None:
         self.path = path
-        self.file, self._partial = files(path, name)
+        self.file, self._partial = files(path, name, self.suffix)
         self.name, self.seconds = name, seconds
         self.identity = json.dumps(identity, sort_keys=True)
         self._last = time.monotonic()
@@ -46,11 +50,11 @@ class FileCheckpoint:
         if not self.file.exists():
             return None
         try:
-            state = read_arrays(self.file)
+            state, identity = self._read()
         except InputError as error:
             warnings.warn(f"{error}; {self.name} begins anew", stacklevel=2)
             return None
-        if str(state.pop("identity", "")) == self.identity:
+        if identity == self.identity:
             return state
         warnings.warn(
             f"{self.file}: is of other input or parameters; {self.name} begins anew", stacklevel=2
@@ -62,13 +66,36 @@ class FileCheckpoint:
         if time.monotonic() - self._last < self.seconds:
             return
         with writing(self.path):
-            arrays: dict[str, Any] = {"identity": np.array(self.identity), **state()}
-            with open(self._partial, "wb") as file:
-                np.savez(file, **arrays)
-            publish_file(self._partial, self.file)
+            self._write(state())
         self._last = time.monotonic()
 
+    def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
+        """The state in the file, and whose it is."""
+        state = read_arrays(self.file)
+        return state, str(state.pop("identity", ""))
 
-def files(path: str | Path, name: str) -> list[Path]:
+    def _write(self, state: Mapping[str, np.ndarray]) -> None:
+        arrays: dict[str, Any] = {"identity": np.array(self.identity), **state}
+        with open(self._partial, "wb") as file:
+            np.savez(file, **arrays)
+        publish_file(self._partial, self.file)
+
+
+class TensorCheckpoint(FileCheckpoint):
+    """The same in a .safetensors file, for what is trained."""
+
+    suffix = "safetensors"
+
+    def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
+        tensors, metadata = read_tensors(self.file)
+        state = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return state, metadata.get("identity", "")
+
+    def _write(self, state: Mapping[str, np.ndarray]) -> None:
+        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+        write_tensors(self.file, tensors, None, metadata={"identity": self.identity})
+
+
+def files(path: str | Path, name: str, suffix: str = FileCheckpoint.suffix) -> list[Path]:
     """Where the state of work of that name is kept, and written."""
-    return [beside(path, f"{name}.npz"), beside(path, f"{name}.partial")]
+    return [beside(path, f"{name}.{suffix}"), beside(path, f"{name}.partial")]

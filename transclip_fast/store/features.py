@@ -37,6 +37,8 @@ ARRAYS = (
     "prior_logits",
     "prototypes",
 )
+ENCODER = ("model", "weights", "quick_gelu")  # what a manifest knows a backbone by
+LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
 KEYS = ("key", "path", "image_path")  # the first of these columns that there is names the rows
 
 
@@ -50,13 +52,16 @@ class Features:
     path : str
         Where they were read.
     arrays : dict
-        By the names in `ARRAYS`; `image_features` (N, d) is always there.
+        By the names in `ARRAYS`; `image_features` (N, d) is always there. By those in `LOCAL`
+        local features, where they were asked for: (N, L, d), or (N, L d) of a feature folder.
     origins : dict
         For error messages: "FILE: name" of each array.
     source_rows : ndarray (N,) int64, optional
         Position of each row in the source it was encoded from.
     keys : list of str, optional
         Key or path of each row.
+    encoder : dict, optional
+        Model and weights that encoded the rows, where a manifest says so.
     maps : dict
         Hash of each linear map that the embeddings went through.
     """
@@ -66,6 +71,7 @@ class Features:
     origins: dict[str, str]
     source_rows: np.ndarray | None = None
     keys: list[str | None] | None = None
+    encoder: dict[str, Any] | None = None
     class_names: list[str] | None = field(default=None, init=False)
     maps: dict[str, str] = field(default_factory=dict, init=False)
     _sha256: dict[str, str] = field(default_factory=dict, init=False)
@@ -74,6 +80,11 @@ class Features:
         names = self.arrays.pop("class_names", None)
         if names is not None:
             self.class_names = _names(names, self.origins["class_names"])
+
+    @property
+    def dim(self) -> int:
+        """d, of the image features."""
+        return int(self.arrays["image_features"].shape[1])
 
     def get(self, name: str) -> Any:
         """The array of that name, or None."""
@@ -104,6 +115,7 @@ def load_features(
     *,
     shots: int | None = None,
     n_classes: int | None = None,
+    local: bool = False,
 ) -> Features:
     """
     FEATURES, with single arrays replaced by other files.
@@ -119,6 +131,8 @@ def load_features(
         Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
         K, for a sparse prior in which it is not said; where not given, of the other arrays.
+    local : bool
+        Load local features, too, where there are any: they are large, and few heads want them.
 
     Raises
     ------
@@ -132,7 +146,7 @@ def load_features(
     elif shots:
         raise InputError(f"{path}: has no keys_*shots.pt to choose from; leave out the shots")
     else:
-        features = _load_folder(path) if os.path.isdir(path) else _load_file(path)
+        features = _load_folder(path, local) if os.path.isdir(path) else _load_file(path, local)
     shape = tuple(features.arrays["image_features"].shape)
     if len(shape) != 2 or 0 in shape:
         raise InputError(
@@ -208,7 +222,7 @@ def _n_classes(features: Features) -> int | None:
     return None if features.class_names is None else len(features.class_names)
 
 
-def _load_file(path: Path) -> Features:
+def _load_file(path: Path, local: bool) -> Features:
     if path.suffix == ".npy":
         found = read_rows(path, "image_features")
         arrays = {"image_features": _joined([found]) if isinstance(found, Shard) else found}
@@ -220,14 +234,15 @@ def _load_file(path: Path) -> Features:
         raise InputError(
             f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
         )
-    known = {name: arrays[name] for name in ARRAYS if name in arrays}
+    wanted = ARRAYS + LOCAL if local else ARRAYS
+    known = {name: arrays[name] for name in wanted if name in arrays}
     listed = listed_prior(arrays, str(path))
     if listed is not None:
         known["prior"] = listed
     return Features(str(path), known, {name: f"{path}: {name}" for name in known})
 
 
-def _load_folder(folder: Path) -> Features:
+def _load_folder(folder: Path, local: bool) -> Features:
     numbered = _numbered(folder, "img_emb", ".npy")
     shards = list(numbered.values())
     if not shards:
@@ -238,12 +253,18 @@ def _load_folder(folder: Path) -> Features:
             raise InputError(f"{shard}: has shape {part.shape}, the first shard {parts[0].shape}")
     arrays: dict[str, Any] = {"image_features": _joined(parts)}
     origins = {"image_features": f"{folder}: image_features"}
+    encoder = None
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
+    patches = _numbered(folder, "local_emb", ".npy") if local else {}
+    if patches:
+        arrays["local_features"] = _patches(folder, patches, numbered, parts)
+        origins["local_features"] = f"{folder}: local_features"
     if (folder / "manifest.json").exists():
         manifest = read_json(inside(folder, "manifest.json"))
-        _check_manifest(folder, manifest, numbered)
+        _check_manifest(folder, manifest, numbered, patches)
+        encoder = _encoder(manifest)
         names = manifest.get("class_names")
         if names is not None:
             arrays["class_names"] = names
@@ -253,7 +274,30 @@ def _load_folder(folder: Path) -> Features:
     )
     if labels is not None:
         arrays["labels"], origins["labels"] = labels, f"{folder / 'metadata'}: label"
-    return Features(str(folder), arrays, origins, source_rows, keys)
+    return Features(str(folder), arrays, origins, source_rows, keys, encoder)
+
+
+def _encoder(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    config = manifest.get("config")
+    if not isinstance(config, dict) or not {"model", "weights"} <= config.keys():
+        return None
+    return {name: config[name] for name in ENCODER if name in config}
+
+
+def _patches(
+    folder: Path, patches: Mapping[int, Path], shards: Mapping[int, Path], parts: Sequence[Any]
+) -> Any:
+    """Local features (N, L d) of all shards, where they fit the shards of the images."""
+    if patches.keys() != shards.keys():
+        number = min(patches.keys() ^ shards.keys())
+        kind = "img_emb" if number in patches else "local_emb"
+        raise InputError(f"{folder}: shard {number} has no {kind} file")
+    found = [read_rows(file, "local_features") for file in patches.values()]
+    for file, part, of in zip(patches.values(), found, parts, strict=True):
+        shape = part.shape
+        if len(shape) != 2 or shape[0] != of.shape[0] or shape[1] % of.shape[1]:
+            raise InputError(f"{file}: has shape {shape}, the features of its images {of.shape}")
+    return _joined(found)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -266,7 +310,12 @@ def _joined(parts: Sequence[Any]) -> Any:
     )
 
 
-def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int, Path]) -> None:
+def _check_manifest(
+    folder: Path,
+    manifest: dict[str, Any],
+    shards: Mapping[int, Path],
+    patches: Mapping[int, Path],
+) -> None:
     if not manifest.get("complete", True):
         raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
     entries = manifest.get("shards")
@@ -278,6 +327,8 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], shards: Mapping[int,
     for number, shard in shards.items():
         entry = entries[str(number)] if isinstance(entries[str(number)], dict) else {}
         known[shard] = entry.get("features_sha256")
+        if number in patches:
+            known[patches[number]] = entry.get("local_sha256")
         metadata = folder / "metadata" / f"metadata_{number:05}.parquet"
         known[metadata] = entry.get("metadata_sha256")
     for file, sha256 in known.items():

@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 FAILURES = "failures.csv"
 PROTOTYPES = "prototypes.npy"
 RECORDS = "records"  # of shards that the manifest does not name yet
-FOLDERS = ("img_emb", "metadata", RECORDS)
+FOLDERS = ("img_emb", "local_emb", "metadata", RECORDS)
 # Decided by the first run and kept by those that continue it: other values change some last bits.
 KEPT = ("batch_size", "threads", "shard_rows")
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
@@ -70,7 +70,8 @@ class RowTable:
 
 class FeatureWriter:
     """
-    A feature folder in the making: img_emb/, metadata/, prototypes.npy, manifest.json.
+    A feature folder in the making: img_emb/, local_emb/ where asked for, metadata/, prototypes.npy,
+    manifest.json.
 
     Every file appears whole; a shard counts once the manifest, or a file of records/ on the way to
     it, names it with its hash. The metadata follows from the source alone: that of finished shards
@@ -148,16 +149,25 @@ class FeatureWriter:
         """
         One shard: features (rows, d) float16 of all its rows but the failures.
 
+        Features (rows, 1 + L, d) are those of the images and of L patches of each, which go to a
+        file of their own, as (rows, L d).
+
         Raises
         ------
         InputError
             The folder cannot be written (full disk, permissions).
         """
         listed = [[f.source_row, f.key, f.reason] for f in failures]
+        own = {}
         with writing(self.folder):
+            if features.ndim == 3:
+                patches = features[:, 1:].reshape(len(features), -1)
+                own["local_sha256"] = self._save(local_name(number), npy_bytes(patches))
+                features = np.ascontiguousarray(features[:, 0])
             entry = {
                 "rows": len(features),
                 "batch_size": batch_size,
+                **own,
                 "features_sha256": self._save(features_name(number), npy_bytes(features)),
                 "metadata_sha256": self._save(
                     metadata_name(number), self._metadata(number, listed)
@@ -224,7 +234,10 @@ class FeatureWriter:
         """Take a shard for written if its features are what they should be."""
         if self.shards.get(number) == entry:  # this process has just written it
             return
-        if self._whole(features_name(int(number)), entry["features_sha256"]):
+        whole = self._whole(features_name(int(number)), entry["features_sha256"])
+        if "local_sha256" in entry:
+            whole = whole and self._whole(local_name(int(number)), entry["local_sha256"])
+        if whole:
             batch_size = int(entry.get("batch_size", self.config["batch_size"]))
             failures = list(entry["failures"])
             self.shards[number] = {**entry, "batch_size": batch_size, "failures": failures}
@@ -307,6 +320,11 @@ class FeatureWriter:
 def features_name(number: int) -> str:
     """File of a shard's features."""
     return f"img_emb/img_emb_{number:05}.npy"
+
+
+def local_name(number: int) -> str:
+    """File of a shard's local features."""
+    return f"local_emb/local_emb_{number:05}.npy"
 
 
 def metadata_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""A .safetensors file written one tensor at a time."""
+"""A .safetensors file written one tensor at a time, or read with what it says of itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
+from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import read_arrays
 from transclip_fast.store.atomic import publish_file, writing
 
 # Names of the format, https://github.com/huggingface/safetensors#format
@@ -32,19 +35,24 @@ CHUNK = 1 << 22  # entries in memory at a time
 def write_tensors(
     path: str | Path,
     tensors: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-    step: Callable[[int, int], None],
+    dtype: torch.dtype | None,
+    step: Callable[[int, int], None] = lambda done, of: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """
-    Write tensors as a .safetensors file, floating ones as `dtype`; the number of bytes.
+    Write tensors as a .safetensors file; the number of bytes.
 
     What is mapped from disk stays there: a chunk at a time is in memory. The file appears
     whole or not at all.
 
     Parameters
     ----------
+    dtype : torch.dtype, optional
+        Of the floating tensors; their own where not given.
     step : callable
         Told the bytes written and in all after each tensor.
+    metadata : mapping, optional
+        Words about the tensors, which `read_tensors` gives back.
 
     Raises
     ------
@@ -53,7 +61,7 @@ def write_tensors(
     """
     path = Path(path)
     types = {
-        name: dtype if tensor.is_floating_point() else tensor.dtype
+        name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         for name, tensor in tensors.items()
     }
     header, end = {}, 0
@@ -64,7 +72,7 @@ def write_tensors(
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **header}).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
@@ -83,6 +91,23 @@ def write_tensors(
         finally:
             partial.unlink(missing_ok=True)
     return 8 + len(text) + end
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    The tensors of a .safetensors file by name, and its metadata.
+
+    Raises
+    ------
+    InputError
+        Missing, of another type, truncated or damaged.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: expected a file ending in .safetensors")
+    tensors = read_arrays(path)
+    with safe_open(path, "pt") as file:
+        return tensors, dict(file.metadata() or {})
 
 
 class _Chunks:

@@ -1,0 +1,228 @@
+"""CoCoOp: a context that each image shifts, through a small network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from transclip_fast.errors import InputError
+from transclip_fast.heads.base import Head, Labelled, Task, percent_right
+from transclip_fast.heads.prompts.context import (
+    ContextSettings,
+    class_prompts,
+    first_context,
+    nearest_words,
+)
+from transclip_fast.heads.prompts.learning import Learner, Schedule, prompting_of, train
+from transclip_fast.heads.prompts.tower import Prompts, TextTower
+
+CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
+SCHEDULE = Schedule(epochs=30, batch_size=8, rate=4e-3)
+REDUCTION = 16
+TENSORS = ("context", "down", "down_bias", "up", "up_bias")  # of `Conditional`
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """
+    Contexts V + pi(f) with pi(f) = up relu(down f + down_bias) + up_bias, of images f.
+
+    Parameters
+    ----------
+    context : Tensor (n_ctx, width)
+        V.
+    down, down_bias : Tensor (d/16, d), (d/16,)
+    up, up_bias : Tensor (width, d/16), (width,)
+    """
+
+    context: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+
+    @classmethod
+    def begin(cls, context: torch.Tensor, d: int, seed: int) -> Conditional:
+        """An untrained one: layers drawn as torch draws them, uniform up to 1 / sqrt(inputs)."""
+        draw = torch.Generator().manual_seed(seed)
+        hidden, width = max(1, d // REDUCTION), context.shape[1]
+
+        def drawn(inputs: int, *shape: int) -> torch.Tensor:
+            return ((2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(inputs)).to(context)
+
+        return cls(
+            context,
+            drawn(d, hidden, d),
+            drawn(d, hidden),
+            drawn(hidden, width, hidden),
+            drawn(hidden, width),
+        )
+
+    @classmethod
+    def of(cls, holder: Any) -> Conditional:
+        """That of something with all of these tensors."""
+        return cls(*(getattr(holder, name) for name in TENSORS))
+
+    def to(self, device: torch.device) -> Conditional:
+        """The same elsewhere, without gradients."""
+        return Conditional(*(getattr(self, name).detach().to(device) for name in TENSORS))
+
+    def contexts(self, rows: torch.Tensor) -> torch.Tensor:
+        """Contexts (n, n_ctx, width) of unit rows (n, d)."""
+        hidden = torch.relu(F.linear(rows, self.down, self.down_bias))
+        return self.context + F.linear(hidden, self.up, self.up_bias)[:, None]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A text tower and the prompts of K classes that it reads, image by image."""
+
+    tower: TextTower
+    prompts: Prompts
+
+    @property
+    def images(self) -> int:
+        """Images whose prompts the tower encodes in one go."""
+        return max(1, self.tower.chunk(self.prompts.tokens.shape[1]) // len(self.prompts))
+
+    def logits(self, conditional: Conditional, rows: torch.Tensor, scale: float) -> torch.Tensor:
+        """Logits (n, K) of unit rows (n, d): each with the prototypes (K, d) of its contexts."""
+        n_rows, n_classes = len(rows), len(self.prompts)
+        each = torch.arange(n_classes, device=self.tower.device).repeat(n_rows)
+        contexts = conditional.contexts(rows).repeat_interleave(n_classes, 0)  # (n K, n_ctx, width)
+        text = self.tower.encode(self.prompts.rows(each), contexts).view(n_rows, n_classes, -1)
+        return scale * torch.einsum("nd,nkd->nk", rows, text)
+
+    @torch.no_grad()
+    def without_image(self, context: torch.Tensor) -> torch.Tensor:
+        """Unit rows (K, d) of the classes in a context that no image shifts, on the CPU."""
+        return self.tower.encode(self.prompts, context.to(self.tower.device)).float().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionalHead(Head):
+    """
+    Prototypes that a text tower makes anew for each image: logits of N rows are N K of its runs.
+
+    Parameters
+    ----------
+    text : Tensor (K, d)
+        The classes in the context without an image.
+    context, down, down_bias, up, up_bias : Tensor
+        As of `Conditional`.
+    position : str
+        Of the class name: "end", "middle" or "front".
+    words : list of str
+        Nearest word of each vector of the context.
+    reader : Reader, optional
+        Without one it cannot predict: see `for_classes`.
+    """
+
+    context: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    position: str
+    words: list[str]
+    reader: Reader | None = None
+
+    @property
+    def block_rows(self) -> int:
+        return self._reader().images
+
+    def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        reader = self._reader()
+        conditional = Conditional.of(self).to(reader.tower.device)
+        there = rows.to(conditional.context)
+        return reader.logits(conditional, there, self.logit_scale).to(rows)
+
+    def restrict(self, classes: torch.Tensor) -> ConditionalHead:
+        reader = self._reader()
+        prompts = reader.prompts.rows(classes.to(reader.tower.device))
+        return replace(self, text=self.text[classes], reader=replace(reader, prompts=prompts))
+
+    def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> ConditionalHead:
+        """The same context and network around these class names, read by this tower."""
+        prompts = class_prompts(tower, class_names, len(self.context), self.position)
+        reader = Reader(tower, prompts)
+        return replace(self, text=reader.without_image(self.context), reader=reader)
+
+    def _reader(self) -> Reader:
+        if self.reader is None:
+            raise InputError("the head cocoop runs a text tower for every image: give it one")
+        return self.reader
+
+
+class CoCoOp(Learner):
+    """
+    A context and the network that shifts it.
+
+    Gradients are added up over as many images at a time as the tower encodes in one go.
+
+    Source: Zhou et al. 2022, Conditional Prompt Learning for Vision-Language Models, section 3.2,
+    and the authors' repository (KaiyangZhou/CoOp, configs/trainers/CoCoOp): 4 tokens that start as
+    "a photo of a", the class name at the end, a bottleneck of d/16. They take one image at a time,
+    for 10 epochs at a rate of 0.002. Batches of 8 over 30 epochs are fewer steps, and learn the
+    demo's digits as well at 0.004; over 10 epochs at 8 times the rate some draws fail.
+    """
+
+    context: torch.nn.Parameter
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        prompting = prompting_of(task)
+        if prompting.context.class_specific:
+            raise InputError("cocoop: its context is shared by all classes, not class-specific")
+        tower, self.position = prompting.tower, prompting.context.position
+        self.logit_scale = task.logit_scale
+        context = first_context(tower, prompting.context, len(task.text), task.seed)
+        prompts = class_prompts(tower, prompting.class_names, len(context), self.position)
+        self.reader = Reader(tower, prompts)
+        begun = Conditional.begin(context, task.text.shape[1], task.seed)
+        for name in TENSORS:
+            setattr(self, name, torch.nn.Parameter(getattr(begun, name)))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        conditional = Conditional.of(self)
+        there = rows.to(conditional.context.dtype)
+        return self.reader.logits(conditional, there, self.logit_scale)
+
+    def descend(self, rows: torch.Tensor, labels: torch.Tensor) -> float:
+        size, total = self.reader.images, 0.0
+        for some, own in zip(torch.split(rows, size), torch.split(labels, size), strict=True):
+            loss = F.cross_entropy(self(some), own, reduction="sum") / len(rows)
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
+        return total
+
+    def head(self) -> ConditionalHead:
+        return self._head(nearest_words(self.reader.tower, self.context))
+
+    def validate(self, rows: Labelled) -> float:
+        return percent_right(self._head([]).logits(rows.features), rows.labels)
+
+    @torch.no_grad()
+    def _head(self, words: list[str]) -> ConditionalHead:
+        conditional = Conditional.of(self).to(torch.device("cpu"))
+        return ConditionalHead(
+            text=self.reader.without_image(conditional.context),
+            logit_scale=self.logit_scale,
+            parameters={"n_ctx": len(conditional.context)},
+            **{name: getattr(conditional, name).clone() for name in TENSORS},
+            position=self.position,
+            words=words,
+            reader=self.reader,
+        )
+
+
+def fit(task: Task) -> ConditionalHead:
+    """Train a context and its network from the task's `prompting`."""
+    learner = CoCoOp(task)
+    train(learner, task)
+    return learner.head()
