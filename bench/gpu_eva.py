@@ -108,13 +108,14 @@ class EvaTower(nn.Module):
         return float(2 * weights * self.tokens + 4 * layers * self.tokens**2 * width)
 
 
-def eva_error(device: str) -> float:
+def eva_error(device: str, **shape: int) -> float:
     """Largest error of two layers in bfloat16 against float64, by the largest output."""
-    small = {"layers": 2, "device": device}
-    tower = EvaTower(**small, dtype=torch.bfloat16).draw(1)  # type: ignore[arg-type]
-    exact = EvaTower(**small, dtype=torch.float64)  # type: ignore[arg-type]
+    shape = {**shape, "layers": 2}
+    tower = EvaTower(**shape, device=device, dtype=torch.bfloat16).draw(1)
+    exact = EvaTower(**shape, device=device, dtype=torch.float64)
     exact.load_state_dict(tower.state_dict())
-    images = torch.randn(2, 3, 224, 224, device=device).bfloat16()
+    side = shape.get("side", 224)
+    images = torch.randn(2, 3, side, side, device=device).bfloat16()
     with torch.inference_mode():
         truth = exact(images.double())
         return float((tower(images).double() - truth).abs().max() / truth.abs().max())

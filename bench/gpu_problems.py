@@ -71,6 +71,29 @@ def score_operands(
     return features.half(), weights.half(), torch.zeros(k, device=device), out
 
 
+def score_error(
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    offset: torch.Tensor,
+    out: Scores,
+    rows: int = 2000,
+) -> float:
+    """Largest difference from float64, in mass, of the candidates of some rows, and of tails."""
+    sample = torch.arange(0, len(features), max(1, len(features) // rows), device=features.device)
+    x = features[sample].double() @ weights.double().T + offset.double()
+    b = x - x.logsumexp(1, keepdim=True)
+    best = b.topk(out.values.shape[1], dim=1).values
+    least = torch.minimum(out.least[sample, None].double(), best[:, :1])
+    best = best.exp().masked_fill_(best < least, 0)
+    found = out.values[sample].double().exp()
+    off = (found.sort(1, descending=True).values - best).abs().max()
+    if out.classes is None:
+        raise TypeError("these are errors of the short form")
+    truth = b.exp().gather(1, out.classes[sample].long())
+    off = off.maximum((found - truth).where(found > 0, 0.0).abs().max())
+    return float(off.maximum((out.tail[sample] + best.sum(1) - 1).abs().max()))
+
+
 def sweep_bytes(graph: Affinity, z: Assignments) -> float:
     """Bytes a sweep has to move: a row's scores and result, its edges, every gathered entry."""
     n, width = z.values.shape

@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from transclip_fast import solver
-
 SETS = 3  # of inputs that are taken in turns, so that no run finds its own in the cache
 Arm = Callable[[int], Any]
+Result = TypeVar("Result")
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+class Gpu:
+    """The card that is measured: where arrays are, its clock, its memory."""
 
+    device = "cuda"
 
-def milliseconds(run: Arm, repeats: int = 12) -> float:
-    """Median time of a call, by the GPU's clock; `run` is told which set of inputs to take."""
-    for i in range(SETS):
-        run(i)
-    times: list[float] = []
-    for i in range(repeats):
-        start, stop = (_event() for _ in range(2))
-        start.record()
-        run(i % SETS)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+    def event(self) -> torch.cuda.Event:
+        """A point in time of the card's."""
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def synchronize(self) -> None:
+        """Wait until it has done everything."""
+        torch.cuda.synchronize()
+
+    def peak(self) -> int:
+        """Most bytes that were held since this was last called."""
+        most = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return most
+
+    def milliseconds(self, run: Arm, repeats: int = 12) -> float:
+        """Median time of a call; `run` is told which set of inputs to take."""
+        for i in range(SETS):
+            run(i)
+        times: list[float] = []
+        for i in range(repeats):
+            start, stop = self.event(), self.event()
+            start.record()
+            run(i % SETS)
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        return statistics.median(times)
+
+    def seconds(self, run: Callable[[], Result], *, warm: bool = True) -> tuple[Result, float, int]:
+        """Result, seconds and peak memory of a run, if told to after one to warm up."""
+        if warm:
+            run()
+        self.synchronize()
+        self.peak()
+        start = time.perf_counter()
+        result = run()
+        self.synchronize()
+        return result, time.perf_counter() - start, self.peak()
 
 
 class Stopwatch:
-    """A backend's operations, and the GPU's time in each."""
+    """A backend's operations, and the GPU's time in each; steps are taken as they are."""
 
-    def __init__(self, ops: Any) -> None:
-        self._ops, self._events = ops, list[tuple[str, Any, Any]]()
+    def __init__(self, ops: Any, gpu: Gpu) -> None:
+        self._ops, self._gpu, self._events = ops, gpu, list[tuple[str, Any, Any]]()
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            start, stop = (_event() for _ in range(2))
+            start, stop = self._gpu.event(), self._gpu.event()
             start.record()
             result = operation(*arguments, **named)
             stop.record()
@@ -53,9 +79,13 @@ class Stopwatch:
 
         return operation if name == "session" else timed
 
+    def captured(self, step: Callable[[], None], *_: Any) -> Callable[[], None]:
+        """See `Operations.captured`."""
+        return step
+
     def stages(self) -> dict[str, float]:
         """Milliseconds of each operation."""
-        torch.cuda.synchronize()
+        self._gpu.synchronize()
         total: dict[str, float] = {}
         for name, start, stop in self._events:
             total[name] = total.get(name, 0.0) + start.elapsed_time(stop)
@@ -63,11 +93,16 @@ class Stopwatch:
 
 
 @contextmanager
-def stopwatch(ops: Any) -> Iterator[Stopwatch]:
-    """Let the solver's operations be timed."""
-    watch, before = Stopwatch(ops), vars(solver)["operations"]
-    vars(solver)["operations"] = lambda _: watch
+def setting(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Let a module's constant or function be another one."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
-        yield watch
+        yield
     finally:
-        vars(solver)["operations"] = before
+        setattr(module, name, before)
+
+
+def bits_differ(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> int:
+    """Entries of two lists of tensors that are not the same bit for bit."""
+    return sum(int((a != b).sum()) for a, b in zip(first, second, strict=True))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from transclip_fast.kernels.score import ordered
+from transclip_fast.kernels.select import ordered
 
 START_ROWS = 8
 SPLITS = 16

@@ -7,10 +7,10 @@ tiles hold nothing new. Self is excluded by its id, equal products by the lower 
 
     s~_ij = fl16(f_i) . fl16(f_j),  kept: the KEPT largest of j != i,  rest_i: the least of them
 
-These are candidates, to be ranked by exact products. The certificate: for j not kept
+These are candidates, which `transclip_fast.graph.certified` ranks by exact products. The
+certificate: for j not kept
 s_ij <= rest_i + |f_i - fl16 f_i| |f_j| + |fl16 f_i| |f_j - fl16 f_j| + rounding of d float32 sums,
 so if the k-th best exact product among the kept is above that bound, the k nearest are proven.
-Rows where it is not are searched again in float32.
 
 Shapes: F (N, d) float16 or float32; ids (N, KEPT) int64, similarities (N, KEPT) float32. Cost:
 2 N^2 d operations on the matrix units; N^2 d (1 / ROWS + 1 / COLUMNS) entries read from the cache.
@@ -22,17 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
-from transclip_fast.device import exact_float32
-
 KEPT = 8
 ROWS, COLUMNS = 128, 128
 # Dimensions of a step, warps, stages of its pipeline. AMD's 64 KB hold one stage.
 LAUNCHES = {"cuda": (64, 8, 3), "hip": (32, 8, 1)}
 UNIT = 1.003  # norm of a row at most: rows within 2e-3 of 1 are used as they are
 ROUNDING = 2.0**-22  # of each float32 addition of a matrix unit, which may truncate
-BLOCK_ROWS = 4096  # whose candidates are ranked at a time
-SPARE = 5  # candidates beyond those asked for, in float32
-BLOCK_BYTES = 1 << 28  # of products of rows that are searched again
 
 
 @triton.jit
@@ -111,72 +106,26 @@ def candidates(
 
 
 def certified(
-    nearest: torch.Tensor, similarities: torch.Tensor, errors: torch.Tensor, d: int
+    nearest: torch.Tensor,
+    similarities: torch.Tensor,
+    errors: torch.Tensor,
+    worst: torch.Tensor,
+    d: int,
 ) -> torch.Tensor:
     """
     Whether the candidates of each row are proven to hold its nearest rows.
 
     Parameters
     ----------
-    nearest : Tensor (N,)
+    nearest : Tensor (n,)
         Exact product with the k-th nearest candidate.
-    similarities : Tensor (N, KEPT) float32
+    similarities : Tensor (n, KEPT) float32
         From `candidates`.
-    errors : Tensor (N,)
+    errors : Tensor (n,)
         |f_i - fl16 f_i|, what the rows lost in 16 bits.
+    worst : Tensor ()
+        The largest of it over all N rows.
     """
     rest = similarities.amin(1)
-    margin = UNIT * (errors + errors.max()) + UNIT**2 * d * ROUNDING
+    margin = UNIT * (errors + worst) + UNIT**2 * d * ROUNDING
     return (rest == -torch.inf) | (nearest > rest + margin)
-
-
-def neighbors(features: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """
-    The k nearest other rows of each row, best first, of equal ones the lower id first.
-
-    Parameters
-    ----------
-    features : Tensor (N, d) float16 or float32
-        Unit rows.
-    k : int
-        Less than KEPT and than N.
-
-    Returns
-    -------
-    ids : Tensor (N, k) int64
-    similarities : Tensor (N, k) float64
-        Exact products of the rows as given.
-    again : int
-        Rows that were searched again.
-    """
-    n_rows, d = features.shape
-    if not 0 < k < min(KEPT, n_rows):
-        raise ValueError(f"k must be at least 1 and less than {KEPT} and than the number of rows")
-    half = features.half()
-    ids, products = candidates(half)
-    found = features.new_empty(n_rows, k, dtype=torch.float64)
-    nearest, errors = torch.empty_like(found, dtype=torch.int64), torch.empty_like(products[:, 0])
-    rows = torch.arange(n_rows, device=features.device)
-    for own in torch.split(rows, BLOCK_ROWS):
-        nearest[own], found[own] = ranked(features, own, ids[own], k)
-        errors[own] = (features[own].double() - half[own].double()).norm(dim=1).float()
-    left = rows[~certified(found[:, -1], products, errors, d)]
-    for own in torch.split(left, max(1, BLOCK_BYTES // (4 * n_rows))):
-        with exact_float32():
-            similarity = features[own].float() @ features.float().T  # (n, N)
-        similarity[torch.arange(len(own), device=own.device), own] = -torch.inf
-        best = similarity.topk(min(k + SPARE, n_rows - 1), dim=1).indices
-        nearest[own], found[own] = ranked(features, own, best, k)
-    return nearest, found, len(left)
-
-
-def ranked(
-    features: torch.Tensor, own: torch.Tensor, ids: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of the candidates (n, C) of some rows (n,), by float64 products."""
-    ids = ids.sort(dim=1).values
-    rows = features[ids.clamp_min(0)].double()  # (n, C, d)
-    similarity = (rows @ features[own].double()[:, :, None])[:, :, 0]
-    similarity.masked_fill_(ids < 0, -torch.inf)
-    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return ids.gather(1, order), similarity.gather(1, order)

@@ -1,264 +1,273 @@
 """
-Base scores b = F P^T + c, cut to each row's candidates without ever holding N x K.
+Base scores b = F P^T + c cut to each row's candidates, fused with the product: no N x K anywhere.
 
-The product of a chunk of rows is cuBLAS's, into a buffer that stays in the L2 cache; one program a
-row then finds
-
-    x_k = (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
-    b_k = x_k - log sum_k e^(x_k)
+    x_k = s (F P^T)_k + c_k,   total = log sum_k e^(x_k),   b_k = x_k - total
     candidates: b_k >= min(least, max b), the C largest of them
     tail = sum of e^(b_k) of all others
 
-Shapes: products (n, K) float32; values, classes (N, C); tail, normaliser (N,). Candidates are
-written in the order of their classes, the unused end is -inf.
+A program owns a block of rows and goes through the classes in blocks: a tile of F P^T at a time on
+the matrix units, in 16 bits with float32 sums, of which only what may still be a candidate is
+appended to its row's list. That is what passes two bars, both of which only rise:
 
-The C-th largest is found exactly, by halving the range of the scores' bits read as integers: 32
-halvings at most, fewer as soon as a threshold leaves C. Equal ones are taken by class. Rows of up
-to BLOCK classes stay in registers; of longer ones the rest is read again from the cache.
-Cost: a GEMM of 2 N K d operations, and 4 N K bytes to and from the cache. Method: Zanella et al.,
-NeurIPS 2024, equation 5.
+- min(least + log-sum-exp so far, largest so far), a little below it for the rounding of the sum;
+- the C-th largest of 2 G partial maxima, each of the classes that are equal modulo 2 G: so many
+  entries are at least as large. A few halvings bracket it. An entry must reach the bar that counts
+  its own block, and be above the one before its block: of equal ones the first classes count.
+
+If the largest come in no particular order, a list so grows to C (1 + log(K / 2G)) entries or a few
+more, some 60 at C = 16 and K = 1024. One that might outgrow its room is cut to its C largest. A
+second kernel cuts each list to the candidates and writes them in the order of their classes.
+
+Shapes: F (N, d) and P (K, d) float16 or bfloat16, c (K,) float32; values, classes (N, C). Cost:
+2 N K d operations; N K d (1 / M + 1 / N) entries read from the cache for tiles of M x N. Method:
+Zanella et al., NeurIPS 2024, equation 5.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
+from transclip_fast.kernels.select import keep, marked, ordered, threshold_of
 
-CHUNK_BYTES = 24 << 20  # of products: half of an H200's L2 cache
-BLOCK = 2048
-
-
-@dataclass(frozen=True)
-class Constant:
-    """
-    What is added to the products of all rows.
-
-    Parameters
-    ----------
-    scale : Tensor () float32, optional
-        What the products are multiplied by.
-    offset : Tensor (K,) float32, optional
-        c.
-    log_prior : Tensor (N, K) float32, optional
-        log y_hat, times `prior_weight`.
-    messages : Tensor (N + 1,) int64, (E,) int64, (E,) float32, optional
-        Offsets of each row's entries, their classes and weights.
-    """
-
-    scale: torch.Tensor | None = None
-    offset: torch.Tensor | None = None
-    log_prior: torch.Tensor | None = None
-    prior_weight: float = 1.0
-    messages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+MOST = 32  # candidates; with more, partial maxima are no bar
+CHUNK_ROWS = 1 << 16  # whose lists there is room for: 134 MB, of which little is touched
+ROOM = 256  # entries of a list
+GROUPS = 32  # columns of a tile that are looked at together, in pairs
+# Rows and classes of a tile, dimensions of a step, warps, stages of the pipeline: the largest tiles
+# that spill nothing. AMD's 64 KB hold one stage.
+LAUNCHES = {
+    "sm_90": (128, 128, 64, 8, 3),
+    "cuda": (64, 64, 64, 8, 3),
+    "hip": (64, 64, 32, 8, 1),
+}
+FINISH_BLOCK, FINISH_WARPS = 64, 1
+HALVINGS = tl.constexpr(4)
+SLACK = tl.constexpr(1e-3)  # nats: far more than a sum of exponentials is rounded by
 
 
 @triton.jit
-def ordered(x):
-    """Integers that are ordered as the float32 x."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+def raised(best, others, bar, bound, largest, width):
+    """A bar (M,) that `width` partial maxima, `best` and `others` (M, G), reach, from `bar` up."""
+    low, high = tl.maximum(bar, bound), largest
+    for _ in range(HALVINGS):
+        middle = 0.5 * (low + high)
+        reach = (best >= middle[:, None]).to(tl.int32) + (others >= middle[:, None]).to(tl.int32)
+        enough = tl.sum(reach, 1) >= width
+        bar = tl.where(enough, middle, bar)
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    return bar
 
 
 @triton.jit
-def complete(
-    products, row, k, n_classes, scale, offset, log_prior, prior_weight, starts, classes, weights,
-    SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
-):  # fmt: skip
-    """x of a row at the classes k (B,), -inf beyond K; `products` is the row's."""
-    mask = k < n_classes
-    x = tl.load(products + k, mask, other=float("-inf"))
-    if SCALE:
-        x *= tl.load(scale)
-    if OFFSET:
-        x += tl.load(offset + k, mask, other=0.0)
-    if PRIOR:
-        x += prior_weight * tl.load(log_prior + row * n_classes + k, mask, other=0.0)
-    if MESSAGES:
-        for entry in range(tl.load(starts + row), tl.load(starts + row + 1)):
-            x += tl.where(k == tl.load(classes + entry), tl.load(weights + entry), 0.0)
-    return x
-
-
-@triton.jit
-def count(x, products, n_classes, threshold):
-    """Entries of a row whose integer is >= threshold: its first block x, the rest in memory."""
-    B: tl.constexpr = x.shape[0]
-    found = tl.sum(((ordered(x) >= threshold) & (x > float("-inf"))).to(tl.int32), 0)
-    for start in range(B, n_classes, B):
-        k = start + tl.arange(0, B)
-        y = tl.load(products + k, k < n_classes, other=float("-inf"))
-        found += tl.sum(((ordered(y) >= threshold) & (y > float("-inf"))).to(tl.int32), 0)
-    return found
-
-
-@triton.jit
-def threshold_of(x, products, n_classes, low, high, width):
-    """
-    low and high: all entries >= high are kept, at most `width`, and of those >= low the first.
-
-    More than `width` entries are >= low, unless the two are equal.
-    """
-    taken = count(x, products, n_classes, low)
-    high = tl.where(taken <= width, low, high)
-    taken = tl.where(taken <= width, taken, 0)
-    while (high - low > 1) & (taken < width):
-        middle = low + (high - low) // 2
-        found = count(x, products, n_classes, middle)
-        many = found > width
-        low, high = tl.where(many, middle, low), tl.where(many, high, middle)
-        taken = tl.where(many, taken, found)
-    return low, high, taken
-
-
-@triton.jit
-def enter(x, k, total, low, high, spare, kept, tail, values, classes):
-    """Append a block's candidates to the row's list, after the `kept` it has."""
-    usable = x > float("-inf")
-    equal = ((ordered(x) >= low) & (ordered(x) < high) & usable).to(tl.int32)
-    fits = (equal > 0) & (tl.cumsum(equal, 0) <= spare)
-    mine = ((ordered(x) >= high) & usable) | fits
-    place = kept + tl.cumsum(mine.to(tl.int32), 0) - 1
-    tl.store(values + place, x - total, mine)
+def cut(entries, classes, length, width, pivot, B: tl.constexpr):
+    """Cut a list in memory to its `width` largest; the least of them, and the others' mass."""
+    place = tl.arange(0, B)
+    x = tl.load(entries + place, place < length, other=float("-inf"))
+    k = tl.load(classes + place, place < length, other=0)
+    low = ordered(tl.min(tl.where(place < length, x, float("inf")), 0))
+    high = ordered(tl.max(x, 0)) + 1
+    low, high, taken = threshold_of(x, entries, length, low, high, width)
+    mine = marked(x, low, high, width - taken)
+    tl.debug_barrier()  # all is read before any of it is written over
+    place = tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(entries + place, x, mine)
     tl.store(classes + place, k, mine)
-    spare -= tl.sum(fits.to(tl.int32), 0)
-    kept += tl.sum(mine.to(tl.int32), 0)
-    return spare, kept, tail + tl.sum(tl.where(mine, 0.0, tl.exp(x - total)), 0)
+    least = tl.min(tl.where(mine, x, float("inf")), 0)
+    return least, tl.sum(tl.where(mine, 0.0, tl.exp(x - pivot)), 0)
 
 
 @triton.jit
-def select_kernel(
-    products, scale, offset, log_prior, prior_weight, starts, heard_classes, heard_weights,
-    nodes, least, values, classes, tail, normaliser, first, n_classes, width,
-    SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
-    NODES: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """One row of a chunk of products, whose rows are `first` and on of F."""
-    local = tl.program_id(0).to(tl.int64)
-    row, products = first + local, products + local * n_classes
-    k = tl.arange(0, B)
-    x = complete(
-        products, row, k, n_classes, scale, offset, log_prior, prior_weight,
-        starts, heard_classes, heard_weights, SCALE, OFFSET, PRIOR, MESSAGES,
-    )  # fmt: skip
-    largest = tl.max(x, 0)
-    pivot = tl.where(largest > float("-inf"), largest, 0.0)
-    mass = tl.sum(tl.exp(x - pivot), 0)
-    for start in range(B, n_classes, B):
-        y = complete(
-            products, row, start + k, n_classes, scale, offset, log_prior, prior_weight,
-            starts, heard_classes, heard_weights, SCALE, OFFSET, PRIOR, MESSAGES,
-        )  # fmt: skip
-        tl.store(products + start + k, y, start + k < n_classes)
-        largest = tl.maximum(largest, tl.max(y, 0))
-        shift = tl.where(largest > float("-inf"), largest, 0.0)
-        mass = mass * tl.exp(pivot - shift) + tl.sum(tl.exp(y - shift), 0)
-        pivot = shift
+def cut_all(entries, classes, width, largest, bar, rest, length, B: tl.constexpr):
+    """Cut the lists (M, B) of more than `width` entries."""
+    M: tl.constexpr = length.shape[0]
+    m = tl.arange(0, M)
     tl.debug_barrier()  # a thread may read back what another wrote
-    total = pivot + tl.log(mass)
-    tl.store(normaliser + row, total)
-
-    node = row
-    if NODES:
-        node = tl.load(nodes + row)
-    low = ordered(tl.minimum(tl.load(least + node) + total, largest))
-    low, high, taken = threshold_of(x, products, n_classes, low, ordered(largest) + 1, width)
-    values, classes = values + node * width, classes + node * width
-    spare, kept, left = enter(x, k, total, low, high, width - taken, 0, 0.0, values, classes)
-    for start in range(B, n_classes, B):
-        y = tl.load(products + start + k, start + k < n_classes, other=float("-inf"))
-        spare, kept, left = enter(
-            y, start + k, total, low, high, spare, kept, left, values, classes
-        )
-    for start in range(0, width, B):
-        c = start + k
-        tl.store(values + c, float("-inf"), (c >= kept) & (c < width))
-        tl.store(classes + c, 0, (c >= kept) & (c < width))
-    tl.store(tail + node, left)
+    for i in range(M):
+        size = tl.sum(tl.where(m == i, length, 0), 0)
+        if size > width:
+            pivot = tl.max(tl.where(m == i, largest, float("-inf")), 0)
+            least, lost = cut(entries + i * B, classes + i * B, size, width, pivot, B)
+            bar = tl.where(m == i, tl.maximum(bar, least), bar)
+            rest += tl.where(m == i, lost, 0.0)
+            length = tl.where(m == i, width, length)
+    tl.debug_barrier()
+    return bar, rest, length
 
 
-LAUNCHES = {256: 1, 512: 2, 1024: 8, 2048: 16}  # classes of a block: warps
+@triton.jit
+def take(
+    x, start, entries, classes, lowest, width,
+    largest, mass, rest, bar, length, best, others, B: tl.constexpr,
+):  # fmt: skip
+    """Scores (M, G) of the classes `start` and on: what of them may be a candidate is listed."""
+    M: tl.constexpr = x.shape[0]
+    G: tl.constexpr = x.shape[1]
+    before, largest = largest, tl.maximum(largest, tl.max(x, 1))
+    total = tl.maximum(before + tl.log(mass), largest)  # no more than the sum's logarithm
+    bound = tl.minimum(lowest + total - SLACK, largest)
+    best = tl.maximum(best, x)
+    old, bar = bar, raised(best, others, bar, bound, largest, width)
+    passes = (x >= tl.maximum(bar, bound)[:, None]) & (x > old[:, None])
+    shrink, terms = tl.exp(before - largest), tl.exp(x - largest[:, None])
+    mass = mass * shrink + tl.sum(terms, 1)
+    rest = rest * shrink + tl.sum(tl.where(passes, 0.0, terms), 1)
+    ones = passes.to(tl.float16)
+    found = tl.sum(ones.to(tl.float32), 1).to(tl.int32)
+    if tl.max(passes.to(tl.int32)) > 0:
+        g = tl.arange(0, G)
+        # Places by a product with a triangle of ones: a scan would leave the tile's layout.
+        rank = tl.dot(ones, (g[:, None] <= g[None, :]).to(tl.float16)).to(tl.int32)
+        place = (tl.arange(0, M) * B + length - 1)[:, None] + rank
+        tl.store(entries + place, x, passes)
+        tl.store(classes + place, tl.broadcast_to((start + g)[None, :], (M, G)), passes)
+    return largest, mass, rest, bar, length + found, best
 
 
-def launch_of(n_classes: int) -> tuple[int, int]:
-    """Classes of a block and its warps: 4 or 8 scores a thread, as registers allow."""
-    block = max(256, min(BLOCK, triton.next_power_of_2(n_classes)))
-    return block, LAUNCHES[block]
+@triton.jit
+def columns(x, part: tl.constexpr, PARTS: tl.constexpr):
+    """One of PARTS blocks of the columns: a column's register is known when this is compiled."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), (M, PARTS, N // PARTS))
+    own = tl.arange(0, PARTS)[None, :, None] == part
+    return tl.sum(tl.where(own, bits, 0), 1).to(tl.float32, bitcast=True)
 
 
-def weights_for(
-    dtype: torch.dtype, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    P in the type of the features, and the power of two () float32 to multiply the products by.
+@triton.jit
+def score_kernel(
+    features, weights, scale, offset, least, nodes, entries, classes, lengths, totals, rests,
+    first, stop, n_classes, d, width,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    B: tl.constexpr,
+):  # fmt: skip
+    """M of the rows `first` to `stop`: lists, log-sum-exps, and the mass of all not listed."""
+    local = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    inside = first + local < stop
+    row = tl.minimum(first + local, stop - 1)
+    i = tl.arange(0, D)
+    # Rows beyond the last copy it, and list nothing.
+    lowest = tl.where(inside, tl.load(least + tl.load(nodes + row)), float("inf"))  # (M,)
+    entries += tl.program_id(0).to(tl.int64) * M * B
+    classes += tl.program_id(0).to(tl.int64) * M * B
+    factor = tl.load(scale)
+    largest = tl.full((M,), float("-inf"), tl.float32)
+    bar = tl.where(inside, float("-inf"), float("inf"))
+    even = tl.full((M, G), float("-inf"), tl.float32)
+    odd = even
+    rest = tl.zeros((M,), tl.float32)
+    mass = rest + 1.0  # of nothing: shrunk to 0 by the first scores
+    length = tl.zeros((M,), tl.int32)
+    for start in range(0, n_classes, N):
+        if tl.max(length, 0) > B - N:
+            bar, rest, length = cut_all(entries, classes, width, largest, bar, rest, length, B)
+        k = start + tl.arange(0, N)
+        start_of_class = tl.minimum(k, n_classes - 1).to(tl.int64) * d
+        x = tl.zeros((M, N), tl.float32)
+        for step in range(0, d, D):
+            within = step + i < d
+            a = tl.load(
+                features + (row * d)[:, None] + (step + i)[None, :], within[None, :], other=0.0
+            )
+            b = tl.load(
+                weights + start_of_class[None, :] + (step + i)[:, None],
+                within[:, None],
+                other=0.0,
+            )
+            x = tl.dot(a, b, x, input_precision="ieee")
+        x = x * factor + tl.load(offset + k, k < n_classes, other=0.0)[None, :]
+        x = tl.where((k < n_classes)[None, :], x, float("-inf"))
+        for part in tl.static_range(0, N // G, 2):
+            largest, mass, rest, bar, length, even = take(
+                columns(x, part, N // G), start + part * G, entries, classes, lowest, width,
+                largest, mass, rest, bar, length, even, odd, B,
+            )  # fmt: skip
+            largest, mass, rest, bar, length, odd = take(
+                columns(x, part + 1, N // G), start + part * G + G, entries, classes, lowest, width,
+                largest, mass, rest, bar, length, odd, even, B,
+            )  # fmt: skip
+    tl.store(lengths + local, length, inside)
+    tl.store(totals + local, largest + tl.log(mass), inside)
+    tl.store(rests + local, rest / mass, inside)
 
-    float16 has no room for P where a variance is small: all of P is brought to at most 2^15.
-    """
-    if dtype == weights.dtype:
-        return weights, None
-    exponent = torch.frexp(weights.abs().max()).exponent - 15
-    scaled = torch.ldexp(weights, -exponent).to(dtype)
-    return scaled, torch.ldexp(torch.ones_like(weights[0, 0]), exponent)
+
+@triton.jit
+def finish_kernel(
+    entries, ids, lengths, totals, rests, least, nodes, values, classes, tail,
+    first, width, ROOM: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The candidates of one row, from its list."""
+    local = tl.program_id(0).to(tl.int64)
+    node = tl.load(nodes + first + local)
+    entries, ids = entries + local * ROOM, ids + local * ROOM
+    length, place = tl.load(lengths + local), tl.arange(0, B)
+    x = tl.load(entries + place, place < length, other=float("-inf"))
+    k = tl.load(ids + place, place < length, other=0)
+    largest = tl.max(x, 0)
+    for start in range(B, length, B):
+        y = tl.load(entries + start + place, start + place < length, other=float("-inf"))
+        largest = tl.maximum(largest, tl.max(y, 0))
+    keep(
+        x, k, entries, ids, length, tl.load(totals + local), largest, tl.load(least + node),
+        tl.load(rests + local), width, values + node * width, classes + node * width, tail + node,
+        LISTED=True,
+    )  # fmt: skip
 
 
-def product(features: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """F P^T (n, K) with float32 sums, into the first rows of `out`."""
-    out = out[: len(features)]
-    if features.dtype == torch.float32:
-        return torch.mm(features, weights.T, out=out)
-    if features.is_cuda:
-        return torch.mm(features, weights.T, out_dtype=torch.float32, out=out)
-    return torch.mm(features.float(), weights.float().T, out=out)
+def launch_of(device: torch.device) -> tuple[int, int, int, int, int]:
+    """The launch on a device, as in LAUNCHES."""
+    if torch.version.hip:
+        return LAUNCHES["hip"]
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return LAUNCHES["sm_90" if hopper else "cuda"]
 
 
-def chunk_of(n_classes: int, n_rows: int) -> int:
-    """Rows of a chunk of products."""
-    return min(n_rows, max(256, CHUNK_BYTES // (4 * n_classes)))
-
-
-def select(
-    products: torch.Tensor,
-    constant: Constant,
-    first: int,
+def score(
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
     least: torch.Tensor,
+    nodes: torch.Tensor,
     *,
     values: torch.Tensor,
     classes: torch.Tensor,
     tail: torch.Tensor,
-    normaliser: torch.Tensor,
-    nodes: torch.Tensor | None = None,
 ) -> None:
     """
-    Enter the candidates of a chunk of rows, `first` and on; products are overwritten.
+    Enter the candidates of all rows.
 
     Parameters
     ----------
-    products : Tensor (n, K) float32
+    features, weights : Tensor (N, d), (K, d) float16
+    scale : Tensor () float32
+        What the products are multiplied by.
+    offset : Tensor (K,) float32
     least : Tensor (N,) float32
         A class is a candidate if b is at least this, or its row's largest.
-    values, classes : Tensor (N, C) float32, int32
-    tail, normaliser : Tensor (N,) float32
-        Receive the mass of the other classes, and log sum_k e^(x_k) in the order of the features.
-    nodes : Tensor (N,) int64, optional
+    nodes : Tensor (N,) int64
         Row of `least`, `values`, `classes` and `tail` of each row of the features.
+    values, classes : Tensor (N, C) float32, int32
+        C at most MOST.
+    tail : Tensor (N,) float32
+        Receives the mass of the other classes.
     """
-    n, n_classes = products.shape
-    if not products.is_contiguous() or values.shape != classes.shape:
-        raise ValueError("products must be contiguous, values and classes of one shape")
-    nothing = normaliser
-    starts, heard_classes, heard_weights = constant.messages or (nothing, nothing, nothing)
-    block, warps = launch_of(n_classes)
-    select_kernel[(n,)](
-        products,
-        nothing if constant.scale is None else constant.scale,
-        nothing if constant.offset is None else constant.offset,
-        nothing if constant.log_prior is None else constant.log_prior,
-        constant.prior_weight, starts, heard_classes, heard_weights,
-        nothing if nodes is None else nodes,
-        least, values, classes, tail, normaliser, first, n_classes, values.shape[1],
-        SCALE=constant.scale is not None, OFFSET=constant.offset is not None,
-        PRIOR=constant.log_prior is not None, MESSAGES=constant.messages is not None,
-        NODES=nodes is not None, B=block, num_warps=warps,
-    )  # fmt: skip
+    (n_rows, d), (n_classes, width) = features.shape, (len(weights), values.shape[1])
+    if not features.is_contiguous() or not weights.is_contiguous() or width > MOST:
+        raise ValueError(f"features and weights must be contiguous, candidates at most {MOST}")
+    chunk = min(n_rows, CHUNK_ROWS)
+    entries, ids = tail.new_empty(chunk, ROOM), classes.new_empty(chunk, ROOM)
+    lengths, totals, rests = classes.new_empty(chunk), tail.new_empty(chunk), tail.new_empty(chunk)
+    size, block, depth, warps, stages = launch_of(features.device)
+    for first in range(0, n_rows, chunk):
+        stop = min(first + chunk, n_rows)
+        score_kernel[(triton.cdiv(stop - first, size),)](
+            features, weights, scale, offset, least, nodes, entries, ids, lengths, totals, rests,
+            first, stop, n_classes, d, width,
+            M=size, N=block, D=depth, G=GROUPS, B=ROOM,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        finish_kernel[(stop - first,)](
+            entries, ids, lengths, totals, rests, least, nodes, values, classes, tail,
+            first, width, ROOM=ROOM, B=FINISH_BLOCK, num_warps=FINISH_WARPS,
+        )  # fmt: skip

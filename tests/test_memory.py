@@ -6,7 +6,7 @@ import torch
 
 from transclip_fast import InputError, TransCLIP, memory
 from transclip_fast.given import size_of
-from transclip_fast.memory import Layout, Size, choose_layout, parse_memory, show_bytes
+from transclip_fast.memory import Layout, Size, choose_layout, parse_memory, show_bytes, sweep_bytes
 from transclip_fast.parameters import Parameters
 
 CPU = torch.device("cpu")
@@ -74,6 +74,29 @@ def test_what_does_not_fit():
 )
 def test_auto_is_dense_where_that_is_small(size, dense):
     assert (choose_layout(size, CPU, form="auto").candidates is None) == dense
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_classes", "memory", "dense"),
+    [
+        (2000, 1000, 8, True),  # small
+        (1_000_000, 64, 8, True),  # 2 (4 K) + 6 (4 K) bytes, lists of 32 entries have as many
+        (1_000_000, 65, 8, False),
+        (1_000_000, 64, 1, False),  # more than half of the memory
+        (20_000, 1000, 80, False),
+    ],
+)
+def test_auto_on_a_gpu_counts_bytes(n_rows, n_classes, memory, dense):
+    size = Size(n_rows, n_classes, 64)
+    found = choose_layout(size, torch.device("cuda"), form="auto", memory=memory << 30)
+    assert (found.candidates is None) == dense
+
+
+def test_bytes_of_a_sweep():
+    size = Size(10, 100, 64, n_neighbors=3)
+    assert sweep_bytes(size, None) == 400 + 400 + 6 * (12 + 400)
+    assert sweep_bytes(size, 32) == 256 + 256 + 6 * (12 + 256)
+    assert sweep_bytes(size, 200) == sweep_bytes(size, 100)
 
 
 @pytest.mark.parametrize("limit", [2500, 3000, 4000, 6000, 20000])

@@ -49,7 +49,7 @@ class TransCLIP(Parameters):
         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
         Keep z whole, or of each row only the largest entries: memory and time of a sweep then do
-        not grow with K. "auto" is dense for small problems, and on a GPU while they fit.
+        not grow with K. "auto" is dense for small problems, and on a GPU for few classes.
     candidates : int, optional
         Sparse only: classes of a row that messages can reach. Where it is not given, what a
         sample of the prior needs and memory allows.

@@ -159,6 +159,28 @@ class Layout:
         }
 
 
+def sweep_bytes(size: Size, candidates: int | None) -> int:
+    """
+    Bytes a row that a sweep moves at most: scores, result, edges, and what each neighbour holds.
+
+    Whole rows are float32, entries of lists have an int32 beside it; both ends of an edge hear.
+    """
+    entries = 4 * size.n_classes if candidates is None else 8 * min(candidates, size.n_classes)
+    return 2 * entries + 2 * size.n_neighbors * (12 + entries)
+
+
+def dense_pays(size: Size, device: torch.device, room: int) -> bool:
+    """
+    Whether whole rows are better than lists: for small problems; on a GPU, where bytes are the
+    time of a sweep, also where they are fewer even than those of the shortest full lists, and fit
+    half of `room`.
+    """
+    whole = 12 * size.n_rows * size.n_classes
+    if whole <= DENSE_BYTES or device.type == "cpu":
+        return whole <= DENSE_BYTES
+    return sweep_bytes(size, None) <= sweep_bytes(size, FEWEST) and whole <= room // 2
+
+
 def choose_layout(
     size: Size,
     device: torch.device,
@@ -173,7 +195,7 @@ def choose_layout(
     Parameters
     ----------
     form : {"auto", "dense", "sparse"}
-        "auto" is dense for small problems, and on a GPU while they fit half of it.
+        "auto" is dense where `dense_pays`.
     candidates : int, optional
         C, where it is given.
     memory : int, optional
@@ -187,8 +209,7 @@ def choose_layout(
     used, limit = size.used(device), limit_of(device, memory)
     room = limit - used
     if form == "auto" and candidates is None:
-        most = DENSE_BYTES if device.type == "cpu" else room // 2
-        form = "dense" if 12 * size.n_rows * size.n_classes <= most else "sparse"
+        form = "dense" if dense_pays(size, device, room) else "sparse"
     layout = Layout(None, held=False)
     if form == "sparse":
         fixed = sum(Layout(0, held=False).bytes(size, device).values())

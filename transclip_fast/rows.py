@@ -70,6 +70,11 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def held(self) -> bool:
+        """Whether they are a tensor on the device."""
+        return self._held is not None
+
     def __getitem__(self, ids: torch.Tensor | slice) -> torch.Tensor:
         if isinstance(ids, torch.Tensor):
             if self._held is not None:

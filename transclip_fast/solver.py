@@ -118,10 +118,9 @@ def solve(
         labels = None if progress is None else run.z.best()[0]
         if progress is not None and history:
             progress(Step(len(history), history[-1] / len(features), 0))
+        step = ops.captured(run.step, run.renewed, features)
         while not _finished(history, parameters, len(features)):
-            run.update_assignments()
-            run.update_means()
-            run.update_variance()
+            step()
             history.append(run.objective())
             checkpoint.keep(partial(run.state, history))
             if progress is not None:
@@ -195,6 +194,17 @@ class _Run:
         # the queries' mass is 1.
         self.moments: Moments
         self.pooled: Moments
+
+    def step(self) -> None:
+        """One outer step: z, mu, sigma^2."""
+        self.update_assignments()
+        self.update_means()
+        self.update_variance()
+
+    def renewed(self) -> list[torch.Tensor]:
+        """What a step takes from the one before."""
+        classes = [] if self.z.classes is None else [self.z.classes]
+        return [self.z.values, *classes, self.mixture.means, self.mixture.variances]
 
     def update_assignments(self) -> None:
         """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), several sweeps."""

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_suite
+from bench import gpu_lines, gpu_suite
 from bench.gpu_eva import EvaTower
+from bench.gpu_lines import Ceilings, Line, Suite
 from bench.gpu_problems import (
     lists,
     made_graph,
     made_problem,
+    score_error,
     score_operands,
     sweep_bytes,
     sweep_error,
 )
-from bench.gpu_timing import Stopwatch, stopwatch
-from transclip_fast import solver
+from bench.gpu_timing import Gpu, bits_differ, setting
 from transclip_fast.graph import affinity
 from transclip_fast.ops import torch as ops
 
@@ -54,43 +55,91 @@ def test_sweeps_are_counted_and_checked(candidates):
     assert sweep_bytes(graph, z) <= lists_and_edges + 8 * candidates * len(graph.columns)
 
 
+def test_scores_are_checked():
+    features, weights, offset, out = score_operands(300, 40, 64, "cpu", 0, width=8)
+    ops.score(features.float(), weights.float(), offset, out=out)
+    assert score_error(features, weights, offset, out, rows=100) < 1e-5
+    kept = out.values.clone()
+    out.values[9, 0] += 0.1
+    assert score_error(features, weights, offset, out, rows=100) > 1e-3
+    out.values.copy_(kept)[9, 0] = -torch.inf  # a candidate that is missing
+    assert score_error(features, weights, offset, out, rows=100) > 1e-3
+
+
 def test_rates_and_shares():
-    ceilings = gpu_suite.Ceilings(bandwidth=4000.0, gemm=800.0)
+    ceilings = Ceilings(bandwidth=4000.0, gemm=800.0)
     assert ceilings.rate(4e9, "GB/s", 2.0) == (2000.0, 0.5)
     assert ceilings.rate(4e12, "TFLOP/s", 10.0) == (400.0, 0.5)
 
 
-def test_the_stopwatch_gives_the_solver_back(monkeypatch):
-    before = solver.operations
-    with stopwatch(ops) as watch:
-        assert solver.operations("any") is watch
-        assert isinstance(watch, Stopwatch)
-    assert solver.operations is before
+@pytest.mark.parametrize(
+    ("error", "wrong"), [(None, False), (0.1, False), (0.3, True), (float("nan"), True)]
+)
+def test_what_is_wrong(error, wrong):
+    assert Line("score", "kernel", 1.0, error=error, allowed=0.2).wrong == wrong
 
 
-def test_lines_and_table(tmp_path, monkeypatch, capsys):
-    ceilings = gpu_suite.Ceilings(4000.0, 800.0)
-    monkeypatch.setattr(gpu_suite, "measure_ceilings", lambda: ceilings)
-    monkeypatch.setattr(gpu_suite, "milliseconds", lambda run: float(run(0)))
-    suite = gpu_suite.Suite(tmp_path)
-    suite.arms("sweep", {"kernel": lambda i: 1.0, "rival": lambda i: 2.0}, 2e9, "GB/s", 1e-7, n=5)
+def test_settings_are_taken_back():
+    before, during = gpu_lines.LIMIT, []
+
+    def broken():
+        with setting(gpu_lines, "LIMIT", 5):
+            during.append(gpu_lines.LIMIT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    assert (during, gpu_lines.LIMIT) == ([5], before)
+
+
+def test_bits_that_differ():
+    x = torch.arange(6.0)
+    assert bits_differ([x, x], [x, x.clone()]) == 0
+    assert bits_differ([x, x], [x, x + (x > 3)]) == 2
+
+
+class Instant(Gpu):
+    """Takes as many milliseconds as a run returns."""
+
+    def milliseconds(self, run, repeats=12):
+        return float(run(0))
+
+
+def test_lines_and_table(tmp_path, capsys):
+    suite = Suite(tmp_path, Instant(), Ceilings(4000.0, 800.0))
+    arms = {"kernel": lambda i: 1.0, "rival": lambda i: 2.0}
+    suite.arms("sweep", arms, 2e9, "GB/s", {"kernel": 1e-7}, 1e-6, n=5)
     rows = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["torch", "cuBLAS", "kernel", "rival"]
     assert rows[2]["share"] == 0.5
     assert rows[2]["error"] == 1e-7
     assert rows[3]["error"] is None
     assert {"commit", "gpu", "torch", "triton"} <= set(rows[0]["machine"])
-    assert "2000 GB/s" in gpu_suite.table(suite.lines)
+    assert "2000 GB/s" in gpu_lines.table(suite.lines)
+    assert suite.code == 0
 
     def full():
         raise torch.OutOfMemoryError("no room\nat all")
 
+    def broken():
+        raise RuntimeError("a bug")
+
     assert suite.attempt("a large one", full) is None
-    suite.begun -= 2 * gpu_suite.LIMIT
+    assert suite.code == 0
+    assert suite.attempt("a broken one", broken) is None
+    assert suite.code == 1
+    suite.begun -= 2 * gpu_lines.LIMIT
     assert suite.attempt("a late one", full) is None
-    said = capsys.readouterr().out
-    assert "SKIPPED a large one: no room\n" in said
-    assert "SKIPPED a late one" in said
+    said = capsys.readouterr()
+    assert "SKIPPED a large one: no room\n" in said.out
+    assert "SKIPPED a late one" in said.out
+    assert "FAILED a broken one" in said.out
+    assert "a bug" in said.err
+    suite.failed = False
+    suite.check("bits", 3.0, 0.0)
+    assert suite.code == 1
+    assert "WRONG bits" in capsys.readouterr().out
+    assert gpu_lines.table(suite.lines).endswith("WRONG")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

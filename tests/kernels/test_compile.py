@@ -15,6 +15,7 @@ from transclip_fast.kernels import (
     messages,
     neighbors,
     score,
+    select,
     sweep,
 )
 
@@ -57,8 +58,8 @@ def segments(slots):
     )  # fmt: skip
 
 
-def select(n_classes, given):
-    block, warps = score.launch_of(n_classes)
+def selection(n_classes, given):
+    block, warps = select.launch_of(n_classes)
     arguments = {
         "products": F32, "scale": F32, "offset": F32, "log_prior": F32, "prior_weight": "fp32",
         "starts": I64, "heard_classes": I64, "heard_weights": F32, "nodes": I64, "least": F32,
@@ -73,7 +74,7 @@ def select(n_classes, given):
         "NODES": True,
         "B": block,
     }
-    return score.select_kernel, arguments, constants, {"num_warps": warps}
+    return select.select_kernel, arguments, constants, {"num_warps": warps}
 
 
 def pieces(features):
@@ -111,8 +112,30 @@ def most_confident():
     return confident.confident_kernel, arguments, constants, {"num_warps": confident.WARPS}
 
 
-def nearest(backend):
-    depth, warps, stages = neighbors.LAUNCHES[backend]
+def fused(target):
+    arguments = {
+        "features": F16, "weights": F16, "scale": F32, "offset": F32, "least": F32, "nodes": I64,
+        "entries": F32, "classes": I32, "lengths": I32, "totals": F32, "rests": F32,
+        "first": EVEN, "stop": SIZE, "n_classes": SIZE, "d": EVEN, "width": EVEN,
+    }  # fmt: skip
+    backend = TARGETS[target].backend
+    rows, block, depth, warps, stages = score.LAUNCHES.get(target) or score.LAUNCHES[backend]
+    constants = {"M": rows, "N": block, "D": depth, "G": score.GROUPS, "B": score.ROOM}
+    return score.score_kernel, arguments, constants, {"num_warps": warps, "num_stages": stages}
+
+
+def finish():
+    arguments = {
+        "entries": F32, "ids": I32, "lengths": I32, "totals": F32, "rests": F32, "least": F32,
+        "nodes": I64, "values": F32, "classes": I32, "tail": F32, "first": EVEN, "width": EVEN,
+    }  # fmt: skip
+    options = {"num_warps": score.FINISH_WARPS}
+    constants = {"ROOM": score.ROOM, "B": score.FINISH_BLOCK}
+    return score.finish_kernel, arguments, constants, options
+
+
+def nearest(target):
+    depth, warps, stages = neighbors.LAUNCHES[TARGETS[target].backend]
     arguments = {
         "features": F16, "ids": I64, "similarities": F32, "first": SIZE, "stop": SIZE,
         "n_rows": SIZE, "d": EVEN,
@@ -134,8 +157,9 @@ CASES = {
     "sweep, full": full(sweep.sweep_full_kernel, 1000, scores=F32, segments=I64, out=F32),
     "segments, full": full(messages.segment_full_kernel, 1000, first=I64, last=I64),
     "energies, full": full(energies.energy_full_kernel, 1000, segments=I64, terms=F32),
-    **{f"select, {k} classes": select(k, False) for k in (200, 500, 1000, 2000, 21000)},
-    "select, 1000 classes, given prior and messages": select(1000, True),
+    **{f"select, {k} classes": selection(k, False) for k in (200, 500, 1000, 2000, 21000)},
+    "select, 1000 classes, given prior and messages": selection(1000, True),
+    "score, lists to candidates": finish(),
     "most confident": most_confident(),
     "class sums, float32": pieces(F32),
     "class sums, float16": pieces(F16),
@@ -144,12 +168,15 @@ CASES = {
     "class sums, full, float16": full_sums(F16),
 }  # fmt: skip
 
+# On matrix units, each target with its own configuration.
+PRODUCTS = {"neighbours": nearest, "score": fused}
+
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [*CASES, "neighbours"])
+@pytest.mark.parametrize("case", [*CASES, *PRODUCTS])
 def test_resources(case, target, record_property):
-    if case == "neighbours":
-        kernel, arguments, constants, options = nearest(TARGETS[target].backend)
+    if case in PRODUCTS:
+        kernel, arguments, constants, options = PRODUCTS[case](target)
     else:
         kernel, arguments, constants, options = CASES[case]
     arguments = {name: arguments[name] for name in kernel.arg_names if name in arguments}
@@ -160,5 +187,5 @@ def test_resources(case, target, record_property):
     record_property("shared", found.shared)
     assert found.spilled == 0
     assert found.shared <= SHARED_LIMIT[target]
-    if case == "neighbours" and target == "sm_90":
+    if case in PRODUCTS and target == "sm_90":
         assert "wgmma" in found.assembly

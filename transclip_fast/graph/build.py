@@ -11,6 +11,7 @@ import torch
 from transclip_fast.checkpoint import Checkpoint, Count, NoCheckpoint
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
+from transclip_fast.graph import certified
 from transclip_fast.graph.anchored import anchored_centres
 from transclip_fast.graph.best import DECIDE_ROWS, SPARE, BestLists, decide, products
 from transclip_fast.graph.exact import search_exact
@@ -92,7 +93,9 @@ def build_graph(
     progress, checkpoint = progress or _ignore, checkpoint or NoCheckpoint()
     info: dict[str, Any] = {"method": method, "recall": 1.0}
     with exact_float32(), quiet():
-        if method == "exact":
+        if method == "exact" and certified.usable(rows, best.size):
+            certified.search_certified(rows, best, n_neighbors, progress, checkpoint)
+        elif method == "exact":
             search_exact(rows, best, progress, checkpoint)
         else:
             sample = Sample.draw(rows, n_neighbors)

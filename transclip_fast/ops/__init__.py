@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -34,6 +35,26 @@ class Operations(Protocol):
 
     def session(self) -> AbstractContextManager[None]:
         """What a run takes place in; on a CPU torch computes on the calling thread alone in it."""
+
+    def captured(
+        self,
+        step: Callable[[], None],
+        renewed: Callable[[], Sequence[torch.Tensor]],
+        features: UnitRows,
+    ) -> Callable[[], None]:
+        """
+        A step to be taken again and again: as it is, or on a GPU, where that pays, recorded.
+
+        Parameters
+        ----------
+        step : callable
+            Reads nothing back to the host.
+        renewed : callable
+            The tensors that the next step takes from this one; after each call they, and all else
+            that the step keeps, are up to date.
+        features : Tensor or Rows (N, d)
+            What it reads.
+        """
 
     def start(
         self,

@@ -24,6 +24,7 @@ from transclip_fast.ops.messages import Messages
 from transclip_fast.ops.torch import (
     START_ROWS,
     blocks,
+    captured,
     expectation,
     gemm_rows,
     read_rows,
@@ -33,6 +34,7 @@ from transclip_fast.rows import UnitRows
 from transclip_fast.threads import CPU, each, n_threads
 
 __all__ = [
+    "captured",
     "class_sums",
     "energies",
     "expectation",

@@ -8,7 +8,7 @@ works alone. `Operations` documents what each does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -35,6 +35,15 @@ MOST_HEARD = 64.0  # e^64 moves everything
 def session() -> AbstractContextManager[None]:
     """See `Operations.session`."""
     return quiet()
+
+
+def captured(
+    step: Callable[[], None],
+    renewed: Callable[[], Sequence[torch.Tensor]],
+    features: UnitRows,
+) -> Callable[[], None]:
+    """See `Operations.captured`."""
+    return step
 
 
 def blocks(stop: int, size: int, start: int = 0) -> Iterator[slice]:

@@ -8,6 +8,7 @@ runs give the same bits. `Operations` documents what each does.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from weakref import WeakKeyDictionary
 
@@ -19,9 +20,11 @@ from transclip_fast.kernels import class_sums as sums_kernels
 from transclip_fast.kernels import confident as start_kernels
 from transclip_fast.kernels import energies as energy_kernels
 from transclip_fast.kernels import score as score_kernels
+from transclip_fast.kernels import select as select_kernels
 from transclip_fast.kernels import sweep as sweep_kernels
 from transclip_fast.kernels.messages import Segments
-from transclip_fast.kernels.score import Constant
+from transclip_fast.kernels.select import Constant
+from transclip_fast.ops.capture import Captured
 from transclip_fast.ops.messages import Messages
 from transclip_fast.ops.torch import (
     blocks,
@@ -33,6 +36,7 @@ from transclip_fast.ops.torch import (
 from transclip_fast.rows import UnitRows
 
 __all__ = [
+    "captured",
     "class_sums",
     "energies",
     "expectation",
@@ -43,12 +47,25 @@ __all__ = [
     "sweep",
 ]
 
+CAPTURED_ROWS = 50_000  # up to which launches matter
 _segments: WeakKeyDictionary[Affinity, Segments] = WeakKeyDictionary()
 
 
 def session() -> AbstractContextManager[None]:
     """See `Operations.session`."""
     return nullcontext()
+
+
+def captured(
+    step: Callable[[], None],
+    renewed: Callable[[], Sequence[torch.Tensor]],
+    features: UnitRows,
+) -> Callable[[], None]:
+    """See `Operations.captured`."""
+    held = isinstance(features, torch.Tensor) or features.held
+    if features.device.type != "cuda" or not held or len(features) > CAPTURED_ROWS:
+        return step
+    return Captured(step, renewed)
 
 
 def start(
@@ -64,23 +81,23 @@ def start(
     least, tail = torch.full_like(normaliser, out.floor).log_(), torch.empty_like(normaliser)
     best = start_kernels.nobody(n_classes, features.device)
     # A prior is read where it lies.
-    chunk = score_kernels.chunk_of(n_classes, n_rows)
+    chunk = select_kernels.chunk_of(n_classes, n_rows)
     buffer = normaliser.new_empty(chunk if log_prior is None else 0, n_classes)
     scale = None
     if weights is not None:
-        weights, scale = score_kernels.weights_for(features.dtype, weights)
+        weights, scale = select_kernels.weights_for(features.dtype, weights)
     for rows in blocks(n_rows, chunk):
         if log_prior is not None:
             products = log_prior[rows]
         elif weights is not None:
-            products = score_kernels.product(features[rows], weights, buffer)
+            products = select_kernels.product(features[rows], weights, buffer)
             if scale is not None:
                 products *= scale
         if out.classes is None:
             torch.logsumexp(products, 1, out=normaliser[rows])
             torch.sub(products, normaliser[rows, None], out=out.values[rows]).exp_()
         else:
-            score_kernels.select(
+            select_kernels.select(
                 products, Constant(), rows.start, least,
                 values=out.values, classes=out.classes, tail=tail, normaliser=normaliser,
             )  # fmt: skip
@@ -103,10 +120,10 @@ def score(
     nodes: torch.Tensor | None = None,
 ) -> Scores:
     """See `Operations.score`."""
-    weights, scale = score_kernels.weights_for(features.dtype, weights)
+    weights, scale = select_kernels.weights_for(features.dtype, weights)
     if out.classes is None:
         for part in blocks(len(features), read_rows(features.device)):
-            score_kernels.product(features[part], weights, out.values[part])
+            select_kernels.product(features[part], weights, out.values[part])
         if scale is not None:
             out.values.mul_(scale)
         out.values.add_(offset)
@@ -117,14 +134,24 @@ def score(
             rows = torch.repeat_interleave(messages.offsets.diff(), output_size=entries)
             out.values[rows, messages.classes] += messages.weights
         return out
+    if nodes is None:
+        nodes = torch.arange(len(features), device=features.device)
+    fused = log_prior is None and messages is None and out.values.shape[1] <= score_kernels.MOST
+    if fused and scale is not None:
+        for part in blocks(len(features), read_rows(features.device)):
+            score_kernels.score(
+                features[part], weights, scale, offset, out.least, nodes[part],
+                values=out.values, classes=out.classes, tail=out.tail,
+            )  # fmt: skip
+        return out
     heard = (messages.offsets, messages.classes, messages.weights) if messages else None
     constant = Constant(scale, offset, log_prior, prior_weight, heard)
     normaliser = torch.empty_like(out.tail)
-    chunk = score_kernels.chunk_of(out.n_classes, len(features))
+    chunk = select_kernels.chunk_of(out.n_classes, len(features))
     buffer = normaliser.new_empty(chunk, out.n_classes)
     for part in blocks(len(features), chunk):
-        products = score_kernels.product(features[part], weights, buffer)
-        score_kernels.select(
+        products = select_kernels.product(features[part], weights, buffer)
+        select_kernels.select(
             products, constant, part.start, out.least, nodes=nodes,
             values=out.values, classes=out.classes, tail=out.tail, normaliser=normaliser,
         )  # fmt: skip

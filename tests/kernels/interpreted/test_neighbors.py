@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transclip_fast.kernels import neighbors as kernels
 
 from tests.conftest import unit
+from transclip_fast.checkpoint import NoCheckpoint
+from transclip_fast.graph import build_graph, certified
+from transclip_fast.graph.best import BestLists
+from transclip_fast.rows import Rows
 
 
 def rows_of(seed, n, d, spread):
@@ -39,7 +45,9 @@ def test_fewer_rows_than_are_kept(n):
     assert (ids[:, : n - 1].sort(1).values.diff() > 0).all()
     assert (ids >= 0).sum().item() == n * (n - 1)
     assert (similarities == -torch.inf).sum().item() == n * (kernels.KEPT - n + 1)
-    assert kernels.certified(torch.zeros(n), similarities, torch.zeros(n), 8).all()
+    assert kernels.certified(
+        torch.zeros(n), similarities, torch.zeros(n), torch.tensor(0.0), 8
+    ).all()
 
 
 @pytest.mark.parametrize(("spread", "expected"), [(1.0, "all"), (0.1, "some"), (1e-4, "none")])
@@ -50,28 +58,91 @@ def test_the_certificate_proves(spread, expected):
     products = products_of(features)
     nearest = products.gather(1, ids).topk(3, dim=1).values
     errors = (features.double() - half.double()).norm(dim=1)
-    proven = kernels.certified(nearest[:, -1], similarities, errors, 33)
+    proven = kernels.certified(nearest[:, -1], similarities, errors, errors.max(), 33)
     truth = products.topk(3, dim=1).values
     np.testing.assert_array_equal(nearest[proven], truth[proven])
     share = proven.float().mean().item()
     assert {"all": share > 0.9, "some": 0 < share < 1, "none": share == 0}[expected]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("spread", "n"), [(1.0, 150), (0.05, 150), (1.0, 4)])
-def test_neighbors_are_exact(spread, n, dtype):
-    """What is not proven is searched again; of equal rows the lower id counts."""
-    features = rows_of(1, n, 33, spread).to(dtype)
-    if n > 20:
-        features[12:17] = features[7]  # no more than are kept
-    ids, similarities, again = kernels.neighbors(features, 3)
-    products = products_of(features)
-    expected = products.sort(dim=1, descending=True, stable=True)
-    np.testing.assert_allclose(similarities, expected.values[:, :3], rtol=1e-14)
-    clear = (expected.values[:, :3] - expected.values[:, 1:4]).abs() > 1e-14
-    clear[:, 1:] &= clear[:, :-1].clone()
-    assert torch.equal(ids[clear], expected.indices[:, :3][clear])
-    if n > 20:
-        assert ids[16].tolist() == [7, 12, 13]
-        assert ids[7].tolist() == [12, 13, 14]
-    assert (again > n // 2) == (spread == 0.05 and dtype == torch.float32)
+def searched(features, k):
+    """The graph of `build_graph`, by candidates and certificates, and rows searched again."""
+    with pytest.MonkeyPatch.context() as patch:
+        again, search = [], certified.search_certified
+        patch.setattr(certified, "usable", lambda rows, size: size <= certified.MOST)
+        patch.setattr(certified, "STEP", 128)
+        patch.setattr(certified, "search_certified", lambda *given: again.append(search(*given)))
+        graph = build_graph(features, k, method="exact")
+    return graph, *again
+
+
+def assert_same(found, exact):
+    np.testing.assert_array_equal(found.neighbors, exact.neighbors)
+    np.testing.assert_array_equal(found.similarities, exact.similarities)
+    assert found.info == exact.info
+
+
+def test_graphs_of_golden_rows(golden):
+    features = golden["image_features"][:200]
+    found, _ = searched(features, 3)
+    assert_same(found, build_graph(features, 3, method="exact"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 200), st.sampled_from([1, 3, 4]), st.sampled_from([5, 33]),
+    st.sampled_from([1.0, 0.05, 1e-3]), st.integers(0, 4), st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_graphs_are_those_of_the_exact_search(n, k, d, spread, copies, seed):
+    """Near and far rows, and copies, of which those with the lower ids count."""
+    features = rows_of(seed, n, d, spread).numpy()
+    features[n // 3 : n // 3 + copies] = features[0]
+    found, _ = searched(features, k)
+    assert_same(found, build_graph(features, k, method="exact"))
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.05])
+def test_what_is_not_proven_is_searched_again(spread):
+    features = rows_of(1, 150, 33, spread)
+    _, again = searched(features, 3)
+    assert (again > 75) == (spread == 0.05)
+
+
+def test_a_killed_search_goes_on():
+    features = rows_of(2, 300, 9, 0.1)
+    states = []
+
+    class Killed(NoCheckpoint):
+        def keep(self, state):
+            states.append(state())
+
+    class Found(NoCheckpoint):
+        def load(self):
+            return states[0]
+
+    def search(checkpoint):
+        rows = Rows(features)
+        best, seen = BestLists(300, 7), []
+        count = lambda *rows: seen.append(rows)  # noqa: E731
+        return best, certified.search_certified(rows, best, 3, count, checkpoint), seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certified, "STEP", 128)
+        (whole, all_again, seen), (rest, again, later) = search(Killed()), search(Found())
+    assert seen == [(128, 300), (256, 300), (300, 300)]
+    assert later == seen[1:]
+    assert again == all_again
+    assert torch.equal(whole.ids, rest.ids)
+    assert torch.equal(whole.values, rest.values)
+
+
+def test_where_rows_are_searched_this_way():
+    held = Rows(rows_of(0, 9, 5, 1.0))
+    assert not certified.usable(held, 7)
+    held.device = torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transclip_fast.ops.choose_backend", lambda *_: "triton")
+        assert certified.usable(held, 7)
+        assert not certified.usable(held, certified.MOST + 1)
+        patch.setattr("transclip_fast.ops.choose_backend", lambda *_: "torch")
+        assert not certified.usable(held, 7)

@@ -1,9 +1,12 @@
-"""Selection of candidates and the start against float64, beside torch in the same type."""
+"""Scores, their candidates and the start against float64, beside torch in the same type."""
 
 import numpy as np
 import pytest
 import torch
-from transclip_fast.kernels import score as kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transclip_fast.kernels import score as fused
+from transclip_fast.kernels import select as chunked
 
 from tests.kernels.problems import (
     NAN,
@@ -29,9 +32,11 @@ def rng():
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, and rows of several blocks of classes."""
-    monkeypatch.setattr(kernels, "BLOCK", 256)
-    monkeypatch.setattr(kernels, "chunk_of", lambda n_classes, n_rows: min(n_rows, 30))
+    """Several chunks and blocks of rows, and rows of several blocks of classes."""
+    monkeypatch.setattr(chunked, "BLOCK", 256)
+    monkeypatch.setattr(chunked, "chunk_of", lambda n_classes, n_rows: min(n_rows, 30))
+    monkeypatch.setitem(fused.LAUNCHES, "cuda", (16, 64, 32, 4, 1))
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 48)
 
 
 def normal(rng, *shape, dtype=torch.float32):
@@ -46,10 +51,10 @@ def nan_scores(reach, k, candidates, floor=1e-4):
     return out
 
 
-def arguments_of(rng, n, k, given, heard):
+def arguments_of(rng, n, k, by_prior, heard):
     """Arguments of a score, and what they add to it (N, K) float64."""
     added, arguments = np.zeros((n, k)), {}
-    if given:
+    if by_prior:
         prior = torch.log_softmax(normal(rng, n, k), 1)
         prior[: n // 2, k // 2 :: 5] = -torch.inf
         arguments = {"log_prior": prior, "prior_weight": 0.5}
@@ -64,16 +69,17 @@ def arguments_of(rng, n, k, given, heard):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("n", "k", "candidates", "given", "heard"),
+    ("n", "k", "candidates", "by_prior", "heard"),
     [(77, 33, 10, True, True), (9, 600, 16, False, True), (5, 600, 300, True, False),
-     (1, 33, 4, False, False), (77, 1, 1, False, False)],
+     (1, 33, 4, False, False), (77, 1, 1, False, False), (77, 33, 10, False, False),
+     (9, 600, 16, False, False), (50, 200, 32, False, False)],
 )  # fmt: skip
-def test_candidates(rng, dtype, n, k, candidates, given, heard):
+def test_candidates(rng, dtype, n, k, candidates, by_prior, heard):
     features, weights = normal(rng, n, 96, dtype=dtype), 0.3 * normal(rng, k, 96)
     weights = weights.to(dtype).float()  # the operation makes it float16 again
     offset, reach = normal(rng, k), torch.from_numpy(rng.random(n).astype(np.float32))
     nodes = torch.from_numpy(rng.permutation(n))
-    arguments, added = arguments_of(rng, n, k, given, heard)
+    arguments, added = arguments_of(rng, n, k, by_prior, heard)
     found, again, same = (nan_scores(reach, k, candidates) for _ in range(3))
     ops.score(features, weights, offset, out=found, nodes=nodes, **arguments)
     x = features.double().numpy() @ weights.double().numpy().T + offset.double().numpy() + added
@@ -99,24 +105,81 @@ def test_candidates(rng, dtype, n, k, candidates, given, heard):
     assert torch.equal(found.classes, again.classes)
 
 
-def test_equal_scores_are_taken_by_class(rng):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equal_scores_are_taken_by_class(rng, dtype):
     """K classes that are all alike, and some that are a little better."""
     weights = torch.zeros(600, 8)
     offset = torch.zeros(600)
     offset[[70, 300, 599]] = 1.0
     out = nan_scores(torch.zeros(5), 600, 16)
-    ops.score(normal(rng, 5, 8), weights, offset, out=out)
+    ops.score(normal(rng, 5, 8, dtype=dtype), weights, offset, out=out)
     expected = [*range(13), 70, 300, 599]
     assert all(row == expected for row in out.classes.tolist())
 
 
+@pytest.fixture
+def cuts(monkeypatch):
+    """How often a list had to be cut while it grew."""
+    seen, cut = [], fused.cut.fn
+
+    def counted(*arguments):
+        seen.append(1)
+        return cut(*arguments)
+
+    monkeypatch.setattr(fused.cut, "fn", counted)
+    return seen
+
+
+@pytest.mark.parametrize("step", [1.0, -1.0, 0.02])
+def test_lists_that_outgrow_their_room_are_cut(cuts, step):
+    """Scores that rise from class to class all pass as they come; only the last ones stay."""
+    n, k, candidates = 5, 1500, 16
+    features = torch.ones(n, 8).half()
+    out = nan_scores(torch.full((n,), 200.0), k, candidates)
+    x = step * torch.arange(k) / 10
+    ops.score(features, torch.zeros(k, 8), x, out=out)
+    b = torch.log_softmax(x.double(), 0)
+    best = b.topk(candidates).indices.sort().values
+    assert (len(cuts) > 0) == (step > 0)
+    assert all(row == best.tolist() for row in out.classes.tolist())
+    np.testing.assert_allclose(out.values, b[best].expand(n, -1), atol=2e-5)
+    np.testing.assert_allclose(out.tail, 1 - b[best].exp().sum().expand(n), atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 20), st.integers(1, 300), st.integers(1, 8), st.sampled_from([1, 5, 16]),
+    st.sampled_from([0.0, 3.0, 30.0]), st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_whole_numbers_are_selected_exactly(n, k, spread, candidates, reach, seed):
+    """Products of small whole numbers are exact in 16 bits, and many are equal."""
+    draw = torch.Generator().manual_seed(seed)
+    features = torch.randint(-2, 3, (n, 4), generator=draw).half()
+    weights = torch.randint(-spread, spread + 1, (k, 4), generator=draw).float()
+    offset = torch.randint(-spread, spread + 1, (k,), generator=draw).float()
+    candidates = min(candidates, k)
+    out = nan_scores(torch.full((n,), reach), k, candidates)
+    ops.score(features, weights, offset, out=out)
+    x = features.double() @ weights.double().T + offset.double()
+    b = x - x.logsumexp(1, keepdim=True)
+    order = x.sort(dim=1, descending=True, stable=True).indices[:, :candidates]
+    least = torch.minimum(out.least.double(), b.amax(1))
+    for i in range(n):
+        expected = order[i][b[i, order[i]] >= least[i] - 1e-6].sort().values
+        used = out.values[i] > -torch.inf
+        assert out.classes[i][used].tolist() == expected.tolist()
+        np.testing.assert_allclose(out.values[i][used], b[i, expected], atol=2e-5)
+        others = np.delete(b[i].exp().numpy(), expected)
+        np.testing.assert_allclose(out.tail[i], others.sum(), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("given", [False, True])
-def test_full_form(rng, dtype, given):
+@pytest.mark.parametrize("by_prior", [False, True])
+def test_full_form(rng, dtype, by_prior):
     n, k = 77, 33
     features, weights = normal(rng, n, 96, dtype=dtype), normal(rng, k, 96, dtype=dtype).float()
     offset = normal(rng, k)
-    arguments, added = arguments_of(rng, n, k, given, heard=True)
+    arguments, added = arguments_of(rng, n, k, by_prior, heard=True)
     found, same = (full_scores(torch.full((n, k), NAN)) for _ in range(2))
     ops.score(features, weights, offset, out=found, **arguments)
     twin.score(features.float(), weights.float(), offset, out=same, **arguments)
@@ -128,14 +191,14 @@ def test_full_form(rng, dtype, given):
 
 
 @pytest.mark.parametrize("short", [False, True])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("by_prior", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(1, 5), (5, 33), (8, 1), (77, 33)])
-def test_start(rng, short, given, n, k):
+def test_start(rng, short, by_prior, n, k):
     features, weights = normal(rng, n, 96), 0.2 * normal(rng, k, 96)
     features[n // 2 :] = features[n // 2]  # of equal rows the first count
     x = features.double().numpy() @ weights.double().numpy().T
     truth = log_softmax(x)
-    prior = torch.from_numpy(truth.astype(np.float32)) if given else None
+    prior = torch.from_numpy(truth.astype(np.float32)) if by_prior else None
     out = full_form(torch.empty(n, k))
     if short:
         width = min(k, 4)
@@ -143,8 +206,8 @@ def test_start(rng, short, given, n, k):
             torch.empty(n, width), torch.zeros(n, width).int(), k, torch.zeros(n), 1e-3
         )
     found = nan_like(out)
-    normaliser, values, rows = ops.start(features, None if given else weights, prior, out=found)
-    same = twin.start(features, None if given else weights, prior, out=out.empty_like())
+    normaliser, values, rows = ops.start(features, None if by_prior else weights, prior, out=found)
+    same = twin.start(features, None if by_prior else weights, prior, out=out.empty_like())
     z = found.values if not short else dense(found.values, found.classes, k)
     kept = np.exp(truth) if not short else np.where(z > 0, np.exp(truth), 0)
     np.testing.assert_allclose(z, kept, atol=3e-6)

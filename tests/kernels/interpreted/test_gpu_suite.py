@@ -1,0 +1,128 @@
+"""Every arm of `bench.gpu_suite` at a very small size, on a card that is a CPU."""
+
+import pytest
+import torch
+
+from bench import gpu_arms, gpu_solves
+from bench.gpu_lines import Ceilings, Suite, measure_ceilings
+from bench.gpu_timing import Gpu
+from transclip_fast.graph import certified
+from transclip_fast.ops import triton as ops
+from transclip_fast.ops.capture import Captured
+from transclip_fast.parameters import Parameters
+
+
+class Event:
+    def record(self):
+        pass
+
+    synchronize = record
+
+    def elapsed_time(self, stop):
+        return 1.0
+
+
+class Cpu(Gpu):
+    """Runs each arm once, in no time."""
+
+    device = "cpu"
+
+    def event(self):
+        return Event()
+
+    def synchronize(self):
+        pass
+
+    def peak(self):
+        return 0
+
+    def milliseconds(self, run, repeats=12):
+        run(0)
+        run(2)
+        return 1.0
+
+    def seconds(self, run, *, warm=True):
+        return run(), 1.0, 0
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    monkeypatch.setattr(certified, "usable", lambda rows, size: True)
+    monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=3, inner_iter=1))
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return Suite(tmp_path, Cpu(), Ceilings(4000.0, 800.0))
+
+
+def arms_of(suite):
+    """What was added beside the ceilings; nothing of it was wrong."""
+    assert suite.code == 0
+    return [line.arm for line in suite.lines[2:]]
+
+
+def test_ceilings():
+    found = measure_ceilings(Cpu(), 1000, 16)
+    assert found.bandwidth == pytest.approx(8000 / 1e6)
+    assert found.gemm == pytest.approx(2 * 16**3 / 1e9)
+
+
+def test_sweeps(suite):
+    gpu_arms.sweeps(suite, 60, 50)
+    assert arms_of(suite) == 2 * ["kernel", "torch eager"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_dense_sweeps(suite):
+    gpu_arms.dense_sweeps(suite, 20, 30)
+    assert arms_of(suite) == ["kernel", "cuSPARSE", "torch.compile"]
+
+
+def test_scores(suite):
+    gpu_arms.scores(suite, ((50, 40, 64, 16), (9, 300, 32, 20)))
+    once = ["fused", "cuBLAS in chunks", "torch eager", "torch.compile", "cuBLAS, no selection"]
+    assert arms_of(suite) == 2 * once
+    assert suite.lines[2].error != suite.lines[3].error
+
+
+def test_class_sums(suite):
+    gpu_arms.sums(suite, 60, 30, 16)
+    assert arms_of(suite) == ["kernel", "cuBLAS on dense chunks"]
+
+
+def test_neighbours(suite):
+    gpu_arms.neighbours(suite, (50, 60, 150), 32)
+    assert arms_of(suite) == ["check", "check", "kernel", "torch eager", "kernel"]
+
+
+def test_captured(suite, monkeypatch):
+    recorded = []
+
+    def captured(step, renewed, features):
+        if ops.CAPTURED_ROWS:
+            recorded.append(1)
+            return Captured(step, renewed, lambda step: step)
+        return step
+
+    monkeypatch.setattr(ops, "captured", captured)
+
+    gpu_solves.captured(suite, 30, 7, 16)
+    assert arms_of(suite) == 2 * ["check", "captured", "not captured"]
+    assert len(recorded) == 2
+
+
+def test_solves(suite, monkeypatch):
+    gpu_solves.solve(suite, 30, 7, 16)
+    assert arms_of(suite) == [
+        "float16", "float32", "baseline", "baseline, torch.compile", "float16, streamed",
+    ]  # fmt: skip
+    assert {"start", "score", "sweep", "class_sums", "energies"} <= set(
+        suite.lines[2].detail["stages"]
+    )
+
+
+def test_a_tower(suite):
+    gpu_arms.eva(suite, 2, width=24, layers=2, heads=3, side=28)
+    assert arms_of(suite) == ["torch", "torch.compile"]
