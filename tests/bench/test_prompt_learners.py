@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import prompt_learners, report
+from bench import prompt_learners, tables
 from bench.names import LEARNERS, NAMINGS
 from transclip_fast.demo import CLASS_NAMES, backbone, digits, training_hashes
 from transclip_fast.demo.data import image_hash
@@ -79,7 +79,7 @@ def test_the_table(tmp_path):
         for naming in NAMINGS
     ]  # fmt: skip
     (tmp_path / "prompt_learners.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = report.prompt_learners(tmp_path).splitlines()
+    found = tables.prompt_learners(tmp_path).splitlines()
     assert "Accuracy on 732 digits, mean and deviation over 2 draws of 16 shots" in found[0]
     assert found[4] == "| other words | CoOp | 10.50 ± 0.71 | 81.00 ± 1.41 | 90.00 ± 0.00 |"
     assert len(found) == 4 + 12 + 2

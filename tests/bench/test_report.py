@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bench import report
+from bench import report, tables
 from bench.common import RESULTS, ROOT
 
 
@@ -42,7 +42,7 @@ def test_every_block_has_its_place():
 
 def test_a_figure_that_was_changed_by_hand_is_found(copy, capsys):
     readme = copy / "README.md"
-    figure = report.seconds(report.newest("graph", "case", "queries", "dim")[-1]["seconds"])
+    figure = tables.seconds(tables.newest("graph", "case", "queries", "dim")[-1]["seconds"])
     assert figure in readme.read_text()
     readme.write_text(readme.read_text().replace(figure, "1 s"))
     assert report.main(["--check"]) == 1
@@ -88,16 +88,16 @@ def test_newest_clean_line_of_each_measurement(tmp_path):
         line("2026-01-02", n=5, x="smaller"),
     ]
     (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n")
-    assert [row["x"] for row in report.newest("some", "n", folder=tmp_path)] == [
+    assert [row["x"] for row in tables.newest("some", "n", folder=tmp_path)] == [
         "smaller",
         "newest",
     ]
-    assert report.newest("none", "n", folder=tmp_path) == []
+    assert tables.newest("none", "n", folder=tmp_path) == []
 
 
 def test_machine_date_and_commit_are_named():
     rows = [json.loads(line("2026-02-03T10:00", n=1)), json.loads(line("2026-02-03T11:00", n=2))]
-    note = report.source(rows)
+    note = tables.source(rows)
     assert "a CPU, 2 cores, 8 GB" in note
     assert note.count("`python -m bench.x` at abcdef1, 2026-02-03") == 1
 
@@ -126,9 +126,9 @@ def stream_line(classes):
 
 
 def test_streams_beside_their_plan(tmp_path):
-    assert "Not recorded yet" in report.stream(tmp_path)
+    assert "Not recorded yet" in tables.stream(tmp_path)
     (tmp_path / "stream.jsonl").write_text(stream_line(1000) + "\n")
-    found = report.stream(tmp_path)
+    found = tables.stream(tmp_path)
     assert "| 50.0 s | 60.0 s | 500 µs | 2.00 GB | 2.50 GB | 1.00 GB | 3.0 times |" in found
     assert "| 101 s |" in found
 
@@ -137,4 +137,4 @@ def test_streams_beside_their_plan(tmp_path):
     ("share", "text"), [(1.0, "100.00 %"), (0.99996, "99.99 %"), (0.5, "50.00 %")]
 )
 def test_nearly_all_is_not_all(share, text):
-    assert report.percent(share) == text
+    assert tables.percent(share) == text

@@ -1,0 +1,369 @@
+"""The tables of the documents, each from the newest clean lines of its measurements."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics as stats
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.common import RESULTS
+from bench.names import (
+    FEATURES,
+    GRAPH_ARMS,
+    LEARNERS,
+    NAMINGS,
+    SPARSE_ARMS,
+    SPEED_ARMS,
+    most_memory,
+)
+
+Row = dict[str, Any]
+
+
+def clean_lines(name: str, folder: Path) -> list[Row]:
+    """Return the lines of `folder`/`name`.jsonl that a clean tree recorded, the oldest first."""
+    file = folder / f"{name}.jsonl"
+    if not file.exists():
+        return []
+    lines: list[Row] = [json.loads(line) for line in file.read_text().splitlines()]
+    clean = [line for line in lines if line["machine"]["dirty"] is False]
+    return sorted(clean, key=lambda line: str(line["date"]))
+
+
+def newest(
+    name: str,
+    *identity: str,
+    folder: Path = RESULTS,
+    shown: Callable[[Row], bool] = lambda line: True,
+) -> list[Row]:
+    """Return the newest clean line of each measurement in `folder`/`name`.jsonl.
+
+    Parameters
+    ----------
+    identity : str
+        Keys that tell one measurement from another, beside the GPU it ran on, if any; the lines
+        come in the order of their values.
+    shown : callable
+        Which lines count.
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    for line in filter(shown, clean_lines(name, folder)):
+        measurement = line["machine"]["gpu"] or "", *(line.get(key) for key in identity)
+        found[measurement] = line
+    return [found[key] for key in sorted(found, key=lambda key: [(x is None, x) for x in key])]
+
+
+def seconds(value: float) -> str:
+    """Three digits, as a reader wants them."""
+    return f"{value:.0f} s" if value >= 99.5 else f"{value:#.3g} s"
+
+
+def size(n_bytes: float) -> str:
+    """Decimal megabytes or gigabytes."""
+    return f"{n_bytes / 1e9:#.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+
+
+def percent(share: float) -> str:
+    """Two decimals of a percentage, never rounded up to 100."""
+    return f"{min(100 * share, 99.99 if share < 1 else 100):.2f} %"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample deviation, two decimals."""
+    return f"{stats.mean(values):.2f} ± {stats.stdev(values):.2f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(rows: list[Row]) -> str:
+    """Machine, date, commit and command of the lines, for the note under a table."""
+    machines: dict[str, list[str]] = {}
+    for row in rows:
+        facts = row["machine"]
+        memory = f"{facts['memory_gb']:.0f} GB"
+        parts = [facts["cpu"], f"{facts['cores']} cores", memory, facts["gpu"]]
+        versions = [f"{x} {facts[x]}" for x in ("python", "torch") if facts[x]]
+        machine = ", ".join(str(part) for part in [*parts, *versions] if part)
+        run = f"`{row['command']}` at {facts['commit'][:7]}, {row['date'][:10]}"
+        machines.setdefault(machine, [])
+        if run not in machines[machine]:
+            machines[machine].append(run)
+    notes = [f"{machine}: {'; '.join(runs)}" for machine, runs in machines.items()]
+    return "<sub>" + ". ".join(notes) + ".</sub>"
+
+
+def plot(name: str, text: str) -> str:
+    """The Markdown of a plot, seen from README.md."""
+    return f"![{text}](bench/plots/{name}.png)"
+
+
+def labelled(folder: Path) -> list[Row]:
+    """Lines of `bench.graph_labels`, in the order of the data's names."""
+    rows = newest("graph_labels", "features", folder=folder)
+    return sorted(rows, key=lambda row: list(FEATURES).index(row["features"]))
+
+
+def accuracy(folder: Path) -> str:
+    """Accuracy on golden data."""
+    rows = [row for row in labelled(folder) if row.get("published")]
+    cells = []
+    for row in rows:
+        published, default = row["published"], row["variants"]["default"]
+        cells.append(
+            [
+                FEATURES[row["features"]],
+                f"{row['queries']:,}",
+                str(row["classes"]),
+                f"{row['zero_shot_accuracy']:.2f}",
+                f"{default['accuracy']:.2f}",
+                percent(published["same_labels"]),
+                f"{published['largest_difference']:.0e}".replace("e-0", "e-"),
+            ]
+        )
+    head = ["features", "N", "K", "zero-shot", "TransCLIP"]
+    head += ["labels of the published code", "largest difference of z from its own"]
+    return table(head, cells) + "\n\n" + source(rows)
+
+
+def on_all_cores(row: Row) -> bool:
+    """Whether a line of `bench.compare` was recorded where nothing else ran."""
+    return bool(row.get("threads", row["machine"]["cores"]) == row["machine"]["cores"])
+
+
+def compared(folder: Path) -> list[Row]:
+    """Lines of `bench.compare` on all cores."""
+    return newest("compare", "classes", "dim", "queries", folder=folder, shown=on_all_cores)
+
+
+def busy(folder: Path) -> str:
+    """Calls of `bench.compare` beside other work: do their ratios agree?"""
+    rows = [row for row in clean_lines("compare", folder) if not on_all_cores(row)]
+    arms = [arm for arm in SPEED_ARMS if all(arm in row["arms"] for row in rows)][1:]
+    cells = [
+        [f"{row['load_before']:.1f}", *(f"{row[x]:,}" for x in ("queries", "classes", "dim"))]
+        + [f"{row['arms'][arm]['times_faster']['baseline']:.2f}" for arm in arms]
+        for row in rows
+    ]
+    head = ["load before", "N", "K", "d", *(f"dense torch / {SPEED_ARMS[arm]}" for arm in arms)]
+    return table(head, cells) + "\n\n" + source(rows)
+
+
+def speed(folder: Path) -> str:
+    """Whole solves beside the baseline and the published code."""
+    rows = compared(folder)
+    arms = [arm for arm in SPEED_ARMS if any(arm in row["arms"] for row in rows)]
+    cells = []
+    for row in rows:
+        gpu = row["machine"]["gpu"]
+        line = [f"{row['queries']:,}" + (f" ({gpu})" if gpu else "")]
+        line += [f"{row['classes']:,}", str(row["dim"])]
+        ours = row.get("default", "transclip_fast")
+        for arm in arms:
+            done = row["arms"].get(arm)
+            cell = f"{seconds(done['median'])}, {size(most_memory(done))}" if done else ""
+            line.append(f"**{cell}**" if arm == ours else cell)
+        line.append(f"{row['arms'][ours]['times_faster']['baseline']:.2f}")
+        cells.append(line)
+    head = ["N", "K", "d", *(SPEED_ARMS[arm] for arm in arms), "dense torch's time / the default's"]
+    same = min(done["agreement"] for row in rows for done in row["arms"].values())
+    text = f"Bold is the default. All arms give the same labels on at least {percent(same)} of rows"
+    text += "; the last column is the median over rounds of one call.\n\n"
+    return "\n\n".join(
+        [plot("speed", "Seconds against N"), table(head, cells), text + source(rows)]
+    )
+
+
+def sparse(folder: Path) -> str:
+    """Solves with the graph given."""
+    rows = newest("sparse", "classes", "dim", "queries", "logit_scale", folder=folder)
+    cells = []
+    for row in rows:
+        sizes = [f"{row['queries']:,}", f"{row['classes']:,}", f"{row['logit_scale']:g}"]
+        reference = next(iter(row["arms"]))
+        for arm, done in row["arms"].items():
+            same = "" if done["agreement"] is None else percent(done["agreement"])
+            same = "reference" if arm == reference else same
+            memory = "" if arm == "gemms" else size(done["peak_bytes"])
+            took = [SPARSE_ARMS[arm], seconds(done["median"]), memory]
+            cells.append([*sizes, *took, f"{done['times_sparse']:.2f}", same])
+    head = ["N", "K", "tau", "graph given", "solve", "memory beyond features and graph"]
+    head += ["times sparse's", "same labels"]
+    return "\n\n".join([plot("sparse", "Time and memory"), table(head, cells), source(rows)])
+
+
+def graph(folder: Path) -> str:
+    """Searches for neighbours."""
+    rows = newest("graph", "case", "queries", "dim", folder=folder)
+    head = ["N", "d", "search", "time", "recall", "exact FAISS's time / its own"]
+    cells = []
+    for row in rows:
+        sizes = [f"{row['queries']:,}", str(row["dim"])]
+        for arm, done in row.get("arms", {}).items():
+            recall, faster = done["recall"], done["times_faster_than_faiss_exact"]
+            found = [seconds(done["median"]), f"{recall:.4f}", f"{faster:.2f}"]
+            cells.append([*sizes, GRAPH_ARMS[arm], *found])
+        if row["case"] == "million":
+            what = f"`--method ivf`, features in a file, {size(row['peak_bytes'])}"
+            recall = f"{row['info']['recall']:.4f}"
+            cells.append([*sizes, what, seconds(row["seconds"]), recall, ""])
+    return "\n\n".join([plot("graph", "Time against recall"), table(head, cells), source(rows)])
+
+
+def graph_labels(folder: Path) -> str:
+    """What graphs do to labels."""
+    rows = labelled(folder)
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        for variant, found in row["variants"].items():
+            changed = f" ({percent(found['changed'])})" if found["changed"] else ""
+            # Approximate searches have what they reached, on each data another, in their name.
+            name = re.sub(r", recall .*", ", recall of 0.99", variant)
+            cells.setdefault(name, []).append(f"{found['accuracy']:.2f}{changed}")
+    head = ["graph", *(FEATURES[row["features"]] for row in rows)]
+    lines = [[name, *line] for name, line in cells.items()]
+    text = "Accuracy, and in brackets the share of labels that differ from the default's."
+    return "\n\n".join([text, table(head, lines), source(rows)])
+
+
+def prompt_learners(folder: Path) -> str:
+    """Prompt learners on names that prompts cannot use."""
+    rows = newest("prompt_learners", "naming", "learner", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.prompt_learners`."
+    order = {x: place for place, x in enumerate([*NAMINGS, *LEARNERS])}
+    rows.sort(key=lambda row: (order[row["naming"]], order[row["learner"]]))
+    head = ["digits are called by", "learner", "zero-shot", "learner alone", "TransCLIP on top"]
+    cells = [
+        [
+            NAMINGS[row["naming"]],
+            LEARNERS[row["learner"]],
+            *(spread(row[x]) for x in ("zero_shot", "alone", "with_transclip")),
+        ]
+        for row in rows
+    ]
+    draws, shots, queries, own = (rows[0][x] for x in ("alone", "shots", "queries", "own_names"))
+    text = (
+        f"Accuracy on {queries} digits, mean and deviation over {len(draws)} draws of {shots} "
+        f"shots a class; by their own names zero-shot is right on {own:.2f} % of all."
+    )
+    return "\n\n".join([text, table(head, cells), source(rows)])
+
+
+def stream(folder: Path) -> str:
+    """Features that stay on disk."""
+    rows = newest("stream", "classes", "dim", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.stream`."
+    head = ["N", "K", "d", "time", "planned", "time a row", "peak", "planned"]
+    head += ["features", "read"]
+    cells = []
+    for row in rows:
+        for n, done in zip(row["queries"], row["sizes"], strict=True):
+            line = [f"{n:,}", f"{row['classes']:,}", str(row["dim"])]
+            line += [seconds(done["seconds"]), seconds(done["planned_seconds"])]
+            line += [f"{1e6 * done['seconds'] / n:.0f} µs"]
+            line += [size(done["peak_bytes"]), size(done["planned_bytes"])]
+            times = done["read_bytes"] / done["feature_bytes"]
+            cells.append([*line, size(done["feature_bytes"]), f"{times:.1f} times"])
+    return "\n\n".join([plot("stream", "Time and memory"), table(head, cells), source(rows)])
+
+
+def encode(folder: Path) -> str:
+    """Encoding beside its two halves."""
+    lines = sorted(newest("encode", "command", folder=folder), key=lambda row: str(row["date"]))
+    rows = list({row["options"]["model"]: row for row in lines}.values())
+    arms = {
+        "forward": "model alone",
+        "decode": "decoding alone",
+        "encode": "both and writing",
+        "clip-retrieval": "clip-retrieval",
+    }
+    shown = [arm for arm in arms if any(arm in row["median"] for row in rows)]
+    cells = []
+    for row in rows:
+        rates = (row["median"].get(arm) for arm in shown)
+        found = ["" if rate is None else f"{rate:.1f} images/s" for rate in rates]
+        cells.append([row["options"]["model"], *found, f"{100 * row['share']:.0f} %"])
+    head = ["model", *(arms[arm] for arm in shown), "share of the slower half"]
+    return table(head, cells) + "\n\n" + source(rows)
+
+
+def kills(folder: Path) -> str:
+    """Killed commands end in the same bytes."""
+    head = ["command", "kills", "runs", "ended in the same bytes"]
+    cells, rows = [], []
+    for name in ("encode", "solve"):
+        for row in newest(f"kill_{name}", folder=folder):
+            rows.append(row)
+            numbers = sum(row["kills"]), row["runs"], row["identical"]
+            cells.append([f"`{name}`", *map(str, numbers)])
+    return table(head, cells) + "\n\n" + source(rows)
+
+
+def scaling(folder: Path) -> str:
+    """Exponents of time and memory, and labels of shorter lists and schedules."""
+    rows = newest("scaling", "against", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.scaling`."
+    grown: list[list[str]] = []
+    labels: list[list[str]] = []
+    for row in rows:
+        for arm, fits in row.get("exponents", {}).items():
+            done = [x[row["against"]] for x in row["rows"]]
+            what = f"{row['against']}, {done[0]:,} to {done[-1]:,}"
+            powers = [f"{fits[x]:.1f}" for x in ("knn", "solve", "bytes")]
+            grown.append([what, SPEED_ARMS[arm], *powers])
+        sizes = [f"{row[x]:,}" for x in ("queries", "classes", "dim")]
+        for option in row.get("options", []):
+            names = {"candidates": "C", "rank": "R", "max_iter": "outer", "inner_iter": "sweeps"}
+            what = ", ".join(f"{names[x]} {option[x]}" for x in names if x in option)
+            found = [percent(option["agreement"]), f"{100 * option['accuracy']:.2f} %"]
+            labels.append([*sizes, what, *found])
+    parts = []
+    if grown:
+        parts.append(table(["against", "arm", "search", "solve", "memory"], grown))
+    if labels:
+        head = ["N", "K", "d", "option", "labels of dense, 10 x 5", "accuracy"]
+        parts.append(table(head, labels))
+    return "\n\n".join([*parts, source(rows)])
+
+
+def gpu(folder: Path) -> str:
+    """The suite of one GPU."""
+    rows = newest("gpu_suite", "operation", "arm", folder=folder)
+    if not rows:
+        return (
+            "No GPU has run this yet. What is expected of one is predicted only, from counts of "
+            "bytes and\noperations: [bench/gpu_predictions.md](bench/gpu_predictions.md)."
+        )
+    cells = []
+    for row in rows:
+        share = (
+            f"{row['rate']:.0f} {row['unit']}, {100 * row['share']:.0f} %" if row["unit"] else ""
+        )
+        cells.append([row["operation"], row["arm"], f"{row['milliseconds']:.3g} ms", share])
+    head = ["operation", "by", "time", "rate, share of the ceiling"]
+    return table(head, cells) + "\n\n" + source(rows)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "accuracy": accuracy,
+    "speed": speed,
+    "busy": busy,
+    "sparse": sparse,
+    "graph": graph,
+    "graph-labels": graph_labels,
+    "prompt-learners": prompt_learners,
+    "stream": stream,
+    "encode": encode,
+    "kills": kills,
+    "scaling": scaling,
+    "gpu": gpu,
+}
