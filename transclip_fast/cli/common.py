@@ -155,7 +155,7 @@ def named(origins: Mapping[str, str], file: str) -> Iterator[None]:
         yield
     except InputError as error:
         message = _named(str(error), origins)
-        if message == str(error):
+        if message == str(error) and not message.startswith(f"{file}: "):
             message = f"{file}: {message}"
         raise InputError(message) from error
 
