@@ -154,9 +154,8 @@ def named(origins: Mapping[str, str], file: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        message = _named(str(error), origins)
-        if message == str(error):
-            message = f"{file}: {message}"
+        what = str(error).partition(": ")[0]
+        message = _named(str(error), origins) if what in origins else f"{file}: {error}"
         raise InputError(message) from error
 
 
