@@ -214,15 +214,13 @@ class CoCoOp(Learner):
             text=self.reader.without_image(conditional.context),
             logit_scale=self.logit_scale,
             parameters={"n_ctx": len(conditional.context)},
-            **{name: getattr(conditional, name).clone() for name in TENSORS},
+            **{name: getattr(conditional, name).float().clone() for name in TENSORS},
             position=self.position,
             words=words,
             reader=self.reader,
         )
 
 
-def fit(task: Task) -> ConditionalHead:
-    """Train a context and its network from the task's `prompting`."""
-    learner = CoCoOp(task)
-    train(learner, task)
-    return learner.head()
+def fit(task: Task) -> Head:
+    """Train a context and its network with the task's `prompting`; a ConditionalHead."""
+    return train(CoCoOp(task), task)
