@@ -30,16 +30,6 @@ GRAPH_ARMS = {
     "anchored_texts": "`--method anchored`, texts as anchors",
     "anchored_means": "the same, class means as anchors",
 }
-# Of `bench.prompt_learners`.
-LEARNERS = {
-    "coop": "CoOp",
-    "coop-class": "CoOp, a context a class",
-    "prograd": "ProGrad",
-    "cocoop": "CoCoOp",
-    "plot": "PLOT, over prompts",
-    "plot-crops": "PLOT, over crops",
-}
-NAMINGS = {"words": "other words", "permuted": "another digit's"}
 FEATURES = {
     "whurs19_clip_rn50": "WHU-RS19, CLIP RN50",
     "whurs19_clip_vit-b-32": "WHU-RS19, CLIP ViT-B/32",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import prompt_learners, report
-from bench.names import LEARNERS, NAMINGS
+from bench.tables import LEARNERS, NAMINGS
 from transclip_fast.demo import CLASS_NAMES, backbone, digits, training_hashes
 from transclip_fast.demo.data import image_hash
 
