@@ -169,7 +169,7 @@ class CoCoOp(Learner):
     and the authors' repository (KaiyangZhou/CoOp, configs/trainers/CoCoOp): 4 tokens that start as
     "a photo of a", the class name at the end, a bottleneck of d/16. They take one image at a time,
     for 10 epochs at a rate of 0.002. Batches of 4 over 20 epochs are half the steps at twice the
-    rate, and learn the demo's digits as well; over 10 epochs at four times the rate some draws fail.
+    rate, and learn the demo's digits as well; 10 epochs at four times the rate fail for some draws.
     """
 
     context: torch.nn.Parameter
