@@ -78,6 +78,15 @@ def test_cocoop_from_training_to_a_solve(save, digits, backbone, cli, tmp_path):
     assert run["head"]["accuracy"] == accuracy(expected.predict(rows), digits["labels"])
 
 
+def test_cocoop_needs_the_tower_again(save, digits, cli, refused, tmp_path):  # noqa: F811
+    head, file = tmp_path / "cocoop.safetensors", save(digits)
+    assert cli("train-head", "cocoop", file, *MODEL, "--epochs", 1, "--out", head).code == 0
+    other = ("--model", "ViT-S-32", "--pretrained", "none")
+    message = refused("solve", file, "--head", head, *other, "--out", tmp_path / "result")
+    assert message.count("features.npz") == 1
+    assert "was encoded with demo" in message
+
+
 def accuracy(labels, truth):
     return round(100 * float((np.asarray(labels) == truth).mean()), 4)
 

@@ -94,7 +94,9 @@ def test_what_it_writes_is_what_python_fits(name, save, digits, backbone, done, 
     zero_shot = (digits["image_features"] @ digits["text_features"].T).argmax(1)
     right = 100 * (zero_shot == digits["labels"]).mean()
     assert run["zero_shot_accuracy"] == pytest.approx(right, abs=1e-4)
-    assert run["nearest_words"] == expected.words
+    assert run["nearest_words"].keys() == set(NAMES)
+    assert [w for words in run["nearest_words"].values() for w in words] == expected.words
+    assert run["loss"] > 0
     assert (run["n_shots"], run["n_queries"], run["parameters"]) == (40, 55, {"n_ctx": 4})
     assert {path.name for path in tmp_path.iterdir()} == {"head.safetensors", "features.npz"}
 
@@ -138,7 +140,8 @@ def test_its_words_are_shown(coop, save, digits, done, tmp_path):
         "train-head", "coop", tmp_path / "features.npz", "--model", "demo", *SHORT, "--out", coop
     )
     words = " ".join(read_head(coop).head.words)
-    assert f"words nearest to the context: {words}\n" in out
+    assert f"words nearest to the context of all: {words}\n" in out
+    assert "s, loss " in out
     assert "accuracy on 55 queries" in out
     assert "accuracy on the validation rows" in out
     assert f"`solve --head {coop}`" in out
@@ -338,10 +341,13 @@ def test_heads_that_do_not_fit(change, options, told, coop, save, digits, refuse
     file = save({**digits, **change}, "other.npz")
     message = refused("solve", file, "--head", coop, "--out", tmp_path / "result", *options)
     assert told in message
+    assert message.count("error: ") == 1
+    if "its class" in told or "is for 512" in told:
+        assert message.startswith(f"error: {coop}: ")
 
 
 def test_solve_names_what_trains_prompts(save, digits, refused, tmp_path):
     told = refused("solve", save(digits), "--head", "coop", "--out", tmp_path / "result")
     assert "`transclip-fast train-head coop` does that and writes a file for --head" in told
     told = refused("solve", save(digits), "--head", "no.safetensors", "--out", tmp_path / "result")
-    assert "no.safetensors: no such file" in told
+    assert told == "error: no.safetensors: no such file\n"

@@ -192,7 +192,7 @@ def test_below_transclip(tower):
 
 def test_by_its_name_with_the_published_settings(tower):
     context, schedule = SETTINGS["cocoop"]
-    assert (context.n_ctx, context.start, schedule.batch_size) == (4, "a photo of a", 8)
+    assert (context.n_ctx, context.start, schedule.batch_size) == (4, "a photo of a", 4)
     task = make_task(tower, 2, start="a photo of a")
     rows = task.shots
     head = fit_head(

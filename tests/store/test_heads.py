@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_problem
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, clip_adapter, fit_head
+from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
+from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.store.heads import ENTRY, StoredHead, read_head, save_head
 
 NAMES = [f"class {k}" for k in range(6)]
@@ -96,6 +98,59 @@ def test_prompts(specific, tmp_path):
         assert getattr(found.head, name) == getattr(head, name)
     assert found.class_names == NAMES
     assert (found.encoder, found.training) == (encoder, {"shots": None, "seed": 3})
+
+
+def other_heads():
+    """CoCoOp's and PLOT's, made up."""
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=draw)
+
+    rest = {"logit_scale": 50.0, "parameters": {"n_ctx": 3}, "position": "end"}
+    text = torch.nn.functional.normalize(drawn(6, 33), dim=1)
+    conditional = {"context": drawn(3, 8), "down": drawn(2, 33), "down_bias": drawn(2)}
+    conditional |= {"up": drawn(8, 2), "up_bias": drawn(8)}
+    transport = {"texts": drawn(6, 4, 33), "contexts": drawn(4, 3, 8)}
+    return (
+        ConditionalHead(text=text, words=["a"] * 3, **conditional, **rest),
+        TransportHead(text=text, words=["a"] * 12, patches=5, **transport, **rest),
+    )
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_learners_with_heads_of_their_own(place, tmp_path):
+    head, file = other_heads()[place], tmp_path / "head.safetensors"
+    save_head(file, StoredHead(head, "x", NAMES, None))
+    found = read_head(file).head
+    assert type(found) is type(head)
+    for name, value in vars(head).items():
+        read = getattr(found, name)
+        assert torch.equal(read, value) if isinstance(value, torch.Tensor) else read == value
+    changed(file, entry={"settings": {**other_settings(head), "words": ["a"] * 2}})
+    with pytest.raises(InputError, match="words are not one for each vector"):
+        read_head(file)
+
+
+def other_settings(head):
+    return {k: getattr(head, k) for k in ("position", "words", "patches") if hasattr(head, k)}
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "tensor", "told"),
+    [
+        (0, "up_bias", torch.zeros(9), "up_bias has shape .9,., expected .v. with .*v = 8"),
+        (0, "down", None, "is no head of this version: its tensors lacks down"),
+        (1, "texts", torch.zeros(6, 4, 32), "texts has shape .6, 4, 32., expected .K, P, d."),
+        (1, "contexts", torch.zeros(5, 3, 8), "contexts has shape .5, 3, 8."),
+    ],
+)
+def test_learners_whose_parts_do_not_fit(place, name, tensor, told, tmp_path):
+    file = tmp_path / "head.safetensors"
+    save_head(file, StoredHead(other_heads()[place], "x", NAMES, None))
+    changed(file, {name: tensor})
+    with pytest.raises(InputError, match=told):
+        read_head(file)
 
 
 def test_the_same_head_is_the_same_bytes(file, tmp_path):

@@ -154,9 +154,9 @@ def named(origins: Mapping[str, str], file: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        message = _named(str(error), origins)
-        if message == str(error):
-            message = f"{file}: {message}"
+        what = str(error).partition(": ")[0]
+        known = what in origins or what == file
+        message = _named(str(error), origins) if known else f"{file}: {error}"
         raise InputError(message) from error
 
 

@@ -152,17 +152,17 @@ def _from_file(
             f"{file}: was trained with --logit-scale {head.logit_scale:g}; give the same"
         )
     if isinstance(head, ConditionalHead):
+        if names is None:
+            raise InputError(f"{file}: has no class names to make prompts of")
+        known = copy(stored)
+        known.encoder = stored.encoder or kept.encoder
+        head = head.for_classes(tower(known), names)
         n_rows = len(stored.get("image_features"))
         click.echo(
             f"head {kept.name}: {n_rows:,} images, each in the prompts of {n_classes:,} classes, "
             f"are {n_rows * n_classes:,} runs of the text tower",
             err=True,
         )
-        known = copy(stored)
-        known.encoder = stored.encoder or kept.encoder
-        if names is None:
-            raise InputError(f"{file}: has no class names to make prompts of")
-        head = head.for_classes(tower(known), names)
     return _beneath(head, kept.name, stored, file)
 
 

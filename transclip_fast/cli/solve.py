@@ -148,6 +148,8 @@ def solve_features(
     own_graph = beside(out, "graph")
     states = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
     stored.origins |= {"X": stored.origins["image_features"], out: out, str(own_graph): out}
+    if head is not None:
+        stored.origins[head] = head  # where it is a file
     with (
         common.collected_warnings(stored.origins) as warnings,
         new_folder(out, CONTENTS, obsolete=[*states, *left_by(own_graph)]) as folder,

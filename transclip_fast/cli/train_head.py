@@ -36,6 +36,8 @@ from transclip_fast.heads.base import Labelled, PrototypeHead
 from transclip_fast.heads.patches import by_name, seen_by
 from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
+from transclip_fast.heads.prompts.coop import PromptHead
+from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.inputs import as_labels, as_unit_rows
 from transclip_fast.protocols.data import (
     VALIDATION_SHOTS,
@@ -56,7 +58,7 @@ CHECKPOINT_SECONDS = 5.0
 TRAINING = "training"  # what its state is kept under, beside the file to write
 ARRAYS = ("text_features", "class_names", "labels", *LABELLED)
 OF_PROMPTS = ("model", "pretrained", "precision", "n_ctx", "start", "class_specific", "epochs")
-SHOWN_WORDS = 64  # of a context
+SHOWN_CLASSES = 5  # whose contexts are shown
 
 
 @click.command("train-head")
@@ -120,13 +122,20 @@ def command(
             checkpoint = TensorCheckpoint(out, TRAINING, identity, CHECKPOINT_SECONDS)
             prompting = replace(prompting, checkpoint=checkpoint)
         with stages.time("train"), common.progress(f"train {name}", "steps") as show, about():
-            head = _fitted(name, stored, pools, prompting, options, show)
+            last: dict[str, str] = {}
+
+            def step(done: int, steps: int, **figures: str) -> None:
+                last.update(figures)
+                show(done, steps, **figures)
+
+            head = _fitted(name, stored, pools, prompting, options, step)
         with about():
             run = _summary(name, head, stored, pools, text, truth)
         training = {"shots": shots, "seed": options["seed"], "version": __version__}
         encoder = stored.encoder if prompting is None else encoder_of(prompting.tower.backbone)
         save_head(out, StoredHead(head, name, stored.class_names, encoder, training))
         files(out, TRAINING, TensorCheckpoint.suffix)[0].unlink(missing_ok=True)
+        run["loss"] = float(last["loss"]) if "loss" in last else None
         run |= {"training": training, "seconds": stages.seconds, "versions": common.versions()}
         run["warnings"] = warnings
     common.summarise(run, _text(run, features, out), as_json)
@@ -259,21 +268,37 @@ def _summary(
         "validation_accuracy": held_out
         and accuracy(head.predict(held_out.features).numpy(), held_out.labels.numpy()),
         "parameters": head.parameters,
-        "nearest_words": getattr(head, "words", None),
+        "nearest_words": _words(head, stored.class_names),
     }
 
 
+def _words(head: Head, names: list[str] | None) -> dict[str, list[str]] | None:
+    """Words nearest to the context of each class, of "all", or of each of several prompts."""
+    if not isinstance(head, PromptHead | ConditionalHead | TransportHead):
+        return None
+    n_ctx = int(head.parameters["n_ctx"])
+    groups = [head.words[start : start + n_ctx] for start in range(0, len(head.words), n_ctx)]
+    of = ["all"]
+    if isinstance(head, TransportHead):
+        of = [f"prompt {number}" for number in range(1, len(groups) + 1)]
+    elif isinstance(head, PromptHead) and head.context.ndim == 3:
+        of = names or []
+    return dict(zip(of, groups, strict=True))
+
+
 def _text(run: Mapping[str, Any], features: str, out: str) -> str:
+    loss = "" if run["loss"] is None else f", loss {run['loss']:.4f} at the end"
     lines = [
         f"{run['name']}: trained on {run['n_shots']:,} shots of {run['n_classes']:,} classes in "
-        f"{run['seconds']['train']:.1f} s"
+        f"{run['seconds']['train']:.1f} s{loss}"
     ]
     if run["parameters"]:
         lines.append(", ".join(f"{name} {value:g}" for name, value in run["parameters"].items()))
-    words = run["nearest_words"]
-    if words is not None:
-        more = " ..." if len(words) > SHOWN_WORDS else ""
-        lines.append(f"words nearest to the context: {' '.join(words[:SHOWN_WORDS])}{more}")
+    words = run["nearest_words"] or {}
+    for of, near in list(words.items())[:SHOWN_CLASSES]:
+        lines.append(f"words nearest to the context of {of}: {' '.join(near)}")
+    if len(words) > SHOWN_CLASSES:
+        lines.append(f"... and of {len(words) - SHOWN_CLASSES:,} more classes")
     if run["validation_accuracy"] is not None:
         lines.append(f"accuracy on the validation rows {run['validation_accuracy']:.2f} %")
     if run["accuracy"] is not None:

@@ -66,6 +66,14 @@ def test_prompts_are_cut_behind_their_ends_where_nothing_reads_there():
     assert {length(name) for name in others} == {16}
 
 
+@pytest.mark.parametrize("pooling", ["first", "last"])
+def test_poolings_that_no_model_has_behind_a_causal_mask(pooling):
+    tower = tiny(pool_type=pooling)
+    prompts, context = prompted(tower)
+    expected = by_the_tower_itself(tower, [f"a photo of the {name}." for name in NAMES])
+    torch.testing.assert_close(tower.encode(prompts, context), expected, atol=2e-6, rtol=0)
+
+
 def test_contexts_of_their_own(tower):
     prompts, context = prompted(tower)
     draw = torch.Generator().manual_seed(1)

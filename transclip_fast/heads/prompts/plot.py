@@ -156,7 +156,7 @@ class Plot(Learner):
             logit_scale=self.logit_scale,
             parameters={"n_ctx": self.contexts.shape[1], "patches": self.patches},
             texts=texts,
-            contexts=self.contexts.detach().cpu().clone(),
+            contexts=self.contexts.detach().float().cpu().clone(),
             position=self.position,
             words=words,
             patches=self.patches,
@@ -171,8 +171,8 @@ def encode_each(tower: TextTower, prompts: Prompts, contexts: torch.Tensor) -> t
     return tower.encode(prompts.rows(each), repeated).view(n_classes, number, -1)
 
 
-def fit(task: Task) -> TransportHead:
-    """Train contexts from the task's `prompting`, and warn where images have no patches."""
+def fit(task: Task) -> Head:
+    """Train contexts with the task's `prompting`, and warn where images have no patches."""
     learner = Plot(task)
     if not learner.patches:
         warnings.warn(
@@ -180,5 +180,4 @@ def fit(task: Task) -> TransportHead:
             "which is their mean; `encode --local-features` gives patches",
             stacklevel=2,
         )
-    train(learner, task)
-    return learner.head()
+    return train(learner, task)
