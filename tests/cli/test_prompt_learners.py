@@ -252,6 +252,15 @@ def test_few_shot_with_patches(save, patched, backbone, short, done, tmp_path): 
     assert torch.equal(halves[1].patched[:], whole[data.labels >= 3])
 
 
+def test_shots_with_patches_and_queries_without(save, patched, short, cli, tmp_path):
+    patched.pop("local_features")
+    command = (save(patched), *short, "--head", "plot", "--out", tmp_path / "t")
+    for protocol in ("few-shot", "base-to-new"):
+        ran = cli("protocol", protocol, *command)
+        assert ran.code == 2
+        assert "features: has no local_features, which the shots of features have" in ran.err
+
+
 @pytest.mark.parametrize(
     ("protocol", "change", "options", "told"),
     [

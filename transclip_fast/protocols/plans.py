@@ -12,8 +12,9 @@ import torch
 from transclip_fast.encode.sources import plain_name
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import LEARNERS, TRANSFERABLE, check_head
+from transclip_fast.heads import LEARNERS, TRANSFERABLE, WITH_PATCHES, check_head
 from transclip_fast.heads.base import Head
+from transclip_fast.heads.patches import PatchedRows
 from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
@@ -95,6 +96,9 @@ def few_shot(
     for name in trials.heads:
         if name != TRANSCLIP_FS:
             check_head(name)
+
+    for data in sets:
+        _check_patches(trials.heads, data, [data])
 
     def work(data: DataSet, name: str, n: int, seed: int) -> Callable[[], Row]:
         def run() -> Row:
@@ -229,6 +233,17 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
     return found
 
 
+def _check_patches(heads: Sequence[str], source: DataSet, targets: Sequence[DataSet]) -> None:
+    """Raise InputError where a head would be trained with patches that queries do not have."""
+    if WITH_PATCHES & set(heads) and isinstance(source.pools["support"].features, PatchedRows):
+        for target in targets:
+            if target.patched is None:
+                raise InputError(
+                    f"{target.name}: has no local_features, which the shots of {source.name} have; "
+                    "encode both with --local-features, or neither"
+                )
+
+
 def _check_transferable(heads: Sequence[str], targets: Sequence[DataSet]) -> None:
     movable = sorted(TRANSFERABLE | LEARNERS.keys())
     for name in heads:
@@ -277,6 +292,7 @@ def _transfers(
     trials: Trials,
 ) -> list[Run]:
     """Runs that train on the source, once for all targets, and measure on a target."""
+    _check_patches(trials.heads, source, [target.data for target in targets])
 
     @cache
     def trained(name: str, n: int, seed: int) -> tuple[Head, float]:
