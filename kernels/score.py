@@ -10,11 +10,11 @@ the matrix units, in 16 bits with float32 sums, of which only what may still be 
 appended to its row's list. That is what passes two bars, both of which only rise:
 
 - min(least + log-sum-exp so far, largest so far), a little below it for the rounding of the sum;
-- the C-th largest of 2 G partial maxima, each of the classes that are equal modulo 2 G: so many
+- the C-th largest of G partial maxima, each of the classes that are equal modulo G: so many
   entries are at least as large. A few halvings bracket it. An entry must reach the bar that counts
   its own block, and be above the one before its block: of equal ones the first classes count.
 
-If the largest come in no particular order, a list so grows to C (1 + log(K / 2G)) entries or a few
+If the largest come in no particular order, a list so grows to C (1 + log(K / G)) entries or a few
 more, some 60 at C = 16 and K = 1024. One that might outgrow its room is cut to its C largest. A
 second kernel cuts each list to the candidates and writes them in the order of their classes.
 
@@ -33,7 +33,7 @@ from transclip_fast.kernels.select import keep, marked, ordered, threshold_of
 MOST = 32  # candidates; with more, partial maxima are no bar
 CHUNK_ROWS = 1 << 16  # whose lists there is room for: 134 MB, of which little is touched
 ROOM = 256  # entries of a list
-GROUPS = 32  # columns of a tile that are looked at together, in pairs
+GROUPS = 64  # partial maxima of a row
 # Rows and classes of a tile, dimensions of a step, warps, stages of the pipeline: the largest tiles
 # that spill nothing. AMD's 64 KB hold one stage.
 LAUNCHES = {
@@ -42,21 +42,28 @@ LAUNCHES = {
     "hip": (64, 64, 32, 8, 1),
 }
 FINISH_BLOCK, FINISH_WARPS = 64, 1
+PARTS = tl.constexpr(4)  # of a tile, which are appended one after the other
 HALVINGS = tl.constexpr(4)
 SLACK = tl.constexpr(1e-3)  # nats: far more than a sum of exponentials is rounded by
 
 
 @triton.jit
-def raised(best, others, bar, bound, largest, width):
-    """A bar (M,) that `width` partial maxima, `best` and `others` (M, G), reach, from `bar` up."""
+def raised(best, bar, bound, largest, width):
+    """A bar (M,) that at least `width` of the partial maxima `best` (M, G) reach, from `bar` up."""
     low, high = tl.maximum(bar, bound), largest
     for _ in range(HALVINGS):
         middle = 0.5 * (low + high)
-        reach = (best >= middle[:, None]).to(tl.int32) + (others >= middle[:, None]).to(tl.int32)
-        enough = tl.sum(reach, 1) >= width
+        enough = tl.sum((best >= middle[:, None]).to(tl.int32), 1) >= width
         bar = tl.where(enough, middle, bar)
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
     return bar
+
+
+@triton.jit
+def above(x):
+    """The float32 after x."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x > 0, bits + 1, tl.where(x < 0, bits - 1, 1)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -96,32 +103,20 @@ def cut_all(entries, classes, width, largest, bar, rest, length, B: tl.constexpr
 
 
 @triton.jit
-def take(
-    x, start, entries, classes, lowest, width,
-    largest, mass, rest, bar, length, best, others, B: tl.constexpr,
-):  # fmt: skip
-    """Scores (M, G) of the classes `start` and on: what of them may be a candidate is listed."""
+def append(x, start, entries, classes, limit, length, B: tl.constexpr):
+    """List those scores (M, P) of the classes `start` and on that are at least `limit` (M,)."""
     M: tl.constexpr = x.shape[0]
-    G: tl.constexpr = x.shape[1]
-    before, largest = largest, tl.maximum(largest, tl.max(x, 1))
-    total = tl.maximum(before + tl.log(mass), largest)  # no more than the sum's logarithm
-    bound = tl.minimum(lowest + total - SLACK, largest)
-    best = tl.maximum(best, x)
-    old, bar = bar, raised(best, others, bar, bound, largest, width)
-    passes = (x >= tl.maximum(bar, bound)[:, None]) & (x > old[:, None])
-    shrink, terms = tl.exp(before - largest), tl.exp(x - largest[:, None])
-    mass = mass * shrink + tl.sum(terms, 1)
-    rest = rest * shrink + tl.sum(tl.where(passes, 0.0, terms), 1)
-    ones = passes.to(tl.float16)
-    found = tl.sum(ones.to(tl.float32), 1).to(tl.int32)
+    P: tl.constexpr = x.shape[1]
+    p = tl.arange(0, P)
+    passes = x >= limit[:, None]
     if tl.max(passes.to(tl.int32)) > 0:
-        g = tl.arange(0, G)
         # Places by a product with a triangle of ones: a scan would leave the tile's layout.
-        rank = tl.dot(ones, (g[:, None] <= g[None, :]).to(tl.float16)).to(tl.int32)
-        place = (tl.arange(0, M) * B + length - 1)[:, None] + rank
+        rank = tl.dot(passes.to(tl.float16), (p[:, None] <= p[None, :]).to(tl.float16))
+        place = (tl.arange(0, M) * B + length - 1)[:, None] + rank.to(tl.int32)
         tl.store(entries + place, x, passes)
-        tl.store(classes + place, tl.broadcast_to((start + g)[None, :], (M, G)), passes)
-    return largest, mass, rest, bar, length + found, best
+        tl.store(classes + place, tl.broadcast_to((start + p)[None, :], (M, P)), passes)
+        length += tl.max(rank, 1).to(tl.int32)
+    return length
 
 
 @triton.jit
@@ -153,8 +148,7 @@ def score_kernel(
     factor = tl.load(scale)
     largest = tl.full((M,), float("-inf"), tl.float32)
     bar = tl.where(inside, float("-inf"), float("inf"))
-    even = tl.full((M, G), float("-inf"), tl.float32)
-    odd = even
+    best = tl.full((M, G), float("-inf"), tl.float32)
     rest = tl.zeros((M,), tl.float32)
     mass = rest + 1.0  # of nothing: shrunk to 0 by the first scores
     length = tl.zeros((M,), tl.int32)
@@ -177,14 +171,20 @@ def score_kernel(
             x = tl.dot(a, b, x, input_precision="ieee")
         x = x * factor + tl.load(offset + k, k < n_classes, other=0.0)[None, :]
         x = tl.where((k < n_classes)[None, :], x, float("-inf"))
-        for part in tl.static_range(0, N // G, 2):
-            largest, mass, rest, bar, length, even = take(
-                columns(x, part, N // G), start + part * G, entries, classes, lowest, width,
-                largest, mass, rest, bar, length, even, odd, B,
-            )  # fmt: skip
-            largest, mass, rest, bar, length, odd = take(
-                columns(x, part + 1, N // G), start + part * G + G, entries, classes, lowest, width,
-                largest, mass, rest, bar, length, odd, even, B,
+        before, largest = largest, tl.maximum(largest, tl.max(x, 1))
+        total = tl.maximum(before + tl.log(mass), largest)  # no more than the sum's logarithm
+        bound = tl.minimum(lowest + total - SLACK, largest)
+        best = tl.maximum(best, tl.max(tl.reshape(x, (M, N // G, G)), 1))
+        old, bar = bar, raised(best, bar, bound, largest, width)
+        limit = tl.maximum(bar, bound)
+        limit = tl.where(limit > old, limit, above(old))
+        shrink, terms = tl.exp(before - largest), tl.exp(x - largest[:, None])
+        mass = mass * shrink + tl.sum(terms, 1)
+        rest = rest * shrink + tl.sum(tl.where(x >= limit[:, None], 0.0, terms), 1)
+        for part in tl.static_range(PARTS):
+            length = append(
+                columns(x, part, PARTS), start + part * (N // PARTS), entries, classes, limit,
+                length, B,
             )  # fmt: skip
     tl.store(lengths + local, length, inside)
     tl.store(totals + local, largest + tl.log(mass), inside)

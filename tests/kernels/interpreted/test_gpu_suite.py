@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transclip_fast.kernels import messages
 
 from bench import gpu_arms, gpu_solves
 from bench.gpu_lines import Ceilings, Suite, measure_ceilings
@@ -47,6 +48,7 @@ class Cpu(Gpu):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(certified, "usable", lambda rows, size: True)
     monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=3, inner_iter=1))
@@ -84,7 +86,6 @@ def test_scores(suite):
     gpu_arms.scores(suite, ((50, 40, 64, 16), (9, 300, 32, 20)))
     once = ["fused", "cuBLAS in chunks", "torch eager", "torch.compile", "cuBLAS, no selection"]
     assert arms_of(suite) == 2 * once
-    assert suite.lines[2].error != suite.lines[3].error
 
 
 def test_class_sums(suite):
