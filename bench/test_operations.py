@@ -18,7 +18,7 @@ from bench.common import LOGIT_SCALE, machine_facts, make_problem
 from bench.gpu_problems import sweep_bytes
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.device import exact_float32
-from transclip_fast.graph import Affinity, affinity, build_graph
+from transclip_fast.graph import Affinity, affinity, build_graph, certified
 from transclip_fast.ops import Operations, operations
 from transclip_fast.truncation import Truncation
 

@@ -135,14 +135,12 @@ def enter(x, k, total, low, high, spare, kept, tail, values, classes):
 
 @triton.jit
 def keep(
-    x, k, scores, ids, n_scores, total, largest, least, left, width, values, classes, tail,
-    LISTED: tl.constexpr,
+    x, k, scores, n_scores, total, largest, least, left, width, values, classes, tail
 ):  # fmt: skip
     """
-    Write a row's candidates, and what others have beside the mass `left`.
+    Write a row's candidates, and the mass of all others, of which it is told `left`.
 
-    Its first block of scores is x, of the classes k (B,); the rest is in memory, of the classes
-    `ids` where they are LISTED, else of all in order.
+    The first block of scores is x, of the classes k (B,); those of later classes are in memory.
     """
     B: tl.constexpr = x.shape[0]
     place = tl.arange(0, B)
@@ -151,10 +149,9 @@ def keep(
     spare, kept, left = enter(x, k, total, low, high, width - taken, 0, left, values, classes)
     for start in range(B, n_scores, B):
         y = tl.load(scores + start + place, start + place < n_scores, other=float("-inf"))
-        k = start + place
-        if LISTED:
-            k = tl.load(ids + start + place, start + place < n_scores, other=0)
-        spare, kept, left = enter(y, k, total, low, high, spare, kept, left, values, classes)
+        spare, kept, left = enter(
+            y, start + place, total, low, high, spare, kept, left, values, classes
+        )
     for start in range(0, width, B):
         c = start + place
         tl.store(values + c, float("-inf"), (c >= kept) & (c < width))
@@ -198,8 +195,8 @@ def select_kernel(
     if NODES:
         node = tl.load(nodes + row)
     keep(
-        x, k, products, products, n_classes, total, largest, tl.load(least + node), 0.0, width,
-        values + node * width, classes + node * width, tail + node, LISTED=False,
+        x, k, products, n_classes, total, largest, tl.load(least + node), 0.0, width,
+        values + node * width, classes + node * width, tail + node,
     )  # fmt: skip
 
 
