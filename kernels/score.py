@@ -125,7 +125,7 @@ def append(x, start, entries, limit, largest, mass, rest, length, B: tl.constexp
         # Places by a product with a triangle of ones: a scan would leave the tile's layout.
         rank = tl.dot(passes.to(tl.float16), (p[:, None] <= p[None, :]).to(tl.float16))
         place = (tl.arange(0, M) * B + length - 1)[:, None] + rank.to(tl.int32)
-        tl.store(entries + place, entry_of(x, (start + p)[None, :]), passes)
+        tl.store(entries + place, entry_of(x, (p + start)[None, :]), passes)
         length += tl.max(rank, 1).to(tl.int32)
     return mass, rest, length
 

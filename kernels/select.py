@@ -59,7 +59,13 @@ class Constant:
 def ordered(x):
     """Integers that are ordered as the float32 x."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def between(low, high):
+    """Half of their sum, rounded down; the sum itself may overflow."""
+    return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
@@ -104,12 +110,13 @@ def threshold_of(x, products, n_classes, low, high, width):
     taken = count(x, products, n_classes, low)
     high = tl.where(taken <= width, low, high)
     taken = tl.where(taken <= width, taken, 0)
-    while (high - low > 1) & (taken < width):
-        middle = low + (high - low) // 2
+    middle = between(low, high)
+    while (middle > low) & (taken < width):
         found = count(x, products, n_classes, middle)
         many = found > width
         low, high = tl.where(many, middle, low), tl.where(many, high, middle)
         taken = tl.where(many, taken, found)
+        middle = between(low, high)
     return low, high, taken
 
 

@@ -51,7 +51,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(certified, "usable", lambda rows, size: True)
-    monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=3, inner_iter=1))
+    monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=2, inner_iter=1))
 
 
 @pytest.fixture
@@ -109,13 +109,13 @@ def test_captured(suite, monkeypatch):
 
     monkeypatch.setattr(ops, "captured", captured)
 
-    gpu_solves.captured(suite, 30, 7, 16)
+    gpu_solves.captured(suite, 12, 5, 16)
     assert arms_of(suite) == 2 * ["check", "captured", "not captured"]
     assert len(recorded) == 2
 
 
 def test_solves(suite, monkeypatch):
-    gpu_solves.solve(suite, 30, 7, 16)
+    gpu_solves.solve(suite, 12, 5, 16)
     assert arms_of(suite) == [
         "float16", "float32", "baseline", "baseline, torch.compile", "float16, streamed",
     ]  # fmt: skip
