@@ -207,7 +207,7 @@ def select_kernel(
     )  # fmt: skip
 
 
-LAUNCHES = {256: 1, 512: 2, 1024: 8, 2048: 16}  # classes of a block: warps
+LAUNCHES = {256: 1, 512: 2, 1024: 4, 2048: 16}  # classes of a block: warps
 
 
 def launch_of(n_classes: int) -> tuple[int, int]:
