@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transclip_fast.kernels import score as fused
@@ -146,6 +148,29 @@ def test_lists_that_outgrow_their_room_are_cut(cuts, step):
     assert all(row == best.tolist() for row in out.classes.tolist())
     np.testing.assert_allclose(out.values, b[best].expand(n, -1), atol=2e-5)
     np.testing.assert_allclose(out.tail, 1 - b[best].exp().sum().expand(n), atol=1e-6)
+
+
+@triton.jit
+def cut_kernel(entries, found, length, width, B: tl.constexpr):
+    least, lost = fused.cut(entries, length, width, 0.0, found, B)
+    tl.store(found, least)
+    tl.store(found + 1, lost)
+
+
+@pytest.mark.parametrize(("length", "width"), [(50, 7), (64, 16), (9, 8), (3, 1)])
+def test_a_list_is_cut_to_its_largest(rng, length, width):
+    """Whole numbers, many of them equal: the first ones stay, in their order."""
+    x = rng.integers(-3, 3, length).astype(np.float32)
+    k = np.sort(rng.choice(1000, length, replace=False))
+    entries = torch.full((64,), -1)
+    entries[:length] = torch.from_numpy((x.view(np.int32).astype(np.int64) << 32) | k)
+    found = torch.empty(2)
+    cut_kernel[(1,)](entries, found, length, width, B=64)
+    kept = np.sort(np.argsort(-x, kind="stable")[:width])
+    left = entries[:width].numpy()
+    np.testing.assert_array_equal(left & (2**32 - 1), k[kept])
+    np.testing.assert_array_equal((left >> 32).astype(np.int32).view(np.float32), x[kept])
+    np.testing.assert_allclose(found, [x[kept].min(), np.delete(np.exp(x), kept).sum()], rtol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)
