@@ -18,7 +18,7 @@ If the largest come in no particular order, a list so grows to C (1 + log(K / G)
 more, some 60 at C = 16 and K = 1024. One that might outgrow its room is cut to its C largest. A
 second kernel cuts each list to the candidates and writes them in the order of their classes.
 
-Shapes: F (N, d) and P (K, d) float16 or bfloat16, c (K,) float32; values, classes (N, C). Cost:
+Shapes: F (N, d) and P (K, d) float16, c (K,) float32; values, classes (N, C). Cost:
 2 N K d operations; N K d (1 / M + 1 / N) entries read from the cache for tiles of M x N. Method:
 Zanella et al., NeurIPS 2024, equation 5.
 """
