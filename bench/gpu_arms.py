@@ -21,6 +21,7 @@ from bench.gpu_problems import (
 )
 from bench.gpu_timing import SETS, Arm, setting
 from transclip_fast.assignments import Assignments, Scores
+from transclip_fast.checkpoint import NoCheckpoint
 from transclip_fast.graph import affinity, build_graph, certified
 from transclip_fast.graph.best import SPARE, BestLists
 from transclip_fast.ops import operations
@@ -165,7 +166,7 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
 
     def search(rows: Rows) -> int:
         best = BestLists(len(rows), 3 + SPARE, rows.device)
-        return certified.search_certified(rows, best, 3, lambda *_: None, certified.NoCheckpoint())
+        return certified.search_certified(rows, best, 3, lambda *_: None, NoCheckpoint())
 
     small = Rows(features[:some].contiguous())
     half = small.half()[:]

@@ -18,7 +18,7 @@ from bench.common import LOGIT_SCALE, machine_facts, make_problem
 from bench.gpu_problems import sweep_bytes
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.device import exact_float32
-from transclip_fast.graph import Affinity, affinity, build_graph
+from transclip_fast.graph import Affinity, affinity, build_graph, certified
 from transclip_fast.ops import Operations, operations
 from transclip_fast.truncation import Truncation
 
@@ -191,15 +191,14 @@ def test_energies(setting: Setting, benchmark: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", *(["triton"] if torch.cuda.is_available() else [])])
-def test_neighbours(backend: str, benchmark: Any) -> None:
+def test_neighbours(backend: str, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = torch.from_numpy(make_problem(N, K, D).features).to(device)
 
-    def run() -> Any:
-        if backend == "triton":
-            from transclip_fast.kernels.neighbors import neighbors
+    if backend == "torch":
+        monkeypatch.setattr(certified, "usable", lambda *_: False)
 
-            return neighbors(rows, N_NEIGHBORS)[0]
+    def run() -> Any:
         return build_graph(rows, N_NEIGHBORS, method="exact", device=device).neighbors
 
     cosine = rows.double() @ rows.double().T

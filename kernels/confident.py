@@ -39,7 +39,7 @@ def confident_kernel(
         mask = (row < stop)[:, None] & (k < n_classes)[None, :]
         value = tl.load(x + row[:, None] * n_classes + k[None, :], mask, other=0.0)
         value -= tl.load(normaliser + first + row, row < stop, other=0.0)[:, None]
-        keys = (ordered(value) << 32) | ((first + row) ^ LAST_ROW)[:, None]
+        keys = (ordered(value).to(tl.int64) << 32) | ((first + row) ^ LAST_ROW)[:, None]
         keys = tl.where(mask, keys, LOWEST)  # (R, B)
         top, least = tl.max(keys, 0), tl.min(kept, 0)
         while tl.max((top > least).to(tl.int32), 0) > 0:

@@ -59,7 +59,13 @@ class Constant:
 def ordered(x):
     """Integers that are ordered as the float32 x."""
     bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def between(low, high):
+    """Half of their sum, rounded down; the sum itself may overflow."""
+    return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
@@ -104,12 +110,13 @@ def threshold_of(x, products, n_classes, low, high, width):
     taken = count(x, products, n_classes, low)
     high = tl.where(taken <= width, low, high)
     taken = tl.where(taken <= width, taken, 0)
-    while (high - low > 1) & (taken < width):
-        middle = low + (high - low) // 2
+    middle = between(low, high)
+    while (middle > low) & (taken < width):
         found = count(x, products, n_classes, middle)
         many = found > width
         low, high = tl.where(many, middle, low), tl.where(many, high, middle)
         taken = tl.where(many, taken, found)
+        middle = between(low, high)
     return low, high, taken
 
 
@@ -135,14 +142,12 @@ def enter(x, k, total, low, high, spare, kept, tail, values, classes):
 
 @triton.jit
 def keep(
-    x, k, scores, ids, n_scores, total, largest, least, left, width, values, classes, tail,
-    LISTED: tl.constexpr,
+    x, k, scores, n_scores, total, largest, least, left, width, values, classes, tail
 ):  # fmt: skip
     """
-    Write a row's candidates, and what others have beside the mass `left`.
+    Write a row's candidates, and the mass of all others, of which it is told `left`.
 
-    Its first block of scores is x, of the classes k (B,); the rest is in memory, of the classes
-    `ids` where they are LISTED, else of all in order.
+    The first block of scores is x, of the classes k (B,); those of later classes are in memory.
     """
     B: tl.constexpr = x.shape[0]
     place = tl.arange(0, B)
@@ -151,10 +156,9 @@ def keep(
     spare, kept, left = enter(x, k, total, low, high, width - taken, 0, left, values, classes)
     for start in range(B, n_scores, B):
         y = tl.load(scores + start + place, start + place < n_scores, other=float("-inf"))
-        k = start + place
-        if LISTED:
-            k = tl.load(ids + start + place, start + place < n_scores, other=0)
-        spare, kept, left = enter(y, k, total, low, high, spare, kept, left, values, classes)
+        spare, kept, left = enter(
+            y, start + place, total, low, high, spare, kept, left, values, classes
+        )
     for start in range(0, width, B):
         c = start + place
         tl.store(values + c, float("-inf"), (c >= kept) & (c < width))
@@ -198,12 +202,12 @@ def select_kernel(
     if NODES:
         node = tl.load(nodes + row)
     keep(
-        x, k, products, products, n_classes, total, largest, tl.load(least + node), 0.0, width,
-        values + node * width, classes + node * width, tail + node, LISTED=False,
+        x, k, products, n_classes, total, largest, tl.load(least + node), 0.0, width,
+        values + node * width, classes + node * width, tail + node,
     )  # fmt: skip
 
 
-LAUNCHES = {256: 1, 512: 2, 1024: 8, 2048: 16}  # classes of a block: warps
+LAUNCHES = {256: 1, 512: 2, 1024: 4, 2048: 16}  # classes of a block: warps
 
 
 def launch_of(n_classes: int) -> tuple[int, int]:

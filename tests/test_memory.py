@@ -82,7 +82,7 @@ def test_auto_is_dense_where_that_is_small(size, dense):
         (2000, 1000, 8, True),  # small
         (1_000_000, 64, 8, True),  # 2 (4 K) + 6 (4 K) bytes, lists of 32 entries have as many
         (1_000_000, 65, 8, False),
-        (1_000_000, 64, 1, False),  # more than half of the memory
+        (10_000_000, 64, 14, False),  # more than half of the memory
         (20_000, 1000, 80, False),
     ],
 )

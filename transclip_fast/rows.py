@@ -87,7 +87,7 @@ class Rows:
         if self._held is not None:
             return self._held[start:stop]
         if self.device.type != "cuda":
-            return self._host(slice(start, stop))
+            return self._host(slice(start, stop)).to(self.dtype)
         self._ahead = self._ahead or _ReadAhead(self._host, self.device, self.dtype)
         following = slice(stop, min(2 * stop - start, len(self)))
         return self._ahead.read(slice(start, stop), following)

@@ -115,7 +115,7 @@ def most_confident():
 def fused(target):
     arguments = {
         "features": F16, "weights": F16, "scale": F32, "offset": F32, "least": F32, "nodes": I64,
-        "entries": F32, "classes": I32, "lengths": I32, "totals": F32, "rests": F32,
+        "entries": I64, "lengths": I32, "totals": F32, "rests": F32,
         "first": EVEN, "stop": SIZE, "n_classes": SIZE, "d": EVEN, "width": EVEN,
     }  # fmt: skip
     backend = TARGETS[target].backend
@@ -126,11 +126,11 @@ def fused(target):
 
 def finish():
     arguments = {
-        "entries": F32, "ids": I32, "lengths": I32, "totals": F32, "rests": F32, "least": F32,
+        "entries": I64, "lengths": I32, "totals": F32, "rests": F32, "least": F32,
         "nodes": I64, "values": F32, "classes": I32, "tail": F32, "first": EVEN, "width": EVEN,
     }  # fmt: skip
     options = {"num_warps": score.FINISH_WARPS}
-    constants = {"ROOM": score.ROOM, "B": score.FINISH_BLOCK}
+    constants = {"B": score.ROOM}
     return score.finish_kernel, arguments, constants, options
 
 

@@ -65,7 +65,8 @@ def search_certified(
 
 def _norms(rows: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
     """|f_i - fl16 f_i| (n,) float32: what each row lost."""
-    return (rows.double() - half.double()).norm(dim=1).float()
+    lost: torch.Tensor = torch.linalg.vector_norm(rows.double() - half.double(), dim=1)
+    return lost.float()
 
 
 def _enter(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transclip_fast.kernels import messages
 
 from bench import gpu_arms, gpu_solves
 from bench.gpu_lines import Ceilings, Suite, measure_ceilings
@@ -47,9 +48,10 @@ class Cpu(Gpu):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(certified, "usable", lambda rows, size: True)
-    monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=3, inner_iter=1))
+    monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=2, inner_iter=1))
 
 
 @pytest.fixture
@@ -84,7 +86,6 @@ def test_scores(suite):
     gpu_arms.scores(suite, ((50, 40, 64, 16), (9, 300, 32, 20)))
     once = ["fused", "cuBLAS in chunks", "torch eager", "torch.compile", "cuBLAS, no selection"]
     assert arms_of(suite) == 2 * once
-    assert suite.lines[2].error != suite.lines[3].error
 
 
 def test_class_sums(suite):
@@ -108,13 +109,13 @@ def test_captured(suite, monkeypatch):
 
     monkeypatch.setattr(ops, "captured", captured)
 
-    gpu_solves.captured(suite, 30, 7, 16)
+    gpu_solves.captured(suite, 12, 5, 16)
     assert arms_of(suite) == 2 * ["check", "captured", "not captured"]
     assert len(recorded) == 2
 
 
 def test_solves(suite, monkeypatch):
-    gpu_solves.solve(suite, 30, 7, 16)
+    gpu_solves.solve(suite, 12, 5, 16)
     assert arms_of(suite) == [
         "float16", "float32", "baseline", "baseline, torch.compile", "float16, streamed",
     ]  # fmt: skip

@@ -88,10 +88,10 @@ def test_graphs_of_golden_rows(golden):
     assert_same(found, build_graph(features, 3, method="exact"))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
-    st.integers(1, 200), st.sampled_from([1, 3, 4]), st.sampled_from([5, 33]),
-    st.sampled_from([1.0, 0.05, 1e-3]), st.integers(0, 4), st.integers(0, 2**32 - 1),
+    st.integers(1, 140), st.sampled_from([1, 3, 4]), st.sampled_from([5, 33]),
+    st.sampled_from([1.0, 0.05]), st.integers(0, 4), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_graphs_are_those_of_the_exact_search(n, k, d, spread, copies, seed):
     """Near and far rows, and copies, of which those with the lower ids count."""
