@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bench.common import record
-from bench.tables import LEARNERS
+from bench.names import LEARNERS
 from transclip_fast import TransCLIP
 from transclip_fast.demo import CLASS_NAMES, backbone, digits, enlarge
 from transclip_fast.encode.models import Backbone
