@@ -41,7 +41,7 @@ def on_kernels(assignments, **values):
 
 @pytest.mark.parametrize("assignments", ["dense", "sparse"])
 def test_zero_shot(problem, assignments):
-    features, prototypes, _ = problem(n=60)
+    features, prototypes, _ = problem(n=40)
     run = reference.zero_shot(features, prototypes, reference.Parameters(**STEPS))
     model = on_kernels(assignments).fit(features, prototypes)
     again = on_kernels(assignments).fit(features, prototypes)
@@ -59,8 +59,8 @@ def test_zero_shot(problem, assignments):
 
 @pytest.mark.parametrize("assignments", ["dense", "sparse"])
 def test_few_shot(problem, assignments):
-    features, prototypes, labels = problem(n=60)
-    queries, shots, classes = features[15:], features[:15], labels[:15]
+    features, prototypes, labels = problem(n=40)
+    queries, shots, classes = features[10:], features[:10], labels[:10]
     parameters = reference.Parameters(**STEPS)
     run = reference.few_shot(queries, prototypes, shots, classes, gamma=0.02, parameters=parameters)
     model = on_kernels(assignments, gamma=0.02)
@@ -92,7 +92,7 @@ def test_golden_rows(golden, assignments):
 
 @pytest.mark.parametrize("assignments", ["dense", "sparse"])
 def test_float16(problem, assignments):
-    features, prototypes, _ = problem(n=60)
+    features, prototypes, _ = problem(n=40)
     run = reference.zero_shot(features, prototypes, reference.Parameters(**STEPS))
     model = on_kernels(assignments, precision="float16").fit(features, prototypes)
     np.testing.assert_array_equal(model.transduction_, run.z.argmax(1))

@@ -83,7 +83,7 @@ def test_dense_sweeps(suite):
 
 
 def test_scores(suite):
-    gpu_arms.scores(suite, ((50, 40, 64, 16), (9, 300, 32, 20)))
+    gpu_arms.scores(suite, ((24, 40, 64, 16), (5, 300, 32, 20)))
     once = ["fused", "cuBLAS in chunks", "torch eager", "torch.compile", "cuBLAS, no selection"]
     assert arms_of(suite) == 2 * once
 
