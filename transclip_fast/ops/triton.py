@@ -2,16 +2,9 @@
 The solver's operations on a GPU: a launcher of `transclip_fast.kernels` for each.
 
 Nothing here waits for the GPU once a run has begun, except the number of a graph's hub segments,
-<<<<<<< HEAD
-which is read once. Scores of 16-bit features are fused with their product; where they are float32,
-where a prior or messages are added, and at the start, products are cuBLAS's, a chunk at a time.
-Sums are taken in a fixed order, so two runs give the same bits. `Operations` documents what each
-does.
-=======
 which is read once. Scores of float16 features are fused with their product; in float32, where a
 prior or messages are added, and at the start, products are cuBLAS's, a chunk at a time. Sums are
 taken in a fixed order, so two runs give the same bits. `Operations` documents what each does.
->>>>>>> 0239f91f925c16477f85cd2fc221c71936573924
 """
 
 from __future__ import annotations
