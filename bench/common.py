@@ -247,6 +247,19 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def busy_cores(seconds: float = 2.0) -> float:
+    """Return how many of the machine's cores are busy, on average over some seconds of waiting."""
+
+    def ticks() -> tuple[int, int]:
+        times = [int(x) for x in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+        return sum(times), times[3] + times[4]  # idle, and waiting for a disk
+
+    total, idle = ticks()
+    time.sleep(seconds)
+    later, idle_later = ticks()
+    return (os.cpu_count() or 1) * (1 - (idle_later - idle) / max(later - total, 1))
+
+
 def interleaved(
     arms: Mapping[str, Callable[[], object]], repeats: int, *, cold: Collection[str] = ()
 ) -> dict[str, list[float]]:

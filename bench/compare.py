@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import interleaved, make_problem, medians, ratio, record
+from bench.common import busy_cores, interleaved, make_problem, medians, ratio, record
 from bench.processes import Process, process_memory, reset_peak_memory
 from bench.published import VARIABLE, available
 
 SAME_LABELS = 0.999
 N_NEIGHBORS = 3
-QUIET = 0.25  # processes that wait for each core: above it the machine has other work
+QUIET = 0.1  # of the cores: with more of them busy the machine has other work
 Stages = dict[str, float]
 
 
@@ -323,15 +323,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def usable_threads() -> tuple[float, int]:
     """
-    Return the load, and the threads of an arm: all cores, or one where others work here too.
+    Return the cores that other work takes, and the threads of an arm: all cores, or one beside it.
 
     Threads that wait for each other lose whole time slices to other work, and some arms more than
     others: on several threads the load changes the ratio itself, on one it does not.
     """
-    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    load, cores = busy_cores(), len(os.sched_getaffinity(0))
     if load <= QUIET * cores:
         return load, cores
-    print(f"WARNING: load {load:.1f} on {cores} cores before the start: every arm gets one thread")
+    print(f"WARNING: {load:.1f} of {cores} cores are busy with other work: an arm gets one thread")
     return load, 1
 
 
@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the comparison and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("--queries", type=int, nargs="+", default=[2500, 5000], metavar="N")
-    parser.add_argument("--classes", type=int, default=1000, metavar="K")
+    parser.add_argument("--classes", type=int, default=500, metavar="K")
     parser.add_argument("--dim", type=int, default=512, metavar="D")
     parser.add_argument("--repeats", type=int, default=7, metavar="R")
     options = parser.parse_args(arguments)

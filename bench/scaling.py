@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Answer one question and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument("--against", choices=[*SIZES, "lists", "schedule"], required=True)
-    parser.add_argument("--queries", type=int, default=4000, metavar="N")
+    parser.add_argument("--queries", type=int, default=8000, metavar="N")
     parser.add_argument("--classes", type=int, default=500, metavar="K")
     parser.add_argument("--dim", type=int, default=256, metavar="D")
     parser.add_argument("--repeats", type=int, default=3, metavar="R")

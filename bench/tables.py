@@ -151,7 +151,7 @@ def busy(folder: Path) -> str:
         + [f"{row['arms'][arm]['times_faster']['baseline']:.2f}" for arm in arms]
         for row in rows
     ]
-    head = ["load before", "N", "K", "d", *(f"dense torch / {SPEED_ARMS[arm]}" for arm in arms)]
+    head = ["other load", "N", "K", "d", *(f"dense torch / {SPEED_ARMS[arm]}" for arm in arms)]
     return table(head, cells) + "\n\n" + source(rows)
 
 

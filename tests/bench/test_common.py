@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from bench.common import (
     BLOCK,
+    busy_cores,
     interleaved,
     machine_facts,
     make_problem,
@@ -131,6 +133,18 @@ def test_interleaved_takes_turns_and_warms_up_all_but_the_cold():
     times = interleaved(arms, 2, cold=["b"])
     assert calls == list("ac" + "abc" * 2)
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_busy_cores():
+    """This process alone keeps one core busy."""
+    done = threading.Event()
+    worker = threading.Thread(target=lambda: all(not done.is_set() for _ in iter(int, 1)))
+    worker.start()
+    try:
+        assert 0.5 < busy_cores(0.5) <= (os.cpu_count() or 1)
+    finally:
+        done.set()
+        worker.join()
 
 
 def test_medians_and_ratio():

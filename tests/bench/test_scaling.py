@@ -15,6 +15,7 @@ SMALL = ["--queries", "200", "--classes", "12", "--dim", "32", "--repeats", "1"]
 
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "busy_cores", lambda: 0.0)
     monkeypatch.setattr(scaling, "record", partial(record, folder=tmp_path))
     return lambda: json.loads((tmp_path / "scaling.jsonl").read_text())
 
