@@ -28,7 +28,6 @@ COLOURS = {
     "published": "#b23a48",
     "baseline": BASELINE,
     "baseline_compiled": "#999999",
-    "transclip_fast": OURS,
     "dense_torch": "#e08e1b",
     "sparse_torch": "#3d9970",
     "sparse_numba": OURS,

@@ -9,7 +9,6 @@ SPEED_ARMS = {
     "published": "published code",
     "baseline": "good dense torch",
     "baseline_compiled": "the same, compiled",
-    "transclip_fast": "transclip_fast",
     "dense_torch": "transclip_fast: dense, torch",
     "sparse_torch": "transclip_fast: sparse, torch",
     "sparse_numba": "transclip_fast: sparse, numba",

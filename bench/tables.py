@@ -133,8 +133,8 @@ def accuracy(folder: Path) -> str:
 
 
 def on_all_cores(row: Row) -> bool:
-    """Whether a line of `bench.compare` was recorded where nothing else ran."""
-    return bool(row.get("threads", row["machine"]["cores"]) == row["machine"]["cores"])
+    """Whether a line of `bench.compare` says that it was recorded where nothing else ran."""
+    return bool(row.get("threads") == row["machine"]["cores"])
 
 
 def compared(folder: Path) -> list[Row]:
@@ -144,7 +144,7 @@ def compared(folder: Path) -> list[Row]:
 
 def busy(folder: Path) -> str:
     """Calls of `bench.compare` beside other work: do their ratios agree?"""
-    rows = [row for row in clean_lines("compare", folder) if not on_all_cores(row)]
+    rows = [row for row in clean_lines("compare", folder) if row.get("threads") == 1]
     arms = [arm for arm in SPEED_ARMS if all(arm in row["arms"] for row in rows)][1:]
     cells = [
         [f"{row['load_before']:.1f}", *(f"{row[x]:,}" for x in ("queries", "classes", "dim"))]
@@ -164,7 +164,7 @@ def speed(folder: Path) -> str:
         gpu = row["machine"]["gpu"]
         line = [f"{row['queries']:,}" + (f" ({gpu})" if gpu else "")]
         line += [f"{row['classes']:,}", str(row["dim"])]
-        ours = row.get("default", "transclip_fast")
+        ours = row["default"]
         for arm in arms:
             done = row["arms"].get(arm)
             cell = f"{seconds(done['median'])}, {size(most_memory(done))}" if done else ""
