@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from transclip_fast.cli import main
+from transclip_fast.store.checkpoint import FileCheckpoint
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,26 @@ def solved(save, arrays, succeeds, tmp_path):
     """A result folder of `arrays`."""
     succeeds("solve", save(arrays), "--out", tmp_path / "result")
     return tmp_path / "result"
+
+
+@pytest.fixture
+def killed(cli, monkeypatch):
+    """Run a command that is interrupted right after its n-th state was kept."""
+
+    def run(n, *args):
+        keep, left = FileCheckpoint.keep, [n]
+
+        def counted(self, state):
+            keep(self, state)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FileCheckpoint, "keep", counted)
+            assert cli(*args).code == 1
+
+    return run
 
 
 def contents(folder):

@@ -10,7 +10,6 @@ import pytest
 from tests.cli.conftest import contents
 from transclip_fast.cli import solve as solve_command
 from transclip_fast.solver import _Run
-from transclip_fast.store.checkpoint import FileCheckpoint
 
 
 @pytest.fixture(autouse=True)
@@ -28,26 +27,6 @@ def few_shot(arrays):
         "validation_features": features[20:40],
         "validation_labels": labels[20:40],
     }
-
-
-@pytest.fixture
-def killed(cli, monkeypatch):
-    """Run a command that is killed right after its n-th state was kept."""
-
-    def run(n, *args):
-        keep, left = FileCheckpoint.keep, [n]
-
-        def counted(self, state):
-            keep(self, state)
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FileCheckpoint, "keep", counted)
-            assert cli(*args).code == 1
-
-    return run
 
 
 @pytest.fixture

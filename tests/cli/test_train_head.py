@@ -23,7 +23,6 @@ from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.heads import clip_adapter, fit_head
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
-from transclip_fast.store.checkpoint import TensorCheckpoint
 from transclip_fast.store.heads import read_head
 
 # Words that the demo's model has read, but never of a digit alone.
@@ -205,26 +204,6 @@ def test_fewer_rows_than_shots_are_told(save, digits, cli, tmp_path):
     )
     assert ran.code == 0
     assert "5 of 5 classes have fewer than 9 rows to draw from, at least 8" in ran.err
-
-
-@pytest.fixture
-def killed(cli, monkeypatch):
-    """Run a command that is interrupted right after its n-th state was kept."""
-
-    def run(n, *args):
-        keep, left = TensorCheckpoint.keep, [n]
-
-        def counted(self, state):
-            keep(self, state)
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(TensorCheckpoint, "keep", counted)
-            assert cli(*args).code == 1
-
-    return run
 
 
 def test_interrupted_again_and_again(save, digits, killed, done, monkeypatch, tmp_path):

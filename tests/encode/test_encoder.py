@@ -98,13 +98,8 @@ class Killed(Exception):
     """Stands for a signal."""
 
 
-@pytest.mark.parametrize(("batches", "repeated"), [(0, 5), (1, 5), (2, 3), (3, 3), (4, 1)])
-def test_an_interrupted_run_ends_in_the_same_bytes(
-    images, backbone, tmp_path, monkeypatch, batches, repeated
-):
-    folder = images(7)
-    (folder / "dog/001.png").write_text("no picture")
-    encode(folder, backbone, tmp_path / "whole")
+def dying(monkeypatch, batches):
+    """Let encoding die after so many batches, as the list returned counts down."""
     embed, left = encoder._embed, [batches]
 
     def dies(*arguments):
@@ -114,6 +109,17 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
         return embed(*arguments)
 
     monkeypatch.setattr(encoder, "_embed", dies)
+    return left
+
+
+@pytest.mark.parametrize(("batches", "repeated"), [(0, 5), (1, 5), (2, 3), (3, 3), (4, 1)])
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    images, backbone, tmp_path, monkeypatch, batches, repeated
+):
+    folder = images(7)
+    (folder / "dog/001.png").write_text("no picture")
+    encode(folder, backbone, tmp_path / "whole")
+    left = dying(monkeypatch, batches)
     with pytest.raises(Killed):
         encode(folder, backbone, tmp_path / "resumed")
     assert not json.loads((tmp_path / "resumed/manifest.json").read_text())["complete"]

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.encode.test_encoder import Killed, contents, encode
-from transclip_fast.encode import encoder
+from tests.encode.test_encoder import Killed, contents, dying, encode
 from transclip_fast.encode.local import LocalEncoder
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.networks import draw_weights, empty_network
@@ -131,15 +130,7 @@ def test_a_folder_with_patches(images, towers, tmp_path):
 def test_an_interrupted_run_ends_in_the_same_bytes(images, towers, tmp_path, monkeypatch, batches):
     folder = images(7)
     encode(folder, towers[0], tmp_path / "whole")
-    embed, left = encoder._embed, [batches]
-
-    def dies(*arguments):
-        if not left[0]:
-            raise Killed
-        left[0] -= 1
-        return embed(*arguments)
-
-    monkeypatch.setattr(encoder, "_embed", dies)
+    left = dying(monkeypatch, batches)
     with pytest.raises(Killed):
         encode(folder, towers[0], tmp_path / "resumed")
     left[0] = 99

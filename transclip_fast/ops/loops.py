@@ -61,7 +61,7 @@ def prefetch(_, lists, row, entry):  # type: ignore[no-untyped-def]
     """
     Have the cache line of an entry of `lists` (N, R) on its way, whether or not it exists.
 
-    Lists of neighbours lie anywhere: without it a sweep waits for them a third of its time.
+    Lists of neighbours lie anywhere: without it a sweep waits for each of them.
     """
 
     def code(context, builder, signature, values):  # type: ignore[no-untyped-def]

@@ -17,6 +17,12 @@ LENGTH, WIDTH, DIM = 16, 16, 12
 END = SimpleTokenizer(context_length=LENGTH).eot_token_id
 VISION = {"image_size": 8, "layers": 1, "width": 64, "patch_size": 4}
 NAMES = ["cat", "red fox", "dog", "old oak tree"]
+# Where the words "a photo of the" stand around a name, by its position.
+WRITTEN = {
+    "end": "a photo of the {}.",
+    "middle": "a photo {} of the.",
+    "front": "{} a photo of the.",
+}
 
 
 def text_config(file):

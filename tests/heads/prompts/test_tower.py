@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.heads.prompts.conftest import NAMES, TOWERS, tiny
+from tests.heads.prompts.conftest import NAMES, TOWERS, WRITTEN, tiny
 from transclip_fast.errors import InputError
 from transclip_fast.heads.prompts import ContextSettings
 from transclip_fast.heads.prompts import tower as tower_module
@@ -36,11 +36,7 @@ def prompted(tower, position="end", names=NAMES, start=START):
 @pytest.mark.parametrize("position", POSITIONS)
 def test_words_as_vectors(name, position):
     tower = tiny(name)
-    written = {
-        "end": "a photo of the {}.",
-        "middle": "a photo {} of the.",
-        "front": "{} a photo of the.",
-    }[position]
+    written = WRITTEN[position]
     expected = by_the_tower_itself(tower, [written.format(name) for name in NAMES])
     found = tower.encode(*prompted(tower, position))
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)

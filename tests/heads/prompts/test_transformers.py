@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.heads.prompts.conftest import LENGTH, NAMES, WRITTEN
 from transclip_fast.encode.models import Backbone
 from transclip_fast.heads.prompts import ContextSettings, TextTower
 from transclip_fast.heads.prompts.context import POSITIONS, class_prompts, first_context
 
-LENGTH = 16
-NAMES = ["cat", "red fox", "dog", "old oak tree"]
 START = "a photo of the"
 WORDS = [*sorted({word for text in (START, *NAMES) for word in text.split()}), "."]
 
@@ -84,11 +83,7 @@ class _Model(torch.nn.Module):
 @pytest.mark.parametrize("name", ["roberta", "mt5", "nllb"])
 def test_words_as_vectors(name, position):
     tower = made(name)
-    written = {
-        "end": "a photo of the {}.",
-        "middle": "a photo {} of the.",
-        "front": "{} a photo of the.",
-    }[position]
+    written = WRITTEN[position]
     tokens = tower.backbone.tokenizer([written.format(name) for name in NAMES])
     with torch.no_grad():
         expected = F.normalize(tower.backbone.model.encode_text(tokens), dim=1)
