@@ -99,7 +99,7 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
                 click.option(
                     "--epochs",
                     type=click.IntRange(min=1),
-                    help="Of the prompt learners' training.  [default: as published]",
+                    help="Of the prompt learners' training.  [default: as in `train-head`]",
                 ),
                 tower_options,
                 common.device_option,

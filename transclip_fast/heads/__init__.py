@@ -60,7 +60,7 @@ LEARNERS: dict[str, Callable[[Task], Head]] = {  # of prompts, through a text to
     "cocoop": cocoop.fit,
     "plot": plot.fit,
 }
-SETTINGS: dict[str, tuple[ContextSettings, Schedule]] = {  # as published
+SETTINGS: dict[str, tuple[ContextSettings, Schedule]] = {  # published, but for cocoop's schedule
     "coop": (ContextSettings(), Schedule()),
     "prograd": (ContextSettings(), Schedule()),
     "cocoop": (cocoop.CONTEXT, cocoop.SCHEDULE),
