@@ -19,7 +19,6 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-CHUNK = 16  # classes whose maximum is kept, to look only where candidates are
 HALVINGS = 24  # of the range in which a row is cut to its largest entries
 
 LINE = 16  # entries of a cache line
@@ -93,26 +92,6 @@ def fetch_neighbors(i, offsets, columns, values, classes):  # type: ignore[no-un
     if i + 1 < len(offsets):
         for entry in range(offsets[i], offsets[i + 1]):
             fetch(columns[entry], values, classes)
-
-
-@compiled("float32(float32[::1], float32[::1])", fastmath=FAST)
-def chunk_maxima(row, out):  # type: ignore[no-untyped-def]
-    """Largest entry of a row (K,); `out` receives that of each chunk."""
-    largest = row[0]
-    n_full = len(row) // CHUNK
-    for q in range(n_full):
-        top = row[q * CHUNK]
-        for j in range(CHUNK):
-            top = max(top, row[q * CHUNK + j])
-        out[q] = top
-        largest = max(largest, top)
-    if n_full < len(out):
-        top = row[n_full * CHUNK]
-        for j in range(n_full * CHUNK, len(row)):
-            top = max(top, row[j])
-        out[n_full] = top
-        largest = max(largest, top)
-    return largest
 
 
 @compiled("float32(float32[::1])", fastmath=FAST)
@@ -190,63 +169,6 @@ def enter(values, classes, low, high, out, out_classes, unused):  # type: ignore
         out[kept] = unused
         kept += 1
     return count
-
-
-@compiled("int64(float32[::1], float32[::1], float32, int32[::1])")
-def at_least(row, maxima, low, classes):  # type: ignore[no-untyped-def]
-    """Classes of a row (K,) whose entry is >= low, into `classes`; their number."""
-    count = 0
-    for q in range(len(maxima)):
-        if maxima[q] >= low:
-            for j in range(q * CHUNK, min(len(row), (q + 1) * CHUNK)):
-                classes[count] = j  # kept only where the count moves on: no branch
-                count += row[j] >= low
-    return count
-
-
-@compiled(
-    "void(float32[:, ::1], int64, int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],"
-    "float32[::1], float32[::1])"
-)
-def select(scores, first, nodes, least, values, classes, tail, normaliser):  # type: ignore[no-untyped-def]
-    """Candidates of a block of scores (n, K): its rows are `first` and on, their nodes differ."""
-    n_classes = scores.shape[1]
-    maxima = np.empty(-(-n_classes // CHUNK), np.float32)
-    bits, rest = np.empty(n_classes, np.int32), np.empty(n_classes, np.float32)
-    found_classes = np.empty(n_classes + 1, np.int32)
-    found = np.empty(n_classes, np.float32)
-    for i in range(len(scores)):
-        row, node = scores[i], nodes[first + i]
-        fetch(nodes[first + min(i + AHEAD, len(scores) - 1)], values, classes)
-        largest = chunk_maxima(row, maxima)
-        everything = exponentials(row, largest, bits, rest)
-        total = largest + F(math.log(everything))
-        normaliser[first + i] = total
-        low = max(min(total + least[node], largest), LOWEST / F(2))
-        count = at_least(row, maxima, low, found_classes)
-        for c in range(count):
-            found[c] = row[found_classes[c]] - total
-        own, own_classes = values[node], classes[node]
-        kept = enter(found[:count], found_classes, low - total, F(1), own, own_classes, -F(np.inf))
-        mass = exponentials(own[:kept], largest - total, bits, rest)
-        tail[node] = max(F(0), F(1) - mass / everything)
-
-
-@compiled("void(float32[:, ::1], int64, float32[::1], float32[:, ::1], int64[:, ::1])")
-def most_confident(scores, first, normaliser, values, rows):  # type: ignore[no-untyped-def]
-    """Enter a block of scores (n, K) into the largest (8, K) of each class, in falling order."""
-    last = len(values) - 1
-    for i in range(len(scores)):
-        for k in range(scores.shape[1]):
-            x = scores[i, k] - normaliser[first + i]
-            if x > values[last, k]:
-                place = last
-                while place > 0 and x > values[place - 1, k]:
-                    values[place, k] = values[place - 1, k]
-                    rows[place, k] = rows[place - 1, k]
-                    place -= 1
-                values[place, k] = x
-                rows[place, k] = first + i
 
 
 @compiled("UniTuple(uint32, 4)(int32[::1], int64)")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ import torch
 import transclip_fast.ops.torch as twin
 from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.graph.affinity import Affinity
-from transclip_fast.ops import loops
+from transclip_fast.ops import candidates, loops
 from transclip_fast.ops import sums as sum_loops
 from transclip_fast.ops.messages import Messages
+from transclip_fast.ops.scan import Scan
 from transclip_fast.ops.torch import (
     START_ROWS,
     blocks,
@@ -59,21 +61,20 @@ def start(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Operations.start`."""
     n_rows, n_classes = len(features), out.n_classes
-    nodes = np.arange(n_rows)
-    normaliser, tail = np.empty((2, n_rows), np.float32)
     least = np.full(n_rows, math.log(out.floor) if out.floor else -np.inf, np.float32)
+    normaliser, tail = np.empty((2, n_rows), np.float32)
     out.values.fill_(-torch.inf)
-    lists, size = _lists(out), even(n_rows, gemm_rows(CPU, n_classes))
+    select = _selector(
+        (features, weights, torch.zeros(n_classes, dtype=torch.float32), log_prior, 1.0, None),
+        (np.arange(n_rows), least, *_lists(out), tail, normaliser),
+    )
+    size = even(n_rows, gemm_rows(CPU, n_classes))
 
     def part(whole: slice) -> tuple[torch.Tensor, torch.Tensor]:
         best = np.full((START_ROWS, n_classes), -np.inf, np.float32)
         rows = np.zeros(best.shape, np.int64)
-        buffer = _scores(n_classes)
         for block in blocks(whole.stop, size, whole.start):
-            scores = twin.block_scores(features, weights, None, block, log_prior, out=buffer)
-            values = scores.clamp_(min=loops.LOWEST).numpy()
-            loops.select(values, block.start, nodes, least, *lists, tail, normaliser)
-            loops.most_confident(values, block.start, normaliser, best, rows)
+            select(block, best, rows)
         return torch.from_numpy(best), torch.from_numpy(rows)
 
     found = each(part, _parts(n_rows, n_threads(), size))
@@ -99,24 +100,53 @@ def score(
     """See `Operations.score`."""
     n_rows, n_classes = len(features), out.n_classes
     places = np.arange(n_rows) if nodes is None else nodes.numpy()
-    lists = out.least.numpy(), *_lists(out), out.tail.numpy()
     normaliser = np.empty(n_rows, np.float32)
+    select = _selector(
+        (features, weights, offset, log_prior, prior_weight, messages),
+        (places, out.least.numpy(), *_lists(out), out.tail.numpy(), normaliser),
+    )
+    none = np.empty((0, n_classes), np.float32), np.empty((0, n_classes), np.int64)
+    each(lambda rows: select(rows, *none), blocks(n_rows, even(n_rows, gemm_rows(CPU, n_classes))))
+    return out
+
+
+def _selector(
+    operands: tuple[
+        UnitRows,
+        torch.Tensor | None,
+        torch.Tensor,
+        torch.Tensor | None,
+        float,
+        Messages | None,
+    ],
+    lists: tuple[np.ndarray, ...],
+) -> Callable[[slice, np.ndarray, np.ndarray], None]:
+    """
+    What enters the candidates of a block of rows into lists, as `candidates.select` does.
+
+    Given what `Operations.score` scores; linear scores are computed in 8 bits where that pays.
+    """
+    features, weights, offset, log_prior, prior_weight, messages = operands
+    if weights is not None and log_prior is None and messages is None:
+        scan = Scan(weights, offset)
+        if scan.pays(features, lists[1][lists[0]]):
+            return lambda rows, *best: scan.select(features[rows], rows.start, *lists, *best)
     buffers = threading.local()
 
-    def part(block: slice) -> None:
+    def select(rows: slice, *best: np.ndarray) -> None:
         if not hasattr(buffers, "scores"):
-            buffers.scores = _scores(n_classes)
+            size = gemm_rows(CPU, len(offset)), len(offset)
+            buffers.scores = torch.empty(size, dtype=torch.float32)
         scores = twin.block_scores(
-            features, weights, offset, block, log_prior, prior_weight, out=buffers.scores
+            features, weights, offset, rows, log_prior, prior_weight, out=buffers.scores
         )
         if messages is not None:
-            messages.add_to(scores, block)
+            messages.add_to(scores, rows)
         if log_prior is not None:
             scores.clamp_(min=loops.LOWEST)
-        loops.select(scores.numpy(), block.start, places, *lists, normaliser)
+        candidates.select(scores.numpy(), rows.start, *lists, *best)
 
-    each(part, blocks(n_rows, even(n_rows, gemm_rows(CPU, n_classes))))
-    return out
+    return select
 
 
 def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
@@ -193,11 +223,6 @@ def even(n_rows: int, most: int) -> int:
     number = TOGETHER * -(-n_rows // (TOGETHER * most))
     # 16 rows of any length are aligned as a block of its own would be.
     return min(most, 16 * max(1, -(-n_rows // (16 * number))))
-
-
-def _scores(n_classes: int) -> torch.Tensor:
-    """Room for a block of scores."""
-    return torch.empty(gemm_rows(CPU, n_classes), n_classes, dtype=torch.float32)
 
 
 def _parts(n: int, number: int, multiple: int = 1) -> list[slice]:

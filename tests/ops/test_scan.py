@@ -1,0 +1,161 @@
+"""Candidates from scores in 8 bits, against float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import reference
+from transclip_fast.assignments import Assignments, Scores
+from transclip_fast.ops import candidates, numba, scan
+from transclip_fast.rows import Rows
+from transclip_fast.truncation import Truncation
+
+N, K, D = 300, 200, 65
+FLOOR = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(scan, "has_fast_bytes", lambda: True)
+
+
+def problem(n=N, k=K, d=D, scale=100.0):
+    """Unit rows in a narrow cone, weights and offsets whose scores leave a row few classes."""
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.nn.functional.normalize
+    own = torch.randn(k, d, generator=draw)
+    own[:, 3] += 20
+    weights = scale * (normal(own) - normal(own).mean(0))
+    rows = own[torch.arange(n) % k] + 0.7 * torch.randn(n, d, generator=draw)
+    offset = torch.randn(k, generator=draw)
+    exact = (normal(rows).double() @ weights.double().T + offset).numpy()
+    return exact, (normal(rows), weights, offset)
+
+
+def room(n=N, width=K, reach=0.7):
+    return Scores.empty(torch.full((n,), reach), K, Truncation(width, width, FLOOR))
+
+
+def listed(scores):
+    """log p (N, K) of the classes in lists, NaN elsewhere."""
+    found = np.full((len(scores.values), K), np.nan)
+    rows, places = np.nonzero(np.isfinite(scores.values.numpy()))
+    found[rows, scores.classes.numpy()[rows, places]] = scores.values.numpy()[rows, places]
+    return found
+
+
+finite = st.floats(-1e3, 1e3, width=32)
+
+
+@given(st.lists(st.lists(finite, min_size=7, max_size=7), min_size=1, max_size=9))
+@settings(deadline=None)
+def test_bytes(rows):
+    """Each entry is within half a step of what it was, and the largest of a row is 127 steps."""
+    rows = np.array(rows, np.float32)
+    centre, codes, steps = rows[0] / 2, np.empty(rows.shape, np.int8), np.empty(len(rows), "f4")
+    candidates.to_bytes(rows, centre, codes, steps)
+    left = rows.astype(np.float64) - centre
+    largest = np.abs(left).max(1)
+    off = np.abs(codes * steps[:, None].astype(np.float64) - left)
+    assert (off <= 0.5 * steps[:, None] + 1e-6 * largest[:, None] + 1e-30).all()
+    assert (np.abs(codes).max(1) == np.where(largest > 1e-30, 127, 0)).all()
+
+
+@pytest.mark.parametrize("nodes", [False, True])
+def test_score(nodes):
+    exact, operands = problem()
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    out, places = room(), order if nodes else torch.arange(N)
+    assert scan.Scan(*operands[1:]).pays(operands[0], out.least.numpy())
+    numba.score(*operands, out=out, nodes=order if nodes else None)
+    log_p = reference.log_softmax(exact)
+    found, least = listed(out)[places], out.least.numpy()[places, None]
+    error = 0.2
+    assert np.isfinite(found[log_p > least + error]).all()
+    assert np.isnan(found[log_p < least - error]).all()
+    off = np.abs(found - log_p)
+    # What errs in 8 bits is off by less than the floor where the messages can lift it most.
+    assert 1e-3 < np.nanmax(off) < error
+    assert np.nanmax(off * np.exp(log_p + 0.7)) < FLOOR
+    assert np.nanmax(off[log_p > least - np.log(0.1)]) < 1e-4
+    tail = np.where(np.isnan(found), np.exp(log_p), 0).sum(1)
+    np.testing.assert_allclose(out.tail.numpy()[places], tail, rtol=0.05, atol=2e-6)
+
+
+def test_full_lists_keep_the_largest():
+    exact, operands = problem()
+    out = room(width=3)
+    numba.score(*operands, out=out)
+    log_p, tail = reference.short_score(exact, 3, np.log(FLOOR) - 0.7)
+    np.testing.assert_allclose(out.tail, tail, rtol=0.05, atol=2e-6)
+    # Only of what errs in 8 bits another one may be taken.
+    taken, meant = ~np.isnan(listed(out)), np.isfinite(log_p)
+    assert (reference.log_softmax(exact)[taken != meant] < np.log(FLOOR) - np.log(0.2)).all()
+    assert (taken.sum(1) == meant.sum(1)).all()
+
+
+def test_start():
+    """The surest rows of a class are exact, however unsure they are."""
+    exact, (features, weights, offset) = problem()
+    exact -= offset.double().numpy()
+    log_y = reference.log_softmax(exact)
+    z = Assignments.empty(N, K, Truncation(K, K), torch.device("cpu"))
+    normaliser, values, rows = numba.start(features, weights, None, out=z)
+    order = np.argsort(-log_y, axis=0, kind="stable")[:8]
+    np.testing.assert_array_equal(rows, order)
+    # Of the log-sum-exp only a little mass comes from 8 bits.
+    np.testing.assert_allclose(values, np.take_along_axis(log_y, order, 0), atol=1e-4)
+    np.testing.assert_allclose(normaliser, (exact - log_y)[:, 0], atol=1e-4)
+    expected = np.where(reference.largest(np.exp(log_y), K, FLOOR), np.exp(log_y), 0)
+    np.testing.assert_allclose(z.dense(), expected, atol=1.1 * FLOOR)
+
+
+@pytest.mark.parametrize(
+    ("change", "pays"),
+    [
+        ({}, True),
+        ({"scale": 30.0}, False),  # too many classes matter
+        ({"scale": 3000.0}, False),  # 8 bits are off by nats
+        ({"k": 64}, False),  # nothing is saved
+        ({"n": 1}, True),
+    ],
+)
+def test_where_it_pays(change, pays):
+    _, (features, weights, offset) = problem(**change)
+    least = np.full(len(features), -10.0, np.float32)
+    assert scan.Scan(weights, offset).pays(features, least) is pays
+
+
+def test_it_takes_a_cpu_that_is_fast_at_it(monkeypatch):
+    exact, operands = problem()
+    monkeypatch.undo()
+    found = {"avx512vnni": False}
+    monkeypatch.setattr(scan.llvmlite.binding, "get_host_cpu_features", lambda: found)
+    assert not scan.has_fast_bytes()
+    out = room()
+    numba.score(*operands, out=out)
+    log_p, _ = reference.short_score(exact, K, np.log(FLOOR) - 0.7)
+    used = np.isfinite(log_p) & ~np.isnan(listed(out))
+    np.testing.assert_allclose(listed(out)[used], log_p[used], atol=2e-5)
+    found["avx512vnni"] = True
+    assert scan.has_fast_bytes()
+
+
+def test_threads_and_streaming_change_nothing(tmp_path):
+    _, (features, weights, offset) = problem(n=3000)
+    np.save(tmp_path / "f.npy", features.numpy())
+    streamed = Rows(np.load(tmp_path / "f.npy", mmap_mode="r"), held=False)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads, rows in ((1, streamed), (2, Rows(features)), (3, streamed)):
+            torch.set_num_threads(threads)
+            z = Assignments.empty(3000, K, Truncation(20, 20), torch.device("cpu"))
+            found = numba.start(rows, weights, None, out=z)
+            out = numba.score(rows, weights, offset, out=room(3000))
+            results.append([*found, z.values, z.classes, out.values, out.classes, out.tail])
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))

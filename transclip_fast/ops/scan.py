@@ -1,0 +1,104 @@
+"""Scores from products in 8 bits, for `ops.numba`: where they pay, and what they select."""
+
+from __future__ import annotations
+
+import threading
+
+import llvmlite.binding
+import numpy as np
+import torch
+
+from transclip_fast.ops import candidates
+from transclip_fast.ops.torch import gemm_rows
+from transclip_fast.rows import UnitRows
+from transclip_fast.threads import CPU
+
+SAMPLE = 128  # rows that say whether it pays
+# Classes of a product in float32 that cost as much as one that is scored again, and as what each
+# row takes besides.
+CLASSES, ROW_CLASSES = 6, 64
+ERRORS = 4.0  # standard errors of a score that are allowed for
+INSTRUCTIONS = ("avx512vnni", "avxvnni")  # without them torch is no faster in 8 bits
+
+
+class Scan:
+    """
+    F P^T + c, in 8 bits, and in float32 for the few classes of a row that matter.
+
+    Rows are taken less the mean of their block, and each has a scale of its own: real features
+    share a large mean, and are not equally long without it.
+
+    Parameters
+    ----------
+    weights, offset : Tensor (K, d), (K,) float32
+        P and c.
+    """
+
+    def __init__(self, weights: torch.Tensor, offset: torch.Tensor) -> None:
+        self._weights, self._offset = weights, offset
+        self._codes, self._steps = _to_bytes(weights, torch.zeros_like(weights[0]))
+        self._longest = float(torch.linalg.vector_norm(weights, dim=1).max())
+        self._coarsest = float(self._steps.max())
+        self._buffers = threading.local()
+
+    def pays(self, features: UnitRows, least: np.ndarray) -> bool:
+        """
+        Whether it is faster than a product in float32, judged by some of the rows.
+
+        Parameters
+        ----------
+        features : Tensor or Rows (N, d)
+        least : ndarray (N,) float32
+            Where the candidates of each row begin, relative to its log-sum-exp.
+        """
+        n_rows, n = len(features), min(SAMPLE, len(features))
+        if len(self._offset) <= ROW_CLASSES or not has_fast_bytes():
+            return False
+        places = torch.arange(n) * n_rows // n
+        rows = features[places]
+        errors = self._errors(_to_bytes(rows, rows.mean(0))[1])
+        log_p = torch.addmm(self._offset, rows, self._weights.T).log_softmax(1).numpy()
+        again = (log_p >= (least[places] - np.log(errors))[:, None]).sum(1).mean()
+        cost = ROW_CLASSES + CLASSES * again
+        return bool(errors.max() < 1 and cost < len(self._offset))
+
+    def select(self, features: torch.Tensor, first: int, *lists: np.ndarray) -> None:
+        """Candidates of a block of rows (n, d): see `candidates.select`."""
+        if not hasattr(self._buffers, "products"):
+            size = gemm_rows(CPU, len(self._offset)), len(self._offset)
+            self._buffers.products = torch.empty(size, dtype=torch.int32)
+        products = self._buffers.products[: len(features)]
+        centre = features.mean(0)
+        codes, steps = _to_bytes(features, centre)
+        torch._int_mm(codes, self._codes.T, out=products)
+        candidates.select_scanned(
+            products.numpy(),
+            steps,
+            self._steps,
+            torch.addmv(self._offset, self._weights, centre).numpy(),
+            self._errors(steps),
+            features.numpy(),
+            self._weights.numpy(),
+            self._offset.numpy(),
+            first,
+            *lists,
+        )
+
+    def _errors(self, steps: np.ndarray) -> np.ndarray:
+        """By how many nats scores of rows (n,) with these steps may be off."""
+        # Entries are off by step / sqrt(12), the mean of a rounding; rows are at most 1 long.
+        variances = ((steps * self._longest) ** 2 + self._coarsest**2) / 12
+        return (ERRORS * np.sqrt(variances)).astype(np.float32)
+
+
+def has_fast_bytes() -> bool:
+    """Whether this CPU multiplies in 8 bits several times faster than in float32."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return any(features.get(name, False) for name in INSTRUCTIONS)
+
+
+def _to_bytes(rows: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """Rows (n, d) less the centre (d,), as multiples (n, d) int8 of a step each (n,)."""
+    codes, steps = torch.empty(rows.shape, dtype=torch.int8), np.empty(len(rows), np.float32)
+    candidates.to_bytes(rows.numpy(), centre.numpy(), codes.numpy(), steps)
+    return codes, steps
