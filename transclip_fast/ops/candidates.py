@@ -26,6 +26,7 @@ from transclip_fast.ops.loops import (
 CHUNK = 16  # classes whose maximum is kept, to look only where candidates are
 LAST_BYTE = F(127)
 LEAST_STEP = F(1e-30)
+CERTAIN = F(4)  # standard errors that are allowed for
 MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
 
 
@@ -152,6 +153,21 @@ def to_bytes(rows, centre, codes, steps):  # type: ignore[no-untyped-def]
         for x in range(len(rest)):  # whole numbers are cut off at the point: all are positive
             positive = np.int32(rest[x] * scale + (LAST_BYTE + F(0.5)))
             codes[i, x] = positive - np.int32(LAST_BYTE)
+
+
+@compiled("float32[::1](float32[::1], float32, float32)")
+def errors(steps, longest, coarsest):  # type: ignore[no-untyped-def]
+    """
+    By how many nats scores of unit rows (n,) with these steps may be off.
+
+    Given the norm of the longest row of weights, and their largest step.
+    """
+    out = np.empty_like(steps)
+    for i in range(len(steps)):
+        # Entries are off by step / sqrt(12), the root mean square of a rounding.
+        variance = ((steps[i] * longest) ** 2 + coarsest**2) / F(12)
+        out[i] = CERTAIN * F(math.sqrt(variance))
+    return out
 
 
 @compiled("void(int32[::1], float32, float32[::1], float32[::1], float32[::1])", fastmath=FAST)

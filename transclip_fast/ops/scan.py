@@ -13,11 +13,10 @@ from transclip_fast.ops.torch import gemm_rows
 from transclip_fast.rows import UnitRows
 from transclip_fast.threads import CPU
 
-SAMPLE = 128  # rows that say whether it pays
+SAMPLE = 64  # rows that say whether it pays
 # Classes of a product in float32 that cost as much as one that is scored again, and as what each
 # row takes besides.
 CLASSES, ROW_CLASSES = 6, 64
-ERRORS = 4.0  # standard errors of a score that are allowed for
 INSTRUCTIONS = ("avx512vnni", "avxvnni")  # without them torch is no faster in 8 bits
 
 
@@ -56,7 +55,8 @@ class Scan:
             return False
         places = torch.arange(n) * n_rows // n
         rows = features[places]
-        errors = self._errors(_to_bytes(rows, rows.mean(0))[1])
+        _, steps = _to_bytes(rows, rows.mean(0))
+        errors = candidates.errors(steps, self._longest, self._coarsest)
         log_p = torch.addmm(self._offset, rows, self._weights.T).log_softmax(1).numpy()
         again = (log_p >= (least[places] - np.log(errors))[:, None]).sum(1).mean()
         cost = ROW_CLASSES + CLASSES * again
@@ -76,19 +76,13 @@ class Scan:
             steps,
             self._steps,
             torch.addmv(self._offset, self._weights, centre).numpy(),
-            self._errors(steps),
+            candidates.errors(steps, self._longest, self._coarsest),
             features.numpy(),
             self._weights.numpy(),
             self._offset.numpy(),
             first,
             *lists,
         )
-
-    def _errors(self, steps: np.ndarray) -> np.ndarray:
-        """By how many nats scores of rows (n,) with these steps may be off."""
-        # Entries are off by step / sqrt(12), the mean of a rounding; rows are at most 1 long.
-        variances = ((steps * self._longest) ** 2 + self._coarsest**2) / 12
-        return (ERRORS * np.sqrt(variances)).astype(np.float32)
 
 
 def has_fast_bytes() -> bool:

@@ -1,16 +1,17 @@
-"""Compiled sums over the rows of features on a CPU, for `ops.numba`; all in float64."""
+"""Compiled sums over the rows of features on a CPU, for `ops.numba`; they add up in float64."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from transclip_fast.ops.loops import AHEAD, compiled, fetch
+from transclip_fast.ops.loops import AHEAD, F, compiled, fetch
 
 SUM_ROWS = 512  # whose features a core's cache holds
 
 
 @compiled(
-    "void(float32[:, ::1], int32[::1], float64[::1], float64[::1])", fastmath={"contract", "nsz"}
+    "void(float32[:, ::1], int32[::1], float32[::1], float64[::1])",
+    fastmath={"contract", "nsz", "reassoc"},
 )
 def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
     """Add rows (n,) of the features times their weights to `out` (d,), four at a time."""
@@ -24,54 +25,59 @@ def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
         )
         w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
         for x in range(len(out)):
-            out[x] += (w0 * f0[x] + w1 * f1[x]) + (w2 * f2[x] + w3 * f3[x])
+            out[x] += np.float64((w0 * f0[x] + w1 * f1[x]) + (w2 * f2[x] + w3 * f3[x]))
         e += 4
     while e < len(rows):
         f0, w0 = features[rows[e]], weights[e]
         for x in range(len(out)):
-            out[x] += w0 * f0[x]
+            out[x] += np.float64(w0 * f0[x])
         e += 1
 
 
 @compiled(
-    "void(int64, int64, float32[:, ::1], int64[::1], float32[:, ::1], int32[:, ::1],"
+    "void(int64, int64, float32[:, ::1], float32[::1], int64[::1], float32[:, ::1], int32[:, ::1],"
     "float64[:, ::1], float64[::1])"
 )
-def class_sums(low, high, features, nodes, z, classes, sums, counts):  # type: ignore[no-untyped-def]
+def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  # type: ignore[no-untyped-def]
     """
-    Add the sums and masses of the classes from `low` to `high`, rows in their order.
+    Add the sums, of features less the centre (d,), and masses of the classes from `low` to `high`.
 
-    The class after the last, of `sums` (K + 1, d), takes what the rows dropped. Entries of some
-    rows at a time are sorted by class, so that a class's sum is read and written once for them.
+    Rows are added in their order. The class after the last, of `sums` (K + 1, d), takes what they
+    dropped. Entries of some rows at a time are sorted by class, so that a class's sum is read and
+    written once for them.
     """
     dropped, width = high == len(sums), z.shape[1]
     ends = np.empty(high - low + 1, np.int32)
     rows = np.empty(SUM_ROWS * (width + 1), np.int32)
-    weights = np.empty(len(rows), np.float64)
+    weights = np.empty(len(rows), np.float32)
+    centred = np.empty((SUM_ROWS, features.shape[1]), np.float32)
     for start in range(0, len(features), SUM_ROWS):
-        stop = min(start + SUM_ROWS, len(features))
+        n = min(SUM_ROWS, len(features) - start)
         ends[:] = 0
-        for i in range(start, stop):
-            fetch(nodes[min(i + AHEAD, stop - 1)], z, classes)
+        for i in range(n):
+            node = nodes[start + i]
+            fetch(nodes[start + min(i + AHEAD, n - 1)], z, classes)
+            for x in range(len(centre)):
+                centred[i, x] = features[start + i, x] - centre[x]
             for r in range(width):
-                if z[nodes[i], r] == 0:
+                if z[node, r] == 0:
                     break
-                if low <= classes[nodes[i], r] < high:
-                    ends[classes[nodes[i], r] - low + 1] += 1
+                if low <= classes[node, r] < high:
+                    ends[classes[node, r] - low + 1] += 1
         if dropped:
-            ends[high - low] = stop - start
+            ends[high - low] = n
         for k in range(high - low):
             ends[k + 1] += ends[k]
-        for i in range(start, stop):
-            rest = 1.0
+        for i in range(n):
+            node, rest = nodes[start + i], 1.0
             for r in range(width + 1):
-                last = r == width or z[nodes[i], r] == 0
+                last = r == width or z[node, r] == 0
                 if last and not dropped:
                     break
-                k, weight = high - 1, rest
+                k, weight = high - 1, F(rest)
                 if not last:
-                    k, weight = classes[nodes[i], r], np.float64(z[nodes[i], r])
-                    rest -= weight
+                    k, weight = classes[node, r], z[node, r]
+                    rest -= np.float64(weight)
                 if low <= k < high:
                     rows[ends[k - low]], weights[ends[k - low]] = i, weight
                     ends[k - low] += 1
@@ -81,8 +87,9 @@ def class_sums(low, high, features, nodes, z, classes, sums, counts):  # type: i
         for k in range(low, high):
             last = ends[k - low]
             if first < last:
-                add_rows(features, rows[first:last], weights[first:last], sums[k])
-                counts[k] += weights[first:last].sum()
+                add_rows(centred, rows[first:last], weights[first:last], sums[k])
+                for e in range(first, last):
+                    counts[k] += np.float64(weights[e])
             first = last
 
 
