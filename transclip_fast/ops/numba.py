@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -181,9 +182,13 @@ def class_sums(
     for rows in blocks(len(z), read_rows(CPU)):
         read = features[rows].numpy(), centre.numpy(), places[rows]
         arrays = *read, *_lists(z), sums.numpy(), counts.numpy()
-        each(lambda part, a=arrays: sum_loops.class_sums(part.start, part.stop, *a), parts)
+        each(partial(_add_class_sums, arrays), parts)
     sums.addr_(counts, centre.double())
     return twin.share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
+
+
+def _add_class_sums(arrays: tuple[np.ndarray, ...], classes: slice) -> None:
+    sum_loops.class_sums(classes.start, classes.stop, *arrays)
 
 
 def _even_classes(z: Assignments, number: int) -> list[slice]:
