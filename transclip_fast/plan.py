@@ -34,6 +34,7 @@ FILE_RATE = 1e9  # bytes a second
 TABLE_BYTES = 90  # of a row of predictions.parquet
 TABLE_RATE = 1e6  # rows a second
 LIST_BYTES = 1750  # of a row, in a search of some 30 lists: what was found, and is sorted
+TERM_BYTES = 16  # of a row, beside its products in 8 bits
 STATE_BYTES = 40  # of a row, in a state that is kept after a step
 
 
@@ -160,7 +161,8 @@ def make_plan(
     passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
-    searching = parts["features"] + LIST_BYTES * n
+    in_bytes = (d + TERM_BYTES) * n if layout.held and device.type == "cpu" else 0
+    searching = parts["features"] + LIST_BYTES * n + in_bytes
     read = size.stored * (1 if layout.held else passes)
     state = size.runs * steps * n * (4 * n_classes if candidates is None else STATE_BYTES)
     solve_time = graph_time = None

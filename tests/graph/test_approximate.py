@@ -12,6 +12,7 @@ from transclip_fast import InputError
 from transclip_fast.graph import build, build_graph, exact, probing, recall
 
 METHODS = ("exact", "ivf", "anchored")
+pytestmark = pytest.mark.usefixtures("products")
 
 
 @pytest.fixture(autouse=True)

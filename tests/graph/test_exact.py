@@ -8,6 +8,8 @@ from tests.conftest import unit
 from transclip_fast import InputError
 from transclip_fast.graph import build_graph, exact, nearest
 
+pytestmark = pytest.mark.usefixtures("products")
+
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):

@@ -49,10 +49,10 @@ class BestLists:
         wanted |= products > limits[columns]
         cells = wanted.view(-1).nonzero()[:, 0]
         if len(cells) > self.size * len(rows):  # as with copies of one image: no more than can stay
-            return _joined(self.top(products, rows, columns), self.top(products.T, columns, rows))
+            return joined(self.top(products, rows, columns), self.top(products.T, columns, rows))
         row = cells // products.shape[1]
         found = rows[row], columns[cells - row * products.shape[1]], products.view(-1)[cells]
-        return _joined(found, (found[1], found[0], found[2]))
+        return joined(found, (found[1], found[0], found[2]))
 
     def top(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Finds:
         """The largest of products (R, C) for each of `rows` (R,), as many as its list holds."""
@@ -135,7 +135,8 @@ class BestLists:
         self.ids.copy_(torch.from_numpy(state["ids"]))
 
 
-def _joined(first: Finds, second: Finds) -> Finds:
+def joined(first: Finds, second: Finds) -> Finds:
+    """Both."""
     rows, candidates, products = (torch.cat(parts) for parts in zip(first, second, strict=True))
     return rows, candidates, products
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +13,13 @@ from transclip_fast.graph.best import BestLists, Finds
 from transclip_fast.rows import Rows
 from transclip_fast.threads import each
 
+if TYPE_CHECKING:
+    from transclip_fast.graph.byte_products import ByteProducts
+
 BATCH = 32  # blocks, at most, between two looks at what was found, on any number of cores
 WAITING = 8  # finds a row that wait before they are merged,
 MOST_WAITING = 1 << 20  # and of all rows: a merge needs some hundred bytes a find
+MANY = 1 << 17  # products in 8 bits, for which what precedes them pays
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -21,6 +27,7 @@ def compare(
     rows: Rows,
     pairs: Iterable[Pair],
     best: BestLists,
+    in_bytes: ByteProducts | None,
 ) -> Iterator[int]:
     """
     Offer to `best` the products of pairs of blocks; yields how many blocks are done, now and then.
@@ -33,10 +40,14 @@ def compare(
         with itself leaves out each row's product with itself.
     best : BestLists
         Of the rows.
+    in_bytes : ByteProducts, optional
+        Where products are computed in 8 bits first.
     """
 
     def find(pair: Pair) -> Finds:
         ids, others = pair
+        if in_bytes is not None and len(ids) * len(others) >= MANY:
+            return in_bytes.find(ids, others, best)
         block = rows[ids]
         if ids is not others:
             return best.find(block @ rows[others].T, ids, others)
@@ -52,3 +63,13 @@ def compare(
         done, size = done + len(batch), min(2 * size, BATCH)  # the first find the most
         yield done
     best.merge()
+
+
+def byte_products(rows: Rows) -> ByteProducts | None:
+    """Products in 8 bits of held rows, on a CPU that is fast at them."""
+    if rows.device.type != "cpu" or not rows.held or find_spec("numba") is None:
+        return None
+    from transclip_fast.graph.byte_products import ByteProducts
+    from transclip_fast.ops.scan import has_fast_bytes
+
+    return ByteProducts(rows) if has_fast_bytes() else None

@@ -15,7 +15,7 @@ import torch
 from transclip_fast.checkpoint import Checkpoint, Count, State
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.best import SPARE, BestLists, decide
-from transclip_fast.graph.compare import Pair, compare
+from transclip_fast.graph.compare import Pair, byte_products, compare
 from transclip_fast.rows import Rows
 from transclip_fast.threads import each, quiet
 
@@ -29,7 +29,7 @@ def search_exact(rows: Rows, best: BestLists, progress: Count, checkpoint: Check
     if state is not None:
         best.restore(state)
         start = int(state["blocks"])
-    for done in compare(rows, pairs[start:], best):
+    for done in compare(rows, pairs[start:], best, byte_products(rows)):
         progress(len(rows) * (start + done) // len(pairs), len(rows))
         checkpoint.keep(partial(_state, best, start + done))
 

@@ -15,7 +15,7 @@ import torch
 
 from transclip_fast.checkpoint import Checkpoint, Count, State
 from transclip_fast.graph.best import BestLists
-from transclip_fast.graph.compare import Pair, compare
+from transclip_fast.graph.compare import Pair, byte_products, compare
 from transclip_fast.graph.exact import all_pairs
 from transclip_fast.rows import Rows
 from transclip_fast.threads import each
@@ -55,6 +55,7 @@ class ListSearch:
     ) -> None:
         self.rows, self.best, self.checkpoint = rows, best, checkpoint
         self.probes = self._rounds = self._blocks = 0
+        self._in_bytes = byte_products(rows)
         state = checkpoint.load()
         if state is None:
             self._centres = train()
@@ -82,7 +83,7 @@ class ListSearch:
         probes = next(n for n in _schedule() if n > self.probes)
         probes = min(probes, self.n_lists)
         pairs = self._pairs(self.probes, probes)
-        for done in compare(self.rows, pairs[start:], self.best):
+        for done in compare(self.rows, pairs[start:], self.best, self._in_bytes):
             self._blocks = start + done
             share = n_rows * self._blocks // len(pairs)
             progress(self._rounds * n_rows + share, (self._rounds + 1) * n_rows)

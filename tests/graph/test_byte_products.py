@@ -1,0 +1,90 @@
+"""Products in 8 bits: what they may be off by, and that none is missed."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import unit
+from transclip_fast.graph import build_graph, byte_products, compare
+from transclip_fast.graph.best import BestLists
+from transclip_fast.graph.byte_products import ByteProducts
+from transclip_fast.ops import scan
+from transclip_fast.rows import Rows
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(scan, "has_fast_bytes", lambda: True)
+
+
+def rows_of(kind, n, d, seed):
+    """Unit rows: without structure, in a narrow cone, copies of a few, or a single entry each."""
+    draw = np.random.default_rng(seed)
+    rows = draw.standard_normal((n, d))
+    if kind == "cone":
+        rows[:, 0] += 30
+    elif kind == "copies":
+        rows = rows[draw.integers(1 + n // 20, size=n)]
+    elif kind == "single":
+        rows = np.eye(d)[draw.integers(d, size=n)] * draw.choice([-1, 1], (n, 1))
+    return unit(rows).astype(np.float32)
+
+
+problems = st.builds(
+    rows_of,
+    st.sampled_from(["any", "cone", "copies", "single"]),
+    st.integers(2, 300),
+    st.integers(1, 40),
+    st.integers(0, 2**32 - 1),
+)
+
+
+@given(problems)
+@settings(max_examples=60, deadline=None)
+def test_errors(features):
+    products = ByteProducts(Rows(features))
+    first, second = np.array_split(np.arange(len(features)), 2)
+    exact = features[first].astype(np.float64) @ features[second].astype(np.float64).T
+    codes, terms = products._codes.double().numpy(), products._terms.astype(np.float64)
+    step, along = terms[byte_products.STEP], terms[byte_products.ALONG]
+    found = codes[first] * step[first, None] @ (codes[second] * step[second, None]).T
+    off = np.abs(found + along[first, None] + along[second] - exact)
+    assert (
+        off <= products._errors(products._terms[:, first], torch.from_numpy(second))[:, None]
+    ).all()
+    assert (off <= products._errors(products._terms[:, second], torch.from_numpy(first))).all()
+
+
+@given(problems, st.integers(1, 6))
+@settings(max_examples=100, deadline=None)
+def test_nothing_is_missed(features, size):
+    """Of two blocks with themselves and each other, offered in turn, the best remain."""
+    n, exact = len(features), features.astype(np.float64) @ features.astype(np.float64).T
+    np.fill_diagonal(exact, -np.inf)
+    best, products = BestLists(n, size), ByteProducts(Rows(features))
+    first, second = torch.arange(n).tensor_split(2)
+    for ids, others in ((first, first), (second, second), (first, second)):
+        found = products.find(ids, others, best)
+        for i, j, value in zip(*(x.tolist() for x in found), strict=True):
+            assert abs(exact[i, j] - value) < 1e-5
+        best.add(found)
+        best.merge()
+    expected = -np.sort(-exact, axis=1)[:, :size]
+    room = min(size, n - 1)
+    np.testing.assert_allclose(best.values[:, :room], expected[:, :room], atol=1e-5)
+    assert (best.ids[:, room:] == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["any", "cone", "copies"])
+def test_both_kinds_of_products_find_the_same(kind, monkeypatch):
+    features = rows_of(kind, 2500, 64, 0)
+    assert compare.byte_products(Rows(features)) is not None
+    found = build_graph(features, 5, method="exact")
+    monkeypatch.setattr(compare, "find_spec", lambda _: None)
+    assert compare.byte_products(Rows(features)) is None
+    expected = build_graph(features, 5, method="exact")
+    np.testing.assert_array_equal(found.similarities, expected.similarities)
+    if kind != "copies":  # of many equal rows any may be found
+        np.testing.assert_array_equal(found.neighbors, expected.neighbors)
