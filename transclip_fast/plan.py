@@ -13,6 +13,7 @@ import torch
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph import NeighborGraph, build_graph
 from transclip_fast.graph.build import EXACT_ROWS
+from transclip_fast.graph.compare import gains_by_bytes
 from transclip_fast.graph.ivf import usual_lists
 from transclip_fast.graph.recall import SAMPLE
 from transclip_fast.memory import PROCESS, Layout, Size, limit_of, parse_memory, show_bytes
@@ -161,8 +162,9 @@ def make_plan(
     passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
-    in_bytes = (d + TERM_BYTES) * n if layout.held and device.type == "cpu" else 0
-    searching = parts["features"] + LIST_BYTES * n + in_bytes
+    searching = parts["features"] + LIST_BYTES * n
+    if gains_by_bytes(n, d, device, held=layout.held):
+        searching += (d + TERM_BYTES) * n
     read = size.stored * (1 if layout.held else passes)
     state = size.runs * steps * n * (4 * n_classes if candidates is None else STATE_BYTES)
     solve_time = graph_time = None

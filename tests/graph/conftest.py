@@ -6,5 +6,6 @@ import pytest
 @pytest.fixture(params=["8 bits", "float32"])
 def products(request, monkeypatch):
     in_bytes = request.param == "8 bits"
-    monkeypatch.setattr("transclip_fast.ops.scan.has_fast_bytes", lambda: in_bytes)
-    monkeypatch.setattr("transclip_fast.graph.compare.MANY", 0)
+    monkeypatch.setattr("transclip_fast.graph.compare.multiplies_bytes", lambda dim: in_bytes)
+    monkeypatch.setattr("transclip_fast.graph.compare.FEWEST", 1)
+    monkeypatch.setattr("transclip_fast.graph.compare.MANY", 1)

@@ -1,5 +1,7 @@
 """Products in 8 bits: what they may be off by, and that none is missed."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,13 @@ from tests.conftest import unit
 from transclip_fast.graph import build_graph, byte_products, compare
 from transclip_fast.graph.best import BestLists
 from transclip_fast.graph.byte_products import ByteProducts
-from transclip_fast.ops import scan
 from transclip_fast.rows import Rows
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(scan, "has_fast_bytes", lambda: True)
+    monkeypatch.setattr(compare, "multiplies_bytes", lambda dim: True)
+    monkeypatch.setattr(compare, "FEWEST", 1)
 
 
 def rows_of(kind, n, d, seed):
@@ -36,7 +38,7 @@ problems = st.builds(
     rows_of,
     st.sampled_from(["any", "cone", "copies", "single"]),
     st.integers(2, 300),
-    st.integers(1, 40),
+    st.integers(2, 40),
     st.integers(0, 2**32 - 1),
 )
 
@@ -51,10 +53,11 @@ def test_errors(features):
     step, along = terms[byte_products.STEP], terms[byte_products.ALONG]
     found = codes[first] * step[first, None] @ (codes[second] * step[second, None]).T
     off = np.abs(found + along[first, None] + along[second] - exact)
-    assert (
-        off <= products._errors(products._terms[:, first], torch.from_numpy(second))[:, None]
-    ).all()
-    assert (off <= products._errors(products._terms[:, second], torch.from_numpy(first))).all()
+    for side, some, others in ((off, first, second), (off.T, second, first)):
+        bound = products._errors(products._terms[:, some], torch.from_numpy(others))
+        assert (side <= bound[:, None]).all()
+        # A step is 1/127 of the largest entry: nothing is further off than half a step each.
+        assert (bound < 0.02 * np.sqrt(features.shape[1])).all()
 
 
 @given(problems, st.integers(1, 6))
@@ -77,8 +80,15 @@ def test_nothing_is_missed(features, size):
     assert (best.ids[:, room:] == -1).all()
 
 
+def test_errors_of_long_rows():
+    features = rows_of("cone", 200, 512, 0)
+    products = ByteProducts(Rows(features))
+    bound = products._errors(products._terms, torch.arange(200))
+    assert bound.max() < 0.03
+
+
 @pytest.mark.parametrize("kind", ["any", "cone", "copies"])
-def test_both_kinds_of_products_find_the_same(kind, monkeypatch):
+def test_both_kinds_of_products_find_the_same(kind, fast, monkeypatch):
     features = rows_of(kind, 2500, 64, 0)
     assert compare.byte_products(Rows(features)) is not None
     found = build_graph(features, 5, method="exact")
@@ -88,3 +98,18 @@ def test_both_kinds_of_products_find_the_same(kind, monkeypatch):
     np.testing.assert_array_equal(found.similarities, expected.similarities)
     if kind != "copies":  # of many equal rows any may be found
         np.testing.assert_array_equal(found.neighbors, expected.neighbors)
+
+
+def test_where_they_pay(fast, monkeypatch):
+    features = rows_of("any", 100, 8, 0)
+    assert compare.byte_products(Rows(features)) is not None
+    streamed = Rows(features, held=False)
+    assert compare.byte_products(streamed) is None
+    monkeypatch.setattr(compare, "FEWEST", 101)
+    assert compare.byte_products(Rows(features)) is None
+
+
+def test_a_broken_numba_is_named(fast, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transclip_fast.graph.byte_products", None)
+    with pytest.warns(UserWarning, match="searched in torch, slower: .*byte_products"):
+        assert compare.byte_products(Rows(rows_of("any", 100, 8, 0))) is None

@@ -21,10 +21,9 @@ from transclip_fast.threads import each
 
 SAMPLE = 512  # rows whose mean is taken off all
 CELLS = 1 << 17  # of products that stay in a core's cache
+EPSILON = np.finfo(np.float32).eps
 ROOM = 4  # finds of a block, for each entry of its lists
-ROUNDING = 1e-5  # of float32, in all that is compared
-STEP, ALONG, LENGTH, LOST = range(4)
-LOW, LIMIT = LENGTH, LOST  # in place of those, once they have been used
+STEP, ALONG, NORM, LOST = range(4)
 
 
 class ByteProducts:
@@ -43,15 +42,15 @@ class ByteProducts:
         self._rows = rows[:].numpy()
         self._codes = torch.empty(rows.shape, dtype=torch.int8)
         # Of each row less the centre: its step, its norm, the norm of what the codes miss; and
-        # row . centre - |centre|^2 / 2, which is not in the products.
+        # row . centre - |centre|^2 / 2, which the products leave out.
         self._terms = np.empty((4, len(rows)), np.float32)
         self._buffers = threading.local()
 
         def part(block: slice) -> None:
             arrays = self._rows[block], centre, self._codes[block].numpy()
-            steps, along, length, lost = (term[block] for term in self._terms)
-            to_bytes(*arrays, steps)
-            measure(*arrays, steps, along, length, lost)
+            steps, along, norms, lost = (term[block] for term in self._terms)
+            to_bytes(*arrays, steps, norms)
+            measure(*arrays, steps, along, lost)
 
         each(part, rows.blocks())
 
@@ -59,30 +58,30 @@ class ByteProducts:
         """What the products of two blocks, or of one with itself, may add to the lists of both."""
         if ids is others:
             return self._top(ids, ids, best.size)
-        terms, other_terms = self._limited(ids, others, best), self._limited(others, ids, best)
         finds, n = np.empty((ROOM * best.size * len(ids), 2), np.int64), 0
         values = np.empty(len(finds), np.float32)
-        sides = self._rows, ids.numpy(), terms, others.numpy(), other_terms
+        sides = *self._limited(ids, others, best), *self._limited(others, ids, best)
         for first, products in self._products(ids, others):
-            n = above(products, first, *sides, n, finds, values)
+            n = enter_above(products, first, self._rows, *sides, n, finds, values)
             if n > len(finds):  # as with copies of one image: no more than can stay
                 return joined(self._top(ids, others, best.size), self._top(others, ids, best.size))
         row, other = torch.from_numpy(finds[:n]).T
         offered = torch.from_numpy(values[:n])
         return joined((row, other, offered), (other, row, offered))
 
-    def _limited(self, ids: torch.Tensor, others: torch.Tensor, best: BestLists) -> np.ndarray:
-        """Terms of rows (4, n), with what is above their lists, and may be in 8 bits."""
-        terms = self._terms.take(ids.numpy(), 1)
-        errors, limits = self._errors(terms, others), best.values[ids, -1].numpy()
-        terms[LOW], terms[LIMIT] = limits - errors, limits
-        return terms
+    def _limited(
+        self, ids: torch.Tensor, others: torch.Tensor, best: BestLists
+    ) -> tuple[np.ndarray, ...]:
+        """Rows, their terms, what is above their lists, and what may be in 8 bits."""
+        terms, limits = self._terms.take(ids.numpy(), 1), best.values[ids, -1].numpy()
+        lows = np.maximum(limits - self._errors(terms, others), LOWEST)
+        return ids.numpy(), terms, limits, lows
 
     def _errors(self, terms: np.ndarray, others: torch.Tensor) -> np.ndarray:
         """By how much a product of each row with any of the others may be off, (n,)."""
-        lengths, lost = self._terms[LENGTH:].take(others.numpy(), 1).max(1, initial=0)
-        off = terms[LOST] * lengths + (terms[LENGTH] + terms[LOST]) * lost
-        errors: np.ndarray = off + F(ROUNDING)
+        norm, lost = self._terms[NORM:].take(others.numpy(), 1).max(1)
+        off = terms[LOST] * norm + (terms[NORM] + terms[LOST]) * lost
+        errors: np.ndarray = off + F(self._rows.shape[1]) * EPSILON  # and of sums in float32
         return errors
 
     def _top(self, ids: torch.Tensor, others: torch.Tensor, size: int) -> Finds:
@@ -91,10 +90,10 @@ class ByteProducts:
         values = np.full((len(ids), size), -np.inf, np.float32)
         places = np.zeros(values.shape, np.int32)
         terms, other_terms = (self._terms.take(some.numpy(), 1) for some in (ids, others))
-        terms[LOW] = 2 * self._errors(terms, others)
-        sides = self._rows, ids.numpy(), terms, others.numpy(), other_terms
+        margins = 2 * self._errors(terms, others)
+        sides = ids.numpy(), terms, margins, others.numpy(), other_terms
         for first, products in self._products(ids, others):
-            largest(products, first, *sides, ids is others, values, places)
+            enter_largest(products, first, self._rows, *sides, ids is others, values, places)
         found = torch.from_numpy(values)
         rows, used = ids[:, None].expand(found.shape), found > -torch.inf
         return rows[used], others[torch.from_numpy(places).long()][used], found[used]
@@ -104,7 +103,7 @@ class ByteProducts:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Products in 8 bits of some of the rows at a time, the first of which is told."""
         codes, other_codes = (self._codes.index_select(0, some) for some in (ids, others))
-        size = max(1, CELLS // max(1, len(others)))
+        size = max(1, CELLS // len(others))
         if not hasattr(self._buffers, "products"):
             self._buffers.products = torch.empty(0, dtype=torch.int32)
         if self._buffers.products.numel() < size * len(others):
@@ -116,30 +115,27 @@ class ByteProducts:
 
 
 @compiled(
-    "void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1], float32[::1], float32[::1],"
-    "float32[::1])",
+    "void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1], float32[::1], float32[::1])",
     fastmath=FAST,
 )
-def measure(rows, centre, codes, steps, along, lengths, lost):  # type: ignore[no-untyped-def]
-    """The other terms of rows (n, d) in units of their steps."""
+def measure(rows, centre, codes, steps, along, lost):  # type: ignore[no-untyped-def]
+    """Of rows (n, d): what the products leave out, and the norm of what the codes miss."""
     middle = dot(centre, centre) / F(2)
     for i in range(len(rows)):
-        a, length, missed = F(0), F(0), F(0)
+        missed = F(0)
         for x in range(len(centre)):
-            left = rows[i, x] - centre[x]
-            rest = left - steps[i] * F(codes[i, x])
-            a += rows[i, x] * centre[x]
-            length += left * left
+            rest = rows[i, x] - centre[x] - steps[i] * F(codes[i, x])
             missed += rest * rest
-        along[i], lengths[i], lost[i] = a - middle, np.sqrt(length), np.sqrt(missed)
+        along[i], lost[i] = dot(rows[i], centre) - middle, np.sqrt(missed)
 
 
 @compiled(
-    "void(int32[::1], float32, float32, float32[:, ::1], float32, float32[::1], float32[::1])",
-    fastmath={"reassoc", "contract", "nsz"},
+    "void(int32[::1], float32[:, ::1], int64, float32[:, ::1], float32, float32[::1],float32[::1])",
+    fastmath=FAST,
 )
-def less(products, step, along, other_terms, low, lows, out):  # type: ignore[no-untyped-def]
-    """What products (C,) in 8 bits say of those of the rows, less the lower of two limits."""
+def excess(products, terms, i, other_terms, low, lows, out):  # type: ignore[no-untyped-def]
+    """What products (C,) in 8 bits say of those of row i, less the lower of two limits."""
+    step, along = terms[STEP, i], terms[ALONG, i]
     steps, others_along = other_terms[STEP], other_terms[ALONG]
     for j in range(len(out)):
         product = step * steps[j] * F(products[j]) + along + others_along[j]
@@ -147,11 +143,26 @@ def less(products, step, along, other_terms, low, lows, out):  # type: ignore[no
 
 
 @compiled(
-    "int64(int32[:, ::1], int64, float32[:, ::1], int64[::1], float32[:, ::1], int64[::1],"
-    "float32[:, ::1], int64, int64[:, ::1], float32[::1])"
+    "int64(int32[:, ::1], int64, float32[:, ::1],"
+    "int64[::1], float32[:, ::1], float32[::1], float32[::1],"
+    "int64[::1], float32[:, ::1], float32[::1], float32[::1],"
+    "int64, int64[:, ::1], float32[::1])"
 )
-def above(  # type: ignore[no-untyped-def]
-    products, first, features, ids, terms, others, other_terms, n, finds, values
+def enter_above(  # type: ignore[no-untyped-def]
+    products,
+    first,
+    features,
+    ids,
+    terms,
+    limits,
+    lows,
+    others,
+    other_terms,
+    other_limits,
+    other_lows,
+    n,
+    finds,
+    values,
 ):
     """
     Enter the pairs whose product is above the limit of either row after the n-th find.
@@ -160,16 +171,15 @@ def above(  # type: ignore[no-untyped-def]
     """
     row = np.empty(len(others), np.float32)
     maxima, where = np.empty(-(-len(row) // CHUNK), np.float32), np.empty(len(row) + 1, np.int32)
-    lows = other_terms[LOW]
     for r in range(len(products)):
         i = first + r
-        less(products[r], terms[STEP, i], terms[ALONG, i], other_terms, terms[LOW, i], lows, row)
+        excess(products[r], terms, i, other_terms, lows[i], other_lows, row)
         if chunk_maxima(row, maxima) < 0:
             continue
         for c in range(at_least(row, maxima, F(0), where)):
             j = where[c]
             exact = dot(features[ids[i]], features[others[j]])
-            if exact > min(terms[LIMIT, i], other_terms[LIMIT, j]):
+            if exact > min(limits[i], other_limits[j]):
                 if n == len(values):
                     return n + 1
                 finds[n, 0], finds[n, 1], values[n] = ids[i], others[j], exact
@@ -178,11 +188,12 @@ def above(  # type: ignore[no-untyped-def]
 
 
 @compiled(
-    "void(int32[:, ::1], int64, float32[:, ::1], int64[::1], float32[:, ::1], int64[::1],"
-    "float32[:, ::1], boolean, float32[:, ::1], int32[:, ::1])"
+    "void(int32[:, ::1], int64, float32[:, ::1],"
+    "int64[::1], float32[:, ::1], float32[::1], int64[::1], float32[:, ::1],"
+    "boolean, float32[:, ::1], int32[:, ::1])"
 )
-def largest(  # type: ignore[no-untyped-def]
-    products, first, features, ids, terms, others, other_terms, same, values, places
+def enter_largest(  # type: ignore[no-untyped-def]
+    products, first, features, ids, terms, margins, others, other_terms, same, values, places
 ):
     """Enter the largest products of each row into its list; `same` rows leave themselves out."""
     n, size = len(others), values.shape[1]
@@ -191,7 +202,7 @@ def largest(  # type: ignore[no-untyped-def]
     where, lows = np.empty(n + 1, np.int32), np.zeros(n, np.float32)
     for r in range(len(products)):
         i = first + r
-        less(products[r], terms[STEP, i], terms[ALONG, i], other_terms, F(0), lows, row)
+        excess(products[r], terms, i, other_terms, F(0), lows, row)
         if same:
             row[i] = LOWEST
         chunk_maxima(row, maxima)
@@ -205,7 +216,7 @@ def largest(  # type: ignore[no-untyped-def]
                 place -= 1
             if place < size:
                 best[place] = top
-        low = max(best[size - 1] - terms[LOW, i], LOWEST / F(2))
+        low = max(best[size - 1] - margins[i], LOWEST / F(2))
         count = at_least(row, maxima, low, where)
         for c in range(count):
             found[c] = dot(features[ids[i]], features[others[where[c]]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from transclip_fast.device import multiplies_bytes
 from transclip_fast.graph.best import BestLists, Finds
 from transclip_fast.rows import Rows
 from transclip_fast.threads import each
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 BATCH = 32  # blocks, at most, between two looks at what was found, on any number of cores
 WAITING = 8  # finds a row that wait before they are merged,
 MOST_WAITING = 1 << 20  # and of all rows: a merge needs some hundred bytes a find
-MANY = 1 << 17  # products in 8 bits, for which what precedes them pays
+# Rows of a search, and products of a block, for which what 8 bits need besides pays.
+FEWEST, MANY = 4096, 1 << 17
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -65,11 +68,19 @@ def compare(
     best.merge()
 
 
-def byte_products(rows: Rows) -> ByteProducts | None:
-    """Products in 8 bits of held rows, on a CPU that is fast at them."""
-    if rows.device.type != "cpu" or not rows.held or find_spec("numba") is None:
-        return None
-    from transclip_fast.graph.byte_products import ByteProducts
-    from transclip_fast.ops.scan import has_fast_bytes
+def gains_by_bytes(n_rows: int, dim: int, device: torch.device, *, held: bool) -> bool:
+    """Whether the products of so many rows are computed in 8 bits first."""
+    return held and device.type == "cpu" and n_rows >= FEWEST and multiplies_bytes(dim)
 
-    return ByteProducts(rows) if has_fast_bytes() else None
+
+def byte_products(rows: Rows) -> ByteProducts | None:
+    """Products in 8 bits, where they pay and numba is installed."""
+    n_rows, dim = rows.shape
+    if not gains_by_bytes(n_rows, dim, rows.device, held=rows.held) or not find_spec("numba"):
+        return None
+    try:
+        from transclip_fast.graph.byte_products import ByteProducts
+    except ImportError as error:
+        warnings.warn(f"searched in torch, slower: {error}", stacklevel=4)
+        return None
+    return ByteProducts(rows)

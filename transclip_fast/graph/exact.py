@@ -2,7 +2,8 @@
 Exact search: every row against every other, each product computed once for both its rows.
 
 Candidates come from float32 products; which of them are nearest is decided in float64, equal ones
-by the lower id. Among more equal rows than there are spare candidates any may be found.
+by the lower id. Among more equal rows than there are spare candidates any may be found, others of
+rows in a file than of rows in memory.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ CHUNK = 16  # classes whose maximum is kept, to look only where candidates are
 LAST_BYTE = F(127)
 LEAST_STEP = F(1e-30)
 CERTAIN = F(4)  # standard errors that are allowed for
+MOST_ERROR, LEAST_ERROR = F(1), F(1e-6)  # nats: beyond it a row is scored in float32 throughout
 MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
 
 
@@ -66,18 +67,18 @@ def at_least(row, maxima, low, classes):  # type: ignore[no-untyped-def]
     "UniTuple(float32, 2)(float32[::1], int32[::1], float32, float32, float32,"
     "float32[::1], int32[::1], int32[::1], float32[::1])"
 )
-def enter_row(found, found_classes, largest, everything, least, values, classes, bits, rest):  # type: ignore[no-untyped-def]
+def enter_row(found, found_classes, high, everything, least, values, classes, bits, rest):  # type: ignore[no-untyped-def]
     """
     Enter the candidates of a row, found among its scores, into its list (C,).
 
-    Given the sum of e^(score - largest) over all classes, and where candidates begin; the row's
+    Given the sum of e^(score - high) over all classes, and where candidates begin; the row's
     log-sum-exp, and the mass of all that is not in the list.
     """
-    total = largest + F(math.log(everything))
+    total = high + F(math.log(everything))
     top = largest_of(found)
     low = max(min(total + least, top), LOWEST / F(2))
     kept = enter(found, found_classes, low, top + F(1), values, classes, -F(np.inf))
-    mass = exponentials(values[:kept], largest, bits, rest)
+    mass = exponentials(values[:kept], high, bits, rest)
     for c in range(kept):
         values[c] -= total
     return total, max(F(0), F(1) - mass / everything)
@@ -132,6 +133,15 @@ def select(  # type: ignore[no-untyped-def]
                     insert(x, first + i, k, best, best_rows)
 
 
+@compiled("float32(float32[::1], float32[::1])", fastmath=FAST)
+def dot(a, b):  # type: ignore[no-untyped-def]
+    """a . b of (d,)."""
+    total = F(0)
+    for x in range(len(a)):
+        total += a[x] * b[x]
+    return total
+
+
 @compiled("float32(float32[::1], float32[::1], float32[::1])", fastmath=FAST)
 def subtract(row, centre, out):  # type: ignore[no-untyped-def]
     """A row (d,) less the centre, into `out`; the largest magnitude of what is left."""
@@ -143,8 +153,10 @@ def subtract(row, centre, out):  # type: ignore[no-untyped-def]
     return np.int32(largest).view(np.float32)
 
 
-@compiled("void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1])", fastmath=FAST)
-def to_bytes(rows, centre, codes, steps):  # type: ignore[no-untyped-def]
+@compiled(
+    "void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1], float32[::1])", fastmath=FAST
+)
+def to_bytes(rows, centre, codes, steps, norms):  # type: ignore[no-untyped-def]
     """Rows (n, d) less the centre (d,), each as multiples -127 to 127 of its own step."""
     rest = np.empty(len(centre), np.float32)
     for i in range(len(rows)):
@@ -153,20 +165,21 @@ def to_bytes(rows, centre, codes, steps):  # type: ignore[no-untyped-def]
         for x in range(len(rest)):  # whole numbers are cut off at the point: all are positive
             positive = np.int32(rest[x] * scale + (LAST_BYTE + F(0.5)))
             codes[i, x] = positive - np.int32(LAST_BYTE)
+        norms[i] = np.sqrt(dot(rest, rest))
 
 
-@compiled("float32[::1](float32[::1], float32, float32)")
-def errors(steps, longest, coarsest):  # type: ignore[no-untyped-def]
+@compiled("float32[::1](float32[::1], float32[::1], float32, float32)")
+def errors(steps, norms, largest_norm, largest_step):  # type: ignore[no-untyped-def]
     """
-    By how many nats scores of unit rows (n,) with these steps may be off.
+    By how many nats the scores of rows (n,) in 8 bits may be off: some standard errors.
 
-    Given the norm of the longest row of weights, and their largest step.
+    Given their steps and norms, and the largest of the weights.
     """
     out = np.empty_like(steps)
     for i in range(len(steps)):
         # Entries are off by step / sqrt(12), the root mean square of a rounding.
-        variance = ((steps[i] * longest) ** 2 + coarsest**2) / F(12)
-        out[i] = CERTAIN * F(math.sqrt(variance))
+        squares = (steps[i] * largest_norm) ** 2 + (norms[i] * largest_step) ** 2
+        out[i] = max(CERTAIN * F(math.sqrt(squares / F(12))), LEAST_ERROR)
     return out
 
 
@@ -175,15 +188,6 @@ def to_scores(products, step, class_steps, offset, out):  # type: ignore[no-unty
     """What the products (K,) of a row in 8 bits say of its scores."""
     for k in range(len(out)):
         out[k] = offset[k] + step * class_steps[k] * F(products[k])
-
-
-@compiled("float32(float32[::1], float32[::1])", fastmath=FAST)
-def dot(a, b):  # type: ignore[no-untyped-def]
-    """a . b of (d,)."""
-    total = F(0)
-    for x in range(len(a)):
-        total += a[x] * b[x]
-    return total
 
 
 @compiled(
@@ -197,7 +201,7 @@ def select_scanned(  # type: ignore[no-untyped-def]
     steps,
     class_steps,
     centre_scores,
-    errors,
+    row_errors,
     features,
     weights,
     offset,
@@ -214,7 +218,7 @@ def select_scanned(  # type: ignore[no-untyped-def]
     """
     As `select`, from products (n, K) in 8 bits of features (n, d) and weights (K, d).
 
-    What a class in the list would be off by is less than the floor, or it is scored again.
+    Classes are scored again where their mass times the row's error could reach the floor.
     """
     n_classes, last = products.shape[1], len(best) - 1
     row, rest = np.empty(n_classes, np.float32), np.empty(n_classes, np.float32)
@@ -223,12 +227,17 @@ def select_scanned(  # type: ignore[no-untyped-def]
     found_classes, found = np.empty(n_classes + 1, np.int32), np.empty(n_classes, np.float32)
     again, exact = np.empty(n_classes + 1, np.int32), np.empty(n_classes, np.float32)
     for i in range(len(products)):
-        node, error = nodes[first + i], errors[i]
+        node, error = nodes[first + i], row_errors[i]
         fetch(nodes[first + min(i + AHEAD, len(products) - 1)], values, classes)
         to_scores(products[i], steps[i], class_steps, centre_scores, row)
+        if error > MOST_ERROR:  # a row unlike those that were looked at
+            for k in range(n_classes):
+                row[k] = offset[k] + dot(features[i], weights[k])
+            error = LEAST_ERROR
         largest = chunk_maxima(row, maxima)
-        everything = exponentials(row, largest, bits, rest)
-        low = min(largest + F(math.log(everything)) + least[node], largest)
+        high = largest + error  # what is scored again may be larger
+        everything = exponentials(row, high, bits, rest)
+        low = min(high + F(math.log(everything)) + least[node], largest)
         count = at_least(row, maxima, low, found_classes)
         low = min(low - F(math.log(error)), largest - error)
         n_again = 0
@@ -240,10 +249,10 @@ def select_scanned(  # type: ignore[no-untyped-def]
             k = found_classes[again[a]]
             everything -= rest[k]
             row[k] = exact[a] = found[again[a]] = offset[k] + dot(features[i], weights[k])
-        everything += exponentials(exact[:n_again], largest, bits, rest)
+        everything += exponentials(exact[:n_again], high, bits, rest)
         own = values[node], classes[node]
         normaliser[first + i], tail[node] = enter_row(
-            found[:count], found_classes, largest, everything, least[node], *own, bits, rest
+            found[:count], found_classes, high, everything, least[node], *own, bits, rest
         )
         if last >= 0:
             for k in range(n_classes):

@@ -24,7 +24,7 @@ from transclip_fast.graph.affinity import Affinity
 from transclip_fast.ops import candidates, loops
 from transclip_fast.ops import sums as sum_loops
 from transclip_fast.ops.messages import Messages
-from transclip_fast.ops.scan import Scan
+from transclip_fast.ops.scan import Scan, scannable
 from transclip_fast.ops.sums import SUM_ROWS
 from transclip_fast.ops.torch import (
     START_ROWS,
@@ -131,9 +131,11 @@ def _selector(
     Given what `Operations.score` scores; linear scores are computed in 8 bits where that pays.
     """
     features, weights, offset, log_prior, prior_weight, messages = operands
-    if weights is not None and log_prior is None and messages is None:
+    nodes, least, *_ = lists
+    linear = log_prior is None and messages is None
+    if linear and weights is not None and scannable(weights):
         scan = Scan(weights, offset)
-        if scan.pays(features, lists[1][lists[0]]):
+        if scan.pays(features, least[nodes]):
             return lambda rows, *best: scan.select(features[rows], rows.start, *lists, *best)
     buffers = threading.local()
 
@@ -180,8 +182,14 @@ def class_sums(
     centre = features[:SUM_ROWS].mean(0)
     parts = _even_classes(z, n_threads())
     for rows in blocks(len(z), read_rows(CPU)):
-        read = features[rows].numpy(), centre.numpy(), places[rows]
-        arrays = *read, *_lists(z), sums.numpy(), counts.numpy()
+        arrays = (
+            features[rows].numpy(),
+            centre.numpy(),
+            places[rows],
+            *_lists(z),
+            sums.numpy(),
+            counts.numpy(),
+        )
         each(partial(_add_class_sums, arrays), parts)
     sums.addr_(counts, centre.double())
     return twin.share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])

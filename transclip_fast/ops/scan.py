@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 
-import llvmlite.binding
 import numpy as np
 import torch
 
+from transclip_fast.device import multiplies_bytes
 from transclip_fast.ops import candidates
 from transclip_fast.ops.torch import gemm_rows
 from transclip_fast.rows import UnitRows
@@ -17,7 +17,6 @@ SAMPLE = 64  # rows that say whether it pays
 # Classes of a product in float32 that cost as much as one that is scored again, and as what each
 # row takes besides.
 CLASSES, ROW_CLASSES = 6, 64
-INSTRUCTIONS = ("avx512vnni", "avxvnni")  # without them torch is no faster in 8 bits
 
 
 class Scan:
@@ -35,9 +34,8 @@ class Scan:
 
     def __init__(self, weights: torch.Tensor, offset: torch.Tensor) -> None:
         self._weights, self._offset = weights, offset
-        self._codes, self._steps = _to_bytes(weights, torch.zeros_like(weights[0]))
-        self._longest = float(torch.linalg.vector_norm(weights, dim=1).max())
-        self._coarsest = float(self._steps.max())
+        self._codes, self._steps, norms = _to_bytes(weights, torch.zeros_like(weights[0]))
+        self._largest = float(norms.max()), float(self._steps.max())
         self._buffers = threading.local()
 
     def pays(self, features: UnitRows, least: np.ndarray) -> bool:
@@ -51,16 +49,14 @@ class Scan:
             Where the candidates of each row begin, relative to its log-sum-exp.
         """
         n_rows, n = len(features), min(SAMPLE, len(features))
-        if len(self._offset) <= ROW_CLASSES or not has_fast_bytes():
-            return False
         places = torch.arange(n) * n_rows // n
         rows = features[places]
-        _, steps = _to_bytes(rows, rows.mean(0))
-        errors = candidates.errors(steps, self._longest, self._coarsest)
+        _, steps, norms = _to_bytes(rows, rows.mean(0))
+        errors = candidates.errors(steps, norms, *self._largest)
         log_p = torch.addmm(self._offset, rows, self._weights.T).log_softmax(1).numpy()
         again = (log_p >= (least[places] - np.log(errors))[:, None]).sum(1).mean()
         cost = ROW_CLASSES + CLASSES * again
-        return bool(errors.max() < 1 and cost < len(self._offset))
+        return bool(errors.max() < candidates.MOST_ERROR and cost < len(self._offset))
 
     def select(self, features: torch.Tensor, first: int, *lists: np.ndarray) -> None:
         """Candidates of a block of rows (n, d): see `candidates.select`."""
@@ -69,14 +65,14 @@ class Scan:
             self._buffers.products = torch.empty(size, dtype=torch.int32)
         products = self._buffers.products[: len(features)]
         centre = features.mean(0)
-        codes, steps = _to_bytes(features, centre)
+        codes, steps, norms = _to_bytes(features, centre)
         torch._int_mm(codes, self._codes.T, out=products)
         candidates.select_scanned(
             products.numpy(),
             steps,
             self._steps,
             torch.addmv(self._offset, self._weights, centre).numpy(),
-            candidates.errors(steps, self._longest, self._coarsest),
+            candidates.errors(steps, norms, *self._largest),
             features.numpy(),
             self._weights.numpy(),
             self._offset.numpy(),
@@ -85,15 +81,16 @@ class Scan:
         )
 
 
-def has_fast_bytes() -> bool:
-    """Whether this CPU multiplies in 8 bits several times faster than in float32."""
-    found = llvmlite.binding.get_host_cpu_features()
-    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return onednn and any(map(found.get, INSTRUCTIONS))
+def scannable(weights: torch.Tensor) -> bool:
+    """Whether scores of so many classes, in so many dimensions, could gain by products of bytes."""
+    return len(weights) > ROW_CLASSES and multiplies_bytes(weights.shape[1])
 
 
-def _to_bytes(rows: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    """Rows (n, d) less the centre (d,), as multiples (n, d) int8 of a step each (n,)."""
-    codes, steps = torch.empty(rows.shape, dtype=torch.int8), np.empty(len(rows), np.float32)
-    candidates.to_bytes(rows.numpy(), centre.numpy(), codes.numpy(), steps)
-    return codes, steps
+def _to_bytes(
+    rows: torch.Tensor, centre: torch.Tensor
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Rows (n, d) less the centre as multiples (n, d) int8 of steps (n,), and their norms (n,)."""
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    steps, norms = np.empty((2, len(rows)), np.float32)
+    candidates.to_bytes(rows.numpy(), centre.numpy(), codes.numpy(), steps, norms)
+    return codes, steps, norms

@@ -1,4 +1,9 @@
-"""Compiled sums over the rows of features on a CPU, for `ops.numba`; they add up in float64."""
+"""
+Compiled sums over the rows of features on a CPU, for `ops.numba`.
+
+Rows are added four at a time in float32, less a centre that keeps their digits, and those sums in
+float64: the variance is what is left when the squares of the means are taken off.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,11 @@ SUM_ROWS = 512  # whose features a core's cache holds
 
 
 @compiled(
-    "void(float32[:, ::1], int32[::1], float32[::1], float64[::1])",
-    fastmath={"contract", "nsz", "reassoc"},
+    "void(float32[:, ::1], float32[::1], int32[::1], float32[::1], float64[::1])",
+    fastmath={"contract", "nsz"},
 )
-def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
-    """Add rows (n,) of the features times their weights to `out` (d,), four at a time."""
+def add_rows(features, centre, rows, weights, out):  # type: ignore[no-untyped-def]
+    """Add rows (n,) of the features, less the centre, times their weights to `out` (d,)."""
     e = 0
     while e + 4 <= len(rows):
         f0, f1, f2, f3 = (
@@ -25,12 +30,14 @@ def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
         )
         w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
         for x in range(len(out)):
-            out[x] += np.float64((w0 * f0[x] + w1 * f1[x]) + (w2 * f2[x] + w3 * f3[x]))
+            c = centre[x]
+            first = w0 * (f0[x] - c) + w1 * (f1[x] - c)
+            out[x] += np.float64(first + (w2 * (f2[x] - c) + w3 * (f3[x] - c)))
         e += 4
     while e < len(rows):
         f0, w0 = features[rows[e]], weights[e]
         for x in range(len(out)):
-            out[x] += np.float64(w0 * f0[x])
+            out[x] += np.float64(w0 * (f0[x] - centre[x]))
         e += 1
 
 
@@ -50,15 +57,12 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
     ends = np.empty(high - low + 1, np.int32)
     rows = np.empty(SUM_ROWS * (width + 1), np.int32)
     weights = np.empty(len(rows), np.float32)
-    centred = np.empty((SUM_ROWS, features.shape[1]), np.float32)
     for start in range(0, len(features), SUM_ROWS):
         n = min(SUM_ROWS, len(features) - start)
         ends[:] = 0
         for i in range(n):
             node = nodes[start + i]
             fetch(nodes[start + min(i + AHEAD, n - 1)], z, classes)
-            for x in range(len(centre)):
-                centred[i, x] = features[start + i, x] - centre[x]
             for r in range(width):
                 if z[node, r] == 0:
                     break
@@ -79,7 +83,7 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
                     k, weight = classes[node, r], z[node, r]
                     rest -= np.float64(weight)
                 if low <= k < high:
-                    rows[ends[k - low]], weights[ends[k - low]] = i, weight
+                    rows[ends[k - low]], weights[ends[k - low]] = start + i, weight
                     ends[k - low] += 1
                 if last:
                     break
@@ -87,7 +91,7 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
         for k in range(low, high):
             last = ends[k - low]
             if first < last:
-                add_rows(centred, rows[first:last], weights[first:last], sums[k])
+                add_rows(features, centre, rows[first:last], weights[first:last], sums[k])
                 for e in range(first, last):
                     counts[k] += np.float64(weights[e])
             first = last
