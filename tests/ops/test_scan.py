@@ -84,7 +84,7 @@ def test_score(nodes):
     # errors, and none of all these by more than six.
     assert 1e-3 < np.nanmax(off) < error
     assert np.nanmax(off * np.exp(log_p + 0.7)) < 1.5 * FLOOR
-    assert np.nanmax(off[log_p > least - np.log(0.1)]) < 1e-4
+    assert np.nanmax(off[log_p > least - np.log(0.05)]) < 1e-4
     tail = np.where(np.isnan(found), np.exp(log_p), 0).sum(1)
     np.testing.assert_allclose(out.tail.numpy()[places], tail, rtol=0.05, atol=2e-6)
 

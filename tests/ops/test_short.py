@@ -374,3 +374,13 @@ def test_sum_of_squares(ops, rng, monkeypatch):
     monkeypatch.setattr(numba, "SQUARE_ROWS", 30)
     exact, features = normal(rng, 77, 33)
     np.testing.assert_allclose(ops.sum_of_squares(features), (exact**2).sum(0), rtol=1e-13)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 50])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_every_class_is_summed_by_one_thread(rng, number, crowded):
+    """Also where there are more threads than classes, and where one class has everything."""
+    z = np.eye(K)[np.full(N, 3)] if crowded else short_z(rng)
+    parts = numba._even_classes(assignments_of(z, 5), number)
+    assert [k for part in parts for k in range(part.start, part.stop)] == list(range(K + 1))
+    assert len(parts) <= number

@@ -182,15 +182,8 @@ def class_sums(
     centre = features[:SUM_ROWS].mean(0)
     parts = _even_classes(z, n_threads())
     for rows in blocks(len(z), read_rows(CPU)):
-        arrays = (
-            features[rows].numpy(),
-            centre.numpy(),
-            places[rows],
-            *_lists(z),
-            sums.numpy(),
-            counts.numpy(),
-        )
-        each(partial(_add_class_sums, arrays), parts)
+        arrays = features[rows].numpy(), centre.numpy(), places[rows], *_lists(z)
+        each(partial(_add_class_sums, (*arrays, sums.numpy(), counts.numpy())), parts)
     sums.addr_(counts, centre.double())
     return twin.share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
 

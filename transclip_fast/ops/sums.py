@@ -15,11 +15,10 @@ SUM_ROWS = 512  # whose features a core's cache holds
 
 
 @compiled(
-    "void(float32[:, ::1], float32[::1], int32[::1], float32[::1], float64[::1])",
-    fastmath={"contract", "nsz"},
+    "void(float32[:, ::1], int32[::1], float32[::1], float64[::1])", fastmath={"contract", "nsz"}
 )
-def add_rows(features, centre, rows, weights, out):  # type: ignore[no-untyped-def]
-    """Add rows (n,) of the features, less the centre, times their weights to `out` (d,)."""
+def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
+    """Add rows (n,) of the features times their weights to `out` (d,)."""
     e = 0
     while e + 4 <= len(rows):
         f0, f1, f2, f3 = (
@@ -30,14 +29,13 @@ def add_rows(features, centre, rows, weights, out):  # type: ignore[no-untyped-d
         )
         w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
         for x in range(len(out)):
-            c = centre[x]
-            first = w0 * (f0[x] - c) + w1 * (f1[x] - c)
-            out[x] += np.float64(first + (w2 * (f2[x] - c) + w3 * (f3[x] - c)))
+            first = w0 * f0[x] + w1 * f1[x]
+            out[x] += np.float64(first + (w2 * f2[x] + w3 * f3[x]))
         e += 4
     while e < len(rows):
         f0, w0 = features[rows[e]], weights[e]
         for x in range(len(out)):
-            out[x] += np.float64(w0 * (f0[x] - centre[x]))
+            out[x] += np.float64(w0 * f0[x])
         e += 1
 
 
@@ -57,17 +55,23 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
     ends = np.empty(high - low + 1, np.int32)
     rows = np.empty(SUM_ROWS * (width + 1), np.int32)
     weights = np.empty(len(rows), np.float32)
+    centred = np.empty((SUM_ROWS, features.shape[1]), np.float32)
     for start in range(0, len(features), SUM_ROWS):
         n = min(SUM_ROWS, len(features) - start)
         ends[:] = 0
         for i in range(n):
             node = nodes[start + i]
             fetch(nodes[start + min(i + AHEAD, n - 1)], z, classes)
+            wanted = dropped
             for r in range(width):
                 if z[node, r] == 0:
                     break
                 if low <= classes[node, r] < high:
                     ends[classes[node, r] - low + 1] += 1
+                    wanted = True
+            if wanted:
+                for x in range(len(centre)):
+                    centred[i, x] = features[start + i, x] - centre[x]
         if dropped:
             ends[high - low] = n
         for k in range(high - low):
@@ -83,7 +87,7 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
                     k, weight = classes[node, r], z[node, r]
                     rest -= np.float64(weight)
                 if low <= k < high:
-                    rows[ends[k - low]], weights[ends[k - low]] = start + i, weight
+                    rows[ends[k - low]], weights[ends[k - low]] = i, weight
                     ends[k - low] += 1
                 if last:
                     break
@@ -91,7 +95,7 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
         for k in range(low, high):
             last = ends[k - low]
             if first < last:
-                add_rows(features, centre, rows[first:last], weights[first:last], sums[k])
+                add_rows(centred, rows[first:last], weights[first:last], sums[k])
                 for e in range(first, last):
                     counts[k] += np.float64(weights[e])
             first = last
