@@ -7,5 +7,5 @@ import pytest
 def products(request, monkeypatch):
     in_bytes = request.param == "8 bits"
     monkeypatch.setattr("transclip_fast.graph.compare.multiplies_bytes", lambda dim: in_bytes)
-    monkeypatch.setattr("transclip_fast.graph.compare.FEWEST", 1)
+    monkeypatch.setattr("transclip_fast.graph.compare.WORTH", 0)
     monkeypatch.setattr("transclip_fast.graph.compare.MANY", 1)

@@ -18,7 +18,7 @@ from transclip_fast.rows import Rows
 @pytest.fixture
 def fast(monkeypatch):
     monkeypatch.setattr(compare, "multiplies_bytes", lambda dim: True)
-    monkeypatch.setattr(compare, "FEWEST", 1)
+    monkeypatch.setattr(compare, "WORTH", 1)
 
 
 def rows_of(kind, n, d, seed):
@@ -87,13 +87,19 @@ def test_errors_of_long_rows():
     assert bound.max() < 0.03
 
 
+def all_of(features, **options):
+    """What the pair of all rows with themselves is given."""
+    ids = torch.arange(len(features))
+    return compare.byte_products(Rows(features, **options), [(ids, ids)])
+
+
 @pytest.mark.parametrize("kind", ["any", "cone", "copies"])
 def test_both_kinds_of_products_find_the_same(kind, fast, monkeypatch):
     features = rows_of(kind, 2500, 64, 0)
-    assert compare.byte_products(Rows(features)) is not None
+    assert all_of(features) is not None
     found = build_graph(features, 5, method="exact")
     monkeypatch.setattr(compare, "find_spec", lambda _: None)
-    assert compare.byte_products(Rows(features)) is None
+    assert all_of(features) is None
     expected = build_graph(features, 5, method="exact")
     np.testing.assert_array_equal(found.similarities, expected.similarities)
     if kind != "copies":  # of many equal rows any may be found
@@ -101,15 +107,15 @@ def test_both_kinds_of_products_find_the_same(kind, fast, monkeypatch):
 
 
 def test_where_they_pay(fast, monkeypatch):
-    features = rows_of("any", 100, 8, 0)
-    assert compare.byte_products(Rows(features)) is not None
-    streamed = Rows(features, held=False)
-    assert compare.byte_products(streamed) is None
-    monkeypatch.setattr(compare, "FEWEST", 101)
-    assert compare.byte_products(Rows(features)) is None
+    features = rows_of("any", 400, 8, 0)
+    assert all_of(features) is not None
+    assert all_of(features, held=False) is None
+    assert all_of(features[:300]) is None  # a small pair
+    monkeypatch.setattr(compare, "WORTH", 400**2 // 2 + 1)
+    assert all_of(features) is None
 
 
 def test_a_broken_numba_is_named(fast, monkeypatch):
     monkeypatch.setitem(sys.modules, "transclip_fast.graph.byte_products", None)
     with pytest.warns(UserWarning, match="searched in torch, slower: .*byte_products"):
-        assert compare.byte_products(Rows(rows_of("any", 100, 8, 0))) is None
+        assert all_of(rows_of("any", 400, 8, 0)) is None

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 BATCH = 32  # blocks, at most, between two looks at what was found, on any number of cores
 WAITING = 8  # finds a row that wait before they are merged,
 MOST_WAITING = 1 << 20  # and of all rows: a merge needs some hundred bytes a find
-# Rows of a search, and products of a block, for which what 8 bits need besides pays.
-FEWEST, MANY = 4096, 1 << 17
+MANY = 1 << 17  # products of a pair of blocks, for which what 8 bits need besides pays,
+WORTH = 1 << 27  # and of all such pairs: it takes most of a second to load what is compiled
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -69,14 +69,18 @@ def compare(
 
 
 def gains_by_bytes(n_rows: int, dim: int, device: torch.device, *, held: bool) -> bool:
-    """Whether the products of so many rows are computed in 8 bits first."""
-    return held and device.type == "cpu" and n_rows >= FEWEST and multiplies_bytes(dim)
+    """Whether a search among so many rows may compute products in 8 bits first."""
+    enough = n_rows * n_rows // 2 >= WORTH
+    return held and device.type == "cpu" and enough and multiplies_bytes(dim)
 
 
-def byte_products(rows: Rows) -> ByteProducts | None:
-    """Products in 8 bits, where they pay and numba is installed."""
+def byte_products(rows: Rows, pairs: Iterable[Pair]) -> ByteProducts | None:
+    """Products in 8 bits for pairs of blocks, where they pay and numba is installed."""
     n_rows, dim = rows.shape
     if not gains_by_bytes(n_rows, dim, rows.device, held=rows.held) or not find_spec("numba"):
+        return None
+    numbers = (len(ids) * len(others) for ids, others in pairs)
+    if sum(number for number in numbers if number >= MANY) < WORTH:
         return None
     try:
         from transclip_fast.graph.byte_products import ByteProducts

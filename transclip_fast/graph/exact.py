@@ -30,7 +30,7 @@ def search_exact(rows: Rows, best: BestLists, progress: Count, checkpoint: Check
     if state is not None:
         best.restore(state)
         start = int(state["blocks"])
-    for done in compare(rows, pairs[start:], best, byte_products(rows)):
+    for done in compare(rows, pairs[start:], best, byte_products(rows, pairs)):
         progress(len(rows) * (start + done) // len(pairs), len(rows))
         checkpoint.keep(partial(_state, best, start + done))
 

@@ -9,7 +9,6 @@ repeats what an earlier one did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from transclip_fast.checkpoint import Checkpoint, Count, State
 from transclip_fast.graph.best import BestLists
-from transclip_fast.graph.compare import MANY, Pair, byte_products, compare
+from transclip_fast.graph.compare import Pair, byte_products, compare
 from transclip_fast.graph.exact import all_pairs
 from transclip_fast.rows import Rows
 from transclip_fast.threads import each
@@ -60,6 +59,7 @@ class ListSearch:
     ) -> None:
         self.rows, self.best, self.checkpoint = rows, best, checkpoint
         self.probes = self._rounds = self._blocks = 0
+        self._in_bytes: ByteProducts | None = None
         state = checkpoint.load()
         if state is None:
             self._centres = train()
@@ -69,10 +69,6 @@ class ListSearch:
             self._centres = torch.from_numpy(state["centres"]).to(rows.device)
             self._ranked = torch.from_numpy(state["ranked"]).to(rows.device)
             self.probes, self._rounds, self._blocks = state["place"].tolist()
-
-    @cached_property
-    def _in_bytes(self) -> ByteProducts | None:
-        return byte_products(self.rows)
 
     @property
     def n_lists(self) -> int:
@@ -91,9 +87,8 @@ class ListSearch:
         probes = next(n for n in _schedule() if n > self.probes)
         probes = min(probes, self.n_lists)
         pairs = self._pairs(self.probes, probes)
-        many = any(len(ids) * len(others) >= MANY for ids, others in pairs)
-        in_bytes = self._in_bytes if many else None
-        for done in compare(self.rows, pairs[start:], self.best, in_bytes):
+        self._in_bytes = self._in_bytes or byte_products(self.rows, pairs)
+        for done in compare(self.rows, pairs[start:], self.best, self._in_bytes):
             self._blocks = start + done
             share = n_rows * self._blocks // len(pairs)
             progress(self._rounds * n_rows + share, (self._rounds + 1) * n_rows)
