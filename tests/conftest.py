@@ -7,11 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.tiny import tiny_backbone
 
 WHURS19 = ("rn50", "vit-b-32", "vit-l-14")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small problems; threads that wait for each other cost most of the time on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

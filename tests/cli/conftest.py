@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 
 from transclip_fast.cli import main
 from transclip_fast.store.checkpoint import FileCheckpoint
@@ -22,13 +21,9 @@ class Ran:
     err: str
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Small problems; threads that wait for each other cost most of the time on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
 
 
 @pytest.fixture

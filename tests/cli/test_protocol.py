@@ -134,6 +134,20 @@ def test_more_shots_than_there_are(pets, cli, tmp_path):
     assert ran.err.count("\n") == 1
 
 
+def adapter_of(data, seed):
+    """The head that a protocol trains on four shots of these data."""
+    shots, held_out = (data.draw(part, 4, seed) for part in ("support", "validation"))
+    return fit_head(
+        "clip-adapter",
+        data.text,
+        shots.features,
+        shots.labels,
+        validation_features=held_out.features,
+        validation_labels=held_out.labels,
+        seed=seed,
+    )
+
+
 def test_cross_dataset(pets, done, tmp_path):
     paths = pets("source"), pets("flowers", k=9), pets("dtd", k=4)
     done("protocol", "cross-dataset", *paths, "--seeds", 1, "--shots", 4, "--out", tmp_path / "t")
@@ -143,15 +157,7 @@ def test_cross_dataset(pets, done, tmp_path):
         ("source", "dtd"),
     ]
     source, flowers, _ = load_data(paths, pools=True)
-    shots, held_out = source.draw("support", 4, 0), source.draw("validation", 4, 0)
-    head = fit_head(
-        "clip-adapter",
-        source.text,
-        shots.features,
-        shots.labels,
-        validation_features=held_out.features,
-        validation_labels=held_out.labels,
-    ).transfer(flowers.text)
+    head = adapter_of(source, seed=0).transfer(flowers.text)
     assert rows[0]["head_accuracy"] == accuracy(head.predict(flowers.features), flowers.labels)
 
 
@@ -169,16 +175,7 @@ def test_base_to_new(pets, done, tmp_path):
     (data, _) = load_data(paths, pools=True)
     base, new = data.halves
     assert (len(base.text), len(new.text)) == (3, 2)
-    shots, held_out = base.draw("support", 4, 1), base.draw("validation", 4, 1)
-    head = fit_head(
-        "clip-adapter",
-        base.text,
-        shots.features,
-        shots.labels,
-        validation_features=held_out.features,
-        validation_labels=held_out.labels,
-        seed=1,
-    )
+    head = adapter_of(base, seed=1)
     for half, row in ((base, rows[2]), (new, rows[3])):
         moved = head if half is base else head.transfer(new.text)
         assert row["queries"] == len(half.labels)

@@ -70,15 +70,6 @@ class Recorded:
         return Captured(step, renewed, self.recorder.record)
 
 
-@pytest.fixture
-def one_thread():
-    """Recorders see the operations of their own thread alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("inner_iter", [1, 2, 5])
 @pytest.mark.parametrize("shots", [0, 15])
 @pytest.mark.parametrize("fixed", [{}, {"update_variance": False}, {"update_means": False}])

@@ -142,7 +142,7 @@ def test_few_classes_gain_nothing(k, dim, possible):
 
 def test_a_row_unlike_the_others_is_scored_in_float32():
     """No sample shows it: one entry holds nearly all of it, and 8 bits are off by nats."""
-    exact, (features, weights, offset) = problem(scale=400.0)
+    _, (features, weights, offset) = problem(scale=400.0)
     features[1] = torch.nn.functional.one_hot(torch.tensor(5), D)
     # On the others 8 bits are good enough only because it is so far from them.
     weights, spike = weights.clone(), 3000 * torch.eye(D)[5]
