@@ -144,6 +144,12 @@ class Rows:
 UnitRows = torch.Tensor | Rows  # a tensor is the simplest of them
 
 
+def spread(n_rows: int, most: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """At most so many rows (n,) int64, evenly spread over all."""
+    size = min(n_rows, most)
+    return torch.arange(size, device=device) * n_rows // size
+
+
 class _ReadAhead:
     """
     Blocks of rows on a GPU; while it works on one, the next is read and copied.

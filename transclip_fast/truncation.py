@@ -10,6 +10,7 @@ import torch
 from transclip_fast.assignments import Assignments
 from transclip_fast.errors import InputError
 from transclip_fast.memory import ENTRY_BYTES, FEWEST, SMALL
+from transclip_fast.rows import spread
 
 FORMS = ("auto", "dense", "sparse")
 # z below this is left out; the mass of what is left out is dealt with as a whole.
@@ -83,8 +84,7 @@ class Truncation:
 
 def sample_ids(n_rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The rows (n,) on whose prior `choose_truncation` looks, evenly spread."""
-    size = min(n_rows, SAMPLE)
-    return torch.arange(size, device=device) * n_rows // size
+    return spread(n_rows, SAMPLE, device)
 
 
 def choose_truncation(

@@ -16,7 +16,7 @@ import torch
 from transclip_fast.graph.best import BestLists, Finds, joined
 from transclip_fast.ops.candidates import CHUNK, at_least, chunk_maxima, dot, to_bytes
 from transclip_fast.ops.loops import FAST, LOWEST, F, compiled, enter
-from transclip_fast.rows import Rows
+from transclip_fast.rows import Rows, spread
 from transclip_fast.threads import each
 
 SAMPLE = 512  # rows whose mean is taken off all
@@ -37,8 +37,7 @@ class ByteProducts:
     """
 
     def __init__(self, rows: Rows) -> None:
-        n = min(SAMPLE, len(rows))
-        centre = rows[torch.arange(n) * len(rows) // n].mean(0).numpy()
+        centre = rows[spread(len(rows), SAMPLE)].mean(0).numpy()
         self._rows = rows[:].numpy()
         self._codes = torch.empty(rows.shape, dtype=torch.int8)
         # Of each row less the centre: its step, its norm, the norm of what the codes miss; and

@@ -10,7 +10,7 @@ import torch
 from transclip_fast.device import multiplies_bytes
 from transclip_fast.ops import candidates
 from transclip_fast.ops.torch import gemm_rows
-from transclip_fast.rows import UnitRows
+from transclip_fast.rows import UnitRows, spread
 from transclip_fast.threads import CPU
 
 SAMPLE = 64  # rows that say whether it pays
@@ -48,8 +48,7 @@ class Scan:
         least : ndarray (N,) float32
             Where the candidates of each row begin, relative to its log-sum-exp.
         """
-        n_rows, n = len(features), min(SAMPLE, len(features))
-        places = torch.arange(n) * n_rows // n
+        places = spread(len(features), SAMPLE)
         rows = features[places]
         _, steps, norms = _to_bytes(rows, rows.mean(0))
         errors = candidates.errors(steps, norms, *self._largest)
