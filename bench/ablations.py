@@ -21,7 +21,8 @@ import numpy as np
 from bench.common import record
 from bench.graph_labels import FEATURES, load
 from transclip_fast import TransCLIP
-from transclip_fast.graph import NeighborGraph, build_graph
+from transclip_fast.graph.build import build_graph
+from transclip_fast.types import NeighborGraph
 
 K = 3
 PAPER = {"likelihood_weight": 1.0, "unit_means": False, "clamp_similarity": True}

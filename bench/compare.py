@@ -75,7 +75,7 @@ def run_ours(
 ) -> tuple[np.ndarray, Stages]:
     """Return labels (N,) and the seconds of each stage."""
     from transclip_fast import TransCLIP
-    from transclip_fast.graph import build_graph
+    from transclip_fast.graph.build import build_graph
 
     stages: Stages = {}
     with _timed(stages, "knn"):
@@ -102,9 +102,9 @@ ARMS: dict[str, Callable[[np.ndarray, np.ndarray, str], tuple[np.ndarray, Stages
 
 def default_arm(queries: int, classes: int, dim: int, device: str) -> str:
     """Return which of our arms `TransCLIP()` is at this size."""
-    from transclip_fast.memory import Size, choose_layout
     from transclip_fast.ops import choose_backend
-    from transclip_fast.truncation import Truncation
+    from transclip_fast.solver.layout import Size, choose_layout
+    from transclip_fast.types import Truncation
 
     where = torch.device(device)
     size = Size(queries, classes, dim, N_NEIGHBORS, copied=device != "cpu")

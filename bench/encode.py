@@ -24,8 +24,8 @@ from bench import clip_retrieval
 from bench.common import medians, record
 from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
+from transclip_fast.encode.batch_size import made_images
 from transclip_fast.encode.feed import feed
-from transclip_fast.encode.fit import made_images
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import Source, open_source

@@ -20,12 +20,14 @@ from bench.gpu_problems import (
     sweep_error,
 )
 from bench.gpu_timing import SETS, Arm, setting
-from transclip_fast.assignments import Assignments, Scores
-from transclip_fast.checkpoint import NoCheckpoint
-from transclip_fast.graph import affinity, build_graph, certified
+from transclip_fast.callbacks import NoCheckpoint
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph import certified
+from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.best import SPARE, BestLists
+from transclip_fast.graph.build import build_graph
 from transclip_fast.ops import operations
-from transclip_fast.rows import Rows
+from transclip_fast.types import Assignments, Scores
 
 
 def sweeps(suite: Suite, n: int = 1_280_000, k: int = 1000) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from transclip_fast.assignments import Assignments, Scores
-from transclip_fast.graph import Affinity, NeighborGraph
-from transclip_fast.truncation import Truncation
+from transclip_fast.types import Affinity, Assignments, NeighborGraph, Scores, Truncation
 
 AGREE = 0.65  # of neighbours share a label: 62 to 71 % of real ones do
 NEAR = 0.8  # their inner product

@@ -12,13 +12,12 @@ from bench import baseline
 from bench.gpu_lines import Line, Suite
 from bench.gpu_problems import made_graph, made_problem
 from bench.gpu_timing import Stopwatch, bits_differ, setting
-from transclip_fast import solver
-from transclip_fast.graph import NeighborGraph
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.ops import operations
-from transclip_fast.parameters import Parameters
-from transclip_fast.prior import LinearPrior
-from transclip_fast.rows import Rows
-from transclip_fast.truncation import Truncation
+from transclip_fast.solver import loop as solver
+from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.types import NeighborGraph, Truncation
 
 STREAMED = 2_000_000_000  # entries of features, at most, that are also read from host memory
 IN_FLOAT32 = 2e15  # operations of all scores, at most, of a solve in float32 beside it
@@ -60,7 +59,7 @@ def lists_on(graph: NeighborGraph, device: str) -> tuple[torch.Tensor, torch.Ten
 
 def captured(suite: Suite, n: int = 20_000, k: int = 1000, d: int = 512) -> None:
     """Steps recorded as a CUDA graph against steps that are not, and one run against another."""
-    from transclip_fast.ops import triton as ops
+    from transclip_fast.ops import triton_backend as ops
 
     problem = Problem(n, k, d, suite.gpu.device)
     for short, features in ((True, problem.features.half()), (False, problem.features)):

@@ -52,7 +52,7 @@ def ours(method: str) -> Callable[[np.ndarray, np.ndarray], Found]:
     """An arm of `build_graph`."""
 
     def search(features: np.ndarray, anchors: np.ndarray) -> Found:
-        from transclip_fast.graph import build_graph
+        from transclip_fast.graph.build import build_graph
 
         graph = build_graph(features, K, method=method, recall=TARGET, anchors=anchors)
         return graph.neighbors, dict(graph.info)
@@ -162,7 +162,7 @@ def compare(queries: int, classes: int, dim: int, repeats: int) -> int:
 
 def large(features: str) -> dict[str, Any]:
     """Search the features in a .npy file, mapped, in this process."""
-    from transclip_fast.graph import build_graph
+    from transclip_fast.graph.build import build_graph
 
     start = time.perf_counter()
     graph = build_graph(np.load(features, mmap_mode="r"), K, method="ivf", recall=TARGET)

@@ -18,7 +18,8 @@ import numpy as np
 
 from bench.common import record
 from transclip_fast import TransCLIP
-from transclip_fast.graph import NeighborGraph, build_graph
+from transclip_fast.graph.build import build_graph
+from transclip_fast.types import NeighborGraph
 
 FEATURES = (
     "whurs19_clip_rn50",

@@ -21,9 +21,9 @@ import torch
 from bench.common import record
 from bench.plain_heads import fit as fit_plainly
 from transclip_fast import TransCLIP
-from transclip_fast.graph import build_graph
+from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.graph.build import build_graph
 from transclip_fast.heads import HEADS, fit_head
-from transclip_fast.inputs import as_unit_rows
 
 SETS = ("oxford_pets_vitb32", "dtd_vitb32", "whurs19_clip_vit-b-32")
 SHOTS, HELD_OUT, TEXTS = 16, 4, 4  # rows of a class

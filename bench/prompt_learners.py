@@ -27,11 +27,11 @@ from PIL import Image
 from bench.common import record
 from bench.names import LEARNERS
 from transclip_fast import TransCLIP
+from transclip_fast.data.patches import PatchedRows
 from transclip_fast.demo import CLASS_NAMES, backbone, digits, enlarge
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.heads import SETTINGS, Head, fit_head
-from transclip_fast.heads.patches import PatchedRows
 from transclip_fast.heads.prompts import Prompting, TextTower
 
 WORDS = ("photo", "image", "picture", "scan", "hand", "number", "digit", "written", "by", "the")

@@ -70,7 +70,7 @@ def grow(against: str, fixed: dict[str, int], repeats: int) -> dict[str, Any] | 
 def labels_of(sizes: dict[str, int], options: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Agreement with the dense default, accuracy, and what lists left out, of each option."""
     from transclip_fast import TransCLIP
-    from transclip_fast.graph import build_graph
+    from transclip_fast.graph.build import build_graph
 
     problem = make_problem(sizes["queries"], sizes["classes"], sizes["dim"])
     graph = build_graph(problem.features)

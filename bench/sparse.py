@@ -76,7 +76,7 @@ def solve_arm(
         z = solve(features, prototypes, (neighbors, similarities), logit_scale=logit_scale)
         return z.argmax(1).numpy(), {}
     from transclip_fast import TransCLIP
-    from transclip_fast.graph import NeighborGraph
+    from transclip_fast.types import NeighborGraph
 
     graph = NeighborGraph(neighbors.numpy(), similarities.numpy())
     model = TransCLIP(assignments=arm, device="cpu", logit_scale=logit_scale)

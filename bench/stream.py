@@ -55,10 +55,10 @@ def run_size(folder: str, held: bool) -> dict[str, Any]:
     from transclip_fast import TransCLIP
     from transclip_fast.cli.plan import plan_of
     from transclip_fast.device import resolve_device
-    from transclip_fast.given import size_of
-    from transclip_fast.graph import NeighborGraph
-    from transclip_fast.memory import USUAL, Layout
+    from transclip_fast.solver.layout import USUAL, Layout
+    from transclip_fast.solver.problem import size_of
     from transclip_fast.store.features import load_features
+    from transclip_fast.types import NeighborGraph
 
     place = Path(folder)
     stored = load_features(place)

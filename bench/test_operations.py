@@ -16,11 +16,12 @@ import torch
 
 from bench.common import LOGIT_SCALE, machine_facts, make_problem
 from bench.gpu_problems import sweep_bytes
-from transclip_fast.assignments import Assignments, Scores
 from transclip_fast.device import exact_float32
-from transclip_fast.graph import Affinity, affinity, build_graph, certified
+from transclip_fast.graph import certified
+from transclip_fast.graph.affinity import affinity
+from transclip_fast.graph.build import build_graph
 from transclip_fast.ops import Operations, operations
-from transclip_fast.truncation import Truncation
+from transclip_fast.types import Affinity, Assignments, Scores, Truncation
 
 pytest.importorskip("pytest_benchmark", reason='pip install ".[bench]"')
 N, K, D = 4000, 500, 256
@@ -71,7 +72,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     )
     weights = LOGIT_SCALE * prototypes
     z = Assignments.empty(N, K, truncation, torch.device(device))
-    base = Scores.empty(near.reach(), K, truncation)
+    base = Scores.empty(near.max_message(), K, truncation)
     offset = torch.zeros(K, device=device)
     truth = torch.log_softmax(features.double() @ weights.double().T, 1)
     with exact_float32(), ops.session():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from transclip_fast.kernels.messages import (
     Launch,
     Segments,

@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from transclip_fast.kernels.select import keep, marked, ordered, threshold_of
 
 MOST = 32  # candidates; with more, partial maxima are no bar

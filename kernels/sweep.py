@@ -15,7 +15,7 @@ Full form: the plain softmax over K classes, one row a program.
 
 A row reads its own C scores and, of each neighbour, the entries in use: bytes are the cost, see
 `messages.py` for how they are kept in flight. Method: Zanella et al., NeurIPS 2024, equation 5, on
-lists as `transclip_fast.assignments` has them.
+lists as `transclip_fast.types` has them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from transclip_fast.kernels.messages import (
     Launch,
     Segments,

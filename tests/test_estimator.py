@@ -7,9 +7,9 @@ import torch
 from tests import reference
 from tests.agreement import assert_agrees, zero_shot_log_prior
 from tests.conftest import unit
-from tests.test_solver import few_shot_problem
+from tests.solver.test_loop import few_shot_problem
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.graph import build_graph
+from transclip_fast.graph.build import build_graph
 
 
 def fitted(*args, **kwargs):

@@ -9,20 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.checkpoint import Checkpoint
+from transclip_fast.callbacks import Checkpoint, Meter, Progress
+from transclip_fast.data.checks import as_unit_rows, unread_matrix
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.given import make_priors, make_support, make_validation, size_of
-from transclip_fast.graph import NeighborGraph, build_graph
-from transclip_fast.inputs import as_unit_rows, unread_matrix
-from transclip_fast.memory import choose_layout, parse_memory
+from transclip_fast.graph.build import build_graph
 from transclip_fast.ops import BACKENDS, choose_backend
-from transclip_fast.parameters import Parameters, check_number, check_weight
-from transclip_fast.prior import LinearPrior, Prior
-from transclip_fast.progress import Meter, Progress
-from transclip_fast.rows import Rows
-from transclip_fast.solver import Solution, predict, reads, solve
-from transclip_fast.truncation import FORMS, Truncation, choose_truncation, sample_ids
+from transclip_fast.solver.layout import choose_layout, parse_memory
+from transclip_fast.solver.loop import Solution, predict, reads, solve
+from transclip_fast.solver.parameters import Parameters, check_number, check_weight
+from transclip_fast.solver.prior import LinearPrior, Prior
+from transclip_fast.solver.problem import make_priors, make_support, make_validation, size_of
+from transclip_fast.solver.truncation import FORMS, choose_truncation, losses, sample_ids
+from transclip_fast.types import NeighborGraph, Truncation
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
 CHOICES: dict[str, tuple[object, ...]] = {
@@ -65,7 +65,7 @@ class TransCLIP(Parameters):
         is there. It decides whether features are held on the device or read in every pass, and
         how many candidates there are at most; what is free, where not given.
     **
-        All other parameters are those of `transclip_fast.parameters.Parameters`.
+        All other parameters are those of `transclip_fast.solver.parameters.Parameters`.
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ class TransCLIP(Parameters):
         The lambda used.
     device_ : torch.device
         The device used.
-    layout_ : transclip_fast.memory.Layout
+    layout_ : transclip_fast.solver.layout.Layout
         What was held in memory.
     graph_ : NeighborGraph
         The graph used.
@@ -138,7 +138,7 @@ class TransCLIP(Parameters):
         ----------
         X : array_like (N, d)
             Image features of the queries; rows off the unit sphere are normalised. A
-            `numpy.memmap` or `transclip_fast.stored.StoredRows` may be larger than memory.
+            `numpy.memmap` or `transclip_fast.data.npy_shards.StoredRows` may be larger than memory.
         text_features : array_like (K, d), optional
             Text embedding of each class: the prior, unless another is given; then only the
             zero-shot attributes come from it.
@@ -156,12 +156,12 @@ class TransCLIP(Parameters):
             most of them have the label of their most similar query, the first of equal ones.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or what makes them from its unit rows, a
-            `transclip_fast.rows.Rows`; `build_graph` where not given.
+            `transclip_fast.data.feature_rows.Rows`; `build_graph` where not given.
         progress : callable, optional
-            Called with a `transclip_fast.progress.Progress` after every block of rows that is
+            Called with a `transclip_fast.callbacks.Progress` after every block of rows that is
             read, from any thread, and after every outer step.
         checkpoint : callable, optional
-            Makes the `transclip_fast.checkpoint.Checkpoint` that keeps a run's state after its
+            Makes the `transclip_fast.callbacks.Checkpoint` that keeps a run's state after its
             outer steps, from a name and from what the fit has decided.
 
         Raises
@@ -230,8 +230,8 @@ class TransCLIP(Parameters):
         features.on_read = None
         self.gamma_ = gamma if support else None
         self._keep(solution, prior_, zero_shot)
-        self.truncation_ = truncation and truncation.losses(
-            solution.assignments, solution.tail_mass
+        self.truncation_ = truncation and losses(
+            truncation, solution.assignments, solution.tail_mass
         )
         if zero_shot is not prior_:
             self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)

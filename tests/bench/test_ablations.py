@@ -9,7 +9,7 @@ from bench.ablations import VARIANTS, measure, table
 from tests import reference
 from tests.agreement import assert_agrees, zero_shot_log_prior
 from transclip_fast import TransCLIP
-from transclip_fast.graph import build_graph
+from transclip_fast.graph.build import build_graph
 
 
 @pytest.mark.parametrize("name", ["no graph", "paper: W z", "paper: all three", "1 sweep a step"])

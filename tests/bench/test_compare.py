@@ -10,7 +10,7 @@ import pytest
 
 from bench import compare
 from bench.common import record
-from transclip_fast import solver
+from transclip_fast.solver import loop as solver
 
 ON_CPU = ["baseline", "baseline_compiled", "dense_torch", "sparse_torch", "sparse_numba"]
 

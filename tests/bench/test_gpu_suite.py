@@ -19,8 +19,8 @@ from bench.gpu_problems import (
     sweep_error,
 )
 from bench.gpu_timing import Gpu, bits_differ, setting
-from transclip_fast.graph import affinity
-from transclip_fast.ops import torch as ops
+from transclip_fast.graph.affinity import affinity
+from transclip_fast.ops import torch_backend as ops
 
 
 def test_the_graph_is_one():

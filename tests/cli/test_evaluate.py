@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from transclip_fast.evaluate import evaluate
+from transclip_fast.metrics import evaluate
 
 
 def table_of(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.encode.test_local import TEXT, VIT
+from tests.encode.test_patches import TEXT, VIT
 from transclip_fast.store.features import load_features
 
 

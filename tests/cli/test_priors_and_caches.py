@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from transclip_fast import TransCLIP, linear_map
+from transclip_fast import TransCLIP
+from transclip_fast.store import linear_maps as linear_map
 
 
 def confidences(folder):

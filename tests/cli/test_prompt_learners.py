@@ -12,11 +12,11 @@ import torch
 from tests.cli.conftest import contents
 from tests.cli.test_train_head import NAMES, backbone, digits  # noqa: F401 - fixtures
 from transclip_fast import TransCLIP
+from transclip_fast.data.patches import PatchedRows
 from transclip_fast.heads import SETTINGS, fit_head
-from transclip_fast.heads.patches import PatchedRows
+from transclip_fast.heads.files import read_head
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
 from transclip_fast.protocols.data import load_data
-from transclip_fast.store.heads import read_head
 
 MODEL = ("--model", "demo")
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import contents
 from transclip_fast.cli import solve as solve_command
-from transclip_fast.solver import _Run
+from transclip_fast.solver.loop import _Run
 
 
 @pytest.fixture(autouse=True)

@@ -70,7 +70,7 @@ def test_encode_tells_what_it_waited_for(images, tiny, succeeds, tmp_path):
 
 
 def test_synthetic(tiny, succeeds, refused, monkeypatch):
-    monkeypatch.setattr("transclip_fast.encode.fit.TIMED_SECONDS", 0)
+    monkeypatch.setattr("transclip_fast.encode.batch_size.TIMED_SECONDS", 0)
     assert "images a second in batches of 64, the model alone" in succeeds(
         "encode", "--synthetic", *tiny
     )

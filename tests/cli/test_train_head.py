@@ -22,8 +22,8 @@ from transclip_fast.cli.encode import encode_with
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.heads import clip_adapter, fit_head
+from transclip_fast.heads.files import read_head
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
-from transclip_fast.store.heads import read_head
 
 # Words that the demo's model has read, but never of a digit alone.
 NAMES = ["photo", "picture", "image", "number", "scan"]

@@ -34,7 +34,7 @@ def test_no_test_image_was_trained_on():
 
 def test_shipped_digits_are_the_scripts_split():
     pytest.importorskip("sklearn", reason="scikit-learn holds the training images")
-    from transclip_fast.demo.train import load_splits
+    from bench.demo.train import load_splits
 
     splits = load_splits()
     images, labels = digits()

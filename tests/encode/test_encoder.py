@@ -21,8 +21,8 @@ from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts
 from transclip_fast.errors import InputError
 from transclip_fast.store.atomic import locked
+from transclip_fast.store.feature_writer import FeatureWriter
 from transclip_fast.store.features import load_features
-from transclip_fast.store.shards import FeatureWriter
 
 TEXT = ClassPrompts(["dog", "cat"], [["a dog"], ["a cat"]], "here")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from transclip_fast.encode.fit import fitting_batch_size, made_images
+from transclip_fast.encode.batch_size import fitting_batch_size, made_images
 from transclip_fast.encode.models import identify, load_backbone
 from transclip_fast.errors import InputError
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.agreement import dense_weights
-from transclip_fast.graph import NeighborGraph, affinity
+from transclip_fast.graph.affinity import affinity
+from transclip_fast.types import NeighborGraph
 
 
 def random_graph(n, k, seed, dtype=np.int64):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tests.conftest import unit
 from tests.graph.test_exact import brute_force
 from transclip_fast import InputError
-from transclip_fast.graph import build, build_graph, exact, probing, recall
+from transclip_fast.graph import build, exact, probing, recall
+from transclip_fast.graph.build import build_graph
 
 METHODS = ("exact", "ivf", "anchored")
 pytestmark = pytest.mark.usefixtures("products")

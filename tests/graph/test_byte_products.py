@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import unit
-from transclip_fast.graph import build_graph, byte_products, compare
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph import byte_products, compare
 from transclip_fast.graph.best import BestLists
+from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.byte_products import ByteProducts
-from transclip_fast.rows import Rows
 
 
 @pytest.fixture

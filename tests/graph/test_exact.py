@@ -6,7 +6,9 @@ import torch
 
 from tests.conftest import unit
 from transclip_fast import InputError
-from transclip_fast.graph import build_graph, exact, nearest
+from transclip_fast.graph import exact
+from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.exact import nearest
 
 pytestmark = pytest.mark.usefixtures("products")
 

@@ -12,7 +12,6 @@ from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.heads import (
     HEADS,
-    base,
     clip_adapter,
     ensemble,
     fit_head,
@@ -21,6 +20,7 @@ from transclip_fast.heads import (
     tip_adapter,
     tip_adapter_f,
 )
+from transclip_fast.heads import task as base
 
 TRAINED = ("tip-adapter-f", "clip-adapter", "taskres", "linear-probe")
 BOUND = ("prompt-ensemble", "tip-adapter", "tip-adapter-f", "taskres", "linear-probe")

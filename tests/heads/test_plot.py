@@ -11,8 +11,8 @@ from tests.heads.test_transport import plainly
 from tests.heads.tower import DIM, NAMES, TAU, Killed, Memory, numerical, plain_text, tiny_tower
 from tests.heads.tower import task as make_task
 from transclip_fast import InputError
+from transclip_fast.data.patches import PatchedRows
 from transclip_fast.heads import SETTINGS, fit_head
-from transclip_fast.heads.patches import PatchedRows
 from transclip_fast.heads.prompts import plot
 from transclip_fast.heads.prompts.plot import Plot, fit
 

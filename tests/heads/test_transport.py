@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from transclip_fast.heads.transport import transport
+from transclip_fast.heads.prompts.plot import transport
 
 
 def cosines(problems, rows, columns, seed=0):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from transclip_fast.encode.models import Backbone
-from transclip_fast.heads.base import Labelled, Task
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
+from transclip_fast.heads.task import Labelled, Task
 
 NAMES = ("cat", "grey owl", "elk")
 DIM, WIDTH = 32, 16

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from tests import reference
-from transclip_fast.assignments import Assignments, Scores
-from transclip_fast.graph import Affinity
+from transclip_fast.types import Affinity, Assignments, Scores
 
 NAN = float("nan")
 

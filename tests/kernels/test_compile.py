@@ -8,18 +8,9 @@ import pytest
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns where it is not set
 
-from transclip_fast.kernels import (
-    class_sums,
-    confident,
-    energies,
-    messages,
-    neighbors,
-    score,
-    select,
-    sweep,
-)
-
 from tests.kernels.compiled import SHARED_LIMIT, TARGETS, resources
+from transclip_fast.kernels import class_sums, energies, messages, neighbors, score, select, sweep
+from transclip_fast.kernels import top_rows as confident
 
 F16, F32, F64, I32, I64 = "*fp16", "*fp32", "*fp64", "*i32", "*i64"
 SIZE, EVEN = "i32", "i32:16"

@@ -8,9 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from transclip_fast import TransCLIP, solver
-from transclip_fast.ops import torch as ops
+from transclip_fast import TransCLIP
+from transclip_fast.ops import torch_backend as ops
 from transclip_fast.ops.capture import Captured
+from transclip_fast.solver import loop as solver
 
 
 def storages(values):

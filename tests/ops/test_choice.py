@@ -7,7 +7,7 @@ import torch
 
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.ops import choose_backend
-from transclip_fast.truncation import Truncation
+from transclip_fast.types import Truncation
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from transclip_fast.cli import common
-from transclip_fast.encode.checkpoint import read_checkpoint
 from transclip_fast.encode.models import network_config
 from transclip_fast.encode.networks import PRECISIONS, empty_network, fitted
+from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.store.tensors import write_tensors
 

@@ -14,24 +14,24 @@ import torch
 
 from transclip_fast.cli import common
 from transclip_fast.device import resolve_device
+from transclip_fast.encode.batch_size import fitting_batch_size, forward_rate
 from transclip_fast.encode.encoder import (
     EncodeProgress,
     Throughput,
     encode_images,
     merged,
 )
-from transclip_fast.encode.fit import fitting_batch_size, forward_rate
-from transclip_fast.encode.local import LocalEncoder
 from transclip_fast.encode.models import Backbone, identify, load_backbone
 from transclip_fast.encode.networks import PRECISIONS
+from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.ranks import ALONE, Ranks, joined
 from transclip_fast.encode.sources import SPLITS, Source, open_source, resolve_labels
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
+from transclip_fast.parallel import fixed_threads
 from transclip_fast.store.atomic import locked
-from transclip_fast.store.shards import MANIFEST, FeatureWriter, RowTable
-from transclip_fast.threads import fixed_threads
+from transclip_fast.store.feature_writer import MANIFEST, FeatureWriter, RowTable
 
 SHOWN_FAILURES = 5
 

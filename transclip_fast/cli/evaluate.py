@@ -8,9 +8,9 @@ from dataclasses import asdict
 import click
 
 from transclip_fast.cli import common
+from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
-from transclip_fast.evaluate import Evaluation, evaluate
-from transclip_fast.inputs import as_labels
+from transclip_fast.metrics import Evaluation, evaluate
 from transclip_fast.store.arrays import read_array
 from transclip_fast.store.results import load_result
 

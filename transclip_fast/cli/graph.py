@@ -13,14 +13,15 @@ import torch
 
 from transclip_fast.cli import common
 from transclip_fast.cli.common import Command
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.graph import METHODS, NeighborGraph, build_graph
-from transclip_fast.rows import Rows
+from transclip_fast.graph.build import METHODS, build_graph
 from transclip_fast.store.atomic import HIDDEN, beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features, array_sha256, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
+from transclip_fast.types import NeighborGraph
 
 SEARCH, CHECKPOINT_SECONDS = "search", 30.0  # what is kept of a search, and how often
 

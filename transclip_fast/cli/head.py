@@ -13,18 +13,18 @@ import numpy as np
 
 from transclip_fast.cli import common
 from transclip_fast.cli.towers import told
+from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.evaluate import accuracy
 from transclip_fast.heads import HEADS, LEARNERS, Head, check_head, fit_head
-from transclip_fast.heads.patches import seen_by
+from transclip_fast.heads.files import read_head
 from transclip_fast.heads.prompt_ensemble import prompt_texts
 from transclip_fast.heads.prompts import TextTower
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
-from transclip_fast.inputs import as_unit_rows
+from transclip_fast.heads.task import inputs_for
+from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import patched_rows
 from transclip_fast.store.features import LOCAL, Features
-from transclip_fast.store.heads import read_head
 
 LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
 PRIORS = ("prior", "prior_logits", "prototypes")
@@ -190,7 +190,7 @@ def _beneath(head: Head, name: str, stored: Features, file: str | None = None) -
     if texts is not None:
         # Of several templates the first counts as zero-shot, so that the ensemble shows its gain.
         kept["text_features"] = prompt_texts(texts)[0]
-    seen = seen_by(head, rows, patched_rows(rows, stored))
+    seen = inputs_for(head, rows, patched_rows(rows, stored))
     with common.progress(f"head {name}", "images") as show:
         labels, prior = head.labels_and_prior(seen, show)
     return FittedHead(

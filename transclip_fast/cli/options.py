@@ -12,10 +12,10 @@ from transclip_fast.cli.common import Command
 from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.affinity import GRAPH_MODES
-from transclip_fast.mixture import COVARIANCES
 from transclip_fast.ops import BACKENDS
+from transclip_fast.solver.mixture import COVARIANCES
+from transclip_fast.solver.truncation import FORMS
 from transclip_fast.store.features import ARRAYS
-from transclip_fast.truncation import FORMS
 
 FIT_ARRAYS = tuple(
     name for name in ARRAYS if name not in ("image_features", "labels", "class_names")

@@ -11,16 +11,16 @@ import torch
 from transclip_fast.cli import common
 from transclip_fast.cli.graph import method_option
 from transclip_fast.cli.options import array_options, model_of, parameter_options
+from transclip_fast.cli.planning import Plan, make_plan
+from transclip_fast.data.checks import as_log_probabilities, as_logits, as_unit_rows, check_rows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import GAMMAS, TransCLIP
-from transclip_fast.given import size_of
-from transclip_fast.inputs import as_log_probabilities, as_logits, as_unit_rows, check_rows
-from transclip_fast.memory import Size, choose_layout, parse_memory, show_bytes
-from transclip_fast.plan import Plan, make_plan
-from transclip_fast.prior import LinearPrior
+from transclip_fast.solver.layout import Size, choose_layout, parse_memory, show_bytes
+from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.solver.problem import size_of
+from transclip_fast.solver.truncation import choose_truncation, sample_ids
 from transclip_fast.store.features import ARRAYS, Features, load_features
-from transclip_fast.truncation import choose_truncation, sample_ids
 
 LARGE_WORK = 1e12  # operations of a solve from which a trial is worth its second
 GIVEN = (("prior", as_log_probabilities), ("prior_logits", as_logits))

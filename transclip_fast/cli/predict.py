@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from transclip_fast.cli import common
+from transclip_fast.data.checks import as_labels, as_log_probabilities, as_logits, as_unit_rows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.evaluate import accuracy
-from transclip_fast.inputs import as_labels, as_log_probabilities, as_logits, as_unit_rows
-from transclip_fast.prior import GivenPrior, LinearPrior, Prior
-from transclip_fast.solver import predict
+from transclip_fast.metrics import accuracy
+from transclip_fast.solver.loop import predict
+from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior
 from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.maps import map_features
+from transclip_fast.store.linear_maps import map_features
 from transclip_fast.store.results import (
     CONTENTS,
     load_mixture,

@@ -10,6 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
+from transclip_fast.callbacks import Progress
 from transclip_fast.cli import common
 from transclip_fast.cli.graph import (
     AUTO,
@@ -29,22 +30,21 @@ from transclip_fast.cli.options import (
 )
 from transclip_fast.cli.plan import plan_of
 from transclip_fast.cli.towers import load_tower, tower_options
+from transclip_fast.data.checks import as_labels
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import GAMMAS, TransCLIP
-from transclip_fast.evaluate import accuracy, check_assignments, check_class_order
-from transclip_fast.graph import NeighborGraph
 from transclip_fast.heads import HEADS
 from transclip_fast.heads.prompts import TextTower
-from transclip_fast.inputs import as_labels
-from transclip_fast.memory import peak_bytes
-from transclip_fast.progress import Progress
-from transclip_fast.rows import Rows
+from transclip_fast.metrics import accuracy, check_assignments, check_class_order
+from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import ARRAYS, Features, load_features
 from transclip_fast.store.graphs import load_graph
-from transclip_fast.store.maps import map_features
+from transclip_fast.store.linear_maps import map_features
 from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
+from transclip_fast.types import NeighborGraph
 from transclip_fast.version import __version__
 
 CHECKPOINT_SECONDS = 1.0

@@ -21,8 +21,8 @@ from transclip_fast.cli.towers import (
     settings_of,
     tower_options,
 )
+from transclip_fast.data.checks import as_labels, as_unit_rows
 from transclip_fast.errors import InputError
-from transclip_fast.evaluate import accuracy
 from transclip_fast.heads import (
     HEADS,
     LEARNERS,
@@ -32,13 +32,13 @@ from transclip_fast.heads import (
     ensemble,
     fit_head,
 )
-from transclip_fast.heads.base import Labelled, PrototypeHead
-from transclip_fast.heads.patches import by_name, seen_by
+from transclip_fast.heads.files import StoredHead, check_writable, save_head
 from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.heads.prompts.plot import TransportHead
-from transclip_fast.inputs import as_labels, as_unit_rows
+from transclip_fast.heads.task import Labelled, PrototypeHead, as_fit_arguments, inputs_for
+from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import (
     VALIDATION_SHOTS,
     draw,
@@ -48,10 +48,9 @@ from transclip_fast.protocols.data import (
     stored_splits,
 )
 from transclip_fast.store.atomic import locked
-from transclip_fast.store.caches import is_cache
 from transclip_fast.store.checkpoint import TensorCheckpoint, files
 from transclip_fast.store.features import Features, array_sha256
-from transclip_fast.store.heads import StoredHead, check_writable, save_head
+from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
 CHECKPOINT_SECONDS = 5.0
@@ -226,7 +225,7 @@ def _fitted(
 ) -> Head:
     arrays: dict[str, Any] = {}
     for pool, rows in pools.items():
-        arrays |= by_name(rows, pool)
+        arrays |= as_fit_arguments(rows, pool)
     return fit_head(
         name,
         stored.get("text_features"),
@@ -251,7 +250,7 @@ def _summary(
     # To ask a text tower for every query takes long, and `solve` does it anyway.
     if truth is not None and not isinstance(head, ConditionalHead):
         rows = as_unit_rows(stored.get("image_features"), "image_features", columns=text.shape[1])
-        seen = seen_by(head, rows, patched_rows(rows, stored))
+        seen = inputs_for(head, rows, patched_rows(rows, stored))
         zero_shot = PrototypeHead(text=text, logit_scale=head.logit_scale)
         found = {
             "zero_shot_accuracy": accuracy(zero_shot.predict(rows).numpy(), truth),

@@ -90,7 +90,7 @@ def backbone(folder: str | Path = FOLDER) -> Backbone:
     Parameters
     ----------
     folder : path
-        Output of `python -m transclip_fast.demo.train`; the shipped one where not given.
+        Output of `python -m bench.demo.train`; the shipped one where not given.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)

@@ -18,7 +18,7 @@ from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import Source
 from transclip_fast.errors import InputError
-from transclip_fast.store.shards import Failure, FeatureWriter
+from transclip_fast.store.feature_writer import Failure, FeatureWriter
 
 STAGES = ("images", "model", "writing")  # that the loop may wait for
 IN_FLIGHT = 2  # batches on a GPU at a time: one computes, one arrives

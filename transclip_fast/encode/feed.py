@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.sources import Source
 from transclip_fast.errors import InputError
-from transclip_fast.store.shards import Failure
+from transclip_fast.store.feature_writer import Failure
 
 # The machine fails, not the image: a later run can read it.
 FATAL = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})

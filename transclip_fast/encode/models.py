@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from transclip_fast.encode import eva, networks
-from transclip_fast.encode.checkpoint import checkpoint_files, checkpoint_in, read_checkpoint
-from transclip_fast.encode.local import LocalEncoder
+from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
+from transclip_fast.encode.weights import checkpoint_files, checkpoint_in, read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import DAMAGE, inside
 from transclip_fast.store.atomic import read_json

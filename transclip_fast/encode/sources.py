@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.atomic import read_json
-from transclip_fast.store.shards import RowTable
+from transclip_fast.store.feature_writer import RowTable
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 TAR_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from transclip_fast.graph.lists import NeighborGraph
+from transclip_fast.types import Affinity, NeighborGraph
 
 GRAPH_MODES = ("symmetric", "directed")
-
-
-@dataclass(frozen=True)
-class Affinity:
-    """
-    A (N, N) in rows of entries; two entries of a row may name the same column.
-
-    `offsets` (N + 1,) int64 bounds each row's part of `columns` (E,) int64 and `weights` (E,)
-    float32.
-    """
-
-    offsets: torch.Tensor
-    columns: torch.Tensor
-    weights: torch.Tensor
-
-    def reach(self) -> torch.Tensor:
-        """sum_j |A_ij| (N,) float32: z_j being a distribution, no message moves further."""
-        lengths = self.offsets.diff()
-        return torch.segment_reduce(self.weights.abs(), "sum", lengths=lengths, initial=0.0)
 
 
 def affinity(

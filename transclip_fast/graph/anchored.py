@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.ivf import draw, refine, step, usual_lists
-from transclip_fast.rows import Rows
 
 SAMPLE = 16  # rows a list
 TOO_MANY = 4  # times the usual number of lists

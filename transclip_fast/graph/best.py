@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from transclip_fast.rows import Rows
+from transclip_fast.data.feature_rows import Rows
 
 SPARE = 4  # candidates beyond those asked for, which float32 may have misplaced
 MERGE_ROWS = 1 << 16

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.checkpoint import Checkpoint, Count, NoCheckpoint
+from transclip_fast.callbacks import Checkpoint, Count, NoCheckpoint
+from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph import certified
@@ -16,12 +18,10 @@ from transclip_fast.graph.anchored import anchored_centres
 from transclip_fast.graph.best import DECIDE_ROWS, SPARE, BestLists, decide, products
 from transclip_fast.graph.exact import search_exact
 from transclip_fast.graph.ivf import kmeans_centres
-from transclip_fast.graph.lists import NeighborGraph
 from transclip_fast.graph.probing import ListSearch
 from transclip_fast.graph.recall import Sample
-from transclip_fast.inputs import as_unit_rows
-from transclip_fast.rows import Rows
-from transclip_fast.threads import each, quiet
+from transclip_fast.parallel import parallel_map, single_threaded_torch
+from transclip_fast.types import NeighborGraph
 
 METHODS = ("auto", "exact", "ivf", "anchored")
 EXACT_ROWS = 20_000  # up to which "auto" searches exactly
@@ -92,7 +92,7 @@ def build_graph(
     best = BestLists(len(rows), min(n_neighbors, len(rows)) + SPARE, rows.device)
     progress, checkpoint = progress or _ignore, checkpoint or NoCheckpoint()
     info: dict[str, Any] = {"method": method, "recall": 1.0}
-    with exact_float32(), quiet():
+    with exact_float32(), single_threaded_torch():
         if method == "exact" and certified.usable(rows, best.size):
             certified.search_certified(rows, best, n_neighbors, progress, checkpoint)
         elif method == "exact":
@@ -124,8 +124,8 @@ def _decided(rows: Rows, best: BestLists, k: int) -> tuple[np.ndarray, np.ndarra
     def weigh(block: slice) -> None:
         similarities[block] = products(rows[block], rows, neighbors[block]).float()
 
-    each(order, torch.split(best.doubtful(k, rows.shape[1]), DECIDE_ROWS), rows.device)
-    each(weigh, rows.blocks(), rows.device)
+    parallel_map(order, torch.split(best.doubtful(k, rows.shape[1]), DECIDE_ROWS), rows.device)
+    parallel_map(weigh, rows.blocks(), rows.device)
     similarities[neighbors < 0] = 0
     missing = (0, k - neighbors.shape[1])  # more neighbours asked for than there are rows
     neighbors, similarities = (

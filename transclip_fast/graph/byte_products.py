@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.best import BestLists, Finds, joined
-from transclip_fast.ops.candidates import CHUNK, at_least, chunk_maxima, dot, to_bytes
-from transclip_fast.ops.loops import FAST, LOWEST, F, compiled, enter
-from transclip_fast.rows import Rows, spread
-from transclip_fast.threads import each
+from transclip_fast.ops.numba_loops import FAST, LOWEST, F, compiled, enter
+from transclip_fast.ops.numba_topk import CHUNK, at_least, chunk_maxima, dot, to_bytes
+from transclip_fast.parallel import parallel_map
 
 SAMPLE = 512  # rows whose mean is taken off all
 CELLS = 1 << 17  # of products that stay in a core's cache
@@ -37,7 +37,7 @@ class ByteProducts:
     """
 
     def __init__(self, rows: Rows) -> None:
-        centre = rows[spread(len(rows), SAMPLE)].mean(0).numpy()
+        centre = rows[evenly_spaced_rows(len(rows), SAMPLE)].mean(0).numpy()
         self._rows = rows[:].numpy()
         self._codes = torch.empty(rows.shape, dtype=torch.int8)
         # Of each row less the centre: its step, its norm, the norm of what the codes miss; and
@@ -51,7 +51,7 @@ class ByteProducts:
             to_bytes(*arrays, steps, norms)
             measure(*arrays, steps, along, lost)
 
-        each(part, rows.blocks())
+        parallel_map(part, rows.blocks())
 
     def find(self, ids: torch.Tensor, others: torch.Tensor, best: BestLists) -> Finds:
         """What the products of two blocks, or of one with itself, may add to the lists of both."""

@@ -12,10 +12,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from transclip_fast.checkpoint import Checkpoint, Count, State
+from transclip_fast.callbacks import Checkpoint, Count, State
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.best import BestLists, decide
 from transclip_fast.graph.exact import nearest
-from transclip_fast.rows import Rows
 
 STEP = 1 << 16  # rows searched at a time
 MOST = 8  # entries of a list that the kernel's candidates fill

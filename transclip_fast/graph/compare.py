@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import multiplies_bytes
 from transclip_fast.graph.best import BestLists, Finds
-from transclip_fast.rows import Rows
-from transclip_fast.threads import each
+from transclip_fast.parallel import parallel_map
 
 if TYPE_CHECKING:
     from transclip_fast.graph.byte_products import ByteProducts
@@ -60,7 +60,7 @@ def compare(
 
     remaining, done, size = iter(pairs), 0, 1
     while batch := list(islice(remaining, size)):
-        for found in each(find, batch, best.values.device):
+        for found in parallel_map(find, batch, best.values.device):
             best.add(found)
         best.merge(min(WAITING * len(best.ids), MOST_WAITING))
         done, size = done + len(batch), min(2 * size, BATCH)  # the first find the most

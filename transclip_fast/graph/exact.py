@@ -13,12 +13,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from transclip_fast.checkpoint import Checkpoint, Count, State
+from transclip_fast.callbacks import Checkpoint, Count, State
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.best import SPARE, BestLists, decide
 from transclip_fast.graph.compare import Pair, byte_products, compare
-from transclip_fast.rows import Rows
-from transclip_fast.threads import each, quiet
+from transclip_fast.parallel import parallel_map, single_threaded_torch
 
 TILE = {"cpu": 1024, "cuda": 16384}  # rows of a square block of products
 
@@ -71,10 +71,10 @@ def nearest(
         return values, places + start
 
     ids = torch.empty(len(rows), size, dtype=torch.int64, device=rows.device)
-    with exact_float32(), quiet():
+    with exact_float32(), single_threaded_torch():
         for first in range(0, len(rows), tile):
             block = rows[first : first + tile]
-            parts = each(found, range(0, len(queries), tile), rows.device)
+            parts = parallel_map(found, range(0, len(queries), tile), rows.device)
             values, candidates = (torch.cat(part, 1) for part in zip(*parts, strict=True))
             ids[first : first + tile] = candidates.gather(1, values.topk(size, dim=1).indices)
         if own is not None:

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from transclip_fast.rows import Rows
-from transclip_fast.threads import each
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.parallel import parallel_map
 
 LISTS = 2.0  # times sqrt(N); products of a few large lists are faster than of many small ones
 SAMPLE = 40  # rows a list to train on
@@ -52,7 +52,7 @@ def step(centres: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, tor
     def nearest(block: torch.Tensor) -> torch.Tensor:
         return (block @ centres.T).argmax(1)
 
-    of = torch.cat(each(nearest, torch.split(sample, BLOCK), sample.device))
+    of = torch.cat(parallel_map(nearest, torch.split(sample, BLOCK), sample.device))
     sums = torch.zeros_like(centres).index_add_(0, of, sample)
     means = torch.nn.functional.normalize(sums, dim=1)
     return means.where((sums != 0).any(1, keepdim=True), centres), of

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from transclip_fast.checkpoint import Checkpoint, Count, State
+from transclip_fast.callbacks import Checkpoint, Count, State
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.best import BestLists
 from transclip_fast.graph.compare import Pair, byte_products, compare
 from transclip_fast.graph.exact import all_pairs
-from transclip_fast.rows import Rows
-from transclip_fast.threads import each
+from transclip_fast.parallel import parallel_map
 
 if TYPE_CHECKING:
     from transclip_fast.graph.byte_products import ByteProducts
@@ -135,7 +135,7 @@ def _rank(rows: Rows, centres: torch.Tensor, size: int) -> torch.Tensor:
     def nearest(block: slice) -> torch.Tensor:
         return (rows[block] @ centres.T).topk(size, 1).indices.int()
 
-    return torch.cat(each(nearest, rows.blocks(), rows.device))
+    return torch.cat(parallel_map(nearest, rows.blocks(), rows.device))
 
 
 def _grouped(numbers: torch.Tensor, n_groups: int) -> Sequence[torch.Tensor]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.best import BestLists, decide
 from transclip_fast.graph.exact import nearest
-from transclip_fast.rows import Rows
 
 SAMPLE = 1000
 SEED = 1

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from transclip_fast.data.checks import as_labelled_rows
+from transclip_fast.data.patches import PatchedRows
 from transclip_fast.errors import InputError
 from transclip_fast.heads import (
     clip_adapter,
@@ -21,8 +23,6 @@ from transclip_fast.heads import (
     tip_adapter,
     tip_adapter_f,
 )
-from transclip_fast.heads.base import Head, Labelled, Progress, PrototypeHead, Task
-from transclip_fast.heads.patches import PatchedRows
 from transclip_fast.heads.prompt_ensemble import ensemble
 from transclip_fast.heads.prompts import (
     ContextSettings,
@@ -33,7 +33,7 @@ from transclip_fast.heads.prompts import (
     plot,
     prograd,
 )
-from transclip_fast.inputs import as_labelled_rows
+from transclip_fast.heads.task import Head, Labelled, Progress, PrototypeHead, Task
 
 __all__ = [
     "HEADS",

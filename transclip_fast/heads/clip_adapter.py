@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from transclip_fast.heads.base import Head, Task, best, percent_right, unit
+from transclip_fast.heads.task import Head, Task, best, percent_right, unit
 from transclip_fast.heads.training import train, trainable
 
 RATIO = 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.heads.base import PrototypeHead, Task, unit
+from transclip_fast.heads.task import PrototypeHead, Task, unit
 from transclip_fast.heads.training import trainable
 
 ITERATIONS = 200

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import PrototypeHead, Task, unit
-from transclip_fast.inputs import as_unit_rows
+from transclip_fast.heads.task import PrototypeHead, Task, unit
 
 
 def fit(task: Task) -> PrototypeHead:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transclip_fast.heads.base import PrototypeHead, Task, unit
+from transclip_fast.heads.task import PrototypeHead, Task, unit
 from transclip_fast.heads.training import train, trainable
 
 ALPHA = 0.5

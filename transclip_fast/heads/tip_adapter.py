@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from transclip_fast.heads.base import Head, Labelled, Task, best, percent_right
+from transclip_fast.heads.task import Head, Labelled, Task, best, percent_right
 
 ALPHA, BETA = 1.17, 1.0  # of most of the published configurations, ImageNet's among them
 # The published grids are even ones, up to 7 or as far as 50 according to the data set.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transclip_fast.heads.base import Labelled, Task
+from transclip_fast.heads.task import Labelled, Task
 from transclip_fast.heads.tip_adapter import ALPHA, BETA, CacheHead, cache_logits, with_cache
 from transclip_fast.heads.training import train, trainable
 

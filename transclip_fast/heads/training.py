@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.heads.base import Task
+from transclip_fast.heads.task import Task
 
 BATCH = 256
 

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
-from transclip_fast.assignments import Assignments, Scores
+from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.errors import InputError
-from transclip_fast.graph.affinity import Affinity
-from transclip_fast.ops.messages import Messages
-from transclip_fast.rows import UnitRows
+from transclip_fast.types import Affinity, Assignments, Messages, Scores
 
 if TYPE_CHECKING:
-    from transclip_fast.truncation import Truncation
+    from transclip_fast.types import Truncation
 
 __all__ = ["BACKENDS", "Messages", "Operations", "choose_backend", "operations"]
 
@@ -189,4 +187,4 @@ def choose_backend(name: str, device: torch.device, truncation: Truncation | Non
 
 def operations(backend: str) -> Operations:
     """The operations of a backend that `choose_backend` named."""
-    return cast(Operations, importlib.import_module(f"transclip_fast.ops.{backend}"))
+    return cast(Operations, importlib.import_module(f"transclip_fast.ops.{backend}_backend"))

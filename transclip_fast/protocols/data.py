@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from transclip_fast.data.checks import as_labelled_rows, as_labels, as_unit_rows
+from transclip_fast.data.patches import PatchedRows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.graph import NeighborGraph, build_graph
+from transclip_fast.graph.build import build_graph
 from transclip_fast.heads import ensemble
-from transclip_fast.heads.base import Labelled
-from transclip_fast.heads.patches import PatchedRows
-from transclip_fast.inputs import as_labelled_rows, as_labels, as_unit_rows
-from transclip_fast.parameters import Parameters
+from transclip_fast.heads.task import Labelled
+from transclip_fast.solver.parameters import Parameters
 from transclip_fast.store.features import Features, load_features
+from transclip_fast.types import NeighborGraph
 
 SPLITS = {"train": "support", "val": "validation"}  # sub-folder and what its rows are here
 PARTS = {"features": "image_features", "labels": "labels", "local_features": "local_features"}

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from transclip_fast.data.patches import PatchedRows
 from transclip_fast.encode.sources import plain_name
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import LEARNERS, TRANSFERABLE, WITH_PATCHES, check_head
-from transclip_fast.heads.base import Head
-from transclip_fast.heads.patches import PatchedRows
 from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.heads.prompts.plot import TransportHead
+from transclip_fast.heads.task import Head
 from transclip_fast.protocols.data import DataSet
 from transclip_fast.protocols.runs import Row, Run, measure, measure_few_shot, timed, train_head
 from transclip_fast.protocols.table import BASE, NEW

@@ -12,11 +12,10 @@ from typing import Any
 
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.evaluate import accuracy
 from transclip_fast.heads import WITH_PATCHES, fit_head
-from transclip_fast.heads.base import Head
-from transclip_fast.heads.patches import by_name, seen_by
 from transclip_fast.heads.prompts import Prompting
+from transclip_fast.heads.task import Head, as_fit_arguments, inputs_for
+from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import VALIDATION_SHOTS, DataSet
 from transclip_fast.store.atomic import publish_file, read_json, write_json, writing
 from transclip_fast.store.features import LOCAL
@@ -72,10 +71,10 @@ def train_head(
     prompting: Prompting | None = None,
 ) -> Head:
     """A head fitted to shots of a data set, with at most 4 validation rows a class."""
-    arrays = by_name(data.draw("support", shots, seed), "support")
+    arrays = as_fit_arguments(data.draw("support", shots, seed), "support")
     if prompting is None:  # prompt learners choose nothing by validation rows
         held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
-        arrays |= by_name(held_out, "validation")
+        arrays |= as_fit_arguments(held_out, "validation")
     if name not in WITH_PATCHES:
         arrays = {array: rows for array, rows in arrays.items() if array not in LOCAL}
     return fit_head(
@@ -85,7 +84,7 @@ def train_head(
 
 def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> Row:
     """Accuracies on the queries of zero-shot, of a head, and of TransCLIP on top of it."""
-    seen = seen_by(head, data.features, data.patched)
+    seen = inputs_for(head, data.features, data.patched)
     (predicted, prior), graph = head.labels_and_prior(seen), data.graph
     start = time.perf_counter()
     model.fit(data.features, data.text, **prior, graph=graph)
@@ -103,7 +102,7 @@ def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> 
     held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
     if held_out is None:
         raise InputError(f"{data.name}: transclip-fs needs validation rows, which choose gamma")
-    arrays = {**by_name(drawn, "support"), **by_name(held_out, "validation")}
+    arrays = {**as_fit_arguments(drawn, "support"), **as_fit_arguments(held_out, "validation")}
     arrays = {array: rows for array, rows in arrays.items() if array not in LOCAL}
     graph = data.graph
     start = time.perf_counter()

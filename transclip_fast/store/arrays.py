@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from transclip_fast.data.npy_shards import Shard
 from transclip_fast.errors import InputError
-from transclip_fast.stored import Shard
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 MAPPED_BYTES = 1 << 30  # a .npy file of this size stays on disk

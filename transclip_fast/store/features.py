@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from transclip_fast.data.checks import ListedPrior
+from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.errors import InputError
-from transclip_fast.inputs import ListedPrior
-from transclip_fast.store import caches
+from transclip_fast.store import foreign as caches
 from transclip_fast.store.arrays import SINGLE, inside, read_array, read_arrays, read_rows
 from transclip_fast.store.atomic import read_json
-from transclip_fast.store.priors import listed_prior, read_prior
-from transclip_fast.stored import Shard, StoredRows
+from transclip_fast.store.foreign import listed_prior, read_prior
 
 ARRAYS = (
     "image_features",
@@ -123,7 +123,7 @@ def load_features(
     Parameters
     ----------
     path : path
-        A feature folder, a folder of few-shot caches (see `transclip_fast.store.caches`), or a
+        A feature folder, a folder of few-shot caches (see `transclip_fast.store.foreign`), or a
         .npz, .npy, .pt or .safetensors file; one nameless array in it is the image features.
     overrides : mapping, optional
         Name in `ARRAYS` to a file; class names may be a text file with one name a line.

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from transclip_fast.errors import InputError
-from transclip_fast.graph import NeighborGraph
 from transclip_fast.store.arrays import inside, npy_bytes, read_array
 from transclip_fast.store.atomic import read_json, write_json
+from transclip_fast.types import NeighborGraph
 
 CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
 # What the manifest says of how the lists were made.

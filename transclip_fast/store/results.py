@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save
 from scipy import sparse
 
+from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
-from transclip_fast.inputs import as_labels
-from transclip_fast.mixture import Mixture
+from transclip_fast.solver.mixture import Mixture
 from transclip_fast.store.arrays import inside, read_arrays
 from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.features import Features, read_table

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from transclip_fast.kernels import class_sums as kernels
 
 from tests.kernels.problems import assert_no_worse, random_z
-from transclip_fast.ops import torch as twin
-from transclip_fast.ops import triton as ops
+from transclip_fast.kernels import class_sums as kernels
+from transclip_fast.ops import torch_backend as twin
+from transclip_fast.ops import triton_backend as ops
 
 
 @pytest.fixture

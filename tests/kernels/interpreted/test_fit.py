@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from transclip_fast.kernels import messages
 
 from tests import reference
 from tests.agreement import assert_agrees
 from transclip_fast import TransCLIP
-from transclip_fast.ops import torch as twin
+from transclip_fast.kernels import messages
+from transclip_fast.ops import torch_backend as twin
 
 STEPS = {"max_iter": 2, "inner_iter": 2}
 TWINS = ("start", "score", "sweep", "class_sums", "energies")

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from transclip_fast.kernels import messages
 
 from bench import gpu_arms, gpu_solves
 from bench.gpu_lines import Ceilings, Suite, measure_ceilings
 from bench.gpu_timing import Gpu
 from transclip_fast.graph import certified
-from transclip_fast.ops import triton as ops
+from transclip_fast.kernels import messages
+from transclip_fast.ops import triton_backend as ops
 from transclip_fast.ops.capture import Captured
-from transclip_fast.parameters import Parameters
+from transclip_fast.solver.parameters import Parameters
 
 
 class Event:

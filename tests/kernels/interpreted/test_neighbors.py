@@ -5,13 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transclip_fast.kernels import neighbors as kernels
 
 from tests.conftest import unit
-from transclip_fast.checkpoint import NoCheckpoint
-from transclip_fast.graph import build_graph, certified
+from transclip_fast.callbacks import NoCheckpoint
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph import certified
 from transclip_fast.graph.best import BestLists
-from transclip_fast.rows import Rows
+from transclip_fast.graph.build import build_graph
+from transclip_fast.kernels import neighbors as kernels
 
 
 def rows_of(seed, n, d, spread):

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transclip_fast.kernels import score as fused
-from transclip_fast.kernels import select as chunked
 
 from tests.kernels.problems import (
     NAN,
@@ -20,11 +18,11 @@ from tests.kernels.problems import (
     log_softmax,
     nan_like,
 )
-from transclip_fast.assignments import Assignments, Scores
-from transclip_fast.ops import Messages
-from transclip_fast.ops import torch as twin
-from transclip_fast.ops import triton as ops
-from transclip_fast.truncation import Truncation
+from transclip_fast.kernels import score as fused
+from transclip_fast.kernels import select as chunked
+from transclip_fast.ops import torch_backend as twin
+from transclip_fast.ops import triton_backend as ops
+from transclip_fast.types import Assignments, Messages, Scores, Truncation
 
 
 @pytest.fixture

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transclip_fast.kernels import messages
 
 from tests.conftest import unit
-from transclip_fast import solver
-from transclip_fast.graph import build_graph
-from transclip_fast.ops import triton as ops
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph.build import build_graph
+from transclip_fast.kernels import messages
+from transclip_fast.ops import triton_backend as ops
 from transclip_fast.ops.capture import Captured
-from transclip_fast.parameters import Parameters
-from transclip_fast.prior import LinearPrior
-from transclip_fast.rows import Rows
-from transclip_fast.support import Support
-from transclip_fast.truncation import Truncation
+from transclip_fast.solver import loop as solver
+from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.solver.support import Support
+from transclip_fast.types import Truncation
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 

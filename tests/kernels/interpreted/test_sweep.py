@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from transclip_fast.kernels import messages
 
 from tests.kernels.problems import (
     affinity_of,
@@ -18,8 +17,9 @@ from tests.kernels.problems import (
     random_z,
     sweep_truth,
 )
-from transclip_fast.ops import torch as twin
-from transclip_fast.ops import triton as ops
+from transclip_fast.kernels import messages
+from transclip_fast.ops import torch_backend as twin
+from transclip_fast.ops import triton_backend as ops
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import Head, Labelled, Task, percent_right
 from transclip_fast.heads.prompts.context import (
     ContextSettings,
     class_prompts,
@@ -20,6 +19,7 @@ from transclip_fast.heads.prompts.context import (
 )
 from transclip_fast.heads.prompts.learning import Learner, Schedule, prompting_of, train
 from transclip_fast.heads.prompts.tower import Prompts, TextTower
+from transclip_fast.heads.task import Head, Labelled, Task, percent_right
 
 CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
 SCHEDULE = Schedule(epochs=20, batch_size=4, rate=4e-3)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from transclip_fast.heads.base import Head, Labelled, PrototypeHead, Task, percent_right
 from transclip_fast.heads.prompts.context import class_prompts, first_context, nearest_words
 from transclip_fast.heads.prompts.learning import Learner, prompting_of, train
 from transclip_fast.heads.prompts.tower import TextTower
+from transclip_fast.heads.task import Head, Labelled, PrototypeHead, Task, percent_right
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.checkpoint import Checkpoint, NoCheckpoint
+from transclip_fast.callbacks import Checkpoint, NoCheckpoint
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import Head, Labelled, Task, percent_right
 from transclip_fast.heads.prompts.context import ContextSettings
 from transclip_fast.heads.prompts.tower import TextTower
-from transclip_fast.threads import fixed_threads
+from transclip_fast.heads.task import Head, Labelled, Task, percent_right
+from transclip_fast.parallel import fixed_threads
 
 WARM_UP, WARM_UP_RATE = 1, 1e-5  # epochs
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4

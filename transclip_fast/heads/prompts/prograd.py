@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.heads.base import Head, Task
 from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.prompts.learning import train
+from transclip_fast.heads.task import Head, Task
 
 LAMBDA = 1.0
 

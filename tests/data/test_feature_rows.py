@@ -1,0 +1,179 @@
+"""Rows that stay in files are those that were held in memory, whatever is asked of them."""
+
+import os
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import unit
+from transclip_fast import InputError, TransCLIP
+from transclip_fast.data import feature_rows as rows
+from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.npy_shards import Shard, StoredRows
+from transclip_fast.ops import blocks as blocks_
+from transclip_fast.solver.layout import Layout
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Maker of stored rows from an array, cut into shards of these lengths."""
+
+    def make(array, lengths):
+        files = [tmp_path / f"{number}.npy" for number in range(len(lengths))]
+        parts = np.split(array, np.cumsum(lengths)[:-1])
+        for file, part in zip(files, parts, strict=True):
+            np.save(file, part)
+        return StoredRows([Shard.find(file) for file in files])
+
+    return make
+
+
+def features(n=77, d=33, dtype=np.float32, seed=0):
+    return unit(np.random.default_rng(seed).normal(size=(n, d))).astype(dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.data())
+def test_stored_rows_are_the_array(tmp_path_factory, lengths, data):
+    array = np.arange(3.0 * sum(lengths)).reshape(-1, 3)
+    folder = tmp_path_factory.mktemp("rows")
+    for number, part in enumerate(np.split(array, np.cumsum(lengths)[:-1])):
+        np.save(folder / f"{number}.npy", part)
+    found = StoredRows([Shard.find(folder / f"{i}.npy") for i in range(len(lengths))])
+    assert (found.shape, found.dtype) == (array.shape, array.dtype)
+    np.testing.assert_array_equal(np.asarray(found), array)
+    start, stop = (data.draw(st.integers(0, len(array))) for _ in range(2))
+    np.testing.assert_array_equal(found[start:stop], array[start:stop])
+    if len(array):
+        ids = np.array(data.draw(st.lists(st.integers(0, len(array) - 1), max_size=20)), int)
+        np.testing.assert_array_equal(found[ids], array[ids])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros(3),
+        np.zeros((3, 2), int),
+        np.asfortranarray(np.ones((3, 2))),
+        np.ones((3, 2), ">f4"),
+    ],
+    ids=["vector", "integers", "columns first", "other byte order"],
+)
+def test_what_is_not_read_in_slices(array, tmp_path):
+    np.save(tmp_path / "x.npy", array)
+    assert Shard.find(tmp_path / "x.npy") is None
+
+
+def test_files_that_change_meanwhile(stored, tmp_path):
+    found = stored(features(), [40, 37])
+    file = tmp_path / "1.npy"
+    assert len(found[30:50]) == 20
+    whole, written = file.read_bytes(), os.stat(file)
+    (tmp_path / "other.npy").write_bytes(whole)  # as `cp -p` leaves it
+    os.utime(tmp_path / "other.npy", ns=(written.st_atime_ns, written.st_mtime_ns))
+    (tmp_path / "other.npy").rename(file)
+    for ids in (slice(30, 50), np.array([3, 76])):
+        with pytest.raises(InputError, match=r"1\.npy: was changed while it was read"):
+            found[ids]
+    assert len(found[:40]) == 40
+    file.unlink()
+    with pytest.raises(InputError, match=r"1\.npy: cannot be read"):
+        found[30:50]
+
+
+def test_files_that_are_cut_at_the_same_moment(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr("transclip_fast.data.npy_shards._state", lambda _: ())
+    found = stored(features(), [40, 37])
+    file = tmp_path / "1.npy"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(InputError, match=r"1\.npy: was cut short while it was read"):
+        found[30:50]
+    with pytest.raises(InputError, match=r"1\.npy: cannot be read"):
+        found[np.array([3, 76])]
+
+
+def sources(array, stored, tmp_path):
+    np.save(tmp_path / "mapped.npy", array)
+    return {
+        "array": array,
+        "tensor": torch.from_numpy(array),
+        "memory map": np.load(tmp_path / "mapped.npy", mmap_mode="r"),
+        "shards": stored(array, [30, 40, 7]),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("off", [False, True])
+def test_rows_are_unit_rows(dtype, held, off, stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 64 * 4 * 33)
+    array = features(dtype=dtype)
+    if off:
+        array[[5, 70]] *= 3
+    told = "2 of 77 rows were not unit vectors"
+    with pytest.warns(UserWarning, match=told) if off else nullcontext():
+        expected = as_unit_rows(array, "x")
+    for source in sources(array, stored, tmp_path).values():
+        with pytest.warns(UserWarning, match=told) if off else nullcontext():
+            found = Rows(source, held=held)
+        assert (len(found), found.shape) == (77, (77, 33))
+        ids = torch.tensor([[70, 5, 0], [1, 70, 76]])
+        for at in (slice(None), slice(3, 70), slice(70, 200), ids, ids[0]):
+            assert torch.equal(found[at], expected[at])
+            assert found[at].dtype == torch.float32
+        assert torch.equal(torch.cat([found[block] for block in found.blocks()]), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, "row 60 contains NaN"),
+        (np.inf, "row 60 contains an infinite value"),
+        (0, "row 60 is all zero"),
+    ],
+)
+@pytest.mark.parametrize("held", [True, False])
+def test_bad_rows_are_named(value, message, held, stored, tmp_path):
+    array = features()
+    array[60] = value
+    for source in sources(array, stored, tmp_path).values():
+        with pytest.raises(InputError, match=f"^x: .*{message}"):
+            Rows(source, "x", held=held)
+
+
+def test_reads_are_counted(stored):
+    found, seen = Rows(stored(features(), [77])), []
+    found.on_read = seen.append
+    found[3:10], found[70:90], found[torch.tensor([1, 2])]
+    assert seen == [7, 7]
+
+
+@pytest.mark.parametrize("assignments", ["dense", "sparse"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("dim", [32, 33])
+def test_streamed_and_held_give_the_same_bits(
+    problem, stored, assignments, backend, dim, monkeypatch
+):
+    """Whatever type the features are stored in, and with many blocks."""
+    monkeypatch.setitem(blocks_.READ_ROWS, "cpu", 32)
+    monkeypatch.setitem(blocks_.GEMM_ROWS, "cpu", (16, 32))
+    images, prototypes, _ = problem(n=177, d=dim)
+    images = images.astype(np.float16)
+    models = []
+    for held in (True, False):
+        monkeypatch.setattr(
+            "transclip_fast.estimator.choose_layout",
+            lambda *_, held=held, **__: Layout(6 if assignments == "sparse" else None, held),
+        )
+        model = TransCLIP(device="cpu", backend=backend, candidates=None)
+        models.append(model.fit(stored(images, [100, 77]), prototypes))
+    for name in ("means_", "variances_", "objective_", "zero_shot_confidences_"):
+        np.testing.assert_array_equal(getattr(models[0], name), getattr(models[1], name))
+    held, streamed = (model.label_distributions_ for model in models)
+    assert (held != streamed).sum() == 0
+    assert [model.layout_.held for model in models] == [True, False]

@@ -1,0 +1,185 @@
+"""What is kept in memory, for how much memory there is."""
+
+import numpy as np
+import pytest
+import torch
+
+from transclip_fast import InputError, TransCLIP
+from transclip_fast.solver import layout as memory
+from transclip_fast.solver.layout import (
+    Layout,
+    Size,
+    choose_layout,
+    parse_memory,
+    show_bytes,
+    sweep_bytes,
+)
+from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.problem import size_of
+
+CPU = torch.device("cpu")
+MILLION = Size(1_000_000, 1000, 512)
+
+
+@pytest.fixture(autouse=True)
+def _one_gibibyte_used(monkeypatch):
+    monkeypatch.setattr(memory, "PROCESS", 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8GiB", 8 << 30),
+        ("8 GB", 8 << 30),
+        ("8g", 8 << 30),
+        ("1.5T", 3 << 39),
+        ("300M", 300 << 20),
+        ("12345", 12345),
+        (12345, 12345),
+        (None, None),
+    ],
+)
+def test_parse(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8 apples", "-1G", "0", 0, -5, True, 1.5, "GiB", "1e9", "0.5", "9" * 400]
+)
+def test_what_is_no_size(text):
+    with pytest.raises(InputError, match="memory must be a size like 8GiB, got"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (3 << 29, "1.5 GiB"), (10**12, "931 GiB")]
+)
+def test_shown(number, text):
+    assert show_bytes(number) == text
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(16, Layout(128, True)), (5, Layout(128, False)), (3, Layout(64, False))],
+)
+def test_lists_first_then_held_features_then_shorter_lists(limit, expected):
+    found = choose_layout(MILLION, CPU, form="sparse", memory=limit << 30)
+    assert found == expected
+    assert (1 << 30) + sum(found.bytes(MILLION, CPU).values()) <= limit << 30
+
+
+def test_what_does_not_fit():
+    with pytest.raises(InputError, match=r"need at least 1\.98 GiB, there are 1\.5 GiB; allow"):
+        choose_layout(MILLION, CPU, form="sparse", memory=3 << 29)
+    with pytest.raises(InputError, match="there are 4 GiB; choose assignments='sparse'"):
+        choose_layout(MILLION, CPU, form="dense", memory=4 << 30)
+    with pytest.raises(InputError, match="there are 3 GiB"):
+        choose_layout(MILLION, CPU, form="sparse", candidates=100, memory=3 << 30)
+
+
+@pytest.mark.parametrize(
+    ("size", "dense"), [(Size(2000, 1000, 512), True), (Size(20000, 1000, 512), False)]
+)
+def test_auto_is_dense_where_that_is_small(size, dense):
+    assert (choose_layout(size, CPU, form="auto").candidates is None) == dense
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_classes", "memory", "dense"),
+    [
+        (2000, 1000, 8, True),  # small
+        (1_000_000, 64, 8, True),  # 2 (4 K) + 6 (4 K) bytes, lists of 32 entries have as many
+        (1_000_000, 65, 8, False),
+        (10_000_000, 64, 14, False),  # more than half of the memory
+        (20_000, 1000, 80, False),
+    ],
+)
+def test_auto_on_a_gpu_counts_bytes(n_rows, n_classes, memory, dense):
+    size = Size(n_rows, n_classes, 64)
+    found = choose_layout(size, torch.device("cuda"), form="auto", memory=memory << 30)
+    assert (found.candidates is None) == dense
+
+
+def test_bytes_of_a_sweep():
+    size = Size(10, 100, 64, n_neighbors=3)
+    assert sweep_bytes(size, None) == 400 + 400 + 6 * (12 + 400)
+    assert sweep_bytes(size, 32) == 256 + 256 + 6 * (12 + 256)
+    assert sweep_bytes(size, 200) == sweep_bytes(size, 100)
+
+
+@pytest.mark.parametrize("limit", [2500, 3000, 4000, 6000, 20000])
+@pytest.mark.parametrize("candidates", [None, 40])
+def test_a_layout_never_takes_more_than_is_allowed(limit, candidates):
+    for n_classes in (10, 1000, 21000):
+        size = Size(400_000, n_classes, 768, 5)
+        try:
+            found = choose_layout(size, CPU, form="auto", candidates=candidates, memory=limit << 20)
+        except InputError:
+            continue
+        assert sum(found.bytes(size, CPU).values()) <= (limit << 20) - (1 << 30)
+        assert found.candidates is None or found.candidates <= n_classes
+
+
+def test_what_else_takes_memory():
+    """Copies of what is held, a given prior, and the best run so far where several are tried."""
+    layout = Layout(64, held=True)
+
+    def total(**values):
+        size = Size(1000, 100, 32, **values)
+        return size.used(CPU) + sum(layout.bytes(size, CPU).values())
+
+    plain = total()
+    assert total(copied=False) == plain - 4 * 1000 * 32
+    assert total(given=12345) == plain + 12345
+    assert total(runs=4) == plain + 8 * 64 * 1000
+    assert total(stored=64000) == plain
+
+
+def test_a_little_less_memory_changes_nothing():
+    found = {
+        choose_layout(MILLION, CPU, form="sparse", memory=(3 << 30) + change * (1 << 20))
+        for change in range(-50, 50, 10)
+    }
+    assert len(found) == 1
+
+
+def test_size_of_what_is_given(tmp_path):
+    images = np.ones((30, 8), np.float16)
+    np.save(tmp_path / "images.npy", images)
+    parameters = Parameters(n_neighbors=4)
+    in_file = np.load(tmp_path / "images.npy", mmap_mode="r")
+    assert size_of(in_file, 5, parameters, CPU) == Size(30, 5, 8, 4, stored=480)
+    assert size_of(images, 5, parameters, CPU) == Size(30, 5, 8, 4, given=480)
+    aligned = torch.ones(30, 8)
+    assert size_of(aligned, 5, parameters, CPU) == Size(30, 5, 8, 4, given=960, copied=False)
+    assert size_of(aligned[1:], 5, parameters, CPU).copied
+    assert size_of(aligned, 5, parameters, torch.device("cuda")).copied
+    found = size_of(in_file, 5, parameters, CPU, linear=False, runs=4)
+    assert found == Size(30, 5, 8, 4, stored=480, given=16 * 30 * 5, linear=False, runs=4)
+
+
+def test_memory_of_a_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = memory.free_bytes(CPU)
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(CPU) > free / 2
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.free_bytes(CPU) == 4000
+
+
+def test_a_fit_that_does_not_fit(problem):
+    features, prototypes, _ = problem()
+    with pytest.raises(InputError, match="memory: 77 rows and 6 classes, dense, need"):
+        TransCLIP(device="cpu", memory=100 << 20).fit(features, prototypes)
+
+
+def test_a_fit_in_a_given_amount(problem):
+    features, prototypes, _ = problem(n=177)
+    free = TransCLIP(device="cpu", candidates=6).fit(features.astype("float16"), prototypes)
+    size = Size(177, 6, 33, given=2 * 177 * 33)
+    least = size.used(CPU) + sum(Layout(6, held=False).bytes(size, CPU).values())
+    tight = TransCLIP(device="cpu", candidates=6, memory=least)
+    tight.fit(features.astype("float16"), prototypes)
+    assert (free.layout_.held, tight.layout_.held) == (True, False)
+    assert (free.transduction_ == tight.transduction_).all()

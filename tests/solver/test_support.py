@@ -1,0 +1,281 @@
+"""Few-shot beyond the ordinary: the published code's graph, and shots of every kind."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import reference
+from tests.agreement import assert_agrees
+from tests.conftest import make_problem
+from tests.solver.test_loop import few_shot_problem
+from transclip_fast import InputError, TransCLIP
+from transclip_fast.graph.build import build_graph
+
+
+def split(problem, shots, n=90, k=6, **options):
+    """Queries, prototypes, and as many shots of each class as asked for, unit rows float32."""
+    features, prototypes, labels = problem(n=n, k=k, **options)
+    rows = np.concatenate([np.flatnonzero(labels == c)[:m] for c, m in enumerate(shots)])
+    queries = np.setdiff1d(np.arange(n), rows)
+    return features[queries], prototypes, features[rows], labels[rows]
+
+
+@pytest.mark.parametrize("gamma", reference.GAMMAS)
+@pytest.mark.parametrize("seed", range(3))
+def test_published_rows(problem, seed, gamma):
+    features, prototypes, support, labels = few_shot_problem(problem, seed)
+    runs = {}
+    for published in (False, True):
+        model = TransCLIP(device="cpu", gamma=gamma, published_support_rows=published)
+        model.fit(features, prototypes, support_features=support, support_labels=labels)
+        parameters = reference.Parameters(published_support_rows=published)
+        runs[published] = reference.few_shot(
+            features, prototypes, support, labels, gamma, parameters=parameters
+        )
+        assert_agrees(model, runs[published])
+        assert (model.graph_.neighbors != np.arange(len(features))[:, None]).all()
+    assert np.abs(runs[True].z - runs[False].z).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("n_queries", "values"),
+    [
+        (60, {"n_neighbors": 1}),
+        (60, {"n_neighbors": 7, "clamp_similarity": True}),
+        (24, {}),  # as many queries as shots
+        (9, {}),  # lists of the last shots and of all queries tell constants
+        (9, {"n_neighbors": 5, "kl_weight": 1.0}),
+        (4, {}),  # a shot's list without its first query has all others
+        (3, {}),  # and here it is shorter than k
+    ],
+)
+@pytest.mark.parametrize("assignments", ["dense", "sparse"])
+def test_published_rows_of_any_shape(problem, n_queries, values, assignments):
+    features, prototypes, labels = problem(n=24 + n_queries, d=17)
+    rows = np.random.default_rng(n_queries).normal(size=features.shape) * 0.1 + features
+    features = reference.unit(rows).astype(np.float32)
+    queries, support = np.split(features, [n_queries])
+    whole = {"candidates": 6, "rank": 6} if assignments == "sparse" else {}
+    model = TransCLIP(
+        device="cpu",
+        gamma=0.02,
+        published_support_rows=True,
+        assignments=assignments,
+        **whole,
+        **values,
+    )
+    classes = labels[n_queries:]
+    model.fit(queries, prototypes, support_features=support, support_labels=classes)
+    parameters = reference.Parameters(published_support_rows=True, **values)
+    run = reference.few_shot(queries, prototypes, support, classes, 0.02, parameters=parameters)
+    assert_agrees(model, run)
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_published_rows_with_negative_similarities(clamp):
+    rows = reference.unit(np.random.default_rng(3).normal(size=(40, 4))).astype(np.float32)
+    features, prototypes, support = rows[:20], rows[20:24], rows[24:]
+    labels = np.arange(16) % 4
+    values = {"n_neighbors": 15, "logit_scale": 5.0, "clamp_similarity": clamp}
+    values["published_support_rows"] = True
+    model = TransCLIP(device="cpu", gamma=0.02, **values)
+    model.fit(features, prototypes, support_features=support, support_labels=labels)
+    parameters = reference.Parameters(**values)
+    run = reference.few_shot(features, prototypes, support, labels, 0.02, parameters=parameters)
+    assert_agrees(model, run)
+
+
+def test_published_rows_change_nothing_without_shots(problem):
+    features, prototypes, _ = problem()
+    plain = TransCLIP(device="cpu").fit(features, prototypes)
+    model = TransCLIP(device="cpu", published_support_rows=True).fit(features, prototypes)
+    np.testing.assert_array_equal(model.label_distributions_, plain.label_distributions_)
+
+
+def test_published_rows_know_one_graph_mode():
+    with pytest.raises(InputError, match="published_support_rows needs graph_mode='symmetric'"):
+        TransCLIP(published_support_rows=True, graph_mode="directed").check()
+
+
+# -- shots of every kind
+
+
+@st.composite
+def counts(draw):
+    """Shots of each of six classes, of some none, of all together at least one."""
+    return draw(st.lists(st.integers(0, 5), min_size=6, max_size=6).filter(any))
+
+
+@pytest.mark.filterwarnings("ignore:support_labels. zero-shot labels match")
+@settings(max_examples=25, deadline=None)
+@given(shots=counts(), gamma=st.sampled_from((0.0, *reference.GAMMAS)), seed=st.integers(0, 99))
+def test_unbalanced_shots_and_classes_without(shots, gamma, seed):
+    features, prototypes, support, labels = split(make_problem, shots, seed=seed)
+    model = TransCLIP(device="cpu", gamma=gamma)
+    model.fit(features, prototypes, support_features=support, support_labels=labels)
+    assert_agrees(model, reference.few_shot(features, prototypes, support, labels, gamma))
+
+
+@pytest.mark.parametrize("shots", [(1, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 9), (3, 0, 1, 0, 2, 0)])
+def test_the_best_gamma_s_own_run_is_returned(problem, shots):
+    features, prototypes, support, labels = split(problem, shots, noise=0.05)
+    held = reference.unit(features[::2] + 0.01).astype(np.float32)
+    truth = (held @ prototypes.T).argmax(1)
+    shots = {"support_features": support, "support_labels": labels}
+    chosen = TransCLIP(device="cpu").fit(
+        features, prototypes, **shots, validation_features=held, validation_labels=truth
+    )
+    run = reference.few_shot(features, prototypes, support, labels, validation=(held, truth))
+    assert chosen.gamma_ == run.gamma
+    assert_agrees(chosen, run)
+    alone = TransCLIP(device="cpu", gamma=chosen.gamma_).fit(features, prototypes, **shots)
+    for name in ("label_distributions_", "means_", "variances_", "objective_"):
+        np.testing.assert_array_equal(getattr(chosen, name), getattr(alone, name))
+
+
+def test_equally_good_gammas_the_first(problem):
+    features, prototypes, support, labels = few_shot_problem(problem)
+    model = TransCLIP(device="cpu").fit(
+        features,
+        prototypes,
+        support_features=support,
+        support_labels=labels,
+        validation_features=features[:1],
+        validation_labels=[5],  # of all runs, none gives it that label, or each does
+    )
+    runs = [reference.few_shot(features, prototypes, support, labels, g) for g in reference.GAMMAS]
+    assert len({run.z[0].argmax() == 5 for run in runs}) == 1
+    assert model.gamma_ == 0.002
+
+
+def test_shots_that_are_queries_too(problem):
+    features, prototypes, labels = problem()
+    model = TransCLIP(device="cpu", gamma=0.02)
+    shots = {"support_features": features[:9], "support_labels": labels[:9]}
+    model.fit(features, prototypes, **shots)
+    run = reference.few_shot(features, prototypes, features[:9], labels[:9], 0.02)
+    assert_agrees(model, run)
+
+
+# -- priors and arrays
+
+
+@pytest.mark.parametrize("few_shot", [False, True])
+def test_probabilities_of_the_texts_are_the_texts(problem, few_shot):
+    features, prototypes, support, labels = few_shot_problem(problem)
+    shots = {"support_features": support, "support_labels": labels} if few_shot else {}
+    log_y = reference.log_prior(features.astype(float), prototypes.astype(float))
+    model = TransCLIP(device="cpu", gamma=0.02)
+    text = model.fit(features, prototypes, **shots).label_distributions_
+    for prior in ({"prior": np.exp(log_y)}, {"prior_logits": log_y + 3}):
+        other = TransCLIP(device="cpu", gamma=0.02).fit(features, **prior, **shots)
+        np.testing.assert_allclose(other.label_distributions_, text, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(other.transduction_, model.transduction_)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("prior", ["prior", "prior_logits", "prototypes", None])
+def test_no_argument_is_ever_modified(problem, prior, scale):
+    """Read-only arrays, some of which must be normalised, are the same bytes afterwards."""
+    features, prototypes, support, labels = few_shot_problem(problem)
+    log_y = reference.log_prior(features.astype(float), prototypes.astype(float))
+    arrays = {
+        "X": features * np.float32(scale),
+        "text_features": prototypes * np.float32(scale),
+        "support_features": support * np.float32(scale),
+        "support_labels": labels,
+        "validation_features": features[:20] * np.float32(scale),
+        "validation_labels": log_y[:20].argmax(1),
+        "prior": np.exp(log_y),
+        "prior_logits": log_y,
+        "prototypes": (prototypes + prototypes[::-1] / 9) * np.float32(scale),
+    }
+    others = {"prior", "prior_logits", "prototypes"} - {prior}
+    arrays = {name: array for name, array in arrays.items() if name not in others}
+    graph = build_graph(features)
+    for array in (*arrays.values(), graph.neighbors, graph.similarities):
+        array.setflags(write=False)
+    before = {name: array.tobytes() for name, array in arrays.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*rows were not unit vectors")
+        model = TransCLIP(device="cpu", assignments="dense").fit(**arrays, graph=graph)
+        TransCLIP(device="cpu", assignments="sparse").fit(**arrays, graph=graph)
+    assert {name: array.tobytes() for name, array in arrays.items()} == before
+    for name in ("label_distributions_", "means_", "zero_shot_confidences_"):
+        result = getattr(model, name)
+        assert not any(np.shares_memory(result, array) for array in arrays.values()), name
+
+
+# -- labels that contradict the prior
+
+
+@pytest.mark.parametrize("shots", [4, 16])
+@pytest.mark.parametrize("kind", ["right", "shifted", "blurred texts"])
+def test_labels_in_another_order(golden, kind, shots):
+    """Shots and validation rows warn where classes are mixed up, not where texts are poor."""
+    features, truth = golden["image_features"].astype(np.float32), golden["labels"]
+    texts, rng = golden["text_features"].astype(np.float32), np.random.default_rng(shots)
+    if kind == "blurred texts":
+        noise = reference.unit(rng.normal(size=texts.shape))
+        hard = [reference.unit(texts + amount * noise) for amount in np.linspace(0, 3, 31)]
+        correct = [((features @ t.T).argmax(1) == truth).mean() for t in hard]
+        texts = hard[int(np.abs(np.array(correct) - 0.1).argmin())]
+    rows = np.concatenate([rng.permutation(np.flatnonzero(truth == k))[:shots] for k in range(19)])
+    given = (truth[rows] + (kind == "shifted")) % 19
+    others = np.setdiff1d(np.arange(len(features)), rows)
+    labelled = {"support_features": features[rows], "support_labels": given}
+    labelled |= {"validation_features": features[rows], "validation_labels": given}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = TransCLIP(device="cpu", gamma=0.02, max_iter=0, inner_iter=1)
+        model.fit(features[others[::2]], texts, **labelled)
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (2 if kind == "shifted" else 0), messages
+    for message, name in zip(messages, ("support", "validation"), strict=False):
+        assert message.startswith(f"{name}_labels: zero-shot labels match on ")
+        assert "\n" not in message
+
+
+def test_a_given_prior_in_another_order(golden):
+    features, truth = golden["image_features"].astype(np.float32), golden["labels"]
+    prior = 0.9 * np.eye(19)[truth[100:]] + 0.1 / 19
+    model = TransCLIP(device="cpu", gamma=0.02, max_iter=0, inner_iter=1)
+    shots = {"support_features": features[:100], "support_labels": truth[:100]}
+    model.fit(features[100:], prior=prior, **shots)
+    with pytest.warns(UserWarning, match="^support_labels: zero-shot labels match on"):
+        model.fit(features[100:], prior=np.roll(prior, 1, axis=1), **shots)
+
+
+# -- golden features
+
+
+@pytest.mark.parametrize("shots", [(2, 2), (5, 0)])
+def test_golden_few_shot(golden, shots):
+    """Balanced shots, and none of every other class; gamma chosen on validation rows."""
+    features, labels = golden["image_features"].astype(np.float32), golden["labels"]
+    texts, rng = golden["text_features"].astype(np.float32), np.random.default_rng(shots[0])
+    order = rng.permutation(len(features))
+    rows = np.concatenate([order[labels[order] == k][: shots[k % 2]] for k in range(19)])
+    rest = np.setdiff1d(order, rows)
+    held, queries = rest[::9], rest[1::3]
+    validation = features[held], labels[held]
+    model = TransCLIP(device="cpu").fit(
+        features[queries],
+        texts,
+        support_features=features[rows],
+        support_labels=labels[rows],
+        validation_features=validation[0],
+        validation_labels=validation[1],
+    )
+    parameters = reference.Parameters()
+    run = reference.few_shot(
+        features[queries], texts, features[rows], labels[rows], None, validation, parameters
+    )
+    assert model.gamma_ == run.gamma
+    np.testing.assert_array_equal(model.transduction_, run.z.argmax(1))
+    assert np.abs(model.label_distributions_ - run.z).max() < 1e-4

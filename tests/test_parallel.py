@@ -1,0 +1,65 @@
+"""The pool of threads on which torch computes alone."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from transclip_fast.parallel import n_threads, parallel_map, single_threaded_torch
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order_from_several_threads(two_threads):
+    ready = threading.Barrier(2, timeout=20)
+
+    def task(part):
+        ready.wait()  # passes only where two run at once
+        return part, torch.get_num_threads()
+
+    assert parallel_map(task, range(6)) == [(part, 1) for part in range(6)]
+    assert torch.get_num_threads() == 2
+
+
+def test_each_within_each_runs_in_place(two_threads):
+    assert parallel_map(lambda x: sum(parallel_map(lambda y: x * y, range(4))), range(9)) == [
+        6 * x for x in range(9)
+    ]
+
+
+def test_an_error_reaches_the_caller(two_threads):
+    def task(part):
+        raise ValueError(f"part {part}")
+
+    with pytest.raises(ValueError, match="part 0"):
+        parallel_map(task, range(3))
+
+
+def test_quiet_keeps_the_pool_and_gives_the_threads_back(two_threads):
+    seen = []
+
+    def task():
+        with single_threaded_torch(), single_threaded_torch():
+            seen.append((torch.get_num_threads(), n_threads()))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        task()
+    assert seen == [(1, 2)]
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_a_fork(two_threads):
+    parallel_map(str, range(3))  # the parent's pool, which the child does not have
+    child = os.fork()
+    if child == 0:
+        os._exit(parallel_map(int, range(3)) != [0, 1, 2])
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,53 @@
+"""Which neighbour lists are refused, and how they are cut."""
+
+import numpy as np
+import pytest
+
+from transclip_fast import InputError
+from transclip_fast.types import NeighborGraph
+
+
+def graph(**changes):
+    """Lists of 2 neighbours of 4 rows."""
+    values = {
+        "neighbors": np.array([[1, 2], [0, 3], [3, -1], [2, 0]]),
+        "similarities": np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.0], [0.6, 0.3]], np.float32),
+    }
+    return NeighborGraph(**{**values, **changes}, info={"method": "hand"})
+
+
+def test_cut_to_the_best():
+    full = graph()
+    assert (len(full), full.n_neighbors) == (4, 2)
+    cut = full.check(4, 1)
+    np.testing.assert_array_equal(cut.neighbors, [[1], [0], [3], [2]])
+    np.testing.assert_allclose(cut.similarities, [[0.9], [0.8], [0.7], [0.6]])
+    assert cut.info == full.info
+    assert full.check(4, 2).n_neighbors == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "message"),
+    [
+        ({}, (5, 2), "has 4 rows, the features have 5"),
+        ({}, (4, 3), "lists have 2 neighbours, 3 are needed"),
+        ({"similarities": np.zeros((4, 3))}, (4, 2), "differ in shape"),
+        ({"neighbors": np.zeros(4, int), "similarities": np.zeros(4)}, (4, 2), "shape"),
+        ({"neighbors": np.zeros((4, 2))}, (4, 2), "must be integers, got float64"),
+        ({"neighbors": np.array([[1, 2], [0, 4], [3, 1], [2, 0]])}, (4, 2), "row 1 has"),
+        ({"neighbors": np.array([[1, 2], [0, 3], [3, -2], [2, 0]])}, (4, 2), "row 2 has"),
+        ({"neighbors": np.array([[1, 2], [0, 3], [3, 1], [2, 3]])}, (4, 2), "row 3 has"),  # itself
+        ({"similarities": np.array([[1, np.nan]] + [[1, 1]] * 3)}, (4, 2), "row 0 has"),
+        ({"similarities": np.array([[1, 1]] * 3 + [[1, np.inf]])}, (4, 2), "row 3 has"),
+    ],
+)
+def test_errors(changes, sizes, message):
+    with pytest.raises(InputError, match=message) as error:
+        graph(**changes).check(*sizes, name="lists.npy")
+    assert str(error.value).startswith("lists.npy: ")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_cut_off_may_be_wrong():
+    wrong_tail = graph(neighbors=np.array([[1, 9], [0, 3], [3, -1], [2, 0]]))
+    wrong_tail.check(4, 1)

@@ -1,0 +1,1 @@
+"""Arrays in: checks, and rows in memory or in files."""

@@ -1,0 +1,202 @@
+"""Unit rows, from memory or from files larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+
+import numpy as np
+import torch
+
+from transclip_fast.data.checks import as_unit_rows, unit_divisors, unread_matrix
+from transclip_fast.data.npy_shards import StoredRows
+from transclip_fast.parallel import parallel_map
+
+BLOCK_BYTES = 1 << 22  # of float32 rows read at a time
+
+
+class Rows:
+    """
+    Features (N, d): `rows[ids]`, or a slice, is a tensor of unit rows on the device.
+
+    Held rows are a float32 tensor there. Streamed ones stay where they are, in a file or in
+    memory, in their own type; on a GPU, the block after the one asked for is read and copied
+    while it computes.
+
+    Parameters
+    ----------
+    features : array_like, numpy.memmap or StoredRows (N, d)
+    held : bool, optional
+        Where not told, what is in a file is streamed and what is in memory is held.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        Of the rows that are given out.
+    on_read : callable, optional
+        Called with the length of every slice that is asked for, from any thread.
+
+    Raises
+    ------
+    InputError
+        As `transclip_fast.data.checks.as_unit_rows`; later, where a file changes while it is read.
+    """
+
+    def __init__(
+        self,
+        features: object,
+        name: str = "features",
+        device: torch.device | str = "cpu",
+        *,
+        held: bool | None = None,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), torch.float32
+        self.on_read: Callable[[int], None] | None = None
+        self._divisors: torch.Tensor | None = None
+        self._ahead: _ReadAhead | None = None
+        in_file = isinstance(features, np.memmap | StoredRows)
+        self._source = unread_matrix(features, name)
+        self.shape = (len(self._source), self._source.shape[1])
+        self._held: torch.Tensor | None = None
+        if held is None:
+            held = not in_file
+        if held and isinstance(self._source, torch.Tensor):
+            self._held = as_unit_rows(self._source, name).to(self.device)
+            return
+        self._divisors = unit_divisors(self._source, name)
+        if held:
+            self._held = self._whole()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def held(self) -> bool:
+        """Whether they are a tensor on the device."""
+        return self._held is not None
+
+    def __getitem__(self, ids: torch.Tensor | slice) -> torch.Tensor:
+        if isinstance(ids, torch.Tensor):
+            if self._held is not None:
+                return self._held[ids]
+            flat = self._host(ids.flatten().cpu())
+            return flat.to(self.device, self.dtype).view(*ids.shape, self.shape[1])
+        start, stop, _ = ids.indices(len(self))
+        if self.on_read is not None:
+            self.on_read(stop - start)
+        if self._held is not None:
+            return self._held[start:stop]
+        if self.device.type != "cuda":
+            return self._host(slice(start, stop)).to(self.dtype)
+        self._ahead = self._ahead or _ReadAhead(self._host, self.device, self.dtype)
+        following = slice(stop, min(2 * stop - start, len(self)))
+        return self._ahead.read(slice(start, stop), following)
+
+    def half(self) -> Rows:
+        """The same in float16."""
+        other = copy(self)
+        other.dtype, other._ahead = torch.float16, None
+        if self._held is not None:
+            other._held = self._held.half()
+        return other
+
+    def blocks(self) -> list[slice]:
+        """Slices that cover all rows, each small beside memory."""
+        step = self._block_rows
+        return [slice(start, start + step) for start in range(0, len(self), step)]
+
+    @property
+    def _block_rows(self) -> int:
+        return max(64, BLOCK_BYTES // (4 * self.shape[1]))
+
+    def _host(self, ids: torch.Tensor | slice) -> torch.Tensor:
+        """Streamed rows in float32, on the CPU; large slices on all cores."""
+        if isinstance(ids, slice) and ids.stop - ids.start > (size := self._block_rows):
+            out = torch.empty(ids.stop - ids.start, self.shape[1], dtype=torch.float32)
+
+            def part(first: int) -> None:
+                piece = out[first : first + size]
+                piece.copy_(self._host(slice(ids.start + first, ids.start + first + len(piece))))
+
+            parallel_map(part, range(0, len(out), size))
+            return out
+        if isinstance(self._source, torch.Tensor):
+            rows = self._source[ids].cpu()
+        else:
+            where = ids.numpy() if isinstance(ids, torch.Tensor) else ids
+            rows = torch.from_numpy(self._source[where])
+        if self._divisors is not None:
+            return (rows.float().double() / self._divisors[ids, None]).float()
+        # Into memory of torch's: the order of a BLAS library's sums depends on the alignment.
+        return torch.empty(rows.shape, dtype=torch.float32).copy_(rows)
+
+    def _whole(self) -> torch.Tensor:
+        """All rows on the device."""
+        whole = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+
+        def part(block: slice) -> None:
+            whole[block] = self._host(block)
+
+        parallel_map(part, self.blocks(), self.device)
+        return whole
+
+
+UnitRows = torch.Tensor | Rows  # a tensor is the simplest of them
+
+
+def evenly_spaced_rows(n_rows: int, most: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """At most so many rows (n,) int64, evenly spread over all."""
+    size = min(n_rows, most)
+    return torch.arange(size, device=device) * n_rows // size
+
+
+class _ReadAhead:
+    """
+    Blocks of rows on a GPU; while it works on one, the next is read and copied.
+
+    Parameters
+    ----------
+    read : callable
+        Gives the rows of a slice in float32, on the CPU.
+    dtype : torch.dtype
+        In which they are copied.
+    """
+
+    def __init__(
+        self, read: Callable[[slice], torch.Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._read, self._device, self._dtype = read, device, dtype
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pinned = [torch.empty(0, dtype=dtype, pin_memory=True) for _ in range(2)]
+        self._copied = [_event(), _event()]  # of each pinned buffer
+        self._next: tuple[slice, torch.Tensor, torch.cuda.Event] | None = None
+
+    def read(self, block: slice, following: slice) -> torch.Tensor:
+        """The rows of a block, and the start of what brings the following ones."""
+        if self._next is None or self._next[0] != block:
+            self._next = self._fetch(block)
+        _, rows, copied = self._next
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(copied)
+        rows.record_stream(stream)
+        self._next = self._fetch(following) if following.start < following.stop else None
+        return rows
+
+    def _fetch(self, block: slice) -> tuple[slice, torch.Tensor, torch.cuda.Event]:
+        rows = self._read(block)
+        self._pinned.reverse()
+        self._copied.reverse()
+        self._copied[0].synchronize()
+        if self._pinned[0].numel() < rows.numel():
+            self._pinned[0] = torch.empty(rows.numel(), dtype=self._dtype, pin_memory=True)
+        buffer = self._pinned[0][: rows.numel()].view(rows.shape).copy_(rows)
+        with torch.cuda.stream(self._copies):
+            on_device = buffer.to(self._device, non_blocking=True)
+            copied = _event()
+            copied.record(self._copies)
+        self._copied[0] = copied
+        return block, on_device, copied
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

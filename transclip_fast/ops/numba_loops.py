@@ -1,0 +1,403 @@
+"""
+The compiled loops of the short form on a CPU (`ops.numba` calls them, `ops.torch` is the formula).
+
+Lists end at their first unused entry, -inf in scores and 0 in assignments, and all after it is
+unused as well. Types are spelled out, so that numba compiles when this is first imported, some
+seconds, and from then on loads its cache.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+HALVINGS = 24  # of the range in which a row is cut to its largest entries
+
+LINE = 16  # entries of a cache line
+AHEAD = 8  # rows: lists are asked for so long before they are read
+
+F = np.float32
+LOG2E = F(1 / math.log(2))
+TINY = np.finfo(F).tiny
+ROUNDING = 2.0**-24
+MOST_HEARD = F(64)  # e^64 moves everything
+LOWEST = F(-1e30)  # for -inf, which the loops must not meet
+# 2^-x for 0 <= x <= 1, to 3e-9.
+_2X = np.polynomial.Chebyshev.interpolate(lambda x: 2.0**-x, 6, [0, 1])
+C0, C1, C2, C3, C4, C5, C6 = _2X.convert(kind=np.polynomial.Polynomial).coef.astype(F)
+FAST = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}
+
+
+def compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a loop for these types, or load it from numba's cache."""
+
+    def decorate(loop: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(signature, nogil=True, cache=True, **options)(loop)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            warnings.warn(
+                "no folder for compiled code can be written, so it is compiled in every process; "
+                "name one with NUMBA_CACHE_DIR",
+                stacklevel=2,
+            )
+            return numba.njit(signature, nogil=True, **options)(loop)
+
+    return decorate
+
+
+@intrinsic
+def prefetch(_, lists, row, entry):  # type: ignore[no-untyped-def]
+    """
+    Have the cache line of an entry of `lists` (N, R) on its way, whether or not it exists.
+
+    Lists of neighbours lie anywhere: without it a sweep waits for each of them.
+    """
+
+    def code(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        helpers: Any = cgutils
+        kind = signature.args[0]
+        array = context.make_array(kind)(context, builder, values[0])
+        place = helpers.get_item_pointer(context, builder, kind, array, values[1:])
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        void = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        call = helpers.get_or_insert_function(builder.module, void, "llvm.prefetch.p0i8")
+        to_read, keep, data = i32(0), i32(3), i32(1)
+        builder.call(call, [builder.bitcast(place, byte), to_read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(lists, row, entry), code
+
+
+@compiled("void(int64, float32[:, ::1], int32[:, ::1])")
+def fetch(i, values, classes):  # type: ignore[no-untyped-def]
+    """Have the first entries of a row's list on their way: most lists have no more."""
+    for entry in range(0, 2 * LINE, LINE):
+        prefetch(values, i, entry)  # type: ignore[call-arg]
+        prefetch(classes, i, entry)
+
+
+@compiled("void(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1])")
+def fetch_neighbors(i, offsets, columns, values, classes):  # type: ignore[no-untyped-def]
+    """Have the lists of a row's neighbours on their way, where there is such a row."""
+    if i + 1 < len(offsets):
+        for entry in range(offsets[i], offsets[i + 1]):
+            fetch(columns[entry], values, classes)
+
+
+@compiled("float32(float32[::1])", fastmath=FAST)
+def largest_of(row):  # type: ignore[no-untyped-def]
+    """Largest entry of a row."""
+    top = row[0]
+    for j in range(len(row)):
+        top = max(top, row[j])
+    return top
+
+
+@compiled("int64(float32[::1], float32)")
+def number(row, low):  # type: ignore[no-untyped-def]
+    """Entries of a row that are >= low."""
+    above = 0
+    for j in range(len(row)):
+        above += row[j] >= low
+    return above
+
+
+@compiled("float32(float32[::1], float32, int32[::1], float32[::1])", fastmath=FAST)
+def exponentials(row, largest, bits, out):  # type: ignore[no-untyped-def]
+    """e^(row_k - largest), into `out`, and their sum; no call to exp, so that it is vectorised."""
+    for j in range(len(row)):
+        x = min((largest - row[j]) * LOG2E, F(120))
+        whole = np.int32(x)
+        bits[j] = (np.int32(127) - whole) << np.int32(23)  # 2^-whole
+        out[j] = x - F(whole)
+    power = bits.view(np.float32)
+    total = F(0)
+    for j in range(len(row)):
+        x = out[j]
+        out[j] = power[j] * (C0 + x * (C1 + x * (C2 + x * (C3 + x * (C4 + x * (C5 + x * C6))))))
+        total += out[j]
+    return total
+
+
+@compiled("UniTuple(float32, 2)(float32[::1], float32, float32, int64)", fastmath=FAST)
+def cut(values, low, high, limit):  # type: ignore[no-untyped-def]
+    """
+    Halve [low, high] until at most `limit` of `values` are >= high, but more than that >= low.
+
+    Only used where more than `limit` are >= low.
+    """
+    for _ in range(HALVINGS):
+        middle = F(0.5) * (low + high)
+        if number(values, middle) > limit:
+            low = middle
+        else:
+            high = middle
+    return low, high
+
+
+@compiled("int64(float32[::1], int32[::1], float32, float32, float32[::1], int32[::1], float32)")
+def enter(values, classes, low, high, out, out_classes, unused):  # type: ignore[no-untyped-def]
+    """
+    Enter the values in [low, high) into a list, the largest of them where it is full.
+
+    Their number; all after them becomes `unused`.
+    """
+    width, spare, count = len(out), 0, number(values, low)
+    least = low
+    if count > width:
+        low, least = cut(values, max(low, values.min()), high, width)
+        spare, count = width - number(values, least), width
+    kept, c = 0, 0
+    while kept < count:
+        above, equal = values[c] >= least, values[c] >= low and spare > 0
+        out[kept] = values[c]  # stays only where the list moves on: no branch
+        out_classes[kept] = classes[c]
+        spare -= equal and not above
+        kept += above or equal
+        c += 1
+    while kept < width and out[kept] != unused:
+        out[kept] = unused
+        kept += 1
+    return count
+
+
+@compiled("UniTuple(uint32, 4)(int32[::1], int64)")
+def four(classes, r):  # type: ignore[no-untyped-def]
+    """Four classes of a list; unsigned, they need no look at whether they count from the end."""
+    k0, k1 = np.uint32(classes[r]), np.uint32(classes[r + 1])
+    return k0, k1, np.uint32(classes[r + 2]), np.uint32(classes[r + 3])
+
+
+@compiled("void(float32, float32[::1], int32[::1], float32[::1])")
+def hear(weight, values, classes, heard):  # type: ignore[no-untyped-def]
+    """Add a list (R,), `weight` times, to `heard` (K,)."""
+    r = 0
+    # Four at a time, in one branch: unused entries add nothing.
+    while r + 4 <= len(values) and values[r] != 0:
+        k0, k1, k2, k3 = four(classes, r)
+        heard[k0] += weight * values[r]
+        heard[k1] += weight * values[r + 1]
+        heard[k2] += weight * values[r + 2]
+        heard[k3] += weight * values[r + 3]
+        r += 4
+    while r < len(values) and values[r] != 0:
+        heard[classes[r]] += weight * values[r]
+        r += 1
+
+
+@compiled("float32(float32[::1], int32[::1], float32[::1])")
+def clear(values, classes, heard):  # type: ignore[no-untyped-def]
+    """Clear `heard` (K,) at the classes of a list (R,); the largest entry, of either sign."""
+    largest, r = F(0), 0
+    while r + 4 <= len(values) and values[r] != 0:
+        k0, k1, k2, k3 = four(classes, r)
+        first, second = max(abs(heard[k0]), abs(heard[k1])), max(abs(heard[k2]), abs(heard[k3]))
+        largest = max(largest, max(first, second))
+        heard[k0] = heard[k1] = heard[k2] = heard[k3] = 0
+        r += 4
+    while r < len(values) and values[r] != 0:
+        largest = max(largest, abs(heard[classes[r]]))
+        heard[classes[r]] = 0
+        r += 1
+    return largest
+
+
+@compiled(
+    "void(int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],float32[::1])"
+)
+def listen(i, offsets, columns, weights, values, classes, heard):  # type: ignore[no-untyped-def]
+    """Add (A z)_i to `heard` (K,)."""
+    for entry in range(offsets[i], offsets[i + 1]):
+        j = columns[entry]
+        hear(weights[entry], values[j], classes[j], heard)
+
+
+@compiled("float32(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])")
+def forget(i, offsets, columns, values, classes, heard):  # type: ignore[no-untyped-def]
+    """Clear what `listen` wrote; its largest entry, of either sign."""
+    largest = F(0)
+    for entry in range(offsets[i], offsets[i + 1]):
+        j = columns[entry]
+        largest = max(largest, clear(values[j], classes[j], heard))
+    return largest
+
+
+@compiled(
+    "void(int64, int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],"
+    "float32[::1], float32[:, ::1], int32[:, ::1], float32[:, ::1], int32[:, ::1], float32[::1],"
+    "float32, int64)"
+)
+def sweep(  # type: ignore[no-untyped-def]
+    start,
+    stop,
+    offsets,
+    columns,
+    weights,
+    base,
+    candidates,
+    tail,
+    z,
+    z_classes,
+    out,
+    out_classes,
+    bound,
+    floor,
+    n_classes,
+):
+    """One sweep over a block of nodes."""
+    heard = np.zeros(n_classes, np.float32)
+    logits = np.empty(base.shape[1] + 1, np.float32)
+    mass = np.empty_like(logits)
+    bits = np.empty(len(logits), np.int32)
+    for i in range(start, stop):
+        fetch_neighbors(i + AHEAD, offsets, columns, z, z_classes)
+        fetch(i + AHEAD, base, candidates)
+        fetch(i + AHEAD, out, out_classes)
+        listen(i, offsets, columns, weights, z, z_classes, heard)
+        n = 0
+        while n < base.shape[1] and base[i, n] > -np.inf:
+            k = candidates[i, n]
+            logits[n] = base[i, n] + heard[k]
+            heard[k] = 0
+            n += 1
+        # The tail is one more class, which hears nothing.
+        logits[n] = F(math.log(tail[i])) if tail[i] > 0 else LOWEST
+        total = exponentials(logits[: n + 1], largest_of(logits[: n + 1]), bits, mass)
+        for c in range(n):
+            mass[c] = max(mass[c] / total, TINY)
+        top = largest_of(mass[:n])
+        low, high = min(floor, top), F(2) * top
+        enter(mass[:n], candidates[i], low, high, out[i], out_classes[i], F(0))
+        unheard = forget(i, offsets, columns, z, z_classes, heard)
+        # Of a tail below rounding nothing is known but that.
+        known = max(tail[i], n_classes * ROUNDING)
+        bound[i] = min(1.0, known * math.expm1(min(unheard, MOST_HEARD)))
+
+
+@compiled(
+    "void(int64, int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],"
+    "int64, float64[::1])"
+)
+def energies(start, stop, offsets, columns, weights, z, classes, n_classes, out):  # type: ignore[no-untyped-def]
+    """Pairwise and entropy terms of a block of nodes."""
+    heard = np.zeros(n_classes, np.float32)
+    pairwise, entropy = 0.0, 0.0
+    for i in range(start, stop):
+        fetch_neighbors(i + AHEAD, offsets, columns, z, classes)
+        listen(i, offsets, columns, weights, z, classes, heard)
+        for r in range(z.shape[1]):
+            if z[i, r] == 0:
+                break
+            pairwise += z[i, r] * heard[classes[i, r]]
+            entropy += z[i, r] * math.log(z[i, r])
+        forget(i, offsets, columns, z, classes, heard)
+    out[0], out[1] = pairwise, entropy
+
+
+SUM_ROWS = 512  # whose features a core's cache holds
+
+
+@compiled(
+    "void(float32[:, ::1], int32[::1], float32[::1], float64[::1])", fastmath={"contract", "nsz"}
+)
+def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
+    """Add rows (n,) of the features times their weights to `out` (d,)."""
+    e = 0
+    while e + 4 <= len(rows):
+        f0, f1, f2, f3 = (
+            features[rows[e]],
+            features[rows[e + 1]],
+            features[rows[e + 2]],
+            features[rows[e + 3]],
+        )
+        w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
+        for x in range(len(out)):
+            first = w0 * f0[x] + w1 * f1[x]
+            out[x] += np.float64(first + (w2 * f2[x] + w3 * f3[x]))
+        e += 4
+    while e < len(rows):
+        f0, w0 = features[rows[e]], weights[e]
+        for x in range(len(out)):
+            out[x] += np.float64(w0 * f0[x])
+        e += 1
+
+
+@compiled(
+    "void(int64, int64, float32[:, ::1], float32[::1], int64[::1], float32[:, ::1], int32[:, ::1],"
+    "float64[:, ::1], float64[::1])"
+)
+def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  # type: ignore[no-untyped-def]
+    """
+    Add the sums, of features less the centre (d,), and masses of the classes from `low` to `high`.
+
+    Rows are added in their order. The class after the last, of `sums` (K + 1, d), takes what they
+    dropped. Entries of some rows at a time are sorted by class, so that a class's sum is read and
+    written once for them.
+    """
+    dropped, width = high == len(sums), z.shape[1]
+    ends = np.empty(high - low + 1, np.int32)
+    rows = np.empty(SUM_ROWS * (width + 1), np.int32)
+    weights = np.empty(len(rows), np.float32)
+    centred = np.empty((SUM_ROWS, features.shape[1]), np.float32)
+    for start in range(0, len(features), SUM_ROWS):
+        n = min(SUM_ROWS, len(features) - start)
+        ends[:] = 0
+        for i in range(n):
+            node = nodes[start + i]
+            fetch(nodes[start + min(i + AHEAD, n - 1)], z, classes)
+            wanted = dropped
+            for r in range(width):
+                if z[node, r] == 0:
+                    break
+                if low <= classes[node, r] < high:
+                    ends[classes[node, r] - low + 1] += 1
+                    wanted = True
+            if wanted:
+                for x in range(len(centre)):
+                    centred[i, x] = features[start + i, x] - centre[x]
+        if dropped:
+            ends[high - low] = n
+        for k in range(high - low):
+            ends[k + 1] += ends[k]
+        for i in range(n):
+            node, rest = nodes[start + i], 1.0
+            for r in range(width + 1):
+                last = r == width or z[node, r] == 0
+                if last and not dropped:
+                    break
+                k, weight = high - 1, F(rest)
+                if not last:
+                    k, weight = classes[node, r], z[node, r]
+                    rest -= np.float64(weight)
+                if low <= k < high:
+                    rows[ends[k - low]], weights[ends[k - low]] = i, weight
+                    ends[k - low] += 1
+                if last:
+                    break
+        first = 0
+        for k in range(low, high):
+            last = ends[k - low]
+            if first < last:
+                add_rows(centred, rows[first:last], weights[first:last], sums[k])
+                for e in range(first, last):
+                    counts[k] += np.float64(weights[e])
+            first = last
+
+
+@compiled("void(float32[:, ::1], float64[::1])")
+def add_squares(rows, out):  # type: ignore[no-untyped-def]
+    """Add the squares of rows (n, d) to `out` (d,)."""
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            x = np.float64(rows[i, j])
+            out[j] += x * x

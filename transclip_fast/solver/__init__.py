@@ -1,0 +1,1 @@
+"""The method: assignments, means and variance in turn, each in closed form."""

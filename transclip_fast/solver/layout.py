@@ -1,0 +1,231 @@
+"""How much memory a solve takes, and what is chosen so that it fits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from transclip_fast.errors import InputError
+from transclip_fast.ops.blocks import gemm_rows, read_rows
+from transclip_fast.parallel import n_threads
+
+CGROUP = Path("/sys/fs/cgroup")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Up to this size z, its successor and its scores stay whole: nothing is gained by lists.
+DENSE_BYTES = 1 << 25
+FEWEST, USUAL = 32, 128  # candidates of a row
+# Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
+ENTRY_BYTES = 24
+SMALL = 1 << 24  # bytes of lists that are no matter, however few candidates would do
+ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
+PROCESS = 700 << 20  # Python, torch, numba and the rest, and what the allocator keeps
+CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
+
+
+def parse_memory(value: str | int | None) -> int | None:
+    """
+    Bytes of "8GiB", "500 MB" or a number.
+
+    K, M, G and T are powers of 1024, with or without "iB" or "B".
+
+    Raises
+    ------
+    InputError
+        Something else, or nothing at all.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(value), re.IGNORECASE)
+    size = float(match[1]) * UNITS[match[2].upper()] if match is not None else 0.0
+    if not isinstance(value, str) or not 1 <= size < 2**63:
+        raise InputError(f"memory must be a size like 8GiB, got {value!r:.60}")
+    return int(size)
+
+
+def show_bytes(number: float) -> str:
+    """A size for a reader."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    status = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
+    return 1024 * int(status.split()[0])
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on the CPU, with what the cache of files gives back."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    available = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+    free = 1024 * int(available.split()[0])
+    most, now = (CGROUP / name for name in ("memory.max", "memory.current"))
+    if most.exists() and most.read_text().strip() != "max":  # of a container
+        free = min(free, max(0, int(most.read_text()) - int(now.read_text())))
+    return free
+
+
+def limit_of(device: torch.device, memory: int | None) -> int:
+    """Bytes that the process, or what it has on a GPU, may reach: as told, or what is free."""
+    if memory is not None:
+        return memory
+    return free_bytes(device) + (resident_bytes() if device.type == "cpu" else 0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    Of a problem.
+
+    Parameters
+    ----------
+    n_rows, n_classes, dim, n_neighbors : int
+        N, K, d, k.
+    stored : int
+        Bytes of the features in files; 0 where they are in memory.
+    given : int
+        Bytes that the process has before a solve: features in memory, and a given prior.
+    copied : bool
+        Whether features held on the device are a copy of what is given.
+    linear : bool
+        Whether the prior is one of prototypes.
+    runs : int
+        Values of gamma that are tried.
+    """
+
+    n_rows: int
+    n_classes: int
+    dim: int
+    n_neighbors: int = 3
+    stored: int = 0
+    given: int = 0
+    copied: bool = True
+    linear: bool = True
+    runs: int = 1
+
+    def used(self, device: torch.device) -> int:
+        """What is there before a solve; not what is measured, so that it is the same each time."""
+        return PROCESS + self.given if device.type == "cpu" else 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How a solve is laid out in memory.
+
+    Parameters
+    ----------
+    candidates : int or None
+        Classes of a row that are kept at most; None where all are (dense).
+    held : bool
+        Features are held on the device; otherwise each pass reads them from where they are.
+    """
+
+    candidates: int | None
+    held: bool
+
+    def bytes(self, size: Size, device: torch.device) -> dict[str, int]:
+        """What each part of a solve takes on the device, at its largest."""
+        n, n_classes, d, k = size.n_rows, size.n_classes, size.dim, size.n_neighbors
+        workers = n_threads() if device.type == "cpu" else 1
+        read = 4 * d * min(n, read_rows(device))
+        kept, lists = 4 * n_classes, 12 * n_classes
+        if self.candidates is not None:
+            kept, lists = 8 * self.candidates, ENTRY_BYTES * self.candidates
+        best = kept if size.runs > 1 else 0  # of the runs so far
+        return {
+            "features": 4 * n * d if self.held and size.copied else 0,
+            "graph": n * (12 * k + 8 + 24 * k),  # lists, and both ends of each edge
+            "assignments": n * (lists + best + ROW_BYTES),
+            "classes": CLASS_MATRICES * 8 * n_classes * d,
+            "blocks": 2 * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
+        }
+
+
+def sweep_bytes(size: Size, candidates: int | None) -> int:
+    """
+    Bytes a row that a sweep moves at most: scores, result, edges, and what each neighbour holds.
+
+    Whole rows are float32, entries of lists have an int32 beside it; both ends of an edge hear.
+    """
+    entries = 4 * size.n_classes if candidates is None else 8 * min(candidates, size.n_classes)
+    return 2 * entries + 2 * size.n_neighbors * (12 + entries)
+
+
+def dense_pays(size: Size, device: torch.device, room: int) -> bool:
+    """
+    Whether whole rows are better than lists: for small problems; on a GPU, where bytes are the
+    time of a sweep, also where they are fewer even than those of the shortest full lists, and fit
+    half of `room`.
+    """
+    whole = 12 * size.n_rows * size.n_classes
+    if whole <= DENSE_BYTES or device.type == "cpu":
+        return whole <= DENSE_BYTES
+    return sweep_bytes(size, None) <= sweep_bytes(size, FEWEST) and whole <= room // 2
+
+
+def choose_layout(
+    size: Size,
+    device: torch.device,
+    *,
+    form: str,
+    candidates: int | None = None,
+    memory: int | None = None,
+) -> Layout:
+    """
+    The layout that fits: lists of the usual length first, then features held, then shorter lists.
+
+    Parameters
+    ----------
+    form : {"auto", "dense", "sparse"}
+        "auto" is dense where `dense_pays`.
+    candidates : int, optional
+        C, where it is given.
+    memory : int, optional
+        Bytes for the process, and on a GPU for what is on it; what is free where not given.
+
+    Raises
+    ------
+    InputError
+        Nothing fits.
+    """
+    used, limit = size.used(device), limit_of(device, memory)
+    room = limit - used
+    if form == "auto" and candidates is None:
+        form = "dense" if dense_pays(size, device, room) else "sparse"
+    layout = Layout(None, held=False)
+    if form == "sparse":
+        fixed = sum(Layout(0, held=False).bytes(size, device).values())
+        fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
+        chosen = candidates or max(USUAL, SMALL // (ENTRY_BYTES * size.n_rows))
+        while candidates is None and chosen > FEWEST and min(chosen, size.n_classes) > fits:
+            chosen = max(FEWEST, chosen // 2)  # in steps: a little less memory changes no result
+        layout = replace(layout, candidates=min(chosen, size.n_classes))
+    needed = used + sum(layout.bytes(size, device).values())
+    if needed > limit:
+        remedy = "allow more, or solve fewer rows at a time"
+        if form == "dense" and size.n_classes > FEWEST:
+            remedy = "choose assignments='sparse', or allow more"
+        raise InputError(
+            f"memory: {size.n_rows:,} rows and {size.n_classes:,} classes, {form}, need at least "
+            f"{show_bytes(needed)}, there are {show_bytes(limit)}; {remedy}"
+        )
+    held = replace(layout, held=True)
+    return held if sum(held.bytes(size, device).values()) <= room else layout

@@ -1,0 +1,130 @@
+"""The Gaussian mixture: one mean a class, one diagonal covariance for all (paper, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from transclip_fast.data.feature_rows import UnitRows
+
+COVARIANCES = ("diagonal", "isotropic")
+# Times 1/d. One real backbone reaches a variance of 4.5e-7; a larger floor changes labels.
+VARIANCE_FLOOR = 1e-6
+# Below this the float32 entries of z are so close to underflow that their mean is noise.
+MASS_FLOOR = 1e-30
+
+
+@dataclass(frozen=True)
+class Moments:
+    """
+    Weighted sums over rows: all that the means, the variance and the objective need of them.
+
+    `counts` (K,) is sum_i z_ik, `sums` (K, d) is Z^T F, `squares` (d,) is sum_i f_id^2, all
+    float64.
+    """
+
+    counts: torch.Tensor
+    sums: torch.Tensor
+    squares: torch.Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.counts + other.counts, self.sums + other.sums, self.squares + other.squares
+        )
+
+    def __mul__(self, weight: float) -> Moments:
+        return Moments(self.counts * weight, self.sums * weight, self.squares * weight)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Means mu (K, d) and variances sigma^2 (d,), float64."""
+
+    means: torch.Tensor
+    variances: torch.Tensor
+
+    @classmethod
+    def start(
+        cls,
+        log_weights: torch.Tensor,
+        rows: torch.Tensor,
+        features: UnitRows,
+        shots: Moments | None = None,
+    ) -> Mixture:
+        """
+        Each class at its 8 most confident rows, or at its labelled shots; sigma^2 = 1/d.
+
+        Parameters
+        ----------
+        log_weights, rows : Tensor (8, K), (8, K) int64
+            The largest log y_hat of each class, largest first, and their rows.
+        shots : Moments, optional
+            Of the support rows; a class without shots starts as in zero-shot.
+        """
+        # A unit mean does not depend on the scale of its weights: the largest becomes 1, so that
+        # they cannot all underflow. A class excluded everywhere weighs its rows alike.
+        largest = log_weights[:1]
+        relative = torch.where(largest.isfinite(), log_weights - largest, 0)
+        weights = relative.double().exp()
+        means = torch.zeros(
+            rows.shape[1], features.shape[1], dtype=torch.float64, device=features.device
+        )
+        for weight, row in zip(weights, rows, strict=True):
+            means += weight[:, None] * features[row]
+        if shots is not None:
+            means = torch.where((shots.counts > 0)[:, None], shots.sums, means)
+        d = features.shape[1]
+        return cls(_unit(means), means.new_full((d,), 1 / d))
+
+    def to(self, device: torch.device) -> Mixture:
+        """The same on another device."""
+        return Mixture(self.means.to(device), self.variances.to(device))
+
+    def update_means(self, moments: Moments, *, unit: bool = True) -> Mixture:
+        """mu_k <- unit(sum_i z_ik f_i), or the plain mean; a class without mass keeps its mean."""
+        means = _unit(moments.sums) if unit else moments.sums / moments.counts[:, None]
+        has_mass = moments.counts > MASS_FLOOR
+        return replace(self, means=torch.where(has_mass[:, None], means, self.means))
+
+    def update_variance(self, moments: Moments, *, covariance: str = "diagonal") -> Mixture:
+        """
+        sigma^2 <- sum_ik z_ik (f_i - mu_k)^2 / sum_ik z_ik, in closed form from the moments.
+
+        Rows of z sum to 1, hence sum_ik z_ik f_i^2 = sum_i f_i^2. The means are the new ones.
+        """
+        spread = self._spread(moments) / moments.counts.sum()
+        variances = spread.clamp_min(VARIANCE_FLOOR / len(spread))
+        if covariance == "isotropic":
+            variances = variances.mean().expand_as(variances).contiguous()
+        return replace(self, variances=variances)
+
+    def linear_score(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        g_ik = f_i . weights_k + offset_k up to a constant per row, which the softmax drops.
+
+        Returns
+        -------
+        weights : Tensor (K, d) float64
+            mu_k / sigma^2.
+        offset : Tensor (K,) float64
+            -1/2 sum_d mu_kd^2 / sigma_d^2.
+        """
+        weights = self.means / self.variances
+        return weights, -0.5 * (weights * self.means).sum(1)
+
+    def log_likelihood(self, moments: Moments) -> torch.Tensor:
+        """sum_ik z_ik (g_ik - 1/2 sum_d log sigma_d^2), constants dropped; float64 scalar."""
+        mahalanobis = (self._spread(moments) / self.variances).sum()
+        return -0.5 * (mahalanobis + moments.counts.sum() * self.variances.log().sum())
+
+    def _spread(self, moments: Moments) -> torch.Tensor:
+        """sum_ik z_ik (f_id - mu_kd)^2, (d,)."""
+        cross = (self.means * moments.sums).sum(0)
+        own = torch.mv(self.means.square().T, moments.counts)
+        return moments.squares - 2 * cross + own
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)

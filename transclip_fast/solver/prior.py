@@ -1,0 +1,86 @@
+"""The text prediction y_hat that the KL term ties the assignments to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.device import exact_float32
+from transclip_fast.ops.torch_backend import linear_log_prior
+
+ROWS = 16384
+
+
+@dataclass(frozen=True)
+class LinearPrior:
+    """
+    log y_hat = log_softmax(tau F V^T) for prototypes V: text embeddings, or another method's.
+
+    `weights` (K, d) float32 is tau V less its mean over the classes, which cancels in the softmax
+    and would only cost digits.
+    """
+
+    weights: torch.Tensor
+    log_probabilities: None = None  # linear in F, so it joins the score's GEMM instead
+
+    @classmethod
+    def from_prototypes(cls, prototypes: torch.Tensor, logit_scale: float) -> LinearPrior:
+        weights = prototypes.double() * logit_scale
+        return cls((weights - weights.mean(0)).float())
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.weights)
+
+    def to(self, device: torch.device) -> LinearPrior:
+        return LinearPrior(self.weights.to(device))
+
+    def at(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """log y_hat (n, K) of the rows `ids` (n,), which are `rows` (n, d)."""
+        return linear_log_prior(rows, self.weights)
+
+    def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
+        """Most likely class (N,) int64 of each row and its probability (N,) float32."""
+        return _most_likely(linear_log_prior(rows, self.weights) for rows in _blocks(features))
+
+
+@dataclass(frozen=True)
+class GivenPrior:
+    """log y_hat (N, K) float32 given row by row by another method; -inf excludes a class."""
+
+    log_probabilities: torch.Tensor
+    weights: None = None
+
+    @property
+    def n_classes(self) -> int:
+        return self.log_probabilities.shape[1]
+
+    def to(self, device: torch.device) -> GivenPrior:
+        return GivenPrior(self.log_probabilities.to(device))
+
+    def at(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """log y_hat (n, K) of the rows `ids` (n,), which are `rows` (n, d)."""
+        return self.log_probabilities[ids]
+
+    def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
+        """Most likely class (N,) int64 of each row and its probability (N,) float32."""
+        return _most_likely(_blocks(self.log_probabilities))
+
+
+Prior = LinearPrior | GivenPrior
+
+
+def _blocks(rows: UnitRows) -> Iterator[torch.Tensor]:
+    for start in range(0, len(rows), ROWS):
+        yield rows[start : start + ROWS]
+
+
+def _most_likely(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    with exact_float32():
+        best = [block.max(1) for block in blocks]
+    labels = torch.cat([block.indices for block in best])
+    return labels.cpu().numpy(), torch.cat([block.values for block in best]).exp().cpu().numpy()

@@ -1,0 +1,228 @@
+"""
+Folders of few-shot caches, one array a .pt file, as published code leaves them.
+
+| file | array | left by |
+|---|---|---|
+| `test_f.pt`, `test_l.pt` | queries (N, d), their labels (N,) | Tip-Adapter, TransCLIP |
+| `val_f.pt`, `val_l.pt` | validation rows (V, d), labels (V,) | Tip-Adapter, TransCLIP |
+| `keys_<n>shots.pt` | support (d, M), or (views, M, d) | Tip-Adapter, or TransCLIP |
+| `values_<n>shots.pt` | its labels, one-hot (M, classes up to the last that has shots) | both |
+| `text_weights*.pt` | texts (d, K) | APE |
+| `text_features.pt`, `image_features.pt` | texts (K, d), queries (N, d) | TransCLIP |
+| `logits.pt` | another method's probabilities, or logits (N, K) | TransCLIP |
+| `images.pt`, `classes.pt`, `texts_*.pt` | queries, labels, texts (K, d) | RS-TransCLIP |
+
+Half precision as a rule. Repositories: gaopengcuhk/Tip-Adapter, yangyangyang127/APE,
+MaxZanella/transduction-for-vlms, elkhouryk/RS-TransCLIP.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transclip_fast.data.checks import PROBABILITY_TOLERANCE, ListedPrior
+from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import inside, one_array, read_array, read_arrays
+
+FILES = {
+    "image_features": ("test_f.pt", "image_features.pt", "images.pt"),
+    "labels": ("test_l.pt", "classes.pt"),
+    "text_features": ("text_features.pt", "text_weights*.pt", "texts_*.pt"),
+    "validation_features": ("val_f.pt",),
+    "validation_labels": ("val_l.pt",),
+    "prior_logits": ("logits.pt",),
+}
+KEYS, VALUES = "keys_*shots.pt", "values_*shots.pt"
+PRIORS = {"prior", "prior_logits", "prototypes"}
+SUPPORT = {"support_features", "support_labels"}
+NEARLY_UNIT = 1e-2  # half precision rows are
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Say whether a folder holds queries as one of the .pt files above."""
+    return any(os.path.isfile(Path(folder) / name) for name in FILES["image_features"])
+
+
+def read_cache(
+    folder: Path, *, shots: int | None = None, without: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    The arrays of a folder by the names in `transclip_fast.store.features.ARRAYS`, and their files.
+
+    Parameters
+    ----------
+    shots : int, optional
+        Which support; 0 for none. Not needed where there is one at most.
+    without : collection of str, optional
+        Arrays that are given otherwise, so that they and what they replace are not read.
+
+    Raises
+    ------
+    InputError
+        Several files for one array, no support of that many shots or half of one, or a file that
+        cannot be read.
+    """
+    files = {}
+    for name, patterns in FILES.items():
+        if name in without or (name in PRIORS and PRIORS & set(without)):
+            continue
+        found = [file for pattern in patterns for file in _matching(folder, pattern)]
+        if len(found) > 1:
+            flag = "as FEATURES" if name == "image_features" else f"with --{name.replace('_', '-')}"
+            raise InputError(f"{folder}: has {' and '.join(found)}; name one {flag}")
+        if found:
+            files[name] = found[0]
+    if not SUPPORT & set(without):
+        files |= _support(folder, shots)
+    elif shots:
+        raise InputError(f"{folder}: give --shots or the files of the support, not both")
+    arrays: dict[str, Any] = {}
+    for name, file in files.items():
+        path = inside(folder, file)
+        array = read_array(path, name)
+        arrays[name] = as_rows(path, array, arrays.get("image_features", array))
+    if "prior_logits" in arrays and _sums_to_one(arrays["prior_logits"]):
+        arrays["prior"], files["prior"] = arrays.pop("prior_logits"), files.pop("prior_logits")
+    return arrays, {name: str(folder / file) for name, file in files.items()}
+
+
+def as_rows(path: Path, array: Any, image_features: Any) -> Any:
+    """
+    An array of such a file, by the file's name, with one row a shot or class; others as they are.
+
+    Keys and texts have the columns of the image features (N, d), several views become their unit
+    mean, one-hot labels become class indices.
+
+    Raises
+    ------
+    InputError
+        Labels that are not one-hot.
+    """
+    if fnmatch(path.name, VALUES) and array.ndim == 2:
+        hot = array == 1
+        wrong = (hot.sum(1) != 1) | ((array != 0).sum(1) != 1)
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise InputError(f"{path}: row {row} is not one-hot; give class indices (M,)")
+        return hot.float().argmax(1)
+    if not any(fnmatch(path.name, pattern) for pattern in (KEYS, *FILES["text_features"])):
+        return array
+    if array.ndim == 3 and len(array):
+        array = _unit(array.float().mean(0)) if len(array) > 1 else array[0]
+    d = image_features.shape[-1] if image_features.ndim else 0
+    if array.ndim == 2 and len(array) == d and not (array.shape[1] == d and _are_unit(array)):
+        return array.T
+    return array
+
+
+def _support(folder: Path, shots: int | None) -> dict[str, str]:
+    """The file of the support's features and of its labels."""
+    numbers = {
+        kind: sorted(
+            int(match[1])
+            for file in _matching(folder, kind)
+            if (match := re.fullmatch(kind.replace("*", r"(\d+)").replace(".", r"\."), file))
+        )
+        for kind in (KEYS, VALUES)
+    }
+    there = numbers[KEYS]
+    if shots == 0 or (shots is None and not there):
+        return {}
+    if shots is None and len(there) > 1:
+        found = ", ".join(map(str, there))
+        raise InputError(
+            f"{folder}: has supports of {found} shots; name one with --shots, or 0 for none"
+        )
+    number = there[0] if shots is None else shots
+    for kind, known in numbers.items():
+        if number not in known:
+            raise InputError(f"{folder}: has no {kind.replace('*', str(number))}")
+    names = (kind.replace("*", str(number)) for kind in (KEYS, VALUES))
+    return dict(zip(("support_features", "support_labels"), names, strict=True))
+
+
+def _matching(folder: Path, pattern: str) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if fnmatch(name, pattern))
+
+
+def _sums_to_one(array: torch.Tensor) -> bool:
+    rows = array.float()
+    return bool(
+        rows.ndim == 2
+        and (rows >= 0).all()
+        and ((rows.sum(1) - 1).abs() <= PROBABILITY_TOLERANCE).all()
+    )
+
+
+def _are_unit(rows: torch.Tensor) -> bool:
+    return bool(((torch.linalg.vector_norm(rows.float(), dim=1) - 1).abs() < NEARLY_UNIT).all())
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+LISTS = ("prior_indices", "prior_values")  # (N, m) each
+CSR = ("data", "indices", "indptr", "shape")  # as scipy.sparse.save_npz writes it
+
+
+def read_prior(path: str | Path) -> Any:
+    """
+    The prior in a file: an array (N, K), what `listed_prior` finds, or a scipy CSR array.
+
+    Raises
+    ------
+    InputError
+        As `read_arrays`, `one_array` and `listed_prior`, and another sparse format of scipy.
+    """
+    arrays = read_arrays(path)
+    if all(name in arrays for name in CSR):
+        return _csr(arrays, str(path))
+    listed = listed_prior(arrays, str(path))
+    return one_array(arrays, path, "prior") if listed is None else listed
+
+
+def listed_prior(arrays: Mapping[str, Any], origin: str) -> ListedPrior | None:
+    """
+    The sparse prior among the arrays of a file, or None.
+
+    `prior_indices` (N, m) are the classes that a row names, `prior_values` (N, m) their
+    probabilities.
+
+    Raises
+    ------
+    InputError
+        One array without the other, shapes that differ, or a whole prior beside them.
+    """
+    if not any(name in arrays for name in LISTS):
+        return None
+    if not all(name in arrays for name in LISTS):
+        raise InputError(f"{origin}: {' and '.join(LISTS)} come together; one is missing")
+    if "prior" in arrays:
+        raise InputError(f"{origin}: has prior and {LISTS[0]}; leave one of them out")
+    classes, values = (arrays[name] for name in LISTS)
+    shapes = tuple(classes.shape), tuple(values.shape)
+    if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
+        raise InputError(
+            f"{origin}: {LISTS[0]} has shape {shapes[0]}, {LISTS[1]} {shapes[1]}; give both as "
+            "(rows, classes a row)"
+        )
+    n_rows, width = shapes[0]
+    return ListedPrior(np.arange(n_rows + 1) * width, classes.reshape(-1), values.reshape(-1))
+
+
+def _csr(arrays: Mapping[str, Any], origin: str) -> ListedPrior:
+    if np.asarray(arrays.get("format", "csr")).tolist() not in (b"csr", "csr"):
+        raise InputError(f"{origin}: is a sparse array in another format; save it with .tocsr()")
+    shape = np.asarray(arrays["shape"])
+    if shape.shape != (2,) or shape.dtype.kind not in "iu" or (shape < 1).any():
+        raise InputError(f"{origin}: shape must be (rows, classes), got {shape.tolist()}")
+    return ListedPrior(arrays["indptr"], arrays["indices"], arrays["data"], int(shape[1]))

@@ -1,0 +1,110 @@
+"""Linear maps trained beside a frozen encoder: of arrays, and from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transclip_fast.data.checks import as_matrix
+from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import one_array, read_arrays
+from transclip_fast.store.features import Features, array_sha256
+
+BLOCK_ROWS = 8192
+
+
+def linear_map(
+    rows: Any, weight: Any, bias: Any = None, *, names: tuple[str, str] = ("rows", "weight")
+) -> torch.Tensor:
+    """
+    unit(A x + b) of each row x, as LABCLIP maps text embeddings (arXiv:2502.03566).
+
+    Parameters
+    ----------
+    rows : array_like (n, d)
+        Embeddings; unit rows or not, they are mapped as they are.
+    weight : array_like (e, d)
+        A, as in `torch.nn.Linear`.
+    bias : array_like (e,), optional
+        b.
+    names : tuple of str
+        What rows and weight are called in errors.
+
+    Returns
+    -------
+    Tensor (n, e) float32
+
+    Raises
+    ------
+    InputError
+        Arrays that do not fit each other, that are not finite, or a row that is mapped to zero.
+    """
+    matrix = as_matrix(rows, names[0])
+    a = as_matrix(weight, names[1])
+    if a.shape[1] != matrix.shape[1]:
+        raise InputError(
+            f"{names[1]}: has {a.shape[1]} columns, expected {matrix.shape[1]}, those of "
+            f"{names[0]}; was it trained on another model?"
+        )
+    b = torch.zeros(1, len(a))
+    if bias is not None:
+        row = bias[None] if isinstance(bias, torch.Tensor) else np.asarray(bias)[None]
+        b = as_matrix(row, f"{names[1]}: bias", columns=len(a))
+    mapped = torch.empty(len(matrix), len(a))
+    for start in range(0, len(matrix), BLOCK_ROWS):
+        block = matrix[start : start + BLOCK_ROWS].double() @ a.double().T + b.double()
+        norms = torch.linalg.vector_norm(block, dim=1, keepdim=True)
+        wrong = ~((norms > 0) & norms.isfinite())
+        if wrong.any():
+            first = start + int(wrong.nonzero()[0, 0])
+            raise InputError(f"{names[1]}: maps row {first} of {names[0]} to no direction")
+        mapped[start : start + BLOCK_ROWS] = (block / norms).float()
+    return mapped
+
+
+MAPPED = {
+    "text": ("text_features",),
+    "image": ("image_features", "support_features", "validation_features"),
+}
+
+
+def map_features(features: Features, **files: str | None) -> None:
+    """
+    Replace embeddings A x + b, made unit, for those in `features`, and keep the maps' hashes.
+
+    Parameters
+    ----------
+    features : Features
+    **files : path, optional
+        `text`, a map of the text features, and `image`, of queries, support and validation rows:
+        a file with the matrix A (e, d), or a `torch.nn.Linear`'s `weight` and `bias`.
+
+    Raises
+    ------
+    InputError
+        A file that cannot be read or holds something else, or a map that does not fit.
+    """
+    for kind, file in files.items():
+        if file is None:
+            continue
+        weight, bias = _read_map(Path(file))
+        present = [name for name in MAPPED[kind] if features.get(name) is not None]
+        if not present:
+            raise InputError(f"{file}: there are no {kind} features to map")
+        for name in present:
+            names = (features.origins[name], str(file))
+            features.arrays[name] = linear_map(features.arrays[name], weight, bias, names=names)
+        hashes = [array_sha256(array) for array in (weight, bias) if array is not None]
+        features.maps[f"{kind}_map"] = " ".join(hashes)
+
+
+def _read_map(path: Path) -> tuple[Any, Any]:
+    """A and, where there is one, b."""
+    arrays = read_arrays(path)
+    parts = {name.rpartition(".")[2]: array for name, array in arrays.items()}
+    if "weight" not in parts or len(parts) < len(arrays):
+        return one_array(arrays, path, "weight"), None
+    return parts["weight"], parts.get("bias")

@@ -1,0 +1,321 @@
+"""
+Plain data that travels between graph, solver and operations.
+
+The (N, K) arrays, z and its scores, are dense, or sparse: cut to each row's largest entries. Dense
+ones keep every class of every row, in class order; their `classes` is None. Sparse ones keep lists:
+row i holds class `classes[i, c]` with `values[i, c]`, the entries in use first. Only `ops` relies
+on the form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from transclip_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+# z below this is left out; the mass of what is left out is dealt with as a whole.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class NeighborGraph:
+    """
+    Directed k-nearest-neighbour lists, best first.
+
+    Parameters
+    ----------
+    neighbors : ndarray (N, k) int64
+        Row ids, -1 where there is none.
+    similarities : ndarray (N, k) float32
+        Inner products with the neighbours.
+    info : mapping
+        How the lists were made: at least `method` and `recall`.
+    """
+
+    neighbors: np.ndarray
+    similarities: np.ndarray
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.neighbors)
+
+    @property
+    def n_neighbors(self) -> int:
+        return int(self.neighbors.shape[1])
+
+    def sha256(self) -> str:
+        """Hash of the lists."""
+        digest = hashlib.sha256(self.neighbors.tobytes())
+        digest.update(self.similarities.tobytes())
+        return digest.hexdigest()
+
+    def check(self, n_rows: int, n_neighbors: int, name: str = "graph") -> NeighborGraph:
+        """
+        The graph cut to its `n_neighbors` best, once it is known to fit `n_rows` rows.
+
+        Raises
+        ------
+        InputError
+            Other number of rows, shorter lists, or ids that are no row.
+        """
+        if self.neighbors.shape != self.similarities.shape or self.neighbors.ndim != 2:
+            raise InputError(f"{name}: neighbors and similarities differ in shape")
+        if len(self) != n_rows:
+            raise InputError(f"{name}: has {len(self)} rows, the features have {n_rows}")
+        if self.n_neighbors < n_neighbors:
+            raise InputError(
+                f"{name}: lists have {self.n_neighbors} neighbours, {n_neighbors} are needed; "
+                "build the graph again or lower n_neighbors"
+            )
+        if self.neighbors.dtype.kind != "i":
+            raise InputError(f"{name}: neighbors must be integers, got {self.neighbors.dtype}")
+        neighbors = self.neighbors[:, :n_neighbors]
+        similarities = self.similarities[:, :n_neighbors]
+        wrong = (neighbors < -1) | (neighbors >= n_rows)
+        wrong |= neighbors == np.arange(n_rows)[:, None]
+        wrong |= ~np.isfinite(similarities)
+        if wrong.any():
+            row = int(wrong.any(1).argmax())
+            raise InputError(f"{name}: row {row} has an impossible neighbour; build it again")
+        return NeighborGraph(neighbors, similarities, self.info)
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """
+    A (N, N) in rows of entries; two entries of a row may name the same column.
+
+    `offsets` (N + 1,) int64 bounds each row's part of `columns` (E,) int64 and `weights` (E,)
+    float32.
+    """
+
+    offsets: torch.Tensor
+    columns: torch.Tensor
+    weights: torch.Tensor
+
+    def max_message(self) -> torch.Tensor:
+        """sum_j |A_ij| (N,) float32: z_j being a distribution, no message moves further."""
+        lengths = self.offsets.diff()
+        return torch.segment_reduce(self.weights.abs(), "sum", lengths=lengths, initial=0.0)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """
+    A sparse (N, K) array in rows of entries; no row names a class twice.
+
+    `offsets` (N + 1,) int64 bounds each row's part of `classes` (E,) int64 and `weights` (E,)
+    float32.
+    """
+
+    offsets: torch.Tensor
+    classes: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, rows: torch.Tensor, classes: torch.Tensor, weights: torch.Tensor, n_rows: int
+    ) -> Messages:
+        """Entries sorted by row."""
+        lengths = torch.bincount(rows, minlength=n_rows)
+        offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        return cls(offsets, classes, weights)
+
+    def rows(self) -> torch.Tensor:
+        """Row of each entry, (E,) int64."""
+        return torch.repeat_interleave(self.offsets.diff())
+
+    def add_to(self, block: torch.Tensor, rows: slice) -> None:
+        """Add the messages to `rows` to their base scores, a block (n, K), in place."""
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        local = torch.repeat_interleave(offsets.diff())
+        block[local, self.classes[entries]] += self.weights[entries]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """
+    What the short form keeps of a row.
+
+    Parameters
+    ----------
+    candidates : int
+        C, classes of the base score at most.
+    rank : int
+        R, classes of z at most, no more than C.
+    floor : float
+        z below it is dropped, and so are candidates that no message can lift to it. The largest
+        entry of a row always stays.
+    """
+
+    candidates: int
+    rank: int
+    floor: float = FLOOR
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    Base scores b, up to a constant per row.
+
+    Parameters
+    ----------
+    values : Tensor (N, K) or (N, C) float32
+        b; in the short form b less the row's log-sum-exp over all K classes, -inf where unused.
+    classes : Tensor (N, C) int32, optional
+        Candidates.
+    n_classes : int
+        K.
+    tail : Tensor (N,) float32
+        Mass of softmax(b) outside the candidates.
+    least : Tensor (N,) float32
+        Short form: a class is a candidate if its entry of `values` is at least this.
+    """
+
+    values: torch.Tensor
+    classes: torch.Tensor | None
+    n_classes: int
+    tail: torch.Tensor
+    least: torch.Tensor
+
+    @classmethod
+    def empty(cls, reach: torch.Tensor, n_classes: int, truncation: Truncation | None) -> Scores:
+        """
+        Room for the scores of N rows.
+
+        Parameters
+        ----------
+        reach : Tensor (N,) float32
+            The most nats by which messages can move a class of a row against another.
+        """
+        floor = torch.tensor(0.0 if truncation is None else truncation.floor, dtype=reach.dtype)
+        least, tail = floor.log().to(reach.device) - reach, torch.zeros_like(reach)
+        if truncation is None:
+            return cls(reach.new_empty(len(reach), n_classes), None, n_classes, tail, least)
+        shape = len(reach), truncation.candidates
+        classes = torch.zeros(shape, dtype=torch.int32, device=reach.device)
+        values = torch.full_like(classes, -torch.inf, dtype=reach.dtype)
+        return cls(values, classes, n_classes, tail, least)
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """
+    Soft assignments z (N, K); rows sum to 1, in the short form to 1 less what was dropped.
+
+    Parameters
+    ----------
+    values : Tensor (N, K) or (N, R) float32
+        0 where unused.
+    classes : Tensor (N, R) int32, optional
+    n_classes : int
+        K.
+    bound : Tensor (N,) float32
+        The mass that the last sweep may have misplaced because messages reached classes that are
+        no candidates.
+    floor : float
+        Short form: entries below it are dropped, except a row's largest.
+    """
+
+    values: torch.Tensor
+    classes: torch.Tensor | None
+    n_classes: int
+    bound: torch.Tensor
+    floor: float = 0.0
+
+    @classmethod
+    def empty(
+        cls, n_rows: int, n_classes: int, truncation: Truncation | None, device: torch.device
+    ) -> Assignments:
+        """Room for the assignments of N rows."""
+        bound = torch.zeros(n_rows, dtype=torch.float32, device=device)
+        if truncation is None:
+            return cls(bound.new_zeros(n_rows, n_classes), None, n_classes, bound)
+        values = bound.new_zeros(n_rows, truncation.rank)
+        classes = torch.zeros_like(values, dtype=torch.int32)
+        return cls(values, classes, n_classes, bound, truncation.floor)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most likely class of each row (N,) int64, the lowest of equal ones, and its z (N,)."""
+        largest = self.values.max(1)
+        if self.classes is None:
+            return largest.indices, largest.values
+        others = torch.where(self.values == largest.values[:, None], self.classes, self.n_classes)
+        return others.amin(1).long(), largest.values
+
+    def empty_like(self) -> Assignments:
+        """Room for another z of the same form."""
+        classes = None if self.classes is None else torch.zeros_like(self.classes)
+        values, bound = torch.zeros_like(self.values), torch.zeros_like(self.bound)
+        return replace(self, values=values, classes=classes, bound=bound)
+
+    def take(self, rows: torch.Tensor | slice) -> Assignments:
+        """The rows given by index (n,) int64, in that order."""
+        classes = None if self.classes is None else self.classes[rows]
+        return replace(self, values=self.values[rows], classes=classes, bound=self.bound[rows])
+
+    def at(self, rows: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """z of pairs of a row and a class, (E,)."""
+        if self.classes is None:
+            return self.values[rows, classes]
+        return torch.where(self.classes[rows] == classes[:, None], self.values[rows], 0).sum(1)
+
+    def dense(self, classes: slice = slice(None)) -> torch.Tensor:
+        """z of consecutive classes, of all if not told, as an (N, n) float32 tensor."""
+        if self.classes is None:
+            return self.values[:, classes]
+        start, stop, _ = classes.indices(self.n_classes)
+        places = self.classes.long() - start
+        inside = (places >= 0) & (places < stop - start)
+        whole = self.values.new_zeros(len(self), stop - start)
+        return whole.scatter_add_(1, places.where(inside, 0), self.values.where(inside, 0))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `restore` needs; in the short form the entries in use, as they come first."""
+        if self.classes is None:
+            return {"z": self.values.cpu().numpy()}
+        used = self.values > 0
+        return {
+            "z": self.values[used].cpu().numpy(),
+            "classes": self.classes[used].cpu().numpy(),
+            "lengths": used.sum(1, dtype=torch.int32).cpu().numpy(),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over an earlier `state`, in place."""
+        z = torch.from_numpy(state["z"]).to(self.values.device)
+        if self.classes is None:
+            self.values.copy_(z)
+            return
+        lengths = torch.from_numpy(state["lengths"]).to(z.device)
+        used = torch.arange(self.values.shape[1], device=z.device) < lengths[:, None]
+        self.values.zero_()[used] = z
+        self.classes[used] = torch.from_numpy(state["classes"]).to(z.device)
+
+    def numpy(self) -> np.ndarray | sparse.csr_array:
+        """z (N, K) as an array, in the short form as scipy's CSR."""
+        if self.classes is None:
+            return self.values.cpu().numpy()
+        from scipy import sparse  # a GPU machine with numpy and torch alone never comes here
+
+        values, classes = self.values.cpu().numpy(), self.classes.cpu().numpy()
+        used = values > 0
+        offsets = np.concatenate([[0], used.sum(1).cumsum()])
+        shape = len(self), self.n_classes
+        table = sparse.csr_array((values[used], classes[used], offsets), shape)
+        table.sort_indices()
+        return table
