@@ -144,6 +144,32 @@ class Messages:
 
 
 @dataclass(frozen=True)
+class LinearScore:
+    """
+    What every backend computes: b = F P^T + c + prior_weight log y_hat + messages.
+
+    Parameters
+    ----------
+    weights : Tensor (K, d) float32
+        P.
+    offset : Tensor (K,) float32
+        c.
+    log_prior : Tensor (N, K) float32, optional
+        log y_hat of a prior that is not linear in the features; -inf excludes a class.
+    prior_weight : float
+        Of `log_prior`.
+    messages : Messages, optional
+        Of the support, by rows of the features.
+    """
+
+    weights: torch.Tensor
+    offset: torch.Tensor
+    log_prior: torch.Tensor | None = None
+    prior_weight: float = 1.0
+    messages: Messages | None = None
+
+
+@dataclass(frozen=True)
 class Truncation:
     """
     What the short form keeps of a row.
@@ -179,34 +205,36 @@ class Scores:
         K.
     tail : Tensor (N,) float32
         Mass of softmax(b) outside the candidates.
-    least : Tensor (N,) float32
-        Short form: a class is a candidate if its entry of `values` is at least this.
+    log_threshold : Tensor (N,) float32
+        Sparse: a class is a candidate if its entry of `values` is at least this.
     """
 
     values: torch.Tensor
     classes: torch.Tensor | None
     n_classes: int
     tail: torch.Tensor
-    least: torch.Tensor
+    log_threshold: torch.Tensor
 
     @classmethod
-    def empty(cls, reach: torch.Tensor, n_classes: int, truncation: Truncation | None) -> Scores:
+    def empty(cls, max_message: torch.Tensor, n_classes: int, truncation: Truncation | None) -> Scores:
         """
         Room for the scores of N rows.
 
         Parameters
         ----------
-        reach : Tensor (N,) float32
+        max_message : Tensor (N,) float32
             The most nats by which messages can move a class of a row against another.
         """
-        floor = torch.tensor(0.0 if truncation is None else truncation.floor, dtype=reach.dtype)
-        least, tail = floor.log().to(reach.device) - reach, torch.zeros_like(reach)
+        n_rows, dtype, device = len(max_message), max_message.dtype, max_message.device
+        floor = torch.tensor(0.0 if truncation is None else truncation.floor, dtype=dtype)
+        threshold, tail = floor.log().to(device) - max_message, torch.zeros_like(max_message)
         if truncation is None:
-            return cls(reach.new_empty(len(reach), n_classes), None, n_classes, tail, least)
-        shape = len(reach), truncation.candidates
-        classes = torch.zeros(shape, dtype=torch.int32, device=reach.device)
-        values = torch.full_like(classes, -torch.inf, dtype=reach.dtype)
-        return cls(values, classes, n_classes, tail, least)
+            values = max_message.new_empty(n_rows, n_classes)
+            return cls(values, None, n_classes, tail, threshold)
+        shape = n_rows, truncation.candidates
+        classes = torch.zeros(shape, dtype=torch.int32, device=device)
+        values = torch.full_like(classes, -torch.inf, dtype=dtype)
+        return cls(values, classes, n_classes, tail, threshold)
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,10 @@ def test_score(nodes):
     exact, operands = problem()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     out, places = room(), order if nodes else torch.arange(N)
-    assert scan.Scan(*operands[1:]).pays(operands[0], out.least.numpy())
+    assert scan.Scan(*operands[1:]).pays(operands[0], out.log_threshold.numpy())
     numba.score(*operands, out=out, nodes=order if nodes else None)
     log_p = reference.log_softmax(exact)
-    found, least = listed(out)[places], out.least.numpy()[places, None]
+    found, least = listed(out)[places], out.log_threshold.numpy()[places, None]
     error = 0.2
     assert np.isfinite(found[log_p > least + error]).all()
     assert np.isnan(found[log_p < least - error]).all()
@@ -93,7 +93,7 @@ def test_score(nodes):
 def test_full_lists_keep_the_largest():
     exact, operands = problem()
     out = room(width=3)
-    assert scan.Scan(*operands[1:]).pays(operands[0], out.least.numpy())
+    assert scan.Scan(*operands[1:]).pays(operands[0], out.log_threshold.numpy())
     numba.score(*operands, out=out)
     log_p, tail = reference.short_score(exact, 3, np.log(FLOOR) - 0.7)
     np.testing.assert_allclose(out.tail, tail, rtol=0.05, atol=2e-6)
@@ -155,7 +155,7 @@ def test_a_row_unlike_the_others_is_scored_in_float32():
         features,
         0,
         np.arange(N),
-        lists.least.numpy(),
+        lists.log_threshold.numpy(),
         lists.values.numpy(),
         lists.classes.numpy(),
         lists.tail.numpy(),
@@ -178,12 +178,12 @@ def test_odd_shapes(k, n):
     lists = out.values.numpy(), out.classes.numpy(), out.tail.numpy(), np.empty(n, np.float32)
     for first in range(0, n, 512):
         rows = operands[0][first : first + 512]
-        select(rows, first, np.arange(n), out.least.numpy(), *lists, *none)
+        select(rows, first, np.arange(n), out.log_threshold.numpy(), *lists, *none)
     log_p = reference.log_softmax(exact)
     rows, places = np.nonzero(np.isfinite(out.values.numpy()))
     found = out.values.numpy()[rows, places]
     np.testing.assert_allclose(found, log_p[rows, out.classes.numpy()[rows, places]], atol=0.2)
-    assert len(found) >= (log_p > out.least.numpy()[:, None] + 0.2).sum()
+    assert len(found) >= (log_p > out.log_threshold.numpy()[:, None] + 0.2).sum()
 
 
 def test_where_bytes_are_fast(monkeypatch):

@@ -99,7 +99,7 @@ def score(
     normaliser = np.empty(n_rows, np.float32)
     select = _selector(
         (features, weights, offset, log_prior, prior_weight, messages),
-        (places, out.least.numpy(), *_lists(out), out.tail.numpy(), normaliser),
+        (places, out.log_threshold.numpy(), *_lists(out), out.tail.numpy(), normaliser),
     )
     none = np.empty((0, n_classes), np.float32), np.empty((0, n_classes), np.int64)
     parallel_map(

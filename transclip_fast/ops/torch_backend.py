@@ -294,7 +294,7 @@ def _keep_candidates(
     """Enter the scores (n, K) of a block of rows into `out`, as its nodes."""
     block -= block.logsumexp(1, keepdim=True)
     values, places = block.topk(out.values.shape[1], dim=1)
-    least = torch.minimum(out.least[nodes, None], values[:, :1])
+    least = torch.minimum(out.log_threshold[nodes, None], values[:, :1])
     values.masked_fill_(values < least, -torch.inf)
     out.values[nodes], classes[nodes] = values, places.int()
     out.tail[nodes] = (1 - values.exp().sum(1)).clamp_(min=0)

@@ -134,7 +134,7 @@ def score(
     if fused and scale is not None:
         for part in blocks(len(features), read_rows(features.device)):
             score_kernels.score(
-                features[part], weights, scale, offset, out.least, nodes[part],
+                features[part], weights, scale, offset, out.log_threshold, nodes[part],
                 values=out.values, classes=out.classes, tail=out.tail,
             )  # fmt: skip
         return out
@@ -146,7 +146,7 @@ def score(
     for part in blocks(len(features), chunk):
         products = select_kernels.product(features[part], weights, buffer)
         select_kernels.select(
-            products, constant, part.start, out.least, nodes=nodes,
+            products, constant, part.start, out.log_threshold, nodes=nodes,
             values=out.values, classes=out.classes, tail=out.tail, normaliser=normaliser,
         )  # fmt: skip
     return out
