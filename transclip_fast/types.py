@@ -216,7 +216,9 @@ class Scores:
     log_threshold: torch.Tensor
 
     @classmethod
-    def empty(cls, max_message: torch.Tensor, n_classes: int, truncation: Truncation | None) -> Scores:
+    def empty(
+        cls, max_message: torch.Tensor, n_classes: int, truncation: Truncation | None
+    ) -> Scores:
         """
         Room for the scores of N rows.
 
