@@ -12,10 +12,9 @@ import torch
 
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph.build import EXACT_ROWS, build_graph
-from transclip_fast.graph.compare import gains_by_bytes
-from transclip_fast.graph.ivf import usual_lists
-from transclip_fast.graph.recall import SAMPLE
+from transclip_fast.graph.build import EXACT_ROWS, RECALL_SAMPLE_ROWS, build_graph
+from transclip_fast.graph.exact import allows_int8
+from transclip_fast.graph.search import default_n_lists
 from transclip_fast.ops import choose_backend
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.solver.layout import PROCESS, Layout, Size, limit_of, parse_memory, show_bytes
@@ -162,7 +161,7 @@ def make_plan(
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
     searching = parts["features"] + LIST_BYTES * n
-    if gains_by_bytes(n, d, device, held=layout.held):
+    if allows_int8(n, d, device, held=layout.held):
         searching += (d + TERM_BYTES) * n
     read = size.stored * (1 if layout.held else passes)
     state = size.runs * steps * n * (4 * n_classes if candidates is None else STATE_BYTES)
@@ -232,8 +231,8 @@ def _products(n_rows: int, method: str) -> float:
     """Products of two rows in a search."""
     if method == "exact":
         return n_rows * n_rows / 2
-    lists = usual_lists(n_rows)
-    return float(n_rows) * (lists + PROBES * n_rows / lists + min(n_rows, SAMPLE))
+    lists = default_n_lists(n_rows)
+    return float(n_rows) * (lists + PROBES * n_rows / lists + min(n_rows, RECALL_SAMPLE_ROWS))
 
 
 def _made(n: int, size: Size, device: torch.device) -> tuple[Any, LinearPrior, NeighborGraph]:
