@@ -22,7 +22,7 @@ from transclip_fast.parallel import parallel_map
 LISTS_PER_SQRT_ROWS = 2.0  # products of a few large lists are faster than of many small ones
 KMEANS_SAMPLE_ROWS_PER_LIST, KMEANS_STEPS = 40, 4
 ANCHORS_SAMPLE_ROWS_PER_LIST, ANCHORS_STEPS = 16, 2  # the anchors are near the centres
-MAX_LISTS, MAX_LIST_ROWS = 4, 4  # times the usual number of lists, and of rows in a list
+MAX_LISTS_RATIO, MAX_LENGTH_RATIO = 4, 4  # to the usual number of lists, and rows in a list
 KMEANS_BLOCK_ROWS = 1024
 SAMPLE_SEED = 0
 RANKED_CENTRES = 16  # of each row, at first
@@ -49,13 +49,13 @@ def anchored_centres(rows: Rows, anchors: torch.Tensor) -> torch.Tensor:
     without rows in a sample are dropped; lists several times too long are split by k-means.
     """
     n_lists = default_n_lists(len(rows))
-    max_lists = MAX_LISTS * n_lists
+    max_lists = MAX_LISTS_RATIO * n_lists
     size = ANCHORS_SAMPLE_ROWS_PER_LIST * max(n_lists, min(len(anchors), max_lists))
     sample = _random_rows(rows, size)
     centres, lists = _kmeans_step(anchors, sample)
     counts = torch.bincount(lists, minlength=len(anchors))
     usual_length = len(sample) / n_lists
-    long = counts > MAX_LIST_ROWS * usual_length
+    long = counts > MAX_LENGTH_RATIO * usual_length
     kept = (counts * ~long).argsort(descending=True, stable=True)[:max_lists]
     kept = kept[(counts > 0)[kept] & ~long[kept]]
     centres, crowded = centres[kept], sample[long[lists]]
