@@ -19,7 +19,7 @@ from transclip_fast.graph.build import build_graph
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.loop import passes_before, predict, solve
 from transclip_fast.solver.parameters import Parameters
-from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.solver.problem import Inputs, Problem, Settings
 from transclip_fast.solver.state import Solution
 from transclip_fast.solver.truncation import losses
@@ -308,16 +308,16 @@ class TransCLIP(Parameters):
                 if given
                 else "predict_proba: the fit was given a prior; give prior or prior_logits again"
             )
-        features, new_prior = as_unit_rows(X, "X", columns=d).to(device), self._prior
+        features = as_unit_rows(X, "X", columns=d).to(device)
+        new_prior: Prior | None = self._prior
         if new_prior is None:
-            checked = Problem.check(
-                X, logit_scale=self.logit_scale, prior=prior, prior_logits=prior_logits
-            )
-            new_prior = checked.prior.to(device)
+            new_prior = given_prior(prior, prior_logits, rows=len(features)).to(device)
         if new_prior.n_classes != n_classes:
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
         weights = {"likelihood_weight": self.likelihood_weight, "kl_weight": self.kl_weight_}
-        return predict(features, self._mixture, new_prior, **weights).cpu().numpy()
+        z = predict(features, self._mixture, new_prior, **weights)
+        probabilities: np.ndarray = z.cpu().numpy()
+        return probabilities
 
     def predict(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
         """Most likely class (N,) int64 of new rows: see `predict_proba`."""
@@ -395,7 +395,7 @@ def _solutions(
         inputs = replace(inputs, features=features.half())
     for run, gamma in enumerate(gammas):
         saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, graph))
-        step = meter and meter.run(run)
+        step = None if meter is None else meter.run(run)
         yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
     features.on_read = None
 

@@ -23,7 +23,7 @@ MILLION = Size(1_000_000, 1000, 512)
 
 @pytest.fixture(autouse=True)
 def _one_gibibyte_used(monkeypatch):
-    monkeypatch.setattr(memory, "PROCESS", 1 << 30)
+    monkeypatch.setattr(memory, "PROCESS_BYTES", 1 << 30)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,6 @@ from transclip_fast.solver.layout import FORMS
 from transclip_fast.solver.mixture import COVARIANCES
 from transclip_fast.store.features import ARRAYS
 
-FIT_ARRAYS = tuple(
-    name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
-)
 CHOICES = {
     "covariance": COVARIANCES,
     "graph_mode": GRAPH_MODES,

@@ -152,7 +152,10 @@ def evenly_spaced_rows(n_rows: int, most: int, device: torch.device | str = "cpu
 
 def unit_sample(matrix: torch.Tensor | StoredRows, ids: torch.Tensor) -> torch.Tensor:
     """Rows (n, d) of an unread matrix as float32 unit rows, as `Rows` gives them."""
-    rows = torch.as_tensor(matrix[ids if isinstance(matrix, torch.Tensor) else ids.numpy()])
+    if isinstance(matrix, torch.Tensor):
+        rows = matrix[ids]
+    else:
+        rows = torch.from_numpy(matrix[ids.numpy()])
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     off = (norms - 1).abs() > 2e-3
     return torch.where(off[:, None], (rows.float().double() / norms[:, None]).float(), rows.float())

@@ -22,7 +22,7 @@ FEWEST_CANDIDATES, USUAL_CANDIDATES = 32, 128  # of a row
 ENTRY_BYTES = 24
 FREE_LIST_BYTES = 1 << 24  # lists of this size cost nothing, however few candidates would do
 ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
-PROCESS = 700 << 20  # Python, torch, numba and the rest, and what the allocator keeps
+PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
 
 
@@ -121,9 +121,15 @@ class Size:
     linear: bool = True
     runs: int = 1
 
+    def of_rows(self, n_rows: int) -> Size:
+        """The same with another number of rows."""
+        share = n_rows / self.n_rows
+        stored, given = int(self.stored * share), int(self.given * share)
+        return replace(self, n_rows=n_rows, stored=stored, given=given)
+
     def used(self, device: torch.device) -> int:
-        """What is there before a solve; not what is measured, so that it is the same each time."""
-        return PROCESS + self.given if device.type == "cpu" else 0
+        """Bytes in use before a solve: a constant, so that a resumed solve decides the same."""
+        return PROCESS_BYTES + self.given if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ import torch
 
 from transclip_fast.data.checks import (
     as_labelled_rows,
-    as_log_probabilities,
-    as_logits,
     as_unit_rows,
     is_aligned,
     unread_matrix,
@@ -27,7 +25,7 @@ from transclip_fast.metrics import check_class_order
 from transclip_fast.ops import choose_backend
 from transclip_fast.solver.layout import Layout, Size, choose_layout, parse_memory
 from transclip_fast.solver.parameters import GAMMAS, Parameters
-from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior
+from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.solver.support import Support
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import NeighborGraph, Truncation
@@ -98,10 +96,8 @@ class Problem:
 
         text = None if text_features is None else linear(text_features, "text_features")
         chosen: Prior | None = text
-        if prior is not None:
-            chosen = GivenPrior(as_log_probabilities(prior, "prior", rows=n_rows))
-        elif prior_logits is not None:
-            chosen = GivenPrior(as_logits(prior_logits, "prior_logits", rows=n_rows))
+        if prior is not None or prior_logits is not None:
+            chosen = given_prior(prior, prior_logits, rows=n_rows)
         elif prototypes is not None:
             chosen = linear(prototypes, "prototypes")
         if chosen is None:
@@ -164,7 +160,8 @@ class Problem:
         """Read the features once and bring everything to the device."""
         device, parameters = settings.device, settings.parameters
         features = Rows(self.features, "X", device, held=settings.layout.held)
-        prior, zero_shot = self.prior.to(device), self.zero_shot.to(device)
+        prior = self.prior.to(device)
+        zero_shot = prior if self.zero_shot is self.prior else self.zero_shot.to(device)
         support = validation = None
         if self.support is not None:
             rows, labels = (tensor.to(device) for tensor in self.support)
