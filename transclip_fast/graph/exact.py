@@ -96,10 +96,8 @@ def compare(
         for finds in parallel_map(find, batch, best.values.device):
             best.add(finds)
         best.merge(min(WAITING_FINDS_PER_ROW * len(best.ids), WAITING_FINDS))
-        done, size = (
-            done + len(batch),
-            min(2 * size, BATCH_BLOCKS),
-        )  # the first blocks find the most
+        done += len(batch)
+        size = min(2 * size, BATCH_BLOCKS)  # the first blocks find the most
         yield done
     best.merge()
 
