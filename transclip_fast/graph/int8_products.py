@@ -180,6 +180,7 @@ def enter_largest(  # type: ignore[no-untyped-def]
     n, size = len(others), values.shape[1]
     row, found = np.empty(n, np.float32), np.empty(n, np.float32)
     maxima = np.empty(-(-n // CHUNK), np.float32)
+    largest, unused = np.full(size, -F(np.inf)), np.empty(size, np.int32)
     where, no_limits = np.empty(n + 1, np.int32), np.zeros(n, np.float32)
     for r in range(len(products)):
         i = first + r
@@ -187,9 +188,9 @@ def enter_largest(  # type: ignore[no-untyped-def]
         if same:
             row[i] = LOWEST
         chunk_maxima(row, maxima)
-        low = LOWEST / F(2)
-        if len(maxima) >= size:  # the size-th largest product is at least that of the maxima
-            low = max(np.partition(maxima, len(maxima) - size)[-size] - margins[i], low)
+        # The size-th largest product is at least the size-th largest of the chunks' maxima.
+        enter(maxima, where, LOWEST, F(4), largest, unused, -F(np.inf))
+        low = max(largest.min() - margins[i], LOWEST / F(2))
         count = at_least(row, maxima, low, where)
         for c in range(count):
             found[c] = dot(features[ids[i]], features[others[where[c]]])
