@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -123,31 +122,21 @@ def make_plan(
     InputError
         The search does not fit into memory; the message says what does.
     """
-    plan = partial(_plan, layout=layout, parameters=parameters, device=device)
-    wanted = plan(size, method=method)
-    if wanted.peak <= wanted.limit:
-        return wanted
-    remedies = [f"--memory {math.ceil(wanted.peak / 2**30)}GiB"]
-    if plan(size, method=None).peak <= wanted.limit:
+    plan = _plan(size, layout, parameters, device, method)
+    if plan.peak <= plan.limit:
+        return plan
+    remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
+    if _plan(size, layout, parameters, device, None).peak <= plan.limit:
         remedies.append("--graph with neighbours that were searched elsewhere")
-    few, many = 0, size.n_rows  # rows that fit, and rows that do not
-    while many - few > max(1, few // 100):
-        middle = (few + many) // 2
-        fits = plan(size.of_rows(middle), method=method).peak <= wanted.limit
-        few, many = (middle, many) if fits else (few, middle)
-    few -= few % 10 ** max(0, len(str(few)) - 2)  # two digits
-    if few:
-        remedies.append(f"at most {few:,} rows at a time")
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
-        f"{show_bytes(wanted.peak)}, there are {show_bytes(wanted.limit)}; what fits: "
+        f"{show_bytes(plan.peak)}, there are {show_bytes(plan.limit)}; what fits: "
         f"{', or '.join(remedies)}"
     )
 
 
 def _plan(
     size: Size,
-    *,
     layout: Layout,
     parameters: Parameters,
     device: torch.device,
