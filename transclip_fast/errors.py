@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def reading(
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # of the system, not of a parser
+        # EINVAL is a seek to an offset that a damaged file gave.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         reason = " ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__
         refused = isinstance(error, ValueError) and ("pickle" in reason or "objects" in reason)

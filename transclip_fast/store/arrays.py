@@ -1,7 +1,8 @@
-"""Arrays from .npy, .npz, .pt and .safetensors files; nothing is ever unpickled."""
+"""Arrays and tables from files of every type; nothing is ever unpickled."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import warnings
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
@@ -18,6 +21,7 @@ from transclip_fast.errors import InputError, reading
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 MAPPED_BYTES = 1 << 30  # a .npy file of this size is mapped instead of read
+HASHED_BYTES = 1 << 20  # of a file, in memory at a time
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 
 
@@ -74,6 +78,28 @@ def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
     if len(arrays) == 1:
         return next(iter(arrays.values()))
     raise InputError(f"{path}: has no array {name!r}, only {', '.join(sorted(arrays)) or 'none'}")
+
+
+def read_table(file: Path) -> pa.Table:
+    """
+    The table in a parquet file.
+
+    Raises
+    ------
+    InputError
+        Missing or damaged.
+    """
+    with reading(file):
+        return pq.read_table(file)
+
+
+def file_sha256(file: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def inside(folder: Path, name: str) -> Path:

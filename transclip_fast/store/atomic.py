@@ -65,11 +65,22 @@ def beside(path: str | Path, name: str) -> Path:
     return target.parent / f".{target.name}.{name}"
 
 
-def publish_file(partial: Path, target: Path) -> None:
-    """Give a written file its name, replacing an earlier one."""
-    _sync(partial)
-    partial.rename(target)
-    _sync(target.parent)
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A hidden file to write, renamed to `target` at the end; removed if anything fails."""
+    partial = partial_of(target)
+    try:
+        yield partial
+        _sync(partial)
+        partial.rename(target)
+        _sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_of(target: Path) -> Path:
+    """The hidden neighbour of a file while it is written."""
+    return target.with_name(f".{target.name.lstrip('.')}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,6 +160,7 @@ def locked(path: str | Path) -> Iterator[None]:
     lock = FileLock(file, mode=0o600)
     with writing(path):
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)  # filelock takes some refusals, as in /proc, for another process
         try:
             lock.acquire(blocking=False)
         except Timeout as error:

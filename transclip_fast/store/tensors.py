@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.atomic import publish_file, writing
+from transclip_fast.store.atomic import new_file, writing
 
 # Names of the format, https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -73,22 +72,15 @@ def write_tensors(
     text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **header}).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     buffers = {kind: torch.empty(CHUNK_ENTRIES, dtype=kind) for kind in set(types.values())}
-    partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                done = 0
-                for name, tensor in tensors.items():
-                    for chunk in _chunks(tensor, buffers[types[name]]):
-                        done += file.write(chunk)
-                    step(done, end)
-                file.flush()
-                os.fsync(file.fileno())
-            publish_file(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path) as partial, open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            done = 0
+            for name, tensor in tensors.items():
+                for chunk in _chunks(tensor, buffers[types[name]]):
+                    done += file.write(chunk)
+                step(done, end)
     return 8 + len(text) + end
 
 
@@ -111,5 +103,5 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
 def _chunks(tensor: torch.Tensor, buffer: torch.Tensor) -> Iterator[memoryview]:
     """A tensor's bytes in the type of `buffer`, which each chunk overwrites."""
-    for part in tensor.contiguous().reshape(-1).split(len(buffer)):
+    for part in torch.split(tensor.contiguous().reshape(-1), len(buffer)):
         yield buffer[: len(part)].copy_(part).view(torch.uint8).numpy().data
