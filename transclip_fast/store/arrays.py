@@ -21,7 +21,7 @@ from transclip_fast.errors import InputError, reading
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 MAPPED_BYTES = 1 << 30  # a .npy file of this size is mapped instead of read
-HASHED_BYTES = 1 << 20  # of a file, in memory at a time
+HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in memory at a time
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 
 
@@ -91,6 +91,18 @@ def read_table(file: Path) -> pa.Table:
     """
     with reading(file):
         return pq.read_table(file)
+
+
+def array_sha256(array: Any) -> str:
+    """Hash of an array or tensor: type, shape and bytes."""
+    dtype = str(array.dtype).removeprefix("torch.")
+    digest = hashlib.sha256(f"{dtype} {tuple(array.shape)} ".encode())
+    for start in range(0, len(array), HASHED_ROWS):
+        rows = array[start : start + HASHED_ROWS]
+        if isinstance(rows, torch.Tensor):
+            rows = rows.cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(np.ascontiguousarray(rows).tobytes())
+    return digest.hexdigest()
 
 
 def file_sha256(file: Path) -> str:

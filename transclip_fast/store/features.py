@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from transclip_fast.data.checks import ListedPrior
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import (
     SINGLE,
+    array_sha256,
     file_sha256,
     inside,
     read_array,
@@ -46,7 +45,6 @@ ARRAYS = (
 LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
 ENCODER = ("model", "weights", "quick_gelu")  # entries of a manifest that identify a backbone
 KEY_COLUMNS = ("key", "path", "image_path")  # the first of these columns there is names the rows
-HASHED_ROWS = 65536  # of an array, in memory at a time
 # The kinds of files in a feature folder, and the manifest's entry for the hash of each.
 SHARDS = {
     "img_emb": (".npy", "features_sha256"),
@@ -213,18 +211,6 @@ def read_names(path: str | Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def array_sha256(array: Any) -> str:
-    """Hash of an array or tensor: type, shape and bytes."""
-    dtype = str(array.dtype).removeprefix("torch.")
-    digest = hashlib.sha256(f"{dtype} {tuple(array.shape)} ".encode())
-    for start in range(0, len(array), HASHED_ROWS):
-        rows = array[start : start + HASHED_ROWS]
-        if isinstance(rows, torch.Tensor):
-            rows = rows.cpu().contiguous().view(torch.uint8).numpy()
-        digest.update(np.ascontiguousarray(rows).tobytes())
-    return digest.hexdigest()
-
-
 def _load_file(path: Path, local: bool) -> Features:
     if path.suffix == ".npy":
         found = read_rows(path, "image_features")
@@ -248,39 +234,42 @@ def _load_file(path: Path, local: bool) -> Features:
 
 
 def _load_folder(folder: Path, local: bool) -> Features:
+    file = folder / "manifest.json"
+    manifest = read_json(inside(folder, file.name)) if file.exists() else {}
+    if not manifest.get("complete", True):
+        raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
     files = {kind: _numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
     images = files["img_emb"]
     if not images:
         raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; is it a feature folder?")
-    parts = {number: read_rows(file, "image_features") for number, file in images.items()}
-    first = next(iter(parts.values())).shape
-    for number, part in parts.items():
-        if len(part.shape) != 2 or part.shape[1] != first[1]:
-            raise InputError(f"{images[number]}: has shape {part.shape}, the first shard {first}")
-    arrays = {"image_features": _joined(parts.values())}
-    origins = {"image_features": f"{folder}: image_features"}
+    for kind, found in files.items():
+        if found and found.keys() != images.keys():
+            number = min(found.keys() ^ images.keys())
+            missing = "img_emb" if number in found else kind
+            raise InputError(f"{folder}: shard {number} has no {missing} file")
+    parts = [read_rows(image, "image_features") for image in images.values()]
+    for image, part in zip(images.values(), parts, strict=True):
+        if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
+            raise InputError(f"{image}: has shape {part.shape}, the first shard {parts[0].shape}")
+    arrays, origins = {"image_features": _joined(parts)}, {}
     if (folder / "prototypes.npy").exists():
-        file = inside(folder, "prototypes.npy")
-        arrays["text_features"] = read_array(file, "text_features")
-        origins["text_features"] = str(file)
+        arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
+        origins["text_features"] = str(folder / "prototypes.npy")
     if files.get("local_emb"):
-        arrays["local_features"] = _local(folder, files["local_emb"], parts)
-        origins["local_features"] = f"{folder}: local_features"
-    manifest_file = folder / "manifest.json"
-    manifest = read_json(inside(folder, "manifest.json")) if manifest_file.exists() else {}
-    _check_manifest(folder, manifest, files)
+        arrays["local_features"] = _local(files["local_emb"].values(), parts)
+    _check_hashes(folder, manifest, files)
     names = manifest.get("class_names")
     if names is not None:
-        origins["class_names"] = f"{manifest_file}: class_names"
+        origins["class_names"] = f"{file}: class_names"
         names = _names(names, origins["class_names"])
-    columns = _columns(folder, files["metadata"], parts)
+    columns = _columns(folder, files["metadata"].values(), parts)
     if "label" in columns and not columns["label"].null_count:
         arrays["labels"] = columns["label"].to_numpy()
         origins["labels"] = f"{folder / 'metadata'}: label"
     return Features(
         str(folder),
         arrays,
-        origins,
+        {name: f"{folder}: {name}" for name in arrays} | origins,
         names,
         columns["source_row"].to_numpy() if "source_row" in columns else None,
         columns["key"].to_pylist() if "key" in columns else None,
@@ -294,53 +283,37 @@ def _numbered(folder: Path, kind: str) -> dict[int, Path]:
     pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")
     found: dict[int, Path] = {}
     for path in folder.glob(f"{kind}/{kind}_*{suffix}"):
-        match = pattern.fullmatch(path.name)
-        if match is None:
-            continue
-        number = int(match[1])
-        if number in found:
-            raise InputError(f"{path}: has the same number as {found[number].name}")
-        found[number] = inside(folder, f"{kind}/{path.name}")
+        if match := pattern.fullmatch(path.name):
+            number = int(match[1])
+            if number in found:
+                raise InputError(f"{path}: has the same number as {found[number].name}")
+            found[number] = inside(folder, f"{kind}/{path.name}")
     return dict(sorted(found.items()))
 
 
-def _joined(shards: Iterable[Any]) -> Any:
+def _joined(parts: Sequence[Any]) -> Any:
     """All shards as one array: on disk, if they can stay there."""
-    parts = list(shards)
     parts = [part for part in parts if part.shape[0]] or parts[:1]
     if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
         return StoredRows(parts)
-    return np.concatenate(
-        [np.asarray(StoredRows([part])) if isinstance(part, Shard) else part for part in parts]
-    )
+    return np.concatenate([p.read(0, p.shape[0]) if isinstance(p, Shard) else p for p in parts])
 
 
-def _check_numbers(
-    folder: Path, kind: str, files: Mapping[int, Path], images: Mapping[int, Any]
-) -> None:
-    if files.keys() != images.keys():
-        number = min(files.keys() ^ images.keys())
-        missing = "img_emb" if number in files else kind
-        raise InputError(f"{folder}: shard {number} has no {missing} file")
-
-
-def _local(folder: Path, files: Mapping[int, Path], images: Mapping[int, Any]) -> Any:
+def _local(files: Iterable[Path], images: Sequence[Any]) -> Any:
     """Local features (N, L d) of all shards, checked against the shards of the images."""
-    _check_numbers(folder, "local_emb", files, images)
-    parts = {number: read_rows(file, "local_features") for number, file in files.items()}
-    for number, part in parts.items():
-        shape, of = part.shape, images[number].shape
-        if len(shape) != 2 or shape[0] != of[0] or shape[1] % of[1]:
-            raise InputError(f"{files[number]}: has shape {shape}, the features of its images {of}")
-    return _joined(parts.values())
+    parts = []
+    for file, image in zip(files, images, strict=True):
+        shape = (part := read_rows(file, "local_features")).shape
+        if len(shape) != 2 or shape[0] != image.shape[0] or shape[1] % image.shape[1]:
+            raise InputError(f"{file}: has shape {shape}, the features of its images {image.shape}")
+        parts.append(part)
+    return _joined(parts)
 
 
-def _check_manifest(
+def _check_hashes(
     folder: Path, manifest: dict[str, Any], files: Mapping[str, Mapping[int, Path]]
 ) -> None:
-    """Raise InputError if an encode has not ended or left files of other hashes."""
-    if not manifest.get("complete", True):
-        raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
+    """Raise InputError if the files differ from those that the manifest lists."""
     entries = manifest.get("shards")
     if not isinstance(entries, dict):  # not a manifest of ours
         return
@@ -366,23 +339,21 @@ def _encoder(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _columns(
-    folder: Path, files: Mapping[int, Path], images: Mapping[int, Any]
+    folder: Path, files: Collection[Path], images: Sequence[Any]
 ) -> dict[str, pa.ChunkedArray]:
     """The metadata's columns source_row, key (or path) and label, if all shards have them."""
     if not files:
         return {}
-    _check_numbers(folder, "metadata", files, images)
-    tables = {number: read_table(file) for number, file in files.items()}
-    for number, table in tables.items():
-        rows = images[number].shape[0]
-        if table.num_rows != rows:
-            raise InputError(f"{files[number]}: has {table.num_rows} rows, its features {rows}")
-    names = set.intersection(*(set(table.column_names) for table in tables.values()))
+    tables = [read_table(file) for file in files]
+    for file, table, image in zip(files, tables, images, strict=True):
+        if table.num_rows != image.shape[0]:
+            raise InputError(f"{file}: has {table.num_rows} rows, its features {image.shape[0]}")
+    names = set.intersection(*(set(table.column_names) for table in tables))
     key = next((name for name in KEY_COLUMNS if name in names), None)
     wanted = [name for name in (key, "source_row", "label") if name in names]
     with reading(folder / "metadata", "has columns of odd types"):
         table = pa.concat_tables(
-            [table.select(wanted) for table in tables.values()], promote_options="permissive"
+            [table.select(wanted) for table in tables], promote_options="permissive"
         )
         columns = {"key" if name == key else str(name): table[name] for name in wanted}
         for name, kind in (("key", pa.string()), ("source_row", pa.int64())):

@@ -10,8 +10,8 @@ import torch
 
 from transclip_fast.data.checks import as_matrix
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import one_array, read_arrays
-from transclip_fast.store.features import Features, array_sha256
+from transclip_fast.store.arrays import array_sha256, one_array, read_arrays
+from transclip_fast.store.features import Features
 
 BLOCK_ROWS = 8192  # mapped in float64 at a time
 MAPPED = {
