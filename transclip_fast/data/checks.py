@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from transclip_fast.errors import InputError
 
 # fp16 rows are off by up to 6e-4; renormalising those would move z by up to 3e-2.
 UNIT_NORM_TOLERANCE = 2e-3
-PROBABILITY_TOLERANCE = 1e-2
-UNLISTED_MASS = 1e-6  # least mass that a row of a sparse prior leaves to the classes it omits
 ROWS_PER_CHECK = 4096
 ALIGNMENT = 64  # bytes
 
@@ -43,7 +40,7 @@ def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Ten
         block = matrix[start : start + ROWS_PER_CHECK]
         if torch.isfinite(block.float().sum()):  # a single NaN or infinity makes the sum one
             continue
-        row = _first(~torch.isfinite(block).all(1))
+        row = first_row(~torch.isfinite(block).all(1))
         if row is not None:
             raise _not_finite(matrix, start + row, name)
     return matrix
@@ -58,7 +55,7 @@ def unread_matrix(array: Any, name: str, columns: int | None = None) -> torch.Te
     InputError
         Not two-dimensional, no rows, wrong number of columns, not numeric.
     """
-    matrix = array if isinstance(array, StoredRows) else _as_tensor(array, name)
+    matrix = array if isinstance(array, StoredRows) else as_tensor(array, name)
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise InputError(
             f"{name}: expected a non-empty (rows, columns) array, got shape {tuple(matrix.shape)}"
@@ -107,12 +104,12 @@ def unit_divisors(matrix: torch.Tensor | StoredRows, name: str) -> torch.Tensor 
     for start in range(0, len(matrix), ROWS_PER_CHECK):
         block = slice(start, start + ROWS_PER_CHECK)
         norms[block] = _norms(matrix[block])
-    if (row := _first(~norms.isfinite())) is not None:
+    if (row := first_row(~norms.isfinite())) is not None:
         raise _not_finite(matrix, row, name)
-    if (row := _first(norms == 0)) is not None:
+    if (row := first_row(norms == 0)) is not None:
         raise InputError(f"{name}: row {row} is all zero; remove or recompute that row")
     far = (norms - 1).abs() > UNIT_NORM_TOLERANCE
-    if (row := _first(far)) is None:
+    if (row := first_row(far)) is None:
         return None
     warnings.warn(
         f"{name}: {int(far.sum())} of {len(matrix)} rows were not unit vectors and were "
@@ -158,18 +155,18 @@ def as_labels(array: Any, name: str, *, rows: int, n_classes: int) -> torch.Tens
     InputError
         Wrong length, not whole numbers, or outside 0 .. n_classes - 1.
     """
-    tensor = _as_tensor(array, name)
+    tensor = as_tensor(array, name)
     if tensor.shape != (rows,):
         raise InputError(
             f"{name}: expected {rows} labels, one a row, got shape {tuple(tensor.shape)}"
         )
     labels = tensor.to(torch.int64)
-    if tensor.is_floating_point() and (row := _first(labels != tensor)) is not None:
+    if tensor.is_floating_point() and (row := first_row(labels != tensor)) is not None:
         raise InputError(
             f"{name}: row {row} has label {tensor[row]:.4g}; labels are whole numbers, positions "
             "in the list of classes"
         )
-    if (row := _first((labels < 0) | (labels >= n_classes))) is not None:
+    if (row := first_row((labels < 0) | (labels >= n_classes))) is not None:
         raise InputError(
             f"{name}: row {row} has label {int(labels[row])}, outside 0 .. {n_classes - 1}; "
             "labels are positions in the list of classes"
@@ -197,156 +194,21 @@ def as_labelled_rows(
     return features, checked.cpu()
 
 
-def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
-    """
-    log of a (rows, K) matrix of probabilities, float32; a probability of 0 gives -inf.
-
-    A scipy sparse array becomes dense as in `ListedPrior`.
-
-    Raises
-    ------
-    InputError
-        Wrong number of rows, a negative entry, or a row whose sum is not 1 (to 1e-2).
-    """
-    if hasattr(array, "tocsr"):
-        csr = array.tocsr()
-        listed = ListedPrior(csr.indptr, csr.indices, csr.data, csr.shape[1])
-        array = listed.dense(name, rows=rows)
-    matrix = as_matrix(array, name)
-    check_rows(matrix, name, rows)
-    if matrix.dtype != torch.float64:  # its log fits float32 even if the probability does not
-        matrix = matrix.to(torch.float32)
-    if (row := _first((matrix < 0).any(1))) is not None:
-        raise InputError(f"{name}: row {row} has a negative probability; scores go in prior_logits")
-    totals = matrix.sum(1)
-    if (row := _first((totals - 1).abs() > PROBABILITY_TOLERANCE)) is not None:
-        raise InputError(
-            f"{name}: row {row} sums to {totals[row]:.4g}, not 1; scores go in prior_logits"
-        )
-    return (matrix / totals[:, None]).log().to(torch.float32)
-
-
-def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
-    """log_softmax of a (rows, K) matrix of logits, float32, on the scale a softmax takes."""
-    matrix = as_matrix(array, name).to(torch.float32)
-    check_rows(matrix, name, rows)
-    if (row := _first(~matrix.isfinite().all(1))) is not None:
-        raise InputError(f"{name}: row {row} is too large for float32; rescale the logits")
-    return torch.log_softmax(matrix, dim=1)
-
-
 def check_rows(matrix: Any, name: str, rows: int) -> None:
     """Raise InputError unless there is one row per query."""
     if len(matrix) != rows:
         raise InputError(f"{name}: has {len(matrix)} rows, expected {rows}, one per query")
 
 
-@dataclass(frozen=True)
-class ListedPrior:
+def as_tensor(array: Any, name: str) -> torch.Tensor:
     """
-    A sparse prior: probabilities of some classes of each row, as a rule its largest.
+    A tensor of numbers, without a copy if there is none to make.
 
-    The mass that a row's entries leave, but at least 1e-6, is spread evenly over the classes it
-    does not list: with a probability of 0 they could never be assigned, whatever the images show.
-    An entry of 0 counts as not listed.
-
-    Parameters
-    ----------
-    offsets : array_like (N + 1,) int
-        Bounds of each row's entries.
-    classes, values : array_like (E,) int, (E,) float
-    n_classes : int, optional
-        K, if it is known.
+    Raises
+    ------
+    InputError
+        Not numeric, or rows of different lengths.
     """
-
-    offsets: Any
-    classes: Any
-    values: Any
-    n_classes: int | None = None
-
-    def dense(self, name: str, *, rows: int, n_classes: int | None = None) -> torch.Tensor:
-        """
-        All probabilities (N, K) float32; `n_classes` is K for a prior that does not know it.
-
-        Raises
-        ------
-        InputError
-            K is not known, another number of rows, offsets that do not bound the entries, a class
-            that is no position in the list of classes or comes twice in a row, a value that is
-            negative or not finite, or a row of more mass than 1 (to 1e-2).
-        """
-        k = self.n_classes or n_classes
-        if k is None:
-            raise InputError(
-                f"{name}: does not say how many classes there are; give text_features or "
-                "class_names too"
-            )
-        row_of, class_of, values = self._checked(name, rows, k)
-        mass = torch.bincount(row_of, values, minlength=rows)
-        if (row := _first(mass > 1 + PROBABILITY_TOLERANCE)) is not None:
-            raise InputError(
-                f"{name}: row {row} sums to {mass[row]:.4g}, more than 1; scores go in prior_logits"
-            )
-        n_omitted = k - torch.bincount(row_of, minlength=rows)
-        rest = torch.where(n_omitted > 0, (1 - mass).clamp_min(UNLISTED_MASS), 0.0)
-        scale = torch.where(mass > 0, ((1 - rest) / mass).clamp_max(1), 1.0)
-        dense = (rest / n_omitted.clamp_min(1)).float()[:, None].repeat(1, k)
-        dense[row_of, class_of] = (values * scale[row_of]).float()
-        return dense
-
-    def _checked(
-        self, name: str, rows: int, n_classes: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Row and class (E,) int64 and value (E,) float64 of the entries that are not 0."""
-        offsets, classes, values = (
-            _as_tensor(array, name).double() for array in (self.offsets, self.classes, self.values)
-        )
-        if len(offsets) != rows + 1:
-            raise InputError(f"{name}: has {len(offsets) - 1} rows, expected {rows}, one per query")
-        lengths, fits = offsets.diff(), offsets.ndim == 1 and classes.ndim == 1
-        fits = fits and classes.shape == values.shape and bool((lengths >= 0).all())
-        if not fits or offsets[0] != 0 or offsets[-1] != len(values):
-            raise InputError(f"{name}: indices and values do not fit each other; write it again")
-        row_of, class_of = torch.repeat_interleave(lengths.long()), classes.long()
-
-        def refuse(wrong: torch.Tensor, why: str) -> None:
-            if (entry := _first(wrong)) is not None:
-                found = why.format(f"{float(classes[entry]):.10g}")
-                raise InputError(f"{name}: row {int(row_of[entry])} {found}")
-
-        used = values != 0
-        refuse(~values.isfinite(), "contains a value that is not finite; recompute that row")
-        refuse(values < 0, "has a negative probability; scores go in prior_logits")
-        refuse(
-            used & ~((classes >= 0) & (classes < n_classes) & (classes == class_of)),
-            f"names class {{}}, outside 0 .. {n_classes - 1}; classes are positions in the list of "
-            "classes",
-        )
-        cells = (row_of * n_classes + class_of).where(used, -1)
-        order = cells.argsort(stable=True)
-        again = torch.zeros_like(used)
-        again[order[1:]] = cells[order].diff() == 0
-        refuse(again & used, "names class {} twice; add up what belongs together")
-        return row_of[used], class_of[used], values[used]
-
-
-def is_aligned(matrix: torch.Tensor) -> bool:
-    """Whether float32 rows can be used where they are."""
-    # The order of a BLAS library's sums depends on the alignment of its operands.
-    return (
-        matrix.dtype == torch.float32
-        and matrix.is_contiguous()
-        and matrix.data_ptr() % ALIGNMENT == 0
-    )
-
-
-def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    if is_aligned(matrix):
-        return matrix
-    return matrix.clone(memory_format=torch.contiguous_format)
-
-
-def _as_tensor(array: Any, name: str) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         tensor = array.detach()
     else:
@@ -369,13 +231,29 @@ def _as_tensor(array: Any, name: str) -> torch.Tensor:
     return tensor
 
 
-def _in_memory(matrix: torch.Tensor | StoredRows) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(matrix)) if isinstance(matrix, StoredRows) else matrix
-
-
-def _first(wrong: torch.Tensor) -> int | None:
+def first_row(wrong: torch.Tensor) -> int | None:
     """The first True of (n,) bool, or None."""
     return int(wrong.nonzero()[0, 0]) if wrong.any() else None
+
+
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether float32 rows can be used where they are."""
+    # The order of a BLAS library's sums depends on the alignment of its operands.
+    return (
+        matrix.dtype == torch.float32
+        and matrix.is_contiguous()
+        and matrix.data_ptr() % ALIGNMENT == 0
+    )
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    if is_aligned(matrix):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _in_memory(matrix: torch.Tensor | StoredRows) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(matrix)) if isinstance(matrix, StoredRows) else matrix
 
 
 def _not_finite(matrix: torch.Tensor | StoredRows, row: int, name: str) -> InputError:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from transclip_fast.data.checks import ListedPrior
 from transclip_fast.data.npy_shards import Shard, StoredRows
+from transclip_fast.data.priors import ListedPrior
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import (
     SINGLE,

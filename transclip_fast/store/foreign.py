@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.data.checks import PROBABILITY_TOLERANCE, ListedPrior
+from transclip_fast.data.priors import PROBABILITY_TOLERANCE, ListedPrior
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import inside, one_array, read_array, read_arrays
 

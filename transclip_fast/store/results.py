@@ -73,7 +73,7 @@ def prediction_tables(
     zero_shot : ndarray (N,), ndarray (N,)
         Labels and confidences.
     features : Features
-        Source rows, keys and class names.
+        Its source rows, keys and class names.
     labels : ndarray (N,), optional
         The truth, written as `true_label`.
     """
