@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from transclip_fast.cli import common
-from transclip_fast.data.checks import as_labels, as_log_probabilities, as_logits, as_unit_rows
+from transclip_fast.data.checks import as_labels, as_unit_rows
+from transclip_fast.data.priors import as_log_probabilities, as_logits
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.metrics import accuracy

@@ -24,7 +24,7 @@ from transclip_fast.protocols.data import DataSet, load_data
 from transclip_fast.protocols.plans import Trials
 from transclip_fast.protocols.runs import Run, do_runs
 from transclip_fast.protocols.table import markdown, summarise
-from transclip_fast.store.atomic import check_replaceable, locked, publish_file, write_json, writing
+from transclip_fast.store.atomic import check_replaceable, locked, new_file, write_json, writing
 
 SHOTS = (1, 2, 4, 8, 16)
 NAMES = (*HEADS, *LEARNERS, plans.TRANSCLIP_FS)
@@ -333,6 +333,5 @@ def _write_tables(
 
 def _publish(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name first, so that it is whole under its own."""
-    unfinished = target.with_name(f".{target.name}.partial")
-    write(unfinished)
-    publish_file(unfinished, target)
+    with new_file(target) as unfinished:
+        write(unfinished)

@@ -47,9 +47,10 @@ from transclip_fast.protocols.data import (
     shortage,
     stored_splits,
 )
+from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.checkpoint import TensorCheckpoint, files
-from transclip_fast.store.features import Features, array_sha256
+from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
