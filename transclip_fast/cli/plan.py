@@ -8,9 +8,16 @@ from typing import Any
 import click
 import torch
 
-from transclip_fast.cli import common
-from transclip_fast.cli.graph import method_option
-from transclip_fast.cli.options import array_options, model_of, parameter_options
+from transclip_fast.cli import session
+from transclip_fast.cli.options import (
+    SectionedCommand,
+    array_options,
+    device_option,
+    json_option,
+    method_option,
+    model_of,
+    parameter_options,
+)
 from transclip_fast.cli.planning import Plan, make_plan
 from transclip_fast.data.checks import as_log_probabilities, as_logits, as_unit_rows, check_rows
 from transclip_fast.device import resolve_device
@@ -26,15 +33,15 @@ LARGE_WORK = 1e12  # operations of a solve from which a trial is worth its secon
 GIVEN = (("prior", as_log_probabilities), ("prior_logits", as_logits))
 
 
-@click.command("plan")
+@click.command("plan", cls=SectionedCommand)
 @click.argument("features", type=click.Path(), required=False)
 @click.option("--queries", type=click.IntRange(min=1), help="Rows, where there is no FEATURES yet.")
 @click.option("--classes", type=click.IntRange(min=1), help="Classes.")
 @click.option("--dim", type=click.IntRange(min=1), help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=click.Path(), help="A graph folder: no search.")
 @method_option("--graph-method")
-@common.device_option
-@common.json_option
+@device_option
+@json_option
 @array_options
 @parameter_options
 def command(
@@ -65,13 +72,13 @@ def command(
         if any(size is not None for size in sizes):
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
         stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
-        with common.named(stored.origins, stored.path):
+        with session.errors_about(stored.origins, stored.path):
             found = plan_of(stored, model, search, trial=True)
     elif queries is None or classes is None or dim is None:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
     else:
         found = plan_of_size(queries, classes, dim, model, search, trial=True)
-    common.summarise(found.summary(), found.table(), as_json)
+    session.print_summary(found.summary(), found.table(), as_json)
 
 
 def plan_of(

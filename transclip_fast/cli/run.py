@@ -9,15 +9,21 @@ from typing import Any
 
 import click
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
 from transclip_fast.cli.encode import encode, encode_options, report
-from transclip_fast.cli.evaluate import evaluate_result
-from transclip_fast.cli.evaluate import text as evaluation_text
-from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph, method_option
-from transclip_fast.cli.options import requested
+from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
+from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph
+from transclip_fast.cli.options import (
+    device_option,
+    json_option,
+    memory_option,
+    method_option,
+    out_option,
+    recall_option,
+    requested,
+)
 from transclip_fast.cli.plan import plan_of_size
-from transclip_fast.cli.solve import solve_features
-from transclip_fast.cli.solve import text as solve_text
+from transclip_fast.cli.solution import describe_solution, solve_features
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -27,13 +33,13 @@ from transclip_fast.store.results import load_mixture, load_result
 
 @click.command("run")
 @click.argument("images", type=click.Path())
-@common.out_option
+@out_option
 @encode_options
 @method_option("--graph-method")
-@common.recall_option
-@common.memory_option
-@common.device_option
-@common.json_option
+@recall_option
+@memory_option
+@device_option
+@json_option
 def command(
     images: str, out: str, memory: str | None, device: str, as_json: bool, **options: Any
 ) -> None:
@@ -62,7 +68,7 @@ def command(
         if not as_json:
             click.echo(planned[0].line())
 
-    with common.collected_warnings({}) as warnings:
+    with session.collected_warnings({}) as warnings:
         made = encode(images, str(folder / "features"), device, foresee=foresee, **options)
         encoded, encoded_text = report(made, str(folder / "features"))
         quiet = as_json or bool(planned)
@@ -74,7 +80,7 @@ def command(
         "seconds": {**made.seconds, **solved["seconds"]},
         "warnings": [*warnings, *solved["warnings"]],
     }
-    common.summarise(summary, f"{encoded_text}\n{solved_text}", as_json)
+    session.print_summary(summary, f"{encoded_text}\n{solved_text}", as_json)
     if strict and encoded["failures"]:
         sys.exit(1)
 
@@ -83,7 +89,7 @@ def solve_folder(
     folder: Path, model: TransCLIP, options: GraphOptions = AUTO, *, quiet: bool = True
 ) -> tuple[dict[str, Any], str]:
     """Graph, result and report of folder/features, in folder/graph and folder/result."""
-    stages = common.Stages()
+    stages = session.Stages()
     stored = load_features(folder / "features")
     result = folder / "result"
     run = _solved(result, stored, model)
@@ -91,9 +97,9 @@ def solve_folder(
         device = resolve_device(model.device)
         graph = kept_graph(folder / "graph", stored, model.n_neighbors, device, stages, options)
         run = solve_features(stored, str(result), model, graph, stages, quiet=quiet)
-    text = solve_text(run, str(result))
+    text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
-        text = f"{text}\n\n{evaluation_text(*evaluate_result(str(result)))}"
+        text = f"{text}\n\n{describe_evaluation(*evaluate_result(str(result)))}"
     return run, text
 
 
