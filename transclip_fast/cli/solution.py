@@ -12,14 +12,13 @@ import torch
 
 from transclip_fast.callbacks import Progress
 from transclip_fast.cli import session
-from transclip_fast.cli.graph import GraphOptions, describe, kept_graph, leftovers
+from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.options import ARRAYS, requested
 from transclip_fast.cli.plan import plan_of
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import as_labels
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import GAMMAS, TransCLIP
 from transclip_fast.metrics import accuracy, check_assignments, check_class_order
@@ -40,7 +39,7 @@ def solve_features(
     features: Features,
     out: str,
     model: TransCLIP,
-    graph: NeighborGraph | GraphOptions,
+    graph: NeighborGraph | GraphSearch,
     stages: session.Stages,
     *,
     make_head: Callable[[Features], FittedHead] | None = None,
@@ -54,7 +53,7 @@ def solve_features(
 
     Parameters
     ----------
-    graph : NeighborGraph or GraphOptions
+    graph : NeighborGraph or GraphSearch
         The neighbours, or how to search for them.
     make_head : callable, optional
         Fits or reads the head that becomes the prior.
@@ -72,7 +71,7 @@ def solve_features(
         with session.errors_about(origins, features.path):
             head = make_head(features) if make_head else None
             problem = head.stored if head else features
-            method = graph.method if isinstance(graph, GraphOptions) else None
+            method = graph.method if isinstance(graph, GraphSearch) else None
             plan = plan_of(problem, model, method)
             n_classes = plan.size.n_classes
             check_class_names(features, n_classes)
@@ -102,7 +101,7 @@ def solve_features(
 def _fit(
     model: TransCLIP,
     features: Features,
-    graph: NeighborGraph | GraphOptions,
+    graph: NeighborGraph | GraphSearch,
     out: str,
     stages: session.Stages,
 ) -> None:
@@ -111,8 +110,7 @@ def _fit(
     if isinstance(graph, NeighborGraph):
         neighbors = graph
     else:
-        device, folder = resolve_device(model.device), beside(out, "graph")
-        neighbors = partial(kept_graph, folder, features, model.n_neighbors, device, stages, graph)
+        neighbors = partial(kept_graph, beside(out, "graph"), features, graph, stages)
 
     def checkpoint(name: str, identity: dict[str, Any]) -> FileCheckpoint:
         inputs = {"inputs_sha256": features.inputs_sha256(), "version": __version__}
