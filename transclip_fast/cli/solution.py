@@ -17,9 +17,8 @@ from transclip_fast.cli.options import requested
 from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import as_labels
-from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
-from transclip_fast.estimator import TransCLIP
+from transclip_fast.estimator import GraphSource, TransCLIP
 from transclip_fast.metrics import accuracy, check_assignments, check_class_order
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.layout import peak_bytes
@@ -80,11 +79,11 @@ def solve_features(
             truth = true_labels(features, n_classes)
             if not quiet:
                 click.echo(plan.line())
-            source: NeighborGraph | Callable[[Rows], NeighborGraph]
-            if isinstance(graph, NeighborGraph):
-                source = graph
-            else:
-                source = partial(kept_graph, own_graph, solved, graph, stages)
+            source: GraphSource = (
+                graph
+                if isinstance(graph, NeighborGraph)
+                else partial(kept_graph, own_graph, solved, graph, stages)
+            )
             identity = {"inputs_sha256": solved.inputs_sha256(), "version": __version__}
             with stages.time("solve"), progress_bar("solve", "rows") as show:
                 model.fit_problem(
