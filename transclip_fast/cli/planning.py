@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.graph.build import EXACT_ROWS
-from transclip_fast.graph.compare import gains_by_bytes
-from transclip_fast.graph.ivf import usual_lists
-from transclip_fast.graph.recall import SAMPLE
+from transclip_fast.graph.build import EXACT_ROWS, RECALL_SAMPLE_ROWS
+from transclip_fast.graph.exact import allows_int8
+from transclip_fast.graph.search import default_n_lists
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.solver.layout import (
     PROCESS_BYTES,
@@ -150,7 +149,7 @@ def _plan(
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
     searching = parts["features"] + SEARCH_ROW_BYTES * n
-    if gains_by_bytes(n, d, device, held=layout.held):
+    if allows_int8(n, d, device, held=layout.held):
         searching += (d + BYTE_PRODUCT_ROW_BYTES) * n
     read = size.stored * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
@@ -175,5 +174,6 @@ def _search_products(n_rows: int, method: str) -> float:
     """Products of two rows in a neighbour search."""
     if method == "exact":
         return n_rows * n_rows / 2
-    lists = usual_lists(n_rows)
-    return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + min(n_rows, SAMPLE))
+    lists = default_n_lists(n_rows)
+    sample = min(n_rows, RECALL_SAMPLE_ROWS)
+    return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + sample)
