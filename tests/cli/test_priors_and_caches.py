@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transclip_fast import TransCLIP
-from transclip_fast.store import linear_maps as linear_map
+from transclip_fast.store.linear_maps import linear_map
 
 
 def confidences(folder):
