@@ -14,9 +14,10 @@ from transclip_fast.data.checks import (
     as_labelled_rows,
     as_unit_rows,
     is_aligned,
+    unit_sample,
     unread_matrix,
 )
-from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows, unit_sample
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
@@ -143,8 +144,8 @@ class Problem:
             self.prior.n_classes,
             dim,
             parameters.n_neighbors,
-            stored=own if self.in_file else 0,
-            given=given if self.in_file else given + own,
+            file_bytes=own if self.in_file else 0,
+            input_bytes=given if self.in_file else given + own,
             copied=self.in_file or not in_place or device.type != "cpu",
             linear=linear,
             runs=len(self.gammas(parameters)),
