@@ -38,7 +38,7 @@ def test_the_whole_image_is_what_encode_image_gives(vision, places):
     net, images = network(vision), pictures(vision["image_size"])
     local = LocalEncoder.of(net, 7)
     found = local(images)
-    assert (local.grid, local.number) == ((places, places), places**2)
+    assert (local.grid, local.n_patches) == ((places, places), places**2)
     assert found.shape == (3, 1 + places**2, 12)
     assert torch.equal(found[:, 0], net.encode_image(images))
 

@@ -13,10 +13,9 @@ import torch
 
 from tests.encode.test_encoder import TEXT, contents
 from tests.tiny import tiny_backbone
-from transclip_fast.cli.common import Stages
-from transclip_fast.cli.encode import encode_with
 from transclip_fast.encode import encoder
 from transclip_fast.encode.encoder import Throughput, merged
+from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.ranks import ALONE, Ranks, joined
 from transclip_fast.encode.sources import open_source
 from transclip_fast.errors import InputError
@@ -43,10 +42,11 @@ def process(rank, size, port, folder, out, dies_after):
     source = open_source(folder, folder_labels=True)
     try:
         with joined() as ranks:
-            encode_with(
-                source, tiny_backbone(), str(out), TEXT, Stages(), ranks,
-                batch_size=2, shard_rows=3,
-            )  # fmt: skip
+            encoded = encode_source(
+                source, tiny_backbone(), out, TEXT, ranks, batch_size=2, shard_rows=3
+            )
+        assert encoded.n_rows + len(encoded.failures) == len(source)
+        assert encoded.leads == (rank == 0)
     except InputError as error:
         os._exit(TOLD if "run again to continue" in str(error) else 1)
     os._exit(DONE)

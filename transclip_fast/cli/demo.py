@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from transclip_fast.cli import common
-from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.encode import encode_progress
 from transclip_fast.cli.run import solve_folder
 from transclip_fast.demo import (
     CLASS_NAMES,
@@ -23,6 +23,7 @@ from transclip_fast.demo import (
 )
 from transclip_fast.demo.data import SIZE
 from transclip_fast.device import resolve_device
+from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.store.atomic import write_json, writing
@@ -65,13 +66,9 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
     loaded.model.to(resolve_device(device))
     with writing(folder):
         write_images(folder / "images", shift)
-    encode_with(
-        open_source(folder / "images", folder_labels=True),
-        loaded,
-        str(folder / "features"),
-        class_prompts(),
-        common.Stages(),
-    )
+    source = open_source(folder / "images", folder_labels=True)
+    with encode_progress() as progress:
+        encode_source(source, loaded, folder / "features", class_prompts(), progress=progress)
     return solve_folder(folder, TransCLIP(device=device))[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import common
-from transclip_fast.cli.encode import encode, encode_options, report
+from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import evaluate_result
 from transclip_fast.cli.evaluate import text as evaluation_text
 from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph, method_option
@@ -19,6 +19,7 @@ from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.cli.solve import solve_features
 from transclip_fast.cli.solve import text as solve_text
 from transclip_fast.device import resolve_device
+from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.store.features import Features, load_features
@@ -50,32 +51,40 @@ def command(
     """
     strict = options.pop("strict")
     graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
-    if options["names"] is None and Path(images).suffix != ".json":
+    if options["classes"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
     model, planned = TransCLIP(device=device, memory=memory), []
 
-    def foresee(n_rows: int, n_classes: int, dim: int) -> None:
+    def print_plan(n_rows: int, n_classes: int, dim: int) -> None:
         planned.append(plan_of_size(n_rows, n_classes, dim, model, graph_options.method))
         if not as_json:
             click.echo(planned[0].line())
 
     with common.collected_warnings({}) as warnings:
-        made = encode(images, str(folder / "features"), device, foresee=foresee, **options)
-        encoded, encoded_text = report(made, str(folder / "features"))
+        with encode_progress() as progress:
+            encoded = encode_images(
+                images,
+                folder / "features",
+                device=device,
+                progress=progress,
+                on_sizes=print_plan,
+                **options,
+            )
+        summary, encoded_text = report(encoded)
         quiet = as_json or bool(planned)
         solved, solved_text = solve_folder(folder, model, graph_options, quiet=quiet)
     summary = {
         **solved,
-        "failures": encoded["failures"],
-        "throughput": encoded["throughput"],
-        "seconds": {**made.seconds, **solved["seconds"]},
+        "failures": summary["failures"],
+        "throughput": summary["throughput"],
+        "seconds": {**summary["seconds"], **solved["seconds"]},
         "warnings": [*warnings, *solved["warnings"]],
     }
     common.summarise(summary, f"{encoded_text}\n{solved_text}", as_json)
-    if strict and encoded["failures"]:
+    if strict and encoded.failures:
         sys.exit(1)
 
 

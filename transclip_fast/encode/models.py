@@ -78,7 +78,7 @@ class Backbone:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what `embed` gives of an image: (d,), or (1 + L, d) with its L patches."""
-        return (self.dim,) if self.local is None else (1 + self.local.number, self.dim)
+        return (self.dim,) if self.local is None else (1 + self.local.n_patches, self.dim)
 
     @property
     def read(self) -> Callable[[bytes], torch.Tensor]:
