@@ -24,7 +24,7 @@ from tests.encode.plain_eva import (
 )
 from transclip_fast.encode import eva
 from transclip_fast.encode.models import load_backbone, network_config
-from transclip_fast.encode.networks import empty_network, fitted
+from transclip_fast.encode.networks import empty_network, match_weights
 from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError
 
@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named(tiny, weights):
     del changed["visual.norm.weight"]
     changed["text.ln_final.bias"] = torch.zeros(3)
     with pytest.raises(InputError) as error:
-        fitted(net, changed, "file.pt")
+        match_weights(net, changed, "file.pt")
     for told in ("file.pt: ", "lacks visual.trunk.norm.weight;", "also has extra;",
                  "text.ln_final.bias (3,), not (16,)"):  # fmt: skip
         assert told in str(error.value)

@@ -8,7 +8,7 @@ import click
 
 from transclip_fast.cli import common
 from transclip_fast.encode.models import network_config
-from transclip_fast.encode.networks import PRECISIONS, empty_network, fitted
+from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weights
 from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.store.tensors import write_tensors
@@ -45,7 +45,7 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
     stages = common.Stages()
     with stages.time("convert"), common.progress("convert", "bytes") as show:
         net = empty_network(network_config(model))
-        tensors = fitted(net, read_checkpoint(checkpoint), checkpoint)
+        tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
         size = write_tensors(out, tensors, PRECISIONS[dtype], show)
     summary: dict[str, Any] = {
         "out": out,

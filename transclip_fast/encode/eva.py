@@ -16,7 +16,7 @@ import torch
 from transclip_fast.store.atomic import read_json
 
 CONFIGS = Path(__file__).parent / "model_configs"
-OFFICIAL = "visual.cls_token"  # what tells the authors' names from open_clip's
+OFFICIAL_NAME = "visual.cls_token"  # a tensor of the authors' checkpoints, not of open_clip's
 
 
 @functools.cache
