@@ -224,7 +224,7 @@ def test_a_kill_between_any_two_writes_is_continued(images, backbone, tmp_path, 
     rename, renames = Path.rename, []
     monkeypatch.setattr(Path, "rename", lambda *paths: (renames.append(1), rename(*paths))[1])
     encode(folder, backbone, tmp_path / "counted")
-    monkeypatch.setattr(feed, "PREFETCH", 1)
+    monkeypatch.setattr(feed, "PREFETCHED_BATCHES", 1)
     for last in range(len(renames)):
         left = [last]
 

@@ -94,7 +94,7 @@ def die():
 @pytest.fixture
 def quick(monkeypatch):
     """Not minutes until a worker is given up."""
-    monkeypatch.setattr(feed, "HUNG", 4.0)
+    monkeypatch.setattr(feed, "HUNG_SECONDS", 4.0)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
 
 

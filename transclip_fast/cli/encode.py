@@ -23,93 +23,82 @@ from transclip_fast.errors import InputError
 SHOWN_FAILURES = 5
 
 
+ENCODE_OPTIONS = (  # of every command that encodes images
+    click.option(
+        "--model",
+        required=True,
+        help="open_clip model, e.g. ViT-B-32, or a folder with an open_clip_config.json.",
+    ),
+    click.option(
+        "--pretrained",
+        help="Weights: a tag open_clip knows, a checkpoint file, or none (random). A folder brings "
+        "its own.",
+    ),
+    click.option(
+        "--precision",
+        default="fp32",
+        show_default=True,
+        type=click.Choice([*PRECISIONS]),
+        help="Arithmetic of the model.",
+    ),
+    click.option(
+        "--compile",
+        "compiled",
+        is_flag=True,
+        help="Let torch compile the image tower; pays for many images.",
+    ),
+    click.option(
+        "--classes",
+        help="Class names: a text file, one a line, or imagenet; a .json of splits has its own.",
+    ),
+    click.option(
+        "--templates",
+        default="simple",
+        show_default=True,
+        help="Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
+    ),
+    click.option(
+        "--labels-from-folders", is_flag=True, help="Sub-folder names are the true labels."
+    ),
+    click.option(
+        "--split", type=click.Choice(SPLITS), help="Of a .json of splits.  [default: test]"
+    ),
+    click.option(
+        "--root",
+        type=click.Path(),
+        help="Folder that the paths in a .json of splits start at.  [default: found]",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Images at a time.  [default: what fits a GPU, 64 on a CPU]",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=0),
+        help="Processes that decode images.  [default: one a core, at most 16]",
+    ),
+    click.option(
+        "--shard-rows",
+        default=SHARD_ROWS,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Images a shard; a killed run loses at most the shard it was at.",
+    ),
+    click.option("--strict", is_flag=True, help="Exit code 1 if an image could not be read."),
+)
+
+
 def encode_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every command that encodes images."""
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                required=True,
-                help="open_clip model, e.g. ViT-B-32, or a folder with an open_clip_config.json.",
-            ),
-            click.option(
-                "--pretrained",
-                help="Weights: a tag open_clip knows, a checkpoint file, or none (random). "
-                "A folder brings its own.",
-            ),
-            click.option(
-                "--precision",
-                default="fp32",
-                show_default=True,
-                type=click.Choice([*PRECISIONS]),
-                help="Arithmetic of the model.",
-            ),
-            click.option(
-                "--compile",
-                "compiled",
-                is_flag=True,
-                help="Let torch compile the image tower; pays for many images.",
-            ),
-            click.option(
-                "--classes",
-                "classes",
-                help="Class names: a text file, one a line, or imagenet; a .json of splits has "
-                "its own.",
-            ),
-            click.option(
-                "--templates",
-                default="simple",
-                show_default=True,
-                help="Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
-            ),
-            click.option(
-                "--labels-from-folders",
-                is_flag=True,
-                help="Sub-folder names are the true labels.",
-            ),
-            click.option(
-                "--split",
-                type=click.Choice(SPLITS),
-                help="Of a .json of splits.  [default: test]",
-            ),
-            click.option(
-                "--root",
-                type=click.Path(),
-                help="Folder that the paths in a .json of splits start at.  [default: found]",
-            ),
-            click.option(
-                "--batch-size",
-                type=click.IntRange(min=1),
-                help="Images at a time.  [default: what fits a GPU, 64 on a CPU]",
-            ),
-            click.option(
-                "--workers",
-                type=click.IntRange(min=0),
-                help="Processes that decode images.  [default: one a core, at most 16]",
-            ),
-            click.option(
-                "--shard-rows",
-                default=SHARD_ROWS,
-                show_default=True,
-                type=click.IntRange(min=1),
-                help="Images a shard; a killed run loses at most the shard it was at.",
-            ),
-            click.option(
-                "--strict", is_flag=True, help="Exit code 1 if an image could not be read."
-            ),
-        )
-    ):
+    """Add `ENCODE_OPTIONS` to a command."""
+    for option in reversed(ENCODE_OPTIONS):
         command = option(command)
     return command
 
 
 @click.command("encode")
 @click.argument("images", type=click.Path(), required=False)
-@click.option(
-    "--out",
-    type=click.Path(),
-    help="Folder to write. A killed encode is continued.",
-)
+@click.option("--out", type=click.Path(), help="Folder to write. A killed encode is continued.")
 @click.option(
     "--synthetic",
     is_flag=True,
@@ -125,12 +114,7 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
 @common.device_option
 @common.json_option
 def command(
-    images: str | None,
-    out: str | None,
-    synthetic: bool,
-    device: str,
-    as_json: bool,
-    **options: Any,
+    images: str | None, out: str | None, synthetic: bool, device: str, as_json: bool, **options: Any
 ) -> None:
     """Encode IMAGES into a feature folder; a killed run continues when started again.
 
@@ -174,33 +158,30 @@ def encode_progress() -> Iterator[Callable[[EncodeProgress], None]]:
 
 
 def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
-    """A summary of what was encoded, what failed and how fast it went, and the same as text."""
-    throughput, failures = encoded.throughput, encoded.failures
+    """What was encoded, what failed and how fast it went, as summary and as text."""
+    speed, failures = encoded.throughput, encoded.failures
     summary: dict[str, Any] = {
         "n_rows": encoded.n_rows,
         "failures": [[f.source_row, f.key, f.reason] for f in failures],
-        "throughput": None if throughput is None else throughput.summary(),
+        "throughput": speed and speed.summary(),
         "config": encoded.config,
         "seconds": {stage: round(spent, 4) for stage, spent in encoded.seconds.items()},
         "versions": common.versions(),
     }
     lines = [f"{encoded.n_rows:,} images encoded into {encoded.folder}"]
-    if throughput is not None:
-        waits = ", ".join(f"{stage} {share:.0%}" for stage, share in throughput.shares().items())
+    if speed is not None:
+        waits = ", ".join(f"{stage} {share:.0%}" for stage, share in speed.shares().items())
         lines.append(
-            f"{throughput.images_per_second:,.1f} images a second in batches of "
-            f"{throughput.batch_size}; time spent waiting for {waits}: {throughput.bottleneck} is "
-            "the bottleneck"
+            f"{speed.images_per_second:,.1f} images a second in batches of {speed.batch_size}; "
+            f"time spent waiting for {waits}: {speed.bottleneck} is the bottleneck"
         )
-        if throughput.bottleneck == "images" and decoder() == "Pillow":
+        if speed.bottleneck == "images" and decoder() == "Pillow":
             lines.append("JPEGs were decoded by Pillow; `pip install simplejpeg` is faster")
     if failures:
-        lines.append(
-            f"{len(failures):,} could not be read, listed in {encoded.folder}/failures.csv:"
-        )
+        listing = f"{encoded.folder}/failures.csv"
+        lines.append(f"{len(failures):,} could not be read, listed in {listing}:")
         lines += [f"  {f.key}: {f.reason}" for f in failures[:SHOWN_FAILURES]]
-        if len(failures) > SHOWN_FAILURES:
-            lines.append("  ...")
+        lines += ["  ..."] * (len(failures) > SHOWN_FAILURES)
     return summary, "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ class EncodeProgress:
     waiting: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Throughput:
     """
     How fast images were encoded, and what the loop waited for.
@@ -48,10 +48,10 @@ class Throughput:
         That of the last batch.
     """
 
-    images: int = 0
-    seconds: float = 0.0
-    waited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    batch_size: int = 0
+    images: int
+    seconds: float
+    waited: dict[str, float]
+    batch_size: int
 
     def shares(self) -> dict[str, float]:
         """The share of the time spent waiting, by stage."""
@@ -132,9 +132,14 @@ def encode_shards(
         fails; the folder cannot be written.
     """
     pending, batch_size, lost_shard = deque(plan), writer.batch_size, None
+    planned, missing = (
+        sum(len(writer.rows(shard)) for shard in shards) for shards in (plan, writer.missing())
+    )
+    done = int(writer.config["source"]["rows"]) - missing
     with torch.inference_mode(), ThreadPoolExecutor(1, "writing") as thread:
-        loop = _Loop(source, backbone, writer, workers, thread, progress)
-        loop.total = loop.done + sum(len(writer.rows(shard)) for shard in plan)
+        loop = _Loop(
+            source, backbone, writer, workers, thread, progress, done=done, total=done + planned
+        )
         while pending:
             retry = pending[0] == lost_shard
             try:
@@ -151,29 +156,25 @@ def encode_shards(
                 else:
                     raise
         loop.wait_for_writing()
-    return loop.finish()
+    seconds = time.perf_counter() - loop.start
+    return Throughput(planned, seconds, loop.waited, batch_size)
 
 
+@dataclass
 class _Loop:
     """The stages of encoding, with counts of rows and of the seconds spent waiting."""
 
-    def __init__(
-        self,
-        source: Source,
-        backbone: Backbone,
-        writer: FeatureWriter,
-        workers: int,
-        thread: ThreadPoolExecutor,
-        progress: Callable[[EncodeProgress], None] | None,
-    ) -> None:
-        self.source, self.backbone, self.writer = source, backbone, writer
-        self.workers, self.thread, self.progress = workers, thread, progress
-        self.writing: Future[None] | None = None
-        missing = sum(len(writer.rows(shard)) for shard in writer.missing())
-        self.before = self.done = int(writer.config["source"]["rows"]) - missing
-        self.total = self.done  # rows, as `done`; those of whole shards
-        self.throughput = Throughput(batch_size=writer.batch_size)
-        self.start = time.perf_counter()
+    source: Source
+    backbone: Backbone
+    writer: FeatureWriter
+    workers: int
+    thread: ThreadPoolExecutor
+    progress: Callable[[EncodeProgress], None] | None
+    done: int  # rows of whole shards
+    total: int
+    writing: Future[None] | None = None
+    start: float = field(default_factory=time.perf_counter)
+    waited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def run(self, pending: deque[int], n_shards: int, batch_size: int) -> None:
         """Encode the first `n_shards` of `pending`, taking each off when it is done."""
@@ -182,7 +183,6 @@ class _Loop:
             for rows in map(self.writer.rows, list(pending)[:n_shards])
             for start in range(0, len(rows), batch_size)
         ]
-        self.throughput.batch_size = batch_size
         with closing(feed(self.source, self.backbone, batches, self.workers)) as decoded:
             for _ in range(n_shards):
                 n_rows = len(self.writer.rows(pending[0]))
@@ -195,14 +195,9 @@ class _Loop:
 
     def wait_for_writing(self) -> None:
         """Wait until the last shard is written."""
-        with self._waiting("writing"):
+        with timed(self.waited, "writing"):
             if self.writing is not None:
                 self.writing.result()
-
-    def finish(self) -> Throughput:
-        self.throughput.images = self.done - self.before
-        self.throughput.seconds = time.perf_counter() - self.start
-        return self.throughput
 
     def _encode(
         self, n_rows: int, batch_size: int, decoded: Iterator[Batch]
@@ -211,23 +206,20 @@ class _Loop:
         features, failures, n_done = list[np.ndarray](), list[Failure](), 0
         in_flight: deque[Callable[[], np.ndarray]] = deque()
         while n_done < n_rows:
-            with self._waiting("images"):
+            with timed(self.waited, "images"):
                 batch = next(decoded)
-            with self._waiting("model"):
+            with timed(self.waited, "model"):
                 in_flight.append(_launch(self.backbone, batch.images, batch_size))
                 if len(in_flight) == BATCHES_IN_FLIGHT:
                     features.append(in_flight.popleft()())
             failures += batch.failures
             n_done += len(batch)
             if self.progress is not None:
-                waiting = self.throughput.waited["images"] / (time.perf_counter() - self.start)
+                waiting = self.waited["images"] / (time.perf_counter() - self.start)
                 self.progress(EncodeProgress(self.done + n_done, self.total, waiting))
-        with self._waiting("model"):
+        with timed(self.waited, "model"):
             features += [result() for result in in_flight]
         return np.concatenate(features), failures
-
-    def _waiting(self, stage: str) -> AbstractContextManager[None]:
-        return timed(self.throughput.waited, stage)
 
 
 def _launch(

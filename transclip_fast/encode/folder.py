@@ -14,13 +14,7 @@ import torch
 from transclip_fast.device import resolve_device
 from transclip_fast.encode import models
 from transclip_fast.encode.batch_size import fitting_batch_size
-from transclip_fast.encode.encoder import (
-    EncodeProgress,
-    Throughput,
-    encode_shards,
-    merged,
-    timed,
-)
+from transclip_fast.encode.encoder import EncodeProgress, Throughput, encode_shards, merged, timed
 from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.ranks import ALONE, Ranks, joined
 from transclip_fast.encode.sources import Source, open_source, resolve_labels
