@@ -13,13 +13,10 @@ from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.ops import BACKENDS
+from transclip_fast.solver.layout import FORMS
 from transclip_fast.solver.mixture import COVARIANCES
-from transclip_fast.solver.truncation import FORMS
 from transclip_fast.store.features import ARRAYS
 
-FIT_ARRAYS = tuple(
-    name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
-)
 CHOICES = {
     "covariance": COVARIANCES,
     "graph_mode": GRAPH_MODES,
@@ -40,7 +37,6 @@ PARAMETERS = {
     "covariance": "Shape of the shared covariance.",
     "graph_mode": "Messages both ways along an edge, or only towards its start.",
     "clamp_similarity": "Edge weights are max(0, cosine).",
-    "published_support_rows": "Few-shot: the graph with the published code's errors, to compare.",
     "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
 }
 COMPUTATION = {

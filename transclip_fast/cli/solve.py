@@ -10,7 +10,6 @@ from typing import Any
 import click
 import numpy as np
 
-from transclip_fast.callbacks import Progress
 from transclip_fast.cli import common
 from transclip_fast.cli.graph import (
     AUTO,
@@ -22,22 +21,24 @@ from transclip_fast.cli.graph import (
 )
 from transclip_fast.cli.head import FittedHead, check_named, stored_head, wants_patches
 from transclip_fast.cli.options import (
-    FIT_ARRAYS,
     array_options,
     model_of,
     parameter_options,
     requested,
 )
-from transclip_fast.cli.plan import plan_of
+from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.towers import load_tower, tower_options
 from transclip_fast.data.checks import as_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
-from transclip_fast.estimator import GAMMAS, TransCLIP
+from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS
 from transclip_fast.heads.prompts import TextTower
 from transclip_fast.metrics import accuracy, check_assignments, check_class_order
+from transclip_fast.progress_bar import shown_on
 from transclip_fast.solver.layout import peak_bytes
+from transclip_fast.solver.parameters import GAMMAS
+from transclip_fast.solver.problem import Settings
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import ARRAYS, Features, load_features
@@ -158,11 +159,14 @@ def solve_features(
             fitted = stored_head(head, seed, stored, model, stages, tower) if head else None
             solved = fitted.stored if fitted else stored
             truth = _truth(solved)
-            plan = plan_of(solved, model, options.method if graph is None else None)
+            problem = problem_of(solved, model)
+            settings = Settings.resolve(model, problem)
+            plan = plan_of(problem, settings, options.method if graph is None else None)
             if not quiet:
                 click.echo(plan.line())
             source = graph or partial(_search, own_graph, solved, model, stages, options)
-            _fit(model, solved, source, stages, partial(_checkpoint, out, solved))
+            fit = partial(model.fit_problem, problem, settings, source)
+            _fit(fit, stages, partial(_checkpoint, out, solved))
         _check(model, stored, truth, warnings)
         run = _summary(model, stored, truth, warnings, fitted)
         run["seconds"] = stages.seconds
@@ -179,29 +183,13 @@ def solve_features(
 
 
 def _fit(
-    model: TransCLIP,
-    stored: Features,
-    graph: NeighborGraph | Callable[[Rows], NeighborGraph],
+    fit: Callable[..., TransCLIP],
     stages: common.Stages,
     checkpoint: Callable[[str, dict[str, Any]], FileCheckpoint],
 ) -> None:
     searched = stages.seconds.get("graph", 0.0)  # by a caller, before this solve
     with stages.time("solve"), common.progress("solve", "rows") as show:
-
-        def report(state: Progress) -> None:
-            figures: dict[str, Any] = {"step": f"{state.steps}/{state.all_steps}"}
-            if state.objective is not None:
-                figures |= {"objective": f"{state.objective:.5f}", "changed": state.changed}
-            show(state.rows, state.all_rows, **figures)
-
-        arrays = {name: stored.get(name) for name in ("image_features", *FIT_ARRAYS)}
-        model.fit(
-            arrays.pop("image_features"),
-            graph=graph,
-            progress=report,
-            checkpoint=checkpoint,
-            **arrays,
-        )
+        fit(progress=shown_on(show), checkpoint=checkpoint)
     searching = stages.seconds.get("graph", 0.0) - searched
     stages.seconds["solve"] = round(stages.seconds["solve"] - searching, 4)
 
