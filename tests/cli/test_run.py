@@ -285,9 +285,12 @@ def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp
 def test_a_split_that_is_not_there(images, tiny, refused, tmp_path):
     folder = images(2)
     (tmp_path / "split.json").write_text('{"test": [["../x.png", 0, "cat"]]}')
-    for path, told in ((tmp_path / "split.json", "has no split 'val'"), (folder, "leave them out")):
+    for path, message in (
+        (tmp_path / "split.json", "has no split 'val'"),
+        (folder, "leave them out"),
+    ):
         out = ("--out", tmp_path / "features")
-        assert told in refused("encode", path, "--split", "val", *tiny, *out)
+        assert message in refused("encode", path, "--split", "val", *tiny, *out)
 
 
 def test_run_refuses_before_it_encodes(images, tiny, names, cli, tmp_path, monkeypatch):

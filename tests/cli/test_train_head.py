@@ -170,7 +170,7 @@ def test_folders_of_splits(backbone, digits, done, refused, tmp_path):
             folder.mkdir(parents=True)
             for row in np.flatnonzero(labels == k)[start : start + 6]:
                 Image.fromarray(demo.enlarge(images[row])).save(folder / f"{row}.png")
-        source = open_source(tmp_path / "images" / split, folder_labels=True)
+        source = open_source(tmp_path / "images" / split, labels_from_folders=True)
         encode_source(source, backbone, tmp_path / "sets" / split, prompts)
     head = tmp_path / "coop.safetensors"
     args = ("train-head", "coop", tmp_path / "sets", *SHORT, "--shots")

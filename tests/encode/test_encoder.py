@@ -28,7 +28,7 @@ TEXT = ClassPrompts(["dog", "cat"], [["a dog"], ["a cat"]], "here")
 
 def encode(folder, backbone, out, text=TEXT, **options):
     options = {"batch_size": 2, "workers": 0, "shard_rows": 3, **options}
-    source = open_source(folder, folder_labels=True)
+    source = open_source(folder, labels_from_folders=True)
     return encode_source(source, backbone, out, text, **options)
 
 

@@ -116,9 +116,9 @@ def test_what_does_not_fit_is_named(tiny, weights):
     changed["text.ln_final.bias"] = torch.zeros(3)
     with pytest.raises(InputError) as error:
         match_weights(net, changed, "file.pt")
-    for told in ("file.pt: ", "lacks visual.trunk.norm.weight;", "also has extra;",
+    for message in ("file.pt: ", "lacks visual.trunk.norm.weight;", "also has extra;",
                  "text.ln_final.bias (3,), not (16,)"):  # fmt: skip
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
 def test_weights_stay_in_the_mapped_file(tiny, weights, tmp_path):
@@ -134,9 +134,12 @@ def test_weights_stay_in_the_mapped_file(tiny, weights, tmp_path):
 
 def test_an_index_names_files_beside_it(weights, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    for file, told in (("../up.safetensors", "leads out of"), ("gone.safetensors", "no such file")):
+    for file, message in (
+        ("../up.safetensors", "leads out of"),
+        ("gone.safetensors", "no such file"),
+    ):
         index.write_text(json.dumps({"weight_map": {"a": file}}))
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             read_checkpoint(index)
     index.write_text("{}")
     with pytest.raises(InputError, match="no weight_map"):

@@ -21,7 +21,7 @@ from transclip_fast.encode.sources import open_source
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
-DONE, TOLD = 0, 2
+DONE, REPORTED = 0, 2
 
 
 def process(rank, size, port, folder, out, dies_after):
@@ -39,7 +39,7 @@ def process(rank, size, port, folder, out, dies_after):
         return embed(*arguments)
 
     encoder._embed = dies
-    source = open_source(folder, folder_labels=True)
+    source = open_source(folder, labels_from_folders=True)
     try:
         with joined() as ranks:
             encoded = encode_source(
@@ -48,7 +48,7 @@ def process(rank, size, port, folder, out, dies_after):
         assert encoded.n_rows + len(encoded.failures) == len(source)
         assert encoded.leads == (rank == 0)
     except InputError as error:
-        os._exit(TOLD if "run again to continue" in str(error) else 1)
+        os._exit(REPORTED if "run again to continue" in str(error) else 1)
     os._exit(DONE)
 
 
@@ -89,7 +89,7 @@ def test_a_lost_rank_is_made_up_for(images, tmp_path, lost, again):
     assert run(1, folder, tmp_path / "whole") == [DONE]
     codes = run(3, folder, tmp_path / "out", lost=lost, after=3)
     assert codes[lost] == -signal.SIGKILL
-    assert [code for rank, code in enumerate(codes) if rank != lost] == [TOLD, TOLD]
+    assert [code for rank, code in enumerate(codes) if rank != lost] == [REPORTED, REPORTED]
     with pytest.raises(InputError):
         load_features(tmp_path / "out")
     # Files that no record names may be those that the lost rank was about to record.

@@ -128,8 +128,8 @@ def test_workers_that_always_die_are_given_up(images, backbone, tmp_path, quick)
     with Image.open(folder / "dog/001.png") as image:
         poison = np.asarray(image).sum()
     backbone.preprocess = deadly
-    told = r"dog/001.png to dog/005.png: workers hang or die twice .*--workers 0"
-    with pytest.raises(InputError, match=told):
+    message = r"dog/001.png to dog/005.png: workers hang or die twice .*--workers 0"
+    with pytest.raises(InputError, match=message):
         encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)
     backbone.preprocess = good
     encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)

@@ -66,7 +66,7 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
     loaded.model.to(resolve_device(device))
     with writing(folder):
         write_images(folder / "images", shift)
-    source = open_source(folder / "images", folder_labels=True)
+    source = open_source(folder / "images", labels_from_folders=True)
     with encode_progress() as progress:
         encode_source(source, loaded, folder / "features", class_prompts(), progress=progress)
     return solve_folder(folder, TransCLIP(device=device))[0]

@@ -24,7 +24,7 @@ from transclip_fast.parallel import fixed_threads
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.feature_writer import MANIFEST, Failure, FeatureWriter, RowTable
 
-SHARD_ROWS = 4096  # a killed run loses at most the shard it was at
+SHARD_ROWS = 4096  # images; 8 MiB of features in 1,024 dimensions
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Encoded:
     Attributes
     ----------
     folder : str
-        As it was passed.
+        The feature folder.
     n_rows : int
         Images that have features.
     failures : list of Failure
@@ -65,7 +65,7 @@ def encode_images(
     *,
     model: str,
     pretrained: str | None = None,
-    classes: str | Sequence[str] | None = None,
+    classes: str | Path | Sequence[str] | None = None,
     templates: str = "simple",
     labels_from_folders: bool = False,
     split: str | None = None,
@@ -94,24 +94,31 @@ def encode_images(
         A folder, a list of paths, webdataset tars or a .json of splits, see `open_source`.
     out : path
         The folder to write.
-    model, pretrained, precision, compiled
-        See `load_backbone`.
+    model : str
+        A name that open_clip knows, or a folder with an open_clip_config.json.
+    pretrained : str, optional
+        A tag that open_clip knows, a checkpoint file, or "none" (random weights). A folder has its
+        own checkpoint.
     classes : path or sequence of str, optional
         Class names, a text file with one a line, or "imagenet"; a .json of splits has its own.
     templates : str
-        "simple", "openai" or a file, see `templates` in `transclip_fast.encode.text`.
+        Prompts: "simple", "openai", a text file with {} in each line, or CuPL's JSON.
     labels_from_folders : bool
         The names of sub-folders are the true labels.
-    split, root
+    split, root : str, path, optional
         Of a .json of splits, see `open_source`.
+    precision : {"fp32", "bf16", "fp16"}
+        Arithmetic of the model.
+    compiled : bool
+        Let torch compile the image tower.
     local_features : int, optional
         G: also write the features of at most G x G patches of each image.
     batch_size : int, optional
-        Images at a time; without it what fits a GPU, 64 on a CPU.
+        Images at a time; by default what fits a GPU, 64 on a CPU.
     workers : int, optional
-        Processes that decode; 0 decodes in this one. Without it one a core, at most 16.
+        Processes that decode, 0 to decode in this one; by default one a core, at most 16.
     shard_rows : int
-        Images a shard.
+        Images a shard; a killed run loses at most the shard it was at.
     device : str
         "auto", "cpu", "cuda" or "cuda:1".
     progress : callable, optional
@@ -128,8 +135,8 @@ def encode_images(
     Raises
     ------
     InputError
-        Bad images, classes, templates or model; a folder of other images or another model; a
-        device, memory or disk that fails.
+        Images, classes, templates or model that cannot be read or are not known; an existing
+        folder of other images or of another model; a device, memory or a disk that fails.
 
     Examples
     --------
@@ -156,7 +163,9 @@ def encode_images(
         if torch_device.type == "cuda" and torch_device.index is not None:
             torch.cuda.set_device(torch_device)  # or each rank would also allocate on the first GPU
         with timed(seconds, "list"):
-            source = open_source(images, folder_labels=labels_from_folders, split=split, root=root)
+            source = open_source(
+                images, labels_from_folders=labels_from_folders, split=split, root=root
+            )
             names = classes or source.class_names
             text = ClassPrompts.read(names, templates) if names else None
             identity = models.identify(model, pretrained, precision, compiled)

@@ -84,7 +84,7 @@ class Source:
 def open_source(
     path: str | Path,
     *,
-    folder_labels: bool = False,
+    labels_from_folders: bool = False,
     split: str | None = None,
     root: str | Path | None = None,
 ) -> Source:
@@ -98,7 +98,7 @@ def open_source(
         one .tar file (webdataset); or a .txt, .csv or .parquet list with a column `path` (a .txt
         has one path a line) and optionally `label` and `key`, paths relative to the list; or a
         .json of splits as CoOp has them, lists of [path, label, class name].
-    folder_labels : bool
+    labels_from_folders : bool
         The name of an image's first sub-folder is its label.
     split : {"train", "val", "test"}, optional
         Of a .json of splits; "test" by default.
@@ -119,7 +119,7 @@ def open_source(
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
-        source = _webdataset(tars) if tars else _folder(path, folder_labels)
+        source = _webdataset(tars) if tars else _folder(path, labels_from_folders)
         if tars and any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir()):
             raise InputError(f"{path}: holds images and .tar files; name one of the .tar files")
     elif path.suffix == ".tar":
@@ -181,7 +181,7 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     return found
 
 
-def _folder(root: Path, folder_labels: bool) -> Source:
+def _folder(root: Path, labels_from_folders: bool) -> Source:
     found = []
     for folder, subfolders, files in os.walk(root, onerror=_unreadable):
         links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
@@ -197,7 +197,7 @@ def _folder(root: Path, folder_labels: bool) -> Source:
     found.sort()
     keys = [key for key, _ in found]
     labels = None
-    if folder_labels:
+    if labels_from_folders:
         for key in keys:
             if "/" not in key:
                 raise InputError(f"{root / key}: is in no sub-folder, so it has no label")
