@@ -11,13 +11,12 @@ import warnings
 import pytest
 import torch
 
-from tests.encode.test_encoder import TEXT, contents
+from tests.encode.test_encoder import contents
 from tests.tiny import tiny_backbone
-from transclip_fast.encode import encoder
+from transclip_fast.encode import encoder, models
 from transclip_fast.encode.encoder import Throughput, merged
-from transclip_fast.encode.folder import encode_source
-from transclip_fast.encode.ranks import ALONE, Ranks, joined
-from transclip_fast.encode.sources import open_source
+from transclip_fast.encode.folder import encode_images
+from transclip_fast.encode.ranks import ALONE, Ranks
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
@@ -39,13 +38,15 @@ def process(rank, size, port, folder, out, dies_after):
         return embed(*arguments)
 
     encoder._embed = dies
-    source = open_source(folder, labels_from_folders=True)
+    models.load_backbone = lambda *_: tiny_backbone()
+    models.identify = lambda *_: tiny_backbone().identity
     try:
-        with joined() as ranks:
-            encoded = encode_source(
-                source, tiny_backbone(), out, TEXT, ranks, batch_size=2, shard_rows=3
-            )
-        assert encoded.n_rows + len(encoded.failures) == len(source)
+        encoded = encode_images(
+            folder, out, model="tiny", classes=["dog", "cat"], labels_from_folders=True,
+            templates=f"{folder.parent}/templates.txt", batch_size=2, shard_rows=3, workers=0,
+            device="cpu",
+        )  # fmt: skip
+        assert encoded.n_rows + len(encoded.failures) == encoded.config["source"]["rows"]
         assert encoded.leads == (rank == 0)
     except InputError as error:
         os._exit(REPORTED if "run again to continue" in str(error) else 1)
@@ -54,6 +55,7 @@ def process(rank, size, port, folder, out, dies_after):
 
 def run(size, folder, out, lost=None, after=-1):
     """Exit codes of `size` ranks, of which one may be killed after some batches."""
+    (folder.parent / "templates.txt").write_text("a {}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
