@@ -204,7 +204,7 @@ class TransCLIP(Parameters):
         InputError
             Input that cannot be used: which, where, and the remedy.
         """
-        if text_features is None and np.ndim(y) == 2:
+        if text_features is None and _ndim(y) == 2:
             text_features = y
         problem = Problem.check(
             X,
@@ -375,6 +375,11 @@ class TransCLIP(Parameters):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_mixture")
+
+
+def _ndim(array: Any) -> int:
+    """Number of dimensions of an array, a tensor on any device, nested lists or None."""
+    return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
 
 
 def _solutions(

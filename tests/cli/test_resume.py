@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.cli.conftest import contents
-from transclip_fast.cli import solve as solve_command
+from transclip_fast.cli import solution
 from transclip_fast.solver import loop
 
 
 @pytest.fixture(autouse=True)
 def after_every_step(monkeypatch):
-    monkeypatch.setattr(solve_command, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(solution, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.fixture

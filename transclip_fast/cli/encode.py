@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
+from transclip_fast.cli.options import device_option, json_option
 from transclip_fast.device import resolve_device
 from transclip_fast.encode import models
 from transclip_fast.encode.batch_size import fitting_batch_size, forward_rate
@@ -19,6 +20,7 @@ from transclip_fast.encode.networks import PRECISIONS
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import SPLITS
 from transclip_fast.errors import InputError
+from transclip_fast.progress_bar import progress_bar
 
 SHOWN_FAILURES = 5
 
@@ -111,8 +113,8 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Also write the features of at most G x G patches of each image, for the head plot.",
 )
 @encode_options
-@common.device_option
-@common.json_option
+@device_option
+@json_option
 def command(
     images: str | None, out: str | None, synthetic: bool, device: str, as_json: bool, **options: Any
 ) -> None:
@@ -136,16 +138,16 @@ def command(
     """
     strict = options.pop("strict")
     if synthetic:
-        common.summarise(*time_model(device, options), as_json)
+        session.print_summary(*time_model(device, options), as_json)
         return
     if images is None or out is None:
         raise InputError("encode needs IMAGES and --out (or --synthetic, which needs neither)")
-    with common.collected_warnings({}) as warnings, encode_progress() as progress:
+    with session.collected_warnings({}) as warnings, encode_progress() as progress:
         encoded = encode_images(images, out, device=device, progress=progress, **options)
     if not encoded.leads:
         return
     summary, text = report(encoded)
-    common.summarise({**summary, "warnings": warnings}, text, as_json)
+    session.print_summary({**summary, "warnings": warnings}, text, as_json)
     if strict and encoded.failures:
         sys.exit(1)
 
@@ -153,7 +155,7 @@ def command(
 @contextmanager
 def encode_progress() -> Iterator[Callable[[EncodeProgress], None]]:
     """Show the progress of `encode_images`."""
-    with common.progress("encode", "images") as show:
+    with progress_bar("encode", "images") as show:
         yield lambda state: show(state.done, state.total, waiting_for_images=f"{state.waiting:.0%}")
 
 
@@ -166,7 +168,7 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
         "throughput": speed and speed.summary(),
         "config": encoded.config,
         "seconds": {stage: round(spent, 4) for stage, spent in encoded.seconds.items()},
-        "versions": common.versions(),
+        "versions": session.versions(),
     }
     lines = [f"{encoded.n_rows:,} images encoded into {encoded.folder}"]
     if speed is not None:
@@ -196,6 +198,6 @@ def time_model(device: str, options: dict[str, Any]) -> tuple[dict[str, Any], st
         "device": backbone.device.type,
         "batch_size": size,
         "images_per_second": rate,
-        "versions": common.versions(),
+        "versions": session.versions(),
     }
     return summary, f"{rate:,.1f} images a second in batches of {size}, the model alone"

@@ -7,31 +7,37 @@ from typing import Any
 
 import click
 
-from transclip_fast.cli import common
-from transclip_fast.cli.graph import method_option
-from transclip_fast.cli.options import array_options, model_of, parameter_options
+from transclip_fast.cli import session
+from transclip_fast.cli.options import (
+    ARRAYS,
+    SectionedCommand,
+    array_options,
+    device_option,
+    json_option,
+    method_option,
+    model_of,
+    parameter_options,
+)
 from transclip_fast.cli.planning import Plan, make_plan
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.solver.layout import Size, choose_layout, parse_memory
 from transclip_fast.solver.problem import Problem, Settings
-from transclip_fast.store.features import ARRAYS, Features, load_features
+from transclip_fast.store.features import Features, load_features
 
-FIT_ARRAYS = tuple(
-    name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
-)
+FIT_ARRAYS = tuple(name for name in ARRAYS if name not in ("labels", "class_names"))
 
 
-@click.command("plan")
+@click.command("plan", cls=SectionedCommand)
 @click.argument("features", type=click.Path(), required=False)
 @click.option("--queries", type=click.IntRange(min=1), help="Rows, where there is no FEATURES yet.")
 @click.option("--classes", type=click.IntRange(min=1), help="Classes.")
 @click.option("--dim", type=click.IntRange(min=1), help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=click.Path(), help="A graph folder: no search.")
 @method_option("--graph-method")
-@common.device_option
-@common.json_option
+@device_option
+@json_option
 @array_options
 @parameter_options
 def command(
@@ -61,15 +67,15 @@ def command(
     if features is not None:
         if any(size is not None for size in sizes):
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
-        stored = load_features(features, {name: options[name] for name in ARRAYS[1:]})
-        with common.named(stored.origins, stored.path):
+        stored = load_features(features, {name: options[name] for name in ARRAYS})
+        with session.errors_about(stored.origins, stored.path):
             problem = problem_of(stored, model)
             plan = plan_of(problem, Settings.resolve(model, problem), search)
     elif queries is None or classes is None or dim is None:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
     else:
         plan = plan_of_size(queries, classes, dim, model, search)
-    common.summarise(plan.summary(), plan.table(), as_json)
+    session.print_summary(plan.summary(), plan.table(), as_json)
 
 
 def problem_of(features: Features, model: TransCLIP) -> Problem:

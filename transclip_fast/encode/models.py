@@ -26,7 +26,7 @@ from transclip_fast.encode.weights import (
     read_checkpoint,
 )
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import inside
+from transclip_fast.store.arrays import file_sha256, inside
 from transclip_fast.store.atomic import read_json
 
 RANDOM = "none"  # pretrained: random weights from a fixed seed
@@ -288,11 +288,11 @@ def identify(
         weights, quick_gelu = pretrained, bool(known.get("quick_gelu", False))
     else:
         files = checkpoint_files(_weights_file(model, pretrained))
-        hashes = [file_sha256(file) for file in files]
+        hashes = [_file_sha256(file) for file in files]
         whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
         weights = hashes[0] if len(hashes) == 1 else whole
     return {
-        "model": model if folder is None else file_sha256(folder / FOLDER_CONFIG),
+        "model": model if folder is None else _file_sha256(folder / FOLDER_CONFIG),
         "weights": weights,
         "quick_gelu": quick_gelu,
         "precision": precision,
@@ -338,16 +338,12 @@ def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
     return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
 
 
-def file_sha256(path: str | Path) -> str:
+def _file_sha256(path: Path) -> str:
     """The hash of a file's bytes; computed once, until the file changes."""
     known = os.stat(path)
-    return _sha256(os.path.realpath(path), known.st_size, known.st_mtime_ns)
+    return _cached_sha256(os.path.realpath(path), known.st_size, known.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _sha256(path: str, _size: int, _modified: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _cached_sha256(path: str, _size: int, _modified: int) -> str:
+    return file_sha256(Path(path))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.feature_writer import RowTable
 
@@ -206,7 +206,7 @@ def _folder(root: Path, labels_from_folders: bool) -> Source:
 
 
 def _list(path: Path) -> Source:
-    try:
+    with reading(path, "cannot be read as a list"):
         if path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8-sig").splitlines()
             table = pa.table({"path": [line.strip() for line in lines if line.strip()]})
@@ -216,8 +216,6 @@ def _list(path: Path) -> Source:
             table = pyarrow.csv.read_csv(path, convert_options=options)
         else:
             table = pq.read_table(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as a list ({error})") from error
     if "path" not in table.column_names:
         raise InputError(f"{path}: has no column 'path', only {', '.join(table.column_names)}")
     paths = [str(value) for value in table.column("path").to_pylist()]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from transclip_fast.encode.models import Backbone
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.store.features import read_names
 
 PROMPTS_PER_BATCH = 256
@@ -128,10 +128,8 @@ def _from_lines(path: Path, content: str) -> Templates:
 
 
 def _from_json(path: Path, content: str) -> Templates:
-    try:
+    with reading(path, "is not JSON"):
         table = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from error
     if not isinstance(table, Mapping):
         raise InputError(f"{path}: expected an object of class names to lists of prompts")
 
