@@ -180,8 +180,8 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
         if speed.bottleneck == "images" and decoder() == "Pillow":
             lines.append("JPEGs were decoded by Pillow; `pip install simplejpeg` is faster")
     if failures:
-        listing = f"{encoded.folder}/failures.csv"
-        lines.append(f"{len(failures):,} could not be read, listed in {listing}:")
+        where = f"{encoded.folder}/failures.csv"
+        lines.append(f"{len(failures):,} could not be read, listed in {where}:")
         lines += [f"  {f.key}: {f.reason}" for f in failures[:SHOWN_FAILURES]]
         lines += ["  ..."] * (len(failures) > SHOWN_FAILURES)
     return summary, "\n".join(lines)

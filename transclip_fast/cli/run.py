@@ -80,17 +80,17 @@ def command(
                 on_sizes=print_plan,
                 **options,
             )
-        summary, encoded_text = report(encoded)
+        encode_summary, encode_text = report(encoded)
         quiet = as_json or bool(planned)
-        solved, solved_text = solve_folder(folder, model, search, quiet=quiet)
+        solve_summary, solve_text = solve_folder(folder, model, search, quiet=quiet)
     summary = {
-        **solved,
-        "failures": summary["failures"],
-        "throughput": summary["throughput"],
-        "seconds": {**summary["seconds"], **solved["seconds"]},
-        "warnings": [*warnings, *solved["warnings"]],
+        **solve_summary,
+        "failures": encode_summary["failures"],
+        "throughput": encode_summary["throughput"],
+        "seconds": {**encode_summary["seconds"], **solve_summary["seconds"]},
+        "warnings": [*warnings, *solve_summary["warnings"]],
     }
-    session.print_summary(summary, f"{encoded_text}\n{solved_text}", as_json)
+    session.print_summary(summary, f"{encode_text}\n{solve_text}", as_json)
     if strict and encoded.failures:
         sys.exit(1)
 
@@ -98,23 +98,23 @@ def command(
 def solve_folder(
     folder: Path, model: TransCLIP, search: GraphSearch | None = None, *, quiet: bool = True
 ) -> tuple[dict[str, Any], str]:
-    """Graph, result and report of folder/features, in folder/graph and folder/result."""
+    """Solve folder/features into folder/graph and folder/result; run.json, and the same as text."""
     stages = session.Stages()
-    stored = load_features(folder / "features")
+    features = load_features(folder / "features")
     result = folder / "result"
-    run = _solved(result, stored, model)
+    run = _finished_run(result, features, model)
     if run is None:
         search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
-        graph = kept_graph(folder / "graph", stored, search, stages)
-        run = solve_features(stored, str(result), model, graph, stages, quiet=quiet)
+        graph = kept_graph(folder / "graph", features, search, stages)
+        run = solve_features(features, str(result), model, graph, stages, quiet=quiet)
     text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
         text = f"{text}\n\n{describe_evaluation(*evaluate_result(str(result)))}"
     return run, text
 
 
-def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] | None:
-    """run.json of a whole result of these very inputs and parameters, where there is one."""
+def _finished_run(result: Path, features: Features, model: TransCLIP) -> dict[str, Any] | None:
+    """run.json of a result that is whole and has these inputs and parameters, or None."""
     try:
         run = load_result(result).run
         load_mixture(result)
@@ -123,7 +123,7 @@ def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] 
     known = {
         "kind": "solve",
         "parameters": requested(model),
-        "inputs_sha256": stored.inputs_sha256(),
-        "class_names": stored.class_names,
+        "inputs_sha256": features.inputs_sha256(),
+        "class_names": features.class_names,
     }
     return run if all(run.get(name) == value for name, value in known.items()) else None
