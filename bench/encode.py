@@ -22,10 +22,9 @@ import torch
 
 from bench import clip_retrieval
 from bench.common import medians, record
-from transclip_fast.cli.encode import encode_with
-from transclip_fast.cli.session import Stages
-from transclip_fast.encode.batch_size import made_images
+from transclip_fast.encode.batch_size import random_images
 from transclip_fast.encode.feed import feed
+from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import Source, open_source
@@ -36,7 +35,7 @@ SAME = 0.999  # least cosine of a feature with clip-retrieval's
 
 def forward_loop(backbone: Backbone, size: int) -> int:
     """The image tower alone; how many images it embedded."""
-    images = made_images(backbone, size)
+    images = random_images(backbone, size)
     with torch.inference_mode():
         for _ in range(FORWARD_BATCHES):
             backbone.embed(images, size)
@@ -52,8 +51,8 @@ def decode_loop(source: Source, backbone: Backbone, size: int, workers: int) -> 
 
 def encode_loop(source: Source, backbone: Backbone, size: int, workers: int, out: Path) -> int:
     """The whole: decoding, embedding, writing the folder."""
-    made = encode_with(source, backbone, str(out), None, Stages(), batch_size=size, workers=workers)
-    assert not list(made.writer.failures())
+    encoded = encode_source(source, backbone, out, None, batch_size=size, workers=workers)
+    assert not encoded.failures
     return len(source)
 
 

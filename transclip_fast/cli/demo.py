@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from transclip_fast.cli import options, session
-from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.encode import encode_progress
 from transclip_fast.cli.run import solve_folder
 from transclip_fast.cli.session import counted
 from transclip_fast.demo import (
@@ -24,6 +24,7 @@ from transclip_fast.demo import (
 )
 from transclip_fast.demo.data import SIZE
 from transclip_fast.device import resolve_device
+from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.store.atomic import write_json, writing
@@ -66,13 +67,9 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
     loaded.model.to(resolve_device(device))
     with writing(folder):
         write_images(folder / "images", shift)
-    encode_with(
-        open_source(folder / "images", folder_labels=True),
-        loaded,
-        str(folder / "features"),
-        class_prompts(),
-        session.Stages(),
-    )
+    source = open_source(folder / "images", labels_from_folders=True)
+    with encode_progress() as progress:
+        encode_source(source, loaded, folder / "features", class_prompts(), progress=progress)
     return solve_folder(folder, TransCLIP(device=device))[0]
 
 

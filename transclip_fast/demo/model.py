@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from transclip_fast.demo.data import FOLDER
-from transclip_fast.encode.models import Backbone, file_sha256
+from transclip_fast.encode.models import Backbone
 from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import file_sha256
 from transclip_fast.store.atomic import read_json
 
 CONFIG = "model.json"
