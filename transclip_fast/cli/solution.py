@@ -71,7 +71,7 @@ def solve_features(
     ):
         with session.errors_about(origins, features.path):
             head = make_head(features) if make_head else None
-            problem = head.stored if head else features
+            problem = head.features if head else features
             method = graph.method if isinstance(graph, GraphOptions) else None
             plan = plan_of(problem, model, method)
             n_classes = plan.size.n_classes

@@ -9,7 +9,7 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphOptions
-from transclip_fast.cli.head import check_named, stored_head, wants_patches
+from transclip_fast.cli.head import apply_head, choose_head
 from transclip_fast.cli.solution import describe_solution, solve_features
 from transclip_fast.cli.towers import load_tower, tower_options
 from transclip_fast.errors import InputError
@@ -79,10 +79,9 @@ def command(
     """
     stages = session.Stages()
     model = options.model_of(values, device)
-    if head is not None:
-        check_named(head)
+    choice = None if head is None else choose_head(head)
     with stages.time("load"):
-        local = wants_patches(head)
+        local = choice is not None and choice.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}
         features = load_features(path, arrays, shots=shots, local=local)
         if local and image_map is not None:
@@ -91,11 +90,11 @@ def command(
         graph = load_graph(graph_folder, features.sha256()) if graph_folder else None
     features.origins["graph"] = graph_folder or "graph"
     make_head = None
-    if head is not None:
-        features.origins[head] = head  # if it is a file
+    if choice is not None:
+        features.origins[choice.name] = choice.name  # if it is a file
         named = {name: values[name] for name in ("model", "pretrained", "precision")}
         tower = partial(load_tower, device=device, **named)
-        make_head = partial(stored_head, head, seed, model=model, stages=stages, tower=tower)
+        make_head = partial(apply_head, choice, seed, model=model, stages=stages, tower=tower)
     search = GraphOptions(method, recall)
     run = solve_features(
         features, out, model, graph or search, stages, make_head=make_head, quiet=as_json
