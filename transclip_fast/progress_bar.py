@@ -10,6 +10,8 @@ from typing import Any, TextIO
 import tqdm
 import tqdm.auto
 
+from transclip_fast.callbacks import Progress
+
 LINE_SECONDS = 10.0  # between two lines: a log of an hour then has at most 360
 LINE_WIDTH = 200  # columns; tqdm would cut lines at $COLUMNS
 LINE = (
@@ -60,6 +62,22 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+def shown_on(
+    show: Callable[..., None], also: Callable[[Progress], None] | None = None
+) -> Callable[[Progress], None]:
+    """Return a report of a fit's progress that a bar shows, and that `also` receives."""
+
+    def report(state: Progress) -> None:
+        figures: dict[str, Any] = {"step": f"{state.steps}/{state.all_steps}"}
+        if state.objective is not None:
+            figures |= {"objective": f"{state.objective:.5f}", "changed": state.changed}
+        show(state.rows, state.all_rows, **figures)
+        if also is not None:
+            also(state)
+
+    return report
 
 
 def _make_bar(name: str, unit: str, done: int, total: int) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import contents
 from transclip_fast.cli import solution
-from transclip_fast.solver.loop import _Run
+from transclip_fast.solver import loop
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +32,13 @@ def few_shot(arrays):
 @pytest.fixture
 def steps(monkeypatch):
     """The outer steps and ends that are computed from now on, as a list that grows."""
-    taken, update = [], _Run.update_assignments
+    taken, update = [], loop.update_assignments
 
-    def counted(self):
+    def counted(state):
         taken.append(1)
-        update(self)
+        update(state)
 
-    monkeypatch.setattr(_Run, "update_assignments", counted)
+    monkeypatch.setattr(loop, "update_assignments", counted)
     return taken
 
 

@@ -167,7 +167,7 @@ def test_streamed_and_held_give_the_same_bits(
     models = []
     for held in (True, False):
         monkeypatch.setattr(
-            "transclip_fast.estimator.choose_layout",
+            "transclip_fast.solver.problem.choose_layout",
             lambda *_, held=held, **__: Layout(6 if assignments == "sparse" else None, held),
         )
         model = TransCLIP(device="cpu", backend=backend, candidates=None)

@@ -15,7 +15,7 @@ from transclip_fast.solver.layout import (
     sweep_bytes,
 )
 from transclip_fast.solver.parameters import Parameters
-from transclip_fast.solver.problem import size_of
+from transclip_fast.solver.problem import Problem
 
 CPU = torch.device("cpu")
 MILLION = Size(1_000_000, 1000, 512)
@@ -23,7 +23,7 @@ MILLION = Size(1_000_000, 1000, 512)
 
 @pytest.fixture(autouse=True)
 def _one_gibibyte_used(monkeypatch):
-    monkeypatch.setattr(memory, "PROCESS", 1 << 30)
+    monkeypatch.setattr(memory, "PROCESS_BYTES", 1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,26 @@ def test_a_little_less_memory_changes_nothing():
 def test_size_of_what_is_given(tmp_path):
     images = np.ones((30, 8), np.float16)
     np.save(tmp_path / "images.npy", images)
-    parameters = Parameters(n_neighbors=4)
+    parameters, cuda = Parameters(n_neighbors=4, gamma=0.02), torch.device("cuda")
     in_file = np.load(tmp_path / "images.npy", mmap_mode="r")
-    assert size_of(in_file, 5, parameters, CPU) == Size(30, 5, 8, 4, stored=480)
-    assert size_of(images, 5, parameters, CPU) == Size(30, 5, 8, 4, given=480)
+
+    def size_of(X, device=CPU, **arrays):
+        arrays = arrays or {"text_features": np.eye(5, 8)}
+        return Problem.check(X, logit_scale=100.0, **arrays).size(parameters, device)
+
+    assert size_of(in_file) == Size(30, 5, 8, 4, stored=480)
+    assert size_of(images) == Size(30, 5, 8, 4, given=480)
     aligned = torch.ones(30, 8)
-    assert size_of(aligned, 5, parameters, CPU) == Size(30, 5, 8, 4, given=960, copied=False)
-    assert size_of(aligned[1:], 5, parameters, CPU).copied
-    assert size_of(aligned, 5, parameters, torch.device("cuda")).copied
-    found = size_of(in_file, 5, parameters, CPU, linear=False, runs=4)
-    assert found == Size(30, 5, 8, 4, stored=480, given=16 * 30 * 5, linear=False, runs=4)
+    assert size_of(aligned) == Size(30, 5, 8, 4, given=960, copied=False)
+    assert size_of(aligned[1:]).copied
+    assert size_of(aligned, cuda).copied
+    found = size_of(in_file, prior_logits=np.zeros((30, 5)))
+    assert found == Size(30, 5, 8, 4, stored=480, given=16 * 30 * 5, linear=False)
+    parameters.gamma = None
+    shots = {name: np.eye(2, 8) for name in ("support_features", "validation_features")}
+    labels = {name: np.arange(2) for name in ("support_labels", "validation_labels")}
+    found = size_of(in_file, text_features=np.eye(5, 8), **shots, **labels)
+    assert found == Size(30, 5, 8, 4, stored=480, runs=4)
 
 
 def test_memory_of_a_container(monkeypatch, tmp_path):

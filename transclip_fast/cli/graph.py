@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ CHECKPOINT_SECONDS = 30.0  # the most work that a crash costs
 
 
 @dataclass(frozen=True)
-class GraphOptions:
-    """How to search, as `build_graph` takes it."""
+class GraphSearch:
+    """A search for neighbours, with the parameters of `build_graph`."""
 
+    n_neighbors: int
+    device: torch.device
     method: str = "auto"
     recall: float = 0.99
-
-
-AUTO = GraphOptions()
 
 
 @click.command("graph")
@@ -80,11 +79,10 @@ def command(
       transclip-fast graph images.npy --method anchored --anchors text.npy --recall 0.99 --out graph
     """
     stages = session.Stages()
-    chosen = resolve_device(device)
+    search = GraphSearch(n_neighbors, resolve_device(device), method, recall)
     with stages.time("load"):
         features = load_features(path, {"prototypes": anchors}, shots=0)
-    search = GraphOptions(method, recall)
-    graph, manifest = graph_features(features, out, n_neighbors, chosen, stages, search)
+    graph, manifest = graph_features(features, out, search, stages)
     text = (
         f"{counted(len(graph), 'row')}, {counted(n_neighbors, 'neighbour')} each: "
         f"{describe(graph.info)}, {stages.seconds['graph']:.1f} s\nwritten to {out}"
@@ -106,10 +104,8 @@ def describe(info: Mapping[str, Any]) -> str:
 def graph_features(
     features: Features,
     out: str,
-    n_neighbors: int,
-    device: torch.device,
+    search: GraphSearch,
     stages: session.Stages,
-    search: GraphOptions = AUTO,
     rows: Rows | None = None,
 ) -> tuple[NeighborGraph, dict[str, Any]]:
     """
@@ -117,8 +113,7 @@ def graph_features(
 
     `rows` are the unit rows of `features`, if they are loaded already.
     """
-    anchors = _anchors(features)
-    identity = _identity(features, anchors, n_neighbors, search) | {"device": device.type}
+    identity = _identity(features, search)
     origins = {"features": features.origins["image_features"], "anchors": features.path}
     with (
         session.collected_warnings(origins) as warnings,
@@ -131,20 +126,18 @@ def graph_features(
         ):
             graph = build_graph(
                 features.get("image_features") if rows is None else rows,
-                n_neighbors,
-                anchors=anchors,
-                device=device,
+                anchors=_anchors(features),
                 progress=show,
                 checkpoint=FileCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS),
-                **asdict(search),
+                **vars(search),
             )
         manifest = {
             "n_rows": len(graph),
-            "n_neighbors": n_neighbors,
+            "n_neighbors": search.n_neighbors,
             "features_sha256": features.sha256(),
             "identity": identity,
             "seconds": stages.seconds,
-            "device": str(device),
+            "device": str(search.device),
             "versions": session.versions(),
             "warnings": warnings,
         }
@@ -156,19 +149,16 @@ def graph_features(
 def kept_graph(
     folder: Path,
     features: Features,
-    n_neighbors: int,
-    device: torch.device,
+    search: GraphSearch,
     stages: session.Stages,
-    search: GraphOptions = AUTO,
     rows: Rows | None = None,
 ) -> NeighborGraph:
     """The graph in `folder` if the same search made it; otherwise search and write it there."""
     with contextlib.suppress(InputError):  # no such folder, or a damaged one
-        identity = _identity(features, _anchors(features), n_neighbors, search)
-        if load_manifest(folder).get("identity") == identity | {"device": device.type}:
+        if load_manifest(folder).get("identity") == _identity(features, search):
             graph = load_graph(folder, features.sha256())
-            return graph.check(len(features.get("image_features")), n_neighbors)
-    return graph_features(features, str(folder), n_neighbors, device, stages, search, rows)[0]
+            return graph.check(len(features.get("image_features")), search.n_neighbors)
+    return graph_features(features, str(folder), search, stages, rows)[0]
 
 
 def leftovers(folder: Path) -> list[Path]:
@@ -182,13 +172,12 @@ def _anchors(features: Features) -> Any:
     return features.get("text_features") if prototypes is None else prototypes
 
 
-def _identity(
-    features: Features, anchors: Any, n_neighbors: int, search: GraphOptions
-) -> dict[str, Any]:
+def _identity(features: Features, search: GraphSearch) -> dict[str, Any]:
     """What decides the neighbours."""
+    anchors = _anchors(features)
     return {
         "features_sha256": features.sha256(),
         "anchors_sha256": None if anchors is None else array_sha256(anchors),
-        "n_neighbors": n_neighbors,
-        **asdict(search),
+        **vars(search),
+        "device": search.device.type,
     }

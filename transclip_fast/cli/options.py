@@ -11,11 +11,8 @@ import click
 
 from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.graph.build import METHODS
-from transclip_fast.ops import BACKENDS
-from transclip_fast.solver.mixture import COVARIANCES
-from transclip_fast.solver.truncation import FORMS
+from transclip_fast.solver.parameters import CHOICES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -53,12 +50,6 @@ COMPUTATION = {
     "rank": "Sparse: classes kept of a row.  [default: as many as candidates]",
     "backend": "Implementation that computes.",
     "memory": "Memory of the process, or its part of a GPU, as 8GiB.  [default: what is free]",
-}
-CHOICES = {
-    "covariance": COVARIANCES,
-    "graph_mode": GRAPH_MODES,
-    "assignments": FORMS,
-    "backend": BACKENDS,
 }
 TYPES = {"kl_weight": float, "gamma": float, "candidates": int, "rank": int, "memory": str}
 SECTIONS = {

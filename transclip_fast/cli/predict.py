@@ -11,11 +11,11 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import run_summary, true_labels
-from transclip_fast.data.checks import as_log_probabilities, as_logits, as_unit_rows
+from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.solver.loop import predict
-from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior
+from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.linear_maps import map_features
@@ -129,17 +129,16 @@ def _priors(
     prior: Prior
     if "prior_weights" in weights:
         prior = LinearPrior(weights["prior_weights"].to(device))
-    elif len(names) == 1:
-        check = as_log_probabilities if names[0] == "prior" else as_logits
-        table = check(features.get(names[0]), names[0], rows=n_rows)
-        if table.shape[1] != n_classes:
-            raise InputError(f"{names[0]}: has {table.shape[1]} classes, the result {n_classes}")
-        prior = GivenPrior(table.to(device))
-    else:
+    elif len(names) != 1:
         raise InputError(
             "the result was solved with a prior: give one of --prior and --prior-logits for the "
             "new rows"
         )
+    else:
+        tables = features.get("prior"), features.get("prior_logits")
+        prior = given_prior(*tables, rows=n_rows).to(device)
+        if prior.n_classes != n_classes:
+            raise InputError(f"{names[0]}: has {prior.n_classes} classes, the result {n_classes}")
     zero_shot = weights.get("zero_shot_weights")
     return prior, prior if zero_shot is None else LinearPrior(zero_shot.to(device))
 

@@ -12,7 +12,7 @@ import click
 from transclip_fast.cli import session
 from transclip_fast.cli.encode import encode, encode_options, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
-from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph
+from transclip_fast.cli.graph import GraphSearch, kept_graph
 from transclip_fast.cli.options import (
     device_option,
     json_option,
@@ -55,16 +55,17 @@ def command(
       transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
     """
     strict = options.pop("strict")
-    graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
+    method, recall = options.pop("method"), options.pop("recall")
     if options["names"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
     model, planned = TransCLIP(device=device, memory=memory), []
+    search = GraphSearch(model.n_neighbors, resolve_device(device), method, recall)
 
     def foresee(n_rows: int, n_classes: int, dim: int) -> None:
-        planned.append(plan_of_size(n_rows, n_classes, dim, model, graph_options.method))
+        planned.append(plan_of_size(n_rows, n_classes, dim, model, method))
         if not as_json:
             click.echo(planned[0].line())
 
@@ -72,7 +73,7 @@ def command(
         made = encode(images, str(folder / "features"), device, foresee=foresee, **options)
         encoded, encoded_text = report(made, str(folder / "features"))
         quiet = as_json or bool(planned)
-        solved, solved_text = solve_folder(folder, model, graph_options, quiet=quiet)
+        solved, solved_text = solve_folder(folder, model, search, quiet=quiet)
     summary = {
         **solved,
         "failures": encoded["failures"],
@@ -86,7 +87,7 @@ def command(
 
 
 def solve_folder(
-    folder: Path, model: TransCLIP, options: GraphOptions = AUTO, *, quiet: bool = True
+    folder: Path, model: TransCLIP, search: GraphSearch | None = None, *, quiet: bool = True
 ) -> tuple[dict[str, Any], str]:
     """Graph, result and report of folder/features, in folder/graph and folder/result."""
     stages = session.Stages()
@@ -94,8 +95,8 @@ def solve_folder(
     result = folder / "result"
     run = _solved(result, stored, model)
     if run is None:
-        device = resolve_device(model.device)
-        graph = kept_graph(folder / "graph", stored, model.n_neighbors, device, stages, options)
+        search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
+        graph = kept_graph(folder / "graph", stored, search, stages)
         run = solve_features(stored, str(result), model, graph, stages, quiet=quiet)
     text = describe_solution(run, str(result))
     if run["accuracy"] is not None:

@@ -10,21 +10,20 @@ import click
 import numpy as np
 import torch
 
-from transclip_fast.callbacks import Progress
 from transclip_fast.cli import session
-from transclip_fast.cli.graph import GraphOptions, describe, kept_graph, leftovers
+from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
-from transclip_fast.cli.options import ARRAYS, requested
-from transclip_fast.cli.plan import plan_of
+from transclip_fast.cli.options import requested
+from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import as_labels
-from transclip_fast.data.feature_rows import Rows
-from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.estimator import GAMMAS, TransCLIP
+from transclip_fast.estimator import GraphSource, TransCLIP
 from transclip_fast.metrics import accuracy, check_assignments, check_class_order
-from transclip_fast.progress_bar import progress_bar
+from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.layout import peak_bytes
+from transclip_fast.solver.parameters import GAMMAS
+from transclip_fast.solver.problem import Settings
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features
@@ -33,14 +32,13 @@ from transclip_fast.types import NeighborGraph
 from transclip_fast.version import __version__
 
 CHECKPOINT_SECONDS = 1.0  # the most work that a crash costs
-FIT_ARRAYS = tuple(name for name in ARRAYS if name not in ("labels", "class_names"))
 
 
 def solve_features(
     features: Features,
     out: str,
     model: TransCLIP,
-    graph: NeighborGraph | GraphOptions,
+    graph: NeighborGraph | GraphSearch,
     stages: session.Stages,
     *,
     make_head: Callable[[Features], FittedHead] | None = None,
@@ -54,7 +52,7 @@ def solve_features(
 
     Parameters
     ----------
-    graph : NeighborGraph or GraphOptions
+    graph : NeighborGraph or GraphSearch
         The neighbours, or how to search for them.
     make_head : callable, optional
         Fits or reads the head that becomes the prior.
@@ -71,15 +69,30 @@ def solve_features(
     ):
         with session.errors_about(origins, features.path):
             head = make_head(features) if make_head else None
-            problem = head.features if head else features
-            method = graph.method if isinstance(graph, GraphOptions) else None
-            plan = plan_of(problem, model, method)
-            n_classes = plan.size.n_classes
+            solved = head.features if head else features
+            problem = problem_of(solved, model)
+            settings = Settings.resolve(model, problem)
+            method = graph.method if isinstance(graph, GraphSearch) else None
+            plan = plan_of(problem, settings, method)
+            n_classes = problem.prior.n_classes
             check_class_names(features, n_classes)
             truth = true_labels(features, n_classes)
             if not quiet:
                 click.echo(plan.line())
-            _fit(model, problem, graph, out, stages)
+            source: GraphSource = (
+                graph
+                if isinstance(graph, NeighborGraph)
+                else partial(kept_graph, own_graph, solved, graph, stages)
+            )
+            identity = {"inputs_sha256": solved.inputs_sha256(), "version": __version__}
+            with stages.time("solve"), progress_bar("solve", "rows") as show:
+                model.fit_problem(
+                    problem,
+                    settings,
+                    source,
+                    progress=shown_on(show),
+                    checkpoint=partial(_checkpoint, out, identity),
+                )
         zero_shot = (model.zero_shot_labels_, model.zero_shot_confidences_)
         labels = model.transduction_
         signs = check_assignments(labels, zero_shot[0], n_classes, features.class_names)
@@ -99,40 +112,10 @@ def solve_features(
     return run
 
 
-def _fit(
-    model: TransCLIP,
-    features: Features,
-    graph: NeighborGraph | GraphOptions,
-    out: str,
-    stages: session.Stages,
-) -> None:
-    """Fit the model; its graph and checkpoints are files, its progress is on the screen."""
-    neighbors: NeighborGraph | Callable[[Rows], NeighborGraph]
-    if isinstance(graph, NeighborGraph):
-        neighbors = graph
-    else:
-        device, folder = resolve_device(model.device), beside(out, "graph")
-        neighbors = partial(kept_graph, folder, features, model.n_neighbors, device, stages, graph)
-
-    def checkpoint(name: str, identity: dict[str, Any]) -> FileCheckpoint:
-        inputs = {"inputs_sha256": features.inputs_sha256(), "version": __version__}
-        return FileCheckpoint(out, name, identity | inputs, CHECKPOINT_SECONDS)
-
-    with stages.time("solve"), progress_bar("solve", "rows") as show:
-
-        def report(state: Progress) -> None:
-            figures: dict[str, Any] = {"step": f"{state.steps}/{state.all_steps}"}
-            if state.objective is not None:
-                figures |= {"objective": f"{state.objective:.5f}", "changed": state.changed}
-            show(state.rows, state.all_rows, **figures)
-
-        model.fit(
-            features.get("image_features"),
-            graph=neighbors,
-            progress=report,
-            checkpoint=checkpoint,
-            **{name: features.get(name) for name in FIT_ARRAYS},
-        )
+def _checkpoint(
+    out: str, inputs: dict[str, Any], name: str, identity: dict[str, Any]
+) -> FileCheckpoint:
+    return FileCheckpoint(out, name, identity | inputs, CHECKPOINT_SECONDS)
 
 
 def _solver_summary(model: TransCLIP) -> dict[str, Any]:

@@ -8,15 +8,17 @@ from typing import Any
 import click
 
 from transclip_fast.cli import options, session
-from transclip_fast.cli.graph import GraphOptions
+from transclip_fast.cli.graph import GraphSearch
 from transclip_fast.cli.head import apply_head, choose_head
 from transclip_fast.cli.solution import describe_solution, solve_features
 from transclip_fast.cli.towers import load_tower, tower_options
+from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS
 from transclip_fast.store.features import load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.linear_maps import map_features
+from transclip_fast.types import NeighborGraph
 
 
 @click.command("solve", cls=options.SectionedCommand)
@@ -87,7 +89,11 @@ def command(
         if local and image_map is not None:
             raise InputError(f"{image_map}: maps no local features, which the head {head} needs")
         map_features(features, text=text_map, image=image_map)
-        graph = load_graph(graph_folder, features.sha256()) if graph_folder else None
+        graph: NeighborGraph | GraphSearch
+        if graph_folder:
+            graph = load_graph(graph_folder, features.sha256())
+        else:
+            graph = GraphSearch(model.n_neighbors, resolve_device(device), method, recall)
     features.origins["graph"] = graph_folder or "graph"
     make_head = None
     if choice is not None:
@@ -95,8 +101,5 @@ def command(
         named = {name: values[name] for name in ("model", "pretrained", "precision")}
         tower = partial(load_tower, device=device, **named)
         make_head = partial(apply_head, choice, seed, model=model, stages=stages, tower=tower)
-    search = GraphOptions(method, recall)
-    run = solve_features(
-        features, out, model, graph or search, stages, make_head=make_head, quiet=as_json
-    )
+    run = solve_features(features, out, model, graph, stages, make_head=make_head, quiet=as_json)
     session.print_summary(run, describe_solution(run, out), as_json)

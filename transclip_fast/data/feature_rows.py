@@ -150,6 +150,17 @@ def evenly_spaced_rows(n_rows: int, most: int, device: torch.device | str = "cpu
     return torch.arange(size, device=device) * n_rows // size
 
 
+def unit_sample(matrix: torch.Tensor | StoredRows, ids: torch.Tensor) -> torch.Tensor:
+    """Rows (n, d) of an unread matrix as float32 unit rows, as `Rows` gives them."""
+    if isinstance(matrix, torch.Tensor):
+        rows = matrix[ids]
+    else:
+        rows = torch.from_numpy(matrix[ids.numpy()])
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    off = (norms - 1).abs() > 2e-3
+    return torch.where(off[:, None], (rows.float().double() / norms[:, None]).float(), rows.float())
+
+
 class _ReadAhead:
     """
     Blocks of rows on a GPU; while it works on one, the next is read and copied.

@@ -165,8 +165,7 @@ def fit_head(
     Examples
     --------
     >>> import torch
-    >>> from transclip_fast import TransCLIP
-    >>> from transclip_fast.heads import fit_head
+    >>> from transclip_fast import TransCLIP, fit_head
     >>> text, labels = torch.eye(3, 8), torch.arange(3).repeat(4)
     >>> images = text[labels] + 0.2 * torch.rand(12, 8, generator=torch.Generator().manual_seed(0))
     >>> images /= images.norm(dim=1, keepdim=True)

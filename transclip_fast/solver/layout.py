@@ -12,16 +12,17 @@ from transclip_fast.errors import InputError
 from transclip_fast.ops.blocks import gemm_rows, read_rows
 from transclip_fast.parallel import n_threads
 
+FORMS = ("auto", "dense", "sparse")  # of the assignments
 CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Up to this size z, its successor and its scores stay whole: nothing is gained by lists.
 DENSE_BYTES = 1 << 25
-FEWEST, USUAL = 32, 128  # candidates of a row
+FEWEST_CANDIDATES, USUAL_CANDIDATES = 32, 128  # of a row
 # Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
 ENTRY_BYTES = 24
-SMALL = 1 << 24  # bytes of lists that are no matter, however few candidates would do
+FREE_LIST_BYTES = 1 << 24  # lists of this size cost nothing, however few candidates would do
 ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
-PROCESS = 700 << 20  # Python, torch, numba and the rest, and what the allocator keeps
+PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
 
 
@@ -120,9 +121,15 @@ class Size:
     linear: bool = True
     runs: int = 1
 
+    def of_rows(self, n_rows: int) -> Size:
+        """The same with another number of rows."""
+        share = n_rows / self.n_rows
+        stored, given = int(self.stored * share), int(self.given * share)
+        return replace(self, n_rows=n_rows, stored=stored, given=given)
+
     def used(self, device: torch.device) -> int:
-        """What is there before a solve; not what is measured, so that it is the same each time."""
-        return PROCESS + self.given if device.type == "cpu" else 0
+        """Bytes in use before a solve: a constant, so that a resumed solve decides the same."""
+        return PROCESS_BYTES + self.given if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def dense_pays(size: Size, device: torch.device, room: int) -> bool:
     whole = 12 * size.n_rows * size.n_classes
     if whole <= DENSE_BYTES or device.type == "cpu":
         return whole <= DENSE_BYTES
-    return sweep_bytes(size, None) <= sweep_bytes(size, FEWEST) and whole <= room // 2
+    return sweep_bytes(size, None) <= sweep_bytes(size, FEWEST_CANDIDATES) and whole <= room // 2
 
 
 def choose_layout(
@@ -214,14 +221,18 @@ def choose_layout(
     if form == "sparse":
         fixed = sum(Layout(0, held=False).bytes(size, device).values())
         fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
-        chosen = candidates or max(USUAL, SMALL // (ENTRY_BYTES * size.n_rows))
-        while candidates is None and chosen > FEWEST and min(chosen, size.n_classes) > fits:
-            chosen = max(FEWEST, chosen // 2)  # in steps: a little less memory changes no result
+        chosen = candidates or max(USUAL_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * size.n_rows))
+        while (
+            candidates is None and chosen > FEWEST_CANDIDATES and min(chosen, size.n_classes) > fits
+        ):
+            chosen = max(
+                FEWEST_CANDIDATES, chosen // 2
+            )  # in steps: a little less memory changes no result
         layout = replace(layout, candidates=min(chosen, size.n_classes))
     needed = used + sum(layout.bytes(size, device).values())
     if needed > limit:
         remedy = "allow more, or solve fewer rows at a time"
-        if form == "dense" and size.n_classes > FEWEST:
+        if form == "dense" and size.n_classes > FEWEST_CANDIDATES:
             remedy = "choose assignments='sparse', or allow more"
         raise InputError(
             f"memory: {size.n_rows:,} rows and {size.n_classes:,} classes, {form}, need at least "
