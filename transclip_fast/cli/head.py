@@ -45,28 +45,13 @@ class HeadChoice:
 
 @dataclass(frozen=True)
 class FittedHead:
-    """
-    A head and its prediction of features.
+    """A head and its prediction of features."""
 
-    Parameters
-    ----------
-    name : str
-        Of the method.
-    parameters : dict
-        Its hyperparameters, default or chosen.
-    labels : ndarray (N,) int64
-        What it predicts by itself.
-    features : Features
-        The features with the head as their prior, and without the shots.
-    file : str, optional
-        The file that it was read from.
-    """
-
-    name: str
-    parameters: dict[str, float]
-    labels: np.ndarray
-    features: Features
-    file: str | None = None
+    name: str  # of the method
+    parameters: dict[str, float]  # hyperparameters, default or chosen
+    labels: np.ndarray  # (N,) int64, predicted by the head alone
+    features: Features  # with the head as their prior, and without the shots
+    file: str | None = None  # that the head was read from
 
     def summary(self, truth: np.ndarray | None) -> dict[str, Any]:
         """Its part of run.json."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,46 +10,18 @@ from typing import Any
 import click
 
 from transclip_fast.cli import session
+from transclip_fast.cli.head_options import ListsCommand, options_of, tower_options, unique
 from transclip_fast.cli.options import device_option, json_option
-from transclip_fast.cli.towers import TOWER_OPTIONS, load_tower, options_of, tower_options
-from transclip_fast.errors import InputError
-from transclip_fast.heads import HEADS, LEARNERS, SETTINGS
-from transclip_fast.heads.prompts import Prompting, TextTower
+from transclip_fast.cli.towers import Prompter
+from transclip_fast.heads import HEADS, LEARNERS
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols import plans
-from transclip_fast.protocols.data import DataSet
 from transclip_fast.protocols.runs import CONTENTS, TABLES, Run, do_runs, write_tables
 from transclip_fast.protocols.table import markdown, summarise
 from transclip_fast.store.atomic import check_replaceable, locked, writing
 
 SHOTS = (1, 2, 4, 8, 16)
-NAMES = (*HEADS, *LEARNERS, plans.TRANSCLIP_FS)
 FEW_SHOT_HEADS = (*(x for x in HEADS if HEADS[x].needs_shots), plans.TRANSCLIP_FS)
-
-
-class _Lists(click.Command):
-    """Accepts `--shots 1 2 4` and `--head a b`, where click needs `--shots 1 --shots 2 ...`.
-
-    Only whole numbers and names of heads continue a list, so that FEATURES may follow.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words: list[str] = []
-        flag, first = "", False  # of the list that is read, and whether its first value comes next
-        for word in args:
-            if flag and not first:
-                if word.isdecimal() if flag == "--shots" else word in NAMES:
-                    words.append(flag)
-                else:
-                    flag = ""
-            first = word in ("--shots", "--head")
-            flag = word if first else flag
-            words.append(word)
-        return super().parse_args(ctx, words)
-
-
-def _once(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(values))
 
 
 def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
@@ -63,7 +33,7 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
             multiple=True,
             default=heads,
             show_default=True,
-            callback=_once,
+            callback=unique,
             help="Few-shot methods, one or several; "
             f"{', '.join(LEARNERS)} run the text tower of what encoded FEATURES.",
         ),
@@ -73,7 +43,7 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
             default=shots,
             show_default=True,
             type=click.IntRange(min=1),
-            callback=_once,
+            callback=unique,
             help="Labelled rows of a class, one number or several.",
         ),
         click.option(
@@ -116,7 +86,7 @@ def command() -> None:
     """
 
 
-@command.command("few-shot", cls=_Lists, short_help="Heads over numbers of shots.")
+@command.command("few-shot", cls=ListsCommand, short_help="Heads over numbers of shots.")
 @click.argument("features", nargs=-1, required=True, type=click.Path())
 @_options(FEW_SHOT_HEADS, SHOTS)
 def few_shot(features: tuple[str, ...], **options: Any) -> None:
@@ -134,7 +104,9 @@ def few_shot(features: tuple[str, ...], **options: Any) -> None:
     _carry_out(partial(plans.few_shot, features), options)
 
 
-@command.command("base-to-new", cls=_Lists, short_help="From half of the classes to the others.")
+@command.command(
+    "base-to-new", cls=ListsCommand, short_help="From half of the classes to the others."
+)
 @click.argument("features", nargs=-1, required=True, type=click.Path())
 @_options(("clip-adapter",), (16,))
 def base_to_new(features: tuple[str, ...], **options: Any) -> None:
@@ -152,7 +124,7 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
     _carry_out(partial(plans.base_to_new, features), options)
 
 
-@command.command("cross-dataset", cls=_Lists, short_help="From one data set to others.")
+@command.command("cross-dataset", cls=ListsCommand, short_help="From one data set to others.")
 @click.argument("source", type=click.Path())
 @click.argument("targets", nargs=-1, required=True, type=click.Path())
 @_options(("clip-adapter",), (16,))
@@ -169,7 +141,7 @@ def cross_dataset(source: str, targets: tuple[str, ...], **options: Any) -> None
     _carry_out(partial(plans.cross_dataset, source, targets), options)
 
 
-@command.command("domains", cls=_Lists, short_help="From a data set to its variants.")
+@command.command("domains", cls=ListsCommand, short_help="From a data set to its variants.")
 @click.argument("source", type=click.Path())
 @click.argument("targets", nargs=-1, required=True, type=click.Path())
 @click.option(
@@ -198,25 +170,6 @@ def domains(
     _carry_out(partial(plans.domains, source, targets, dict(subsets)), options)
 
 
-class _Prompter:
-    """Text tower, class names and settings of a prompt learner on a data set."""
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self._tower_options = {name: options[name] for name in ("device", *TOWER_OPTIONS)}
-        self._epochs = options["epochs"]
-        self._towers: dict[str, TextTower] = {}  # by the encoder of the features
-
-    def __call__(self, data: DataSet, head: str) -> Prompting:
-        if data.class_names is None:
-            raise InputError(f"{data.path}: has no class_names, of which {head} makes prompts")
-        key = json.dumps([data.encoder, data.dim], sort_keys=True)
-        if key not in self._towers:
-            self._towers[key] = load_tower(data, **self._tower_options)
-        context, schedule = SETTINGS[head]
-        schedule = replace(schedule, epochs=self._epochs or schedule.epochs)
-        return Prompting(self._towers[key], data.class_names, context, schedule)
-
-
 def _carry_out(plan: Callable[[plans.Trials], list[Run]], options: Mapping[str, Any]) -> None:
     """Do the runs, write the tables, and print them."""
     stages, out = session.Stages(), options["out"]
@@ -224,7 +177,7 @@ def _carry_out(plan: Callable[[plans.Trials], list[Run]], options: Mapping[str, 
     tried = {name: options[name] for name in ("heads", "shots", "seeds", "device")}
     with session.collected_warnings({}) as warnings:
         with stages.time("load"):
-            runs = plan(plans.Trials(**tried, prompter=_Prompter(options)))
+            runs = plan(plans.Trials(**tried, prompter=Prompter(options)))
         with locked(out):
             with writing(out):
                 check_replaceable(folder, out, CONTENTS)

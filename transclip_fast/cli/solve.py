@@ -10,8 +10,9 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch
 from transclip_fast.cli.head import apply_head, choose_head
+from transclip_fast.cli.head_options import TOWER_OPTIONS, tower_options
 from transclip_fast.cli.solution import describe_solution, solve_features
-from transclip_fast.cli.towers import load_tower, tower_options
+from transclip_fast.cli.towers import load_tower
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS
@@ -98,7 +99,7 @@ def command(
     make_head = None
     if choice is not None:
         features.origins[choice.name] = choice.name  # if it is a file
-        named = {name: values[name] for name in ("model", "pretrained", "precision")}
+        named = {name: values[name] for name in TOWER_OPTIONS}
         tower = partial(load_tower, device=device, **named)
         make_head = partial(apply_head, choice, seed, model=model, stages=stages, tower=tower)
     run = solve_features(features, out, model, graph, stages, make_head=make_head, quiet=as_json)

@@ -1,115 +1,23 @@
-"""The text tower that belongs to stored features, and the options of prompt learners."""
+"""The text tower of the model that encoded features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-import click
-
+from transclip_fast.cli.head_options import TOWER_OPTIONS
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.errors import InputError
 from transclip_fast.heads import SETTINGS
-from transclip_fast.heads.prompts import ContextSettings, Schedule, TextTower
-from transclip_fast.heads.prompts.settings import POSITIONS
-from transclip_fast.heads.prompts.tower import AUTOCAST
+from transclip_fast.heads.prompts import Prompting, TextTower
+from transclip_fast.protocols.data import DataSet
 from transclip_fast.store.features import ENCODER
 
 DEMO = "demo"
 SHA256_DIGITS = 64  # model names and weight tags are shorter
-TOWER_OPTIONS = ("model", "pretrained", "precision")
-
-
-def _rates() -> str:
-    by_rate: dict[float, list[str]] = {}
-    for name, (_, schedule) in SETTINGS.items():
-        by_rate.setdefault(schedule.rate, []).append(name)
-    return "; ".join(f"{', '.join(names)}: {rate:g}" for rate, names in by_rate.items())
-
-
-def options_of(*options: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that adds options to a command, in this order."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-tower_options = options_of(
-    click.option(
-        "--model",
-        help="Text tower of a prompt learner: open_clip model, a folder with an "
-        "open_clip_config.json, or demo.  [default: what encoded FEATURES]",
-    ),
-    click.option(
-        "--pretrained", help="Its weights, as for `encode`.  [default: what encoded FEATURES]"
-    ),
-    click.option(
-        "--precision",
-        type=click.Choice([*AUTOCAST]),
-        help="Of the text tower's matrix products.  [default: bf16 on CUDA, else fp32]",
-    ),
-)
-prompt_options = options_of(
-    click.option(
-        "--context",
-        "n_ctx",
-        type=click.IntRange(1, 64),
-        help="Learned vectors of a prompt, from random ones.  [default: as published: 16, "
-        "cocoop has --start]",
-    ),
-    click.option("--start", help='Words to start from.  [default: none, cocoop "a photo of a"]'),
-    click.option(
-        "--class-specific", is_flag=True, help="Vectors of each class, instead of shared."
-    ),
-    click.option(
-        "--position",
-        default="end",
-        show_default=True,
-        type=click.Choice(POSITIONS),
-        help="Of the class name in the prompt.",
-    ),
-    click.option(
-        "--epochs",
-        type=click.IntRange(min=1),
-        help="Over the shots.  [default: coop, prograd: 50 with one shot, 100 up to four, else "
-        f"200; plot: {SETTINGS['plot'][1].epochs}, cocoop: {SETTINGS['cocoop'][1].epochs}]",
-    ),
-    click.option(
-        "--rate",
-        type=click.FloatRange(0, min_open=True),
-        help=f"Of the gradient descent.  [default: {_rates()}]",
-    ),
-)
-
-
-def settings_of(name: str, options: Mapping[str, Any]) -> tuple[ContextSettings, Schedule]:
-    """
-    The settings of `prompt_options`, with published values for those not given.
-
-    Raises
-    ------
-    InputError
-        Both words to start from and a number of vectors.
-    """
-    n_ctx, start = options["n_ctx"], options["start"]
-    if n_ctx is not None and start is not None:
-        raise InputError("--start says by its words how long the context is; leave --context out")
-    context, schedule = SETTINGS[name]
-    if n_ctx is not None:
-        context = replace(context, n_ctx=n_ctx, start=None)
-    if start is not None:
-        context = replace(context, start=start)
-    context = replace(
-        context, class_specific=options["class_specific"], position=options["position"]
-    )
-    given = {key: options[key] for key in ("epochs", "rate") if options[key] is not None}
-    return context, replace(schedule, **given)
 
 
 class EncodedFeatures(Protocol):
@@ -174,6 +82,25 @@ def load_tower(
             f"{backbone.dim}; give --model and --pretrained of what encoded it"
         )
     return TextTower(backbone, precision)
+
+
+class Prompter:
+    """Returns the text tower, class names and settings of a prompt learner for a data set."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._tower_options = {name: options[name] for name in ("device", *TOWER_OPTIONS)}
+        self._epochs = options["epochs"]
+        self._towers: dict[str, TextTower] = {}  # by the encoder of the features
+
+    def __call__(self, data: DataSet, head: str) -> Prompting:
+        if data.class_names is None:
+            raise InputError(f"{data.path}: has no class_names, of which {head} makes prompts")
+        key = json.dumps([data.encoder, data.dim], sort_keys=True)
+        if key not in self._towers:
+            self._towers[key] = load_tower(data, **self._tower_options)
+        context, schedule = SETTINGS[head]
+        schedule = replace(schedule, epochs=self._epochs or schedule.epochs)
+        return Prompting(self._towers[key], data.class_names, context, schedule)
 
 
 def encoder_of(backbone: Backbone) -> dict[str, Any]:

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import click
-import numpy as np
-import torch
 
 from transclip_fast.cli import session
 from transclip_fast.cli.head import LABELLED
-from transclip_fast.cli.options import SectionedCommand, array_options, device_option, json_option
-from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.towers import (
+from transclip_fast.cli.head_options import (
     TOWER_OPTIONS,
-    encoder_of,
-    load_tower,
     prompt_options,
     settings_of,
     tower_options,
 )
-from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.cli.options import SectionedCommand, array_options, device_option, json_option
+from transclip_fast.cli.solution import true_labels
+from transclip_fast.cli.towers import encoder_of, load_tower
 from transclip_fast.errors import InputError
-from transclip_fast.heads import HEADS, LEARNERS, Head, ensemble, fit_head, method_named
-from transclip_fast.heads.base import PrototypeHead, inputs_for
+from transclip_fast.heads import HEADS, LEARNERS, ensemble, fit_head, method_named
 from transclip_fast.heads.files import SUFFIX, StoredHead, check_writable, save_head
 from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.shots import as_fit_arguments
-from transclip_fast.heads.task import Labelled
-from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
-from transclip_fast.protocols.data import draw_shots, labelled_pools, load_splits, patched_rows
+from transclip_fast.protocols.data import load_splits
+from transclip_fast.protocols.training import checkpoint_identity, draw_rows, summarise_head
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.checkpoint import TensorCheckpoint, files
-from transclip_fast.store.features import Features, array_sha256
+from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
@@ -102,12 +95,12 @@ def command(
                 raise InputError(f"head {name} needs text_features")
             text = ensemble(features.get("text_features"))
             truth = true_labels(features, len(text))
-            rows = _draw(features, text, shots, options["seed"])
+            rows = draw_rows(features, text, shots, options["seed"])
         prompting, encoder = None, features.encoder
         if name in LEARNERS:
             with stages.time("model"):
                 prompting = _prompting(name, features, options)
-            identity = _identity(name, features, rows, prompting, options)
+            identity = checkpoint_identity(name, features, rows, prompting, options)
             checkpoint = TensorCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS)
             prompting = replace(prompting, checkpoint=checkpoint)
             encoder = encoder_of(prompting.tower.backbone)
@@ -131,7 +124,7 @@ def command(
             run = {
                 "kind": "train-head",
                 "name": name,
-                **_summary(head, features, rows, text, truth),
+                **summarise_head(head, features, rows, text, truth),
             }
         training = {"shots": shots, "seed": options["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
@@ -140,22 +133,6 @@ def command(
         run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
         run["warnings"] = messages
     session.print_summary(run, _text(run, out), as_json)
-
-
-def _draw(
-    features: Features, text: torch.Tensor, shots: int | None, seed: int
-) -> dict[str, Labelled]:
-    """The shots and validation rows of the training."""
-    n_classes, d = text.shape
-    pools = labelled_pools(features, d, n_classes)
-    if "support" not in pools:
-        raise InputError(
-            "has no shots: give a folder with train/, or support_features and support_labels"
-        )
-    shortage = shots and pools["support"].shortage(n_classes, shots)
-    if shortage:
-        warnings.warn(f"{features.path}: {shortage}", stacklevel=2)
-    return draw_shots(pools, n_classes, shots, seed)
 
 
 def _prompting(name: str, features: Features, options: Mapping[str, Any]) -> Prompting:
@@ -167,63 +144,6 @@ def _prompting(name: str, features: Features, options: Mapping[str, Any]) -> Pro
         )
     tower = load_tower(features, **{name: options[name] for name in ("device", *TOWER_OPTIONS)})
     return Prompting(tower, features.class_names, context, schedule)
-
-
-def _identity(
-    name: str,
-    features: Features,
-    rows: Mapping[str, Labelled],
-    prompting: Prompting,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Everything that the result of a training depends on."""
-    hashes = {
-        f"{use}_{part}": array_sha256(getattr(labelled, part))
-        for use, labelled in rows.items()
-        for part in ("features", "labels")
-    }
-    return {
-        "name": name,
-        **prompting.identity,
-        "text": features.inputs_sha256()["text_features"],
-        **hashes,
-        **{option: options[option] for option in ("seed", "logit_scale")},
-        "device": prompting.tower.device.type,
-        "version": __version__,
-    }
-
-
-def _summary(
-    head: Head,
-    features: Features,
-    rows: Mapping[str, Labelled],
-    text: torch.Tensor,
-    truth: np.ndarray | None,
-) -> dict[str, Any]:
-    """The head's parameters and words, and its accuracy on queries and validation rows."""
-    before = after = validation = None
-    # For a head that runs the tower for every query this takes long, and `solve` does it anyway.
-    if truth is not None and not head.runs_tower:
-        queries = as_unit_rows(
-            features.get("image_features"), "image_features", columns=text.shape[1]
-        )
-        inputs = inputs_for(head, queries, patched_rows(queries, features))
-        zero_shot = PrototypeHead(text=text, logit_scale=head.logit_scale)
-        before = accuracy(zero_shot.predict(queries).numpy(), truth)
-        after = accuracy(head.predict(inputs).numpy(), truth)
-    if "validation" in rows:
-        held_out = rows["validation"]
-        validation = accuracy(head.predict(held_out.features).numpy(), held_out.labels.numpy())
-    return {
-        "n_classes": len(head.text),
-        "n_shots": len(rows["support"]),
-        "n_queries": len(features.get("image_features")),
-        "zero_shot_accuracy": before,
-        "accuracy": after,
-        "validation_accuracy": validation,
-        "parameters": head.parameters,
-        "nearest_words": head.words_by_context(features.class_names or []),
-    }
 
 
 def _text(run: Mapping[str, Any], out: str) -> str:

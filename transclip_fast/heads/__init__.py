@@ -51,23 +51,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Method:
-    """
-    A few-shot method.
-
-    Parameters
-    ----------
-    fit : callable
-    needs_shots : bool
-    takes_patches : bool
-        Uses the features of patches.
-    transfers : bool
-        Its heads can move to classes other than those of the training.
-    """
+    """A few-shot method, and what is known of its heads before they are fitted."""
 
     fit: Callable[[Task], Head]
     needs_shots: bool = True
     takes_patches: bool = False
-    transfers: bool = False
+    transfers: bool = False  # to classes other than those of the training
 
 
 HEADS = {

@@ -33,39 +33,19 @@ ENTRY_TYPES: dict[str, Any] = {
 }
 KINDS: dict[str, type[Head]] = {
     head.kind: head
-    for head in (
-        PrototypeHead,
-        CacheHead,
-        AdapterHead,
-        PromptHead,
-        ConditionalHead,
-        TransportHead,
-    )
+    for head in (PrototypeHead, CacheHead, AdapterHead, PromptHead, ConditionalHead, TransportHead)
 }
 
 
 @dataclass(frozen=True)
 class StoredHead:
-    """
-    The content of a head file.
-
-    Parameters
-    ----------
-    head : Head
-    name : str
-        Of the method.
-    class_names : list of str, optional
-    encoder : dict, optional
-        Model and weights of the features that the head reads.
-    training : dict
-        Shots, seed and version, for the reader.
-    """
+    """The content of a head file."""
 
     head: Head
-    name: str
+    name: str  # of the method
     class_names: list[str] | None
-    encoder: dict[str, Any] | None
-    training: dict[str, Any] = field(default_factory=dict)
+    encoder: dict[str, Any] | None  # model and weights of the features that the head reads
+    training: dict[str, Any] = field(default_factory=dict)  # shots, seed and version
 
 
 def save_head(path: str | Path, stored: StoredHead) -> None:

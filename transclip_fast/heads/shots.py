@@ -16,20 +16,7 @@ from transclip_fast.heads.task import Labelled
 def labelled_rows(
     use: str, features: Any, labels: Any, patches: Any, text: torch.Tensor
 ) -> Labelled | None:
-    """
-    The checked rows of one use ("support" or "validation"); None where none are given.
-
-    Parameters
-    ----------
-    features, labels : array_like (M, d), (M,), or None
-    patches : array_like (M, L, d), or None
-    text : Tensor (K, d)
-
-    Raises
-    ------
-    InputError
-        One without the others, and as `as_labelled_rows` and `PatchedRows`.
-    """
+    """Check the rows (M, d), labels (M,) and patches (M, L, d) of "support" or "validation"."""
     rows = as_labelled_rows(use, features, labels, text.shape[1], len(text))
     if patches is None:
         return None if rows is None else Labelled(*rows)

@@ -18,15 +18,6 @@ class StoredState:
     Tensors and settings of a head file, which a head takes one by one.
 
     The letters of a shape, "Kd" for (K, d), are sizes: each is the same in all tensors of a file.
-
-    Parameters
-    ----------
-    path : path
-        For error messages.
-    tensors, settings : mapping
-        By name.
-    logit_scale : float
-    parameters : dict
     """
 
     def __init__(
@@ -38,10 +29,7 @@ class StoredState:
         parameters: dict[str, float],
     ) -> None:
         self._path = path
-        self._left: dict[str, dict[str, Any]] = {
-            "tensors": dict(tensors),
-            "settings": dict(settings),
-        }
+        self._left: dict[str, dict[str, Any]] = {"tensors": {**tensors}, "settings": {**settings}}
         self._sizes: dict[str, int] = {}
         self._logit_scale, self._parameters = logit_scale, parameters
 

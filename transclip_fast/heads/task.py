@@ -27,34 +27,15 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Task:
-    """
-    Texts, shots and settings of one fit.
+    """Texts, shots and settings of one fit."""
 
-    Parameters
-    ----------
-    text : Tensor (K, d) float32
-        Unit rows.
-    shots : Labelled
-        Classes may be missing; (0, d) without any shots.
-    validation : Labelled, optional
-        Used to choose hyperparameters; published defaults are used without it.
-    logit_scale : float
-        tau: logits are tau times cosines.
-    seed : int
-        Seed of everything random.
-    progress : callable
-        See `TrainingProgress`.
-    prompting : Prompting, optional
-        Text tower, class names and settings of a prompt learner.
-    """
-
-    text: torch.Tensor
-    shots: Labelled
-    validation: Labelled | None
-    logit_scale: float
+    text: torch.Tensor  # (K, d) float32, unit rows
+    shots: Labelled  # (0, d) without any; classes may be missing
+    validation: Labelled | None  # chooses hyperparameters, instead of published defaults
+    logit_scale: float  # tau: logits are tau times cosines
     seed: int
     progress: TrainingProgress
-    prompting: Prompting | None = None
+    prompting: Prompting | None = None  # of prompt learners
 
     @property
     def n_shots(self) -> int:

@@ -24,16 +24,8 @@ def train(
     """
     Minimise the cross-entropy of the shots, in shuffled batches of 256 under a cosine schedule.
 
-    Parameters
-    ----------
-    task : Task
-    logits : callable
-        Rows (n, d) to logits (n, K), with gradients.
-    optimizer : Optimizer
-        Holds the trained parameters.
-    epochs : int
-    place, trainings : int
-        Position of this training among several, for the progress.
+    `logits` takes rows (n, d) and returns logits (n, K) with gradients to the parameters of the
+    optimizer. `place` is the position of this training among several, for the progress.
     """
     features, labels = task.shots.features, task.shots.labels
     draw = torch.Generator().manual_seed(task.seed)

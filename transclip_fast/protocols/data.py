@@ -86,41 +86,19 @@ def draw_shots(
 
 @dataclass(frozen=True)
 class DataSet:
-    """
-    A data set in memory, checked.
-
-    Parameters
-    ----------
-    name : str
-    features : Tensor (N, d) float32
-        Unit rows of the queries.
-    labels : ndarray (N,) int64
-    text : Tensor (K, d) float32
-    class_names : list of str, optional
-    pools : dict
-        "support" and "validation" rows to draw from, if there are any.
-    patched : PatchedRows, optional
-        The queries with their patches.
-    sha256 : dict
-        Hash of every array.
-    path : str
-    encoder : dict, optional
-        Model and weights that encoded it, if a manifest names them.
-    device : torch.device
-        For the neighbour search.
-    """
+    """A data set in memory, checked."""
 
     name: str
-    features: torch.Tensor
-    labels: np.ndarray
-    text: torch.Tensor
+    features: torch.Tensor  # (N, d) float32, unit rows of the queries
+    labels: np.ndarray  # (N,) int64
+    text: torch.Tensor  # (K, d) float32
     class_names: list[str] | None
-    pools: dict[str, Pool]
-    patched: PatchedRows | None
-    sha256: dict[str, str]
+    pools: dict[str, Pool]  # "support" and "validation", if there are any
+    patched: PatchedRows | None  # the queries with their patches
+    sha256: dict[str, str]  # of every array
     path: str
-    encoder: dict[str, Any] | None
-    device: torch.device
+    encoder: dict[str, Any] | None  # model and weights that encoded it, if a manifest names them
+    device: torch.device  # of the neighbour search
 
     @property
     def dim(self) -> int:

@@ -28,27 +28,13 @@ TRANSCLIP_FS = "transclip-fs"
 
 @dataclass(frozen=True)
 class Trials:
-    """
-    What is tried on every data set.
-
-    Parameters
-    ----------
-    heads : sequence of str
-    shots : sequence of int
-        Of each class.
-    seeds : int
-        Number of draws of the shots.
-    device : str
-        Of TransCLIP.
-    prompter : callable
-        Returns the text tower, class names and settings of a prompt learner for a data set.
-    """
+    """What is tried on every data set."""
 
     heads: Sequence[str]
-    shots: Sequence[int]
-    seeds: int
-    device: str
-    prompter: Callable[[DataSet, str], Prompting]
+    shots: Sequence[int]  # of each class
+    seeds: int  # number of draws of the shots
+    device: str  # of TransCLIP
+    prompter: Callable[[DataSet, str], Prompting]  # of a prompt learner for a data set
 
     @property
     def methods(self) -> list[Method]:
@@ -76,21 +62,11 @@ class Trials:
 
 @dataclass(frozen=True)
 class Target:
-    """
-    A data set on which trained heads are measured.
-
-    Parameters
-    ----------
-    data : DataSet
-    columns : dict
-        Identify it in the table.
-    classes : list of int, optional
-        The classes of the source that its classes are; other classes if None.
-    """
+    """A data set on which trained heads are measured."""
 
     data: DataSet
-    columns: dict[str, Any]
-    classes: list[int] | None = None
+    columns: dict[str, Any]  # identify it in the table
+    classes: list[int] | None = None  # of the source; its own, other classes if None
 
     def move(self, head: Head, prompting: Prompting | None) -> Head:
         """A trained head, over the classes of the data set."""

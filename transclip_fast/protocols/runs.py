@@ -32,22 +32,11 @@ CONTENTS = frozenset({"runs", *TABLES, *(f".{name}.partial" for name in TABLES)}
 
 @dataclass(frozen=True)
 class Run:
-    """
-    One run of a protocol.
+    """One run of a protocol."""
 
-    Parameters
-    ----------
-    columns : dict
-        Identify the run in the table.
-    inputs : dict
-        Hashes and settings that its outcome depends on.
-    work : callable
-        Returns the measured columns.
-    """
-
-    columns: dict[str, Any]
-    inputs: dict[str, Any]
-    work: Callable[[], dict[str, Any]]
+    columns: dict[str, Any]  # identify the run in the table
+    inputs: dict[str, Any]  # hashes and settings that its outcome depends on
+    work: Callable[[], dict[str, Any]]  # returns the measured columns
 
     def file(self, folder: Path) -> Path:
         """Its result: the name is a hash of everything that the outcome depends on."""

@@ -108,7 +108,7 @@ class Reader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionalHead(ContextHead):
+class ConditionalHead(Conditional, ContextHead):
     """
     A head whose prototypes differ for each image: logits of N rows take N K runs of the text tower.
 
@@ -116,8 +116,6 @@ class ConditionalHead(ContextHead):
     ----------
     text : Tensor (K, d)
         Prototypes in the context that no image shifts.
-    context, down, down_bias, up, up_bias : Tensor
-        See `Conditional`.
     reader : Reader, optional
         Needed to predict; head files do not have it, see `for_classes`.
     """
@@ -125,11 +123,6 @@ class ConditionalHead(ContextHead):
     kind: ClassVar[str] = "conditional"
     runs_tower: ClassVar[bool] = True
 
-    context: torch.Tensor
-    down: torch.Tensor
-    down_bias: torch.Tensor
-    up: torch.Tensor
-    up_bias: torch.Tensor
     reader: Reader | None = None
 
     @property
@@ -138,7 +131,7 @@ class ConditionalHead(ContextHead):
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         reader = self._reader()
-        conditional = Conditional.of(self).to(reader.tower.device)
+        conditional = self.to(reader.tower.device)
         there = rows.to(conditional.context)
         return reader.logits(conditional, there, self.logit_scale).to(rows)
 

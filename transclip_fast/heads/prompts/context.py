@@ -19,19 +19,10 @@ VOCABULARY_BLOCK = 8192  # words compared at a time
 
 @dataclass(frozen=True, kw_only=True)
 class ContextHead(Head):
-    """
-    A head that a text tower made of class names in learned contexts.
+    """A head that a text tower made of class names in learned contexts."""
 
-    Parameters
-    ----------
-    position : str
-        Of the class name: "end", "middle" or "front".
-    words : list of str
-        Nearest word of each vector of the contexts, flat.
-    """
-
-    position: str
-    words: list[str]
+    position: str  # of the class name: "end", "middle" or "front"
+    words: list[str]  # nearest word of each vector of the contexts, flat
 
     def words_by_context(self, class_names: Sequence[str]) -> dict[str, list[str]]:
         n_ctx = int(self.parameters["n_ctx"])

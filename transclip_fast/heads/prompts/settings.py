@@ -18,44 +18,21 @@ EPOCHS_BY_SHOTS = ((1, 50), (4, 100), (math.inf, 200))  # (most shots a class, e
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """
-    The learned part of a prompt.
+    """The learned part of a prompt."""
 
-    Parameters
-    ----------
-    n_ctx : int
-        Number of vectors, used if `start` is None.
-    class_specific : bool
-        Learn vectors for each class instead of one set for all classes.
-    position : str
-        Where the class name stands: "end", "middle" or "front".
-    start : str, optional
-        Words whose embeddings initialise the vectors, e.g. "a photo of a"; random if None.
-    """
-
-    n_ctx: int = 16
-    class_specific: bool = False
-    position: str = "end"
-    start: str | None = None
+    n_ctx: int = 16  # number of vectors, if they do not start from words
+    class_specific: bool = False  # each class has vectors of its own
+    position: str = "end"  # of the class name, one of POSITIONS
+    start: str | None = None  # words that the vectors start from, e.g. "a photo of a"; or random
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """
-    Length and speed of a training.
+    """Length and speed of a training."""
 
-    Parameters
-    ----------
-    epochs : int, optional
-        By default 50 with one shot a class, 100 with up to four, 200 with more.
-    batch_size : int
-    rate : float
-        Learning rate at the start of the cosine schedule, after the warm-up epoch.
-    """
-
-    epochs: int | None = None
+    epochs: int | None = None  # by default as in EPOCHS_BY_SHOTS
     batch_size: int = 32
-    rate: float = 2e-3
+    rate: float = 2e-3  # learning rate after the warm-up, where a cosine starts
 
     def of(self, shots: int) -> int:
         """Number of epochs for that many shots a class."""
@@ -69,25 +46,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Prompting:
-    """
-    What a prompt learner needs beside a `Task`.
-
-    Parameters
-    ----------
-    tower : TextTower
-    class_names : sequence of str
-        In the order of the labels.
-    context : ContextSettings
-    schedule : Schedule
-    checkpoint : Checkpoint
-        Stores the state of a training, so that an interrupted one resumes.
-    """
+    """What a prompt learner needs beside labelled features."""
 
     tower: TextTower
-    class_names: Sequence[str]
+    class_names: Sequence[str]  # in the order of the labels
     context: ContextSettings = field(default_factory=ContextSettings)
     schedule: Schedule = field(default_factory=Schedule)
-    checkpoint: Checkpoint = field(default_factory=NoCheckpoint)
+    checkpoint: Checkpoint = field(default_factory=NoCheckpoint)  # from which a training resumes
 
     @property
     def identity(self) -> dict[str, Any]:

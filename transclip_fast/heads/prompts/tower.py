@@ -23,19 +23,10 @@ END_POOLINGS = ("argmax", "eos")  # the embedding is that of the end-of-text tok
 
 @dataclass(frozen=True)
 class Prompts:
-    """
-    Token ids of R prompts, and the columns of their context.
+    """Token ids of R prompts, and the columns of their context."""
 
-    Parameters
-    ----------
-    tokens : Tensor (R, L) int64
-        Any ordinary token stands in for the context.
-    places : Tensor (R, n_ctx) int64
-        Columns in the order of the context's vectors.
-    """
-
-    tokens: torch.Tensor
-    places: torch.Tensor
+    tokens: torch.Tensor  # (R, L) int64; any ordinary token stands in for the context
+    places: torch.Tensor  # (R, n_ctx) int64, columns in the order of the context's vectors
 
     def __len__(self) -> int:
         return len(self.tokens)
