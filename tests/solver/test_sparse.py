@@ -11,7 +11,7 @@ from tests import reference
 from tests.agreement import assert_agrees
 from tests.solver.test_loop import GAMMA, few_shot_problem
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.solver import layout as memory
+from transclip_fast.solver import layout
 from transclip_fast.solver import truncation as truncation_module
 from transclip_fast.solver.truncation import choose_truncation, needed_candidates
 
@@ -195,10 +195,11 @@ def test_candidates_are_measured_on_the_weighted_prior(kl_weight, expected, monk
     assert found.candidates == expected
 
 
-def test_auto_is_dense_where_that_is_small(problem, monkeypatch):
+def test_auto_is_dense_where_that_is_faster(problem, monkeypatch):
     features, prototypes, _ = problem()
     assert TransCLIP(device="cpu").fit(features, prototypes).truncation_ is None
-    monkeypatch.setattr(memory, "DENSE_BYTES", 1000)
+    monkeypatch.setattr(layout, "DENSE_ENTRIES", 0)
+    monkeypatch.setitem(layout.DENSE_CLASSES, "cpu", 5)
     model = TransCLIP(device="cpu").fit(features, prototypes)
     assert model.truncation_ is not None
     assert model.backend_ == "numba"

@@ -18,9 +18,10 @@ from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.progress_bar import progress_bar
+from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.atomic import HIDDEN, beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
-from transclip_fast.store.features import Features, array_sha256, load_features
+from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
 from transclip_fast.types import NeighborGraph
 

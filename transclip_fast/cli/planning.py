@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.graph.build import EXACT_ROWS
-from transclip_fast.graph.compare import gains_by_bytes
-from transclip_fast.graph.ivf import usual_lists
-from transclip_fast.graph.recall import SAMPLE
+from transclip_fast.graph.build import EXACT_ROWS, RECALL_SAMPLE_ROWS
+from transclip_fast.graph.exact import allows_int8
+from transclip_fast.graph.search import default_n_lists
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.solver.layout import (
     PROCESS_BYTES,
@@ -123,31 +121,21 @@ def make_plan(
     InputError
         The search does not fit into memory; the message says what does.
     """
-    plan = partial(_plan, layout=layout, parameters=parameters, device=device)
-    wanted = plan(size, method=method)
-    if wanted.peak <= wanted.limit:
-        return wanted
-    remedies = [f"--memory {math.ceil(wanted.peak / 2**30)}GiB"]
-    if plan(size, method=None).peak <= wanted.limit:
+    plan = _plan(size, layout, parameters, device, method)
+    if plan.peak <= plan.limit:
+        return plan
+    remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
+    if _plan(size, layout, parameters, device, None).peak <= plan.limit:
         remedies.append("--graph with neighbours that were searched elsewhere")
-    few, many = 0, size.n_rows  # rows that fit, and rows that do not
-    while many - few > max(1, few // 100):
-        middle = (few + many) // 2
-        fits = plan(size.of_rows(middle), method=method).peak <= wanted.limit
-        few, many = (middle, many) if fits else (few, middle)
-    few -= few % 10 ** max(0, len(str(few)) - 2)  # two digits
-    if few:
-        remedies.append(f"at most {few:,} rows at a time")
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
-        f"{show_bytes(wanted.peak)}, there are {show_bytes(wanted.limit)}; what fits: "
+        f"{show_bytes(plan.peak)}, there are {show_bytes(plan.limit)}; what fits: "
         f"{', or '.join(remedies)}"
     )
 
 
 def _plan(
     size: Size,
-    *,
     layout: Layout,
     parameters: Parameters,
     device: torch.device,
@@ -161,7 +149,7 @@ def _plan(
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
     searching = parts["features"] + SEARCH_ROW_BYTES * n
-    if gains_by_bytes(n, d, device, held=layout.held):
+    if allows_int8(n, d, device, held=layout.held):
         searching += (d + BYTE_PRODUCT_ROW_BYTES) * n
     read = size.stored * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
@@ -186,5 +174,6 @@ def _search_products(n_rows: int, method: str) -> float:
     """Products of two rows in a neighbour search."""
     if method == "exact":
         return n_rows * n_rows / 2
-    lists = usual_lists(n_rows)
-    return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + min(n_rows, SAMPLE))
+    lists = default_n_lists(n_rows)
+    sample = min(n_rows, RECALL_SAMPLE_ROWS)
+    return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + sample)

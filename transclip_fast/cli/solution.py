@@ -201,7 +201,7 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
             f"{run['accuracy']:.2f} %"
         )
     built = f"{seconds['graph']:.1f} s" if "graph" in seconds else "reused"
-    graph = f"{describe(run['graph'])} {built}"
+    graph = f"{describe(run['graph'])}, {built}"
     lines += [
         f"graph {graph}, solve {seconds['solve']:.1f} s on {run['device']}",
         f"written to {out}: predictions.parquet, mixture.safetensors, run.json",

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.shots import as_fit_arguments
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import DataSet, draw_shots
-from transclip_fast.store.atomic import publish_file, read_json, write_json, writing
+from transclip_fast.store.atomic import new_file, read_json, write_json, writing
 from transclip_fast.version import __version__
 
 TABLES = ("table.md", "table.parquet", "runs.parquet", "run.json")
@@ -55,8 +54,8 @@ def do_runs(runs: Sequence[Run], folder: Path, progress: Count) -> list[dict[str
         file = run.file(folder)
         if not file.exists():
             row = {**run.columns, **run.work()}
-            with writing(folder):
-                _publish(file, partial(write_json, value=row))
+            with writing(folder), new_file(file) as unfinished:
+                write_json(unfinished, row)
         rows.append(read_json(file))
     progress(len(runs), len(runs))
     return rows
@@ -76,16 +75,12 @@ def write_tables(
         for row in rows
     ]
     for name, content in (("runs.parquet", flat), ("table.parquet", table)):
-        _publish(folder / name, partial(pq.write_table, pa.Table.from_pylist(list(content))))
-    _publish(folder / "table.md", lambda file: file.write_text(text, encoding="utf-8"))
-    _publish(folder / "run.json", partial(write_json, value=summary))
-
-
-def _publish(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file that appears whole or not at all."""
-    unfinished = target.with_name(f".{target.name}.partial")
-    write(unfinished)
-    publish_file(unfinished, target)
+        with new_file(folder / name) as unfinished:
+            pq.write_table(pa.Table.from_pylist(list(content)), unfinished)
+    with new_file(folder / "table.md") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    with new_file(folder / "run.json") as unfinished:
+        write_json(unfinished, summary)
 
 
 def train_head(

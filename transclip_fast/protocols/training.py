@@ -17,7 +17,8 @@ from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.task import Labelled
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import draw_shots, labelled_pools, patched_rows
-from transclip_fast.store.features import Features, array_sha256
+from transclip_fast.store.arrays import array_sha256
+from transclip_fast.store.features import Features
 from transclip_fast.version import __version__
 
 

@@ -15,8 +15,10 @@ from transclip_fast.parallel import n_threads
 FORMS = ("auto", "dense", "sparse")  # of the assignments
 CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Up to this size z, its successor and its scores stay whole: nothing is gained by lists.
-DENSE_BYTES = 1 << 25
+# Up to so many classes a dense solve is faster, whatever N is: measured on a CPU; on a GPU by the
+# bytes that a sweep moves.
+DENSE_CLASSES = {"cpu": 128, "cuda": 64}
+DENSE_ENTRIES = 1 << 18  # entries of z that are faster than loading the compiled loops
 FEWEST_CANDIDATES, USUAL_CANDIDATES = 32, 128  # of a row
 # Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
 ENTRY_BYTES = 24
@@ -121,12 +123,6 @@ class Size:
     linear: bool = True
     runs: int = 1
 
-    def of_rows(self, n_rows: int) -> Size:
-        """The same with another number of rows."""
-        share = n_rows / self.n_rows
-        stored, given = int(self.stored * share), int(self.given * share)
-        return replace(self, n_rows=n_rows, stored=stored, given=given)
-
     def used(self, device: torch.device) -> int:
         """Bytes in use before a solve: a constant, so that a resumed solve decides the same."""
         return PROCESS_BYTES + self.given if device.type == "cpu" else 0
@@ -166,26 +162,10 @@ class Layout:
         }
 
 
-def sweep_bytes(size: Size, candidates: int | None) -> int:
-    """
-    Bytes a row that a sweep moves at most: scores, result, edges, and what each neighbour holds.
-
-    Whole rows are float32, entries of lists have an int32 beside it; both ends of an edge hear.
-    """
-    entries = 4 * size.n_classes if candidates is None else 8 * min(candidates, size.n_classes)
-    return 2 * entries + 2 * size.n_neighbors * (12 + entries)
-
-
-def dense_pays(size: Size, device: torch.device, room: int) -> bool:
-    """
-    Whether whole rows are better than lists: for small problems; on a GPU, where bytes are the
-    time of a sweep, also where they are fewer even than those of the shortest full lists, and fit
-    half of `room`.
-    """
-    whole = 12 * size.n_rows * size.n_classes
-    if whole <= DENSE_BYTES or device.type == "cpu":
-        return whole <= DENSE_BYTES
-    return sweep_bytes(size, None) <= sweep_bytes(size, FEWEST_CANDIDATES) and whole <= room // 2
+def dense_is_faster(size: Size, device: torch.device) -> bool:
+    """Whether keeping all classes of a row takes less time than keeping its largest ones."""
+    few = size.n_classes <= DENSE_CLASSES.get(device.type, DENSE_CLASSES["cuda"])
+    return few or (device.type == "cpu" and size.n_rows * size.n_classes <= DENSE_ENTRIES)
 
 
 def choose_layout(
@@ -202,7 +182,7 @@ def choose_layout(
     Parameters
     ----------
     form : {"auto", "dense", "sparse"}
-        "auto" is dense where `dense_pays`.
+        "auto" is dense where that is faster and fits into memory.
     candidates : int, optional
         C, where it is given.
     memory : int, optional
@@ -216,19 +196,13 @@ def choose_layout(
     used, limit = size.used(device), limit_of(device, memory)
     room = limit - used
     if form == "auto" and candidates is None:
-        form = "dense" if dense_pays(size, device, room) else "sparse"
+        dense = sum(Layout(None, held=False).bytes(size, device).values())
+        fits = dense <= room or size.n_classes <= FEWEST_CANDIDATES  # lists would be no shorter
+        form = "dense" if fits and dense_is_faster(size, device) else "sparse"
     layout = Layout(None, held=False)
     if form == "sparse":
-        fixed = sum(Layout(0, held=False).bytes(size, device).values())
-        fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
-        chosen = candidates or max(USUAL_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * size.n_rows))
-        while (
-            candidates is None and chosen > FEWEST_CANDIDATES and min(chosen, size.n_classes) > fits
-        ):
-            chosen = max(
-                FEWEST_CANDIDATES, chosen // 2
-            )  # in steps: a little less memory changes no result
-        layout = replace(layout, candidates=min(chosen, size.n_classes))
+        kept = candidates or _candidates_that_fit(size, device, room)
+        layout = Layout(min(kept, size.n_classes), held=False)
     needed = used + sum(layout.bytes(size, device).values())
     if needed > limit:
         remedy = "allow more, or solve fewer rows at a time"
@@ -240,3 +214,13 @@ def choose_layout(
         )
     held = replace(layout, held=True)
     return held if sum(held.bytes(size, device).values()) <= room else layout
+
+
+def _candidates_that_fit(size: Size, device: torch.device, room: int) -> int:
+    """The usual number, halved until the lists fit into `room` bytes or it is the fewest."""
+    fixed = sum(Layout(0, held=False).bytes(size, device).values())
+    fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
+    kept = max(USUAL_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * size.n_rows))
+    while kept > FEWEST_CANDIDATES and min(kept, size.n_classes) > fits:
+        kept = max(FEWEST_CANDIDATES, kept // 2)  # in steps: a little less memory changes nothing
+    return kept

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.data.checks import as_log_probabilities, as_logits
 from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.data.priors import as_log_probabilities, as_logits
 from transclip_fast.device import exact_float32
 from transclip_fast.ops.torch_backend import linear_log_prior
 

@@ -14,9 +14,10 @@ from transclip_fast.data.checks import (
     as_labelled_rows,
     as_unit_rows,
     is_aligned,
+    unit_sample,
     unread_matrix,
 )
-from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows, unit_sample
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
