@@ -113,7 +113,7 @@ prompt_options = options_of(
 
 def settings_of(name: str, options: Mapping[str, Any]) -> tuple[ContextSettings, Schedule]:
     """
-    The settings of `prompt_options`, with published values for those not given.
+    The settings of `prompt_options`, with published values for those that are missing.
 
     Raises
     ------
@@ -131,5 +131,5 @@ def settings_of(name: str, options: Mapping[str, Any]) -> tuple[ContextSettings,
     context = replace(
         context, class_specific=options["class_specific"], position=options["position"]
     )
-    given = {key: options[key] for key in ("epochs", "rate") if options[key] is not None}
-    return context, replace(schedule, **given)
+    changes = {key: options[key] for key in ("epochs", "rate") if options[key] is not None}
+    return context, replace(schedule, **changes)

@@ -77,7 +77,7 @@ def command() -> None:
     A data set is FEATURES (see `solve`) with labels, text_features and the pools that shots are
     drawn from, support_* and perhaps validation_*; or a folder of the feature folders test/, train/
     and val/. --out receives table.md, table.parquet (mean and deviation over seeds), runs.parquet
-    and run.json. A killed protocol goes on where it stopped. The prompt learners coop, prograd,
+    and run.json. A killed protocol resumes where it stopped. The prompt learners coop, prograd,
     cocoop and plot also need class_names, and run the text tower of what encoded FEATURES.
 
     \b

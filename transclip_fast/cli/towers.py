@@ -41,7 +41,7 @@ def load_tower(
     precision: str | None = None,
 ) -> TextTower:
     """
-    The text tower of the model that encoded stored features.
+    The text tower of the model that encoded features.
 
     Parameters
     ----------

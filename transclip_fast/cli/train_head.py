@@ -1,4 +1,4 @@
-"""`transclip-fast train-head`: a few-shot method on stored features, to a file."""
+"""`transclip-fast train-head`: a few-shot method on features, to a file."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def command(
     prograd, cocoop or plot, which learn prompts through the text tower of the model that encoded
     FEATURES, or a method on features alone, see `solve --head`. Plot transports to the
     patches of images, as `encode --local-features` writes them, or local_features (N, L, d),
-    support_local_features and validation_local_features of a file; without them it says so, and
-    takes the mean of its prompts. A training of prompts that was killed goes on when the same
-    command is given again.
+    support_local_features and validation_local_features of a file; without them it warns and takes
+    the mean of its prompts. Run the same command again after a crash: the training of prompts
+    resumes from its last checkpoint.
 
     \b
     Examples:

@@ -1,5 +1,5 @@
 """
-Few-shot methods on stored features: a classifier from class texts and a few labelled rows.
+Few-shot methods on features: a classifier from class texts and a few labelled rows.
 
 Each method is a file of this folder with a function `fit`; those in `prompts` train through a text
 tower. TransCLIP takes their prediction as its prior.
@@ -189,7 +189,7 @@ def fit_head(
 
 
 def _check_patches(name: str, method: Method, rows: dict[str, Labelled | None]) -> None:
-    """Raise InputError where patches are given to a method without, or to some rows only."""
+    """Raise InputError for patches that the method does not take, or that some rows lack."""
     patched = {use: found.features.ndim == 3 for use, found in rows.items() if found is not None}
     for use in patched:
         if patched[use] and not method.takes_patches:

@@ -63,7 +63,7 @@ class Head(ABC):
 
     def transfer(self, text: torch.Tensor) -> Head:
         """
-        The same head over other classes, given by their text (K', d) alone.
+        The same head over other classes, of which only the texts (K', d) are needed.
 
         Raises
         ------

@@ -50,7 +50,7 @@ class StoredHead:
 
 def save_head(path: str | Path, stored: StoredHead) -> None:
     """
-    Write a head; the file appears whole or not at all.
+    Write a head file, which appears whole or not at all.
 
     Raises
     ------

@@ -45,8 +45,8 @@ class CacheHead(Head):
         place = torch.full((len(self.text),), -1)
         place[classes] = torch.arange(len(classes))
         labels = place[self.cache.labels]
-        kept = labels >= 0
-        cache = Labelled(self.cache.features[kept], labels[kept])
+        inside = labels >= 0
+        cache = Labelled(self.cache.features[inside], labels[inside])
         return replace(self, text=self.text[classes], cache=cache)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -66,12 +66,12 @@ class Pool:
     def shortage(self, n_classes: int, shots: int) -> str | None:
         """A warning if classes have fewer rows than that."""
         counts = torch.bincount(self.labels, minlength=n_classes)
-        short = int((counts < shots).sum())
-        if not short:
+        n_short = int((counts < shots).sum())
+        if not n_short:
             return None
         return (
-            f"{short} of {len(counts)} classes have fewer than {shots} rows to draw from, at least "
-            f"{int(counts.min())}; all of these are taken"
+            f"{n_short} of {len(counts)} classes have fewer than {shots} rows to draw from, at "
+            f"least {int(counts.min())}; all of these are taken"
         )
 
 
@@ -161,8 +161,8 @@ class DataSet:
 
     def shortage(self, shots: int) -> str | None:
         """A warning if classes have fewer support rows than that."""
-        short = self.pools["support"].shortage(len(self.text), shots)
-        return short and f"{self.name}: {short}"
+        shortage = self.pools["support"].shortage(len(self.text), shots)
+        return shortage and f"{self.name}: {shortage}"
 
 
 def _rows_of(classes: range, labels: np.ndarray) -> np.ndarray:
@@ -285,15 +285,15 @@ def load_splits(
     if not os.path.isdir(path / "test"):
         return load_features(path, overrides, shots=shots, local=local)
     features = load_features(path / "test", overrides, local=local)
-    given = {name for name, file in (overrides or {}).items() if file is not None}
+    replaced = {name for name, file in (overrides or {}).items() if file is not None}
     for split, use in POOLS.items():
-        if not os.path.isdir(path / split) or f"{use}_features" in given:
+        if not os.path.isdir(path / split) or f"{use}_features" in replaced:
             continue
         part = load_features(path / split, local=local)
         if part.encoder != features.encoder:
             raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
         for name, array in SPLIT_ARRAYS.items():
-            if part.get(array) is not None and f"{use}_{name}" not in given:
+            if part.get(array) is not None and f"{use}_{name}" not in replaced:
                 features.arrays[f"{use}_{name}"] = part.get(array)
                 features.origins[f"{use}_{name}"] = part.origins[array]
     return features

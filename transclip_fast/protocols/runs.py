@@ -1,4 +1,4 @@
-"""The runs of a protocol, each stored as soon as it is done."""
+"""The runs of a protocol; the result of each is a file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_tables(
     text: str,
     summary: dict[str, Any],
 ) -> None:
-    """Write the runs, and the table with its Markdown and summary, to the files of `TABLES`."""
+    """Write the files of `TABLES`."""
     flat = [
         row
         | {"head_parameters": ", ".join(f"{k} {v:g}" for k, v in row["head_parameters"].items())}

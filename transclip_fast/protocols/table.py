@@ -78,7 +78,7 @@ def _aggregate(
 
 
 def _averages(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Means over the data sets for each seed, where there are several data sets."""
+    """Means over the data sets for each seed, if there are several data sets."""
     if len({row["data"] for row in rows}) > 1:
         over = [*(name for name in keys if name != "data"), "seed"]
         for group in _aggregate(rows, over, [(name, *MEAN) for name in MEASURES]):
