@@ -10,7 +10,6 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import EXACT_ROWS, RECALL_SAMPLE_ROWS
-from transclip_fast.graph.exact import allows_int8
 from transclip_fast.graph.search import default_n_lists
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.solver.layout import (
@@ -26,8 +25,6 @@ from transclip_fast.solver.parameters import Parameters
 CHECK_PASSES = 3  # over features in files: their hash, that of the manifest, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 TABLE_ROW_BYTES = 90  # of predictions.parquet
-SEARCH_ROW_BYTES = 2500  # of an approximate search: candidates of some 30 lists, being sorted
-BYTE_PRODUCT_ROW_BYTES = 16  # of a row, beside its int8 features
 CHECKPOINT_ROW_BYTES = 40  # of a sparse state
 
 
@@ -126,7 +123,7 @@ def make_plan(
         return plan
     remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
     if _plan(size, layout, parameters, device, None).peak <= plan.limit:
-        remedies.append("--graph with neighbours that were searched elsewhere")
+        remedies.append("--graph with neighbours from another machine")
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
         f"{show_bytes(plan.peak)}, there are {show_bytes(plan.limit)}; what fits: "
@@ -148,18 +145,16 @@ def _plan(
     passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
-    searching = parts["features"] + SEARCH_ROW_BYTES * n
-    if allows_int8(n, d, device, held=layout.held):
-        searching += (d + BYTE_PRODUCT_ROW_BYTES) * n
-    read = size.stored * (1 if layout.held else passes)
+    searching = layout.search_bytes(size, device)
+    read = size.file_bytes * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
 
     def stage(name: str, work: float, disk: int, memory: int) -> Stage:
         on_gpu = device.type == "cuda"
-        host = PROCESS_BYTES + size.given if on_gpu else size.used(device) + memory
+        host = PROCESS_BYTES + size.input_bytes if on_gpu else size.used(device) + memory
         return Stage(name, work, disk, host, memory if on_gpu else 0)
 
-    stages = [stage("load", 0, CHECK_PASSES * size.stored, 0)]
+    stages = [stage("load", 0, CHECK_PASSES * size.file_bytes, 0)]
     if method is not None:
         work, lists = 2.0 * d * _search_products(n, method), 12 * n * size.n_neighbors
         stages.append(stage("graph", work, lists, searching))
