@@ -26,56 +26,29 @@ from transclip_fast.graph import certified
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.best import SPARE, BestLists
 from transclip_fast.graph.build import build_graph
-from transclip_fast.ops import operations
-from transclip_fast.types import Assignments, Scores
+from transclip_fast.ops import backend_class
+from transclip_fast.types import LinearScore
 
 
 def sweeps(suite: Suite, n: int = 1_280_000, k: int = 1000) -> None:
-    """One sweep of the short form at 16 and 32 candidates."""
-    device, ours, eager = suite.gpu.device, operations("triton"), operations("torch")
+    """One sweep at 16 and 32 candidates."""
+    device = suite.gpu.device
     graph = affinity(made_graph(n, k), device=device)
+    ours, eager = (backend_class(name)(graph) for name in ("triton", "torch"))
     for candidates in (16, 32):
         made = [lists(n, k, candidates, device, seed) for seed in range(SETS)]
         out = made[0][1].empty_like()
-        ours.sweep(made[0][0], graph, made[0][1], out=out)
+        ours.sweep(made[0][0], made[0][1], out=out)
         error = sweep_error(made[0][0], graph, made[0][1], out, rows=min(n, 2000))
 
         def run(ops: Any, i: int, made: Any = made, out: Any = out) -> None:
-            ops.sweep(made[i][0], graph, made[i][1], out=out)
+            ops.sweep(made[i][0], made[i][1], out=out)
 
         suite.arms(
             f"sweep, {candidates} candidates",
             {"kernel": partial(run, ours), "torch eager": partial(run, eager)},
             sweep_bytes(graph, made[0][1]), "GB/s", {"kernel": error}, 2e-6, rows=n, classes=k,
         )  # fmt: skip
-
-
-def dense_sweeps(suite: Suite, n: int = 50_000, k: int = 1000) -> None:
-    """One sweep of the full form, beside cuSPARSE."""
-    device, ours = suite.gpu.device, operations("triton")
-    graph = affinity(made_graph(n, k), device=device)
-    zero = torch.zeros(n, device=device)
-    z = [torch.softmax(torch.randn(n, k, device=device), 1) for _ in range(SETS)]
-    base, out = torch.randn(n, k, device=device), torch.empty_like(z[0])
-    matrix = torch.sparse_csr_tensor(graph.offsets, graph.columns, graph.weights, (n, n))
-
-    def kernel(i: int) -> None:
-        scores = Scores(base, None, k, zero, zero)
-        ours.sweep(
-            scores, graph, Assignments(z[i], None, k, zero), out=Assignments(out, None, k, zero)
-        )
-
-    def vendor(i: int) -> torch.Tensor:
-        return torch.softmax(base + matrix @ z[i], 1)
-
-    kernel(0)
-    exact = torch.softmax(base.double() + matrix.double() @ z[0].double(), 1)
-    error = float((out - exact).abs().max())
-    del exact
-    work = 4.0 * k * (2 * n + len(graph.columns)) + 12.0 * len(graph.columns)
-    arms: dict[str, Arm] = {"kernel": kernel, "cuSPARSE": vendor}
-    arms["torch.compile"] = torch.compile(vendor, dynamic=False)
-    suite.arms("sweep, all classes", arms, work, "GB/s", {"kernel": error}, 2e-6, rows=n, classes=k)
 
 
 SCORES = ((1 << 20, 1024, 512, 16), (1_280_000 // 4, 1000, 1280, 32), (1 << 17, 21_000, 1024, 32))
@@ -85,17 +58,20 @@ def scores(suite: Suite, shapes: tuple[tuple[int, int, int, int], ...] = SCORES)
     """F P^T to candidates, float16 operands: fused, and in chunks of cuBLAS's product."""
     from transclip_fast.kernels import score as fused
 
-    device, ours = suite.gpu.device, operations("triton")
+    device = suite.gpu.device
     for n, k, d, width in shapes:
+        ours = backend_class("triton")(affinity(made_graph(n, k), device=device))
         features = [score_operands(n, k, d, device, seed)[0] for seed in range(SETS)]
         _, weights, offset, out = score_operands(n, k, d, device, 0, width)
         size = max(1, (1 << 25) // (4 * k))  # rows whose products stay in the cache
 
-        def kernel(i: int, p: Any = (features, weights, offset, out)) -> None:
-            ours.score(p[0][i], p[1].float(), p[2], out=p[3])
+        linear = LinearScore(weights.float(), offset)
+
+        def kernel(i: int, p: Any = (ours, features, linear, out)) -> None:
+            p[0].score(p[1][i], p[2], out=p[3])
 
         def chunks(i: int, kernel: Any = kernel) -> None:
-            with setting(fused, "MOST", 0):
+            with setting(fused, "MAX_CANDIDATES", 0):
                 kernel(i)
 
         def eager(i: int, p: Any = (features, weights, offset, size, width)) -> None:
@@ -121,8 +97,9 @@ def scores(suite: Suite, shapes: tuple[tuple[int, int, int, int], ...] = SCORES)
 
 
 def sums(suite: Suite, n: int = 1_280_000, k: int = 1000, d: int = 1280) -> None:
-    """Z^T F of the short form, beside the dense product of chunks."""
-    device, ours = suite.gpu.device, operations("triton")
+    """Z^T F of sparse assignments, beside the dense product of chunks."""
+    device = suite.gpu.device
+    ours = backend_class("triton")(affinity(made_graph(n, k), device=device))
     z = [lists(n, k, 16, device, seed)[1] for seed in range(SETS)]
     features = torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=1).half()
 

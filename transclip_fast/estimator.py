@@ -274,7 +274,8 @@ class TransCLIP(Parameters):
         """Of the assignments, as far as the parameters decide it."""
         if self.assignments != "auto":
             return self.assignments
-        only_sparse = self.backend == "numba" or self.candidates or self.rank
+        compiled = self.backend in ("numba", "triton") or self.precision == "float16"
+        only_sparse = compiled or self.candidates or self.rank
         return "sparse" if only_sparse else "auto"
 
     def _identity(self, gamma: float, truncation: Truncation | None) -> dict[str, Any]:

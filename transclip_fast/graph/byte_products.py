@@ -7,7 +7,6 @@ A product in 8 bits takes a quarter of the time. By how much it may be off is kn
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch
 
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.best import BestLists, Finds, joined
-from transclip_fast.ops.numba_loops import FAST, LOWEST, F, compiled, enter
-from transclip_fast.ops.numba_topk import CHUNK, at_least, chunk_maxima, dot, to_bytes
-from transclip_fast.parallel import parallel_map
+from transclip_fast.ops.numba_loops import FAST, LOWEST_SCORE, F, compiled, enter
+from transclip_fast.ops.numba_topk import CHUNK_ENTRIES, at_least, chunk_maxima, dot, to_int8
+from transclip_fast.parallel import ThreadBuffer, parallel_map
 
 SAMPLE = 512  # rows whose mean is taken off all
 CELLS = 1 << 17  # of products that stay in a core's cache
@@ -43,12 +42,12 @@ class ByteProducts:
         # Of each row less the centre: its step, its norm, the norm of what the codes miss; and
         # row . centre - |centre|^2 / 2, which the products leave out.
         self._terms = np.empty((4, len(rows)), np.float32)
-        self._buffers = threading.local()
+        self._buffer = ThreadBuffer(torch.int32)
 
         def part(block: slice) -> None:
             arrays = self._rows[block], centre, self._codes[block].numpy()
             steps, along, norms, lost = (term[block] for term in self._terms)
-            to_bytes(*arrays, steps, norms)
+            to_int8(*arrays, steps, norms)
             measure(*arrays, steps, along, lost)
 
         parallel_map(part, rows.blocks())
@@ -73,7 +72,7 @@ class ByteProducts:
     ) -> tuple[np.ndarray, ...]:
         """Rows, their terms, what is above their lists, and what may be in 8 bits."""
         terms, limits = self._terms.take(ids.numpy(), 1), best.values[ids, -1].numpy()
-        lows = np.maximum(limits - self._errors(terms, others), LOWEST)
+        lows = np.maximum(limits - self._errors(terms, others), LOWEST_SCORE)
         return ids.numpy(), terms, limits, lows
 
     def _errors(self, terms: np.ndarray, others: torch.Tensor) -> np.ndarray:
@@ -103,13 +102,9 @@ class ByteProducts:
         """Products in 8 bits of some of the rows at a time, the first of which is told."""
         codes, other_codes = (self._codes.index_select(0, some) for some in (ids, others))
         size = max(1, CELLS // len(others))
-        if not hasattr(self._buffers, "products"):
-            self._buffers.products = torch.empty(0, dtype=torch.int32)
-        if self._buffers.products.numel() < size * len(others):
-            self._buffers.products = torch.empty(size * len(others), dtype=torch.int32)
         for first in range(0, len(ids), size):
             some = codes[first : first + size]
-            products = self._buffers.products[: len(some) * len(others)].view(len(some), -1)
+            products = self._buffer.block(len(some), len(others))
             yield first, torch._int_mm(some, other_codes.T, out=products).numpy()
 
 
@@ -169,7 +164,10 @@ def enter_above(  # type: ignore[no-untyped-def]
     Their number then; more than there is room for where that ended the search.
     """
     row = np.empty(len(others), np.float32)
-    maxima, where = np.empty(-(-len(row) // CHUNK), np.float32), np.empty(len(row) + 1, np.int32)
+    maxima, where = (
+        np.empty(-(-len(row) // CHUNK_ENTRIES), np.float32),
+        np.empty(len(row) + 1, np.int32),
+    )
     for r in range(len(products)):
         i = first + r
         excess(products[r], terms, i, other_terms, lows[i], other_lows, row)
@@ -197,16 +195,16 @@ def enter_largest(  # type: ignore[no-untyped-def]
     """Enter the largest products of each row into its list; `same` rows leave themselves out."""
     n, size = len(others), values.shape[1]
     row, found = np.empty(n, np.float32), np.empty(n, np.float32)
-    maxima, best = np.empty(-(-n // CHUNK), np.float32), np.empty(size, np.float32)
+    maxima, best = np.empty(-(-n // CHUNK_ENTRIES), np.float32), np.empty(size, np.float32)
     where, lows = np.empty(n + 1, np.int32), np.zeros(n, np.float32)
     for r in range(len(products)):
         i = first + r
         excess(products[r], terms, i, other_terms, F(0), lows, row)
         if same:
-            row[i] = LOWEST
+            row[i] = LOWEST_SCORE
         chunk_maxima(row, maxima)
         # The size-th largest of all is at least that of the chunks' maxima.
-        best[:] = LOWEST
+        best[:] = LOWEST_SCORE
         for top in maxima:
             place = size
             while place > 0 and top > best[place - 1]:
@@ -215,8 +213,8 @@ def enter_largest(  # type: ignore[no-untyped-def]
                 place -= 1
             if place < size:
                 best[place] = top
-        low = max(best[size - 1] - margins[i], LOWEST / F(2))
+        low = max(best[size - 1] - margins[i], LOWEST_SCORE / F(2))
         count = at_least(row, maxima, low, where)
         for c in range(count):
             found[c] = dot(features[ids[i]], features[others[where[c]]])
-        enter(found[:count], where, LOWEST, F(4), values[i], places[i], -F(np.inf))
+        enter(found[:count], where, LOWEST_SCORE, F(4), values[i], places[i], -F(np.inf))

@@ -16,6 +16,7 @@ from transclip_fast.callbacks import Checkpoint, Count, State
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.best import BestLists, decide
 from transclip_fast.graph.exact import nearest
+from transclip_fast.types import Truncation
 
 STEP = 1 << 16  # rows searched at a time
 MOST = 8  # entries of a list that the kernel's candidates fill
@@ -26,7 +27,8 @@ def usable(rows: Rows, size: int) -> bool:
     from transclip_fast.ops import choose_backend  # imports this package
 
     on_gpu = rows.device.type == "cuda" and rows.held and size <= MOST
-    return on_gpu and choose_backend("auto", rows.device, None) == "triton"
+    lists = Truncation(size, size)
+    return on_gpu and choose_backend("auto", rows.device, lists) == "triton"
 
 
 def search_certified(

@@ -17,12 +17,15 @@ from transclip_fast.callbacks import Checkpoint, NoCheckpoint, State, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.affinity import affinity
-from transclip_fast.ops import Operations, operations
+from transclip_fast.ops import backend_class
+from transclip_fast.ops.blocks import blocks, gemm_rows
+from transclip_fast.ops.torch_backend import TorchOps, block_scores
+from transclip_fast.parallel import parallel_map, single_threaded_torch
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.support import Support
-from transclip_fast.types import Affinity, Assignments, NeighborGraph, Scores, Truncation
+from transclip_fast.types import Assignments, LinearScore, NeighborGraph, Scores, Truncation
 
 # The likelihood term of M shots, relative to that of N queries, is 50 gamma N / M.
 SUPPORT_SCALE = 50.0
@@ -91,10 +94,10 @@ def solve(
     """
     if support is not None and parameters.published_support_rows:
         graph, support = support.published(graph, clamp_similarity=parameters.clamp_similarity)
-    ops, checkpoint = operations(backend), checkpoint or NoCheckpoint()
-    with exact_float32(), ops.session():
+    checkpoint = checkpoint or NoCheckpoint()
+    with exact_float32(), single_threaded_torch():
         run = _Run(
-            ops,
+            backend_class(backend),
             features,
             prior,
             graph,
@@ -108,9 +111,8 @@ def solve(
         labels = None if progress is None else run.z.best()[0]
         if progress is not None and history:
             progress(Step(len(history), history[-1] / len(features), 0))
-        step = ops.captured(run.step, run.renewed, features)
         while not _finished(history, parameters, len(features)):
-            step()
+            run.step()
             history.append(run.objective())
             checkpoint.keep(partial(run.state, history))
             if progress is not None:
@@ -141,7 +143,7 @@ class _Run:
 
     def __init__(
         self,
-        ops: Operations,
+        operations: type[TorchOps],
         features: UnitRows,
         prior: Prior,
         graph: NeighborGraph,
@@ -152,11 +154,11 @@ class _Run:
         gamma: float,
         truncation: Truncation | None,
     ) -> None:
-        self.ops, self.features, self.prior, self.parameters = ops, features, prior, parameters
+        self.features, self.prior, self.parameters = features, prior, parameters
         self.kl_weight, self.support = kl_weight, support
         self.support_weight = SUPPORT_SCALE * gamma / len(support) if support else 0.0  # w
         self.z = Assignments.empty(len(features), prior.n_classes, truncation, features.device)
-        self.prior_normaliser, log_weights, rows = ops.start(
+        self.prior_normaliser, log_weights, rows = operations.start(
             features, prior.weights, prior.log_probabilities, out=self.z
         )
         self.mixture = Mixture.start(
@@ -170,7 +172,7 @@ class _Run:
             self.nodes = torch.empty_like(order)
             self.nodes[order] = torch.arange(len(order), device=order.device)
             self.z = self.z.take(order)
-        self.affinity: Affinity = affinity(
+        near = affinity(
             graph,
             mode=parameters.graph_mode,
             clamp_similarity=parameters.clamp_similarity,
@@ -178,8 +180,9 @@ class _Run:
             device=features.device,
         )
         self.spare = self.z.empty_like()  # the Jacobi sweep writes here, then the two swap
-        self.base = Scores.empty(self.affinity.max_message(), prior.n_classes, truncation)
-        self.squares = ops.sum_of_squares(features)
+        self.base = Scores.empty(near.max_message(), prior.n_classes, truncation)
+        self.ops = operations(near, self.nodes)
+        self.squares = operations.sum_of_squares(features)
         # Of the z that update_assignments leaves: of the queries, and with the support's, where
         # the queries' mass is 1.
         self.moments: Moments
@@ -191,11 +194,6 @@ class _Run:
         self.update_means()
         self.update_variance()
 
-    def renewed(self) -> list[torch.Tensor]:
-        """What a step takes from the one before."""
-        classes = [] if self.z.classes is None else [self.z.classes]
-        return [self.z.values, *classes, self.mixture.means, self.mixture.variances]
-
     def update_assignments(self) -> None:
         """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), several sweeps."""
         weights, offset = linear_score(
@@ -204,20 +202,18 @@ class _Run:
             likelihood_weight=self.parameters.likelihood_weight,
             kl_weight=self.kl_weight,
         )
-        self.ops.score(
-            self.features,
+        score = LinearScore(
             weights,
             offset,
             log_prior=self.prior.log_probabilities if self.kl_weight else None,
             prior_weight=self.kl_weight,
             messages=self.support.messages if self.support else None,
-            nodes=self.nodes,
-            out=self.base,
         )
+        self.ops.score(self.features, score, out=self.base)
         for _ in range(self.parameters.inner_iter):
-            new = self.ops.sweep(self.base, self.affinity, self.z, out=self.spare)
+            new = self.ops.sweep(self.base, self.z, out=self.spare)
             self.z, self.spare = new, self.z
-        sums, counts = self.ops.class_sums(self.z, self.features, self.nodes)
+        sums, counts = self.ops.class_sums(self.z, self.features)
         self.moments = Moments(counts, sums, self.squares)
         self.pooled = self.moments * (1 / len(self.features))
         if self.support is not None:
@@ -243,11 +239,11 @@ class _Run:
         (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log
         sigma_d^2). Few-shot adds w N times the support's mixture term, and its messages.
         """
-        pairwise, entropy = self.ops.energies(self.z, self.affinity)
+        pairwise, entropy = self.ops.energies(self.z)
         likelihood = self.mixture.log_likelihood(self.moments)
         value = entropy - 0.5 * pairwise
         if self.kl_weight and self.prior.log_probabilities is not None:
-            log_prior = self.ops.expectation(self.z, self.prior.log_probabilities, self.nodes)
+            log_prior = self.ops.expectation(self.z, self.prior.log_probabilities)
             value = value - self.kl_weight * log_prior
         elif self.kl_weight and self.prior.weights is not None:
             # Linear in the features: the moments say it without touching a row.
@@ -295,12 +291,16 @@ def predict(
         weights, offset = linear_score(
             mixture, prior, likelihood_weight=likelihood_weight, kl_weight=kl_weight
         )
-        reach = torch.zeros(len(features), dtype=torch.float32, device=features.device)
-        out = Scores.empty(reach, prior.n_classes, None)
         log_prior = prior.log_probabilities if kl_weight else None
-        score = operations("torch").score
-        score(features, weights, offset, log_prior=log_prior, prior_weight=kl_weight, out=out)
-        return torch.softmax(out.values, 1)
+        score = LinearScore(weights, offset, log_prior, kl_weight)
+        out = weights.new_empty(len(features), prior.n_classes)
+
+        def part(rows: slice) -> None:
+            block_scores(features, score, rows, out=out[rows])
+
+        size = gemm_rows(features.device, prior.n_classes)
+        parallel_map(part, blocks(len(features), size), features.device)
+        return torch.softmax(out, 1)
 
 
 def linear_score(
