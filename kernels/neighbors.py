@@ -62,8 +62,8 @@ def neighbors_kernel(
                 other=0.0,
             )
             products = tl.dot(a, b, products, input_precision="ieee")
-        others = (column < n_rows)[None, :] & (column[None, :] != row[:, None])
-        products = tl.where(others, products, float("-inf"))
+        allowed = (column < n_rows)[None, :] & (column[None, :] != row[:, None])
+        products = tl.where(allowed, products, float("-inf"))
         top, smallest = tl.max(products, 1), tl.min(best, 1)
         while tl.max((top > smallest).to(tl.int32), 0) > 0:
             place = tl.min(tl.where(products == top[:, None], column[None, :], n_rows), 1)

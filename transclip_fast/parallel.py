@@ -88,7 +88,7 @@ def _pool(process: int, size: int) -> ThreadPoolExecutor:
 
 def _use_one_thread(others: int) -> None:
     """
-    Let torch use this thread only when called from it, and `others` threads from elsewhere.
+    Let torch use this thread only when called from it, and `others` threads on any new one.
 
     `set_num_threads` sets two numbers: the calling thread's, and the process's, which a thread
     takes over at its first operation. A thread that ends at once sets the second one back.

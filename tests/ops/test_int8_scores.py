@@ -41,7 +41,7 @@ def room(n=N, width=K, reach=0.7):
 
 
 def listed(scores):
-    """log p (N, K) of the classes in lists, NaN elsewhere."""
+    """log p (N, K) of the classes in lists, NaN for all others."""
     found = np.full((len(scores.values), K), np.nan)
     rows, places = np.nonzero(np.isfinite(scores.values.numpy()))
     found[rows, scores.classes.numpy()[rows, places]] = scores.values.numpy()[rows, places]
@@ -84,16 +84,16 @@ def test_score(nodes):
     assert Int8Scores(*operands[1:]).is_faster(operands[0], out.log_threshold.numpy())
     score(operands, out, order if nodes else None)
     log_p = reference.log_softmax(exact)
-    found, least = listed(out)[places], out.log_threshold.numpy()[places, None]
+    found, threshold = listed(out)[places], out.log_threshold.numpy()[places, None]
     error = 0.2
-    assert np.isfinite(found[log_p > least + error]).all()
-    assert np.isnan(found[log_p < least - error]).all()
+    assert np.isfinite(found[log_p > threshold + error]).all()
+    assert np.isnan(found[log_p < threshold - error]).all()
     off = np.abs(found - log_p)
     # Where the messages lift it most, what errs in int8 is off by the floor at four standard
     # errors, and none of all these by more than six.
     assert 1e-3 < np.nanmax(off) < error
     assert np.nanmax(off * np.exp(log_p + 0.7)) < 1.5 * FLOOR
-    assert np.nanmax(off[log_p > least - np.log(0.05)]) < 1e-4
+    assert np.nanmax(off[log_p > threshold - np.log(0.05)]) < 1e-4
     tail = np.where(np.isnan(found), np.exp(log_p), 0).sum(1)
     np.testing.assert_allclose(out.tail.numpy()[places], tail, rtol=0.05, atol=2e-6)
 
@@ -117,8 +117,8 @@ def test_start():
     exact -= offset.double().numpy()
     log_y = reference.log_softmax(exact)
     z = Assignments.empty(N, K, Truncation(K, K), torch.device("cpu"))
-    least = np.full(N, np.log(FLOOR), np.float32)
-    assert Int8Scores(weights, torch.zeros(K)).is_faster(features, least)
+    threshold = np.full(N, np.log(FLOOR), np.float32)
+    assert Int8Scores(weights, torch.zeros(K)).is_faster(features, threshold)
     normaliser, values, rows = NumbaOps.start(features, weights, None, out=z)
     order = np.argsort(-log_y, axis=0, kind="stable")[:8]
     np.testing.assert_array_equal(rows, order)
@@ -140,8 +140,8 @@ def test_start():
 )
 def test_where_it_is_faster(change, faster):
     _, (features, weights, offset) = problem(**change)
-    least = np.full(len(features), -10.0, np.float32)
-    assert Int8Scores(weights, offset).is_faster(features, least) is faster
+    threshold = np.full(len(features), -10.0, np.float32)
+    assert Int8Scores(weights, offset).is_faster(features, threshold) is faster
 
 
 @pytest.mark.parametrize(("k", "dim", "possible"), [(64, 9, False), (65, 9, True)])
@@ -153,7 +153,7 @@ def test_a_row_unlike_the_others_is_scored_in_float32():
     """No sample shows it: one entry holds nearly all of it, and int8 errors are nats."""
     _, (features, weights, offset) = problem(scale=400.0)
     features[1] = torch.nn.functional.one_hot(torch.tensor(5), D)
-    # On the others 8 bits are good enough only because it is so far from them.
+    # For the other rows int8 is good enough only because it is so far from them.
     weights, spike = weights.clone(), 3000 * torch.eye(D)[5]
     weights[7::2] += spike
     exact = (features.double() @ weights.double().T + offset).numpy()

@@ -40,7 +40,7 @@ def rng():
 
 
 def scores_of(log_p, tail, width):
-    """Scores of candidates (N, K), -inf elsewhere."""
+    """Scores of candidates (N, K), -inf for all others."""
     out = Scores.empty(torch.zeros(len(log_p)), log_p.shape[1], Truncation(width, width))
     for i, row in enumerate(log_p):
         places = np.flatnonzero(np.isfinite(row))
@@ -65,7 +65,7 @@ def empty(shape, width, floor):
 
 
 def dense(scores):
-    """Candidates (N, K) of sparse scores, -inf elsewhere."""
+    """Candidates (N, K) of sparse scores, -inf for all others."""
     found = np.full((len(scores.values), scores.n_classes), -np.inf)
     rows, places = np.nonzero(np.isfinite(scores.values.numpy()))
     found[rows, scores.classes.numpy()[rows, places]] = scores.values.numpy()[rows, places]
@@ -318,8 +318,8 @@ def test_random_graphs(backend, problem):
     # What is not kept is small, or there was no room for it.
     lost = np.where(kept, 0, expected).max(1)
     room = kept.sum(1) < rank
-    least = np.minimum(0.01, expected.max(1))
-    assert (lost[room] <= least[room] + 2e-6 * scale).all()
+    threshold = np.minimum(0.01, expected.max(1))
+    assert (lost[room] <= threshold[room] + 2e-6 * scale).all()
     smallest = np.where(kept, found, np.inf).min(1)
     assert (lost[~room] <= smallest[~room] + 2e-6 * scale).all()
     np.testing.assert_allclose(out.bound, bound, rtol=1e-4 * scale, atol=1e-6 * scale)
@@ -357,7 +357,7 @@ def test_threads_change_nothing(rng):
 
 
 def test_the_bound_holds_where_the_tail_is_below_rounding(ops):
-    """A class outside the candidates, of which all neighbours are sure."""
+    """A class outside the candidates, to which all neighbours belong."""
     edges = [(0, j, 0.05) for j in range(1, 400)]
     affinity, _ = affinity_of(edges, 400)
     log_p = np.full((400, 3), -np.inf)

@@ -76,7 +76,7 @@ def difficult_edges(rng):
         i, j = rng.integers(10, 70, 2)
         edges += [(i, j, rng.normal())] * rng.integers(1, 4)
     edges += [(i, i, 1.0) for i in range(20, 30)]
-    return edges  # rows 1 to 4 and 70 to 76 hear nobody
+    return edges  # rows 1 to 4 and 70 to 76 have none
 
 
 def test_blocks_cover_all_rows_once():

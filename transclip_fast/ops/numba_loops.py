@@ -20,8 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from transclip_fast.ops.torch_backend import FLOAT32_ROUNDING
-from transclip_fast.ops.torch_backend import LARGEST_MESSAGE as _LARGEST_MESSAGE
+from transclip_fast.ops import torch_backend
 
 CUT_HALVINGS = 24  # of the range in which a row is cut: as many as a float32 has bits
 LINE_ENTRIES = 16  # of a cache line
@@ -31,7 +30,8 @@ SUM_ROWS = 512  # whose features a core's cache holds
 F = np.float32
 LOG2E = F(1 / math.log(2))
 TINY = np.finfo(F).tiny
-LARGEST_MESSAGE = F(_LARGEST_MESSAGE)
+FLOAT32_ROUNDING = torch_backend.FLOAT32_ROUNDING
+LARGEST_MESSAGE = F(torch_backend.LARGEST_MESSAGE)
 LOWEST_SCORE = F(-1e30)  # stands for -inf, which fastmath excludes
 # 2^-x for 0 <= x <= 1, to 3e-9.
 _2X = np.polynomial.Chebyshev.interpolate(lambda x: 2.0**-x, 6, [0, 1])
@@ -243,22 +243,9 @@ def clear_messages(i, offsets, columns, values, classes, messages):  # type: ign
     "float32, int64)"
 )
 def sweep(  # type: ignore[no-untyped-def]
-    start,
-    stop,
-    offsets,
-    columns,
-    weights,
-    base,
-    candidates,
-    tail,
-    z,
-    z_classes,
-    out,
-    out_classes,
-    bound,
-    floor,
-    n_classes,
-):
+    start, stop, offsets, columns, weights, base, candidates, tail, z, z_classes,
+    out, out_classes, bound, floor, n_classes,
+):  # fmt: skip
     """One sweep over a block of nodes."""
     messages = np.zeros(n_classes, np.float32)
     logits = np.empty(base.shape[1] + 1, np.float32)

@@ -201,24 +201,9 @@ def to_scores(products, step, class_steps, offset, out):  # type: ignore[no-unty
     "float32[::1], float32[::1], float32[:, ::1], int64[:, ::1])"
 )
 def select_int8(  # type: ignore[no-untyped-def]
-    products,
-    steps,
-    class_steps,
-    centre_scores,
-    row_errors,
-    features,
-    weights,
-    offset,
-    first,
-    nodes,
-    log_threshold,
-    values,
-    classes,
-    tail,
-    normaliser,
-    top,
-    top_rows,
-):
+    products, steps, class_steps, centre_scores, row_errors, features, weights, offset,
+    first, nodes, log_threshold, values, classes, tail, normaliser, top, top_rows,
+):  # fmt: skip
     """
     As `select`, from int8 products (n, K) of features (n, d) and weights (K, d).
 

@@ -137,7 +137,7 @@ class TorchOps:
 
     def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
         """
-        z <- softmax_k(b + A z), every row from the z given (Jacobi).
+        z <- softmax_k(b + A z), every row from the same z (Jacobi).
 
         Sparse, z is updated at the candidates, and the mass of all other classes enters the
         normaliser as if no message reached them; `out.bound` is the mass this may misplace.

@@ -43,7 +43,7 @@ class TritonOps(TorchOps):
         tail = torch.empty_like(normaliser)
         top = top_rows.empty_keys(n_classes, features.device)
         chunk = select.chunk_rows(n_classes, n_rows)
-        # A given prior is read where it lies.
+        # No product is needed for a prior in memory.
         buffer = normaliser.new_empty(chunk if log_prior is None else 0, n_classes)
         scale = None
         if weights is not None:

@@ -93,10 +93,10 @@ def test_candidates(rng, dtype, n, k, candidates, by_prior, with_messages):
     x = features.double().numpy() @ weights.double().numpy().T + offset.double().numpy() + added
     b = np.empty((n, k))
     b[nodes] = log_softmax(x)
-    least = np.minimum(found.log_threshold.numpy(), b.max(1))
+    threshold = np.minimum(found.log_threshold.numpy(), b.max(1))
     for i in range(n):
         best = np.argsort(-b[i], kind="stable")[:candidates]
-        best = best[b[i, best] >= least[i]]
+        best = best[b[i, best] >= threshold[i]]
         used = found.values[i].numpy() > -np.inf
         assert set(found.classes[i].numpy()[used]) == set(best)
     scores((features.float(), score), same, nodes, TorchOps)
@@ -196,9 +196,9 @@ def test_whole_numbers_are_selected_exactly(n, k, spread, candidates, reach, see
     x = features.double() @ weights.double().T + offset.double()
     b = x - x.logsumexp(1, keepdim=True)
     order = x.sort(dim=1, descending=True, stable=True).indices[:, :candidates]
-    least = torch.minimum(out.log_threshold.double(), b.amax(1))
+    threshold = torch.minimum(out.log_threshold.double(), b.amax(1))
     for i in range(n):
-        expected = order[i][b[i, order[i]] >= least[i] - 1e-6].sort().values
+        expected = order[i][b[i, order[i]] >= threshold[i] - 1e-6].sort().values
         used = out.values[i] > -torch.inf
         assert out.classes[i][used].tolist() == expected.tolist()
         np.testing.assert_allclose(out.values[i][used], b[i, expected], atol=2e-5)
