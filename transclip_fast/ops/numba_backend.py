@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +37,20 @@ EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end togethe
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
 SQUARE_ROWS = 2048  # rows of a block of squares
 CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
-# Writes the candidates of a block of rows to their lists; of each class, the largest scores less
-# the row's log-sum-exp go to two arrays (8, K) or (0, K), values and rows.
+# Writes the candidates of a block of rows to their lists, and of each class the largest scores less
+# the row's log-sum-exp, and their rows, to two arrays (8, K); to none if they are (0, K).
 Select = Callable[[slice, np.ndarray, np.ndarray], None]
+
+
+class Lists(NamedTuple):
+    """Where the candidates of all rows go: arrays by node, but `nodes` and `normaliser` by row."""
+
+    nodes: np.ndarray
+    log_threshold: np.ndarray
+    values: np.ndarray
+    classes: np.ndarray
+    tail: np.ndarray
+    normaliser: np.ndarray
 
 
 class NumbaOps(TorchOps):
@@ -60,7 +72,7 @@ class NumbaOps(TorchOps):
         log_threshold = np.full(n_rows, math.log(out.floor) if out.floor else -np.inf, np.float32)
         normaliser, tail = np.empty((2, n_rows), np.float32)
         out.values.fill_(-torch.inf)
-        lists = np.arange(n_rows), log_threshold, *_arrays(out), tail, normaliser
+        lists = Lists(np.arange(n_rows), log_threshold, *_arrays(out), tail, normaliser)
         size = equal_rows(n_rows, gemm_rows(CPU, n_classes))
 
         def fill(rows: slice, out: torch.Tensor) -> None:
@@ -100,13 +112,12 @@ class NumbaOps(TorchOps):
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
         n_rows, n_classes = len(features), out.n_classes
-        normaliser = np.empty(n_rows, np.float32)
-        lists = (
+        lists = Lists(
             self._node_ids(n_rows),
             out.log_threshold.numpy(),
             *_arrays(out),
-            out.tail.numpy(),
-            normaliser,
+            tail=out.tail.numpy(),
+            normaliser=np.empty(n_rows, np.float32),
         )
         select = _score_selector(features, score, lists)
         none = np.empty((0, n_classes), np.float32), np.empty((0, n_classes), np.int64)
@@ -163,14 +174,11 @@ class NumbaOps(TorchOps):
         return np.arange(n_rows) if self._nodes is None else self._nodes.numpy()
 
 
-def _score_selector(
-    features: UnitRows, score: LinearScore, lists: tuple[np.ndarray, ...]
-) -> Select:
+def _score_selector(features: UnitRows, score: LinearScore, lists: Lists) -> Select:
     """Select by base scores, those linear in the features from int8 products if that is faster."""
     linear = score.log_prior is None and score.messages is None
     quick = int8_scores(score.weights, score.offset) if linear else None
-    nodes, log_threshold, *_ = lists
-    if quick is not None and quick.is_faster(features, log_threshold[nodes]):
+    if quick is not None and quick.is_faster(features, lists.log_threshold[lists.nodes]):
         select = quick.select
         return lambda rows, *top: select(features[rows], rows.start, *lists, *top)
 
@@ -183,7 +191,7 @@ def _score_selector(
 
 
 def _float32_selector(
-    fill: Callable[[slice, torch.Tensor], None], n_classes: int, lists: tuple[np.ndarray, ...]
+    fill: Callable[[slice, torch.Tensor], None], n_classes: int, lists: Lists
 ) -> Select:
     """Select by the finite scores that `fill` writes for a block of rows."""
     buffer = ThreadBuffer(torch.float32)
