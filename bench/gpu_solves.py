@@ -11,9 +11,9 @@ import torch
 from bench import baseline
 from bench.gpu_lines import Line, Suite
 from bench.gpu_problems import made_graph, made_problem
-from bench.gpu_timing import Stopwatch, bits_differ, setting
+from bench.gpu_timing import Stopwatch, setting
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.ops import operations
+from transclip_fast.ops import backend_class
 from transclip_fast.solver import loop as solver
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
@@ -33,17 +33,14 @@ class Problem:
         self.features, self.prototypes = made_problem(n, k, d, device)
         self.graph = made_graph(n, k)
 
-    def solution(self, features: torch.Tensor | Rows, *, short: bool = True) -> solver.Solution:
-        """On the kernels."""
-        width = min(WIDTH, self.shape[1])
-        return solver.solve(
-            features, LinearPrior.from_prototypes(self.prototypes, 100.0), self.graph,
-            STEPS, kl_weight=1.0, truncation=Truncation(width, width) if short else None,
-            backend="triton",
-        )  # fmt: skip
-
     def labels(self, features: torch.Tensor | Rows) -> torch.Tensor:
-        return self.solution(features).assignments.best()[0]
+        """Labels of a solve on the kernels."""
+        width = min(WIDTH, self.shape[1])
+        solution = solver.solve(
+            features, LinearPrior.from_prototypes(self.prototypes, 100.0), self.graph,
+            STEPS, kl_weight=1.0, truncation=Truncation(width, width), backend="triton",
+        )  # fmt: skip
+        return solution.assignments.best()[0]
 
     def rival(self, compiled: bool) -> torch.Tensor:
         """Labels of the strong baseline."""
@@ -55,32 +52,6 @@ def lists_on(graph: NeighborGraph, device: str) -> tuple[torch.Tensor, torch.Ten
     """Ids and similarities of a graph as tensors."""
     lists = torch.from_numpy(graph.neighbors), torch.from_numpy(graph.similarities)
     return lists[0].to(device), lists[1].to(device)
-
-
-def captured(suite: Suite, n: int = 20_000, k: int = 1000, d: int = 512) -> None:
-    """Steps recorded as a CUDA graph against steps that are not, and one run against another."""
-    from transclip_fast.ops import triton_backend as ops
-
-    problem = Problem(n, k, d, suite.gpu.device)
-    for short, features in ((True, problem.features.half()), (False, problem.features)):
-        name = f"{'short' if short else 'full'} form, {n} rows"
-
-        def run(features: torch.Tensor = features, short: bool = short) -> list[torch.Tensor]:
-            solution = problem.solution(features, short=short)
-            z, mixture = solution.assignments, solution.mixture
-            classes = [] if z.classes is None else [z.classes]
-            objective = torch.tensor(solution.objective)
-            return [z.values.cpu(), mixture.means.cpu(), mixture.variances.cpu(), objective, *(
-                x.cpu() for x in classes)]  # fmt: skip
-
-        recorded, quick, _ = suite.gpu.seconds(run)
-        with setting(ops, "CAPTURED_ROWS", 0):
-            plain, slow, _ = suite.gpu.seconds(run)
-            again = run()
-        suite.check(f"two runs, {name}", bits_differ(plain, again), 0.0)
-        differ = bits_differ(recorded, plain)
-        suite.add(Line(f"solve, {name}", "captured", 1e3 * quick, error=differ))
-        suite.add(Line(f"solve, {name}", "not captured", 1e3 * slow))
 
 
 def solve(suite: Suite, n: int, k: int, d: int) -> None:
@@ -112,7 +83,7 @@ def solve(suite: Suite, n: int, k: int, d: int) -> None:
 
 def stages_of(suite: Suite, run: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of each operation of a solve."""
-    watch = Stopwatch(operations("triton"), suite.gpu)
-    with setting(solver, "operations", lambda _: watch):
+    watch = Stopwatch(backend_class("triton"), suite.gpu)
+    with setting(solver, "backend_class", lambda _: watch):
         run()
     return watch.stages()

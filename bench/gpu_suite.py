@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu_arms import dense_sweeps, eva, neighbours, scores, sums, sweeps
+from bench.gpu_arms import eva, neighbours, scores, sums, sweeps
 from bench.gpu_lines import Suite, measure_ceilings, table
-from bench.gpu_solves import captured, solve
+from bench.gpu_solves import solve
 from bench.gpu_timing import Gpu
 
 SOLVES = ((50_000, 1000, 512), (1_280_000, 1000, 1280), (10_000_000, 21_000, 1024))
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     gpu = Gpu()
     suite = Suite(options.out, gpu, measure_ceilings(gpu))
-    for part in (sweeps, dense_sweeps, scores, sums, captured, neighbours):
+    for part in (sweeps, scores, sums, neighbours):
         suite.attempt(part.__name__, partial(part, suite))
     for sizes in SOLVES:
         suite.attempt(f"solve {sizes}", partial(solve, suite, *sizes))

@@ -1,11 +1,11 @@
 """
 The most similar other rows of each row, by inner product, without N x N.
 
-A program owns ROWS rows and goes through all columns: a (ROWS, COLUMNS) tile of F F^T at a time in
-16 bits with float32 sums, of which only what beats a row's `KEPT`-th best so far is looked at. Most
-tiles hold nothing new. Self is excluded by its id, equal products by the lower id.
+A program owns BLOCK_ROWS rows and goes through all columns: a tile of F F^T at a time in 16 bits
+with float32 sums, of which only what beats a row's `KEPT`-th best so far is looked at. Most tiles
+hold nothing new. Self is excluded by its id, equal products by the lower id.
 
-    s~_ij = fl16(f_i) . fl16(f_j),  kept: the KEPT largest of j != i,  rest_i: the least of them
+    s~_ij = fl16(f_i) . fl16(f_j),  kept: the KEPT largest of j != i,  rest_i: the smallest of them
 
 These are candidates, which `transclip_fast.graph.exact` ranks by exact products. The
 certificate: for j not kept
@@ -13,7 +13,8 @@ s_ij <= rest_i + |f_i - fl16 f_i| |f_j| + |fl16 f_i| |f_j - fl16 f_j| + rounding
 so if the k-th best exact product among the kept is above that bound, the k nearest are proven.
 
 Shapes: F (N, d) float16 or float32; ids (N, KEPT) int64, similarities (N, KEPT) float32. Cost:
-2 N^2 d operations on the matrix units; N^2 d (1 / ROWS + 1 / COLUMNS) entries read from the cache.
+2 N^2 d operations on the matrix units; N^2 d (1 / M + 1 / N) entries read from the cache for tiles
+of M x N.
 """
 
 from __future__ import annotations
@@ -22,55 +23,59 @@ import torch
 import triton
 import triton.language as tl
 
-KEPT = 8
-ROWS, COLUMNS = 128, 128
+KEPT = 8  # neighbours of a row: more than k, so that most rows can be proven
+BLOCK_ROWS, BLOCK_COLUMNS = 128, 128
 # Dimensions of a step, warps, stages of its pipeline. AMD's 64 KB hold one stage.
 LAUNCHES = {"cuda": (64, 8, 3), "hip": (32, 8, 1)}
-UNIT = 1.003  # norm of a row at most: rows within 2e-3 of 1 are used as they are
-ROUNDING = 2.0**-22  # of each float32 addition of a matrix unit, which may truncate
+LARGEST_NORM = 1.003  # of a row: rows within 2e-3 of 1 are used as they are
+SUM_ROUNDING = 2.0**-22  # of each float32 addition of a matrix unit, which may truncate
 
 
 @triton.jit
 def neighbors_kernel(
-    features, ids, similarities, first, stop, n_rows, d,
-    T: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    features_ptr, ids_ptr, similarities_ptr, first, stop, n_rows, d,
+    KEPT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DIMS: tl.constexpr,
 ):  # fmt: skip
-    """M of the rows `first` to `stop` against all, N at a time: their T largest products."""
-    row = first + tl.program_id(0) * M + tl.arange(0, M)
-    start_of_row = tl.minimum(row, n_rows - 1).to(tl.int64) * d  # rows beyond N copy the last
-    x = tl.arange(0, D)
-    t = tl.arange(0, T)
-    best = tl.full((M, T), float("-inf"), tl.float32)
-    best_ids = tl.full((M, T), -1, tl.int32)
-    for start in range(0, n_rows, N):
-        column = start + tl.arange(0, N)
+    """A block of the rows `first` to `stop` against all rows: their KEPT largest products."""
+    row = first + tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    # Rows beyond the last one copy it.
+    start_of_row = tl.minimum(row, n_rows - 1).to(tl.int64) * d
+    x = tl.arange(0, BLOCK_DIMS)
+    t = tl.arange(0, KEPT)
+    best = tl.full((BLOCK_ROWS, KEPT), float("-inf"), tl.float32)
+    best_ids = tl.full((BLOCK_ROWS, KEPT), -1, tl.int32)
+    for start in range(0, n_rows, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
         start_of_column = tl.minimum(column, n_rows - 1).to(tl.int64) * d
-        products = tl.zeros((M, N), tl.float32)
-        for step in range(0, d, D):
+        products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for step in range(0, d, BLOCK_DIMS):
             inside = step + x < d
             a = tl.load(
-                features + start_of_row[:, None] + (step + x)[None, :], inside[None, :], other=0.0
+                features_ptr + start_of_row[:, None] + (step + x)[None, :],
+                inside[None, :],
+                other=0.0,
             )
             b = tl.load(
-                features + start_of_column[None, :] + (step + x)[:, None],
+                features_ptr + start_of_column[None, :] + (step + x)[:, None],
                 inside[:, None],
                 other=0.0,
             )
             products = tl.dot(a, b, products, input_precision="ieee")
-        others = (column < n_rows)[None, :] & (column[None, :] != row[:, None])
-        products = tl.where(others, products, float("-inf"))
-        top, least = tl.max(products, 1), tl.min(best, 1)
-        while tl.max((top > least).to(tl.int32), 0) > 0:
-            place = tl.min(tl.where(products == top[:, None], column[None, :], n_rows), 1)  # (M,)
-            slot = tl.min(tl.where(best == least[:, None], t[None, :], T), 1)
-            enters = (t[None, :] == slot[:, None]) & (top > least)[:, None]
+        allowed = (column < n_rows)[None, :] & (column[None, :] != row[:, None])
+        products = tl.where(allowed, products, float("-inf"))
+        top, smallest = tl.max(products, 1), tl.min(best, 1)
+        while tl.max((top > smallest).to(tl.int32), 0) > 0:
+            place = tl.min(tl.where(products == top[:, None], column[None, :], n_rows), 1)
+            slot = tl.min(tl.where(best == smallest[:, None], t[None, :], KEPT), 1)
+            enters = (t[None, :] == slot[:, None]) & (top > smallest)[:, None]
             best = tl.where(enters, top[:, None], best)
             best_ids = tl.where(enters, place[:, None], best_ids)
             products = tl.where(column[None, :] == place[:, None], float("-inf"), products)
-            top, least = tl.max(products, 1), tl.min(best, 1)
-    place = (row - first).to(tl.int64)[:, None] * T + t[None, :]
-    tl.store(ids + place, best_ids.to(tl.int64), (row < stop)[:, None])
-    tl.store(similarities + place, best, (row < stop)[:, None])
+            top, smallest = tl.max(products, 1), tl.min(best, 1)
+    place = (row - first).to(tl.int64)[:, None] * KEPT + t[None, :]
+    tl.store(ids_ptr + place, best_ids.to(tl.int64), (row < stop)[:, None])
+    tl.store(similarities_ptr + place, best, (row < stop)[:, None])
 
 
 def candidates(
@@ -98,9 +103,10 @@ def candidates(
     ids = torch.empty(stop - first, KEPT, dtype=torch.int64, device=features.device)
     similarities = torch.empty(stop - first, KEPT, device=features.device)
     depth, warps, stages = LAUNCHES["hip" if torch.version.hip else "cuda"]
-    neighbors_kernel[(triton.cdiv(stop - first, ROWS),)](
+    neighbors_kernel[(triton.cdiv(stop - first, BLOCK_ROWS),)](
         features, ids, similarities, first, stop, n_rows, d,
-        T=KEPT, M=ROWS, N=COLUMNS, D=depth, num_warps=warps, num_stages=stages,
+        KEPT=KEPT, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_DIMS=depth,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return ids, similarities
 
@@ -122,10 +128,10 @@ def certified(
     similarities : Tensor (n, KEPT) float32
         From `candidates`.
     errors : Tensor (n,)
-        |f_i - fl16 f_i|, what the rows lost in 16 bits.
+        |f_i - fl16 f_i|.
     worst : Tensor ()
         The largest of it over all N rows.
     """
     rest = similarities.amin(1)
-    margin = UNIT * (errors + worst) + UNIT**2 * d * ROUNDING
+    margin = LARGEST_NORM * (errors + worst) + LARGEST_NORM**2 * d * SUM_ROUNDING
     return (rest == -torch.inf) | (nearest > rest + margin)

@@ -2,14 +2,15 @@
 Base scores b = F P^T + c cut to each row's candidates, fused with the product: no N x K anywhere.
 
     x_k = s (F P^T)_k + c_k,   total = log sum_k e^(x_k),   b_k = x_k - total
-    candidates: b_k >= min(least, max b), the C largest of them
+    candidates: b_k >= min(log_threshold, max b), the C largest of them
     tail = sum of e^(b_k) of all others
 
 A program owns a block of rows and goes through the classes in blocks: a tile of F P^T at a time on
 the matrix units, in 16 bits with float32 sums, of which only what may still be a candidate is
 appended to its row's list. That is what passes two bars, both of which only rise:
 
-- min(least + log-sum-exp so far, largest so far), a little below it for the rounding of the sum;
+- min(log_threshold + log-sum-exp so far, largest so far), a little below it for the rounding of
+  the sum;
 - the C-th largest of G partial maxima, each of the classes that are equal modulo G: so many
   entries are at least as large. A few halvings bracket it. An entry must reach the bar that counts
   its own block, and be above the one before its block: of equal ones the first classes count.
@@ -29,12 +30,12 @@ import torch
 import triton
 import triton.language as tl
 
-from transclip_fast.kernels.select import keep, marked, ordered, threshold_of
+from transclip_fast.kernels.select import ordered, selected, threshold_of, write_candidates
 
-MOST = 32  # candidates; with more, partial maxima are no bar
+MAX_CANDIDATES = 32  # with more, partial maxima are no bar
 CHUNK_ROWS = 1 << 16  # whose lists there is room for: 134 MB, of which little is touched
-ROOM = 256  # entries of a list
-GROUPS = 64  # partial maxima of a row
+LIST_ENTRIES = 256  # room of a row's list: four times what it grows to at C = 16
+PARTIAL_MAXIMA = 64  # G, of a row
 # Rows and classes of a tile, dimensions of a step, warps, stages of the pipeline: the largest tiles
 # that spill nothing. AMD's 64 KB hold one stage.
 LAUNCHES = {
@@ -43,16 +44,16 @@ LAUNCHES = {
     "hip": (64, 64, 32, 8, 1),
 }
 FINISH_WARPS = 1
-PARTS = tl.constexpr(4)  # of a tile, which are appended one after the other
-HALVINGS = tl.constexpr(4)
-SLACK = tl.constexpr(1e-3)  # nats: far more than a sum of exponentials is rounded by
+TILE_PARTS = tl.constexpr(4)  # of a tile, which are appended one after the other
+BAR_HALVINGS = tl.constexpr(4)  # bring the bar within 1/16 of the range of the partial maxima
+SUM_SLACK = tl.constexpr(1e-3)  # nats: far more than a sum of exponentials is rounded by
 
 
 @triton.jit
 def raised(best, bar, bound, largest, width):
-    """A bar (M,) that at least `width` of the partial maxima `best` (M, G) reach, from `bar` up."""
+    """The bar (M,), raised as far as `width` of the partial maxima `best` (M, G) still reach it."""
     low, high = tl.maximum(bar, bound), largest
-    for _ in range(HALVINGS):
+    for _ in range(BAR_HALVINGS):
         middle = 0.5 * (low + high)
         enough = tl.sum((best >= middle[:, None]).to(tl.int32), 1) >= width
         bar = tl.where(enough, middle, bar)
@@ -74,30 +75,33 @@ def entry_of(x, k):
 
 
 @triton.jit
-def listed(entries, length, B: tl.constexpr):
-    """Scores (B,) and classes of a list, -inf beyond its length."""
-    place = tl.arange(0, B)
-    both = tl.load(entries + place, place < length, other=0)
+def listed(entries_ptr, length, LIST_ENTRIES: tl.constexpr):
+    """Scores (LIST_ENTRIES,) and classes of a list, -inf beyond its length."""
+    place = tl.arange(0, LIST_ENTRIES)
+    both = tl.load(entries_ptr + place, place < length, other=0)
     x = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return tl.where(place < length, x, float("-inf")), both.to(tl.int32)
 
 
 @triton.jit
-def cut(entries, length, width, pivot, unused, B: tl.constexpr):
-    """Cut a list in memory to its `width` largest; the least of them, and the others' mass."""
-    x, k = listed(entries, length, B)
-    low = ordered(tl.min(tl.where(tl.arange(0, B) < length, x, float("inf")), 0))
-    low, high, taken = threshold_of(x, unused, B, low, ordered(tl.max(x, 0)) + 1, width)
-    mine = marked(x, low, high, width - taken)
+def cut(entries_ptr, length, width, pivot, unused_ptr, LIST_ENTRIES: tl.constexpr):
+    """Cut a list in memory to its `width` largest; the smallest of them, and the others' mass."""
+    x, k = listed(entries_ptr, length, LIST_ENTRIES)
+    low = ordered(tl.min(tl.where(tl.arange(0, LIST_ENTRIES) < length, x, float("inf")), 0))
+    high = ordered(tl.max(x, 0)) + 1
+    low, high, taken = threshold_of(x, unused_ptr, LIST_ENTRIES, low, high, width)
+    own = selected(x, low, high, width - taken)
     tl.debug_barrier()  # all is read before any of it is written over
-    tl.store(entries + tl.cumsum(mine.to(tl.int32), 0) - 1, entry_of(x, k), mine)
-    least = tl.min(tl.where(mine, x, float("inf")), 0)
-    return least, tl.sum(tl.where(mine, 0.0, tl.exp(x - pivot)), 0)
+    tl.store(entries_ptr + tl.cumsum(own.to(tl.int32), 0) - 1, entry_of(x, k), own)
+    smallest = tl.min(tl.where(own, x, float("inf")), 0)
+    return smallest, tl.sum(tl.where(own, 0.0, tl.exp(x - pivot)), 0)
 
 
 @triton.jit
-def cut_all(entries, width, largest, bar, rest, length, unused, B: tl.constexpr):
-    """Cut the lists (M, B) of more than `width` entries."""
+def cut_all(
+    entries_ptr, width, largest, bar, unlisted, length, unused_ptr, LIST_ENTRIES: tl.constexpr
+):
+    """Cut the lists (M, LIST_ENTRIES) of more than `width` entries."""
     M: tl.constexpr = length.shape[0]
     m = tl.arange(0, M)
     tl.debug_barrier()  # a thread may read back what another wrote
@@ -105,30 +109,33 @@ def cut_all(entries, width, largest, bar, rest, length, unused, B: tl.constexpr)
         size = tl.sum(tl.where(m == i, length, 0), 0)
         if size > width:
             pivot = tl.max(tl.where(m == i, largest, float("-inf")), 0)
-            least, lost = cut(entries + i * B, size, width, pivot, unused, B)
-            bar = tl.where(m == i, tl.maximum(bar, least), bar)
-            rest += tl.where(m == i, lost, 0.0)
+            own_ptr = entries_ptr + i * LIST_ENTRIES
+            smallest, lost = cut(own_ptr, size, width, pivot, unused_ptr, LIST_ENTRIES)
+            bar = tl.where(m == i, tl.maximum(bar, smallest), bar)
+            unlisted += tl.where(m == i, lost, 0.0)
             length = tl.where(m == i, width, length)
     tl.debug_barrier()
-    return bar, rest, length
+    return bar, unlisted, length
 
 
 @triton.jit
-def append(x, start, entries, limit, largest, mass, rest, length, B: tl.constexpr):
+def append(
+    x, start, entries_ptr, limit, largest, mass, unlisted, length, LIST_ENTRIES: tl.constexpr
+):
     """List those scores (M, P) of the classes `start` and on that are at least `limit` (M,)."""
     M: tl.constexpr = x.shape[0]
     P: tl.constexpr = x.shape[1]
     p = tl.arange(0, P)
     passes, terms = x >= limit[:, None], tl.exp(x - largest[:, None])
     mass += tl.sum(terms, 1)
-    rest += tl.sum(tl.where(passes, 0.0, terms), 1)
+    unlisted += tl.sum(tl.where(passes, 0.0, terms), 1)
     if tl.max(passes.to(tl.int32)) > 0:
         # Places by a product with a triangle of ones: a scan would leave the tile's layout.
         rank = tl.dot(passes.to(tl.float16), (p[:, None] <= p[None, :]).to(tl.float16))
-        place = (tl.arange(0, M) * B + length - 1)[:, None] + rank.to(tl.int32)
-        tl.store(entries + place, entry_of(x, (p + start)[None, :]), passes)
+        place = (tl.arange(0, M) * LIST_ENTRIES + length - 1)[:, None] + rank.to(tl.int32)
+        tl.store(entries_ptr + place, entry_of(x, (p + start)[None, :]), passes)
         length += tl.max(rank, 1).to(tl.int32)
-    return mass, rest, length
+    return mass, unlisted, length
 
 
 @triton.jit
@@ -143,80 +150,86 @@ def columns(x, part: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def score_kernel(
-    features, weights, scale, offset, least, nodes, entries, lengths, totals, rests,
-    first, stop, n_classes, d, width,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    B: tl.constexpr,
+    features_ptr, weights_ptr, scale_ptr, offset_ptr, log_threshold_ptr, nodes_ptr,
+    entries_ptr, lengths_ptr, totals_ptr, unlisted_ptr, first, stop, n_classes, d, width,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+    PARTIAL_MAXIMA: tl.constexpr, LIST_ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """M of the rows `first` to `stop`: lists, log-sum-exps, and the mass of all not listed."""
-    local = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    """A block of the rows `first` to `stop`: lists, log-sum-exps, and the mass not listed."""
+    local = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = first + local < stop
     row = tl.minimum(first + local, stop - 1)
-    i = tl.arange(0, D)
+    i = tl.arange(0, BLOCK_DIMS)
     # Rows beyond the last copy it, and list nothing.
-    lowest = tl.where(inside, tl.load(least + tl.load(nodes + row)), float("inf"))  # (M,)
-    entries += tl.program_id(0).to(tl.int64) * M * B
-    factor = tl.load(scale)
-    largest = tl.full((M,), float("-inf"), tl.float32)
+    lowest = tl.load(log_threshold_ptr + tl.load(nodes_ptr + row))
+    lowest = tl.where(inside, lowest, float("inf"))
+    entries_ptr += tl.program_id(0).to(tl.int64) * BLOCK_ROWS * LIST_ENTRIES
+    factor = tl.load(scale_ptr)
+    largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     bar = tl.where(inside, float("-inf"), float("inf"))
-    best = tl.full((M, G), float("-inf"), tl.float32)
-    rest = tl.zeros((M,), tl.float32)
-    mass = rest + 1.0  # of nothing: shrunk to 0 by the first scores
-    length = tl.zeros((M,), tl.int32)
-    for start in range(0, n_classes, N):
-        if tl.max(length, 0) > B - N:
-            bar, rest, length = cut_all(entries, width, largest, bar, rest, length, least, B)
-        k = start + tl.arange(0, N)
+    best = tl.full((BLOCK_ROWS, PARTIAL_MAXIMA), float("-inf"), tl.float32)
+    unlisted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    mass = unlisted + 1.0  # of nothing: shrunk to 0 by the first scores
+    length = tl.zeros((BLOCK_ROWS,), tl.int32)
+    for start in range(0, n_classes, BLOCK_CLASSES):
+        if tl.max(length, 0) > LIST_ENTRIES - BLOCK_CLASSES:
+            bar, unlisted, length = cut_all(
+                entries_ptr, width, largest, bar, unlisted, length, log_threshold_ptr, LIST_ENTRIES
+            )
+        k = start + tl.arange(0, BLOCK_CLASSES)
         start_of_class = tl.minimum(k, n_classes - 1).to(tl.int64) * d
-        x = tl.zeros((M, N), tl.float32)
-        for step in range(0, d, D):
+        x = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
+        for step in range(0, d, BLOCK_DIMS):
             within = step + i < d
             a = tl.load(
-                features + (row * d)[:, None] + (step + i)[None, :], within[None, :], other=0.0
+                features_ptr + (row * d)[:, None] + (step + i)[None, :], within[None, :], other=0.0
             )
             b = tl.load(
-                weights + start_of_class[None, :] + (step + i)[:, None],
+                weights_ptr + start_of_class[None, :] + (step + i)[:, None],
                 within[:, None],
                 other=0.0,
             )
             x = tl.dot(a, b, x, input_precision="ieee")
-        x = x * factor + tl.load(offset + k, k < n_classes, other=float("-inf"))[None, :]
+        x = x * factor + tl.load(offset_ptr + k, k < n_classes, other=float("-inf"))[None, :]
         before, largest = largest, tl.maximum(largest, tl.max(x, 1))
         total = tl.maximum(before + tl.log(mass), largest)  # no more than the sum's logarithm
-        bound = tl.minimum(lowest + total - SLACK, largest)
-        best = tl.maximum(best, tl.max(tl.reshape(x, (M, N // G, G)), 1))
+        bound = tl.minimum(lowest + total - SUM_SLACK, largest)
+        groups = tl.reshape(x, (BLOCK_ROWS, BLOCK_CLASSES // PARTIAL_MAXIMA, PARTIAL_MAXIMA))
+        best = tl.maximum(best, tl.max(groups, 1))
         old, bar = bar, raised(best, bar, bound, largest, width)
         limit = tl.maximum(bar, bound)
         limit = tl.where(limit > old, limit, above(old))
         shrink = tl.exp(before - largest)
-        mass, rest = mass * shrink, rest * shrink
-        for part in tl.static_range(PARTS):
-            mass, rest, length = append(
-                columns(x, part, PARTS), start + part * (N // PARTS), entries, limit, largest,
-                mass, rest, length, B,
+        mass, unlisted = mass * shrink, unlisted * shrink
+        for part in tl.static_range(TILE_PARTS):
+            mass, unlisted, length = append(
+                columns(x, part, TILE_PARTS), start + part * (BLOCK_CLASSES // TILE_PARTS),
+                entries_ptr, limit, largest, mass, unlisted, length, LIST_ENTRIES,
             )  # fmt: skip
-    tl.store(lengths + local, length, inside)
-    tl.store(totals + local, largest + tl.log(mass), inside)
-    tl.store(rests + local, rest / mass, inside)
+    tl.store(lengths_ptr + local, length, inside)
+    tl.store(totals_ptr + local, largest + tl.log(mass), inside)
+    tl.store(unlisted_ptr + local, unlisted / mass, inside)
 
 
 @triton.jit
 def finish_kernel(
-    entries, lengths, totals, rests, least, nodes, values, classes, tail, first, width,
-    B: tl.constexpr,
+    entries_ptr, lengths_ptr, totals_ptr, unlisted_ptr, log_threshold_ptr, nodes_ptr,
+    values_ptr, classes_ptr, tail_ptr, first, width,
+    LIST_ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """The candidates of one row, from its list."""
     local = tl.program_id(0).to(tl.int64)
-    node = tl.load(nodes + first + local)
-    length = tl.load(lengths + local)
-    x, k = listed(entries + local * B, length, B)
-    keep(
-        x, k, least, B, tl.load(totals + local), tl.max(x, 0), tl.load(least + node),
-        tl.load(rests + local), width, values + node * width, classes + node * width, tail + node,
+    node = tl.load(nodes_ptr + first + local)
+    length = tl.load(lengths_ptr + local)
+    x, k = listed(entries_ptr + local * LIST_ENTRIES, length, LIST_ENTRIES)
+    write_candidates(
+        x, k, log_threshold_ptr, LIST_ENTRIES, tl.load(totals_ptr + local), tl.max(x, 0),
+        tl.load(log_threshold_ptr + node), tl.load(unlisted_ptr + local), width,
+        values_ptr + node * width, classes_ptr + node * width, tail_ptr + node,
     )  # fmt: skip
 
 
-def launch_of(device: torch.device) -> tuple[int, int, int, int, int]:
+def launch(device: torch.device) -> tuple[int, int, int, int, int]:
     """The launch on a device, as in LAUNCHES."""
     if torch.version.hip:
         return LAUNCHES["hip"]
@@ -229,7 +242,7 @@ def score(
     weights: torch.Tensor,
     scale: torch.Tensor,
     offset: torch.Tensor,
-    least: torch.Tensor,
+    log_threshold: torch.Tensor,
     nodes: torch.Tensor,
     *,
     values: torch.Tensor,
@@ -243,33 +256,41 @@ def score(
     ----------
     features, weights : Tensor (N, d), (K, d) float16
     scale : Tensor () float32
-        What the products are multiplied by.
+        Factor of the products.
     offset : Tensor (K,) float32
-    least : Tensor (N,) float32
+    log_threshold : Tensor (N,) float32
         A class is a candidate if b is at least this, or its row's largest.
     nodes : Tensor (N,) int64
-        Row of `least`, `values`, `classes` and `tail` of each row of the features.
+        Row of `log_threshold`, `values`, `classes` and `tail` of each row of the features.
     values, classes : Tensor (N, C) float32, int32
-        C at most MOST.
+        C at most MAX_CANDIDATES.
     tail : Tensor (N,) float32
         Receives the mass of the other classes.
+
+    Raises
+    ------
+    ValueError
+        Operands that are not contiguous, or C above MAX_CANDIDATES.
     """
     (n_rows, d), (n_classes, width) = features.shape, (len(weights), values.shape[1])
-    if not features.is_contiguous() or not weights.is_contiguous() or width > MOST:
-        raise ValueError(f"features and weights must be contiguous, candidates at most {MOST}")
+    if not features.is_contiguous() or not weights.is_contiguous() or width > MAX_CANDIDATES:
+        raise ValueError(f"operands must be contiguous, candidates at most {MAX_CANDIDATES}")
     chunk = min(n_rows, CHUNK_ROWS)
-    entries = nodes.new_empty(chunk, ROOM)
-    lengths, totals, rests = classes.new_empty(chunk), tail.new_empty(chunk), tail.new_empty(chunk)
-    size, block, depth, warps, stages = launch_of(features.device)
+    entries = nodes.new_empty(chunk, LIST_ENTRIES)
+    lengths = classes.new_empty(chunk)
+    totals, unlisted = tail.new_empty(chunk), tail.new_empty(chunk)
+    size, block, depth, warps, stages = launch(features.device)
     for first in range(0, n_rows, chunk):
         stop = min(first + chunk, n_rows)
         score_kernel[(triton.cdiv(stop - first, size),)](
-            features, weights, scale, offset, least, nodes, entries, lengths, totals, rests,
-            first, stop, n_classes, d, width,
-            M=size, N=block, D=depth, G=GROUPS, B=ROOM,
+            features, weights, scale, offset, log_threshold, nodes,
+            entries, lengths, totals, unlisted, first, stop, n_classes, d, width,
+            BLOCK_ROWS=size, BLOCK_CLASSES=block, BLOCK_DIMS=depth,
+            PARTIAL_MAXIMA=PARTIAL_MAXIMA, LIST_ENTRIES=LIST_ENTRIES,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         finish_kernel[(stop - first,)](
-            entries, lengths, totals, rests, least, nodes, values, classes, tail, first, width,
-            B=ROOM, num_warps=FINISH_WARPS,
+            entries, lengths, totals, unlisted, log_threshold, nodes,
+            values, classes, tail, first, width,
+            LIST_ENTRIES=LIST_ENTRIES, num_warps=FINISH_WARPS,
         )  # fmt: skip

@@ -6,7 +6,7 @@ row then finds
 
     x_k = (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
     b_k = x_k - log sum_k e^(x_k)
-    candidates: b_k >= min(least, max b), the C largest of them
+    candidates: b_k >= min(log_threshold, max b), the C largest of them
     tail = sum of e^(b_k) of all others
 
 Shapes: products (n, K) float32; values, classes (N, C); tail, normaliser (N,). Candidates are
@@ -14,7 +14,7 @@ written in the order of their classes, the unused end is -inf.
 
 The C-th largest is found exactly, by halving the range of the scores' bits read as integers: 32
 halvings at most, fewer as soon as a threshold leaves C. Equal ones are taken by class. Rows of up
-to BLOCK classes stay in registers; of longer ones the rest is read again from the cache.
+to BLOCK_CLASSES classes stay in registers; of longer ones the rest is read again from the cache.
 Cost: a GEMM of 2 N K d operations, and 4 N K bytes to and from the cache. Method: Zanella et al.,
 NeurIPS 2024, equation 5.
 """
@@ -27,32 +27,34 @@ import torch
 import triton
 import triton.language as tl
 
+from transclip_fast.types import Messages
+
 CHUNK_BYTES = 24 << 20  # of products: half of an H200's L2 cache
-BLOCK = 2048
+BLOCK_CLASSES = 2048  # at most: what the registers of 16 warps hold
 
 
 @dataclass(frozen=True)
-class Constant:
+class ScoreTerms:
     """
-    What is added to the products of all rows.
+    The terms of x beside the products, for all rows.
 
     Parameters
     ----------
     scale : Tensor () float32, optional
-        What the products are multiplied by.
+        Factor of the products.
     offset : Tensor (K,) float32, optional
         c.
     log_prior : Tensor (N, K) float32, optional
         log y_hat, times `prior_weight`.
-    messages : Tensor (N + 1,) int64, (E,) int64, (E,) float32, optional
-        Offsets of each row's entries, their classes and weights.
+    messages : Messages, optional
+        By rows of the features.
     """
 
     scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     log_prior: torch.Tensor | None = None
     prior_weight: float = 1.0
-    messages: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    messages: Messages | None = None
 
 
 @triton.jit
@@ -69,50 +71,53 @@ def between(low, high):
 
 
 @triton.jit
-def complete(
-    products, row, k, n_classes, scale, offset, log_prior, prior_weight, starts, classes, weights,
+def complete_scores(
+    products_ptr, row, k, n_classes, scale_ptr, offset_ptr, log_prior_ptr, prior_weight,
+    message_offsets_ptr, message_classes_ptr, message_weights_ptr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
 ):  # fmt: skip
-    """x of a row at the classes k (B,), -inf beyond K; `products` is the row's."""
+    """x of a row at the classes k (B,), -inf beyond K; `products_ptr` is the row's."""
     mask = k < n_classes
-    x = tl.load(products + k, mask, other=float("-inf"))
+    x = tl.load(products_ptr + k, mask, other=float("-inf"))
     if SCALE:
-        x *= tl.load(scale)
+        x *= tl.load(scale_ptr)
     if OFFSET:
-        x += tl.load(offset + k, mask, other=0.0)
+        x += tl.load(offset_ptr + k, mask, other=0.0)
     if PRIOR:
-        x += prior_weight * tl.load(log_prior + row * n_classes + k, mask, other=0.0)
+        x += prior_weight * tl.load(log_prior_ptr + row * n_classes + k, mask, other=0.0)
     if MESSAGES:
-        for entry in range(tl.load(starts + row), tl.load(starts + row + 1)):
-            x += tl.where(k == tl.load(classes + entry), tl.load(weights + entry), 0.0)
+        first, last = tl.load(message_offsets_ptr + row), tl.load(message_offsets_ptr + row + 1)
+        for entry in range(first, last):
+            message = tl.load(message_weights_ptr + entry)
+            x += tl.where(k == tl.load(message_classes_ptr + entry), message, 0.0)
     return x
 
 
 @triton.jit
-def count(x, products, n_classes, threshold):
-    """Entries of a row whose integer is >= threshold: its first block x, the rest in memory."""
+def count_at_least(x, products_ptr, n_classes, threshold):
+    """Scores of a row whose integer is >= threshold: its first block x, the rest in memory."""
     B: tl.constexpr = x.shape[0]
     found = tl.sum(((ordered(x) >= threshold) & (x > float("-inf"))).to(tl.int32), 0)
     for start in range(B, n_classes, B):
         k = start + tl.arange(0, B)
-        y = tl.load(products + k, k < n_classes, other=float("-inf"))
+        y = tl.load(products_ptr + k, k < n_classes, other=float("-inf"))
         found += tl.sum(((ordered(y) >= threshold) & (y > float("-inf"))).to(tl.int32), 0)
     return found
 
 
 @triton.jit
-def threshold_of(x, products, n_classes, low, high, width):
+def threshold_of(x, products_ptr, n_classes, low, high, width):
     """
     low and high: all entries >= high are kept, at most `width`, and of those >= low the first.
 
     More than `width` entries are >= low, unless the two are equal.
     """
-    taken = count(x, products, n_classes, low)
+    taken = count_at_least(x, products_ptr, n_classes, low)
     high = tl.where(taken <= width, low, high)
     taken = tl.where(taken <= width, taken, 0)
     middle = between(low, high)
     while (middle > low) & (taken < width):
-        found = count(x, products, n_classes, middle)
+        found = count_at_least(x, products_ptr, n_classes, middle)
         many = found > width
         low, high = tl.where(many, middle, low), tl.where(many, high, middle)
         taken = tl.where(many, taken, found)
@@ -121,7 +126,7 @@ def threshold_of(x, products, n_classes, low, high, width):
 
 
 @triton.jit
-def marked(x, low, high, spare):
+def selected(x, low, high, spare):
     """Which entries stay: all that are >= high, and of those >= low the first `spare`."""
     usable = x > float("-inf")
     equal = ((ordered(x) >= low) & (ordered(x) < high) & usable).to(tl.int32)
@@ -129,94 +134,103 @@ def marked(x, low, high, spare):
 
 
 @triton.jit
-def enter(x, k, total, low, high, spare, kept, tail, values, classes):
-    """Append a block's candidates to the row's list, after the `kept` it has."""
-    mine = marked(x, low, high, spare)
-    place = kept + tl.cumsum(mine.to(tl.int32), 0) - 1
-    tl.store(values + place, x - total, mine)
-    tl.store(classes + place, k, mine)
-    spare -= tl.sum((mine & (ordered(x) < high)).to(tl.int32), 0)
-    kept += tl.sum(mine.to(tl.int32), 0)
-    return spare, kept, tail + tl.sum(tl.where(mine, 0.0, tl.exp(x - total)), 0)
+def append_candidates(x, k, total, low, high, spare, kept, outside, values_ptr, classes_ptr):
+    """Append a block's candidates to the row's list, after its first `kept` entries."""
+    own = selected(x, low, high, spare)
+    place = kept + tl.cumsum(own.to(tl.int32), 0) - 1
+    tl.store(values_ptr + place, x - total, own)
+    tl.store(classes_ptr + place, k, own)
+    spare -= tl.sum((own & (ordered(x) < high)).to(tl.int32), 0)
+    kept += tl.sum(own.to(tl.int32), 0)
+    return spare, kept, outside + tl.sum(tl.where(own, 0.0, tl.exp(x - total)), 0)
 
 
 @triton.jit
-def keep(
-    x, k, scores, n_scores, total, largest, least, left, width, values, classes, tail
+def write_candidates(
+    x, k, scores_ptr, n_scores, total, largest, log_threshold, outside, width,
+    values_ptr, classes_ptr, tail_ptr,
 ):  # fmt: skip
     """
-    Write a row's candidates, and the mass of all others, of which it is told `left`.
+    Write a row's candidates, and the mass of all other classes to `tail_ptr`.
 
     The first block of scores is x, of the classes k (B,); those of later classes are in memory.
+    `outside` is the mass of classes that are in neither.
     """
     B: tl.constexpr = x.shape[0]
     place = tl.arange(0, B)
-    low = ordered(tl.minimum(least + total, largest))
-    low, high, taken = threshold_of(x, scores, n_scores, low, ordered(largest) + 1, width)
-    spare, kept, left = enter(x, k, total, low, high, width - taken, 0, left, values, classes)
+    low = ordered(tl.minimum(log_threshold + total, largest))
+    low, high, taken = threshold_of(x, scores_ptr, n_scores, low, ordered(largest) + 1, width)
+    spare, kept, outside = append_candidates(
+        x, k, total, low, high, width - taken, 0, outside, values_ptr, classes_ptr
+    )
     for start in range(B, n_scores, B):
-        y = tl.load(scores + start + place, start + place < n_scores, other=float("-inf"))
-        spare, kept, left = enter(
-            y, start + place, total, low, high, spare, kept, left, values, classes
+        y = tl.load(scores_ptr + start + place, start + place < n_scores, other=float("-inf"))
+        spare, kept, outside = append_candidates(
+            y, start + place, total, low, high, spare, kept, outside, values_ptr, classes_ptr
         )
     for start in range(0, width, B):
         c = start + place
-        tl.store(values + c, float("-inf"), (c >= kept) & (c < width))
-        tl.store(classes + c, 0, (c >= kept) & (c < width))
-    tl.store(tail, left)
+        tl.store(values_ptr + c, float("-inf"), (c >= kept) & (c < width))
+        tl.store(classes_ptr + c, 0, (c >= kept) & (c < width))
+    tl.store(tail_ptr, outside)
 
 
 @triton.jit
 def select_kernel(
-    products, scale, offset, log_prior, prior_weight, starts, heard_classes, heard_weights,
-    nodes, least, values, classes, tail, normaliser, first, n_classes, width,
+    products_ptr, scale_ptr, offset_ptr, log_prior_ptr, prior_weight,
+    message_offsets_ptr, message_classes_ptr, message_weights_ptr,
+    nodes_ptr, log_threshold_ptr, values_ptr, classes_ptr, tail_ptr, normaliser_ptr,
+    first, n_classes, width,
     SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
-    NODES: tl.constexpr, B: tl.constexpr,
+    NODES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """One row of a chunk of products, whose rows are `first` and on of F."""
     local = tl.program_id(0).to(tl.int64)
-    row, products = first + local, products + local * n_classes
-    k = tl.arange(0, B)
-    x = complete(
-        products, row, k, n_classes, scale, offset, log_prior, prior_weight,
-        starts, heard_classes, heard_weights, SCALE, OFFSET, PRIOR, MESSAGES,
+    row, products_ptr = first + local, products_ptr + local * n_classes
+    k = tl.arange(0, BLOCK_CLASSES)
+    x = complete_scores(
+        products_ptr, row, k, n_classes, scale_ptr, offset_ptr, log_prior_ptr, prior_weight,
+        message_offsets_ptr, message_classes_ptr, message_weights_ptr,
+        SCALE, OFFSET, PRIOR, MESSAGES,
     )  # fmt: skip
     largest = tl.max(x, 0)
     pivot = tl.where(largest > float("-inf"), largest, 0.0)
     mass = tl.sum(tl.exp(x - pivot), 0)
-    for start in range(B, n_classes, B):
-        y = complete(
-            products, row, start + k, n_classes, scale, offset, log_prior, prior_weight,
-            starts, heard_classes, heard_weights, SCALE, OFFSET, PRIOR, MESSAGES,
+    for start in range(BLOCK_CLASSES, n_classes, BLOCK_CLASSES):
+        y = complete_scores(
+            products_ptr, row, start + k, n_classes, scale_ptr, offset_ptr, log_prior_ptr,
+            prior_weight, message_offsets_ptr, message_classes_ptr, message_weights_ptr,
+        SCALE, OFFSET, PRIOR, MESSAGES,
         )  # fmt: skip
-        tl.store(products + start + k, y, start + k < n_classes)
+        tl.store(products_ptr + start + k, y, start + k < n_classes)
         largest = tl.maximum(largest, tl.max(y, 0))
         shift = tl.where(largest > float("-inf"), largest, 0.0)
         mass = mass * tl.exp(pivot - shift) + tl.sum(tl.exp(y - shift), 0)
         pivot = shift
     tl.debug_barrier()  # a thread may read back what another wrote
     total = pivot + tl.log(mass)
-    tl.store(normaliser + row, total)
+    tl.store(normaliser_ptr + row, total)
 
     node = row
     if NODES:
-        node = tl.load(nodes + row)
-    keep(
-        x, k, products, n_classes, total, largest, tl.load(least + node), 0.0, width,
-        values + node * width, classes + node * width, tail + node,
+        node = tl.load(nodes_ptr + row)
+    write_candidates(
+        x, k, products_ptr, n_classes, total, largest, tl.load(log_threshold_ptr + node), 0.0,
+        width,
+        values_ptr + node * width, classes_ptr + node * width, tail_ptr + node,
     )  # fmt: skip
 
 
 LAUNCHES = {256: 1, 512: 2, 1024: 4, 2048: 16}  # classes of a block: warps
 
 
-def launch_of(n_classes: int) -> tuple[int, int]:
+def launch(n_classes: int) -> tuple[int, int]:
     """Classes of a block and its warps: 4 or 8 scores a thread, as registers allow."""
-    block = max(256, min(BLOCK, triton.next_power_of_2(n_classes)))
+    block = max(256, min(BLOCK_CLASSES, triton.next_power_of_2(n_classes)))
     return block, LAUNCHES[block]
 
 
-def weights_for(
+def scaled_weights(
     dtype: torch.dtype, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
@@ -241,16 +255,16 @@ def product(features: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) ->
     return torch.mm(features.float(), weights.float().T, out=out)
 
 
-def chunk_of(n_classes: int, n_rows: int) -> int:
+def chunk_rows(n_classes: int, n_rows: int) -> int:
     """Rows of a chunk of products."""
     return min(n_rows, max(256, CHUNK_BYTES // (4 * n_classes)))
 
 
 def select(
     products: torch.Tensor,
-    constant: Constant,
+    terms: ScoreTerms,
     first: int,
-    least: torch.Tensor,
+    log_threshold: torch.Tensor,
     *,
     values: torch.Tensor,
     classes: torch.Tensor,
@@ -264,29 +278,29 @@ def select(
     Parameters
     ----------
     products : Tensor (n, K) float32
-    least : Tensor (N,) float32
+    log_threshold : Tensor (N,) float32
         A class is a candidate if b is at least this, or its row's largest.
     values, classes : Tensor (N, C) float32, int32
     tail, normaliser : Tensor (N,) float32
         Receive the mass of the other classes, and log sum_k e^(x_k) in the order of the features.
     nodes : Tensor (N,) int64, optional
-        Row of `least`, `values`, `classes` and `tail` of each row of the features.
+        Row of `log_threshold`, `values`, `classes` and `tail` of each row of the features.
     """
     n, n_classes = products.shape
     if not products.is_contiguous() or values.shape != classes.shape:
         raise ValueError("products must be contiguous, values and classes of one shape")
     nothing = normaliser
-    starts, heard_classes, heard_weights = constant.messages or (nothing, nothing, nothing)
-    block, warps = launch_of(n_classes)
+    messages = terms.messages or Messages(nothing, nothing, nothing)
+    block, warps = launch(n_classes)
     select_kernel[(n,)](
         products,
-        nothing if constant.scale is None else constant.scale,
-        nothing if constant.offset is None else constant.offset,
-        nothing if constant.log_prior is None else constant.log_prior,
-        constant.prior_weight, starts, heard_classes, heard_weights,
+        nothing if terms.scale is None else terms.scale,
+        nothing if terms.offset is None else terms.offset,
+        nothing if terms.log_prior is None else terms.log_prior,
+        terms.prior_weight, messages.offsets, messages.classes, messages.weights,
         nothing if nodes is None else nodes,
-        least, values, classes, tail, normaliser, first, n_classes, values.shape[1],
-        SCALE=constant.scale is not None, OFFSET=constant.offset is not None,
-        PRIOR=constant.log_prior is not None, MESSAGES=constant.messages is not None,
-        NODES=nodes is not None, B=block, num_warps=warps,
+        log_threshold, values, classes, tail, normaliser, first, n_classes, values.shape[1],
+        SCALE=terms.scale is not None, OFFSET=terms.offset is not None,
+        PRIOR=terms.log_prior is not None, MESSAGES=terms.messages is not None,
+        NODES=nodes is not None, BLOCK_CLASSES=block, num_warps=warps,
     )  # fmt: skip

@@ -1,11 +1,11 @@
 """
-The rows that are surest of each class: the START_ROWS largest entries of every column of log y_hat.
+The START_ROWS rows with the largest log y_hat of each class: where the means start.
 
     key_ik = (x_ik - normaliser_i read as an ordered integer) * 2^32 + (2^32 - 1 - i)
 
 One integer orders by value, then by the first row, so the answer does not depend on how rows are
 split. A program scans its share of a chunk's rows for a block of columns and keeps the largest keys
-in `best` (S, 8, K), where the next chunk goes on; most tiles hold nothing new and cost one
+in `top` (S, 8, K), where the next chunk goes on; most tiles hold nothing new and cost one
 comparison. Shapes: x (n, K) float32, normaliser (N,). Bytes: 4 n K, from the cache.
 """
 
@@ -18,48 +18,46 @@ import triton.language as tl
 from transclip_fast.kernels.select import ordered
 
 START_ROWS = 8
-SPLITS = 16
-ROWS, COLUMNS, WARPS = 32, 32, 4
-LOWEST = tl.constexpr(-(2**63))
+SPLITS = 16  # shares of a chunk's rows: K / 32 blocks of columns alone would not fill a GPU
+BLOCK_ROWS, BLOCK_COLUMNS, WARPS = 32, 32, 4
+LOWEST_KEY = tl.constexpr(-(2**63))
 LAST_ROW = tl.constexpr(2**32 - 1)
 
 
 @triton.jit
-def confident_kernel(
-    x, normaliser, best, first, n_rows, n_classes, share,
-    R: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
+def top_rows_kernel(
+    x_ptr, normaliser_ptr, top_ptr, first, n_rows, n_classes, share,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOP: tl.constexpr,
 ):  # fmt: skip
-    """B columns of the rows that are one program's share."""
-    k = tl.program_id(0) * B + tl.arange(0, B)
+    """A block of columns of the rows that are one program's share."""
+    k = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     split = tl.program_id(1).to(tl.int64)
-    place = (split * T + tl.arange(0, T))[:, None] * n_classes + k[None, :]
-    kept = tl.load(best + place, (k < n_classes)[None, :], other=LOWEST)  # (T, B)
+    place = (split * BLOCK_TOP + tl.arange(0, BLOCK_TOP))[:, None] * n_classes + k[None, :]
+    kept = tl.load(top_ptr + place, (k < n_classes)[None, :], other=LOWEST_KEY)  # (T, columns)
     stop = tl.minimum((split + 1) * share, n_rows)
-    for start in range(split * share, stop, R):
-        row = (start + tl.arange(0, R)).to(tl.int64)
+    for start in range(split * share, stop, BLOCK_ROWS):
+        row = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         mask = (row < stop)[:, None] & (k < n_classes)[None, :]
-        value = tl.load(x + row[:, None] * n_classes + k[None, :], mask, other=0.0)
-        value -= tl.load(normaliser + first + row, row < stop, other=0.0)[:, None]
+        value = tl.load(x_ptr + row[:, None] * n_classes + k[None, :], mask, other=0.0)
+        value -= tl.load(normaliser_ptr + first + row, row < stop, other=0.0)[:, None]
         keys = (ordered(value).to(tl.int64) << 32) | ((first + row) ^ LAST_ROW)[:, None]
-        keys = tl.where(mask, keys, LOWEST)  # (R, B)
-        top, least = tl.max(keys, 0), tl.min(kept, 0)
-        while tl.max((top > least).to(tl.int32), 0) > 0:
-            enters = (kept == least[None, :]) & (top > least)[None, :]
-            kept = tl.where(enters, top[None, :], kept)
-            keys = tl.where(keys == top[None, :], LOWEST, keys)
-            top, least = tl.max(keys, 0), tl.min(kept, 0)
-    tl.store(best + place, kept, (k < n_classes)[None, :])
+        keys = tl.where(mask, keys, LOWEST_KEY)  # (rows, columns)
+        largest, smallest = tl.max(keys, 0), tl.min(kept, 0)
+        while tl.max((largest > smallest).to(tl.int32), 0) > 0:
+            enters = (kept == smallest[None, :]) & (largest > smallest)[None, :]
+            kept = tl.where(enters, largest[None, :], kept)
+            keys = tl.where(keys == largest[None, :], LOWEST_KEY, keys)
+            largest, smallest = tl.max(keys, 0), tl.min(kept, 0)
+    tl.store(top_ptr + place, kept, (k < n_classes)[None, :])
 
 
-def nobody(n_classes: int, device: torch.device) -> torch.Tensor:
+def empty_keys(n_classes: int, device: torch.device) -> torch.Tensor:
     """Keys (S, 8, K) int64 below those of any row, all different."""
     lowest = torch.arange(START_ROWS, device=device) - 2**63 + 1
     return lowest[None, :, None].repeat(SPLITS, 1, n_classes)
 
 
-def most_confident(
-    x: torch.Tensor, normaliser: torch.Tensor, first: int, *, out: torch.Tensor
-) -> None:
+def top_rows(x: torch.Tensor, normaliser: torch.Tensor, first: int, *, out: torch.Tensor) -> None:
     """
     Enter a chunk of rows, `first` and on, into the largest of each class.
 
@@ -67,22 +65,28 @@ def most_confident(
     ----------
     x : Tensor (n, K) float32
     normaliser : Tensor (N,) float32
-        What is taken off each row.
+        Subtracted from each row.
     out : Tensor (S, 8, K) int64
-        Keys, from `nobody` at the start.
+        Keys, from `empty_keys` at the start.
+
+    Raises
+    ------
+    ValueError
+        x is not contiguous, or `out` has another shape.
     """
     n, n_classes = x.shape
     if not x.is_contiguous() or out.shape != (SPLITS, START_ROWS, n_classes):
         raise ValueError(f"x must be contiguous, out {SPLITS} x {START_ROWS} x K")
-    confident_kernel[(triton.cdiv(n_classes, COLUMNS), SPLITS)](
+    top_rows_kernel[(triton.cdiv(n_classes, BLOCK_COLUMNS), SPLITS)](
         x, normaliser, out, first, n, n_classes, triton.cdiv(n, SPLITS),
-        R=ROWS, B=COLUMNS, T=START_ROWS, num_warps=WARPS,
+        BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_TOP=START_ROWS,
+        num_warps=WARPS,
     )  # fmt: skip
 
 
-def decode(best: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(top: torch.Tensor, n_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values (8, K) float32, largest first, and rows (8, K) int64; all rows when N < 8."""
-    keys = best.flatten(0, 1).topk(min(START_ROWS, n_rows), dim=0).values
+    keys = top.flatten(0, 1).topk(min(START_ROWS, n_rows), dim=0).values
     bits = (keys >> 32).int()
     values = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
     return values, (2**32 - 1) - (keys & (2**32 - 1))

@@ -2,11 +2,17 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from transclip_fast.parallel import n_threads, parallel_map, single_threaded_torch
+from transclip_fast.parallel import (
+    ThreadBuffer,
+    n_threads,
+    parallel_map,
+    single_threaded_torch,
+)
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def test_results_come_in_order_from_several_threads(two_threads):
     assert torch.get_num_threads() == 2
 
 
-def test_each_within_each_runs_in_place(two_threads):
+def test_maps_within_maps_run_in_place(two_threads):
     assert parallel_map(lambda x: sum(parallel_map(lambda y: x * y, range(4))), range(9)) == [
         6 * x for x in range(9)
     ]
@@ -42,7 +48,7 @@ def test_an_error_reaches_the_caller(two_threads):
         parallel_map(task, range(3))
 
 
-def test_quiet_keeps_the_pool_and_gives_the_threads_back(two_threads):
+def test_one_thread_for_torch_keeps_the_pool_and_is_undone(two_threads):
     seen = []
 
     def task():
@@ -54,6 +60,28 @@ def test_quiet_keeps_the_pool_and_gives_the_threads_back(two_threads):
         task()
     assert seen == [(1, 2)]
     assert torch.get_num_threads() == 2
+
+
+def test_other_threads_keep_their_number(two_threads):
+    """A thread that first uses torch during a solve is not left with one thread for good."""
+    with single_threaded_torch():
+        parallel_map(str, range(3))
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 2
+
+
+def test_buffers_are_a_threads_own(two_threads):
+    buffer, ready = ThreadBuffer(torch.float32), threading.Barrier(2, timeout=20)
+
+    def task(part):
+        block = buffer.block(2, 3).fill_(part)
+        ready.wait()
+        return block.unique().item()
+
+    assert parallel_map(task, range(2)) == [0, 1]
+    first = buffer.block(2, 3)
+    assert buffer.block(3, 2).data_ptr() == first.data_ptr()
+    assert buffer.block(5, 2).shape == (5, 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

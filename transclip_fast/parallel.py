@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -21,14 +22,26 @@ CPU = torch.device("cpu")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-_lock = threading.Lock()
-_own = threading.local()  # `size`: what a thread had before it became quiet
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_caller = threading.local()  # `threads`: torch's number before `single_threaded_torch`
+
+
+class ThreadBuffer(threading.local):
+    """Memory for one block at a time, of each thread its own; it grows to the largest block."""
+
+    def __init__(self, dtype: torch.dtype) -> None:  # runs in every thread
+        self._entries = torch.empty(0, dtype=dtype)
+
+    def block(self, n_rows: int, n_columns: int) -> torch.Tensor:
+        """An uninitialised block (n_rows, n_columns), valid until the next one of this thread."""
+        size = n_rows * n_columns
+        if size > len(self._entries):
+            self._entries = torch.empty(size, dtype=self._entries.dtype)
+        return self._entries[:size].view(n_rows, n_columns)
 
 
 def n_threads() -> int:
     """Threads of the pool: as many as torch's own operations take."""
-    return getattr(_own, "size", None) or torch.get_num_threads()
+    return getattr(_caller, "threads", None) or torch.get_num_threads()
 
 
 def parallel_map(
@@ -37,27 +50,28 @@ def parallel_map(
     """The results of `task` on every part, in order: in threads on a CPU, else one by one."""
     if device.type != "cpu" or n_threads() == 1:  # as it is on the pool's own threads
         return [task(part) for part in parts]
-    return list(_pool(n_threads()).map(task, parts))
+    return list(_pool(os.getpid(), n_threads()).map(task, parts))
 
 
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
     """Keep torch's own operations on the calling thread, and the pool at its size."""
-    if hasattr(_own, "size"):
+    threads = torch.get_num_threads()
+    if threads == 1:  # also within another one
         yield
         return
-    _own.size = torch.get_num_threads()
-    _alone(_own.size)
+    _caller.threads = threads
+    _use_one_thread(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(_own.size)
-        del _own.size
+        torch.set_num_threads(threads)
+        del _caller.threads
 
 
 @contextmanager
 def fixed_threads(number: int) -> Iterator[None]:
-    """The number of CPU threads decides the last bits: it stays that of the first run."""
+    """Set the number of CPU threads: it decides the last bits, and stays that of the first run."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -66,27 +80,21 @@ def fixed_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _pool(size: int) -> ThreadPoolExecutor:
-    """The pool of a size; threads do not survive a fork, so each process has its own."""
-    with _lock:
-        key = os.getpid(), size
-        if key not in _pools:
-            ready = threading.Barrier(size)
-            pool = ThreadPoolExecutor(size, "transclip_fast", initializer=_alone, initargs=(size,))
-            list(pool.map(lambda _: ready.wait(), range(size)))  # all of them have started
-            _pools[key] = pool
-        return _pools[key]
+@cache
+def _pool(process: int, size: int) -> ThreadPoolExecutor:
+    """The pool of a process, as threads do not survive a fork, and of a size."""
+    return ThreadPoolExecutor(size, "transclip_fast", _use_one_thread, (size,))
 
 
-def _alone(others: int) -> None:
+def _use_one_thread(others: int) -> None:
     """
-    Let torch use this thread only when called from it, and `others` threads from elsewhere.
+    Let torch use this thread only when called from it, and `others` threads on any new one.
 
-    Torch's setting is both the calling thread's and the one that threads take over when they
-    first compute; another thread puts the latter back.
+    `set_num_threads` sets two numbers: the calling thread's, and the process's, which a thread
+    takes over at its first operation. A thread that ends at once sets the second one back.
     """
     torch.set_num_threads(1)
-    torch.get_num_threads()  # makes it final for this thread
+    torch.get_num_threads()  # counts as the first operation of this thread
     helper = threading.Thread(target=torch.set_num_threads, args=(others,))
     helper.start()
     helper.join()

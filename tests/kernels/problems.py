@@ -29,7 +29,7 @@ def affinity_of(edges, n):
 
 
 def difficult_graph(rng, n, hub=0):
-    """Negative weights, duplicate edges, self-loops, rows that hear nobody, a hub of many edges."""
+    """Negative weights, duplicate edges, self-loops, rows without edges, a hub of many edges."""
     edges = [(0, int(j), 0.02) for j in rng.integers(0, n, hub)]
     for i, j in rng.integers(n // 5, n, (2 * n, 2)).tolist():
         edges += [(i, j, rng.normal())] * rng.integers(1, 3)
@@ -37,22 +37,9 @@ def difficult_graph(rng, n, hub=0):
     return affinity_of(edges, n)
 
 
-def full_form(values):
-    """z of every class."""
-    return Assignments(values, None, values.shape[1], torch.zeros(len(values)))
-
-
-def full_scores(values):
-    """Base scores of every class."""
-    n = len(values)
-    return Scores(values, None, values.shape[1], torch.zeros(n), torch.full((n,), -torch.inf))
-
-
-def random_z(rng, n, k, rank=None, floor=1e-3):
-    """Assignments (n, k): whole, or each row's `rank` largest of those above the floor."""
+def random_z(rng, n, k, rank, floor=1e-3):
+    """Assignments (n, k), each row's `rank` largest of those above the floor."""
     values = torch.from_numpy(rng.dirichlet(np.full(k, 0.3), n).astype(np.float32))
-    if rank is None:
-        return full_form(values)
     values, classes = values.topk(rank, dim=1)
     values[:, 1:][values[:, 1:] < floor] = 0
     return Assignments(values, classes.int(), k, torch.zeros(n), floor)
@@ -71,9 +58,8 @@ def nan_like(z):
     """Room for another z, filled with NaN, and with classes that are none."""
     out = z.empty_like()
     out.values.fill_(NAN)
-    if out.classes is not None:
-        out.classes.fill_(-7)
-        out.bound.fill_(NAN)
+    out.classes.fill_(-7)
+    out.bound.fill_(NAN)
     return out
 
 
@@ -84,13 +70,13 @@ def dense(values, classes, n_classes):
     return whole
 
 
-def sweep_truth(base, heard, rank, floor):
+def sweep_truth(base, messages, rank, floor):
     """z (N, K) and the bound (N,), both float64, of base scores in lists and A z (N, K)."""
-    log_p = np.full(heard.shape, -np.inf)
+    log_p = np.full(messages.shape, -np.inf)
     rows, places = np.nonzero(base.values.numpy() > -np.inf)
     log_p[rows, base.classes.numpy()[rows, places]] = base.values.numpy()[rows, places]
     tail = base.tail.numpy().astype(np.float64)
-    return reference.short_sweep(log_p, tail, np.eye(len(heard)), heard, rank, floor)
+    return reference.short_sweep(log_p, tail, np.eye(len(messages)), messages, rank, floor)
 
 
 def assert_no_worse(found, same_type, truth, atol):

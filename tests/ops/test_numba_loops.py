@@ -63,7 +63,7 @@ def test_cut(values, limit):
 
 
 @pytest.mark.parametrize("width", [1, 4, 7, 30])
-def test_what_is_heard_is_forgotten(width):
+def test_messages_are_gathered_and_cleared(width):
     rng, n_classes = np.random.default_rng(width), 40
     lengths = rng.integers(1, width + 1, 6)
     used = np.arange(width) < lengths[:, None]
@@ -72,17 +72,17 @@ def test_what_is_heard_is_forgotten(width):
     classes = np.array(drawn, np.int32)
     graph = np.array([0, 2, 6]), rng.permutation(6)
     weights = rng.standard_normal(6).astype(np.float32)
-    heard = np.zeros(n_classes, np.float32)
+    messages = np.zeros(n_classes, np.float32)
     for i in range(2):
-        loops.listen(i, *graph, weights, values, classes, heard)
+        loops.gather_messages(i, *graph, weights, values, classes, messages)
         entries = slice(graph[0][i], graph[0][i + 1])
         expected = np.zeros(n_classes)
         for j, weight in zip(graph[1][entries], weights[entries], strict=True):
             np.add.at(expected, classes[j][used[j]], float(weight) * values[j][used[j]])
-        np.testing.assert_allclose(heard, expected, atol=1e-6)
-        largest = loops.forget(i, *graph, values, classes, heard)
+        np.testing.assert_allclose(messages, expected, atol=1e-6)
+        largest = loops.clear_messages(i, *graph, values, classes, messages)
         np.testing.assert_allclose(largest, np.abs(expected).max(), rtol=1e-5)
-        assert (heard == 0).all()
+        assert (messages == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The short form's operations, torch's and the compiled ones, against float64."""
+"""Sparse operations, torch's and the compiled ones, against float64."""
 
 import numpy as np
 import pytest
@@ -8,29 +8,29 @@ from hypothesis import strategies as st
 
 from tests import reference
 from tests.ops.test_torch_backend import affinity_of, difficult_edges, normal
+from transclip_fast.ops import backend_class, numba_backend, torch_backend
 from transclip_fast.ops import blocks as blocks_
-from transclip_fast.ops import numba_backend as numba
-from transclip_fast.ops import operations
-from transclip_fast.ops import torch_backend as twin
-from transclip_fast.types import Assignments, Messages, Scores, Truncation
+from transclip_fast.ops.numba_backend import NumbaOps
+from transclip_fast.types import Assignments, LinearScore, Messages, Scores, Truncation
 
 N, K, D = 77, 33, 96
+NO_EDGES = affinity_of([], N)[0]
 BACKENDS = ("torch", "numba")
 
 
 @pytest.fixture(params=BACKENDS)
 def ops(request):
-    return operations(request.param)
+    return backend_class(request.param)
 
 
 @pytest.fixture(params=["one block", "many blocks"])
 def blocks(request, monkeypatch):
     if request.param == "many blocks":
-        monkeypatch.setattr(twin, "SUM_ROWS", 10)
+        monkeypatch.setattr(torch_backend, "SUM_ROWS", 10)
         monkeypatch.setitem(blocks_.GEMM_ROWS, "cpu", (10, 10))
-        monkeypatch.setattr(twin, "SUM_CLASSES", 5)
+        monkeypatch.setattr(torch_backend, "SUM_CLASSES", 5)
         monkeypatch.setitem(blocks_.BLOCK_BYTES, "cpu", 4 * K * 6)
-        monkeypatch.setattr(numba, "SWEEP_ROWS", 6)
+        monkeypatch.setattr(numba_backend, "SWEEP_ROWS", 6)
         monkeypatch.setitem(blocks_.READ_ROWS, "cpu", 30)
 
 
@@ -40,7 +40,7 @@ def rng():
 
 
 def scores_of(log_p, tail, width):
-    """The short form of candidates (N, K), -inf elsewhere."""
+    """Scores of candidates (N, K), -inf for all others."""
     out = Scores.empty(torch.zeros(len(log_p)), log_p.shape[1], Truncation(width, width))
     for i, row in enumerate(log_p):
         places = np.flatnonzero(np.isfinite(row))
@@ -51,7 +51,7 @@ def scores_of(log_p, tail, width):
 
 
 def assignments_of(z, width, floor=0.0):
-    """The short form of z (N, K), 0 where nothing is kept."""
+    """Assignments z (N, K), 0 where nothing is kept."""
     out = empty(z.shape, width, floor)
     for i, row in enumerate(z):
         places = np.flatnonzero(row)
@@ -65,14 +65,14 @@ def empty(shape, width, floor):
 
 
 def dense(scores):
-    """Candidates (N, K) of the short form, -inf elsewhere."""
+    """Candidates (N, K) of sparse scores, -inf for all others."""
     found = np.full((len(scores.values), scores.n_classes), -np.inf)
     rows, places = np.nonzero(np.isfinite(scores.values.numpy()))
     found[rows, scores.classes.numpy()[rows, places]] = scores.values.numpy()[rows, places]
     return found
 
 
-def short_z(rng, n=N, k=K, width=5):
+def sparse_z(rng, n=N, k=K, width=5):
     """z with at most `width` entries a row, which do not sum to 1."""
     z = rng.dirichlet(np.full(k, 0.2), n).astype(np.float32).astype(np.float64)
     return np.where(reference.largest(z, width, 1e-3), z, 0)
@@ -92,7 +92,7 @@ def case(rng, n=N, k=K, spread=4.0):
     c, offset = normal(rng, k)
     f, w = (x * np.float64(np.sqrt(spread / D)) for x in (f, w))
     features, weights = (x * float(np.sqrt(spread / D)) for x in (features, weights))
-    return (f @ w.T + c), (features, weights, offset)
+    return (f @ w.T + c), (features, LinearScore(weights, offset))
 
 
 @pytest.mark.parametrize("width", [1, 4, 33])
@@ -103,7 +103,7 @@ def test_score(ops, blocks, rng, width, nodes):
     out = Scores.empty(torch.from_numpy(reach), K, Truncation(width, width, 0.05))
     out.values.fill_(1), out.tail.fill_(np.nan)
     order = torch.from_numpy(rng.permutation(N)) if nodes else torch.arange(N)
-    assert ops.score(*operands, out=out, nodes=order if nodes else None) is out
+    assert ops(NO_EDGES, order if nodes else None).score(*operands, out=out) is out
     log_p, tail = reference.short_score(score, width, np.log(0.05) - reach[order])
     np.testing.assert_allclose(dense(out)[order], log_p, atol=2e-5)
     np.testing.assert_allclose(out.tail[order], tail, atol=2e-6)
@@ -120,7 +120,9 @@ def test_score_with_a_given_prior_and_messages(ops, blocks, rng):
     score[rows, classes] += w
     messages = Messages.of(*map(torch.from_numpy, (rows, classes)), weight, N)
     out = Scores.empty(torch.zeros(N), K, Truncation(6, 6, 1e-3))
-    ops.score(*operands, out=out, log_prior=prior, prior_weight=0.5, messages=messages)
+    features, linear = operands
+    score_ = LinearScore(linear.weights, linear.offset, prior, 0.5, messages)
+    ops(NO_EDGES).score(features, score_, out=out)
     log_p, tail = reference.short_score(score, 6, np.log(1e-3))
     np.testing.assert_allclose(dense(out), log_p, atol=2e-5)
     np.testing.assert_allclose(out.tail, tail, atol=2e-6)
@@ -130,7 +132,8 @@ def test_score_with_a_given_prior_and_messages(ops, blocks, rng):
 def test_score_of_equal_classes(ops, floor):
     """More equal scores than there is room for: some of them, and the rest is tail."""
     out = Scores.empty(torch.zeros(3), K, Truncation(5, 5, floor))
-    ops.score(torch.ones(3, 2), torch.ones(K, 2), torch.zeros(K), out=out)
+    score = LinearScore(torch.ones(K, 2), torch.zeros(K))
+    ops(affinity_of([], 3)[0]).score(torch.ones(3, 2), score, out=out)
     assert_lists(out, -np.inf)
     np.testing.assert_allclose(out.values, np.full((3, 5), -np.log(K)), rtol=1e-6)
     np.testing.assert_allclose(out.tail, 1 - 5 / K, rtol=1e-6)
@@ -141,7 +144,7 @@ def test_score_keeps_nothing_of_an_earlier_one(ops, rng):
     out = Scores.empty(torch.zeros(N), K, Truncation(9, 9, 1e-3))
     for spread in (0.1, 40.0, 1.0):
         score, operands = case(rng, spread=spread)
-        ops.score(*operands, out=out)
+        ops(NO_EDGES).score(*operands, out=out)
         log_p, _ = reference.short_score(score, 9, np.log(1e-3))
         found = dense(out)
         certain = np.abs(log_p - np.log(1e-3)) > 1e-3
@@ -154,12 +157,12 @@ def test_score_keeps_nothing_of_an_earlier_one(ops, rng):
 def test_sweep_on_a_difficult_graph(ops, blocks, rng, width, floor):
     score, _ = case(rng)
     log_p, tail = reference.short_score(score, 7, -4.0)
-    z = short_z(rng)
+    z = sparse_z(rng)
     affinity, a = affinity_of(difficult_edges(rng))
     before, out = assignments_of(z, 5), empty((N, K), width, floor)
     out.values.fill_(1), out.bound.fill_(np.nan)
     base = scores_of(log_p, tail, 7)
-    assert ops.sweep(base, affinity, before, out=out) is out
+    assert ops(affinity).sweep(base, before, out=out) is out
     expected, bound = reference.short_sweep(log_p, tail, a, z, width, floor)
     np.testing.assert_allclose(out.dense(), expected, atol=1e-6)
     np.testing.assert_allclose(out.bound, bound, rtol=2e-4, atol=1e-6)
@@ -172,10 +175,10 @@ def test_sweep_on_a_difficult_graph(ops, blocks, rng, width, floor):
 def test_sweep_does_not_overflow(ops, rng, weight):
     score, _ = case(rng)
     log_p, tail = reference.short_score(score, 7, -9.0)
-    z = short_z(rng)
+    z = sparse_z(rng)
     affinity, a = affinity_of([(i, (i + 1) % N, weight) for i in range(N)])
     out = empty((N, K), 7, 1e-4)
-    ops.sweep(scores_of(log_p, tail, 7), affinity, assignments_of(z, 5), out=out)
+    ops(affinity).sweep(scores_of(log_p, tail, 7), assignments_of(z, 5), out=out)
     expected, bound = reference.short_sweep(log_p, tail, a, z, 7, 1e-4)
     # Messages of 600 nats carry float32's rounding of 6e-5.
     np.testing.assert_allclose(out.dense(), expected, rtol=1e-3, atol=2e-4)
@@ -188,20 +191,21 @@ def test_sweep_and_energies_without_edges(ops, rng):
     score, _ = case(rng)
     log_p, tail = reference.short_score(score, 7, -4.0)
     affinity, _ = affinity_of([])
-    before, out = assignments_of(short_z(rng), 5), empty((N, K), 7, 0.0)
-    ops.sweep(scores_of(log_p, tail, 7), affinity, before, out=out)
+    before, out = assignments_of(sparse_z(rng), 5), empty((N, K), 7, 0.0)
+    ops(affinity).sweep(scores_of(log_p, tail, 7), before, out=out)
     np.testing.assert_allclose(out.dense(), np.exp(log_p), atol=1e-6)
     assert (out.bound == 0).all()
-    assert ops.energies(before, affinity)[0] == 0
+    assert ops(affinity).energies(before)[0] == 0
 
 
 @pytest.mark.parametrize("nodes", [False, True])
 def test_class_sums(ops, blocks, rng, nodes):
-    z = short_z(rng)
+    z = sparse_z(rng)
     z[:, 5] = 0
     f, features = normal(rng, N, D)
     order = torch.from_numpy(rng.permutation(N)) if nodes else torch.arange(N)
-    sums, counts = ops.class_sums(assignments_of(z, 5), features, order if nodes else None)
+    run = ops(NO_EDGES, order if nodes else None)
+    sums, counts = run.class_sums(assignments_of(z, 5), features)
     assert sums.dtype == counts.dtype == torch.float64
     expected, mass = reference.short_sums(z[order], f)
     np.testing.assert_allclose(sums, expected, atol=2e-5)
@@ -214,24 +218,26 @@ def test_class_sums_of_many_similar_rows(ops, rng):
     """Their errors must not add up: what is left of the squares is the variance."""
     z = np.eye(5)[rng.integers(5, size=5000)]
     f = np.float32(0.7) + 1e-3 * rng.normal(size=(5000, 9)).astype(np.float32)
-    sums, counts = ops.class_sums(assignments_of(z, 2), torch.from_numpy(f))
+    sums, counts = ops(affinity_of([], 5000)[0]).class_sums(
+        assignments_of(z, 2), torch.from_numpy(f)
+    )
     np.testing.assert_allclose(counts, z.sum(0), rtol=1e-12)
     np.testing.assert_allclose(sums, z.T @ f.astype(np.float64), rtol=1e-9)
 
 
 def test_energies_and_expectation(ops, blocks, rng):
-    z = short_z(rng)
+    z = sparse_z(rng)
     affinity, a = affinity_of(difficult_edges(rng))
     before = assignments_of(z, 5)
-    pairwise, entropy = ops.energies(before, affinity)
+    pairwise, entropy = ops(affinity).energies(before)
     p, prior = normal(rng, N, K)
     p[z == 0], prior[torch.from_numpy(z == 0)] = 0, -np.inf
     order = torch.from_numpy(rng.permutation(N))
     for found, expected in (
         (pairwise, (z * (a @ z)).sum()),
         (entropy, (z * np.log(np.where(z > 0, z, 1))).sum()),
-        (ops.expectation(before, prior), (z * p).sum()),
-        (ops.expectation(before, prior[order], order), (z * p).sum()),
+        (ops(affinity).expectation(before, prior), (z * p).sum()),
+        (ops(affinity, order).expectation(before, prior[order]), (z * p).sum()),
     ):
         assert found.dtype == torch.float64
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
@@ -239,7 +245,8 @@ def test_energies_and_expectation(ops, blocks, rng):
 
 @pytest.mark.parametrize("n", [1, 5, 8, 9, N])
 def test_start(ops, blocks, rng, n):
-    score, (features, weights, _) = case(rng, n)
+    _, (features, linear) = case(rng, n)
+    weights = linear.weights
     score = (features.double() @ weights.double().T).numpy()
     log_y = reference.log_softmax(score)
     out = empty((n, K), 6, 1e-2)
@@ -296,13 +303,13 @@ def random_problem(draw):
 def test_random_graphs(backend, problem):
     """Hubs, duplicate edges, self-loops, isolated rows and negative weights."""
     n, k, width, rank, edges, seed = problem
-    ops, rng = operations(backend), np.random.default_rng(seed)
+    ops, rng = backend_class(backend), np.random.default_rng(seed)
     score, _ = case(rng, n, k)
     log_p, tail = reference.short_score(score, width, -3.0)
-    z = short_z(rng, n, k)
+    z = sparse_z(rng, n, k)
     affinity, a = affinity_of(edges, n)
     out = empty((n, k), rank, 0.01)
-    ops.sweep(scores_of(log_p, tail, width), affinity, assignments_of(z, 5), out=out)
+    ops(affinity).sweep(scores_of(log_p, tail, width), assignments_of(z, 5), out=out)
     expected, bound = reference.short_sweep(log_p, tail, a, z, k, 0.0)
     scale = 1 + np.abs(a).sum(1).max()  # of the messages, and of their rounding
     found = out.dense().numpy()
@@ -311,12 +318,12 @@ def test_random_graphs(backend, problem):
     # What is not kept is small, or there was no room for it.
     lost = np.where(kept, 0, expected).max(1)
     room = kept.sum(1) < rank
-    least = np.minimum(0.01, expected.max(1))
-    assert (lost[room] <= least[room] + 2e-6 * scale).all()
+    threshold = np.minimum(0.01, expected.max(1))
+    assert (lost[room] <= threshold[room] + 2e-6 * scale).all()
     smallest = np.where(kept, found, np.inf).min(1)
     assert (lost[~room] <= smallest[~room] + 2e-6 * scale).all()
     np.testing.assert_allclose(out.bound, bound, rtol=1e-4 * scale, atol=1e-6 * scale)
-    pairwise, entropy = ops.energies(assignments_of(z, 5), affinity)
+    pairwise, entropy = ops(affinity).energies(assignments_of(z, 5))
     np.testing.assert_allclose(pairwise, (z * (a @ z)).sum(), atol=1e-6 * n * scale)
     np.testing.assert_allclose(entropy, (z * np.log(np.where(z > 0, z, 1))).sum(), atol=1e-5)
 
@@ -324,7 +331,7 @@ def test_random_graphs(backend, problem):
 def test_threads_change_nothing(rng):
     """Every result is the same bit for bit for any number of threads."""
     n, k = 3000, 50
-    _, operands = case(rng, n, k)
+    _, (features, linear) = case(rng, n, k)
     edges = zip(rng.integers(n, size=3 * n), rng.integers(n, size=3 * n), strict=True)
     affinity, _ = affinity_of([(i, j, 0.2) for i, j in edges], n)
     found = []
@@ -334,11 +341,12 @@ def test_threads_change_nothing(rng):
             torch.set_num_threads(threads)
             z, out = empty((n, k), 9, 1e-4), empty((n, k), 9, 1e-4)
             base = Scores.empty(affinity.max_message(), k, Truncation(9, 9))
-            started = numba.start(operands[0], operands[1], None, out=z)
-            numba.score(*operands, out=base)
-            numba.sweep(base, affinity, z, out=out)
-            sums = numba.class_sums(out, operands[0])
-            energies = numba.energies(out, affinity)
+            started = NumbaOps.start(features, linear.weights, None, out=z)
+            ops = NumbaOps(affinity)
+            ops.score(features, linear, out=base)
+            ops.sweep(base, z, out=out)
+            sums = ops.class_sums(out, features)
+            energies = ops.energies(out)
             found.append(
                 [*started, base.values, base.tail, out.values, out.bound, *sums, *energies]
             )
@@ -349,7 +357,7 @@ def test_threads_change_nothing(rng):
 
 
 def test_the_bound_holds_where_the_tail_is_below_rounding(ops):
-    """A class that nobody expects, of which all neighbours are sure."""
+    """A class outside the candidates, to which all neighbours belong."""
     edges = [(0, j, 0.05) for j in range(1, 400)]
     affinity, _ = affinity_of(edges, 400)
     log_p = np.full((400, 3), -np.inf)
@@ -357,22 +365,22 @@ def test_the_bound_holds_where_the_tail_is_below_rounding(ops):
     z = np.zeros((400, 3))
     z[0, 0] = z[1:, 2] = 1
     out = empty((400, 3), 1, 1e-4)
-    ops.sweep(scores_of(log_p, np.zeros(400), 1), affinity, assignments_of(z, 1), out=out)
+    ops(affinity).sweep(scores_of(log_p, np.zeros(400), 1), assignments_of(z, 1), out=out)
     assert out.bound[0] > 0.5
     assert (out.bound[1:] == 0).all()
 
 
-def test_candidates_of_a_row_that_hears_anything(ops, rng):
+def test_candidates_where_messages_may_be_anything(ops, rng):
     """However loud messages may be, the largest scores are kept."""
     score, operands = case(rng)
     out = Scores.empty(torch.full((N,), 1e9), K, Truncation(5, 5))
-    ops.score(*operands, out=out)
+    ops(NO_EDGES).score(*operands, out=out)
     log_p, _ = reference.short_score(score, 5, -np.inf)
     np.testing.assert_allclose(dense(out), log_p, atol=2e-5)
 
 
 def test_sum_of_squares(ops, rng, monkeypatch):
-    monkeypatch.setattr(numba, "SQUARE_ROWS", 30)
+    monkeypatch.setattr(numba_backend, "SQUARE_ROWS", 30)
     exact, features = normal(rng, 77, 33)
     np.testing.assert_allclose(ops.sum_of_squares(features), (exact**2).sum(0), rtol=1e-13)
 
@@ -381,7 +389,7 @@ def test_sum_of_squares(ops, rng, monkeypatch):
 @pytest.mark.parametrize("crowded", [False, True])
 def test_every_class_is_summed_by_one_thread(rng, number, crowded):
     """Also where there are more threads than classes, and where one class has everything."""
-    z = np.eye(K)[np.full(N, 3)] if crowded else short_z(rng)
-    parts = numba._even_classes(assignments_of(z, 5), number)
+    z = np.eye(K)[np.full(N, 3)] if crowded else sparse_z(rng)
+    parts = numba_backend.equal_classes(assignments_of(z, 5), number)
     assert [k for part in parts for k in range(part.start, part.stop)] == list(range(K + 1))
     assert len(parts) <= number

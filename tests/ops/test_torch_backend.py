@@ -1,4 +1,4 @@
-"""The full form's operations against their formulas in float64, on odd shapes and many blocks."""
+"""Dense operations against their formulas in float64, on odd shapes and many blocks."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from tests.reference import log_softmax
 from transclip_fast.ops import blocks as blocks_
-from transclip_fast.ops import torch_backend as ops
-from transclip_fast.types import Affinity, Assignments, Messages, Scores
+from transclip_fast.ops import torch_backend
+from transclip_fast.ops.torch_backend import TorchOps, linear_log_prior
+from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
 
 N, K, D = 77, 33, 96
 
@@ -18,9 +19,9 @@ N, K, D = 77, 33, 96
 def blocks(request, monkeypatch):
     """Everything in one block, or in blocks of a few rows with a short last one."""
     if request.param == "many blocks":
-        monkeypatch.setattr(ops, "SUM_ROWS", 10)
+        monkeypatch.setattr(torch_backend, "SUM_ROWS", 10)
         monkeypatch.setitem(blocks_.GEMM_ROWS, "cpu", (10, 10))
-        monkeypatch.setattr(ops, "SUM_CLASSES", 5)
+        monkeypatch.setattr(torch_backend, "SUM_CLASSES", 5)
         monkeypatch.setitem(blocks_.BLOCK_BYTES, "cpu", 4 * K * 6)
 
 
@@ -37,15 +38,15 @@ def normal(rng, *shape):
 
 def simplex(rng, n=N, k=K):
     values = rng.dirichlet(np.full(k, 0.1), n).astype(np.float32)
-    return values.astype(np.float64), full(torch.from_numpy(values))
+    return values.astype(np.float64), dense(torch.from_numpy(values))
 
 
-def full(values):
+def dense(values):
     """z of every class."""
     return Assignments(values, None, values.shape[1], torch.zeros(len(values)))
 
 
-def full_scores(values):
+def dense_scores(values):
     """Base scores of every class."""
     n = len(values)
     return Scores(values, None, values.shape[1], torch.zeros(n), torch.full((n,), -torch.inf))
@@ -56,15 +57,15 @@ def nan_like(tensor):
 
 
 def affinity_of(edges, n=N):
-    """Affinity of a list of (row, column, weight), and the same dense."""
+    """Affinity of a list of (row, column, weight), and the same as a matrix."""
     edges = sorted(edges, key=lambda edge: edge[0])
     rows = np.array([edge[0] for edge in edges], int)
     columns = np.array([edge[1] for edge in edges], int)
     weights = np.array([edge[2] for edge in edges], np.float32)
-    dense = np.zeros((n, n))
-    np.add.at(dense, (rows, columns), weights.astype(np.float64))
+    matrix = np.zeros((n, n))
+    np.add.at(matrix, (rows, columns), weights.astype(np.float64))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n))])
-    return Affinity(*map(torch.from_numpy, (offsets, columns, weights))), dense
+    return Affinity(*map(torch.from_numpy, (offsets, columns, weights))), matrix
 
 
 def difficult_edges(rng):
@@ -75,55 +76,57 @@ def difficult_edges(rng):
         i, j = rng.integers(10, 70, 2)
         edges += [(i, j, rng.normal())] * rng.integers(1, 4)
     edges += [(i, i, 1.0) for i in range(20, 30)]
-    return edges  # rows 1 to 4 and 70 to 76 hear nobody
+    return edges  # rows 1 to 4 and 70 to 76 have none
 
 
 def test_blocks_cover_all_rows_once():
     for n, size in ((1, 1), (10, 3), (9, 3), (2, 5)):
-        covered = [row for part in ops.blocks(n, size) for row in range(n)[part]]
+        covered = [row for part in blocks_.blocks(n, size) for row in range(n)[part]]
         assert covered == list(range(n))
-        assert all(part.stop - part.start <= size for part in ops.blocks(n, size))
+        assert all(part.stop - part.start <= size for part in blocks_.blocks(n, size))
 
 
 def test_linear_log_prior(blocks, rng):
     f, features = normal(rng, N, D)
     w, weights = normal(rng, K, D)
-    np.testing.assert_allclose(
-        ops.linear_log_prior(features, weights), log_softmax(f @ w.T), atol=3e-5
-    )
+    np.testing.assert_allclose(linear_log_prior(features, weights), log_softmax(f @ w.T), atol=3e-5)
 
 
 @pytest.mark.parametrize("prior_weight", [None, 1.0, 0.5])
-@pytest.mark.parametrize("heard", [False, True])
-def test_score(blocks, rng, prior_weight, heard):
+@pytest.mark.parametrize("with_messages", [False, True])
+@pytest.mark.parametrize("reordered", [False, True])
+def test_score(blocks, rng, prior_weight, with_messages, reordered):
     f, features = normal(rng, N, D)
     w, weights = normal(rng, K, D)
     c, offset = normal(rng, K)
-    expected, arguments = f @ w.T + c, {}
+    expected, terms = f @ w.T + c, {}
     if prior_weight is not None:
         p, prior = normal(rng, N, K)
         prior[3, 4] = p[3, 4] = -np.inf
         expected += prior_weight * p
-        arguments = {"log_prior": prior, "prior_weight": prior_weight}
-    if heard:
+        terms = {"log_prior": prior, "prior_weight": prior_weight}
+    if with_messages:
         rows, classes = np.array([0, 0, 5, 9, 76]), np.array([1, 32, 4, 0, 7])
         w, weight = normal(rng, 5)
         expected[rows, classes] += w
-        arguments["messages"] = Messages.of(*map(torch.from_numpy, (rows, classes)), weight, N)
-    out = full_scores(torch.full((N, K), float("nan")))
-    assert ops.score(features, weights, offset, out=out, **arguments) is out
-    np.testing.assert_allclose(out.values, expected, atol=3e-5)
+        terms["messages"] = Messages.of(*map(torch.from_numpy, (rows, classes)), weight, N)
+    out = dense_scores(torch.full((N, K), float("nan")))
+    nodes = torch.from_numpy(rng.permutation(N)) if reordered else None
+    ops = TorchOps(affinity_of([])[0], nodes)
+    assert ops.score(features, LinearScore(weights, offset, **terms), out=out) is out
+    found = out.values if nodes is None else out.values[nodes]
+    np.testing.assert_allclose(found, expected, atol=3e-5)
 
 
 def test_sweep_on_a_difficult_graph(blocks, rng):
     base, base_tensor = normal(rng, N, K)
     base[8, 3:9] = base_tensor[8, 3:9] = -np.inf
     z, assignments = simplex(rng)
-    affinity, dense = affinity_of(difficult_edges(rng))
+    affinity, matrix = affinity_of(difficult_edges(rng))
     before = assignments.values.clone()
-    out = full(nan_like(assignments.values))
-    assert ops.sweep(full_scores(base_tensor), affinity, assignments, out=out) is out
-    expected = np.exp(log_softmax(base + dense @ z))
+    out = dense(nan_like(assignments.values))
+    assert TorchOps(affinity).sweep(dense_scores(base_tensor), assignments, out=out) is out
+    expected = np.exp(log_softmax(base + matrix @ z))
     np.testing.assert_allclose(out.values, expected, atol=1e-6)
     assert (out.values[8, 3:9] == 0).all()
     assert torch.equal(assignments.values, before)
@@ -134,12 +137,12 @@ def test_sweep_on_a_difficult_graph(blocks, rng):
 def test_sweep_does_not_overflow(blocks, rng, weight):
     base, base_tensor = normal(rng, N, K)
     z, assignments = simplex(rng)
-    affinity, dense = affinity_of([(i, (i + 1) % N, weight) for i in range(N)])
-    out = full(nan_like(assignments.values))
-    ops.sweep(full_scores(base_tensor), affinity, assignments, out=out)
+    affinity, matrix = affinity_of([(i, (i + 1) % N, weight) for i in range(N)])
+    out = dense(nan_like(assignments.values))
+    TorchOps(affinity).sweep(dense_scores(base_tensor), assignments, out=out)
     # Messages of 600 nats carry float32's rounding of 6e-5.
     np.testing.assert_allclose(
-        out.values, np.exp(log_softmax(base + dense @ z)), rtol=1e-3, atol=1e-4
+        out.values, np.exp(log_softmax(base + matrix @ z)), rtol=1e-3, atol=1e-4
     )
     np.testing.assert_allclose(out.values.sum(1), 1, atol=1e-6)
 
@@ -148,10 +151,10 @@ def test_sweep_and_energies_without_edges(blocks, rng):
     base, base_tensor = normal(rng, N, K)
     _, assignments = simplex(rng)
     affinity, _ = affinity_of([])
-    out = full(nan_like(assignments.values))
-    ops.sweep(full_scores(base_tensor), affinity, assignments, out=out)
+    out = dense(nan_like(assignments.values))
+    TorchOps(affinity).sweep(dense_scores(base_tensor), assignments, out=out)
     np.testing.assert_allclose(out.values, np.exp(log_softmax(base)), atol=1e-6)
-    assert ops.energies(assignments, affinity)[0] == 0
+    assert TorchOps(affinity).energies(assignments)[0] == 0
 
 
 @st.composite
@@ -169,25 +172,27 @@ def test_random_graphs(problem):
     rng = np.random.default_rng(seed)
     base, base_tensor = normal(rng, n, k)
     z, assignments = simplex(rng, n, k)
-    affinity, dense = affinity_of(edges, n)
-    out = full(nan_like(assignments.values))
+    affinity, matrix = affinity_of(edges, n)
+    out = dense(nan_like(assignments.values))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(blocks_.BLOCK_BYTES, "cpu", size)
-        ops.sweep(full_scores(base_tensor), affinity, assignments, out=out)
-        pairwise, entropy = ops.energies(assignments, affinity)
-    scale = 1 + np.abs(dense).sum(1).max()  # of the messages, and of their rounding
-    np.testing.assert_allclose(out.values, np.exp(log_softmax(base + dense @ z)), atol=1e-6 * scale)
-    np.testing.assert_allclose(pairwise, (z * (dense @ z)).sum(), atol=1e-6 * n * scale)
+        TorchOps(affinity).sweep(dense_scores(base_tensor), assignments, out=out)
+        pairwise, entropy = TorchOps(affinity).energies(assignments)
+    scale = 1 + np.abs(matrix).sum(1).max()  # of the messages, and of their rounding
+    np.testing.assert_allclose(
+        out.values, np.exp(log_softmax(base + matrix @ z)), atol=1e-6 * scale
+    )
+    np.testing.assert_allclose(pairwise, (z * (matrix @ z)).sum(), atol=1e-6 * n * scale)
     np.testing.assert_allclose(entropy, (z * np.log(np.where(z > 0, z, 1))).sum(), atol=1e-5)
 
 
 def test_energies(blocks, rng):
     z, assignments = simplex(rng)
     z[:, 5] = assignments.values[:, 5] = 0  # 0 log 0 = 0
-    affinity, dense = affinity_of(difficult_edges(rng))
-    pairwise, entropy = ops.energies(assignments, affinity)
+    affinity, matrix = affinity_of(difficult_edges(rng))
+    pairwise, entropy = TorchOps(affinity).energies(assignments)
     for found, expected in (
-        (pairwise, (z * (dense @ z)).sum()),
+        (pairwise, (z * (matrix @ z)).sum()),
         (entropy, (z * np.log(np.where(z > 0, z, 1))).sum()),
     ):
         assert found.dtype == torch.float64
@@ -199,7 +204,7 @@ def test_expectation(blocks, rng):
     z[:, 5] = assignments.values[:, 5] = 0  # 0 times -inf is 0 here
     p, prior = normal(rng, N, K)
     prior[:, 5], p[:, 5] = -np.inf, 0
-    found = ops.expectation(assignments, prior)
+    found = TorchOps(affinity_of([])[0]).expectation(assignments, prior)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found, (z * p).sum(), rtol=1e-6, atol=1e-5)
 
@@ -208,7 +213,7 @@ def test_class_sums(blocks, rng):
     z, assignments = simplex(rng)
     z[:, 5] = assignments.values[:, 5] = 0
     f, features = normal(rng, N, D)
-    sums, counts = ops.class_sums(assignments, features)
+    sums, counts = TorchOps(affinity_of([])[0]).class_sums(assignments, features)
     assert sums.dtype == counts.dtype == torch.float64
     np.testing.assert_allclose(sums, z.T @ f, atol=1e-5)
     np.testing.assert_allclose(counts, z.sum(0), atol=1e-5)
@@ -220,22 +225,22 @@ def test_class_sums_of_many_similar_rows(rng):
     """Their errors must not add up: what is left of the squares is the variance."""
     z, assignments = simplex(rng, 5000, 5)
     f = np.float32(0.7) + 1e-3 * rng.normal(size=(5000, 9)).astype(np.float32)
-    sums, counts = ops.class_sums(assignments, torch.from_numpy(f))
+    sums, counts = TorchOps(affinity_of([], 5000)[0]).class_sums(assignments, torch.from_numpy(f))
     np.testing.assert_allclose(counts, z.sum(0), rtol=1e-12)
     np.testing.assert_allclose(sums, z.T @ f.astype(np.float64), rtol=1e-9)
 
 
 def test_sum_of_squares(blocks, rng):
     f, features = normal(rng, N, D)
-    np.testing.assert_allclose(ops.sum_of_squares(features), (f**2).sum(0), rtol=1e-13)
+    np.testing.assert_allclose(TorchOps.sum_of_squares(features), (f**2).sum(0), rtol=1e-13)
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 9, N])
 def test_start(blocks, rng, n):
     f, features = normal(rng, n, D)
     w, weights = normal(rng, K, D)
-    out = full(torch.full((n, K), float("nan")))
-    normaliser, values, rows = ops.start(features, weights, None, out=out)
+    out = dense(torch.full((n, K), float("nan")))
+    normaliser, values, rows = TorchOps.start(features, weights, None, out=out)
     expected = log_softmax(f @ w.T)
     np.testing.assert_allclose(out.values, np.exp(expected), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(normaliser, (f @ w.T - expected)[:, 0], atol=3e-5)
@@ -250,8 +255,8 @@ def test_start_from_a_given_prior(blocks, rng):
     z /= z.sum(1, keepdims=True)
     with np.errstate(divide="ignore"):
         log_prior = torch.from_numpy(np.log(z).astype(np.float32))
-    out = full(nan_like(log_prior))
-    _, values, rows = ops.start(torch.ones(N, 3), None, log_prior, out=out)
+    out = dense(nan_like(log_prior))
+    _, values, rows = TorchOps.start(torch.ones(N, 3), None, log_prior, out=out)
     np.testing.assert_allclose(out.values, z, atol=1e-6)
     order = np.argsort(-log_prior.numpy(), axis=0, kind="stable")[:8]
     np.testing.assert_allclose(values, np.take_along_axis(log_prior.numpy(), order, 0), atol=1e-6)
@@ -261,5 +266,5 @@ def test_start_from_a_given_prior(blocks, rng):
 
 def test_start_prefers_the_first_of_equal_rows(blocks):
     features = torch.ones(N, 3)
-    _, _, rows = ops.start(features, torch.eye(3), None, out=full(torch.empty(N, 3)))
+    _, _, rows = TorchOps.start(features, torch.eye(3), None, out=dense(torch.empty(N, 3)))
     np.testing.assert_array_equal(rows, np.arange(8)[:, None].repeat(3, 1))

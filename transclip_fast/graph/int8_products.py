@@ -14,8 +14,8 @@ import torch
 
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.rerank import BestLists, Finds
-from transclip_fast.ops.numba_loops import FAST, LOWEST, F, compiled, enter
-from transclip_fast.ops.numba_topk import CHUNK, at_least, chunk_maxima, dot, to_bytes
+from transclip_fast.ops.numba_loops import FAST, LOWEST_SCORE, F, compiled, enter
+from transclip_fast.ops.numba_topk import CHUNK_ENTRIES, at_least, chunk_maxima, dot, to_int8
 from transclip_fast.parallel import parallel_map
 
 CENTRE_ROWS = 512  # whose mean is subtracted from all rows
@@ -47,7 +47,7 @@ class Int8Products:
         def encode(block: slice) -> None:
             arrays = self._rows[block], centre, self._codes[block].numpy()
             steps, along, norms, lost = (term[block] for term in self._terms)
-            to_bytes(*arrays, steps, norms)
+            to_int8(*arrays, steps, norms)
             measure(*arrays, steps, along, lost)
 
         parallel_map(encode, rows.blocks())
@@ -72,7 +72,7 @@ class Int8Products:
     ) -> tuple[np.ndarray, ...]:
         """Of some rows: ids, terms, the least product for their lists in float32, and in int8."""
         terms, limits = self._terms.take(ids.numpy(), 1), best.values[ids, -1].numpy()
-        int8_limits = np.maximum(limits - self._errors(terms, others), LOWEST)
+        int8_limits = np.maximum(limits - self._errors(terms, others), LOWEST_SCORE)
         return ids.numpy(), terms, limits, int8_limits
 
     def _errors(self, terms: np.ndarray, others: torch.Tensor) -> np.ndarray:
@@ -151,7 +151,10 @@ def enter_above(products, first, features, side, other_side, n, pairs, values): 
     ids, terms, limits, lows = side
     others, other_terms, other_limits, other_lows = other_side
     row = np.empty(len(others), np.float32)
-    maxima, where = np.empty(-(-len(row) // CHUNK), np.float32), np.empty(len(row) + 1, np.int32)
+    maxima, where = (
+        np.empty(-(-len(row) // CHUNK_ENTRIES), np.float32),
+        np.empty(len(row) + 1, np.int32),
+    )
     for r in range(len(products)):
         i = first + r
         excess(products[r], terms, i, other_terms, lows[i], other_lows, row)
@@ -179,19 +182,19 @@ def enter_largest(  # type: ignore[no-untyped-def]
     """Write the largest products of each row into its list; if `same`, without itself."""
     n, size = len(others), values.shape[1]
     row, found = np.empty(n, np.float32), np.empty(n, np.float32)
-    maxima = np.empty(-(-n // CHUNK), np.float32)
+    maxima = np.empty(-(-n // CHUNK_ENTRIES), np.float32)
     largest, unused = np.full(size, -F(np.inf)), np.empty(size, np.int32)
     where, no_limits = np.empty(n + 1, np.int32), np.zeros(n, np.float32)
     for r in range(len(products)):
         i = first + r
         excess(products[r], terms, i, other_terms, F(0), no_limits, row)
         if same:
-            row[i] = LOWEST
+            row[i] = LOWEST_SCORE
         chunk_maxima(row, maxima)
         # The size-th largest product is at least the size-th largest of the chunks' maxima.
-        enter(maxima, where, LOWEST, F(4), largest, unused, -F(np.inf))
-        low = max(largest.min() - margins[i], LOWEST / F(2))
+        enter(maxima, where, LOWEST_SCORE, F(4), largest, unused, -F(np.inf))
+        low = max(largest.min() - margins[i], LOWEST_SCORE / F(2))
         count = at_least(row, maxima, low, where)
         for c in range(count):
             found[c] = dot(features[ids[i]], features[others[where[c]]])
-        enter(found[:count], where, LOWEST, F(4), values[i], places[i], -F(np.inf))
+        enter(found[:count], where, LOWEST_SCORE, F(4), values[i], places[i], -F(np.inf))

@@ -1,243 +1,228 @@
 """
-The short form's operations on a CPU: torch's GEMM, compiled loops for all that follows it.
+The operations on sparse assignments on a CPU: torch's GEMM, compiled loops for what follows it.
 
 Blocks of rows go to threads, each of which runs its GEMMs alone: a block of scores is read where
 it was made, in that core's cache, and no pool of OpenMP threads spins while the loops run. What is
 summed together depends on blocks and classes, never on the number of threads, so results are the
-same bit for bit. What is not defined here is torch's.
+same bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import transclip_fast.ops.torch_backend as twin
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.ops import numba_loops as loops
-from transclip_fast.ops import numba_loops as sum_loops
-from transclip_fast.ops import numba_topk as candidates
+from transclip_fast.ops import numba_topk as topk
 from transclip_fast.ops.blocks import blocks, gemm_rows, read_rows
-from transclip_fast.ops.int8_scores import Scan, scannable
-from transclip_fast.ops.numba_loops import SUM_ROWS
-from transclip_fast.ops.torch_backend import START_ROWS, captured, expectation, session
-from transclip_fast.parallel import CPU, n_threads, parallel_map
-from transclip_fast.types import Affinity, Assignments, Messages, Scores
+from transclip_fast.ops.int8_scores import int8_scores
+from transclip_fast.ops.torch_backend import (
+    START_ROWS,
+    TorchOps,
+    block_scores,
+    prior_scores,
+    share_dropped,
+    sparse_entries,
+)
+from transclip_fast.parallel import CPU, ThreadBuffer, n_threads, parallel_map
+from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
-__all__ = [
-    "captured",
-    "class_sums",
-    "energies",
-    "expectation",
-    "score",
-    "session",
-    "start",
-    "sum_of_squares",
-    "sweep",
-]
-
-TOGETHER = 4
-SWEEP_ROWS = 1024
-SQUARE_ROWS = 2048
-SUM_SAMPLE = 512  # rows that say how many entries the classes have
+EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end together
+SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
+SQUARE_ROWS = 2048  # rows of a block of squares
+CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
+# Writes the candidates of a block of rows to their lists, and of each class the largest scores less
+# the row's log-sum-exp, and their rows, to two arrays (8, K); to none if they are (0, K).
+Select = Callable[[slice, np.ndarray, np.ndarray], None]
 
 
-def start(
-    features: UnitRows,
-    weights: torch.Tensor | None,
-    log_prior: torch.Tensor | None,
-    *,
-    out: Assignments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `Operations.start`."""
-    n_rows, n_classes = len(features), out.n_classes
-    least = np.full(n_rows, math.log(out.floor) if out.floor else -np.inf, np.float32)
-    normaliser, tail = np.empty((2, n_rows), np.float32)
-    out.values.fill_(-torch.inf)
-    select = _selector(
-        (features, weights, torch.zeros(n_classes, dtype=torch.float32), log_prior, 1.0, None),
-        (np.arange(n_rows), least, *_lists(out), tail, normaliser),
-    )
-    size = even(n_rows, gemm_rows(CPU, n_classes))
+class Lists(NamedTuple):
+    """Where the candidates of all rows go: arrays by node, but `nodes` and `normaliser` by row."""
 
-    def part(whole: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        best = np.full((START_ROWS, n_classes), -np.inf, np.float32)
-        rows = np.zeros(best.shape, np.int64)
-        for block in blocks(whole.stop, size, whole.start):
-            select(block, best, rows)
-        return torch.from_numpy(best), torch.from_numpy(rows)
-
-    found = parallel_map(part, _parts(n_rows, n_threads(), size))
-    out.values.exp_()
-    values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order = rows.argsort(dim=0)  # of equal values the first row
-    values, rows = values.gather(0, order), rows.gather(0, order)
-    order = values.argsort(dim=0, descending=True, stable=True)[: min(START_ROWS, n_rows)]
-    return torch.from_numpy(normaliser), values.gather(0, order), rows.gather(0, order)
+    nodes: np.ndarray
+    log_threshold: np.ndarray
+    values: np.ndarray
+    classes: np.ndarray
+    tail: np.ndarray
+    normaliser: np.ndarray
 
 
-def score(
-    features: UnitRows,
-    weights: torch.Tensor,
-    offset: torch.Tensor,
-    *,
-    out: Scores,
-    log_prior: torch.Tensor | None = None,
-    prior_weight: float = 1.0,
-    messages: Messages | None = None,
-    nodes: torch.Tensor | None = None,
-) -> Scores:
-    """See `Operations.score`."""
-    n_rows, n_classes = len(features), out.n_classes
-    places = np.arange(n_rows) if nodes is None else nodes.numpy()
-    normaliser = np.empty(n_rows, np.float32)
-    select = _selector(
-        (features, weights, offset, log_prior, prior_weight, messages),
-        (places, out.log_threshold.numpy(), *_lists(out), out.tail.numpy(), normaliser),
-    )
-    none = np.empty((0, n_classes), np.float32), np.empty((0, n_classes), np.int64)
-    parallel_map(
-        lambda rows: select(rows, *none), blocks(n_rows, even(n_rows, gemm_rows(CPU, n_classes)))
-    )
-    return out
+class NumbaOps(TorchOps):
+    """The operations on sparse assignments on a CPU."""
 
+    def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
+        super().__init__(affinity, nodes)
+        self._graph = [x.numpy() for x in (affinity.offsets, affinity.columns, affinity.weights)]
 
-def _selector(
-    operands: tuple[
-        UnitRows,
-        torch.Tensor | None,
-        torch.Tensor,
-        torch.Tensor | None,
-        float,
-        Messages | None,
-    ],
-    lists: tuple[np.ndarray, ...],
-) -> Callable[[slice, np.ndarray, np.ndarray], None]:
-    """
-    What enters the candidates of a block of rows into lists, as `candidates.select` does.
+    @staticmethod
+    def start(
+        features: UnitRows,
+        weights: torch.Tensor | None,
+        log_prior: torch.Tensor | None,
+        *,
+        out: Assignments,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        n_rows, n_classes = len(features), out.n_classes
+        log_threshold = np.full(n_rows, math.log(out.floor) if out.floor else -np.inf, np.float32)
+        normaliser, tail = np.empty((2, n_rows), np.float32)
+        out.values.fill_(-torch.inf)
+        lists = Lists(np.arange(n_rows), log_threshold, *_arrays(out), tail, normaliser)
+        size = equal_rows(n_rows, gemm_rows(CPU, n_classes))
 
-    Given what `Operations.score` scores; linear scores are computed in 8 bits where that pays.
-    """
-    features, weights, offset, log_prior, prior_weight, messages = operands
-    nodes, least, *_ = lists
-    linear = log_prior is None and messages is None
-    if linear and weights is not None and scannable(weights):
-        scan = Scan(weights, offset)
-        if scan.pays(features, least[nodes]):
-            return lambda rows, *best: scan.select(features[rows], rows.start, *lists, *best)
-    buffers = threading.local()
+        def fill(rows: slice, out: torch.Tensor) -> None:
+            prior_scores(features, None, log_prior, rows, out=out).clamp_(min=loops.LOWEST_SCORE)
 
-    def select(rows: slice, *best: np.ndarray) -> None:
-        if not hasattr(buffers, "scores"):
-            size = gemm_rows(CPU, len(offset)), len(offset)
-            buffers.scores = torch.empty(size, dtype=torch.float32)
-        scores = twin.block_scores(
-            features, weights, offset, rows, log_prior, prior_weight, out=buffers.scores
+        if weights is None:
+            select = _float32_selector(fill, n_classes, lists)
+        else:
+            linear = LinearScore(weights, torch.zeros(n_classes, dtype=torch.float32))
+            select = _score_selector(features, linear, lists)
+
+        def part(whole: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            top = np.full((START_ROWS, n_classes), -np.inf, np.float32)
+            rows = np.zeros(top.shape, np.int64)
+            for block in blocks(whole.stop, size, whole.start):
+                select(block, top, rows)
+            return torch.from_numpy(top), torch.from_numpy(rows)
+
+        share = size * max(1, -(-n_rows // (n_threads() * size)))  # of a thread, in whole blocks
+        found = parallel_map(part, blocks(n_rows, share))
+        out.values.exp_()
+        values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = rows.argsort(dim=0)  # of equal values the first row
+        values, rows = values.gather(0, order), rows.gather(0, order)
+        order = values.argsort(dim=0, descending=True, stable=True)[: min(START_ROWS, n_rows)]
+        return torch.from_numpy(normaliser), values.gather(0, order), rows.gather(0, order)
+
+    @staticmethod
+    def sum_of_squares(features: UnitRows) -> torch.Tensor:
+        def part(rows: slice) -> np.ndarray:
+            total = np.zeros(features.shape[1])
+            loops.add_squares(features[rows].numpy(), total)
+            return total
+
+        found = parallel_map(part, blocks(len(features), SQUARE_ROWS))
+        return torch.from_numpy(np.sum(found, axis=0))
+
+    def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
+        n_rows, n_classes = len(features), out.n_classes
+        lists = Lists(
+            self._node_ids(n_rows),
+            out.log_threshold.numpy(),
+            *_arrays(out),
+            tail=out.tail.numpy(),
+            normaliser=np.empty(n_rows, np.float32),
         )
-        if messages is not None:
-            messages.add_to(scores, rows)
-        if log_prior is not None:
-            scores.clamp_(min=loops.LOWEST)
-        candidates.select(scores.numpy(), rows.start, *lists, *best)
+        select = _score_selector(features, score, lists)
+        none = np.empty((0, n_classes), np.float32), np.empty((0, n_classes), np.int64)
+        size = equal_rows(n_rows, gemm_rows(CPU, n_classes))
+        parallel_map(lambda rows: select(rows, *none), blocks(n_rows, size))
+        return out
+
+    def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
+        arrays = [
+            *self._graph,
+            *(*_arrays(base), base.tail.numpy()),
+            *_arrays(z),
+            *(*_arrays(out), out.bound.numpy()),
+        ]
+
+        def part(rows: slice) -> None:
+            loops.sweep(rows.start, rows.stop, *arrays, out.floor, z.n_classes)
+
+        parallel_map(part, blocks(len(z), equal_rows(len(z), SWEEP_ROWS)))
+        return out
+
+    def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+        # The last row is of the mass that the rows dropped.
+        sums = torch.zeros(z.n_classes + 1, features.shape[1], dtype=torch.float64)
+        counts = torch.zeros(z.n_classes + 1, dtype=torch.float64)
+        nodes = self._node_ids(len(z))
+        centre = features[: loops.SUM_ROWS].mean(0)
+        parts = equal_classes(z, n_threads())
+        for rows in blocks(len(z), read_rows(CPU)):
+            arrays = features[rows].numpy(), centre.numpy(), nodes[rows], *_arrays(z)
+
+            def part(classes: slice, arrays: tuple[np.ndarray, ...] = arrays) -> None:
+                totals = sums.numpy(), counts.numpy()
+                loops.class_sums(classes.start, classes.stop, *arrays, *totals)
+
+            parallel_map(part, parts)
+        sums.addr_(counts, centre.double())
+        return share_dropped(sums, counts)
+
+    def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
+        arrays = [*self._graph, *_arrays(z)]
+
+        def part(rows: slice) -> np.ndarray:
+            terms = np.empty(2)
+            loops.energies(rows.start, rows.stop, *arrays, z.n_classes, terms)
+            return terms
+
+        found = parallel_map(part, blocks(len(z), equal_rows(len(z), SWEEP_ROWS)))
+        pairwise, entropy = np.sum(found, axis=0)
+        return torch.tensor(pairwise), torch.tensor(entropy)
+
+    def _node_ids(self, n_rows: int) -> np.ndarray:
+        """Node of each row of the features, (N,) int64."""
+        return np.arange(n_rows) if self._nodes is None else self._nodes.numpy()
+
+
+def _score_selector(features: UnitRows, score: LinearScore, lists: Lists) -> Select:
+    """Select by base scores, those linear in the features from int8 products if that is faster."""
+    linear = score.log_prior is None and score.messages is None
+    quick = int8_scores(score.weights, score.offset) if linear else None
+    if quick is not None and quick.is_faster(features, lists.log_threshold[lists.nodes]):
+        select = quick.select
+        return lambda rows, *top: select(features[rows], rows.start, *lists, *top)
+
+    def fill(rows: slice, out: torch.Tensor) -> None:
+        block_scores(features, score, rows, out=out)
+        if score.log_prior is not None:
+            out.clamp_(min=loops.LOWEST_SCORE)
+
+    return _float32_selector(fill, len(score.offset), lists)
+
+
+def _float32_selector(
+    fill: Callable[[slice, torch.Tensor], None], n_classes: int, lists: Lists
+) -> Select:
+    """Select by the finite scores that `fill` writes for a block of rows."""
+    buffer = ThreadBuffer(torch.float32)
+
+    def select(rows: slice, *top: np.ndarray) -> None:
+        scores = buffer.block(rows.stop - rows.start, n_classes)
+        fill(rows, scores)
+        topk.select(scores.numpy(), rows.start, *lists, *top)
 
     return select
 
 
-def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
-    """See `Operations.sweep`."""
-    arrays = [
-        *_graph(affinity),
-        *(*_lists(base), base.tail.numpy()),
-        *_lists(z),
-        *(*_lists(out), out.bound.numpy()),
-    ]
-
-    def part(rows: slice) -> None:
-        loops.sweep(rows.start, rows.stop, *arrays, out.floor, z.n_classes)
-
-    parallel_map(part, blocks(len(z), even(len(z), SWEEP_ROWS)))
-    return out
+def equal_rows(n_rows: int, most: int) -> int:
+    """Rows of a block, at most so many: of equal blocks that 2 or 4 threads end together with."""
+    number = EQUAL_BLOCKS * -(-n_rows // (EQUAL_BLOCKS * most))
+    # 16 rows of any length are aligned as a block of its own would be.
+    return min(most, 16 * max(1, -(-n_rows // (16 * number))))
 
 
-def class_sums(
-    z: Assignments, features: UnitRows, nodes: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Operations.class_sums`."""
-    # The last row is what was dropped.
-    sums = torch.zeros(z.n_classes + 1, features.shape[1], dtype=torch.float64)
-    counts = torch.zeros(z.n_classes + 1, dtype=torch.float64)
-    places = np.arange(len(z)) if nodes is None else nodes.numpy()
-    centre = features[:SUM_ROWS].mean(0)
-    parts = _even_classes(z, n_threads())
-    for rows in blocks(len(z), read_rows(CPU)):
-        arrays = features[rows].numpy(), centre.numpy(), places[rows], *_lists(z)
-        parallel_map(partial(_add_class_sums, (*arrays, sums.numpy(), counts.numpy())), parts)
-    sums.addr_(counts, centre.double())
-    return twin.share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
-
-
-def _add_class_sums(arrays: tuple[np.ndarray, ...], classes: slice) -> None:
-    sum_loops.class_sums(classes.start, classes.stop, *arrays)
-
-
-def _even_classes(z: Assignments, number: int) -> list[slice]:
-    """Slices of the K classes, and one more for what was dropped, with as many entries each."""
-    some = z.take(slice(None, None, max(1, len(z) // SUM_SAMPLE)))
-    entries = np.bincount(_lists(some)[1][some.values.numpy() > 0], minlength=z.n_classes + 1)
+def equal_classes(z: Assignments, number: int) -> list[slice]:
+    """At most `number` slices of K + 1 classes, the last of dropped mass, with as many entries."""
+    some = z.take(slice(None, None, max(1, len(z) // CLASS_SIZE_ROWS)))
+    values, classes = _arrays(some)
+    entries = np.bincount(classes[values > 0], minlength=z.n_classes + 1)
     entries[-1] = len(some)
     shares = np.arange(1, number) / number * entries.sum()
     ends = [0, *np.searchsorted(entries.cumsum(), shares) + 1, len(entries)]
     return [slice(first, last) for first, last in pairwise(ends) if first < last]
 
 
-def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Operations.energies`."""
-    arrays = [*_graph(affinity), *_lists(z)]
-
-    def part(rows: slice) -> np.ndarray:
-        terms = np.empty(2)
-        loops.energies(rows.start, rows.stop, *arrays, z.n_classes, terms)
-        return terms
-
-    pairwise, entropy = np.sum(parallel_map(part, blocks(len(z), even(len(z), SWEEP_ROWS))), axis=0)
-    return torch.tensor(pairwise), torch.tensor(entropy)
-
-
-def sum_of_squares(features: UnitRows) -> torch.Tensor:
-    """See `Operations.sum_of_squares`."""
-
-    def part(rows: slice) -> np.ndarray:
-        total = np.zeros(features.shape[1])
-        sum_loops.add_squares(features[rows].numpy(), total)
-        return total
-
-    return torch.from_numpy(np.sum(parallel_map(part, blocks(len(features), SQUARE_ROWS)), axis=0))
-
-
-def even(n_rows: int, most: int) -> int:
-    """Rows of a block, at most so many: of equal blocks that 2 or 4 threads end together with."""
-    number = TOGETHER * -(-n_rows // (TOGETHER * most))
-    # 16 rows of any length are aligned as a block of its own would be.
-    return min(most, 16 * max(1, -(-n_rows // (16 * number))))
-
-
-def _parts(n: int, number: int, multiple: int = 1) -> list[slice]:
-    """At most `number` slices that cover range(n), of one length that is such a multiple."""
-    return list(blocks(n, multiple * max(1, -(-n // (number * multiple)))))
-
-
-def _lists(entries: Scores | Assignments) -> tuple[np.ndarray, np.ndarray]:
-    """Values and classes of the short form."""
-    if entries.classes is None:
-        raise TypeError("these operations are for the short form")
-    return entries.values.numpy(), entries.classes.numpy()
-
-
-def _graph(affinity: Affinity) -> tuple[np.ndarray, ...]:
-    return affinity.offsets.numpy(), affinity.columns.numpy(), affinity.weights.numpy()
+def _arrays(entries: Scores | Assignments) -> tuple[np.ndarray, np.ndarray]:
+    """Values and classes of sparse scores or assignments."""
+    values, classes = sparse_entries(entries)
+    return values.numpy(), classes.numpy()

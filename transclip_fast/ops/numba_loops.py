@@ -1,9 +1,10 @@
 """
-The compiled loops of the short form on a CPU (`ops.numba` calls them, `ops.torch` is the formula).
+Compiled loops of the sparse operations on a CPU; `torch_backend` defines what they compute.
 
-Lists end at their first unused entry, -inf in scores and 0 in assignments, and all after it is
-unused as well. Types are spelled out, so that numba compiles when this is first imported, some
-seconds, and from then on loads its cache.
+In order: tools, lists cut to their largest entries, messages, sweep and energies, class sums. The
+entries in use of a list come first; the others are -inf in scores and 0 in assignments. Types are
+spelled out, so that numba compiles when this is first imported, some seconds, and from then on
+loads its cache.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-HALVINGS = 24  # of the range in which a row is cut to its largest entries
+from transclip_fast.ops import torch_backend
 
-LINE = 16  # entries of a cache line
-AHEAD = 8  # rows: lists are asked for so long before they are read
+CUT_HALVINGS = 24  # of the range in which a row is cut: as many as a float32 has bits
+LINE_ENTRIES = 16  # of a cache line
+AHEAD_ROWS = 8  # by which lists are prefetched: a read from memory takes as long as some rows
+SUM_ROWS = 512  # whose features a core's cache holds
 
 F = np.float32
 LOG2E = F(1 / math.log(2))
 TINY = np.finfo(F).tiny
-ROUNDING = 2.0**-24
-MOST_HEARD = F(64)  # e^64 moves everything
-LOWEST = F(-1e30)  # for -inf, which the loops must not meet
+FLOAT32_ROUNDING = torch_backend.FLOAT32_ROUNDING
+LARGEST_MESSAGE = F(torch_backend.LARGEST_MESSAGE)
+LOWEST_SCORE = F(-1e30)  # stands for -inf, which fastmath excludes
 # 2^-x for 0 <= x <= 1, to 3e-9.
 _2X = np.polynomial.Chebyshev.interpolate(lambda x: 2.0**-x, 6, [0, 1])
 C0, C1, C2, C3, C4, C5, C6 = _2X.convert(kind=np.polynomial.Polynomial).coef.astype(F)
+# No NaN, no infinity, any order of sums.
 FAST = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}
 
 
@@ -58,7 +62,7 @@ def compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], A
 @intrinsic
 def prefetch(_, lists, row, entry):  # type: ignore[no-untyped-def]
     """
-    Have the cache line of an entry of `lists` (N, R) on its way, whether or not it exists.
+    Prefetch the cache line of an entry of `lists` (N, R), whether or not it exists.
 
     Lists of neighbours lie anywhere: without it a sweep waits for each of them.
     """
@@ -79,19 +83,19 @@ def prefetch(_, lists, row, entry):  # type: ignore[no-untyped-def]
 
 
 @compiled("void(int64, float32[:, ::1], int32[:, ::1])")
-def fetch(i, values, classes):  # type: ignore[no-untyped-def]
-    """Have the first entries of a row's list on their way: most lists have no more."""
-    for entry in range(0, 2 * LINE, LINE):
+def prefetch_list(i, values, classes):  # type: ignore[no-untyped-def]
+    """Prefetch the first entries of a row's list: most lists have no more."""
+    for entry in range(0, 2 * LINE_ENTRIES, LINE_ENTRIES):
         prefetch(values, i, entry)  # type: ignore[call-arg]
         prefetch(classes, i, entry)
 
 
 @compiled("void(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1])")
-def fetch_neighbors(i, offsets, columns, values, classes):  # type: ignore[no-untyped-def]
-    """Have the lists of a row's neighbours on their way, where there is such a row."""
+def prefetch_neighbors(i, offsets, columns, values, classes):  # type: ignore[no-untyped-def]
+    """Prefetch the lists of a row's neighbours, if there is such a row."""
     if i + 1 < len(offsets):
         for entry in range(offsets[i], offsets[i + 1]):
-            fetch(columns[entry], values, classes)
+            prefetch_list(columns[entry], values, classes)
 
 
 @compiled("float32(float32[::1])", fastmath=FAST)
@@ -104,7 +108,7 @@ def largest_of(row):  # type: ignore[no-untyped-def]
 
 
 @compiled("int64(float32[::1], float32)")
-def number(row, low):  # type: ignore[no-untyped-def]
+def count_at_least(row, low):  # type: ignore[no-untyped-def]
     """Entries of a row that are >= low."""
     above = 0
     for j in range(len(row)):
@@ -136,9 +140,9 @@ def cut(values, low, high, limit):  # type: ignore[no-untyped-def]
 
     Only used where more than `limit` are >= low.
     """
-    for _ in range(HALVINGS):
+    for _ in range(CUT_HALVINGS):
         middle = F(0.5) * (low + high)
-        if number(values, middle) > limit:
+        if count_at_least(values, middle) > limit:
             low = middle
         else:
             high = middle
@@ -148,18 +152,18 @@ def cut(values, low, high, limit):  # type: ignore[no-untyped-def]
 @compiled("int64(float32[::1], int32[::1], float32, float32, float32[::1], int32[::1], float32)")
 def enter(values, classes, low, high, out, out_classes, unused):  # type: ignore[no-untyped-def]
     """
-    Enter the values in [low, high) into a list, the largest of them where it is full.
+    Write the values in [low, high) to a list, the largest of them if there are too many.
 
-    Their number; all after them becomes `unused`.
+    Returns their number; all entries after them become `unused`.
     """
-    width, spare, count = len(out), 0, number(values, low)
-    least = low
+    width, spare, count = len(out), 0, count_at_least(values, low)
+    threshold = low
     if count > width:
-        low, least = cut(values, max(low, values.min()), high, width)
-        spare, count = width - number(values, least), width
+        low, threshold = cut(values, max(low, values.min()), high, width)
+        spare, count = width - count_at_least(values, threshold), width
     kept, c = 0, 0
     while kept < count:
-        above, equal = values[c] >= least, values[c] >= low and spare > 0
+        above, equal = values[c] >= threshold, values[c] >= low and spare > 0
         out[kept] = values[c]  # stays only where the list moves on: no branch
         out_classes[kept] = classes[c]
         spare -= equal and not above
@@ -172,42 +176,43 @@ def enter(values, classes, low, high, out, out_classes, unused):  # type: ignore
 
 
 @compiled("UniTuple(uint32, 4)(int32[::1], int64)")
-def four(classes, r):  # type: ignore[no-untyped-def]
-    """Four classes of a list; unsigned, they need no look at whether they count from the end."""
+def four_classes(classes, r):  # type: ignore[no-untyped-def]
+    """Four classes of a list; unsigned, they need no test for a negative index."""
     k0, k1 = np.uint32(classes[r]), np.uint32(classes[r + 1])
     return k0, k1, np.uint32(classes[r + 2]), np.uint32(classes[r + 3])
 
 
 @compiled("void(float32, float32[::1], int32[::1], float32[::1])")
-def hear(weight, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Add a list (R,), `weight` times, to `heard` (K,)."""
+def accumulate_messages(weight, values, classes, messages):  # type: ignore[no-untyped-def]
+    """Add a list (R,) of z, `weight` times, to `messages` (K,)."""
     r = 0
     # Four at a time, in one branch: unused entries add nothing.
     while r + 4 <= len(values) and values[r] != 0:
-        k0, k1, k2, k3 = four(classes, r)
-        heard[k0] += weight * values[r]
-        heard[k1] += weight * values[r + 1]
-        heard[k2] += weight * values[r + 2]
-        heard[k3] += weight * values[r + 3]
+        k0, k1, k2, k3 = four_classes(classes, r)
+        messages[k0] += weight * values[r]
+        messages[k1] += weight * values[r + 1]
+        messages[k2] += weight * values[r + 2]
+        messages[k3] += weight * values[r + 3]
         r += 4
     while r < len(values) and values[r] != 0:
-        heard[classes[r]] += weight * values[r]
+        messages[classes[r]] += weight * values[r]
         r += 1
 
 
 @compiled("float32(float32[::1], int32[::1], float32[::1])")
-def clear(values, classes, heard):  # type: ignore[no-untyped-def]
-    """Clear `heard` (K,) at the classes of a list (R,); the largest entry, of either sign."""
+def clear_entries(values, classes, messages):  # type: ignore[no-untyped-def]
+    """Set `messages` (K,) to 0 at the classes of a list (R,); the largest size that was there."""
     largest, r = F(0), 0
     while r + 4 <= len(values) and values[r] != 0:
-        k0, k1, k2, k3 = four(classes, r)
-        first, second = max(abs(heard[k0]), abs(heard[k1])), max(abs(heard[k2]), abs(heard[k3]))
+        k0, k1, k2, k3 = four_classes(classes, r)
+        first = max(abs(messages[k0]), abs(messages[k1]))
+        second = max(abs(messages[k2]), abs(messages[k3]))
         largest = max(largest, max(first, second))
-        heard[k0] = heard[k1] = heard[k2] = heard[k3] = 0
+        messages[k0] = messages[k1] = messages[k2] = messages[k3] = 0
         r += 4
     while r < len(values) and values[r] != 0:
-        largest = max(largest, abs(heard[classes[r]]))
-        heard[classes[r]] = 0
+        largest = max(largest, abs(messages[classes[r]]))
+        messages[classes[r]] = 0
         r += 1
     return largest
 
@@ -215,20 +220,20 @@ def clear(values, classes, heard):  # type: ignore[no-untyped-def]
 @compiled(
     "void(int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],float32[::1])"
 )
-def listen(i, offsets, columns, weights, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Add (A z)_i to `heard` (K,)."""
+def gather_messages(i, offsets, columns, weights, values, classes, messages):  # type: ignore[no-untyped-def]
+    """Add (A z)_i to `messages` (K,)."""
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]
-        hear(weights[entry], values[j], classes[j], heard)
+        accumulate_messages(weights[entry], values[j], classes[j], messages)
 
 
 @compiled("float32(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])")
-def forget(i, offsets, columns, values, classes, heard):  # type: ignore[no-untyped-def]
-    """Clear what `listen` wrote; its largest entry, of either sign."""
+def clear_messages(i, offsets, columns, values, classes, messages):  # type: ignore[no-untyped-def]
+    """Set what `gather_messages` wrote to 0; the largest size that was left of it."""
     largest = F(0)
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]
-        largest = max(largest, clear(values[j], classes[j], heard))
+        largest = max(largest, clear_entries(values[j], classes[j], messages))
     return largest
 
 
@@ -238,50 +243,37 @@ def forget(i, offsets, columns, values, classes, heard):  # type: ignore[no-unty
     "float32, int64)"
 )
 def sweep(  # type: ignore[no-untyped-def]
-    start,
-    stop,
-    offsets,
-    columns,
-    weights,
-    base,
-    candidates,
-    tail,
-    z,
-    z_classes,
-    out,
-    out_classes,
-    bound,
-    floor,
-    n_classes,
-):
+    start, stop, offsets, columns, weights, base, candidates, tail, z, z_classes,
+    out, out_classes, bound, floor, n_classes,
+):  # fmt: skip
     """One sweep over a block of nodes."""
-    heard = np.zeros(n_classes, np.float32)
+    messages = np.zeros(n_classes, np.float32)
     logits = np.empty(base.shape[1] + 1, np.float32)
     mass = np.empty_like(logits)
     bits = np.empty(len(logits), np.int32)
     for i in range(start, stop):
-        fetch_neighbors(i + AHEAD, offsets, columns, z, z_classes)
-        fetch(i + AHEAD, base, candidates)
-        fetch(i + AHEAD, out, out_classes)
-        listen(i, offsets, columns, weights, z, z_classes, heard)
+        prefetch_neighbors(i + AHEAD_ROWS, offsets, columns, z, z_classes)
+        prefetch_list(i + AHEAD_ROWS, base, candidates)
+        prefetch_list(i + AHEAD_ROWS, out, out_classes)
+        gather_messages(i, offsets, columns, weights, z, z_classes, messages)
         n = 0
         while n < base.shape[1] and base[i, n] > -np.inf:
             k = candidates[i, n]
-            logits[n] = base[i, n] + heard[k]
-            heard[k] = 0
+            logits[n] = base[i, n] + messages[k]
+            messages[k] = 0
             n += 1
-        # The tail is one more class, which hears nothing.
-        logits[n] = F(math.log(tail[i])) if tail[i] > 0 else LOWEST
+        # Classes outside the candidates get no messages; together they are one extra entry.
+        logits[n] = F(math.log(tail[i])) if tail[i] > 0 else LOWEST_SCORE
         total = exponentials(logits[: n + 1], largest_of(logits[: n + 1]), bits, mass)
         for c in range(n):
             mass[c] = max(mass[c] / total, TINY)
         top = largest_of(mass[:n])
         low, high = min(floor, top), F(2) * top
         enter(mass[:n], candidates[i], low, high, out[i], out_classes[i], F(0))
-        unheard = forget(i, offsets, columns, z, z_classes, heard)
-        # Of a tail below rounding nothing is known but that.
-        known = max(tail[i], n_classes * ROUNDING)
-        bound[i] = min(1.0, known * math.expm1(min(unheard, MOST_HEARD)))
+        outside_max = clear_messages(i, offsets, columns, z, z_classes, messages)
+        # Below float32 rounding the tail mass is unknown; this is its upper bound.
+        tail_bound = max(tail[i], n_classes * FLOAT32_ROUNDING)
+        bound[i] = min(1.0, tail_bound * math.expm1(min(outside_max, LARGEST_MESSAGE)))
 
 
 @compiled(
@@ -290,21 +282,18 @@ def sweep(  # type: ignore[no-untyped-def]
 )
 def energies(start, stop, offsets, columns, weights, z, classes, n_classes, out):  # type: ignore[no-untyped-def]
     """Pairwise and entropy terms of a block of nodes."""
-    heard = np.zeros(n_classes, np.float32)
+    messages = np.zeros(n_classes, np.float32)
     pairwise, entropy = 0.0, 0.0
     for i in range(start, stop):
-        fetch_neighbors(i + AHEAD, offsets, columns, z, classes)
-        listen(i, offsets, columns, weights, z, classes, heard)
+        prefetch_neighbors(i + AHEAD_ROWS, offsets, columns, z, classes)
+        gather_messages(i, offsets, columns, weights, z, classes, messages)
         for r in range(z.shape[1]):
             if z[i, r] == 0:
                 break
-            pairwise += z[i, r] * heard[classes[i, r]]
+            pairwise += z[i, r] * messages[classes[i, r]]
             entropy += z[i, r] * math.log(z[i, r])
-        forget(i, offsets, columns, z, classes, heard)
+        clear_messages(i, offsets, columns, z, classes, messages)
     out[0], out[1] = pairwise, entropy
-
-
-SUM_ROWS = 512  # whose features a core's cache holds
 
 
 @compiled(
@@ -354,7 +343,7 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
         ends[:] = 0
         for i in range(n):
             node = nodes[start + i]
-            fetch(nodes[start + min(i + AHEAD, n - 1)], z, classes)
+            prefetch_list(nodes[start + min(i + AHEAD_ROWS, n - 1)], z, classes)
             wanted = dropped
             for r in range(width):
                 if z[node, r] == 0:

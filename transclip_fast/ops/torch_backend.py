@@ -1,44 +1,250 @@
 """
-The solver's operations in torch, on any device, for both forms of z.
+The solver's operations in torch, on any device, for dense and sparse z.
 
 Each goes through the rows in blocks: no temporary is ever N x K, and sums over rows are taken in
 float64 across blocks. On a CPU the blocks stay in a core's cache and go to threads, each of which
-works alone. `Operations` documents what each does.
+works alone.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.ops.blocks import GEMM_ROWS, block_rows, blocks, gemm_rows, read_rows
-from transclip_fast.parallel import parallel_map, single_threaded_torch
-from transclip_fast.types import Affinity, Assignments, Messages, Scores
+from transclip_fast.parallel import parallel_map
+from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
-SUM_CLASSES = 256  # that one thread sums
-START_ROWS = 8
-MERGED = 64  # blocks whose surest rows are held at a time
-ROUNDING = 2.0**-24
-MOST_HEARD = 64.0  # e^64 moves everything
+SUM_CLASSES = 256  # classes that one thread sums
+START_ROWS = 8  # rows that the mean of a class starts from
+MERGED_BLOCKS = 64  # blocks whose top rows are held at a time
+FLOAT32_ROUNDING = 2.0**-24  # half of float32's eps
+LARGEST_MESSAGE = 64.0  # nats: e^64 moves all of a row's mass
 
 
-def session() -> AbstractContextManager[None]:
-    """See `Operations.session`."""
-    return single_threaded_torch()
+class TorchOps:
+    """
+    The operations of a run, and their definition; other backends override what they do faster.
 
+    Features are (N, d) unit rows, z, scores and affinity are indexed by node.
 
-def captured(
-    step: Callable[[], None],
-    renewed: Callable[[], Sequence[torch.Tensor]],
-    features: UnitRows,
-) -> Callable[[], None]:
-    """See `Operations.captured`."""
-    return step
+    Parameters
+    ----------
+    affinity : Affinity
+        A (N, N).
+    nodes : Tensor (N,) int64, optional
+        Node of each row of the features; without it they are the same.
+    """
+
+    def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
+        self._affinity, self._nodes = affinity, nodes
+
+    @staticmethod
+    def start(
+        features: UnitRows,
+        weights: torch.Tensor | None,
+        log_prior: torch.Tensor | None,
+        *,
+        out: Assignments,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Set z = y_hat, in the order of the features, and find the rows where the means start.
+
+        Parameters
+        ----------
+        features : Tensor or Rows (N, d)
+        weights : Tensor (K, d) float32, optional
+            V, prototypes times the logit scale: log y_hat is the log_softmax of F V^T; or
+        log_prior : Tensor (N, K) float32, optional
+            log y_hat itself; -inf excludes a class.
+        out : Assignments
+            Receives z.
+
+        Returns
+        -------
+        normaliser : Tensor (N,) float32
+            Log-sum-exp of each row.
+        values : Tensor (8, K) float32
+            The largest log y_hat of each class, largest first (all rows when N < 8).
+        rows : Tensor (8, K) int64
+            Their rows; of equal ones the first come first.
+        """
+        size = gemm_rows(features.device, out.n_classes)
+        normaliser = out.values.new_empty(len(features))
+
+        def part(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = normaliser.new_empty(rows.stop - rows.start, out.n_classes)
+            prior_scores(features, weights, log_prior, rows, out=scores)
+            torch.logsumexp(scores, 1, out=normaliser[rows])
+            scores -= normaliser[rows, None]
+            top = _top_rows(scores)
+            values = scores.gather(0, top)
+            _write_assignments(scores.exp_(), out, rows)
+            return values, top + rows.start
+
+        top: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for some in blocks(len(features), MERGED_BLOCKS * size):
+            found = top + parallel_map(part, blocks(some.stop, size, some.start), features.device)
+            values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+            places = _top_rows(values)
+            top = [(values.gather(0, places), rows.gather(0, places))]
+        return normaliser, *top[0]
+
+    @staticmethod
+    def sum_of_squares(features: UnitRows) -> torch.Tensor:
+        """sum_i f_id^2, (d,) float64, of features (N, d)."""
+        device = features.device
+        size = SUM_ROWS if device.type == "cpu" else GEMM_ROWS["cuda"][0]
+
+        def part(rows: slice) -> torch.Tensor:
+            total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
+            for piece in blocks(rows.stop, size, rows.start):
+                total += features[piece].double().square_().sum(0)
+            return total
+
+        return torch.stack(parallel_map(part, blocks(len(features), 16 * size), device)).sum(0)
+
+    def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
+        """
+        Base scores b of all nodes; sparse, of the candidates, less the log-sum-exp over K classes.
+
+        Parameters
+        ----------
+        features : Tensor or Rows (N, d)
+        score : LinearScore
+            `log_prior` and `messages` are indexed by rows of the features.
+        out : Scores
+            Receives the result, and is returned.
+        """
+
+        def part(rows: slice) -> None:
+            nodes = self._nodes_of(rows)
+            if out.classes is None and isinstance(nodes, slice):
+                block_scores(features, score, rows, out=out.values[rows])
+                return
+            block = out.values.new_empty(rows.stop - rows.start, out.n_classes)
+            block_scores(features, score, rows, out=block)
+            if out.classes is None:
+                out.values[nodes] = block
+            else:
+                _write_candidates(block, out, out.classes, nodes)
+
+        size = gemm_rows(features.device, out.n_classes)
+        parallel_map(part, blocks(len(features), size), features.device)
+        return out
+
+    def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
+        """
+        z <- softmax_k(b + A z), every row from the same z (Jacobi).
+
+        Sparse, z is updated at the candidates, and the mass of all other classes enters the
+        normaliser as if no message reached them; `out.bound` is the mass this may misplace.
+
+        Parameters
+        ----------
+        base : Scores
+        z : Assignments
+        out : Assignments
+            Receives the result, and is returned; must not be `z`.
+        """
+
+        def part(rows: slice) -> None:
+            messages = _messages(self._affinity, z, rows)
+            if base.classes is None or out.classes is None:
+                messages += base.values[rows]
+                torch.softmax(messages, 1, out=out.values[rows])
+                return
+            scores, classes, tail = base.values[rows], base.classes[rows].long(), base.tail[rows]
+            # Classes outside the candidates get no messages; together they are one extra entry.
+            logits = torch.cat([scores + messages.gather(1, classes), tail[:, None].log()], 1)
+            mass = torch.softmax(logits, 1)[:, :-1]
+            values, slots = _largest(mass, out.values.shape[1], out.floor)
+            out.values[rows] = values
+            out.classes[rows] = classes.gather(1, slots).int()
+            used = scores > -torch.inf
+            local = torch.arange(len(used), device=used.device)[:, None].expand_as(used)
+            messages[local[used], classes[used]] = 0
+            outside_max = messages.abs().amax(1).clamp_(max=LARGEST_MESSAGE)
+            # Below float32 rounding the tail mass is unknown; this is its upper bound.
+            tail = tail.clamp(min=z.n_classes * FLOAT32_ROUNDING)
+            out.bound[rows] = (tail * outside_max.expm1()).clamp_(max=1)
+
+        device = z.values.device
+        parallel_map(part, blocks(len(z), block_rows(device, z.n_classes)), device)
+        return out
+
+    def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Z^T F (K, d) and the mass n_k (K,) of each class, float64.
+
+        The mass that sparse rows dropped, m_i of each row and M of all, is shared among the
+        classes as the kept mass is, pi_k: pi (sum_i m_i f_i)^T and pi_k M are added.
+
+        Parameters
+        ----------
+        z : Assignments
+        features : Tensor or Rows (N, d)
+        """
+        device, n_classes = features.device, z.n_classes
+        # The last row is of the mass that the rows dropped.
+        sums = torch.zeros(n_classes + 1, features.shape[1], dtype=torch.float64, device=device)
+        counts = torch.zeros(n_classes + 1, dtype=torch.float64, device=device)
+        # The variance is the difference of the squares and the squared means: sums of centred
+        # rows keep its digits, where float32 sums of thousands of similar rows lose them.
+        centre = features[: gemm_rows(device, n_classes)].mean(0)
+        for rows in blocks(len(z), read_rows(device)):
+            read, kept = features[rows] - centre, z.take(self._nodes_of(rows))
+            _add_class_sums(kept, read, sums[:-1], counts[:-1])
+            if z.classes is not None:
+                dropped = 1 - kept.values.sum(1)
+                sums[-1] += dropped @ read
+                counts[-1] += dropped.sum(dtype=torch.float64)
+        sums.addr_(counts, centre.double())
+        return share_dropped(sums, counts)
+
+    def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
+        """sum_ij A_ij z_i.z_j and sum_ik z_ik log z_ik of the mass kept, float64 scalars."""
+        smallest = torch.finfo(z.values.dtype).tiny
+
+        def part(rows: slice) -> torch.Tensor:
+            values, messages = z.values[rows], _messages(self._affinity, z, rows)
+            if z.classes is not None:
+                messages = messages.gather(1, z.classes[rows].long())
+            pairwise = (values * messages).sum(dtype=torch.float64)
+            entropy = (values * values.clamp_min(smallest).log_()).sum(dtype=torch.float64)
+            return torch.stack([pairwise, entropy])
+
+        device = z.values.device
+        terms = parallel_map(part, blocks(len(z), block_rows(device, z.n_classes)), device)
+        pairwise, entropy = torch.stack(terms).sum(0)
+        return pairwise, entropy
+
+    def expectation(self, z: Assignments, log_prior: torch.Tensor) -> torch.Tensor:
+        """
+        sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar.
+
+        Parameters
+        ----------
+        z : Assignments
+        log_prior : Tensor (N, K) float32
+            log y_hat, by rows of the features.
+        """
+
+        def part(rows: slice) -> torch.Tensor:
+            kept, terms = z.take(self._nodes_of(rows)), log_prior[rows]
+            if kept.classes is not None:
+                terms = terms.gather(1, kept.classes.long())
+            return torch.where(kept.values > 0, kept.values * terms, 0).sum(dtype=torch.float64)
+
+        device = z.values.device
+        size = block_rows(device, z.n_classes)
+        return torch.stack(parallel_map(part, blocks(len(z), size), device)).sum()
+
+    def _nodes_of(self, rows: slice) -> torch.Tensor | slice:
+        """Nodes of consecutive rows of the features."""
+        return rows if self._nodes is None else self._nodes[rows]
 
 
 def linear_log_prior(features: UnitRows, weights: torch.Tensor) -> torch.Tensor:
@@ -46,145 +252,70 @@ def linear_log_prior(features: UnitRows, weights: torch.Tensor) -> torch.Tensor:
     out = weights.new_empty(len(features), len(weights))
 
     def part(rows: slice) -> None:
-        scores = block_scores(features, weights, None, rows, out=out[rows])
+        scores = prior_scores(features, weights, None, rows, out=out[rows])
         scores -= scores.logsumexp(1, keepdim=True)
 
     parallel_map(part, blocks(len(out), gemm_rows(out.device, len(weights))), out.device)
     return out
 
 
-def block_scores(
-    features: UnitRows,
-    weights: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    rows: slice,
-    log_prior: torch.Tensor | None = None,
-    prior_weight: float = 1.0,
-    *,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """F P^T + c + prior_weight log y_hat of a block of rows, in the first rows of `out`."""
-    out = out[: rows.stop - rows.start]
-    if weights is None:
-        out.zero_()
-    elif offset is None:
-        torch.mm(features[rows], weights.T, out=out)
-    else:
-        torch.addmm(offset, features[rows], weights.T, out=out)
-    if log_prior is not None:
-        out.add_(log_prior[rows], alpha=prior_weight)
-    return out
-
-
-def start(
+def prior_scores(
     features: UnitRows,
     weights: torch.Tensor | None,
     log_prior: torch.Tensor | None,
+    rows: slice,
     *,
-    out: Assignments,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `Operations.start`."""
-    size = gemm_rows(features.device, out.n_classes)
-    normaliser = out.values.new_empty(len(features))
-
-    def part(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = normaliser.new_empty(rows.stop - rows.start, out.n_classes)
-        block_scores(features, weights, None, rows, log_prior, out=scores)
-        torch.logsumexp(scores, 1, out=normaliser[rows])
-        scores -= normaliser[rows, None]
-        best = _top_rows(scores)
-        values = scores.gather(0, best)
-        _keep(scores.exp_(), out, rows)
-        return values, best + rows.start
-
-    best: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for some in blocks(len(features), MERGED * size):
-        found = best + parallel_map(part, blocks(some.stop, size, some.start), features.device)
-        values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-        places = _top_rows(values)
-        best = [(values.gather(0, places), rows.gather(0, places))]
-    return normaliser, *best[0]
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """log y_hat of a block of rows, up to a constant a row, in `out` (n, K): see `start`."""
+    if weights is not None:
+        return torch.mm(features[rows], weights.T, out=out)
+    if log_prior is None:
+        raise TypeError("a prior has weights or log probabilities")
+    return out.copy_(log_prior[rows])
 
 
-def score(
-    features: UnitRows,
-    weights: torch.Tensor,
-    offset: torch.Tensor,
-    *,
-    out: Scores,
-    log_prior: torch.Tensor | None = None,
-    prior_weight: float = 1.0,
-    messages: Messages | None = None,
-    nodes: torch.Tensor | None = None,
-) -> Scores:
-    """See `Operations.score`."""
+def block_scores(
+    features: UnitRows, score: LinearScore, rows: slice, *, out: torch.Tensor
+) -> torch.Tensor:
+    """
+    Base scores of a block of rows.
 
-    def part(rows: slice) -> None:
-        if out.classes is None:
-            block = out.values[rows]
-        else:
-            block = out.values.new_empty(rows.stop - rows.start, out.n_classes)
-        block_scores(features, weights, offset, rows, log_prior, prior_weight, out=block)
-        if messages is not None:
-            messages.add_to(block, rows)
-        if out.classes is not None:
-            _keep_candidates(block, out, out.classes, rows if nodes is None else nodes[rows])
-
-    parallel_map(
-        part, blocks(len(features), gemm_rows(features.device, out.n_classes)), features.device
-    )
+    Parameters
+    ----------
+    features : Tensor or Rows (N, d)
+    score : LinearScore
+    rows : slice
+        n rows of the features.
+    out : Tensor (m, K) float32
+        Its first n rows receive the result, and are returned.
+    """
+    out = out[: rows.stop - rows.start]
+    torch.addmm(score.offset, features[rows], score.weights.T, out=out)
+    if score.log_prior is not None:
+        out.add_(score.log_prior[rows], alpha=score.prior_weight)
+    if score.messages is not None:
+        score.messages.add_to(out, rows)
     return out
 
 
-def sweep(base: Scores, affinity: Affinity, z: Assignments, *, out: Assignments) -> Assignments:
-    """See `Operations.sweep`."""
-
-    def part(rows: slice) -> None:
-        messages = _messages(affinity, z, rows)
-        if base.classes is None or out.classes is None:
-            messages += base.values[rows]
-            torch.softmax(messages, 1, out=out.values[rows])
-            return
-        scores, classes, tail = base.values[rows], base.classes[rows].long(), base.tail[rows]
-        # The tail hears nothing; it is one more entry of the softmax.
-        logits = torch.cat([scores + messages.gather(1, classes), tail[:, None].log()], 1)
-        mass = torch.softmax(logits, 1)[:, :-1]
-        values, slots = _largest(mass, out.values.shape[1], out.floor)
-        out.values[rows] = values
-        out.classes[rows] = classes.gather(1, slots).int()
-        used = scores > -torch.inf
-        local = torch.arange(len(used), device=used.device)[:, None].expand_as(used)
-        messages[local[used], classes[used]] = 0
-        unheard = messages.abs().amax(1).clamp_(max=MOST_HEARD)
-        # Of a tail below rounding nothing is known but that.
-        tail = tail.clamp(min=z.n_classes * ROUNDING)
-        out.bound[rows] = (tail * unheard.expm1()).clamp_(max=1)
-
-    device = z.values.device
-    parallel_map(part, blocks(len(z), block_rows(device, z.n_classes)), device)
-    return out
+def sparse_entries(entries: Scores | Assignments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and classes of sparse scores or assignments, for backends that have no dense ones."""
+    if entries.classes is None:
+        raise TypeError("this backend has no dense assignments")
+    return entries.values, entries.classes
 
 
-def class_sums(
-    z: Assignments, features: UnitRows, nodes: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Operations.class_sums`."""
-    device, n_classes = features.device, z.n_classes
-    # The last row is what was dropped.
-    sums = torch.zeros(n_classes + 1, features.shape[1], dtype=torch.float64, device=device)
-    counts = torch.zeros(n_classes + 1, dtype=torch.float64, device=device)
-    # The variance is what is left when the squares of the means are taken off: sums of centred
-    # rows keep its digits, where float32 sums of thousands of similar rows lose them.
-    centre = features[: gemm_rows(device, n_classes)].mean(0)
-    for rows in blocks(len(z), read_rows(device)):
-        read, kept = features[rows] - centre, z.take(rows if nodes is None else nodes[rows])
-        _add_class_sums(kept, read, sums[:-1], counts[:-1])
-        if z.classes is not None:
-            dropped = 1 - kept.values.sum(1)
-            sums[-1] += dropped @ read
-            counts[-1] += dropped.sum(dtype=torch.float64)
-    sums.addr_(counts, centre.double())
-    return share_tail(sums[:-1], counts[:-1], sums[-1], counts[-1])
+def share_dropped(sums: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Share the last row of `sums` (K + 1, d) and `counts` (K + 1,), sum_i m_i f_i and sum_i m_i of
+    the mass m_i that rows dropped, among the K classes as the kept mass is shared.
+
+    Without it the kept mass and the sum of all squares belong to different sets of rows, and the
+    variance is wrong by tens of percent.
+    """
+    share = counts[:-1] / counts[:-1].sum()
+    return sums[:-1].addr_(share, sums[-1]), counts[:-1] + share * counts[-1]
 
 
 def _add_class_sums(
@@ -203,84 +334,20 @@ def _add_class_sums(
     parallel_map(part, blocks(z.n_classes, SUM_CLASSES), features.device)
 
 
-def share_tail(
-    sums: torch.Tensor, counts: torch.Tensor, tail: torch.Tensor, mass: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Share what the rows dropped, sum_i m_i f_i (d,) and sum_i m_i, among the classes as what they
-    kept is shared.
-
-    Without it the kept mass and the sum of all squares belong to different sets of rows, and the
-    variance is wrong by tens of percent.
-    """
-    share = counts / counts.sum()
-    return sums.addr_(share, tail), counts + share * mass
-
-
-def energies(z: Assignments, affinity: Affinity) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Operations.energies`."""
-    smallest = torch.finfo(z.values.dtype).tiny
-
-    def part(rows: slice) -> torch.Tensor:
-        values, messages = z.values[rows], _messages(affinity, z, rows)
-        if z.classes is not None:
-            messages = messages.gather(1, z.classes[rows].long())
-        pairwise = (values * messages).sum(dtype=torch.float64)
-        entropy = (values * values.clamp_min(smallest).log_()).sum(dtype=torch.float64)
-        return torch.stack([pairwise, entropy])
-
-    device = z.values.device
-    terms = parallel_map(part, blocks(len(z), block_rows(device, z.n_classes)), device)
-    pairwise, entropy = torch.stack(terms).sum(0)
-    return pairwise, entropy
-
-
-def expectation(
-    z: Assignments, log_prior: torch.Tensor, nodes: torch.Tensor | None = None
-) -> torch.Tensor:
-    """See `Operations.expectation`."""
-
-    def part(rows: slice) -> torch.Tensor:
-        kept, terms = z.take(rows if nodes is None else nodes[rows]), log_prior[rows]
-        if kept.classes is not None:
-            terms = terms.gather(1, kept.classes.long())
-        return torch.where(kept.values > 0, kept.values * terms, 0).sum(dtype=torch.float64)
-
-    device = z.values.device
-    return torch.stack(
-        parallel_map(part, blocks(len(z), block_rows(device, z.n_classes)), device)
-    ).sum()
-
-
-def sum_of_squares(features: UnitRows) -> torch.Tensor:
-    """sum_i f_id^2, (d,) float64."""
-
-    device = features.device
-    size = SUM_ROWS if device.type == "cpu" else GEMM_ROWS["cuda"][0]
-
-    def part(rows: slice) -> torch.Tensor:
-        total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
-        for piece in blocks(rows.stop, size, rows.start):
-            total += features[piece].double().square_().sum(0)
-        return total
-
-    return torch.stack(parallel_map(part, blocks(len(features), 16 * size), device)).sum(0)
-
-
 def _top_rows(values: torch.Tensor) -> torch.Tensor:
     """Positions (8, K) of the largest values of each column, equal ones from the top."""
     n = min(START_ROWS, len(values))
-    best = values.topk(n, dim=0)
-    tied = (values >= best.values[-1]).sum(0) > n  # topk breaks ties as it likes
-    tied |= (best.values[1:] == best.values[:-1]).any(0)
+    top = values.topk(n, dim=0)
+    tied = (values >= top.values[-1]).sum(0) > n  # topk breaks ties as it likes
+    tied |= (top.values[1:] == top.values[:-1]).any(0)
     if tied.any():
         ordered = values[:, tied].sort(dim=0, descending=True, stable=True)
-        best.indices[:, tied] = ordered.indices[:n]
-    return best.indices
+        top.indices[:, tied] = ordered.indices[:n]
+    return top.indices
 
 
-def _keep(mass: torch.Tensor, out: Assignments, rows: slice) -> None:
-    """Enter the distributions (n, K) of a block of rows into `out`."""
+def _write_assignments(mass: torch.Tensor, out: Assignments, rows: slice) -> None:
+    """Write the distributions (n, K) of a block of rows to `out`."""
     if out.classes is None:
         out.values[rows] = mass
     else:
@@ -288,14 +355,14 @@ def _keep(mass: torch.Tensor, out: Assignments, rows: slice) -> None:
         out.classes[rows] = classes.int()
 
 
-def _keep_candidates(
+def _write_candidates(
     block: torch.Tensor, out: Scores, classes: torch.Tensor, nodes: torch.Tensor | slice
 ) -> None:
-    """Enter the scores (n, K) of a block of rows into `out`, as its nodes."""
+    """Write the candidates of the scores (n, K) of some nodes to `out`."""
     block -= block.logsumexp(1, keepdim=True)
     values, places = block.topk(out.values.shape[1], dim=1)
-    least = torch.minimum(out.log_threshold[nodes, None], values[:, :1])
-    values.masked_fill_(values < least, -torch.inf)
+    threshold = torch.minimum(out.log_threshold[nodes, None], values[:, :1])
+    values.masked_fill_(values < threshold, -torch.inf)
     out.values[nodes], classes[nodes] = values, places.int()
     out.tail[nodes] = (1 - values.exp().sum(1)).clamp_(min=0)
 
@@ -319,8 +386,8 @@ def _messages(affinity: Affinity, z: Assignments, rows: slice) -> torch.Tensor:
     local = torch.repeat_interleave(offsets.diff())
     cells = local[:, None] * z.n_classes + z.classes[columns]  # (entries, R)
     messages = z.values.new_zeros(len(offsets) - 1, z.n_classes)
-    heard = weights[:, None] * z.values[columns]
-    messages.view(-1).index_put_((cells.flatten(),), heard.flatten(), accumulate=True)
+    terms = weights[:, None] * z.values[columns]
+    messages.view(-1).index_put_((cells.flatten(),), terms.flatten(), accumulate=True)
     return messages
 
 

@@ -8,8 +8,6 @@ from bench.gpu_lines import Ceilings, Suite, measure_ceilings
 from bench.gpu_timing import Gpu
 from transclip_fast.graph import exact
 from transclip_fast.kernels import messages
-from transclip_fast.ops import triton_backend as ops
-from transclip_fast.ops.capture import Captured
 from transclip_fast.solver.parameters import Parameters
 
 
@@ -76,12 +74,6 @@ def test_sweeps(suite):
     assert arms_of(suite) == 2 * ["kernel", "torch eager"]
 
 
-@pytest.mark.filterwarnings("ignore:Sparse")
-def test_dense_sweeps(suite):
-    gpu_arms.dense_sweeps(suite, 20, 30)
-    assert arms_of(suite) == ["kernel", "cuSPARSE", "torch.compile"]
-
-
 def test_scores(suite):
     gpu_arms.scores(suite, ((24, 40, 64, 16), (5, 300, 32, 20)))
     once = ["fused", "cuBLAS in chunks", "torch eager", "torch.compile", "cuBLAS, no selection"]
@@ -96,22 +88,6 @@ def test_class_sums(suite):
 def test_neighbours(suite):
     gpu_arms.neighbours(suite, (50, 60, 150), 32)
     assert arms_of(suite) == ["check", "check", "kernel", "torch eager", "kernel"]
-
-
-def test_captured(suite, monkeypatch):
-    recorded = []
-
-    def captured(step, renewed, features):
-        if ops.CAPTURED_ROWS:
-            recorded.append(1)
-            return Captured(step, renewed, lambda step: step)
-        return step
-
-    monkeypatch.setattr(ops, "captured", captured)
-
-    gpu_solves.captured(suite, 12, 5, 16)
-    assert arms_of(suite) == 2 * ["check", "captured", "not captured"]
-    assert len(recorded) == 2
 
 
 def test_solves(suite, monkeypatch):
