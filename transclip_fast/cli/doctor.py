@@ -76,7 +76,7 @@ def check_faiss() -> Finding:
         }
     )
     if not names:
-        message = "not installed; only bench/graph.py needs it"
+        message = "not installed; only bench/speed/graph.py needs it"
         return Finding("faiss", True, message)
     if len(names) > 1:
         message = f"{' and '.join(names)} overwrite each other; uninstall all, install one"

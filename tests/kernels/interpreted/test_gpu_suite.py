@@ -1,11 +1,12 @@
-"""Every arm of `bench.gpu_suite` at a very small size, on a card that is a CPU."""
+"""Every arm of `bench.gpu.suite` at a very small size, on a card that is a CPU."""
 
 import pytest
 import torch
 
-from bench import gpu_arms, gpu_solves
-from bench.gpu_lines import Ceilings, Suite, measure_ceilings
-from bench.gpu_timing import Gpu
+from bench.gpu import arms as gpu_arms
+from bench.gpu import solves as gpu_solves
+from bench.gpu.lines import Ceilings, Suite, measure_ceilings
+from bench.gpu.timing import Gpu
 from transclip_fast.graph import certified
 from transclip_fast.kernels import messages
 from transclip_fast.ops import triton_backend as ops

@@ -1,0 +1,215 @@
+"""Each operation of `bench.gpu.suite`: correct against float64, then timed beside its rivals."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.gpu.eva import EvaTower, eva_error
+from bench.gpu.lines import Suite
+from bench.gpu.problems import (
+    lists,
+    made_graph,
+    made_problem,
+    score_error,
+    score_operands,
+    sweep_bytes,
+    sweep_error,
+)
+from bench.gpu.timing import SETS, Arm, setting
+from transclip_fast.callbacks import NoCheckpoint
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph import certified
+from transclip_fast.graph.affinity import affinity
+from transclip_fast.graph.best import SPARE, BestLists
+from transclip_fast.graph.build import build_graph
+from transclip_fast.ops import operations
+from transclip_fast.types import Assignments, Scores
+
+
+def sweeps(suite: Suite, n: int = 1_280_000, k: int = 1000) -> None:
+    """One sweep of the short form at 16 and 32 candidates."""
+    device, ours, eager = suite.gpu.device, operations("triton"), operations("torch")
+    graph = affinity(made_graph(n, k), device=device)
+    for candidates in (16, 32):
+        made = [lists(n, k, candidates, device, seed) for seed in range(SETS)]
+        out = made[0][1].empty_like()
+        ours.sweep(made[0][0], graph, made[0][1], out=out)
+        error = sweep_error(made[0][0], graph, made[0][1], out, rows=min(n, 2000))
+
+        def run(ops: Any, i: int, made: Any = made, out: Any = out) -> None:
+            ops.sweep(made[i][0], graph, made[i][1], out=out)
+
+        suite.arms(
+            f"sweep, {candidates} candidates",
+            {"kernel": partial(run, ours), "torch eager": partial(run, eager)},
+            sweep_bytes(graph, made[0][1]), "GB/s", {"kernel": error}, 2e-6, rows=n, classes=k,
+        )  # fmt: skip
+
+
+def dense_sweeps(suite: Suite, n: int = 50_000, k: int = 1000) -> None:
+    """One sweep of the full form, beside cuSPARSE."""
+    device, ours = suite.gpu.device, operations("triton")
+    graph = affinity(made_graph(n, k), device=device)
+    zero = torch.zeros(n, device=device)
+    z = [torch.softmax(torch.randn(n, k, device=device), 1) for _ in range(SETS)]
+    base, out = torch.randn(n, k, device=device), torch.empty_like(z[0])
+    matrix = torch.sparse_csr_tensor(graph.offsets, graph.columns, graph.weights, (n, n))
+
+    def kernel(i: int) -> None:
+        scores = Scores(base, None, k, zero, zero)
+        ours.sweep(
+            scores, graph, Assignments(z[i], None, k, zero), out=Assignments(out, None, k, zero)
+        )
+
+    def vendor(i: int) -> torch.Tensor:
+        return torch.softmax(base + matrix @ z[i], 1)
+
+    kernel(0)
+    exact = torch.softmax(base.double() + matrix.double() @ z[0].double(), 1)
+    error = float((out - exact).abs().max())
+    del exact
+    work = 4.0 * k * (2 * n + len(graph.columns)) + 12.0 * len(graph.columns)
+    arms: dict[str, Arm] = {"kernel": kernel, "cuSPARSE": vendor}
+    arms["torch.compile"] = torch.compile(vendor, dynamic=False)
+    suite.arms("sweep, all classes", arms, work, "GB/s", {"kernel": error}, 2e-6, rows=n, classes=k)
+
+
+SCORES = ((1 << 20, 1024, 512, 16), (1_280_000 // 4, 1000, 1280, 32), (1 << 17, 21_000, 1024, 32))
+
+
+def scores(suite: Suite, shapes: tuple[tuple[int, int, int, int], ...] = SCORES) -> None:
+    """F P^T to candidates, float16 operands: fused, and in chunks of cuBLAS's product."""
+    from transclip_fast.kernels import score as fused
+
+    device, ours = suite.gpu.device, operations("triton")
+    for n, k, d, width in shapes:
+        features = [score_operands(n, k, d, device, seed)[0] for seed in range(SETS)]
+        _, weights, offset, out = score_operands(n, k, d, device, 0, width)
+        size = max(1, (1 << 25) // (4 * k))  # rows whose products stay in the cache
+
+        def kernel(i: int, p: Any = (features, weights, offset, out)) -> None:
+            ours.score(p[0][i], p[1].float(), p[2], out=p[3])
+
+        def chunks(i: int, kernel: Any = kernel) -> None:
+            with setting(fused, "MOST", 0):
+                kernel(i)
+
+        def eager(i: int, p: Any = (features, weights, offset, size, width)) -> None:
+            for rows in torch.split(p[0][i], p[3]):
+                x = (rows @ p[1].T).float() + p[2]
+                (x - x.logsumexp(1, keepdim=True)).topk(p[4], dim=1)
+
+        def vendor(i: int, p: Any = (features, weights, size)) -> None:
+            for rows in torch.split(p[0][i], p[2]):
+                torch.mm(rows, p[1].T)
+
+        errors: dict[str, float] = {}
+        for name, run in {"fused": kernel, "cuBLAS in chunks": chunks}.items():
+            run(0)
+            errors[name] = score_error(features[0], weights, offset, out)
+        arms: dict[str, Arm] = {"fused": kernel, "cuBLAS in chunks": chunks, "torch eager": eager}
+        arms |= {"torch.compile": torch.compile(eager, dynamic=False)}
+        arms |= {"cuBLAS, no selection": vendor}
+        suite.arms(
+            f"score, {k} to {width}, {d}", arms, 2.0 * n * k * d, "TFLOP/s", errors, 1e-5,
+            rows=n, classes=k, dim=d, candidates=width,
+        )  # fmt: skip
+
+
+def sums(suite: Suite, n: int = 1_280_000, k: int = 1000, d: int = 1280) -> None:
+    """Z^T F of the short form, beside the dense product of chunks."""
+    device, ours = suite.gpu.device, operations("triton")
+    z = [lists(n, k, 16, device, seed)[1] for seed in range(SETS)]
+    features = torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=1).half()
+
+    def kernel(i: int) -> Any:
+        return ours.class_sums(z[i], features)
+
+    def vendor(i: int) -> torch.Tensor:
+        total = torch.zeros(k, d, device=device)
+        for start in range(0, n, 1 << 16):
+            part = z[i].take(slice(start, start + (1 << 16))).dense().half()
+            total += part.T @ features[start : start + (1 << 16)]
+        return total
+
+    exact = torch.zeros(k, d, dtype=torch.float64, device=device)
+    tail, share = exact[0].clone(), exact[:, 0].clone()
+    for start in range(0, n, 1 << 14):
+        rows = slice(start, start + (1 << 14))
+        kept, read = z[0].take(rows), features[rows].double()
+        exact += kept.dense().double().T @ read
+        tail += (1 - kept.values.sum(1)).double() @ read
+        share += kept.dense().sum(0, dtype=torch.float64)
+    error = float((kernel(0)[0] - exact - torch.outer(share / share.sum(), tail)).abs().max())
+    work = 2.0 * d * (float((z[0].values > 0).sum()) + n)
+    arms: dict[str, Arm] = {"kernel": kernel, "cuBLAS on dense chunks": vendor}
+    suite.arms("class sums", arms, work, "GB/s", {"kernel": error}, 1e-6, rows=n, classes=k, dim=d)
+
+
+NEIGHBOURS = (20_000, 131_072, 1_280_000)
+
+
+def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 1280) -> None:
+    """Proven neighbours: the graph of a few rows, more beside a product, and of all rows once."""
+    few, some, n = sizes
+    features = made_problem(n, max(2, min(1000, n // 8)), d, suite.gpu.device)[0]
+    own = Rows(features[torch.arange(few, device=features.device) * n // few])
+    graph = build_graph(own, 3, method="exact")
+    with setting(certified, "usable", lambda rows, size: False):
+        exact = build_graph(own, 3, method="exact")
+    differ = float((graph.neighbors != exact.neighbors).mean())
+    off = float(np.abs(graph.similarities - exact.similarities).max())
+    suite.check("graph, other neighbours than exact search", differ, 0.0, rows=few, dim=d)
+    suite.check("graph, their similarities", off, 0.0, rows=few, dim=d)
+
+    def search(rows: Rows) -> int:
+        best = BestLists(len(rows), 3 + SPARE, rows.device)
+        return certified.search_certified(rows, best, 3, lambda *_: None, NoCheckpoint())
+
+    small = Rows(features[:some].contiguous())
+    half = small.half()[:]
+
+    def eager(i: int) -> None:
+        for rows in torch.split(half, 4096):
+            (rows @ half.T).topk(9, dim=1)
+
+    arms: dict[str, Arm] = {"kernel": lambda i: search(small), "torch eager": eager}
+    suite.arms(
+        "neighbours", arms, 2.0 * some**2 * d, "TFLOP/s", {}, 0.0,
+        rows=some, dim=d, again=search(small),
+    )  # fmt: skip
+    run = partial(suite.gpu.seconds, lambda: search(Rows(features)), warm=False)
+    found = suite.attempt("neighbours of all rows", run)
+    if found is not None:
+        suite.timed(
+            f"neighbours, {n} rows", "kernel", 1e3 * found[1], 2.0 * n**2 * d, "TFLOP/s",
+            rows=n, dim=d, again=found[0], peak_gb=found[2] / 1e9,
+        )  # fmt: skip
+
+
+def eva(suite: Suite, batch: int = 64, **shape: int) -> None:
+    """The image tower of EVA-CLIP-8B, random weights, bfloat16: images a second."""
+    device = suite.gpu.device
+    tower = EvaTower(device=device, dtype=torch.bfloat16, **shape).draw(0)
+    side = shape.get("side", 224)
+    images = [
+        torch.randn(batch, 3, side, side, device=device, dtype=torch.bfloat16) for _ in range(SETS)
+    ]
+    compiled = torch.compile(tower, dynamic=False)
+    arms: dict[str, Arm] = {
+        "torch": lambda i: tower(images[i]),
+        "torch.compile": lambda i: compiled(images[i]),
+    }
+    with torch.inference_mode():
+        suite.arms(
+            "EVA-CLIP-8B image tower", arms, batch * tower.operations(), "TFLOP/s",
+            {"torch": eva_error(device, **shape)}, 0.05,
+            batch=batch, operations_per_image=tower.operations(),
+        )  # fmt: skip
+    for line in suite.lines[-2:]:
+        if line.operation.startswith("EVA"):
+            print(f"{line.operation}, {line.arm}: {1e3 * batch / line.milliseconds:.0f} images/s")
