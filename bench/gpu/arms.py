@@ -1,4 +1,4 @@
-"""Each operation of `bench.gpu.suite`: correct against float64, then timed beside its rivals."""
+"""The operations of `bench.gpu.suite`: checked against float64, then timed beside rivals."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from bench.gpu.problems import (
     sweep_bytes,
     sweep_error,
 )
-from bench.gpu.timing import SETS, Arm, setting
+from bench.gpu.timing import INPUT_SETS, Arm, setting
 from transclip_fast.callbacks import NoCheckpoint
-from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph import certified
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.best import SPARE, BestLists
 from transclip_fast.graph.build import build_graph
 from transclip_fast.ops import operations
-from transclip_fast.types import Assignments, Scores
 
 
 def sweeps(suite: Suite, n: int = 1_280_000, k: int = 1000) -> None:
-    """One sweep of the short form at 16 and 32 candidates."""
+    """Time one sparse sweep at 16 and 32 candidates."""
     device, ours, eager = suite.gpu.device, operations("triton"), operations("torch")
     graph = affinity(made_graph(n, k), device=device)
     for candidates in (16, 32):
-        made = [lists(n, k, candidates, device, seed) for seed in range(SETS)]
+        made = [lists(n, k, candidates, device, seed) for seed in range(INPUT_SETS)]
         out = made[0][1].empty_like()
         ours.sweep(made[0][0], graph, made[0][1], out=out)
         error = sweep_error(made[0][0], graph, made[0][1], out, rows=min(n, 2000))
@@ -50,80 +49,70 @@ def sweeps(suite: Suite, n: int = 1_280_000, k: int = 1000) -> None:
         )  # fmt: skip
 
 
-def dense_sweeps(suite: Suite, n: int = 50_000, k: int = 1000) -> None:
-    """One sweep of the full form, beside cuSPARSE."""
-    device, ours = suite.gpu.device, operations("triton")
-    graph = affinity(made_graph(n, k), device=device)
-    zero = torch.zeros(n, device=device)
-    z = [torch.softmax(torch.randn(n, k, device=device), 1) for _ in range(SETS)]
-    base, out = torch.randn(n, k, device=device), torch.empty_like(z[0])
-    matrix = torch.sparse_csr_tensor(graph.offsets, graph.columns, graph.weights, (n, n))
-
-    def kernel(i: int) -> None:
-        scores = Scores(base, None, k, zero, zero)
-        ours.sweep(
-            scores, graph, Assignments(z[i], None, k, zero), out=Assignments(out, None, k, zero)
-        )
-
-    def vendor(i: int) -> torch.Tensor:
-        return torch.softmax(base + matrix @ z[i], 1)
-
-    kernel(0)
-    exact = torch.softmax(base.double() + matrix.double() @ z[0].double(), 1)
-    error = float((out - exact).abs().max())
-    del exact
-    work = 4.0 * k * (2 * n + len(graph.columns)) + 12.0 * len(graph.columns)
-    arms: dict[str, Arm] = {"kernel": kernel, "cuSPARSE": vendor}
-    arms["torch.compile"] = torch.compile(vendor, dynamic=False)
-    suite.arms("sweep, all classes", arms, work, "GB/s", {"kernel": error}, 2e-6, rows=n, classes=k)
-
-
 SCORES = ((1 << 20, 1024, 512, 16), (1_280_000 // 4, 1000, 1280, 32), (1 << 17, 21_000, 1024, 32))
+CHUNK_ENTRIES = (1 << 25) // 4  # float32 products of a chunk: 32 MB stay in the cache
+
+
+def chunk_candidates(
+    rows: torch.Tensor, weights: torch.Tensor, offset: torch.Tensor, width: int
+) -> Any:
+    """Return log probabilities and classes of the candidates of one chunk of rows."""
+    x = (rows @ weights.T).float() + offset
+    return (x - x.logsumexp(1, keepdim=True)).topk(width, dim=1)
 
 
 def scores(suite: Suite, shapes: tuple[tuple[int, int, int, int], ...] = SCORES) -> None:
-    """F P^T to candidates, float16 operands: fused, and in chunks of cuBLAS's product."""
+    """Time F P^T to candidates, float16 operands: fused, and in chunks of cuBLAS's product."""
+    for shape in shapes:
+        _score(suite, *shape)
+
+
+def _score(suite: Suite, n: int, k: int, d: int, width: int) -> None:
     from transclip_fast.kernels import score as fused
 
     device, ours = suite.gpu.device, operations("triton")
-    for n, k, d, width in shapes:
-        features = [score_operands(n, k, d, device, seed)[0] for seed in range(SETS)]
-        _, weights, offset, out = score_operands(n, k, d, device, 0, width)
-        size = max(1, (1 << 25) // (4 * k))  # rows whose products stay in the cache
+    features = [score_operands(n, k, d, device, seed)[0] for seed in range(INPUT_SETS)]
+    _, weights, offset, out = score_operands(n, k, d, device, 0, width)
+    chunk_rows = max(1, CHUNK_ENTRIES // k)
+    # A chunk is what is compiled: a compiled loop over all of them would be unrolled.
+    compiled = torch.compile(chunk_candidates, dynamic=False)
 
-        def kernel(i: int, p: Any = (features, weights, offset, out)) -> None:
-            ours.score(p[0][i], p[1].float(), p[2], out=p[3])
+    def kernel(i: int) -> None:
+        ours.score(features[i], weights.float(), offset, out=out)
 
-        def chunks(i: int, kernel: Any = kernel) -> None:
-            with setting(fused, "MOST", 0):
-                kernel(i)
+    def chunks(i: int) -> None:
+        with setting(fused, "MOST", 0):
+            kernel(i)
 
-        def eager(i: int, p: Any = (features, weights, offset, size, width)) -> None:
-            for rows in torch.split(p[0][i], p[3]):
-                x = (rows @ p[1].T).float() + p[2]
-                (x - x.logsumexp(1, keepdim=True)).topk(p[4], dim=1)
+    def in_torch(choose: Any, i: int) -> None:
+        for rows in torch.split(features[i], chunk_rows):
+            choose(rows, weights, offset, width)
 
-        def vendor(i: int, p: Any = (features, weights, size)) -> None:
-            for rows in torch.split(p[0][i], p[2]):
-                torch.mm(rows, p[1].T)
+    def product(i: int) -> None:
+        for rows in torch.split(features[i], chunk_rows):
+            torch.mm(rows, weights.T)
 
-        errors: dict[str, float] = {}
-        for name, run in {"fused": kernel, "cuBLAS in chunks": chunks}.items():
-            run(0)
-            errors[name] = score_error(features[0], weights, offset, out)
-        arms: dict[str, Arm] = {"fused": kernel, "cuBLAS in chunks": chunks, "torch eager": eager}
-        arms |= {"torch.compile": torch.compile(eager, dynamic=False)}
-        arms |= {"cuBLAS, no selection": vendor}
-        suite.arms(
-            f"score, {k} to {width}, {d}", arms, 2.0 * n * k * d, "TFLOP/s", errors, 1e-5,
-            rows=n, classes=k, dim=d, candidates=width,
-        )  # fmt: skip
+    errors: dict[str, float] = {}
+    for name, run in {"fused": kernel, "cuBLAS in chunks": chunks}.items():
+        run(0)
+        errors[name] = score_error(features[0], weights, offset, out)
+    arms: dict[str, Arm] = {
+        "fused": kernel,
+        "cuBLAS in chunks": chunks,
+        "torch eager": partial(in_torch, chunk_candidates),
+        "torch.compile": partial(in_torch, compiled),
+        "cuBLAS, no selection": product,
+    }
+    suite.arms(
+        f"score, {k} to {width}, {d}", arms, 2.0 * n * k * d, "TFLOP/s", errors, 1e-5,
+        rows=n, classes=k, dim=d, candidates=width,
+    )  # fmt: skip
 
 
 def sums(suite: Suite, n: int = 1_280_000, k: int = 1000, d: int = 1280) -> None:
-    """Z^T F of the short form, beside the dense product of chunks."""
+    """Time Z^T F of sparse assignments, beside the dense product of chunks."""
     device, ours = suite.gpu.device, operations("triton")
-    z = [lists(n, k, 16, device, seed)[1] for seed in range(SETS)]
+    z = [lists(n, k, 16, device, seed)[1] for seed in range(INPUT_SETS)]
     features = torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=1).half()
 
     def kernel(i: int) -> Any:
@@ -154,10 +143,10 @@ NEIGHBOURS = (20_000, 131_072, 1_280_000)
 
 
 def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 1280) -> None:
-    """Proven neighbours: the graph of a few rows, more beside a product, and of all rows once."""
-    few, some, n = sizes
-    features = made_problem(n, max(2, min(1000, n // 8)), d, suite.gpu.device)[0]
-    own = Rows(features[torch.arange(few, device=features.device) * n // few])
+    """Check the graph of a few rows; time that of more beside a product, and of all rows once."""
+    (few, some, n), device = sizes, suite.gpu.device
+    features = made_problem(n, max(2, min(1000, n // 8)), d, device)[0]
+    own = Rows(features[evenly_spaced_rows(n, few, device)], device=device)
     graph = build_graph(own, 3, method="exact")
     with setting(certified, "usable", lambda rows, size: False):
         exact = build_graph(own, 3, method="exact")
@@ -170,7 +159,7 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
         best = BestLists(len(rows), 3 + SPARE, rows.device)
         return certified.search_certified(rows, best, 3, lambda *_: None, NoCheckpoint())
 
-    small = Rows(features[:some].contiguous())
+    small = Rows(features[:some].contiguous(), device=device)
     half = small.half()[:]
 
     def eager(i: int) -> None:
@@ -182,7 +171,7 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
         "neighbours", arms, 2.0 * some**2 * d, "TFLOP/s", {}, 0.0,
         rows=some, dim=d, again=search(small),
     )  # fmt: skip
-    run = partial(suite.gpu.seconds, lambda: search(Rows(features)), warm=False)
+    run = partial(suite.gpu.seconds, lambda: search(Rows(features, device=device)), warm=False)
     found = suite.attempt("neighbours of all rows", run)
     if found is not None:
         suite.timed(
@@ -192,13 +181,12 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
 
 
 def eva(suite: Suite, batch: int = 64, **shape: int) -> None:
-    """The image tower of EVA-CLIP-8B, random weights, bfloat16: images a second."""
+    """Time the image tower of EVA-CLIP-8B with random weights in bfloat16."""
     device = suite.gpu.device
     tower = EvaTower(device=device, dtype=torch.bfloat16, **shape).draw(0)
     side = shape.get("side", 224)
-    images = [
-        torch.randn(batch, 3, side, side, device=device, dtype=torch.bfloat16) for _ in range(SETS)
-    ]
+    shape_in = (batch, 3, side, side)
+    images = [torch.randn(shape_in, device=device, dtype=torch.bfloat16) for _ in range(INPUT_SETS)]
     compiled = torch.compile(tower, dynamic=False)
     arms: dict[str, Arm] = {
         "torch": lambda i: tower(images[i]),

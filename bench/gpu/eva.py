@@ -1,7 +1,7 @@
 """
 The image tower of EVA-CLIP-8B in plain torch, for a machine without timm and open_clip.
 
-Modules bear timm's names, so that a test can give both the same weights.
+Modules have timm's names, so that a test can copy weights between the two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 EPS = 1e-6
-SPREAD = 0.02
+WEIGHT_STD = 0.02
 
 
 class Attention(nn.Module):
@@ -82,14 +82,14 @@ class EvaTower(nn.Module):
         self.to(dtype).to_empty(device=device)
 
     def draw(self, seed: int) -> EvaTower:
-        """Give it random weights, drawn where they are."""
+        """Draw random weights on the tower's device."""
         torch.manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if "norm" in name:
                     parameter.fill_(1)
                 else:
-                    parameter.normal_(std=SPREAD)
+                    parameter.normal_(std=WEIGHT_STD)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -102,14 +102,14 @@ class EvaTower(nn.Module):
         return out
 
     def operations(self) -> float:
-        """Floating-point operations an image: two a weight and token, and the attention."""
+        """Return the operations of an image: two a weight and token, and the attention."""
         weights = sum(p.numel() for p in self.parameters() if p.ndim in (2, 4))
         width, layers = self.norm.weight.numel(), len(self.blocks)
         return float(2 * weights * self.tokens + 4 * layers * self.tokens**2 * width)
 
 
 def eva_error(device: str, **shape: int) -> float:
-    """Largest error of two layers in bfloat16 against float64, by the largest output."""
+    """Return the largest error of two layers in bfloat16 over the largest output in float64."""
     shape = {**shape, "layers": 2}
     tower = EvaTower(**shape, device=device, dtype=torch.bfloat16).draw(1)
     exact = EvaTower(**shape, device=device, dtype=torch.float64)

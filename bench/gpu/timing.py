@@ -1,4 +1,4 @@
-"""Times by the GPU's own clock, of one call and of each operation of a solve."""
+"""Times by the GPU's own clock: of one call, and of each operation of a solve."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from typing import Any, TypeVar
 
 import torch
 
-SETS = 3  # of inputs that are taken in turns, so that no run finds its own in the cache
+INPUT_SETS = 3  # taken in turns, so that no run finds its inputs in the cache
 Arm = Callable[[int], Any]
 Result = TypeVar("Result")
 
 
 class Gpu:
-    """The card that is measured: where arrays are, its clock, its memory."""
+    """The GPU that is measured: its device, clock and memory."""
 
     device = "cuda"
 
     def event(self) -> torch.cuda.Event:
-        """A point in time of the card's."""
+        """Return an event of the GPU's own clock."""
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
-        """Wait until it has done everything."""
+        """Wait until the GPU has done all work."""
         torch.cuda.synchronize()
 
     def peak(self) -> int:
-        """Most bytes that were held since this was last called."""
+        """Return the peak of allocated bytes since the last call."""
         most = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return most
 
     def milliseconds(self, run: Arm, repeats: int = 12) -> float:
-        """Median time of a call; `run` is told which set of inputs to take."""
-        for i in range(SETS):
+        """Return the median time of `run(i)`, where i numbers the set of inputs."""
+        for i in range(INPUT_SETS):
             run(i)
         times: list[float] = []
         for i in range(repeats):
             start, stop = self.event(), self.event()
             start.record()
-            run(i % SETS)
+            run(i % INPUT_SETS)
             stop.record()
             stop.synchronize()
             times.append(start.elapsed_time(stop))
         return statistics.median(times)
 
     def seconds(self, run: Callable[[], Result], *, warm: bool = True) -> tuple[Result, float, int]:
-        """Result, seconds and peak memory of a run, if told to after one to warm up."""
+        """Return result, seconds and peak bytes of a run, by default after one to warm up."""
         if warm:
             run()
         self.synchronize()
@@ -61,7 +61,7 @@ class Gpu:
 
 
 class Stopwatch:
-    """A backend's operations, and the GPU's time in each; steps are taken as they are."""
+    """A backend whose operations are timed by the GPU's clock."""
 
     def __init__(self, ops: Any, gpu: Gpu) -> None:
         self._ops, self._gpu, self._events = ops, gpu, list[tuple[str, Any, Any]]()
@@ -80,11 +80,11 @@ class Stopwatch:
         return operation if name == "session" else timed
 
     def captured(self, step: Callable[[], None], *_: Any) -> Callable[[], None]:
-        """See `Operations.captured`."""
+        """Return the step itself: a recorded one would call no operation."""
         return step
 
     def stages(self) -> dict[str, float]:
-        """Milliseconds of each operation."""
+        """Return the milliseconds of each operation."""
         self._gpu.synchronize()
         total: dict[str, float] = {}
         for name, start, stop in self._events:
@@ -94,7 +94,7 @@ class Stopwatch:
 
 @contextmanager
 def setting(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Let a module's constant or function be another one."""
+    """Replace a module's constant or function for a while."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -104,5 +104,5 @@ def setting(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def bits_differ(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> int:
-    """Entries of two lists of tensors that are not the same bit for bit."""
+    """Count the entries of two lists of tensors that differ in a bit."""
     return sum(int((a != b).sum()) for a, b in zip(first, second, strict=True))

@@ -1,6 +1,6 @@
 """Time of each operation on all rows, by backend: `pytest bench`.
 
-Each result is checked against float64 before it is timed. `--benchmark-json FILE` keeps the times,
+Each result is checked against float64 before it is timed. `--benchmark-json FILE` writes the times,
 with FLOPs, bytes and the machine in `extra_info`. Needs `pip install ".[bench,test]"`.
 """
 
@@ -27,13 +27,13 @@ pytest.importorskip("pytest_benchmark", reason='pip install ".[bench]"')
 N, K, D = 4000, 500, 256
 N_NEIGHBORS = 3
 CANDIDATES = 32
-FORMS = {"torch, full": "cpu", "torch, short": "cpu", "numba, short": "cpu"}
-FORMS |= {"triton, full": "cuda", "triton, short": "cuda"} if torch.cuda.is_available() else {}
+FORMS = {"torch, dense": "cpu", "torch, sparse": "cpu", "numba, sparse": "cpu"}  # and the device
+FORMS |= {"triton, sparse": "cuda"} if torch.cuda.is_available() else {}
 
 
 @dataclass
 class Setting:
-    """A made problem in one form on one backend, half-way: scores and z of the prior."""
+    """A made problem on one backend, dense or sparse, with the scores and z of its prior."""
 
     ops: Operations
     features: torch.Tensor  # (N, d)
@@ -44,8 +44,8 @@ class Setting:
     z: Assignments
     log_prior: torch.Tensor  # (N, K) float64, the truth
 
-    def heard(self) -> torch.Tensor:
-        """A z (N, K) float64."""
+    def messages(self) -> torch.Tensor:
+        """Return A z (N, K) float64."""
         rows = torch.repeat_interleave(self.affinity.offsets.diff())
         entries = (
             self.affinity.weights.double()[:, None] * self.z.dense().double()[self.affinity.columns]
@@ -53,7 +53,7 @@ class Setting:
         return torch.zeros_like(self.log_prior).index_add_(0, rows, entries)
 
     def used(self) -> int:
-        """Entries of z that are not zero."""
+        """Count the entries of z that are not zero."""
         return int((self.z.values > 0).sum())
 
 
@@ -64,7 +64,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
         pytest.skip(f"{backend} is not installed")
     device, ops = FORMS[request.param], operations(backend)
     problem = make_problem(N, K, D)
-    truncation = Truncation(CANDIDATES, CANDIDATES) if form == "short" else None
+    truncation = Truncation(CANDIDATES, CANDIDATES) if form == "sparse" else None
     graph = build_graph(problem.features, N_NEIGHBORS, method="exact")
     near = affinity(graph, device=device)
     features, prototypes = (
@@ -82,7 +82,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
 
 
 def timed(benchmark: Any, run: Callable[[], Any], flops: float, n_bytes: float) -> None:
-    """Time a call; on a GPU until it is done."""
+    """Time a call, on a GPU until it has done the work."""
 
     def whole() -> None:
         run()
@@ -105,7 +105,7 @@ def timed(benchmark: Any, run: Callable[[], Any], flops: float, n_bytes: float) 
 
 
 def close(found: Assignments, truth: torch.Tensor, allowed: torch.Tensor) -> None:
-    """Assert that the entries in use are the truth's (N, K)."""
+    """Assert that the entries in use equal those of the truth (N, K)."""
     whole = found.dense().double()
     off = torch.where(whole > 0, (whole - truth).abs(), 0).amax(1)
     assert (off <= allowed + 1e-4).all(), float(off.max())
@@ -113,7 +113,7 @@ def close(found: Assignments, truth: torch.Tensor, allowed: torch.Tensor) -> Non
 
 
 def product_bytes(z: Assignments) -> float:
-    """Features and weights once, and what is left of the product."""
+    """Return the bytes of features and weights, read once, and of the result."""
     return 4.0 * (N * D + K * D) + 8.0 * z.values.numel()
 
 
@@ -156,7 +156,7 @@ def test_sweep(setting: Setting, benchmark: Any) -> None:
         return setting.ops.sweep(setting.base, setting.affinity, setting.z, out=out)
 
     run()
-    close(out, torch.softmax(setting.log_prior + setting.heard(), 1), out.bound.double())
+    close(out, torch.softmax(setting.log_prior + setting.messages(), 1), out.bound.double())
     gathered = float((setting.z.values > 0).sum(1)[setting.affinity.columns].sum())
     moved = sweep_bytes(setting.affinity, setting.z)
     if out.classes is None:
@@ -184,7 +184,7 @@ def test_energies(setting: Setting, benchmark: Any) -> None:
 
     pairwise, entropy = run()
     z = setting.z.dense().double()
-    assert float(pairwise) == pytest.approx(float((z * setting.heard()).sum()), rel=1e-4)
+    assert float(pairwise) == pytest.approx(float((z * setting.messages()).sum()), rel=1e-4)
     assert float(entropy) == pytest.approx(float(torch.xlogy(z, z).sum()), rel=1e-4)
     used = (setting.z.values > 0).sum(1)
     gathered = float(used[setting.affinity.columns].sum())

@@ -3,8 +3,8 @@ Image files to pixels: what open_clip's preprocessing gives, in a third of its t
 
 JPEGs are decoded by simplejpeg where it is installed, to exactly Pillow's pixels (both are
 libjpeg-turbo); everything else, and whatever simplejpeg refuses, by Pillow. Pixels are resized by
-torch as bytes, which differs from Pillow by at most one of 255 levels (`bench/speed/decoders.py` compares
-them), and travel as bytes.
+torch as bytes, which differs from Pillow by at most one of 255 levels (`bench/speed/decoders.py`
+compares them), and travel as bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of the GPU suite runs without a GPU: its problems, its formulas, its table."""
+"""The parts of the GPU suite that need no GPU: its problems, formulas and table."""
 
 import json
 
@@ -81,16 +81,16 @@ def test_what_is_wrong(error, wrong):
 
 
 def test_settings_are_taken_back():
-    before, during = gpu_lines.LIMIT, []
+    before, during = gpu_lines.LIMIT_SECONDS, []
 
     def broken():
-        with setting(gpu_lines, "LIMIT", 5):
-            during.append(gpu_lines.LIMIT)
+        with setting(gpu_lines, "LIMIT_SECONDS", 5):
+            during.append(gpu_lines.LIMIT_SECONDS)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         broken()
-    assert (during, gpu_lines.LIMIT) == ([5], before)
+    assert (during, gpu_lines.LIMIT_SECONDS) == ([5], before)
 
 
 def test_bits_that_differ():
@@ -116,7 +116,8 @@ def test_lines_and_table(tmp_path, capsys):
     assert rows[2]["error"] == 1e-7
     assert rows[3]["error"] is None
     assert {"commit", "gpu", "torch", "triton"} <= set(rows[0]["machine"])
-    assert "2000 GB/s" in gpu_lines.table(suite.lines)
+    gpu_lines.print_lines(suite.lines)
+    assert "2000 GB/s" in capsys.readouterr().out
     assert suite.code == 0
 
     def full():
@@ -129,7 +130,7 @@ def test_lines_and_table(tmp_path, capsys):
     assert suite.code == 0
     assert suite.attempt("a broken one", broken) is None
     assert suite.code == 1
-    suite.begun -= 2 * gpu_lines.LIMIT
+    suite.begun -= 2 * gpu_lines.LIMIT_SECONDS
     assert suite.attempt("a late one", full) is None
     said = capsys.readouterr()
     assert "SKIPPED a large one: no room\n" in said.out
@@ -140,7 +141,8 @@ def test_lines_and_table(tmp_path, capsys):
     suite.check("bits", 3.0, 0.0)
     assert suite.code == 1
     assert "WRONG bits" in capsys.readouterr().out
-    assert gpu_lines.table(suite.lines).endswith("WRONG")
+    gpu_lines.print_lines(suite.lines)
+    assert capsys.readouterr().out.endswith("WRONG\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
