@@ -21,7 +21,7 @@ from transclip_fast.demo import (
     class_prompts,
     write_images,
 )
-from transclip_fast.demo.data import SIZE
+from transclip_fast.demo.data import SIDE_PIXELS
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.sources import open_source
 from transclip_fast.estimator import TransCLIP
@@ -117,8 +117,8 @@ def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Pat
 
 def _picture(folder: Path, shifts: list[str]) -> Image.Image:
     """A row of images a shift whose label changed, evenly spaced among them all."""
-    row_height = HEAD + SIZE + CAPTION + MARGIN
-    cell = SIZE + 3 * MARGIN
+    row_height = HEAD + SIDE_PIXELS + CAPTION + MARGIN
+    cell = SIDE_PIXELS + 3 * MARGIN
     sheet = Image.new(
         "RGB", (MARGIN + SHOWN * cell, MARGIN + HEAD + len(shifts) * row_height), "white"
     )
@@ -147,5 +147,5 @@ def _picture(folder: Path, shifts: list[str]) -> Image.Image:
             right = label[row] == truth[row]
             colour = GREEN if right else RED if zero_shot[row] == truth[row] else GREY
             caption = f"{CLASS_NAMES[zero_shot[row]]} > {CLASS_NAMES[label[row]]}"
-            draw.text((left, top + HEAD + SIZE - 2), caption, colour, font)
+            draw.text((left, top + HEAD + SIDE_PIXELS - 2), caption, colour, font)
     return sheet
