@@ -11,15 +11,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.common import ROOT
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,15 @@ def run_isolated(target: str, **arguments: Any) -> Isolated:
         result = process.call(target, **arguments)
         peak = process.call("bench.processes:process_memory", field="VmHWM")
     return Isolated(result, peak)
+
+
+def measured(run: Callable[[], Result]) -> tuple[Result, float, int]:
+    """Return the result of a run, its seconds, and its peak memory beyond what was resident."""
+    reset_peak_memory()
+    before = process_memory("VmRSS")
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start, process_memory("VmHWM") - before
 
 
 def process_memory(field: str) -> int:

@@ -12,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 EPS = 1e-6
 WEIGHT_STD = 0.02
+PATCH = 14  # pixels a side
+MLP_RATIO = 5  # hidden width over width
 
 
 class Attention(nn.Module):
@@ -64,20 +66,20 @@ class EvaTower(nn.Module):
         width: int = 4096,
         layers: int = 32,
         heads: int = 32,
-        ratio: int = 5,
         side: int = 224,
-        patch: int = 14,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.tokens, self.patch = (side // patch) ** 2 + 1, patch
+        self.tokens = (side // PATCH) ** 2 + 1
         with torch.device("meta"):
             self.patch_embed = nn.Module()
-            self.patch_embed.proj = nn.Conv2d(3, width, patch, patch)
+            self.patch_embed.proj = nn.Conv2d(3, width, PATCH, PATCH)
             self.cls_token = nn.Parameter(torch.empty(1, 1, width))
             self.pos_embed = nn.Parameter(torch.empty(1, self.tokens, width))
-            self.blocks = nn.ModuleList(Block(width, heads, ratio * width) for _ in range(layers))
+            self.blocks = nn.ModuleList(
+                Block(width, heads, MLP_RATIO * width) for _ in range(layers)
+            )
             self.norm = nn.RMSNorm(width, eps=EPS)
         self.to(dtype).to_empty(device=device)
 

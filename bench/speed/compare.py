@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,15 +36,28 @@ from bench.common import (
     ratio,
     record,
 )
-from bench.processes import Process, process_memory, reset_peak_memory
-from bench.rivals.published import VARIABLE, available
+from bench.processes import Process, measured
+from bench.rivals import baseline, published
+from transclip_fast import TransCLIP
+from transclip_fast.graph.build import build_graph
+from transclip_fast.ops import choose_backend
+from transclip_fast.solver.layout import Size, choose_layout
+from transclip_fast.types import Truncation
 
 N_NEIGHBORS = 3
 QUIET_SHARE = 0.1  # of the cores: with more of them busy, the machine has other work
 SIZES = ("queries", "classes", "dim")
 Stages = dict[str, float]  # seconds
 Sizes = dict[str, int]  # of `SIZES`
-Arm = Callable[[np.ndarray, np.ndarray, str], tuple[np.ndarray, Stages]]
+ARMS = (
+    "published",
+    "baseline",
+    "baseline_compiled",
+    "dense_torch",  # ours: assignments and backend
+    "sparse_torch",
+    "sparse_numba",
+    "sparse_triton",
+)
 
 
 @contextmanager
@@ -56,40 +69,23 @@ def _timed(stages: Stages, name: str) -> Iterator[None]:
     stages[name] = time.perf_counter() - start
 
 
-def run_published(
-    features: np.ndarray, prototypes: np.ndarray, device: str
+def solve(
+    arm: str, features: np.ndarray, prototypes: np.ndarray, device: str
 ) -> tuple[np.ndarray, Stages]:
-    """Return labels (N,) and the seconds of each stage."""
-    from bench.rivals.published import zero_shot
-
-    f, t = (torch.from_numpy(array).to(device) for array in (features, prototypes))
-    z, stages = zero_shot(f, t)
-    return z.argmax(1).cpu().numpy(), stages
-
-
-def run_baseline(
-    features: np.ndarray, prototypes: np.ndarray, device: str, *, compiled: bool = False
-) -> tuple[np.ndarray, Stages]:
-    """Return labels (N,) and the seconds of each stage."""
-    from bench.rivals.baseline import nearest, solve
-
+    """Return labels (N,) of an arm of `ARMS`, and the seconds of each stage."""
     stages: Stages = {}
-    with _timed(stages, "knn"):
+    if arm == "published":
         f, t = (torch.from_numpy(array).to(device) for array in (features, prototypes))
-        graph = nearest(f, N_NEIGHBORS)
-    with _timed(stages, "solve"):
-        labels = solve(f, t, graph, compiled=compiled).argmax(1).cpu().numpy()
-    return labels, stages
-
-
-def run_ours(
-    features: np.ndarray, prototypes: np.ndarray, device: str, *, assignments: str, backend: str
-) -> tuple[np.ndarray, Stages]:
-    """Return labels (N,) and the seconds of each stage."""
-    from transclip_fast import TransCLIP
-    from transclip_fast.graph.build import build_graph
-
-    stages: Stages = {}
+        z, stages = published.zero_shot(f, t)
+        return z.argmax(1).cpu().numpy(), stages
+    if arm.startswith("baseline"):
+        with _timed(stages, "knn"):
+            f, t = (torch.from_numpy(array).to(device) for array in (features, prototypes))
+            neighbors = baseline.nearest(f, N_NEIGHBORS)
+        with _timed(stages, "solve"):
+            z = baseline.solve(f, t, neighbors, compiled=arm == "baseline_compiled")
+            return z.argmax(1).cpu().numpy(), stages
+    assignments, backend = arm.split("_")
     with _timed(stages, "knn"):
         graph = build_graph(features, N_NEIGHBORS, device=device)
     with _timed(stages, "solve"):
@@ -100,23 +96,8 @@ def run_ours(
     return np.asarray(labels), stages
 
 
-ARMS: dict[str, Arm] = {
-    "published": run_published,
-    "baseline": run_baseline,
-    "baseline_compiled": partial(run_baseline, compiled=True),
-    "dense_torch": partial(run_ours, assignments="dense", backend="torch"),
-    "sparse_torch": partial(run_ours, assignments="sparse", backend="torch"),
-    "sparse_numba": partial(run_ours, assignments="sparse", backend="numba"),
-    "sparse_triton": partial(run_ours, assignments="sparse", backend="triton"),
-}
-
-
 def default_arm(queries: int, classes: int, dim: int, device: str) -> str:
     """Return the arm that `TransCLIP()` is at this size."""
-    from transclip_fast.ops import choose_backend
-    from transclip_fast.solver.layout import Size, choose_layout
-    from transclip_fast.types import Truncation
-
     where = torch.device(device)
     size = Size(queries, classes, dim, N_NEIGHBORS, copied=device != "cpu")
     sparse = choose_layout(size, where, form="auto").candidates is not None
@@ -131,26 +112,23 @@ def run_arm(arm: str, folder: str, device: str) -> dict[str, Any]:
     and before the problem is loaded: the features themselves count.
     """
     place = Path(folder)
-    dim = np.load(place / "features.npy", mmap_mode="r").shape[1]
-    small = make_problem(300, 20, dim)
-    ARMS[arm](small.features, small.prototypes, device)
-    reset_peak_memory()
-    before = process_memory("VmRSS")
+    small = make_problem(300, 20, np.load(place / "features.npy", mmap_mode="r").shape[1])
+    solve(arm, small.features, small.prototypes, device)
     on_device = torch.cuda if device == "cuda" else None
     if on_device:
         on_device.reset_peak_memory_stats()
-    labels, stages = ARMS[arm](*_load(folder), device)
+    (labels, stages), _, peak = measured(lambda: solve(arm, *_load(folder), device))
     np.save(place / f"{arm}.npy", labels)
     return {
         "stages": stages,
-        "peak_bytes": process_memory("VmHWM") - before,
+        "peak_bytes": peak,
         "device_peak_bytes": on_device.max_memory_allocated() if on_device else None,
     }
 
 
 def run_again(arm: str, folder: str, device: str) -> Stages:
     """Return the seconds of each stage, where all is compiled and in memory."""
-    return ARMS[arm](*_load(folder), device)[1]
+    return solve(arm, *_load(folder), device)[1]
 
 
 def _load(folder: str) -> tuple[np.ndarray, np.ndarray]:
@@ -187,8 +165,8 @@ class Case:
 
 def why_not_published(queries: int, classes: int, dim: int, device: str) -> str | None:
     """Return why the published code cannot run at this size, or None where it can."""
-    if not available():
-        return f"{VARIABLE} names no checkout of it"
+    if not published.available():
+        return f"{published.VARIABLE} names no checkout of it"
     if queries < max(8, classes):
         return "it needs at least 8 queries and one a class"
     chunk = min(queries, 2500) * classes * dim  # its fp32 temporary; two are alive at once

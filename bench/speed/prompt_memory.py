@@ -8,13 +8,17 @@ difference to memory.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
+from open_clip import IMAGENET_CLASSNAMES
 
 from bench.common import command_line, record
-from bench.processes import process_memory, reset_peak_memory, run_isolated
+from bench.processes import measured, run_isolated
+from transclip_fast.encode.models import load_backbone
+from transclip_fast.heads.prompts import ContextSettings, Prompting, TextTower, tower
+from transclip_fast.heads.prompts.coop import CoOp
+from transclip_fast.heads.task import Labelled, Task, unit
 
 SHOTS = 32  # rows of the batch
 GIB = 2**30
@@ -23,13 +27,6 @@ CHUNK_TIMES = 2.0  # a chunk's allowed bytes: temporaries come on top of the kep
 
 def one_step(model: str, classes: int, n_ctx: int, chunks: bool) -> dict[str, Any]:
     """Compute the gradient of a context shared by ImageNet's first classes, in this process."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    from transclip_fast.encode.models import load_backbone
-    from transclip_fast.heads.prompts import ContextSettings, Prompting, TextTower, tower
-    from transclip_fast.heads.prompts.coop import CoOp
-    from transclip_fast.heads.task import Labelled, Task, unit
-
     backbone = load_backbone(model, "none", torch.device("cpu"))
     if not chunks:
         tower.ACTIVATION_BYTES = 1 << 50
@@ -49,10 +46,7 @@ def one_step(model: str, classes: int, n_ctx: int, chunks: bool) -> dict[str, An
     learner = CoOp(task)
     length = learner.prompts.tokens.shape[1]
     chunk = text_tower.chunk(length)
-    before = process_memory("VmRSS")
-    reset_peak_memory()
-    start = time.perf_counter()
-    learner.descend(rows, labels)
+    _, seconds, peak = measured(lambda: learner.descend(rows, labels))
     return {
         "classes": classes,
         "chunks": chunks,
@@ -60,8 +54,8 @@ def one_step(model: str, classes: int, n_ctx: int, chunks: bool) -> dict[str, An
         "chunk": min(chunk, classes),
         "prompt_bytes": text_tower._row_bytes[length],
         "allowed_bytes": tower.ACTIVATION_BYTES,
-        "peak_bytes": process_memory("VmHWM") - before,
-        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak,
+        "seconds": seconds,
     }
 
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from bench.common import command_line, make_problem, print_table, record
 from bench.speed.compare import Sizes, compare_sizes, default_arm, usable_threads
+from transclip_fast import TransCLIP
+from transclip_fast.graph.build import build_graph
 
 SIZES = {
     "queries": (2000, 4000, 8000),
@@ -52,9 +54,6 @@ def grow(against: str, fixed: Sizes, repeats: int) -> dict[str, Any] | None:
 
 def labels_of(sizes: Sizes, options: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Agreement with the dense default, accuracy and truncation of each option."""
-    from transclip_fast import TransCLIP
-    from transclip_fast.graph.build import build_graph
-
     problem = make_problem(sizes["queries"], sizes["classes"], sizes["dim"])
     graph = build_graph(problem.features)
     dense: dict[str, Any] = {"assignments": "dense", "device": "cpu"}

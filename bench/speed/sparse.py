@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,10 @@ from bench.common import (
     ratio,
     record,
 )
-from bench.processes import process_memory, reset_peak_memory, run_isolated
+from bench.processes import measured, run_isolated
+from bench.rivals import baseline
+from transclip_fast import TransCLIP
+from transclip_fast.types import NeighborGraph
 
 N_NEIGHBORS = 3
 N_SCORES = 11  # of the schedule, one GEMM each
@@ -50,16 +52,9 @@ def run_arm(arm: str, folder: str, logit_scale: float) -> dict[str, Any]:
     near = (np.arange(300)[:, None] + 1 + np.arange(N_NEIGHBORS)) % 300
     arrays = (small.features, small.prototypes, near, np.ones(near.shape, np.float32))
     solve_arm(arm, [torch.from_numpy(x) for x in arrays], logit_scale)
-    reset_peak_memory()
-    before = process_memory("VmRSS")
-    start = time.perf_counter()
-    labels, facts = solve_arm(arm, tensors, logit_scale)
-    seconds = time.perf_counter() - start
-    peak = process_memory("VmHWM") - before
+    (labels, facts), seconds, peak = measured(lambda: solve_arm(arm, tensors, logit_scale))
     if seconds < LONG_SECONDS:
-        start = time.perf_counter()
-        labels, facts = solve_arm(arm, tensors, logit_scale)
-        seconds = time.perf_counter() - start
+        (labels, facts), seconds, _ = measured(lambda: solve_arm(arm, tensors, logit_scale))
     np.save(place / f"{arm}.npy", labels)
     return {"seconds": seconds, "peak_bytes": peak, **facts}
 
@@ -76,13 +71,8 @@ def solve_arm(
                 torch.mm(rows, prototypes.T, out=block[: len(rows)])
         return np.zeros(len(features), np.int64), {}
     if arm == "baseline":
-        from bench.rivals.baseline import solve
-
-        z = solve(features, prototypes, (neighbors, similarities), logit_scale=logit_scale)
+        z = baseline.solve(features, prototypes, (neighbors, similarities), logit_scale=logit_scale)
         return z.argmax(1).numpy(), {}
-    from transclip_fast import TransCLIP
-    from transclip_fast.types import NeighborGraph
-
     graph = NeighborGraph(neighbors.numpy(), similarities.numpy())
     model = TransCLIP(assignments=arm, device="cpu", logit_scale=logit_scale)
     model.fit(features, text_features=prototypes, graph=graph)
@@ -94,11 +84,9 @@ def write_problem(
     queries: int, classes: int, dim: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write a made problem with its graph to `folder`; return true and zero-shot labels (N,)."""
-    from bench.rivals.baseline import nearest
-
     problem = make_problem(queries, classes, dim)
     features, prototypes = map(torch.from_numpy, (problem.features, problem.prototypes))
-    neighbors, similarities = nearest(features, N_NEIGHBORS)
+    neighbors, similarities = baseline.nearest(features, N_NEIGHBORS)
     arrays = problem.features, problem.prototypes, neighbors.numpy(), similarities.numpy()
     for name, array in zip(ARRAYS, arrays, strict=True):
         np.save(folder / f"{name}.npy", array)

@@ -18,6 +18,13 @@ import numpy as np
 
 from bench.common import command_line, make_problem, record
 from bench.processes import process_memory, reset_peak_memory, run_isolated
+from transclip_fast import TransCLIP
+from transclip_fast.cli.plan import plan_of
+from transclip_fast.device import resolve_device
+from transclip_fast.solver.layout import USUAL, Layout
+from transclip_fast.solver.problem import size_of
+from transclip_fast.store.features import load_features
+from transclip_fast.types import NeighborGraph
 
 SHARDS = 4
 N_NEIGHBORS = 3
@@ -51,14 +58,6 @@ def write_problem(queries: int, classes: int, dim: int, folder: Path) -> None:
 
 def run_size(folder: str, held: bool) -> dict[str, Any]:
     """Plan and solve the problem in `folder` in this process."""
-    from transclip_fast import TransCLIP
-    from transclip_fast.cli.plan import plan_of
-    from transclip_fast.device import resolve_device
-    from transclip_fast.solver.layout import USUAL, Layout
-    from transclip_fast.solver.problem import size_of
-    from transclip_fast.store.features import load_features
-    from transclip_fast.types import NeighborGraph
-
     place = Path(folder)
     arrays = load_features(place)
     features = arrays.get("image_features")

@@ -159,7 +159,7 @@ def test_the_eva_tower_is_timms():
         qkv_bias=False, global_pool="token", num_classes=0,
         norm_layer=lambda width, **kinds: torch.nn.RMSNorm(width, eps=1e-6, **kinds),
     ).eval()  # fmt: skip
-    ours = EvaTower(24, 2, 3, 5, 28, 14).draw(0)
+    ours = EvaTower(24, 2, 3, 28).draw(0)
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench.common import record
+from bench.rivals.published import VARIABLE
 from bench.speed import compare
 from transclip_fast.solver import loop as solver
 
@@ -36,7 +37,7 @@ def arms(monkeypatch, tmp_path):
             closed.append(self)
 
     monkeypatch.setattr(compare, "busy_cores", lambda: 0.0)
-    monkeypatch.delenv(compare.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(compare, "Process", StandIn)
     monkeypatch.setattr(compare, "record", partial(record, folder=tmp_path))
@@ -66,7 +67,7 @@ def test_equal_labels_are_timed_in_turns_and_recorded(arms, capsys, tmp_path):
     turns = [("run_again", arm) for arm in ON_CPU]
     assert asked == 2 * [("run_arm", arm) for arm in ON_CPU] + 4 * turns
     printed = capsys.readouterr().out
-    assert f"SKIPPED published: {compare.VARIABLE} names no checkout" in printed
+    assert f"SKIPPED published: {VARIABLE} names no checkout" in printed
     assert "SKIPPED sparse_triton: torch finds no GPU" in printed
     assert "baseline 1.00" in printed
     rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
@@ -118,7 +119,7 @@ def test_a_wrong_solver_is_caught(monkeypatch, capsys, tmp_path):
             pass
 
     monkeypatch.setattr(compare, "busy_cores", lambda: 0.0)
-    monkeypatch.delenv(compare.VARIABLE, raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(compare, "Process", Here)
     monkeypatch.setattr(compare, "record", partial(record, folder=tmp_path))
