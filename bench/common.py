@@ -100,21 +100,8 @@ def make_problem(
     Images and texts live in two narrow cones, a few dimensions dominate, classes come in groups of
     similar ones, variation is of low rank plus a little isotropic noise, texts are imperfect
     pictures of the class means, and class sizes fall like a shifted power law (the largest has
-    about eleven times the rows of the median one; a class may have none when N is small).
-
-    Parameters
-    ----------
-    n, k, d : int
-        Queries, classes, dimensions.
-    seed : int
-        Same seed and sizes, same problem.
-    dtype : numpy floating type
-        Type of features and prototypes, float32 or float16.
-
-    Returns
-    -------
-    Problem
-        Features (N, d) and prototypes (K, d) with unit rows, labels (N,) int64.
+    about eleven times the rows of the median one; a class may have none when N is small). The same seed and sizes give
+    the same problem.
     """
     rng = np.random.default_rng(seed)
     basis = _basis(rng, d)
@@ -165,19 +152,8 @@ def statistics(
 ) -> dict[str, float]:
     """Describe the first `max_rows` features by the numbers that decide how a solver behaves.
 
-    Parameters
-    ----------
-    features : (N, d) float
-        Unit rows.
-    prototypes : (K, d) float, optional
-        Unit rows; without them the numbers about texts are left out.
-    labels : (N,) int, optional
-        True labels; without them the numbers about classes are left out.
-
-    Returns
-    -------
-    dict
-        Cosines, ratios of a dimension's largest to median value, shares between 0 and 1.
+    Cosines, ratios of a dimension's largest to median value, shares between 0 and 1. Prototypes
+    (K, d) and labels (N,) add the numbers about texts and classes.
     """
     f = features[:max_rows].astype(np.float64)
     mean, variance = np.abs(f.mean(0)), f.var(0)
@@ -268,22 +244,7 @@ def busy_cores(seconds: float = 2.0) -> float:
 def in_turns(
     run: Callable[[str], Result], arms: Iterable[str], repeats: int
 ) -> dict[str, list[Result]]:
-    """Run the arms in turns, so that a slow spell of the machine hits all of them.
-
-    Parameters
-    ----------
-    run : callable
-        Runs the arm of a name.
-    arms : iterable of str
-        The names, in the order of a round.
-    repeats : int
-        Rounds.
-
-    Returns
-    -------
-    dict
-        What `run` returned in each round, for each arm.
-    """
+    """Run the arms in turns, so that a slow spell of the machine hits all of them."""
     results: dict[str, list[Result]] = {arm: [] for arm in arms}
     for _ in range(repeats):
         for arm, found in results.items():
@@ -311,14 +272,8 @@ def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
 def command_line(spec: ModuleSpec, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """Return the parser of a benchmark: an option of each default, with the default's type.
 
-    Parameters
-    ----------
-    spec : ModuleSpec
-        `__spec__` of the benchmark's module, which names its command.
-    doc : str
-        `__doc__` of the module.
-    **defaults
-        Numbers, strings, or lists of them for options that take several values.
+    `spec` is the module's `__spec__`, which names its command, `doc` its `__doc__`. A list is the
+    default of an option that takes several values.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {spec.name}",

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,14 +22,6 @@ from bench.common import ROOT
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Isolated:
-    """The result of a function in a process of its own, and the peak of that process."""
-
-    result: Any
-    peak_bytes: int  # largest resident memory of that process
 
 
 class Process:
@@ -75,19 +66,10 @@ class Process:
         self.close()
 
     def call(self, target: str, **arguments: Any) -> Any:
-        """Call a function there and return what it returns.
+        """Return the result of a function "package.module:function" in the process.
 
-        Parameters
-        ----------
-        target : str
-            "package.module:function"; what it returns must fit in JSON.
-        **arguments
-            Its keyword arguments; they must fit in JSON.
-
-        Raises
-        ------
-        RuntimeError
-            The function failed, and the process has ended.
+        Arguments and result must fit in JSON. Where the function fails, the process ends and the
+        call raises RuntimeError.
         """
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # the process has ended, and no answer comes
@@ -117,12 +99,10 @@ def answer_calls(answers: int) -> None:
             print(json.dumps(result), file=file, flush=True)
 
 
-def run_isolated(target: str, **arguments: Any) -> Isolated:
+def run_isolated(target: str, **arguments: Any) -> Any:
     """Call a function in a process of its own, see `Process.call`."""
     with Process() as process:
-        result = process.call(target, **arguments)
-        peak = process.call("bench.processes:process_memory", field="VmHWM")
-    return Isolated(result, peak)
+        return process.call(target, **arguments)
 
 
 def measured(run: Callable[[], Result]) -> tuple[Result, float, int]:

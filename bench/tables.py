@@ -41,13 +41,8 @@ def newest(
 ) -> list[Row]:
     """Return the newest clean line of each measurement in `folder`/`name`.jsonl.
 
-    Parameters
-    ----------
-    identity : str
-        Keys that tell one measurement from another, beside the GPU it ran on, if any; the lines
-        come in the order of their values.
-    shown : callable
-        Which lines count.
+    The keys `identity` tell one measurement from another, beside the GPU, if any; lines come in the
+    order of their values. Only lines for which `shown` is true count.
     """
     found: dict[tuple[Any, ...], Row] = {}
     for line in filter(shown, clean_lines(name, folder)):

@@ -19,21 +19,9 @@ VARIANCE_FLOOR = 1e-6  # divided by d
 def nearest(
     features: torch.Tensor, n_neighbors: int = 3, block: int = 4096
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find each row's most similar other rows by exact search.
+    """Return neighbours (N, k) int64 and their cosines (N, k) by exact search.
 
-    Parameters
-    ----------
-    features : (N, d) float
-        Unit rows.
-    n_neighbors : int
-        Neighbours a row, k.
-    block : int
-        Rows compared with all others at a time; memory is block x N.
-
-    Returns
-    -------
-    neighbors : (N, k) int64
-    similarities : (N, k), type of the features
+    `block` rows are compared with all others at a time, which takes block x N numbers.
     """
     n = len(features)
     neighbors = torch.empty(n, n_neighbors, dtype=torch.int64, device=features.device)
@@ -71,23 +59,10 @@ def solve(
     likelihood_weight: float = 1 / 50,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """Assign classes to rows.
+    """Return assignments (N, K) float32 of unit rows (N, d) to unit prototypes (K, d).
 
-    Parameters
-    ----------
-    features : (N, d) float32
-        Unit rows of the queries.
-    prototypes : (K, d) float32
-        Unit rows of the classes' texts.
-    graph : pair of (N, k) int64 and (N, k) float32
-        What `nearest` returns.
-    compiled : bool
-        Let torch.compile fuse each step but the sparse product, which it knows nothing of.
-
-    Returns
-    -------
-    (N, K) float32
-        Assignments; rows sum to 1.
+    `graph` is what `nearest` returns. With `compiled`, torch.compile fuses each step but the sparse
+    product, which it does not compile.
     """
     n, d = features.shape
     affinity = _affinity(*graph)

@@ -1,9 +1,8 @@
-"""
-The inference loop of clip-retrieval (MIT), as it is, around a network of ours.
+"""The inference loop of clip-retrieval (MIT), unchanged, around a network of ours.
 
-`TRANSCLIP_CLIP_RETRIEVAL` names a checkout of rom1504/clip-retrieval; pandas is needed too. Its
-reader, mapper, runner and writer run unchanged. Its mapper would load a model through `all_clip`
-and imports `sentence_transformers`: both are stood in for, so that both arms embed by one network.
+`TRANSCLIP_CLIP_RETRIEVAL` names a checkout of rom1504/clip-retrieval; it needs pandas too. Its
+reader, mapper, runner and writer run unchanged. Its mapper loads a model through `all_clip` and
+imports `sentence_transformers`: stubs replace both, so that both arms embed by one network.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ VARIABLE = "TRANSCLIP_CLIP_RETRIEVAL"
 
 
 def available() -> bool:
-    """Whether a checkout is named."""
+    """Return whether the environment names a checkout."""
     return bool(os.environ.get(VARIABLE))
 
 
@@ -63,7 +62,7 @@ def encode(backbone: Backbone, images: Path, out: Path, batch_size: int, workers
 
 
 class _Silent:
-    """A logger that keeps nothing."""
+    """A logger that records nothing."""
 
     def start(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Every head once more, written plainly from its formula in float64: what the library's must match.
+"""Every head, written plainly from its formula in float64, for comparison with the library's.
 
 Full batches until the loss stands still, even grids, none of the library's code.
 """
@@ -16,24 +16,24 @@ Arrays = dict[str, np.ndarray]
 
 
 def fit(name: str, arrays: Arrays) -> np.ndarray:
-    """Logits (N, K) of a head on the queries of FEATURES arrays with shots and validation rows."""
+    """Return logits (N, K) of a head on the queries of FEATURES arrays."""
     wide = {key: a.astype(np.float64) if a.dtype.kind == "f" else a for key, a in arrays.items()}
     return PLAIN[name](wide)
 
 
 def prompt_ensemble(a: Arrays) -> np.ndarray:
-    """One template: the text itself."""
+    """Score with the text itself: there is one template."""
     logits: np.ndarray = TAU * a["image_features"] @ a["text_features"].T
     return logits
 
 
 def tip_adapter(a: Arrays) -> np.ndarray:
-    """The published even grids of DTD for alpha and beta."""
+    """Search the published even grids of DTD for alpha and beta."""
     return _searched(a, a["support_features"])
 
 
 def tip_adapter_f(a: Arrays) -> np.ndarray:
-    """Keys trained with alpha = 1.17 and beta = 1, then the grids again."""
+    """Train the keys with alpha = 1.17 and beta = 1, then search the grids."""
     keys = torch.tensor(a["support_features"], requires_grad=True)
     rows, text = torch.tensor(a["support_features"]), torch.tensor(a["text_features"])
     one_hot = torch.eye(len(text), dtype=torch.float64)[a["support_labels"]]
@@ -46,7 +46,7 @@ def tip_adapter_f(a: Arrays) -> np.ndarray:
 
 
 def clip_adapter(a: Arrays) -> np.ndarray:
-    """Ratios 0.2 to 0.8, the best on the validation rows; the library's start, as it is random."""
+    """Take the ratio of 0.2 to 0.8 that is best on validation rows; starts as the library does."""
     best, found = -1.0, np.empty(0)
     for ratio in (0.2, 0.4, 0.6, 0.8):
         draw, d = torch.Generator().manual_seed(0), a["text_features"].shape[1]
@@ -69,7 +69,7 @@ def clip_adapter(a: Arrays) -> np.ndarray:
 
 
 def task_res(a: Arrays) -> np.ndarray:
-    """A residual with alpha = 0.5 on every text prototype."""
+    """Train a residual with alpha = 0.5 on every text prototype."""
     text = torch.tensor(a["text_features"])
     residual = torch.zeros_like(text, requires_grad=True)
 
@@ -81,7 +81,7 @@ def task_res(a: Arrays) -> np.ndarray:
 
 
 def linear_probe(a: Arrays) -> np.ndarray:
-    """The minimum of CLAP's objective by scipy's L-BFGS, with the gradient written out."""
+    """Minimise CLAP's objective by scipy's L-BFGS, with the gradient written out."""
     rows, labels, text = a["support_features"], a["support_labels"], a["text_features"]
     one_hot = np.eye(len(text))[labels]
     zero_shot = _softmax(TAU * rows @ text.T)[np.arange(len(rows)), labels]
@@ -154,7 +154,7 @@ def _descend(
 
 
 def _cosines(rows: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-    """tau times the cosines (n, K)."""
+    """Return tau times the cosines (n, K)."""
     unit, other = (x / x.norm(dim=1, keepdim=True) for x in (rows, prototypes))
     return torch.matmul(TAU * unit, other.T)
 

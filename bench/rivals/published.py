@@ -24,7 +24,7 @@ PACKAGE = "TransCLIP_solver"
 
 
 def available() -> bool:
-    """Say whether the environment names a checkout."""
+    """Return whether the environment names a checkout."""
     return bool(os.environ.get(VARIABLE))
 
 
@@ -42,9 +42,9 @@ def _modules() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def published_solver(*, on_cpu: bool) -> Iterator[ModuleType]:
-    """Give the published solver's module, made to run here, and undo that afterwards.
+    """Yield the published solver's module, patched to run here, and undo that afterwards.
 
-    Its accuracies are replaced by zero, for they fail on NumPy 2. With `on_cpu` its calls of
+    Its accuracies are replaced by zero, because they fail on NumPy 2. With `on_cpu` its calls of
     `.cuda()` do nothing.
     """
     solver, helpers = _modules()
@@ -68,21 +68,10 @@ def published_solver(*, on_cpu: bool) -> Iterator[ModuleType]:
 def zero_shot(
     features: torch.Tensor, prototypes: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Run the published zero-shot method on the device of its tensors.
+    """Return z (N, K) of the published zero-shot method, and the seconds of its stages.
 
-    Parameters
-    ----------
-    features : (N, d) float
-        Unit rows, N >= 8 and N >= K.
-    prototypes : (K, d) float
-        Unit rows.
-
-    Returns
-    -------
-    z : (N, K) float32
-        Assignments.
-    seconds : dict
-        "knn": its dense similarities and neighbours, "solve": all the rest.
+    Features (N, d) and prototypes (K, d) are unit rows, on the device to use; N >= 8 and N >= K.
+    Its dense similarities and neighbours are stage "knn", all the rest is "solve".
     """
     n, k = len(features), len(prototypes)
     if n < max(8, k):

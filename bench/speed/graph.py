@@ -25,7 +25,8 @@ from bench.common import (
     record,
     unit_rows,
 )
-from bench.processes import run_isolated
+from bench.processes import process_memory, run_isolated
+from transclip_fast.graph.build import build_graph
 
 K = 3
 TARGET = 0.99  # recall asked of the approximate searches
@@ -61,8 +62,6 @@ def ours(method: str) -> Callable[[np.ndarray, np.ndarray], Found]:
     """An arm of `build_graph`."""
 
     def search(features: np.ndarray, anchors: np.ndarray) -> Found:
-        from transclip_fast.graph.build import build_graph
-
         graph = build_graph(features, K, method=method, recall=TARGET, anchors=anchors)
         return graph.neighbors, dict(graph.info)
 
@@ -122,9 +121,8 @@ def compare(queries: int, classes: int, dim: int, repeats: int) -> int:
         make_case(queries, classes, dim, folder)
         options: dict[str, dict[str, Any]] = {arm: {} for arm in ARMS}
 
-        def run(arm: str) -> dict[str, Any]:
-            done = run_isolated("bench.speed.graph:run_arm", arm=arm, folder=name, **options[arm])
-            return dict(done.result)
+        def run(arm: str) -> Any:
+            return run_isolated("bench.speed.graph:run_arm", arm=arm, folder=name, **options[arm])
 
         run("faiss_exact")
         exact = without_self(np.load(folder / "faiss_exact.npy"))
@@ -167,11 +165,10 @@ def compare(queries: int, classes: int, dim: int, repeats: int) -> int:
 
 def large(features: str) -> dict[str, Any]:
     """Search the features in a .npy file, mapped, in this process."""
-    from transclip_fast.graph.build import build_graph
-
     start = time.perf_counter()
     graph = build_graph(np.load(features, mmap_mode="r"), K, method="ivf", recall=TARGET)
-    return {"seconds": time.perf_counter() - start, "info": dict(graph.info)}
+    seconds, peak = time.perf_counter() - start, process_memory("VmHWM")
+    return {"seconds": seconds, "info": dict(graph.info), "peak_bytes": peak}
 
 
 def million(queries: int, dim: int) -> int:
@@ -179,13 +176,11 @@ def million(queries: int, dim: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "features.npy")
         np.save(file, make_problem(queries, 1000, dim, dtype=np.float16).features)
-        done = run_isolated("bench.speed.graph:large", features=file)
-    row = {"case": "million", "queries": queries, "dim": dim, **done.result}
-    row["peak_bytes"] = done.peak_bytes
-    record("graph", row)
+        found = run_isolated("bench.speed.graph:large", features=file)
+    record("graph", {"case": "million", "queries": queries, "dim": dim, **found})
     print(
-        f"N = {queries:,}: {row['seconds']:.0f} s, recall {row['info']['recall']:.4f}, "
-        f"peak {done.peak_bytes / 2**30:.2f} GiB"
+        f"N = {queries:,}: {found['seconds']:.0f} s, recall {found['info']['recall']:.4f}, "
+        f"peak {found['peak_bytes'] / 2**30:.2f} GiB"
     )
     return 0
 

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                 classes=classes,
                 n_ctx=options.context,
                 chunks=chunks,
-            ).result
+            )
             found.append(row)
             print(
                 f"{classes:>5} classes {row['tokens']} tokens, {row['chunk']:>4} at a time  "

@@ -101,10 +101,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any] | None:
         place = Path(folder)
         truth, prior = write_problem(options.queries, options.classes, options.dim, place)
 
-        def run(arm: str) -> dict[str, Any]:
+        def run(arm: str) -> Any:
             arguments = {"arm": arm, "folder": folder, "logit_scale": options.logit_scale}
-            found: dict[str, Any] = run_isolated("bench.speed.sparse:run_arm", **arguments).result
-            return found
+            return run_isolated("bench.speed.sparse:run_arm", **arguments)
 
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_BYTES)
         peaks = {arm: run(arm)["peak_bytes"] for arm in options.arms}

@@ -110,12 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             write_problem(queries, options.classes, options.dim, Path(folder))
 
-            def run(held: bool, folder: str = folder) -> dict[str, Any]:
-                result: dict[str, Any]
-                result = run_isolated(
-                    "bench.speed.stream:run_size", folder=folder, held=held
-                ).result
-                return result
+            def run(held: bool, folder: str = folder) -> Any:
+                return run_isolated("bench.speed.stream:run_size", folder=folder, held=held)
 
             found.append(run(held=False))
             same = queries != options.queries[0] or run(held=True)["sha256"] == found[0]["sha256"]

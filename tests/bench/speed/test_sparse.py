@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from bench.common import record
-from bench.processes import Isolated
 from bench.speed import sparse
 
 SIZES = ["--queries", "600", "--classes", "12", "--dim", "64", "--repeats", "1"]
@@ -17,7 +16,7 @@ SIZES = ["--queries", "600", "--classes", "12", "--dim", "64", "--repeats", "1"]
 def in_this_process(monkeypatch, tmp_path):
     def run_isolated(target, **arguments):
         assert target == "bench.speed.sparse:run_arm"
-        return Isolated(sparse.run_arm(**arguments), 1)
+        return sparse.run_arm(**arguments)
 
     monkeypatch.setattr(sparse, "run_isolated", run_isolated)
     monkeypatch.setattr(sparse, "record", partial(record, folder=tmp_path))
