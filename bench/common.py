@@ -97,11 +97,11 @@ def make_problem(
 ) -> Problem:
     """Make a problem whose features look like CLIP's.
 
-    Images and texts live in two narrow cones, a few dimensions dominate, classes come in groups of
+    Images and texts lie in two narrow cones, a few dimensions dominate, classes come in groups of
     similar ones, variation is of low rank plus a little isotropic noise, texts are imperfect
     pictures of the class means, and class sizes fall like a shifted power law (the largest has
-    about eleven times the rows of the median one; a class may have none when N is small). The same seed and sizes give
-    the same problem.
+    about eleven times the rows of the median one; a class may have none when N is small). The same
+    seed and sizes give the same problem.
     """
     rng = np.random.default_rng(seed)
     basis = _basis(rng, d)

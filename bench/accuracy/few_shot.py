@@ -21,7 +21,7 @@ from bench.accuracy.golden import accuracy, problems
 from bench.common import SAME_LABELS, record
 from bench.rivals import published
 from transclip_fast import TransCLIP
-from transclip_fast.estimator import GAMMAS
+from transclip_fast.solver.parameters import GAMMAS
 
 QUERIES, VALIDATION = 1200, 100  # rows
 PATTERNS: dict[str, tuple[int, ...]] = {  # shots of classes 0, 1, 2, 0, 1, ...

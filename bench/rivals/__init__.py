@@ -1,1 +1,1 @@
-"""What ours is compared with."""
+"""Rivals: other code for the same problem, at its best settings."""

@@ -20,8 +20,8 @@ import torch
 
 from bench.common import command_line, in_turns, medians, record
 from bench.rivals import clip_retrieval
-from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.session import Stages
 from transclip_fast.encode.batch_size import made_images
 from transclip_fast.encode.feed import feed
 from transclip_fast.encode.models import Backbone, load_backbone

@@ -188,3 +188,40 @@ def choose_backend(name: str, device: torch.device, truncation: Truncation | Non
 def operations(backend: str) -> Operations:
     """The operations of a backend that `choose_backend` named."""
     return cast(Operations, importlib.import_module(f"transclip_fast.ops.{backend}_backend"))
+
+
+def backend_class(backend: str):  # type: ignore[no-untyped-def]
+    m = importlib.import_module(f"transclip_fast.ops.{backend}_backend")
+
+    class Ops:
+        start = staticmethod(m.start)
+        sum_of_squares = staticmethod(m.sum_of_squares)
+
+        def __init__(self, affinity, nodes=None):  # type: ignore[no-untyped-def]
+            self.affinity, self.nodes = affinity, nodes
+
+        def score(self, features, score, *, out):  # type: ignore[no-untyped-def]
+            return m.score(
+                features,
+                score.weights,
+                score.offset,
+                log_prior=score.log_prior,
+                prior_weight=score.prior_weight,
+                messages=score.messages,
+                nodes=self.nodes,
+                out=out,
+            )
+
+        def sweep(self, base, z, *, out):  # type: ignore[no-untyped-def]
+            return m.sweep(base, self.affinity, z, out=out)
+
+        def class_sums(self, z, features):  # type: ignore[no-untyped-def]
+            return m.class_sums(z, features, self.nodes)
+
+        def energies(self, z):  # type: ignore[no-untyped-def]
+            return m.energies(z, self.affinity)
+
+        def expectation(self, z, log_prior):  # type: ignore[no-untyped-def]
+            return m.expectation(z, log_prior, self.nodes)
+
+    return Ops

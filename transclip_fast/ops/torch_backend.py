@@ -322,3 +322,6 @@ def _messages(affinity: Affinity, z: Assignments, rows: slice) -> torch.Tensor:
     heard = weights[:, None] * z.values[columns]
     messages.view(-1).index_put_((cells.flatten(),), heard.flatten(), accumulate=True)
     return messages
+
+
+class TorchOps: ...

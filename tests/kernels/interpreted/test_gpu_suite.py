@@ -7,7 +7,7 @@ from bench.gpu import arms, solves
 from bench.gpu.lines import Ceilings, Suite, measure_ceilings
 from bench.gpu.timing import Gpu
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import certified
+from transclip_fast.graph import exact
 from transclip_fast.kernels import messages
 from transclip_fast.solver.parameters import Parameters
 
@@ -49,7 +49,7 @@ class Cpu(Gpu):
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
-    monkeypatch.setattr(certified, "usable", lambda rows, size: True)
+    monkeypatch.setattr(exact, "certifiable", lambda rows, size: True)
     monkeypatch.setattr(solves, "STEPS", Parameters(max_iter=2, inner_iter=1))
 
 
