@@ -316,12 +316,12 @@ class TransCLIP(Parameters):
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
         weights = {"likelihood_weight": self.likelihood_weight, "kl_weight": self.kl_weight_}
         z = predict(features, self._mixture, new_prior, **weights)
-        probabilities: np.ndarray = z.cpu().numpy()
-        return probabilities
+        return z.cpu().numpy()
 
     def predict(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
         """Most likely class (N,) int64 of new rows: see `predict_proba`."""
-        return self.predict_proba(X, prior=prior, prior_logits=prior_logits).argmax(1)
+        labels: np.ndarray = self.predict_proba(X, prior=prior, prior_logits=prior_logits).argmax(1)
+        return labels
 
     def fit_predict(self, X: Any, y: Any = None, **arrays: Any) -> np.ndarray:
         """Labels (N,) int64 of the rows of X, solved jointly: `fit(X, ...).transduction_`."""

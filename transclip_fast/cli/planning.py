@@ -10,7 +10,6 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import EXACT_ROWS, RECALL_SAMPLE_ROWS
-from transclip_fast.graph.exact import allows_int8
 from transclip_fast.graph.search import default_n_lists
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.solver.layout import (
@@ -26,8 +25,6 @@ from transclip_fast.solver.parameters import Parameters
 CHECK_PASSES = 3  # over features in files: their hash, that of the manifest, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 TABLE_ROW_BYTES = 90  # of predictions.parquet
-SEARCH_ROW_BYTES = 2500  # of an approximate search: candidates of some 30 lists, being sorted
-BYTE_PRODUCT_ROW_BYTES = 16  # of a row, beside its int8 features
 CHECKPOINT_ROW_BYTES = 40  # of a sparse state
 
 
@@ -148,9 +145,7 @@ def _plan(
     passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
-    searching = parts["features"] + SEARCH_ROW_BYTES * n
-    if allows_int8(n, d, device, held=layout.held):
-        searching += (d + BYTE_PRODUCT_ROW_BYTES) * n
+    searching = layout.search_bytes(size, device)
     read = size.stored * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
 

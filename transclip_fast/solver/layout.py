@@ -25,6 +25,8 @@ ENTRY_BYTES = 24
 FREE_LIST_BYTES = 1 << 24  # lists of this size cost nothing, however few candidates would do
 ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
 PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
+SEARCH_ROW_BYTES = 2500  # candidates of a row in some 30 lists, and the copies of sorting them
+INT8_ROW_BYTES = 16  # step and norms of a row beside its int8 features
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
 
 
@@ -161,6 +163,12 @@ class Layout:
             "blocks": 2 * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
         }
 
+    def search_bytes(self, size: Size, device: torch.device) -> int:
+        """Bytes of an approximate neighbour search; an exact one of few rows takes less."""
+        features = self.bytes(size, device)["features"]
+        int8_rows = size.dim + INT8_ROW_BYTES if self.held and device.type == "cpu" else 0
+        return features + (SEARCH_ROW_BYTES + int8_rows) * size.n_rows
+
 
 def dense_is_faster(size: Size, device: torch.device) -> bool:
     """Whether keeping all classes of a row takes less time than keeping its largest ones."""
@@ -213,7 +221,8 @@ def choose_layout(
             f"{show_bytes(needed)}, there are {show_bytes(limit)}; {remedy}"
         )
     held = replace(layout, held=True)
-    return held if sum(held.bytes(size, device).values()) <= room else layout
+    most = max(sum(held.bytes(size, device).values()), held.search_bytes(size, device))
+    return held if most <= room else layout
 
 
 def _candidates_that_fit(size: Size, device: torch.device, room: int) -> int:
