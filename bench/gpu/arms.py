@@ -26,21 +26,23 @@ from transclip_fast.graph import exact as exact_search
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.rerank import SPARE_CANDIDATES, BestLists
-from transclip_fast.ops import operations
+from transclip_fast.ops import backend_class
+from transclip_fast.types import LinearScore
 
 
 def sweeps(suite: Suite, n: int = 1_280_000, k: int = 1000) -> None:
     """Time one sparse sweep at 16 and 32 candidates."""
-    device, ours, eager = suite.gpu.device, operations("triton"), operations("torch")
+    device = suite.gpu.device
     graph = affinity(made_graph(n, k), device=device)
+    ours, eager = (backend_class(name)(graph) for name in ("triton", "torch"))
     for candidates in (16, 32):
         made = [lists(n, k, candidates, device, seed) for seed in range(INPUT_SETS)]
         out = made[0][1].empty_like()
-        ours.sweep(made[0][0], graph, made[0][1], out=out)
+        ours.sweep(made[0][0], made[0][1], out=out)
         error = sweep_error(made[0][0], graph, made[0][1], out, rows=min(n, 2000))
 
         def run(ops: Any, i: int, made: Any = made, out: Any = out) -> None:
-            ops.sweep(made[i][0], graph, made[i][1], out=out)
+            ops.sweep(made[i][0], made[i][1], out=out)
 
         suite.arms(
             f"sweep, {candidates} candidates",
@@ -70,18 +72,19 @@ def scores(suite: Suite, shapes: tuple[tuple[int, int, int, int], ...] = SCORES)
 def _score(suite: Suite, n: int, k: int, d: int, width: int) -> None:
     from transclip_fast.kernels import score as fused
 
-    device, ours = suite.gpu.device, operations("triton")
+    device = suite.gpu.device
+    ours = backend_class("triton")(affinity(made_graph(n, k), device=device))
     features = [score_operands(n, k, d, device, seed)[0] for seed in range(INPUT_SETS)]
     _, weights, offset, out = score_operands(n, k, d, device, 0, width)
-    chunk_rows = max(1, CHUNK_ENTRIES // k)
+    score, chunk_rows = LinearScore(weights.float(), offset), max(1, CHUNK_ENTRIES // k)
     # A chunk is what is compiled: a compiled loop over all of them would be unrolled.
     compiled = torch.compile(chunk_candidates, dynamic=False)
 
     def kernel(i: int) -> None:
-        ours.score(features[i], weights.float(), offset, out=out)
+        ours.score(features[i], score, out=out)
 
     def chunks(i: int) -> None:
-        with setting(fused, "MOST", 0):
+        with setting(fused, "MAX_CANDIDATES", 0):
             kernel(i)
 
     def in_torch(choose: Any, i: int) -> None:
@@ -111,7 +114,8 @@ def _score(suite: Suite, n: int, k: int, d: int, width: int) -> None:
 
 def sums(suite: Suite, n: int = 1_280_000, k: int = 1000, d: int = 1280) -> None:
     """Time Z^T F of sparse assignments, beside the dense product of chunks."""
-    device, ours = suite.gpu.device, operations("triton")
+    device = suite.gpu.device
+    ours = backend_class("triton")(affinity(made_graph(n, k), device=device))
     z = [lists(n, k, 16, device, seed)[1] for seed in range(INPUT_SETS)]
     features = torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=1).half()
 

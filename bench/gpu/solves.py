@@ -14,10 +14,13 @@ from bench.gpu.problems import made_graph, made_problem
 from bench.gpu.timing import Stopwatch, bits_differ, setting
 from bench.rivals import baseline
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.ops import operations
+from transclip_fast.ops import backend_class
 from transclip_fast.solver import loop as solver
+from transclip_fast.solver import state
+from transclip_fast.solver.layout import Layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.solver.problem import Inputs, Settings
 from transclip_fast.types import NeighborGraph, Truncation
 
 STREAMED_ENTRIES = 2_000_000_000  # largest features that are also read from host memory
@@ -35,13 +38,15 @@ class Problem:
         self.features, self.prototypes = made_problem(n, k, d, device)
         self.graph = made_graph(n, k)
 
-    def solution(self, features: torch.Tensor | Rows) -> solver.Solution:
+    def solution(self, features: torch.Tensor | Rows) -> state.Solution:
         """Solve on the kernels."""
-        width = min(WIDTH, self.shape[1])
-        return solver.solve(
-            features, LinearPrior.from_prototypes(self.prototypes, 100.0), self.graph,
-            STEPS, kl_weight=1.0, truncation=Truncation(width, width), backend="triton",
-        )  # fmt: skip
+        width, device = min(WIDTH, self.shape[1]), torch.device(self.device)
+        rows = features if isinstance(features, Rows) else Rows(features, device=device)
+        prior = LinearPrior.from_prototypes(self.prototypes, 100.0)
+        settings = Settings(
+            STEPS, device, 1.0, Layout(width, held=rows.held), Truncation(width, width), "triton"
+        )
+        return solver.solve(Inputs(rows, prior, prior), self.graph, settings)
 
     def labels(self, features: torch.Tensor | Rows) -> torch.Tensor:
         """Return the labels (N,) of a solve on the kernels."""
@@ -106,7 +111,7 @@ def solve(suite: Suite, n: int, k: int, d: int) -> None:
 
 def stages_of(suite: Suite, run: Callable[[], Any]) -> dict[str, float]:
     """Return the milliseconds of each operation of a solve."""
-    watch = Stopwatch(operations("triton"), suite.gpu)
-    with setting(solver, "operations", lambda _: watch):
+    watch = Stopwatch(backend_class("triton"), suite.gpu)
+    with setting(state, "backend_class", lambda _: watch):
         run()
     return watch.stages()

@@ -61,10 +61,15 @@ class Gpu:
 
 
 class Stopwatch:
-    """A backend whose operations are timed by the GPU's clock."""
+    """A backend, as a class or built for a run, whose operations are timed by the GPU's clock."""
 
     def __init__(self, ops: Any, gpu: Gpu) -> None:
         self._ops, self._gpu, self._events = ops, gpu, list[tuple[str, Any, Any]]()
+
+    def __call__(self, *arguments: Any) -> Stopwatch:
+        watch = Stopwatch(self._ops(*arguments), self._gpu)
+        watch._events = self._events
+        return watch
 
     def __getattr__(self, name: str) -> Any:
         operation = getattr(self._ops, name)
@@ -77,11 +82,7 @@ class Stopwatch:
             self._events.append((name, start, stop))
             return result
 
-        return operation if name == "session" else timed
-
-    def captured(self, step: Callable[[], None], *_: Any) -> Callable[[], None]:
-        """Return the step itself: a recorded one would call no operation."""
-        return step
+        return timed
 
     def stages(self) -> dict[str, float]:
         """Return the milliseconds of each operation."""

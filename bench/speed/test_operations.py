@@ -20,14 +20,16 @@ from transclip_fast.device import exact_float32
 from transclip_fast.graph import exact
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
-from transclip_fast.ops import Operations, operations
-from transclip_fast.types import Affinity, Assignments, Scores, Truncation
+from transclip_fast.ops import backend_class
+from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.parallel import single_threaded_torch
+from transclip_fast.types import Affinity, Assignments, LinearScore, Scores, Truncation
 
 pytest.importorskip("pytest_benchmark", reason='pip install ".[bench]"')
 N, K, D = 4000, 500, 256
 N_NEIGHBORS = 3
 CANDIDATES = 32
-FORMS = {"torch, dense": "cpu", "torch, sparse": "cpu", "numba, sparse": "cpu"}  # and the device
+FORMS = {"torch, dense": "cpu", "torch, sparse": "cpu", "numba, sparse": "cpu"}
 FORMS |= {"triton, sparse": "cuda"} if torch.cuda.is_available() else {}
 
 
@@ -35,10 +37,9 @@ FORMS |= {"triton, sparse": "cuda"} if torch.cuda.is_available() else {}
 class Setting:
     """A made problem on one backend, dense or sparse, with the scores and z of its prior."""
 
-    ops: Operations
+    ops: TorchOps
     features: torch.Tensor  # (N, d)
-    weights: torch.Tensor  # (K, d)
-    offset: torch.Tensor  # (K,)
+    linear: LinearScore
     affinity: Affinity
     base: Scores
     z: Assignments
@@ -62,23 +63,24 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     backend, form = request.param.split(", ")
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    device, ops = FORMS[request.param], operations(backend)
+    device = FORMS[request.param]
     problem = make_problem(N, K, D)
     truncation = Truncation(CANDIDATES, CANDIDATES) if form == "sparse" else None
     graph = build_graph(problem.features, N_NEIGHBORS, method="exact")
     near = affinity(graph, device=device)
+    ops = backend_class(backend)(near)
     features, prototypes = (
         torch.from_numpy(x).to(device) for x in (problem.features, problem.prototypes)
     )
     weights = LOGIT_SCALE * prototypes
     z = Assignments.empty(N, K, truncation, torch.device(device))
     base = Scores.empty(near.max_message(), K, truncation)
-    offset = torch.zeros(K, device=device)
+    linear = LinearScore(weights, torch.zeros(K, device=device))
     truth = torch.log_softmax(features.double() @ weights.double().T, 1)
-    with exact_float32(), ops.session():
+    with exact_float32(), single_threaded_torch():
         ops.start(features, weights, None, out=z)
-        ops.score(features, weights, offset, out=base)
-        yield Setting(ops, features, weights, offset, near, base, z, truth)
+        ops.score(features, linear, out=base)
+        yield Setting(ops, features, linear, near, base, z, truth)
 
 
 def timed(benchmark: Any, run: Callable[[], Any], flops: float, n_bytes: float) -> None:
@@ -121,7 +123,7 @@ def test_start(setting: Setting, benchmark: Any) -> None:
     out = setting.z.empty_like()
 
     def run() -> Any:
-        return setting.ops.start(setting.features, setting.weights, None, out=out)
+        return setting.ops.start(setting.features, setting.linear.weights, None, out=out)
 
     _, values, rows = run()
     close(out, setting.log_prior.exp(), torch.zeros(N, device=out.values.device))
@@ -135,7 +137,7 @@ def test_score(setting: Setting, benchmark: Any) -> None:
     out = setting.base
 
     def run() -> Any:
-        return setting.ops.score(setting.features, setting.weights, setting.offset, out=out)
+        return setting.ops.score(setting.features, setting.linear, out=out)
 
     run()
     if out.classes is None:
@@ -153,7 +155,7 @@ def test_sweep(setting: Setting, benchmark: Any) -> None:
     out = setting.z.empty_like()
 
     def run() -> Any:
-        return setting.ops.sweep(setting.base, setting.affinity, setting.z, out=out)
+        return setting.ops.sweep(setting.base, setting.z, out=out)
 
     run()
     close(out, torch.softmax(setting.log_prior + setting.messages(), 1), out.bound.double())
@@ -180,7 +182,7 @@ def test_class_sums(setting: Setting, benchmark: Any) -> None:
 
 def test_energies(setting: Setting, benchmark: Any) -> None:
     def run() -> Any:
-        return setting.ops.energies(setting.z, setting.affinity)
+        return setting.ops.energies(setting.z)
 
     pairwise, entropy = run()
     z = setting.z.dense().double()
