@@ -56,7 +56,7 @@ def test_runs_of_gamma_and_given_priors_count(save, arrays, succeeds, refused):
     prior = {"prior": np.full((77, 6), 1 / 6, np.float32)}
     given = plan_of(succeeds, save(arrays | prior))
     assert given["passes"] == 23
-    assert given["size"]["given"] == plain["size"]["given"] + 16 * 77 * 6
+    assert given["size"]["input_bytes"] == plain["size"]["input_bytes"] + 16 * 77 * 6
 
 
 def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):

@@ -124,9 +124,9 @@ def test_what_else_takes_memory():
 
     plain = total()
     assert total(copied=False) == plain - 4 * 1000 * 32
-    assert total(given=12345) == plain + 12345
+    assert total(input_bytes=12345) == plain + 12345
     assert total(runs=4) == plain + 8 * 64 * 1000
-    assert total(stored=64000) == plain
+    assert total(file_bytes=64000) == plain
 
 
 def test_a_little_less_memory_changes_nothing():
@@ -147,19 +147,19 @@ def test_size_of_what_is_given(tmp_path):
         arrays = arrays or {"text_features": np.eye(5, 8)}
         return Problem.check(X, logit_scale=100.0, **arrays).size(parameters, device)
 
-    assert size_of(in_file) == Size(30, 5, 8, 4, stored=480)
-    assert size_of(images) == Size(30, 5, 8, 4, given=480)
+    assert size_of(in_file) == Size(30, 5, 8, 4, file_bytes=480)
+    assert size_of(images) == Size(30, 5, 8, 4, input_bytes=480)
     aligned = torch.ones(30, 8)
-    assert size_of(aligned) == Size(30, 5, 8, 4, given=960, copied=False)
+    assert size_of(aligned) == Size(30, 5, 8, 4, input_bytes=960, copied=False)
     assert size_of(aligned[1:]).copied
     assert size_of(aligned, cuda).copied
     found = size_of(in_file, prior_logits=np.zeros((30, 5)))
-    assert found == Size(30, 5, 8, 4, stored=480, given=16 * 30 * 5, linear=False)
+    assert found == Size(30, 5, 8, 4, file_bytes=480, input_bytes=16 * 30 * 5, linear=False)
     parameters.gamma = None
     shots = {name: np.eye(2, 8) for name in ("support_features", "validation_features")}
     labels = {name: np.arange(2) for name in ("support_labels", "validation_labels")}
     found = size_of(in_file, text_features=np.eye(5, 8), **shots, **labels)
-    assert found == Size(30, 5, 8, 4, stored=480, runs=4)
+    assert found == Size(30, 5, 8, 4, file_bytes=480, runs=4)
 
 
 def test_memory_of_a_container(monkeypatch, tmp_path):
@@ -181,7 +181,7 @@ def test_a_fit_that_does_not_fit(problem):
 def test_a_fit_in_a_given_amount(problem):
     features, prototypes, _ = problem(n=177)
     free = TransCLIP(device="cpu", candidates=6).fit(features.astype("float16"), prototypes)
-    size = Size(177, 6, 33, given=2 * 177 * 33)
+    size = Size(177, 6, 33, input_bytes=2 * 177 * 33)
     least = size.used(CPU) + sum(Layout(6, held=False).bytes(size, CPU).values())
     tight = TransCLIP(device="cpu", candidates=6, memory=least)
     tight.fit(features.astype("float16"), prototypes)

@@ -98,7 +98,7 @@ def plan_of_size(
 ) -> Plan:
     """The plan of solving so many rows in float16 files, with as many candidates as fit."""
     device = resolve_device(model.device)
-    size = Size(n_rows, n_classes, dim, model.n_neighbors, stored=2 * n_rows * dim)
+    size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=2 * n_rows * dim)
     layout = choose_layout(
         size,
         device,

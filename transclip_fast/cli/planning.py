@@ -123,7 +123,7 @@ def make_plan(
         return plan
     remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
     if _plan(size, layout, parameters, device, None).peak <= plan.limit:
-        remedies.append("--graph with neighbours that were searched elsewhere")
+        remedies.append("--graph with neighbours from another machine")
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
         f"{show_bytes(plan.peak)}, there are {show_bytes(plan.limit)}; what fits: "
@@ -146,15 +146,15 @@ def _plan(
     parts = layout.bytes(size, device)
     solving = sum(parts.values())
     searching = layout.search_bytes(size, device)
-    read = size.stored * (1 if layout.held else passes)
+    read = size.file_bytes * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
 
     def stage(name: str, work: float, disk: int, memory: int) -> Stage:
         on_gpu = device.type == "cuda"
-        host = PROCESS_BYTES + size.given if on_gpu else size.used(device) + memory
+        host = PROCESS_BYTES + size.input_bytes if on_gpu else size.used(device) + memory
         return Stage(name, work, disk, host, memory if on_gpu else 0)
 
-    stages = [stage("load", 0, CHECK_PASSES * size.stored, 0)]
+    stages = [stage("load", 0, CHECK_PASSES * size.file_bytes, 0)]
     if method is not None:
         work, lists = 2.0 * d * _search_products(n, method), 12 * n * size.n_neighbors
         stages.append(stage("graph", work, lists, searching))

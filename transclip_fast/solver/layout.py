@@ -103,10 +103,10 @@ class Size:
     ----------
     n_rows, n_classes, dim, n_neighbors : int
         N, K, d, k.
-    stored : int
-        Bytes of the features in files; 0 where they are in memory.
-    given : int
-        Bytes that the process has before a solve: features in memory, and a given prior.
+    file_bytes : int
+        Of the features in files; 0 where they are in memory.
+    input_bytes : int
+        In memory before a solve: the features, and a prior (N, K).
     copied : bool
         Whether features held on the device are a copy of what is given.
     linear : bool
@@ -119,15 +119,15 @@ class Size:
     n_classes: int
     dim: int
     n_neighbors: int = 3
-    stored: int = 0
-    given: int = 0
+    file_bytes: int = 0
+    input_bytes: int = 0
     copied: bool = True
     linear: bool = True
     runs: int = 1
 
     def used(self, device: torch.device) -> int:
         """Bytes in use before a solve: a constant, so that a resumed solve decides the same."""
-        return PROCESS_BYTES + self.given if device.type == "cpu" else 0
+        return PROCESS_BYTES + self.input_bytes if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class FileCheckpoint:
     path : path
         The folder to fill, locked by the caller.
     name : str
-        Of the work.
+        Name of the work, which is part of the file's name.
     identity : mapping
         What decides the result: input, method, parameters. The state of another is not used.
     seconds : float

@@ -25,8 +25,12 @@ from transclip_fast.version import __version__
 MANIFEST = "manifest.json"
 FAILURES = "failures.csv"
 PROTOTYPES = "prototypes.npy"
-RECORDS = "records"  # folder of a file for each shard that the manifest does not list yet
-FOLDERS = ("img_emb", "local_emb", "metadata", RECORDS)
+# Files of a shard, by its number; its record lists it until the manifest does.
+IMAGES = "img_emb/img_emb_{:05}.npy"
+LOCAL = "local_emb/local_emb_{:05}.npy"
+METADATA = "metadata/metadata_{:05}.parquet"
+RECORD = "records/{:05}.json"
+FOLDERS = ("img_emb", "local_emb", "metadata", "records")
 # Decided by the first run for those that continue it: other values change some last bits.
 SETTLED = ("batch_size", "threads", "shard_rows")
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
@@ -162,19 +166,19 @@ class FeatureWriter:
         with writing(self.folder):
             if features.ndim == 3:
                 flat = features[:, 1:].reshape(len(features), -1)
-                patches["local_sha256"] = self._save(local_name(number), npy_bytes(flat))
+                patches["local_sha256"] = self._save(LOCAL.format(number), npy_bytes(flat))
                 features = np.ascontiguousarray(features[:, 0])
             entry = {
                 "rows": len(features),
                 "batch_size": batch_size,
                 **patches,
-                "features_sha256": self._save(features_name(number), npy_bytes(features)),
+                "features_sha256": self._save(IMAGES.format(number), npy_bytes(features)),
                 "metadata_sha256": self._save(
-                    metadata_name(number), self._metadata(number, listed)
+                    METADATA.format(number), self._metadata(number, listed)
                 ),
                 "failures": listed,
             }
-            self._save(record_name(number), (json.dumps(entry) + "\n").encode())
+            self._save(RECORD.format(number), (json.dumps(entry) + "\n").encode())
         self.shards[number] = entry
 
     def finish(self) -> None:
@@ -242,25 +246,26 @@ class FeatureWriter:
         """Count a shard as written if its features have the hashes of the entry."""
         if self.shards.get(number) == entry:  # this process has just written it
             return
-        whole = self._is_whole(features_name(number), entry["features_sha256"])
+        whole = self._is_whole(IMAGES.format(number), entry["features_sha256"])
         if "local_sha256" in entry:
-            whole = whole and self._is_whole(local_name(number), entry["local_sha256"])
+            whole = whole and self._is_whole(LOCAL.format(number), entry["local_sha256"])
         if whole:
             self.shards[number] = entry
 
     def _collect(self) -> None:
         """Move the records into the manifest."""
-        records = sorted((self.folder / RECORDS).glob("*.json"))
+        folder = self.folder / "records"
+        records = sorted(folder.glob("*.json"))
         for record in records:
-            content = read_json(inside(self.folder / RECORDS, record.name))
+            content = read_json(inside(folder, record.name))
             with reading(record, "is damaged", "remove it"):
                 number, entry = int(record.stem), self._checked(content)
             self._count(number, entry)
         if records:
             self._save_failures()
             self._save_manifest()
-        if (self.folder / RECORDS).is_dir():
-            shutil.rmtree(self.folder / RECORDS)
+        if folder.is_dir():
+            shutil.rmtree(folder)
 
     def _refresh_metadata(self) -> None:
         """Write the metadata of finished shards again if the source has other labels now."""
@@ -268,8 +273,8 @@ class FeatureWriter:
         for number, entry in self.shards.items():
             content = self._metadata(number, entry["failures"])
             sha256 = hashlib.sha256(content).hexdigest()
-            if not self._is_whole(metadata_name(number), sha256):
-                self._save(metadata_name(number), content)
+            if not self._is_whole(METADATA.format(number), sha256):
+                self._save(METADATA.format(number), content)
             changed |= entry.get("metadata_sha256") != sha256
             entry["metadata_sha256"] = sha256
         if changed:
@@ -308,23 +313,3 @@ class FeatureWriter:
         with new_file(target) as partial:
             partial.write_bytes(content)
         return hashlib.sha256(content).hexdigest()
-
-
-def features_name(number: int) -> str:
-    """File of a shard's features."""
-    return f"img_emb/img_emb_{number:05}.npy"
-
-
-def local_name(number: int) -> str:
-    """File of a shard's local features."""
-    return f"local_emb/local_emb_{number:05}.npy"
-
-
-def metadata_name(number: int) -> str:
-    """File of a shard's metadata."""
-    return f"metadata/metadata_{number:05}.parquet"
-
-
-def record_name(number: int) -> str:
-    """File that lists a shard until the manifest does."""
-    return f"{RECORDS}/{number:05}.json"

@@ -185,26 +185,19 @@ def _csr(arrays: Mapping[str, Any], origin: str) -> ListedPrior:
 
 def _support(folder: Path, shots: int | None) -> dict[str, str]:
     """The file of the support's features and of its labels."""
-    numbers = {
-        name: sorted(
-            int(match[1])
-            for file in _matching(folder, pattern)
-            if (match := re.fullmatch(pattern.replace("*", r"(\d+)").replace(".", r"\."), file))
-        )
-        for name, pattern in SUPPORT.items()
-    }
-    available = numbers["support_features"]
-    if shots == 0 or (shots is None and not available):
+    found = (re.fullmatch(r"keys_(\d+)shots\.pt", file) for file in os.listdir(folder))
+    numbers = sorted(int(match[1]) for match in found if match)
+    if shots == 0 or (shots is None and not numbers):
         return {}
-    if shots is None and len(available) > 1:
-        found = ", ".join(map(str, available))
+    if shots is None and len(numbers) > 1:
         raise InputError(
-            f"{folder}: has supports of {found} shots; name one with --shots, or 0 for none"
+            f"{folder}: has supports of {', '.join(map(str, numbers))} shots; name one with "
+            "--shots, or 0 for none"
         )
-    number = available[0] if shots is None else shots
+    number = numbers[0] if shots is None else shots
     files = {name: pattern.replace("*", str(number)) for name, pattern in SUPPORT.items()}
-    for name, file in files.items():
-        if number not in numbers[name]:
+    for file in files.values():
+        if not os.path.isfile(folder / file):
             raise InputError(f"{folder}: has no {file}")
     return files
 

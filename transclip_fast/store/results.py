@@ -43,7 +43,7 @@ class Result:
         Raises
         ------
         InputError
-            There is none of that name, or it holds something else.
+            No column of that name, or one of other values.
         """
         file = self.folder / "predictions.parquet"
         if name not in self.predictions.column_names:
