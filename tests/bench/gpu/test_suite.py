@@ -21,7 +21,8 @@ from bench.gpu.problems import (
 )
 from bench.gpu.timing import Gpu, bits_differ, setting
 from transclip_fast.graph.affinity import affinity
-from transclip_fast.ops import torch_backend as ops
+from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.types import LinearScore
 
 
 def test_the_graph_is_one():
@@ -47,7 +48,7 @@ def test_sweeps_are_counted_and_checked(candidates):
     assert all(len(set(row)) == candidates for row in base.classes.tolist())
     np.testing.assert_allclose(base.values.exp().sum(1) + base.tail, 1, atol=1e-5)
     graph = affinity(made_graph(200, 30))
-    out = ops.sweep(base, graph, z, out=z.empty_like())
+    out = TorchOps(graph).sweep(base, z, out=z.empty_like())
     assert sweep_error(base, graph, z, out, rows=150) < 1e-6
     out.values[7, 0] += 0.1
     assert sweep_error(base, graph, z, out, rows=150) > 0.09
@@ -58,7 +59,8 @@ def test_sweeps_are_counted_and_checked(candidates):
 
 def test_scores_are_checked():
     features, weights, offset, out = score_operands(300, 40, 64, "cpu", 0, width=8)
-    ops.score(features.float(), weights.float(), offset, out=out)
+    ops = TorchOps(affinity(made_graph(300, 40)))
+    ops.score(features.float(), LinearScore(weights.float(), offset), out=out)
     assert score_error(features, weights, offset, out, rows=100) < 1e-5
     kept = out.values.clone()
     out.values[9, 0] += 0.1

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -103,8 +104,8 @@ TWO = "baseline", "dense_torch"
 
 def without_prior(linear_score, mixture, prior, **weights):
     """P and c of a solver that forgets its prior."""
-    slope, offset = linear_score(mixture, prior, **weights)
-    return slope - weights["kl_weight"] * prior.weights, offset
+    score = linear_score(mixture, prior, **weights)
+    return replace(score, weights=score.weights - weights["kl_weight"] * prior.weights)
 
 
 def test_a_wrong_solver_is_caught(monkeypatch, capsys, tmp_path):
