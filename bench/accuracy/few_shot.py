@@ -2,8 +2,8 @@
 
 On golden data (`TRANSCLIP_GOLDEN`): balanced shots, unbalanced ones, and classes without any; every
 gamma, and the one chosen on validation rows. With `TRANSCLIP_OFFICIAL` (see
-`bench.rivals.published`) also the published code with one gamma, beside our
-`published_support_rows=True` and False, where every class has as many shots, which it needs. The
+`bench.rivals.published`) also the published code with one gamma, beside ours with its errors
+(`bench.rivals.support_rows`) and without, where every class has as many shots, which it needs. The
 exit code is 1 if a run agrees on fewer than 99.9 % of labels, or another gamma is chosen.
 """
 
@@ -20,6 +20,7 @@ import torch
 from bench.accuracy.golden import accuracy, problems
 from bench.common import SAME_LABELS, record
 from bench.rivals import published
+from bench.rivals.support_rows import fit_published_rows
 from transclip_fast import TransCLIP
 from transclip_fast.solver.parameters import GAMMAS
 
@@ -50,13 +51,18 @@ def draw(features: np.ndarray, labels: np.ndarray, pattern: tuple[int, ...], see
 
 
 def ours(
-    features: np.ndarray, texts: np.ndarray, labels: np.ndarray, rows: Arrays, **how: Any
+    features: np.ndarray,
+    texts: np.ndarray,
+    labels: np.ndarray,
+    rows: Arrays,
+    fit: Callable[..., TransCLIP] = TransCLIP.fit,
+    **how: Any,
 ) -> TransCLIP:
     """Return a fitted model; validation rows choose gamma where `how` does not."""
     parts = ("support",) if "gamma" in how else ("support", "validation")
     shots: dict[str, Any] = {f"{part}_features": features[rows[part]] for part in parts}
     shots |= {f"{part}_labels": labels[rows[part]] for part in parts}
-    return TransCLIP(device="cpu", **how).fit(features[rows["queries"]], texts, **shots)
+    return fit(TransCLIP(device="cpu", **how), features[rows["queries"]], texts, **shots)
 
 
 def against_reference(
@@ -110,9 +116,9 @@ def against_published(
             verbose=False,
         )
     found: dict[str, Any] = {"gamma": gamma}
-    for errors in (True, False):
-        model = ours(features, texts, labels, rows, gamma=gamma, published_support_rows=errors)
-        found["with its errors" if errors else "without"] = {
+    for name, fit in (("with its errors", fit_published_rows), ("without", TransCLIP.fit)):
+        model = ours(features, texts, labels, rows, fit, gamma=gamma)
+        found[name] = {
             "equal": float((model.transduction_ == z.argmax(1).numpy()).mean()),
             "difference": float(np.abs(model.label_distributions_ - z.numpy()).max()),
             "accuracy": accuracy(model.transduction_, labels[rows["queries"]]),
