@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import heads as bench_heads
-from bench.plain_heads import fit as fit_plainly
+from bench.accuracy import heads as bench_heads
+from bench.rivals.plain_heads import fit as fit_plainly
 from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.heads import (

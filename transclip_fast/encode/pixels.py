@@ -3,7 +3,7 @@ Image files to pixels: the result of open_clip's preprocessing in a third of its
 
 simplejpeg, if installed, decodes JPEGs to exactly Pillow's pixels (both are libjpeg-turbo); Pillow
 decodes everything else, and what simplejpeg refuses. Torch resizes bytes, which differs from Pillow
-by at most one of 255 levels (`bench/decoders.py` compares them), and pixels travel as bytes.
+by at most one of 255 levels (`bench/speed/decoders.py` compares them), and pixels travel as bytes.
 """
 
 from __future__ import annotations

@@ -389,6 +389,3 @@ def _messages(affinity: Affinity, z: Assignments, rows: slice) -> torch.Tensor:
     terms = weights[:, None] * z.values[columns]
     messages.view(-1).index_put_((cells.flatten(),), terms.flatten(), accumulate=True)
     return messages
-
-
-class TorchOps: ...
