@@ -10,9 +10,9 @@ import click
 
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, LEARNERS, SETTINGS
+from transclip_fast.heads.prompting import POSITIONS
 from transclip_fast.heads.prompts import ContextSettings, Schedule
-from transclip_fast.heads.prompts.settings import POSITIONS
-from transclip_fast.heads.prompts.tower import AUTOCAST
+from transclip_fast.heads.text_tower import AUTOCAST
 from transclip_fast.protocols.plans import TRANSCLIP_FS
 
 HEAD_NAMES = (*HEADS, *LEARNERS, TRANSCLIP_FS)

@@ -12,8 +12,8 @@ import torch
 from transclip_fast.callbacks import Count
 from transclip_fast.data.patches import PatchedRows
 from transclip_fast.errors import InputError
-from transclip_fast.heads.prompts.tower import TextTower
 from transclip_fast.heads.state import StoredState
+from transclip_fast.heads.text_tower import TextTower
 
 ImageRows: TypeAlias = torch.Tensor | PatchedRows
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from transclip_fast.heads.prompts.settings import Prompting
+from transclip_fast.heads.prompting import Prompting
 
 # Called with (steps done, steps in all, **figures): figures are text by name, e.g. the loss.
 TrainingProgress: TypeAlias = Callable[..., None]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from tests.heads.prompts.conftest import DIM, NAMES
 from transclip_fast.errors import InputError
 from transclip_fast.heads import fit_head
+from transclip_fast.heads import text_tower as tower_module
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, learning
-from transclip_fast.heads.prompts import tower as tower_module
 from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.prompts.learning import train
 from transclip_fast.heads.prompts.prograd import ProGrad, aligned

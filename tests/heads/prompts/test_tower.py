@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from tests.heads.prompts.conftest import NAMES, TOWERS, WRITTEN, tiny
 from transclip_fast.errors import InputError
+from transclip_fast.heads import text_tower as tower_module
+from transclip_fast.heads.prompting import POSITIONS
 from transclip_fast.heads.prompts import ContextSettings, Prompting
-from transclip_fast.heads.prompts import tower as tower_module
 from transclip_fast.heads.prompts.context import (
     class_prompts,
     first_context,
     nearest_words,
 )
-from transclip_fast.heads.prompts.settings import POSITIONS
 
 START = "a photo of the"
 

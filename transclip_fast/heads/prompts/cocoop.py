@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head
+from transclip_fast.heads.prompting import ContextSettings, Schedule
 from transclip_fast.heads.prompts.context import (
     ContextHead,
     class_prompts,
@@ -19,10 +20,9 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.prompts.settings import ContextSettings, Schedule
-from transclip_fast.heads.prompts.tower import Prompts, TextTower
 from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
+from transclip_fast.heads.text_tower import Prompts, TextTower
 
 CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
 SCHEDULE = Schedule(epochs=20, batch_size=4, rate=4e-3)

@@ -9,8 +9,8 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head
-from transclip_fast.heads.prompts.settings import ContextSettings
-from transclip_fast.heads.prompts.tower import Prompts, TextTower
+from transclip_fast.heads.prompting import ContextSettings
+from transclip_fast.heads.text_tower import Prompts, TextTower
 
 INITIAL_DEVIATION = 0.02  # standard deviation of random initial vectors
 PLACEHOLDER = "a"  # one token in every vocabulary; its vector is replaced

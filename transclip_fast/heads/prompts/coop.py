@@ -17,9 +17,9 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.prompts.tower import TextTower
 from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
+from transclip_fast.heads.text_tower import TextTower
 
 
 @dataclass(frozen=True, kw_only=True)

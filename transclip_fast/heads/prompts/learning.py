@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head, percent_right
 from transclip_fast.heads.prompts.context import class_prompts
-from transclip_fast.heads.prompts.tower import Prompts
 from transclip_fast.heads.task import Labelled, Task
+from transclip_fast.heads.text_tower import Prompts
 from transclip_fast.parallel import fixed_threads
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4

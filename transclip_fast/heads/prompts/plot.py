@@ -17,6 +17,7 @@ import torch
 from transclip_fast.data.patches import images
 from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head, unit
+from transclip_fast.heads.prompting import ContextSettings, Schedule
 from transclip_fast.heads.prompts.context import (
     INITIAL_DEVIATION,
     ContextHead,
@@ -25,10 +26,9 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.prompts.settings import ContextSettings, Schedule
-from transclip_fast.heads.prompts.tower import Prompts, TextTower
 from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
+from transclip_fast.heads.text_tower import Prompts, TextTower
 
 CONTEXT = ContextSettings(n_ctx=16)
 SCHEDULE = Schedule(epochs=50)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transclip_fast.callbacks import Checkpoint, NoCheckpoint
 from transclip_fast.errors import InputError
-from transclip_fast.heads.prompts.tower import TextTower
+from transclip_fast.heads.text_tower import TextTower
 
 POSITIONS = ("end", "middle", "front")
 WARM_UP_EPOCHS, WARM_UP_RATE = 1, 1e-5
