@@ -22,8 +22,8 @@ import torch
 
 from bench import clip_retrieval
 from bench.common import medians, record
-from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.session import Stages
 from transclip_fast.encode.batch_size import made_images
 from transclip_fast.encode.feed import feed
 from transclip_fast.encode.models import Backbone, load_backbone

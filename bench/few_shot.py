@@ -23,7 +23,7 @@ from bench import published
 from bench.common import record
 from bench.graph_labels import FEATURES, load
 from transclip_fast import TransCLIP
-from transclip_fast.estimator import GAMMAS
+from transclip_fast.solver.parameters import GAMMAS
 
 EQUAL = 0.999
 QUERIES, HELD = 1200, 100

@@ -22,10 +22,10 @@ from bench.gpu_problems import (
 from bench.gpu_timing import SETS, Arm, setting
 from transclip_fast.callbacks import NoCheckpoint
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import certified
+from transclip_fast.graph import exact as exact_search
 from transclip_fast.graph.affinity import affinity
-from transclip_fast.graph.best import SPARE, BestLists
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.rerank import SPARE_CANDIDATES, BestLists
 from transclip_fast.ops import backend_class
 from transclip_fast.types import LinearScore
 
@@ -136,7 +136,7 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
     features = made_problem(n, max(2, min(1000, n // 8)), d, suite.gpu.device)[0]
     own = Rows(features[torch.arange(few, device=features.device) * n // few])
     graph = build_graph(own, 3, method="exact")
-    with setting(certified, "usable", lambda rows, size: False):
+    with setting(exact_search, "certifiable", lambda rows, size: False):
         exact = build_graph(own, 3, method="exact")
     differ = float((graph.neighbors != exact.neighbors).mean())
     off = float(np.abs(graph.similarities - exact.similarities).max())
@@ -144,8 +144,8 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
     suite.check("graph, their similarities", off, 0.0, rows=few, dim=d)
 
     def search(rows: Rows) -> int:
-        best = BestLists(len(rows), 3 + SPARE, rows.device)
-        return certified.search_certified(rows, best, 3, lambda *_: None, NoCheckpoint())
+        best = BestLists(len(rows), 3 + SPARE_CANDIDATES, rows.device)
+        return exact_search.search_certified(rows, best, 3, lambda *_: None, NoCheckpoint())
 
     small = Rows(features[:some].contiguous())
     half = small.half()[:]

@@ -14,9 +14,11 @@ from bench.gpu_problems import made_graph, made_problem
 from bench.gpu_timing import Stopwatch, setting
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.ops import backend_class
-from transclip_fast.solver import loop as solver
+from transclip_fast.solver import loop, state
+from transclip_fast.solver.layout import Layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.solver.problem import Inputs, Settings
 from transclip_fast.types import NeighborGraph, Truncation
 
 STREAMED = 2_000_000_000  # entries of features, at most, that are also read from host memory
@@ -35,11 +37,12 @@ class Problem:
 
     def labels(self, features: torch.Tensor | Rows) -> torch.Tensor:
         """Labels of a solve on the kernels."""
-        width = min(WIDTH, self.shape[1])
-        solution = solver.solve(
-            features, LinearPrior.from_prototypes(self.prototypes, 100.0), self.graph,
-            STEPS, kl_weight=1.0, truncation=Truncation(width, width), backend="triton",
-        )  # fmt: skip
+        width, device = min(WIDTH, self.shape[1]), torch.device(self.device)
+        prior = LinearPrior.from_prototypes(self.prototypes, 100.0)
+        rows = features if isinstance(features, Rows) else Rows(features, device=device)
+        layout, truncation = Layout(width, held=True), Truncation(width, width)
+        settings = Settings(STEPS, device, 1.0, layout, truncation, "triton")
+        solution = loop.solve(Inputs(rows, prior, prior), self.graph, settings)
         return solution.assignments.best()[0]
 
     def rival(self, compiled: bool) -> torch.Tensor:
@@ -84,6 +87,6 @@ def solve(suite: Suite, n: int, k: int, d: int) -> None:
 def stages_of(suite: Suite, run: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of each operation of a solve."""
     watch = Stopwatch(backend_class("triton"), suite.gpu)
-    with setting(solver, "backend_class", lambda _: watch):
+    with setting(state, "backend_class", lambda _: watch):
         run()
     return watch.stages()

@@ -53,10 +53,10 @@ def write_problem(queries: int, classes: int, dim: int, folder: Path) -> None:
 def run_size(folder: str, held: bool) -> dict[str, Any]:
     """Plan and solve the problem in `folder` in this process."""
     from transclip_fast import TransCLIP
-    from transclip_fast.cli.plan import plan_of
+    from transclip_fast.cli.plan import plan_of, problem_of
     from transclip_fast.device import resolve_device
-    from transclip_fast.solver.layout import USUAL, Layout
-    from transclip_fast.solver.problem import size_of
+    from transclip_fast.solver.layout import USUAL_CANDIDATES, Layout
+    from transclip_fast.solver.problem import Settings
     from transclip_fast.store.features import load_features
     from transclip_fast.types import NeighborGraph
 
@@ -65,12 +65,13 @@ def run_size(folder: str, held: bool) -> dict[str, Any]:
     features = stored.get("image_features")
     graph = NeighborGraph(np.load(place / "neighbors.npy"), np.load(place / "similarities.npy"))
     model = TransCLIP(device="cpu", assignments="sparse")
+    problem = problem_of(stored, model)
     if not held:  # what streaming takes with lists of the usual length, and no more
         device = resolve_device("cpu")
-        size = size_of(features, len(stored.get("text_features")), model, device)
-        lists = Layout(USUAL, held=False).bytes(size, device)
+        size = problem.size(model, device)
+        lists = Layout(USUAL_CANDIDATES, held=False).bytes(size, device)
         model.memory = size.used(device) + sum(lists.values())
-    plan = plan_of(stored, model, None, trial=True)
+    plan = plan_of(problem, Settings.resolve(model, problem), None)
     reset_peak_memory()
     read, start = bytes_read(), time.perf_counter()
     model.fit(features, text_features=stored.get("text_features"), graph=graph)
@@ -87,7 +88,6 @@ def run_size(folder: str, held: bool) -> dict[str, Any]:
         "peak_bytes": peak,
         "read_bytes": read,
         "feature_bytes": len(features) * features.shape[1] * features.dtype.itemsize,
-        "planned_seconds": solve.seconds,
         "planned_bytes": solve.host,
         "planned_passes": plan.passes,
         "truncation": model.truncation_,
@@ -136,8 +136,8 @@ def print_row(queries: int, row: dict[str, Any]) -> None:
     passes = row["read_bytes"] / row["feature_bytes"]
     seconds, gib = row["seconds"], 2**30
     print(
-        f"{queries:>9,} rows {seconds:>7.1f} s {1e6 * seconds / queries:>7.1f} us a row (planned "
-        f"{row['planned_seconds']:.1f} s)  peak {row['peak_bytes'] / gib:.2f} GiB (planned "
+        f"{queries:>9,} rows {seconds:>7.1f} s {1e6 * seconds / queries:>7.1f} us a row  "
+        f"peak {row['peak_bytes'] / gib:.2f} GiB (planned "
         f"{row['planned_bytes'] / gib:.2f})  features read {passes:.1f} times",
         flush=True,
     )

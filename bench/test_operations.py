@@ -17,7 +17,7 @@ import torch
 from bench.common import LOGIT_SCALE, machine_facts, make_problem
 from bench.gpu_problems import sweep_bytes
 from transclip_fast.device import exact_float32
-from transclip_fast.graph import certified
+from transclip_fast.graph import exact
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
 from transclip_fast.ops import backend_class
@@ -199,7 +199,7 @@ def test_neighbours(backend: str, benchmark: Any, monkeypatch: pytest.MonkeyPatc
     rows = torch.from_numpy(make_problem(N, K, D).features).to(device)
 
     if backend == "torch":
-        monkeypatch.setattr(certified, "usable", lambda *_: False)
+        monkeypatch.setattr(exact, "certifiable", lambda *_: False)
 
     def run() -> Any:
         return build_graph(rows, N_NEIGHBORS, method="exact", device=device).neighbors

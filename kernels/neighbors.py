@@ -7,7 +7,7 @@ hold nothing new. Self is excluded by its id, equal products by the lower id.
 
     s~_ij = fl16(f_i) . fl16(f_j),  kept: the KEPT largest of j != i,  rest_i: the smallest of them
 
-These are candidates, which `transclip_fast.graph.certified` ranks by exact products. The
+These are candidates, which `transclip_fast.graph.exact` ranks by exact products. The
 certificate: for j not kept
 s_ij <= rest_i + |f_i - fl16 f_i| |f_j| + |fl16 f_i| |f_j - fl16 f_j| + rounding of d float32 sums,
 so if the k-th best exact product among the kept is above that bound, the k nearest are proven.

@@ -10,21 +10,21 @@ from typing import Protocol
 import numpy as np
 
 State = Mapping[str, np.ndarray]
-Count = Callable[[int, int], None]  # (done, in all)
+Count = Callable[[int, int], None]  # (done, total)
 
 
 class Checkpoint(Protocol):
-    """Where a state is kept: `transclip_fast.store.checkpoint` has one on disk."""
+    """Where a state is saved; `transclip_fast.store.checkpoint` has one on disk."""
 
     def load(self) -> State | None:
-        """The state last kept of this very work, if there is one."""
+        """The last saved state of this very work, or None."""
 
     def keep(self, state: Callable[[], State]) -> None:
-        """Keep a state, if the last one is old enough to be worth the time."""
+        """Save a state, unless the last one is too recent to be worth the time."""
 
 
 class NoCheckpoint:
-    """Keeps nothing."""
+    """Saves nothing."""
 
     def load(self) -> State | None:
         return None
@@ -33,9 +33,13 @@ class NoCheckpoint:
         pass
 
 
+def ignore(done: int, total: int) -> None:
+    """A `Count` that does nothing."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """An outer step that was taken: its number, the objective per query, labels it changed."""
+    """A completed outer step: its number, the objective per query, labels that it changed."""
 
     number: int
     objective: float
@@ -50,9 +54,9 @@ class Progress:
     Parameters
     ----------
     rows, all_rows : int
-        Rows of features read, and that will be read, over all passes; fewer if `tol` ends it.
+        Rows of features read so far and in all, over all passes; `tol` may end a fit earlier.
     steps, all_steps : int
-        Outer steps taken, and in all, over all values of gamma that are tried.
+        Outer steps taken and in all, over all values of gamma that are tried.
     objective : float, optional
         L per query after the last step.
     changed : int, optional
@@ -67,38 +71,40 @@ class Progress:
     changed: int | None = None
 
 
-class Meter:
+class FitProgress:
     """
-    Counts the rows and steps of a fit, in any thread, and tells of both.
+    Counts the rows and steps of a fit, from any thread, and reports both.
 
     Parameters
     ----------
     n_rows : int
-    first : int
-        Passes over the rows before the first step; each step takes two, and so does the end.
+        N.
+    passes : int
+        Passes over the rows before the first step; every step takes two more, and so does the end.
     steps, runs : int
-        Of a run, and their number.
-    tell : callable
+        Outer steps of a run, and runs: the values of gamma that are tried.
+    report : callable
+        Receives a `Progress`.
     """
 
     def __init__(
-        self, n_rows: int, first: int, steps: int, runs: int, tell: Callable[[Progress], None]
+        self, n_rows: int, passes: int, steps: int, runs: int, report: Callable[[Progress], None]
     ) -> None:
-        self._n_rows, self._first, self._steps = n_rows, first, steps
-        self._passes = first + 2 * (steps + 1)  # of a run
+        self._n_rows, self._first, self._steps = n_rows, passes, steps
+        self._passes = passes + 2 * (steps + 1)  # of a run
         self._state = Progress(0, runs * self._passes * n_rows, 0, runs * steps)
-        self._limit, self._tell, self._lock = 0, tell, threading.Lock()
+        self._limit, self._report, self._lock = 0, report, threading.Lock()
 
     def rows(self, number: int) -> None:
-        """Rows were read."""
+        """Count rows that were read."""
         with self._lock:
-            # Some are read once more: the next step is not there before it is there.
+            # A pass may read a row twice; the count stays below the next step's.
             rows = min(self._state.rows + number, self._limit)
             self._state = replace(self._state, rows=rows)
-            self._tell(self._state)
+            self._report(self._state)
 
     def run(self, number: int) -> Callable[[Step], None]:
-        """A run begins; what to call after each of its steps."""
+        """Start the run of that number; returns what to call after each of its steps."""
         before = number * self._passes + self._first
         self._limit = (before + 2) * self._n_rows
 
@@ -113,6 +119,6 @@ class Meter:
                     objective=taken.objective,
                     changed=taken.changed,
                 )
-                self._tell(self._state)
+                self._report(self._state)
 
         return step

@@ -1,5 +1,53 @@
 """The one exception that a user's input can cause."""
 
+from __future__ import annotations
+
+import errno
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+REASON_CHARACTERS = 200  # of another library's message, which can hold a whole file
+
 
 class InputError(ValueError):
     """Bad input, described in one line: what, where (file or row) and the remedy."""
+
+
+@contextmanager
+def reading(
+    path: str | Path,
+    failure: str = "damaged or truncated",
+    remedy: str = "write or copy it again",
+) -> Iterator[None]:
+    """
+    Turn any error of reading or parsing the file `path` into one line.
+
+    Libraries raise anything on a damaged file, from `AssertionError` to `MemoryError`, so that
+    the block should hold nothing but the calls that read.
+
+    Raises
+    ------
+    InputError
+        "`path`: `failure` (reason); `remedy`", or that the file is missing, cannot be read, or
+        holds pickled Python objects. An `InputError` of the block passes as it is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except Exception as error:
+        # EINVAL is a seek to an offset that a damaged file gave.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        reason = " ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__
+        refused = isinstance(error, ValueError) and ("pickle" in reason or "objects" in reason)
+        if refused or isinstance(error, pickle.UnpicklingError):
+            raise InputError(
+                f"{path}: damaged, or holds pickled Python objects, which are never loaded; "
+                "write it again, with nothing but numbers and fixed-width strings"
+            ) from error
+        raise InputError(f"{path}: {failure} ({reason}); {remedy}") from error

@@ -1,35 +1,31 @@
-"""TransCLIP as a scikit-learn style estimator."""
+"""TransCLIP as a scikit-learn estimator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from transclip_fast.callbacks import Checkpoint, Meter, Progress
-from transclip_fast.data.checks import as_unit_rows, unread_matrix
+from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
+from transclip_fast.data.checks import as_labels, as_unit_rows
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.device import exact_float32, resolve_device
+from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
-from transclip_fast.ops import BACKENDS, choose_backend
-from transclip_fast.solver.layout import choose_layout, parse_memory
-from transclip_fast.solver.loop import Solution, predict, reads, solve
-from transclip_fast.solver.parameters import Parameters, check_number, check_weight
-from transclip_fast.solver.prior import LinearPrior, Prior
-from transclip_fast.solver.problem import make_priors, make_support, make_validation, size_of
-from transclip_fast.solver.truncation import FORMS, choose_truncation, losses, sample_ids
-from transclip_fast.types import NeighborGraph, Truncation
+from transclip_fast.progress_bar import progress_bar, shown_on
+from transclip_fast.solver.loop import passes_before, predict, solve
+from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
+from transclip_fast.solver.problem import Inputs, Problem, Settings
+from transclip_fast.solver.state import Solution
+from transclip_fast.solver.truncation import losses
+from transclip_fast.types import NeighborGraph
 
-GAMMAS = (0.002, 0.01, 0.02, 0.2)
-CHOICES: dict[str, tuple[object, ...]] = {
-    "assignments": FORMS,
-    "precision": ("float32", "float16"),
-    "backend": BACKENDS,
-}
+GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,34 +34,57 @@ class TransCLIP(Parameters):
     Transductive classification of the features of a CLIP-like model.
 
     All queries are classified jointly: a Gaussian mixture over the image features, messages
-    between nearest neighbours, and a KL term that ties the assignments to the text prediction.
+    between nearest neighbours, and a KL term that ties the assignments to the text prediction. The
+    defaults reproduce the published results.
 
     Parameters
     ----------
+    n_neighbors : int
+        k, neighbours of each query in the graph.
+    max_iter : int
+        Outer steps: assignments, means, variance. One last update of z follows them.
+    inner_iter : int
+        Sweeps over the assignments in each step.
+    tol : float
+        Stop when a step changes the objective by less than `tol` per query; 0 takes every step.
+    logit_scale : float
+        tau, the temperature of the text prediction.
+    kl_weight : float, optional
+        lambda, the tie to the prior; by default 1 zero-shot and 0.5 few-shot.
+    likelihood_weight : float
+        Weight of the mixture term.
+    unit_means, update_means, update_variance : bool
+        Keep the means on the unit sphere; update them at all; update the variance.
+    covariance : {"diagonal", "isotropic"}
+        Shape of the covariance that all classes share.
+    graph_mode : {"symmetric", "directed"}
+        Messages through (W + W^T) / 2k, or through W / k.
+    clamp_similarity : bool
+        Edge weights are max(0, cosine).
     gamma : float, optional
-        Few-shot only: weight of the labelled rows. Where it is not given, the best of 0.002,
-        0.01, 0.02 and 0.2 on a validation set.
+        Few-shot only: weight of the labelled rows; by default the best of 0.002, 0.01, 0.02 and
+        0.2 on a validation set.
     device : str
         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
         Keep z whole, or of each row only the largest entries: memory and time of a sweep then do
-        not grow with K. "auto" is dense for small problems, and on a GPU for few classes.
+        not grow with K. "auto" takes the faster one that fits into memory.
     candidates : int, optional
-        Sparse only: classes of a row that messages can reach. Where it is not given, what a
-        sample of the prior needs and memory allows.
+        Sparse only: classes of a row that messages can reach; by default as many as a sample of
+        the prior needs and memory allows.
     rank : int, optional
-        Sparse only: entries of z that a row keeps; as many as candidates where not given.
-        With both at K nothing is left out.
-    backend : {"auto", "torch", "triton", "numba"}
-        Who computes; triton does on a GPU, numba does sparse assignments on a CPU.
+        Sparse only: entries of z that a row keeps; by default as many as candidates. With both at
+        K nothing is left out.
     precision : {"float32", "float16"}
         Of the features in products; sums are float32 and more. float16 needs backend triton.
     memory : str or int, optional
-        How much may be used, "8GiB" or a number of bytes: by the process, and on a GPU by what
-        is there. It decides whether features are held on the device or read in every pass, and
-        how many candidates there are at most; what is free, where not given.
-    **
-        All other parameters are those of `transclip_fast.solver.parameters.Parameters`.
+        Memory that may be used, "8GiB" or a number of bytes: by the process, and on a GPU by what
+        is on it; by default what is free. It decides whether features are held on the device or
+        read in every pass, and how many candidates there are at most.
+    backend : {"auto", "torch", "triton", "numba"}
+        Implementation: triton on a GPU, numba for sparse assignments on a CPU, torch for the rest.
+    verbose : bool
+        Show a progress bar, in a terminal or a notebook.
 
     Attributes
     ----------
@@ -73,13 +92,15 @@ class TransCLIP(Parameters):
         Label of each query.
     label_distributions_ : ndarray or scipy.sparse.csr_array (N, K) float32
         Assignments z; in CSR when sparse, rows then sum to 1 less what was dropped.
+    classes_ : ndarray (K,) int64
+        0 .. K - 1, the labels: positions in the list of classes.
+    n_features_in_ : int
+        d.
     truncation_ : dict or None
         Of a sparse fit: `candidates`, `rank` and `floor`; `mean_dropped`, the mean mass of z that
         was left out, and `tail_mass`, the largest mass of a row outside its candidates;
         `largest_bound` and `mean_bound`, over the rows, of the mass that the last sweep misplaced
         because messages reached classes that are no candidates.
-    backend_ : str
-        Who computed.
     means_ : ndarray (K, d) float32
     variances_ : ndarray (d,) float32
     n_iter_ : int
@@ -92,34 +113,45 @@ class TransCLIP(Parameters):
         The lambda used.
     device_ : torch.device
         The device used.
+    backend_ : str
+        The backend used.
     layout_ : transclip_fast.solver.layout.Layout
         What was held in memory.
     graph_ : NeighborGraph
         The graph used.
     zero_shot_labels_ : ndarray (N,) int64
     zero_shot_confidences_ : ndarray (N,) float32
-        What the text features alone predict; without text features, what the prior does.
+        Prediction of the text features alone; without text features, that of the prior.
 
     References
     ----------
     Zanella, Gerin, Ben Ayed. Boosting Vision-Language Models with Transduction. NeurIPS 2024.
-    """
 
-    gamma: float | None = None
-    device: str = "auto"
-    assignments: str = "auto"
-    candidates: int | None = None
-    rank: int | None = None
-    precision: str = "float32"
-    memory: str | int | None = None
-    backend: str = "auto"
+    Examples
+    --------
+    Two classes, images around either text:
+
+    >>> import numpy as np
+    >>> from transclip_fast import TransCLIP
+    >>> texts = np.eye(2, 16)
+    >>> images = texts[[0, 0, 0, 1, 1, 1]] + 0.1 * np.random.default_rng(0).normal(size=(6, 16))
+    >>> images /= np.linalg.norm(images, axis=1, keepdims=True)
+    >>> model = TransCLIP(device="cpu").fit(images, text_features=texts)
+    >>> model.transduction_
+    array([0, 0, 0, 1, 1, 1])
+    >>> model.label_distributions_.shape
+    (6, 2)
+    >>> model.predict(images[:2])
+    array([0, 0])
+    """
 
     @exact_float32()
     def fit(
         self,
         X: Any,
-        text_features: Any = None,
+        y: Any = None,
         *,
+        text_features: Any = None,
         prior: Any = None,
         prior_logits: Any = None,
         prototypes: Any = None,
@@ -127,7 +159,7 @@ class TransCLIP(Parameters):
         support_labels: Any = None,
         validation_features: Any = None,
         validation_labels: Any = None,
-        graph: NeighborGraph | Callable[[Rows], NeighborGraph] | None = None,
+        graph: GraphSource = None,
         progress: Callable[[Progress], None] | None = None,
         checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None = None,
     ) -> TransCLIP:
@@ -139,6 +171,9 @@ class TransCLIP(Parameters):
         X : array_like (N, d)
             Image features of the queries; rows off the unit sphere are normalised. A
             `numpy.memmap` or `transclip_fast.data.npy_shards.StoredRows` may be larger than memory.
+        y : array_like (N,), optional
+            Ignored: scikit-learn passes the labels that its scores need. A (K, d) array here is
+            taken as `text_features`.
         text_features : array_like (K, d), optional
             Text embedding of each class: the prior, unless another is given; then only the
             zero-shot attributes come from it.
@@ -155,156 +190,93 @@ class TransCLIP(Parameters):
             Labelled rows that choose gamma where it is not given: the value is taken with which
             most of them have the label of their most similar query, the first of equal ones.
         graph : NeighborGraph or callable, optional
-            Neighbour lists of X, or what makes them from its unit rows, a
-            `transclip_fast.data.feature_rows.Rows`; `build_graph` where not given.
+            Neighbour lists of X, or a function that makes them from its unit rows, a
+            `transclip_fast.data.feature_rows.Rows`; by default `build_graph`.
         progress : callable, optional
             Called with a `transclip_fast.callbacks.Progress` after every block of rows that is
             read, from any thread, and after every outer step.
         checkpoint : callable, optional
-            Makes the `transclip_fast.callbacks.Checkpoint` that keeps a run's state after its
-            outer steps, from a name and from what the fit has decided.
+            Returns a `transclip_fast.callbacks.Checkpoint` for a run, from its name and from all
+            that its result depends on beside the arrays.
 
         Raises
         ------
         InputError
-            Input that cannot be used: which, where, and what to do.
+            Input that cannot be used: which, where, and the remedy.
         """
-        self.check()
-        device = self.device_ = resolve_device(self.device)
-        matrix = unread_matrix(X, "X")
-        prior_, zero_shot = make_priors(
-            (matrix.shape[0], matrix.shape[1]),
-            device,
-            self.logit_scale,
-            text_features=text_features,
+        if text_features is None and _ndim(y) == 2:
+            text_features = y
+        problem = Problem.check(
+            X,
+            text_features,
+            logit_scale=self.logit_scale,
             prior=prior,
             prior_logits=prior_logits,
             prototypes=prototypes,
+            support_features=support_features,
+            support_labels=support_labels,
+            validation_features=validation_features,
+            validation_labels=validation_labels,
         )
-        tried = GAMMAS if self.gamma is None else (self.gamma,)
-        gammas: Sequence[float] = (0.0,) if support_features is None else tried
-        linear = isinstance(prior_, LinearPrior)
-        self.layout_ = choose_layout(
-            size_of(X, prior_.n_classes, self, device, linear=linear, runs=len(gammas)),
-            device,
-            form=self.form(),
-            candidates=self.candidates,
-            memory=parse_memory(self.memory),
-        )
-        features = Rows(matrix, "X", device, held=self.layout_.held)
-        support = make_support(features, prior_, support_features, support_labels, self)
-        validation = make_validation(features, prior_, validation_features, validation_labels)
-        if support is not None and self.gamma is None and validation is None:
-            raise InputError(
-                "few-shot needs gamma, or validation_features and validation_labels to choose it"
-            )
-        self.kl_weight_ = (0.5 if support else 1.0) if self.kl_weight is None else self.kl_weight
-        truncation = self._truncation(features, prior_)
-        anchors = text_features if prototypes is None else prototypes
-        self.graph_ = self._graph(graph, features, anchors)
+        settings = Settings.resolve(self, problem)
+        return self.fit_problem(problem, settings, graph, progress=progress, checkpoint=checkpoint)
 
-        meter = None
-        if progress is not None:
-            meter = Meter(len(features), reads(prior_), self.max_iter, len(gammas), progress)
-            features.on_read = meter.rows
-        factors = features if self.precision == "float32" else features.half()
-
-        def run(position: int) -> Solution:
-            return solve(
-                factors,
-                prior_,
-                self.graph_,
-                self,
-                kl_weight=self.kl_weight_,
-                support=support,
-                gamma=gammas[position],
-                truncation=truncation,
-                backend=self.backend_,
-                progress=meter.run(position) if meter else None,
-                checkpoint=checkpoint
-                and checkpoint(f"solve-{position}", self._identity(gammas[position], truncation)),
-            )
-
-        runs = ((gamma, run(position)) for position, gamma in enumerate(gammas))
-        gamma, solution = _most_accurate(runs, validation)
-        features.on_read = None
-        self.gamma_ = gamma if support else None
-        self._keep(solution, prior_, zero_shot)
-        self.truncation_ = truncation and losses(
-            truncation, solution.assignments, solution.tail_mass
-        )
-        if zero_shot is not prior_:
-            self.zero_shot_labels_, self.zero_shot_confidences_ = zero_shot.predict(features)
-        return self
-
-    def _truncation(self, features: Rows, prior: Prior) -> Truncation | None:
-        """What is kept of a row, and with it who computes."""
-        ids = sample_ids(len(features), features.device)
-        truncation = choose_truncation(
-            prior.at(ids, features[ids]),
-            len(features),
-            kl_weight=self.kl_weight_,
-            most=self.layout_.candidates,
-            candidates=self.candidates,
-            rank=self.rank,
-        )
-        self.backend_ = choose_backend(self.backend, features.device, truncation)
-        if self.precision == "float16" and self.backend_ != "triton":
-            raise InputError(
-                f"precision='float16' is for backend='triton', here {self.backend_} computes; "
-                "leave precision out"
-            )
-        return truncation
-
-    def _graph(
+    @exact_float32()
+    def fit_problem(
         self,
-        graph: NeighborGraph | Callable[[Rows], NeighborGraph] | None,
-        features: Rows,
-        anchors: Any,
-    ) -> NeighborGraph:
+        problem: Problem,
+        settings: Settings,
+        graph: GraphSource = None,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None = None,
+    ) -> TransCLIP:
+        """`fit`, with its arrays checked and its settings resolved."""
+        inputs, gammas = problem.load(settings), problem.gammas(settings.parameters)
+        graph = self._graph(graph, inputs.features, problem.anchors)
+        with progress_bar("solve", "rows") if self.verbose else nullcontext() as show:
+            report = progress if show is None else shown_on(show, progress)
+            solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
+            solution = _best_on_validation(solutions, inputs.validation)
+        return self._keep(solution, inputs, settings, graph)
+
+    def _graph(self, graph: GraphSource, features: Rows, anchors: Any) -> NeighborGraph:
         if graph is None:
-            graph = build_graph(features, self.n_neighbors, anchors=anchors, device=features.device)
+            device = features.device
+            graph = build_graph(features, self.n_neighbors, anchors=anchors, device=device)
         elif not isinstance(graph, NeighborGraph):
             if not callable(graph):
                 raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
             graph = graph(features)
         return graph.check(len(features), self.n_neighbors)
 
-    def form(self) -> str:
-        """Of the assignments, as far as the parameters decide it."""
-        if self.assignments != "auto":
-            return self.assignments
-        compiled = self.backend in ("numba", "triton") or self.precision == "float16"
-        only_sparse = compiled or self.candidates or self.rank
-        return "sparse" if only_sparse else "auto"
-
-    def _identity(self, gamma: float, truncation: Truncation | None) -> dict[str, Any]:
-        """What the result of a run depends on beside the arrays given to `fit`."""
-        parameters = asdict(self)
-        del parameters["memory"]
-        return parameters | {
-            "kl_weight": self.kl_weight_,
-            "gamma": gamma,
-            "truncation": truncation and asdict(truncation),
-            "backend": self.backend_,
-            "device": self.device_.type,
-            "graph_sha256": self.graph_.sha256(),
-        }
-
-    def _keep(self, solution: Solution, prior: Prior, zero_shot: Prior) -> None:
-        """Set the attributes, and what `predict_proba` and `tensors` need of the fit."""
-        self._mixture = solution.mixture
-        # A given prior (N, K) is of these rows only.
-        self._prior = prior if isinstance(prior, LinearPrior) else None
-        self._zero_shot = zero_shot if isinstance(zero_shot, LinearPrior) else None
-        self.zero_shot_labels_ = solution.prior_labels.cpu().numpy()
-        self.zero_shot_confidences_ = solution.prior_confidences.cpu().numpy()
-        self.label_distributions_ = solution.assignments.numpy()
-        self.transduction_ = solution.assignments.best()[0].cpu().numpy()
-        self.means_ = solution.mixture.means.float().cpu().numpy()
-        self.variances_ = solution.mixture.variances.float().cpu().numpy()
-        self.n_iter_ = solution.n_iter
-        self.objective_ = np.array(solution.objective)
+    def _keep(
+        self, solution: Solution, inputs: Inputs, settings: Settings, graph: NeighborGraph
+    ) -> TransCLIP:
+        """Set the fitted attributes."""
+        z, self._mixture = solution.assignments, solution.mixture
+        # A prior given row by row is of these rows only.
+        self._prior = inputs.prior if isinstance(inputs.prior, LinearPrior) else None
+        self._zero_shot = inputs.zero_shot if isinstance(inputs.zero_shot, LinearPrior) else None
+        self.label_distributions_ = z.numpy()
+        self.transduction_ = z.best()[0].cpu().numpy()
+        self.truncation_ = settings.truncation and losses(
+            settings.truncation, z, solution.tail_mass
+        )
+        self.means_ = self._mixture.means.float().cpu().numpy()
+        self.variances_ = self._mixture.variances.float().cpu().numpy()
+        self.n_iter_, self.objective_ = solution.n_iter, np.array(solution.objective)
+        self.classes_, self.n_features_in_ = np.arange(z.n_classes), self.means_.shape[1]
+        self.gamma_ = None if inputs.support is None else solution.gamma
+        self.kl_weight_, self.layout_ = settings.kl_weight, settings.layout
+        self.device_, self.backend_, self.graph_ = settings.device, settings.backend, graph
+        if inputs.zero_shot is inputs.prior:
+            self.zero_shot_labels_ = solution.prior_labels.cpu().numpy()
+            self.zero_shot_confidences_ = solution.prior_confidences.cpu().numpy()
+        else:
+            predicted = inputs.zero_shot.predict(inputs.features)
+            self.zero_shot_labels_, self.zero_shot_confidences_ = predicted
+        return self
 
     @exact_float32()
     def predict_proba(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
@@ -324,12 +296,11 @@ class TransCLIP(Parameters):
         Raises
         ------
         InputError
-            As `fit`; a prior that is missing, or given where the fit was linear.
+            As `fit`; a prior that is missing, or given where the fit was linear; no fit yet.
         """
         if not hasattr(self, "_mixture"):
             raise InputError("predict_proba: call fit first")
         device, (n_classes, d) = self._mixture.means.device, self._mixture.means.shape
-        features = as_unit_rows(X, "X", columns=d).to(device)
         given = prior is not None or prior_logits is not None
         if given == (self._prior is not None):
             raise InputError(
@@ -337,26 +308,30 @@ class TransCLIP(Parameters):
                 if given
                 else "predict_proba: the fit was given a prior; give prior or prior_logits again"
             )
-        new_prior = (
-            self._prior
-            or make_priors(
-                (len(features), d),
-                device,
-                self.logit_scale,
-                prior=prior,
-                prior_logits=prior_logits,
-            )[0]
-        )
+        features = as_unit_rows(X, "X", columns=d).to(device)
+        new_prior: Prior | None = self._prior
+        if new_prior is None:
+            new_prior = given_prior(prior, prior_logits, rows=len(features)).to(device)
         if new_prior.n_classes != n_classes:
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
-        z = predict(
-            features,
-            self._mixture,
-            new_prior,
-            likelihood_weight=self.likelihood_weight,
-            kl_weight=self.kl_weight_,
-        )
+        weights = {"likelihood_weight": self.likelihood_weight, "kl_weight": self.kl_weight_}
+        z = predict(features, self._mixture, new_prior, **weights)
         return z.cpu().numpy()
+
+    def predict(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
+        """Most likely class (N,) int64 of new rows: see `predict_proba`."""
+        labels: np.ndarray = self.predict_proba(X, prior=prior, prior_logits=prior_logits).argmax(1)
+        return labels
+
+    def fit_predict(self, X: Any, y: Any = None, **arrays: Any) -> np.ndarray:
+        """Labels (N,) int64 of the rows of X, solved jointly: `fit(X, ...).transduction_`."""
+        return self.fit(X, y, **arrays).transduction_
+
+    def score(self, X: Any, y: Any) -> float:
+        """Share of new rows (N, d) whose predicted class is y (N,), between 0 and 1."""
+        predicted = self.predict(X)
+        labels = as_labels(y, "y", rows=len(predicted), n_classes=len(self.classes_))
+        return float((predicted == labels.numpy()).mean())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """
@@ -373,36 +348,73 @@ class TransCLIP(Parameters):
             found["zero_shot_weights"] = self._zero_shot.weights
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
-    def check(self) -> None:
-        """Raise InputError for a parameter outside its range."""
-        super().check()
-        parse_memory(self.memory)
-        if self.gamma is not None:
-            check_weight("gamma", self.gamma)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(
-                    f"{name}={getattr(self, name)!r} is not available in this version; "
-                    f"choose {' or '.join(map(repr, allowed))}"
-                )
-        for name in ("candidates", "rank"):
-            value = getattr(self, name)
-            if value is not None:
-                check_number(name, value, 1)
-                if self.assignments == "dense":
-                    raise InputError(f"{name}: dense assignments keep every class; leave it out")
+    # The interface of scikit-learn, which is not a dependency.
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Parameters by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def set_params(self, **params: Any) -> TransCLIP:
+        """Set parameters by name."""
+        known = self.get_params()
+        for name, value in params.items():
+            if name not in known:
+                raise ValueError(f"TransCLIP has no parameter {name!r}; it has {', '.join(known)}")
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=False),
+            classifier_tags=ClassifierTags(),
+            input_tags=InputTags(),
+        )
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_mixture")
 
 
-def _most_accurate(
-    runs: Iterable[tuple[float, Solution]], validation: tuple[np.ndarray, np.ndarray] | None
-) -> tuple[float, Solution]:
-    """The first of the runs that label the validation rows' most similar queries best."""
+def _ndim(array: Any) -> int:
+    """Number of dimensions of an array, a tensor on any device, nested lists or None."""
+    return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
 
-    def accuracy(run: tuple[float, Solution]) -> float:
+
+def _solutions(
+    inputs: Inputs,
+    graph: NeighborGraph,
+    settings: Settings,
+    gammas: Sequence[float],
+    report: Callable[[Progress], None] | None,
+    checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None,
+) -> Iterator[Solution]:
+    """Solve with each gamma in turn."""
+    parameters, features, meter = settings.parameters, inputs.features, None
+    if report is not None:
+        passes, steps = passes_before(inputs.prior), parameters.max_iter
+        meter = FitProgress(len(features), passes, steps, len(gammas), report)
+        features.on_read = meter.rows
+    if parameters.precision == "float16":
+        inputs = replace(inputs, features=features.half())
+    for run, gamma in enumerate(gammas):
+        saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, graph))
+        step = None if meter is None else meter.run(run)
+        yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
+    features.on_read = None
+
+
+def _best_on_validation(
+    solutions: Iterable[Solution], validation: tuple[np.ndarray, np.ndarray] | None
+) -> Solution:
+    """The first solution that labels the validation rows' most similar queries best."""
+
+    def right(solution: Solution) -> float:
         if validation is None:
             return 0.0
         queries, labels = validation
-        predicted = run[1].assignments.best()[0].cpu().numpy()
+        predicted = solution.assignments.best()[0].cpu().numpy()
         return float((predicted[queries] == labels).mean())
 
-    return max(runs, key=accuracy)
+    return max(solutions, key=right)

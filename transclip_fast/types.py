@@ -39,6 +39,15 @@ class NeighborGraph:
         Inner products with the neighbours.
     info : mapping
         How the lists were made: at least `method` and `recall`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from transclip_fast import NeighborGraph
+    >>> similarities = np.array([[0.9], [0.9], [0.8]], np.float32)
+    >>> graph = NeighborGraph(np.array([[1], [0], [1]]), similarities)
+    >>> len(graph), graph.n_neighbors
+    (3, 1)
     """
 
     neighbors: np.ndarray

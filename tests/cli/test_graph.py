@@ -9,8 +9,8 @@ import pytest
 
 from tests.cli.test_solve import read
 from transclip_fast.cli import graph as graph_command
+from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.checkpoint import FileCheckpoint
-from transclip_fast.store.features import array_sha256
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def test_equals_the_estimator(solved, new, arrays, succeeds, tmp_path):
     np.save(tmp_path / "labels.npy", labels)
     out = succeeds("predict", solved, file, "--out", tmp_path / "more", "--labels",
                    tmp_path / "labels.npy", "--json")  # fmt: skip
-    model = TransCLIP().fit(arrays["image_features"], arrays["text_features"])
+    model = TransCLIP().fit(arrays["image_features"], text_features=arrays["text_features"])
     expected = model.predict_proba(rows)
     table = pq.read_table(tmp_path / "more" / "predictions.parquet")
     run = json.loads((tmp_path / "more" / "run.json").read_text())
@@ -52,7 +52,9 @@ def test_after_a_prior_fit(kind, new, arrays, save, succeeds, refused, tmp_path)
     assert "give one of --prior and --prior-logits" in message
     succeeds("predict", tmp_path / "result", file, "--out", tmp_path / "more", option,
              tmp_path / "given.npy")  # fmt: skip
-    model = TransCLIP().fit(arrays["image_features"], arrays["text_features"], **{kind: known})
+    model = TransCLIP().fit(
+        arrays["image_features"], text_features=arrays["text_features"], **{kind: known}
+    )
     table = pq.read_table(tmp_path / "more" / "predictions.parquet")
     expected = model.predict_proba(rows, **{kind: given})
     np.testing.assert_array_equal(table["confidence"], expected.max(1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transclip_fast import TransCLIP
-from transclip_fast.store import linear_maps as linear_map
+from transclip_fast.store.linear_maps import linear_map
 
 
 def confidences(folder):
@@ -93,7 +93,7 @@ def test_caches(caches, cli, succeeds, refused, tmp_path):
     out = succeeds("solve", caches, "--shots", 2, "--out", tmp_path / "a")
     model = TransCLIP().fit(
         loaded("test_f.pt"),
-        loaded("text_weights_template.pt").T,
+        text_features=loaded("text_weights_template.pt").T,
         support_features=loaded("keys_2shots.pt").T,
         support_labels=loaded("values_2shots.pt").argmax(1),
         validation_features=loaded("val_f.pt"),
@@ -123,7 +123,7 @@ def test_maps(arrays, save, succeeds, refused, tmp_path):
     file = save(arrays)
     succeeds("solve", file, *options, "--out", tmp_path / "a")
     rows = linear_map(arrays["image_features"], maps["image"])
-    model = TransCLIP().fit(rows, linear_map(arrays["text_features"], maps["text"]))
+    model = TransCLIP().fit(rows, text_features=linear_map(arrays["text_features"], maps["text"]))
     np.testing.assert_array_equal(confidences(tmp_path / "a"), model.label_distributions_.max(1))
     assert run_of(tmp_path / "a")["maps"].keys() == {"text_map", "image_map"}
     # New rows go through the same map, or are refused.
@@ -149,15 +149,3 @@ def test_maps_that_are_none(arrays, save, refused, tmp_path):
     np.save(tmp_path / "map.npy", np.eye(5))
     message = refused(*given, tmp_path / "map.npy")
     assert "map.npy: has 5 columns, expected 33, those of" in message
-
-
-def test_published_support_rows(arrays, problem, save, succeeds, tmp_path):
-    shots, _, classes = problem(n=20)
-    arrays |= {"support_features": shots, "support_labels": classes}
-    given = ("--gamma", 0.02, "--out", tmp_path / "a", "--published-support-rows")
-    succeeds("solve", save(arrays), *given)
-    arrays.pop("labels")
-    model = TransCLIP(gamma=0.02, published_support_rows=True)
-    model.fit(arrays.pop("image_features"), **arrays)
-    np.testing.assert_array_equal(confidences(tmp_path / "a"), model.label_distributions_.max(1))
-    assert run_of(tmp_path / "a")["config"]["published_support_rows"] is True

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.cli.conftest import contents
-from transclip_fast.cli import solve as solve_command
-from transclip_fast.solver.loop import _Run
+from transclip_fast.cli import solution
+from transclip_fast.solver import loop
 
 
 @pytest.fixture(autouse=True)
 def after_every_step(monkeypatch):
-    monkeypatch.setattr(solve_command, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(solution, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def few_shot(arrays):
 @pytest.fixture
 def steps(monkeypatch):
     """The outer steps and ends that are computed from now on, as a list that grows."""
-    taken, update = [], _Run.update_assignments
+    taken, update = [], loop.update_assignments
 
-    def counted(self):
+    def counted(state):
         taken.append(1)
-        update(self)
+        update(state)
 
-    monkeypatch.setattr(_Run, "update_assignments", counted)
+    monkeypatch.setattr(loop, "update_assignments", counted)
     return taken
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from transclip_fast import TransCLIP, demo
 from transclip_fast.cli import train_head
-from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.session import Stages
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.heads import clip_adapter, fit_head

@@ -11,11 +11,10 @@ from transclip_fast import InputError
 from transclip_fast.data import checks as inputs
 from transclip_fast.data.checks import (
     as_labels,
-    as_log_probabilities,
-    as_logits,
     as_matrix,
     as_unit_rows,
 )
+from transclip_fast.data.priors import as_log_probabilities, as_logits
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.data import feature_rows as rows
-from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.data.checks import as_unit_rows, unit_sample, unread_matrix
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.ops import blocks as blocks_
@@ -82,7 +82,7 @@ def test_files_that_change_meanwhile(stored, tmp_path):
             found[ids]
     assert len(found[:40]) == 40
     file.unlink()
-    with pytest.raises(InputError, match=r"1\.npy: cannot be read"):
+    with pytest.raises(InputError, match=r"1\.npy: no such file"):
         found[30:50]
 
 
@@ -129,6 +129,21 @@ def test_rows_are_unit_rows(dtype, held, off, stored, tmp_path, monkeypatch):
         assert torch.equal(torch.cat([found[block] for block in found.blocks()]), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("ids", [[5], [70, 5, 0, 76, 5, 30, 31], range(77)])
+@pytest.mark.filterwarnings("ignore:.*were not unit vectors")
+def test_a_sample_has_the_bits_of_rows(ids, dtype, stored, tmp_path):
+    array = features(dtype=dtype)
+    array[[5, 70]] *= np.array([[3], [1e-3]], dtype)
+    array[30] *= 1 + 1.5e-3  # less than the tolerance
+    chosen = torch.tensor(ids)
+    given = sources(array, stored, tmp_path) | {"columns first": np.asfortranarray(array)}
+    for source in given.values():
+        for held in (True, False):
+            expected = Rows(source, held=held)[chosen]
+            assert torch.equal(unit_sample(unread_matrix(source, "x"), chosen), expected)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -167,7 +182,7 @@ def test_streamed_and_held_give_the_same_bits(
     models = []
     for held in (True, False):
         monkeypatch.setattr(
-            "transclip_fast.estimator.choose_layout",
+            "transclip_fast.solver.problem.choose_layout",
             lambda *_, held=held, **__: Layout(6 if assignments == "sparse" else None, held),
         )
         model = TransCLIP(device="cpu", backend=backend, candidates=None)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.session import Stages
 from transclip_fast.encode import encoder, feed
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts

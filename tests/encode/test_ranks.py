@@ -13,8 +13,8 @@ import torch
 
 from tests.encode.test_encoder import TEXT, contents
 from tests.tiny import tiny_backbone
-from transclip_fast.cli.common import Stages
 from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.session import Stages
 from transclip_fast.encode import encoder
 from transclip_fast.encode.encoder import Throughput, merged
 from transclip_fast.encode.ranks import ALONE, Ranks, joined

@@ -3,9 +3,9 @@
 import pytest
 
 
-@pytest.fixture(params=["8 bits", "float32"])
+@pytest.fixture(params=["int8", "float32"])
 def products(request, monkeypatch):
-    in_bytes = request.param == "8 bits"
-    monkeypatch.setattr("transclip_fast.graph.compare.multiplies_bytes", lambda dim: in_bytes)
-    monkeypatch.setattr("transclip_fast.graph.compare.WORTH", 0)
-    monkeypatch.setattr("transclip_fast.graph.compare.MANY", 1)
+    int8 = request.param == "int8"
+    monkeypatch.setattr("transclip_fast.graph.exact.multiplies_bytes", lambda dim: int8)
+    monkeypatch.setattr("transclip_fast.graph.exact.INT8_PRODUCTS", 0)
+    monkeypatch.setattr("transclip_fast.graph.exact.INT8_BLOCK_PRODUCTS", 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.conftest import unit
 from tests.graph.test_exact import brute_force
 from transclip_fast import InputError
-from transclip_fast.graph import build, exact, probing, recall
+from transclip_fast.graph import build, exact, search
 from transclip_fast.graph.build import build_graph
 
 METHODS = ("exact", "ivf", "anchored")
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("products")
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setitem(exact.TILE, "cpu", 64)
-    monkeypatch.setattr(probing, "CELLS", 512)
+    monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
+    monkeypatch.setattr(search, "BLOCK_PRODUCTS", 512)
 
 
 def clustered(n, k, d=16, noise=0.5, seed=0):
@@ -71,7 +71,7 @@ def test_more_recall_takes_more_probes():
 
 
 def test_a_sample_of_the_rows(monkeypatch):
-    monkeypatch.setattr(recall, "SAMPLE", 200)
+    monkeypatch.setattr(build, "RECALL_SAMPLE_ROWS", 200)
     features, _ = clustered(900, 40)
     graph = build_graph(features, 3, method="ivf", recall=0.95)
     assert graph.info["recall_rows"] == 200

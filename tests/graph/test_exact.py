@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("products")
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Blocks that do not divide the number of rows."""
-    monkeypatch.setitem(exact.TILE, "cpu", 64)
+    monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
 
 
 def brute_force(rows, queries, k, same=True):

@@ -12,10 +12,9 @@ from transclip_fast.solver.layout import (
     choose_layout,
     parse_memory,
     show_bytes,
-    sweep_bytes,
 )
 from transclip_fast.solver.parameters import Parameters
-from transclip_fast.solver.problem import size_of
+from transclip_fast.solver.problem import Problem
 
 CPU = torch.device("cpu")
 MILLION = Size(1_000_000, 1000, 512)
@@ -23,7 +22,7 @@ MILLION = Size(1_000_000, 1000, 512)
 
 @pytest.fixture(autouse=True)
 def _one_gibibyte_used(monkeypatch):
-    monkeypatch.setattr(memory, "PROCESS", 1 << 30)
+    monkeypatch.setattr(memory, "PROCESS_BYTES", 1 << 30)
 
 
 @pytest.mark.parametrize(
@@ -78,33 +77,28 @@ def test_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("size", "dense"), [(Size(2000, 1000, 512), True), (Size(20000, 1000, 512), False)]
-)
-def test_auto_is_dense_where_that_is_small(size, dense):
-    assert (choose_layout(size, CPU, form="auto").candidates is None) == dense
-
-
-@pytest.mark.parametrize(
     ("n_rows", "n_classes", "memory", "dense"),
     [
-        (2000, 1000, 8, True),  # small
-        (1_000_000, 64, 8, True),  # 2 (4 K) + 6 (4 K) bytes, lists of 32 entries have as many
-        (1_000_000, 65, 8, False),
-        (10_000_000, 64, 14, False),  # more than half of the memory
-        (20_000, 1000, 80, False),
+        (2_500, 500, 8, False),  # half the time of a dense solve
+        (2_500, 101, 8, True),
+        (1_000_000, 19, 8, True),
+        (1_000_000, 128, 8, True),
+        (1_000_000, 129, 8, False),
+        (1_000_000, 128, 2.3, False),  # does not fit
+        (100, 1000, 8, True),  # done before compiled loops are loaded
     ],
 )
-def test_auto_on_a_gpu_counts_bytes(n_rows, n_classes, memory, dense):
+def test_auto_is_dense_where_that_is_faster(n_rows, n_classes, memory, dense):
     size = Size(n_rows, n_classes, 64)
-    found = choose_layout(size, torch.device("cuda"), form="auto", memory=memory << 30)
+    found = choose_layout(size, CPU, form="auto", memory=int(memory * 2**30))
     assert (found.candidates is None) == dense
 
 
-def test_bytes_of_a_sweep():
-    size = Size(10, 100, 64, n_neighbors=3)
-    assert sweep_bytes(size, None) == 400 + 400 + 6 * (12 + 400)
-    assert sweep_bytes(size, 32) == 256 + 256 + 6 * (12 + 256)
-    assert sweep_bytes(size, 200) == sweep_bytes(size, 100)
+@pytest.mark.parametrize(("n_classes", "dense"), [(64, True), (65, False)])
+def test_auto_on_a_gpu(n_classes, dense):
+    size = Size(20_000, n_classes, 64)
+    found = choose_layout(size, torch.device("cuda"), form="auto", memory=8 << 30)
+    assert (found.candidates is None) == dense
 
 
 @pytest.mark.parametrize("limit", [2500, 3000, 4000, 6000, 20000])
@@ -130,9 +124,9 @@ def test_what_else_takes_memory():
 
     plain = total()
     assert total(copied=False) == plain - 4 * 1000 * 32
-    assert total(given=12345) == plain + 12345
+    assert total(input_bytes=12345) == plain + 12345
     assert total(runs=4) == plain + 8 * 64 * 1000
-    assert total(stored=64000) == plain
+    assert total(file_bytes=64000) == plain
 
 
 def test_a_little_less_memory_changes_nothing():
@@ -146,16 +140,26 @@ def test_a_little_less_memory_changes_nothing():
 def test_size_of_what_is_given(tmp_path):
     images = np.ones((30, 8), np.float16)
     np.save(tmp_path / "images.npy", images)
-    parameters = Parameters(n_neighbors=4)
+    parameters, cuda = Parameters(n_neighbors=4, gamma=0.02), torch.device("cuda")
     in_file = np.load(tmp_path / "images.npy", mmap_mode="r")
-    assert size_of(in_file, 5, parameters, CPU) == Size(30, 5, 8, 4, stored=480)
-    assert size_of(images, 5, parameters, CPU) == Size(30, 5, 8, 4, given=480)
+
+    def size_of(X, device=CPU, **arrays):
+        arrays = arrays or {"text_features": np.eye(5, 8)}
+        return Problem.check(X, logit_scale=100.0, **arrays).size(parameters, device)
+
+    assert size_of(in_file) == Size(30, 5, 8, 4, file_bytes=480)
+    assert size_of(images) == Size(30, 5, 8, 4, input_bytes=480)
     aligned = torch.ones(30, 8)
-    assert size_of(aligned, 5, parameters, CPU) == Size(30, 5, 8, 4, given=960, copied=False)
-    assert size_of(aligned[1:], 5, parameters, CPU).copied
-    assert size_of(aligned, 5, parameters, torch.device("cuda")).copied
-    found = size_of(in_file, 5, parameters, CPU, linear=False, runs=4)
-    assert found == Size(30, 5, 8, 4, stored=480, given=16 * 30 * 5, linear=False, runs=4)
+    assert size_of(aligned) == Size(30, 5, 8, 4, input_bytes=960, copied=False)
+    assert size_of(aligned[1:]).copied
+    assert size_of(aligned, cuda).copied
+    found = size_of(in_file, prior_logits=np.zeros((30, 5)))
+    assert found == Size(30, 5, 8, 4, file_bytes=480, input_bytes=16 * 30 * 5, linear=False)
+    parameters.gamma = None
+    shots = {name: np.eye(2, 8) for name in ("support_features", "validation_features")}
+    labels = {name: np.arange(2) for name in ("support_labels", "validation_labels")}
+    found = size_of(in_file, text_features=np.eye(5, 8), **shots, **labels)
+    assert found == Size(30, 5, 8, 4, file_bytes=480, runs=4)
 
 
 def test_memory_of_a_container(monkeypatch, tmp_path):
@@ -177,7 +181,7 @@ def test_a_fit_that_does_not_fit(problem):
 def test_a_fit_in_a_given_amount(problem):
     features, prototypes, _ = problem(n=177)
     free = TransCLIP(device="cpu", candidates=6).fit(features.astype("float16"), prototypes)
-    size = Size(177, 6, 33, given=2 * 177 * 33)
+    size = Size(177, 6, 33, input_bytes=2 * 177 * 33)
     least = size.used(CPU) + sum(Layout(6, held=False).bytes(size, CPU).values())
     tight = TransCLIP(device="cpu", candidates=6, memory=least)
     tight.fit(features.astype("float16"), prototypes)

@@ -11,10 +11,9 @@ from tests import reference
 from tests.agreement import assert_agrees
 from tests.solver.test_loop import GAMMA, few_shot_problem
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.solver import layout as memory
+from transclip_fast.solver import layout
 from transclip_fast.solver import truncation as truncation_module
-from transclip_fast.solver.truncation import choose_truncation, measured
-from transclip_fast.types import Truncation
+from transclip_fast.solver.truncation import choose_truncation, needed_candidates
 
 BACKENDS = ("torch", "numba")
 pytestmark = pytest.mark.filterwarnings("ignore:sparse assignments keep")
@@ -184,23 +183,23 @@ def test_measured_candidates():
         (flat, 10**6, 40, 40),
         (flat[:, :7], 10**6, 128, 7),
     ):
-        found = measured(sample, n_rows, most)
-        assert found == Truncation(expected, expected)
+        assert needed_candidates(sample, n_rows, most) == expected
 
 
 @pytest.mark.parametrize(("kl_weight", "expected"), [(1.0, 32), (0.1, 64), (0.0, 128)])
 def test_candidates_are_measured_on_the_weighted_prior(kl_weight, expected, monkeypatch):
-    monkeypatch.setattr(truncation_module, "SMALL", 1)
+    monkeypatch.setattr(truncation_module, "FREE_LIST_BYTES", 1)
     log_prior = np.log(0.5 ** np.arange(1, 301))[None].repeat(50, 0)
     sample = torch.from_numpy(reference.log_softmax(log_prior)).float()
-    found = choose_truncation(sample, 50, kl_weight=kl_weight, most=128)
+    found = choose_truncation(kl_weight * sample, 50, most=128)
     assert found.candidates == expected
 
 
-def test_auto_is_dense_where_that_is_small(problem, monkeypatch):
+def test_auto_is_dense_where_that_is_faster(problem, monkeypatch):
     features, prototypes, _ = problem()
     assert TransCLIP(device="cpu").fit(features, prototypes).truncation_ is None
-    monkeypatch.setattr(memory, "DENSE_BYTES", 1000)
+    monkeypatch.setattr(layout, "DENSE_ENTRIES", 0)
+    monkeypatch.setitem(layout.DENSE_CLASSES, "cpu", 5)
     model = TransCLIP(device="cpu").fit(features, prototypes)
     assert model.truncation_ is not None
     assert model.backend_ == "numba"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.features import array_sha256, load_features, read_names
+from transclip_fast.store.arrays import array_sha256
+from transclip_fast.store.features import load_features, read_names
 
 ROWS = [2, 1, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1]  # of twelve shards: 10 comes after 9, not after 1
 FEATURES = np.random.default_rng(0).normal(size=(sum(ROWS), 4)).astype(np.float16)

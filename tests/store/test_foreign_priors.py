@@ -13,7 +13,7 @@ from scipy import sparse
 from tests import reference
 from tests.agreement import assert_agrees
 from transclip_fast import InputError, TransCLIP
-from transclip_fast.data.checks import ListedPrior, as_log_probabilities
+from transclip_fast.data.priors import ListedPrior, as_log_probabilities
 from transclip_fast.store.features import load_features
 
 N, K, M = 77, 6, 3

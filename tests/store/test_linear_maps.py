@@ -8,9 +8,8 @@ import torch
 
 from tests.conftest import unit
 from transclip_fast import InputError
-from transclip_fast.store import linear_maps as linear_map
 from transclip_fast.store.features import load_features
-from transclip_fast.store.linear_maps import map_features
+from transclip_fast.store.linear_maps import linear_map, map_features
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

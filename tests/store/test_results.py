@@ -48,7 +48,7 @@ def test_fewer_than_five_classes():
 def test_blocks_are_the_whole_in_parts(monkeypatch):
     draw = np.random.default_rng(0).random((20, 9))
     whole = table(draw)
-    monkeypatch.setattr(results, "ROWS", 7)
+    monkeypatch.setattr(results, "TABLE_ROWS", 7)
     assert table(draw).equals(whole)
     assert table(draw)["row"].to_pylist() == list(range(20))
 

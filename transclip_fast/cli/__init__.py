@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import click
@@ -10,23 +11,23 @@ from transclip_fast.errors import InputError
 from transclip_fast.version import __version__
 
 COMMANDS = {
-    "demo": "Handwritten digits, from images to labels, offline.",
-    "run": "Images and class names to labels, in one go.",
-    "encode": "Images and class names to a feature folder.",
-    "convert": "A checkpoint to one file that loads without a copy.",
-    "train-head": "A few-shot method on features, CoOp among them, to a file.",
-    "solve": "Features to labels, all of them jointly.",
+    "demo": "Label handwritten digits, from images to labels, offline.",
+    "run": "Label images with class names, in one go.",
+    "encode": "Encode images and class names into a feature folder.",
+    "convert": "Convert a checkpoint to one file that loads without a copy.",
+    "train-head": "Train a few-shot method, such as CoOp, on features.",
+    "solve": "Label the rows of features, all of them jointly.",
     "predict": "Label new rows with the mixture of a result.",
     "evaluate": "Compare a result with the true labels.",
-    "graph": "Features to neighbour lists, for several solves.",
-    "plan": "Memory and time of a solve, before it.",
-    "protocol": "Tables over data sets, shots and seeds, as papers have them.",
-    "doctor": "Versions, devices and known conflicts.",
+    "graph": "Search the neighbours of features, for several solves.",
+    "plan": "Predict memory and time of a solve.",
+    "protocol": "Make tables over data sets, shots and seeds, as papers have them.",
+    "doctor": "Check versions, devices and known conflicts.",
 }
 
 
 class _Commands(click.Group):
-    """Commands imported when they are called, so that --help does not wait for torch."""
+    """Imports a command when it is called, so that --help does not wait for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -38,7 +39,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = __import__(f"transclip_fast.cli.{name.replace('-', '_')}", fromlist=["command"])
+        module = importlib.import_module(f"transclip_fast.cli.{name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

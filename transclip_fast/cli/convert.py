@@ -6,11 +6,13 @@ from typing import Any
 
 import click
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
+from transclip_fast.cli.options import json_option
 from transclip_fast.encode.models import network_config
 from transclip_fast.encode.networks import PRECISIONS, empty_network, fitted
 from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError
+from transclip_fast.progress_bar import progress_bar
 from transclip_fast.store.tensors import write_tensors
 
 
@@ -25,7 +27,7 @@ from transclip_fast.store.tensors import write_tensors
     help="Type of the written weights.",
 )
 @click.option("--out", required=True, type=click.Path(), help="The .safetensors file to write.")
-@common.json_option
+@json_option
 def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) -> None:
     """Convert CHECKPOINT to one .safetensors file in open_clip's names, tensor by tensor.
 
@@ -42,8 +44,8 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
     """
     if not out.endswith(".safetensors"):
         raise InputError(f"{out}: name a file that ends in .safetensors")
-    stages = common.Stages()
-    with stages.time("convert"), common.progress("convert", "bytes") as show:
+    stages = session.Stages()
+    with stages.time("convert"), progress_bar("convert", "bytes") as show:
         net = empty_network(network_config(model))
         tensors = fitted(net, read_checkpoint(checkpoint), checkpoint)
         size = write_tensors(out, tensors, PRECISIONS[dtype], show)
@@ -55,10 +57,10 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
         "n_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": size,
         "seconds": stages.seconds,
-        "versions": common.versions(),
+        "versions": session.versions(),
     }
     text = (
         f"{summary['n_tensors']:,} tensors, {summary['n_parameters']:,} parameters as {dtype}, "
         f"{size / 2**30:.2f} GiB written to {out}"
     )
-    common.summarise(summary, text, as_json)
+    session.print_summary(summary, text, as_json)

@@ -1,4 +1,4 @@
-"""`transclip-fast demo`: the whole way from images to labels, offline, on handwritten digits."""
+"""`transclip-fast demo`: from images to labels, offline, on handwritten digits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from transclip_fast.cli import common
+from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_with
 from transclip_fast.cli.run import solve_folder
+from transclip_fast.cli.session import counted
 from transclip_fast.demo import (
     CLASS_NAMES,
     SHIFTS,
@@ -29,20 +30,20 @@ from transclip_fast.store.atomic import write_json, writing
 from transclip_fast.store.results import load_result
 
 PLAIN = "plain"
-SHOWN = 8  # images a shift in the picture
-MARGIN, HEAD, CAPTION = 12, 22, 18  # pixels
+SHOWN_IMAGES = 8  # in a row of the picture
+MARGIN, HEADING, CAPTION = 12, 22, 18  # pixels
 GREEN, RED, GREY, INK = (24, 122, 58), (176, 42, 48), (110, 110, 110), (20, 20, 20)
 
 
 @click.command("demo")
 @click.option("--out", default="transclip-demo", show_default=True, help="Folder to write.")
-@common.device_option
-@common.json_option
+@options.device_option
+@options.json_option
 def command(out: str, device: str, as_json: bool) -> None:
-    """Label handwritten digits with a very small CLIP, zero-shot and jointly, without network.
+    """Label handwritten digits with a very small CLIP, zero-shot and jointly, without a network.
 
-    The images go the same way as any user's: PNG files, encode, graph, solve. Four sets of the
-    same held-out digits, one plain and three visibly shifted; --out keeps all that was made.
+    Four sets of the same held-out digits, one plain and three visibly shifted, are written as PNG
+    files, encoded and solved like any other images. --out receives every stage's folder.
 
     \b
     Example:
@@ -56,7 +57,7 @@ def command(out: str, device: str, as_json: bool) -> None:
     with writing(out):
         _picture(folder, list(SHIFTS)).save(picture)
         write_json(folder / "run.json", summary)
-    common.summarise(summary, _text(runs, summary, picture), as_json)
+    session.print_summary(summary, _text(runs, summary, picture), as_json)
 
 
 def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
         loaded,
         str(folder / "features"),
         class_prompts(),
-        common.Stages(),
+        session.Stages(),
     )
     return solve_folder(folder, TransCLIP(device=device))[0]
 
@@ -87,15 +88,15 @@ def _summary(runs: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
         "data": "the last 892 of scikit-learn's handwritten digits; none was seen in training",
         "model": "a CLIP of 1.7 million parameters that this project trained on other digits",
         "seconds": round(seconds, 2),
-        "versions": common.versions(),
+        "versions": session.versions(),
     }
 
 
 def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Path) -> str:
     n_images = next(iter(runs.values()))["n_queries"]
     lines = [
-        f"{n_images} handwritten digits (UCI, by way of scikit-learn), none seen in training,",
-        "read by a very small CLIP that this project trained on other digits, with prompts such as",
+        f"{n_images} handwritten digits (UCI, from scikit-learn), labelled by a very small CLIP",
+        "that this project trained on other digits, with prompts such as",
         f'"{TEMPLATES[0].format("seven")}" It knows nothing but digits.',
         "",
         "images           zero-shot  transductive     gain  labels changed",
@@ -116,36 +117,34 @@ def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Pat
 
 
 def _picture(folder: Path, shifts: list[str]) -> Image.Image:
-    """A row of images a shift whose label changed, evenly spaced among them all."""
-    row_height = HEAD + SIZE + CAPTION + MARGIN
-    cell = SIZE + 3 * MARGIN
-    sheet = Image.new(
-        "RGB", (MARGIN + SHOWN * cell, MARGIN + HEAD + len(shifts) * row_height), "white"
-    )
+    """Of each shift a row of images whose label changed, evenly spaced among all of them."""
+    row_height, cell = HEADING + SIZE + CAPTION + MARGIN, SIZE + 3 * MARGIN
+    height = MARGIN + HEADING + len(shifts) * row_height
+    sheet = Image.new("RGB", (MARGIN + SHOWN_IMAGES * cell, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     draw.text((MARGIN, MARGIN), "zero-shot > transductive:", INK, font)
-    for x, (word, colour) in zip(
-        (165, 235, 295), (("corrected", GREEN), ("broken", RED), ("both wrong", GREY)), strict=True
+    for x, word, colour in (
+        (165, "corrected", GREEN),
+        (235, "broken", RED),
+        (295, "both wrong", GREY),
     ):
         draw.text((x, MARGIN), word, colour, font)
     for place, shift in enumerate(shifts):
-        top = MARGIN + HEAD + place * row_height
-        table = load_result(folder / shift.replace(" ", "-") / "result").predictions
+        top = MARGIN + HEADING + place * row_height
+        stages = folder / shift.replace(" ", "-")
+        table = load_result(stages / "result").predictions
         label, zero_shot, truth = (
             table.column(name).to_numpy() for name in ("label", "zero_shot_label", "true_label")
         )
         changed = np.flatnonzero(label != zero_shot)
-        draw.text((MARGIN, top), f"{shift}: {len(changed)} labels changed", INK, font)
-        if not len(changed):
-            continue
-        spaced = np.linspace(0, len(changed) - 1, min(SHOWN, len(changed))).round().astype(int)
-        for column, row in enumerate(changed[spaced]):
+        draw.text((MARGIN, top), f"{shift}: {counted(len(changed), 'label')} changed", INK, font)
+        spaced = np.linspace(0, len(changed) - 1, min(SHOWN_IMAGES, len(changed)))
+        for column, row in enumerate(changed[spaced.round().astype(int)]):
             left = MARGIN + column * cell
-            key = table.column("key")[int(row)].as_py()
-            with Image.open(folder / shift.replace(" ", "-") / "images" / key) as image:
-                sheet.paste(image.convert("RGB"), (left, top + HEAD - 4))
+            with Image.open(stages / "images" / table.column("key")[int(row)].as_py()) as image:
+                sheet.paste(image.convert("RGB"), (left, top + HEADING - 4))
             right = label[row] == truth[row]
             colour = GREEN if right else RED if zero_shot[row] == truth[row] else GREY
             caption = f"{CLASS_NAMES[zero_shot[row]]} > {CLASS_NAMES[label[row]]}"
-            draw.text((left, top + HEAD + SIZE - 2), caption, colour, font)
+            draw.text((left, top + HEADING + SIZE - 2), caption, colour, font)
     return sheet

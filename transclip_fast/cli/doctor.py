@@ -1,4 +1,4 @@
-"""`transclip-fast doctor`: what is installed here, and what about it will not work."""
+"""`transclip-fast doctor`: installed versions, devices and known conflicts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import click
 
-from transclip_fast.cli import common
+from transclip_fast.cli import options, session
+
+IMPORTED = (("numba", "numba"), ("torchvision", "torchvision"), ("open_clip", "open_clip_torch"))
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A subject, whether it is fine, and a line about it with the remedy."""
+    """A library, whether it works, and a line about it with the remedy."""
 
     subject: str
     ok: bool
@@ -23,87 +25,65 @@ class Finding:
 
 
 @click.command("doctor")
-@common.json_option
+@options.json_option
 def command(as_json: bool) -> None:
-    """Check versions, devices and known conflicts; exit code 1 if something will not work.
+    """Check versions, devices and known conflicts; exit code 1 if something does not work.
 
     \b
     Example:
       transclip-fast doctor
     """
-    findings = [check_torch(), check_faiss(), check_numba(), check_torchvision(), check_open_clip()]
-    versions = common.versions()
+    findings = [check_torch(), check_faiss(), *(check_import(*names) for names in IMPORTED)]
+    versions = session.versions()
     summary = {"versions": versions, "findings": [asdict(finding) for finding in findings]}
     lines = [f"{name} {version}" for name, version in versions.items()]
     lines += [""] + [
         f"{'ok     ' if finding.ok else 'PROBLEM'}  {finding.subject}: {finding.message}"
         for finding in findings
     ]
-    common.summarise(summary, "\n".join(lines), as_json)
+    session.print_summary(summary, "\n".join(lines), as_json)
     if not all(finding.ok for finding in findings):
         sys.exit(1)
 
 
 def check_torch(driver: Path = Path("/proc/driver/nvidia/version")) -> Finding:
-    """CUDA devices, or why torch sees none; `driver` is where the NVIDIA driver shows itself."""
+    """CUDA devices, or why torch sees none; `driver` exists if there is an NVIDIA driver."""
     import torch
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return Finding("torch", True, f"CUDA {torch.version.cuda}: {', '.join(names)}")
-    if driver.exists() and torch.version.cuda is None:
-        message = (
-            f"there is an NVIDIA driver, but torch {torch.__version__} has no CUDA; "
-            "install torch from PyPI's default index"
+    if not driver.exists():
+        threads = session.counted(torch.get_num_threads(), "CPU thread")
+        return Finding("torch", True, f"no GPU here, {threads}")
+    if torch.version.cuda is None:
+        problem = f"torch {torch.__version__} has no CUDA; install torch from PyPI's default index"
+    else:
+        problem = (
+            f"torch for CUDA {torch.version.cuda} finds no device; is the driver too old, or the "
+            "device hidden by CUDA_VISIBLE_DEVICES?"
         )
-        return Finding("torch", False, message)
-    if driver.exists():
-        message = (
-            f"there is an NVIDIA driver, but torch for CUDA {torch.version.cuda} finds no device; "
-            "is the driver too old, or the device hidden by CUDA_VISIBLE_DEVICES?"
-        )
-        return Finding("torch", False, message)
-    return Finding("torch", True, f"no GPU here, {torch.get_num_threads()} CPU threads")
+    return Finding("torch", False, f"there is an NVIDIA driver, but {problem}")
 
 
 def check_faiss() -> Finding:
-    """FAISS: installed once, and importable."""
-    names = sorted(
-        {
-            name
-            for dist in metadata.distributions()
-            if (name := (dist.metadata["Name"] or "").lower()).startswith("faiss")
-        }
-    )
+    """FAISS is optional, and must be installed only once."""
+    installed = {(dist.metadata["Name"] or "").lower() for dist in metadata.distributions()}
+    names = sorted(name for name in installed if name.startswith("faiss"))
     if not names:
-        message = "not installed; only bench/graph.py needs it"
-        return Finding("faiss", True, message)
+        return Finding("faiss", True, "not installed; only the benchmarks in bench/ need it")
     if len(names) > 1:
         message = f"{' and '.join(names)} overwrite each other; uninstall all, install one"
         return Finding("faiss", False, message)
-    return _importable("faiss", names[0])
+    return check_import("faiss", names[0])
 
 
-def check_numba() -> Finding:
-    """numba, which compiles the loops of sparse assignments on a CPU."""
-    return _importable("numba", "numba")
-
-
-def check_torchvision() -> Finding:
-    """torchvision built for this torch: importing it fails otherwise."""
-    return _importable("torchvision", "torchvision")
-
-
-def check_open_clip() -> Finding:
-    """open_clip, which gives the backbones."""
-    return _importable("open_clip", "open_clip_torch")
-
-
-def _importable(module: str, distribution: str) -> Finding:
+def check_import(module: str, distribution: str) -> Finding:
+    """A library can be imported: one built for another torch cannot."""
     try:
         importlib.import_module(module)
         return Finding(module, True, f"{distribution} {metadata.version(distribution)}")
     except (ImportError, RuntimeError, OSError) as error:  # torchvision: unknown operators
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        message = f"cannot be imported ({reason}); reinstall {distribution} beside this torch"
+        message = f"cannot be imported ({reason}); reinstall {distribution} to match this torch"
         return Finding(module, False, message)

@@ -12,7 +12,8 @@ from typing import Any
 import click
 import torch
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
+from transclip_fast.cli.options import device_option, json_option
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.batch_size import fitting_batch_size, forward_rate
 from transclip_fast.encode.encoder import (
@@ -30,6 +31,7 @@ from transclip_fast.encode.sources import SPLITS, Source, open_source, resolve_l
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
 from transclip_fast.parallel import fixed_threads
+from transclip_fast.progress_bar import progress_bar
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.feature_writer import MANIFEST, FeatureWriter, RowTable
 
@@ -137,8 +139,8 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Also write the features of at most G x G patches of each image, for the head plot.",
 )
 @encode_options
-@common.device_option
-@common.json_option
+@device_option
+@json_option
 def command(
     images: str | None,
     out: str | None,
@@ -168,16 +170,16 @@ def command(
     """
     strict = options.pop("strict")
     if synthetic:
-        common.summarise(*time_model(device, options), as_json)
+        session.print_summary(*time_model(device, options), as_json)
         return
     if images is None or out is None:
         raise InputError("encode needs IMAGES and --out (or --synthetic, which needs neither)")
-    with common.collected_warnings({}) as warnings, joined() as ranks:
+    with session.collected_warnings({}) as warnings, joined() as ranks:
         encoded = encode(images, out, device, ranks, local_features=local_features, **options)
     if not ranks.leads:
         return
     summary, text = report(encoded, out)
-    common.summarise({**summary, "warnings": warnings}, text, as_json)
+    session.print_summary({**summary, "warnings": warnings}, text, as_json)
     if strict and summary["failures"]:
         sys.exit(1)
 
@@ -219,7 +221,7 @@ def encode(
     """
     if compiled and local_features is not None:
         raise InputError("local features: cannot be had of a compiled image tower; drop --compile")
-    stages = common.Stages()
+    stages = session.Stages()
     chosen = resolve_device(ranks.device(device))
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # or every rank would also take memory of the first GPU
@@ -262,7 +264,7 @@ def encode_with(
     backbone: Backbone,
     out: str,
     text: ClassPrompts | None,
-    stages: common.Stages,
+    stages: session.Stages,
     ranks: Ranks = ALONE,
     *,
     batch_size: int | None = None,
@@ -326,7 +328,7 @@ def _progress(ranks: Ranks) -> Iterator[Callable[[EncodeProgress], None]]:
     if not ranks.leads:
         yield lambda _: None
         return
-    with common.progress("encode", "images") as show:
+    with progress_bar("encode", "images") as show:
         yield lambda state: show(state.done, state.total, waiting_for_images=f"{state.waiting:.0%}")
 
 
@@ -357,7 +359,7 @@ def report(encoded: Encoded, out: str) -> tuple[dict[str, Any], str]:
         "throughput": None if fast is None else fast.summary(),
         "config": writer.config,
         "seconds": encoded.seconds,
-        "versions": common.versions(),
+        "versions": session.versions(),
     }
     lines = [f"{rows:,} images encoded into {out}"]
     if fast is not None:
@@ -393,6 +395,6 @@ def time_model(device: str, options: dict[str, Any]) -> tuple[dict[str, Any], st
         "device": backbone.device.type,
         "batch_size": size,
         "images_per_second": rate,
-        "versions": common.versions(),
+        "versions": session.versions(),
     }
     return summary, f"{rate:,.1f} images a second in batches of {size}, the model alone"

@@ -7,31 +7,32 @@ from dataclasses import asdict
 
 import click
 
-from transclip_fast.cli import common
+from transclip_fast.cli import options, session
+from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.metrics import Evaluation, evaluate
 from transclip_fast.store.arrays import read_array
 from transclip_fast.store.results import load_result
 
-SHOWN = 5
+SHOWN_ROWS = 5  # of each table
 
 
 @click.command("evaluate")
 @click.argument("result", type=click.Path())
-@click.option("--labels", type=click.Path(), help="True labels (N,), where the result has none.")
-@common.json_option
+@click.option("--labels", type=click.Path(), help="True labels (N,), if the result has none.")
+@options.json_option
 def command(result: str, labels: str | None, as_json: bool) -> None:
-    """Compare the labels in RESULT with the truth: accuracy, what changed, the worst classes.
+    """Compare the labels in RESULT with the truth: accuracy, changed labels, the worst classes.
 
     \b
     Example:
       transclip-fast evaluate result --labels labels.npy
     """
-    scores, name = evaluate_result(result, labels)
+    scores, class_name = evaluate_result(result, labels)
     for message in scores.warnings:
-        common.warn([], message)
-    common.summarise(asdict(scores), text(scores, name), as_json)
+        session.warn([], message)
+    session.print_summary(asdict(scores), describe_evaluation(scores, class_name), as_json)
 
 
 def evaluate_result(
@@ -53,21 +54,21 @@ def evaluate_result(
     return scores, lambda k: str(names[k]) if names else f"class {k}"
 
 
-def text(scores: Evaluation, name: Callable[[int], str]) -> str:
-    """An evaluation for a reader."""
+def describe_evaluation(scores: Evaluation, class_name: Callable[[int], str]) -> str:
+    """An evaluation as text."""
     lines = [
-        f"{scores.n_queries:,} images",
+        counted(scores.n_queries, "image"),
         f"accuracy {scores.zero_shot_accuracy:.2f} % zero-shot -> {scores.accuracy:.2f} %, "
         f"mean over classes {scores.mean_class_accuracy:.2f} %",
-        f"{scores.n_flipped:,} labels changed: {scores.corrected:,} corrected, "
+        f"{counted(scores.n_flipped, 'label')} changed: {scores.corrected:,} corrected, "
         f"{scores.broken:,} broken",
         "",
         "worst classes           images  zero-shot  transductive",
     ]
-    for k, rows, before, after in scores.per_class[:SHOWN]:
-        lines.append(f"  {name(k):20.20}  {rows:7,}  {before:7.2f} %     {after:7.2f} %")
+    for k, rows, before, after in scores.per_class[:SHOWN_ROWS]:
+        lines.append(f"  {class_name(k):20.20}  {rows:7,}  {before:7.2f} %     {after:7.2f} %")
     if scores.confusions:
         lines += ["", "most frequent errors    (true -> predicted)"]
-    for true, predicted, rows in scores.confusions[:SHOWN]:
-        lines.append(f"  {name(true)} -> {name(predicted)}: {rows:,}")
+    for true, predicted, rows in scores.confusions[:SHOWN_ROWS]:
+        lines.append(f"  {class_name(true)} -> {class_name(predicted)}: {rows:,}")
     return "\n".join(lines)

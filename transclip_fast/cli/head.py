@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
 from transclip_fast.cli.towers import told
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.errors import InputError
@@ -23,6 +23,7 @@ from transclip_fast.heads.prompts import TextTower
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.task import inputs_for
 from transclip_fast.metrics import accuracy
+from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
 from transclip_fast.store.features import LOCAL, Features
 
@@ -93,7 +94,7 @@ def stored_head(
     seed: int,
     stored: Features,
     model: TransCLIP,
-    stages: common.Stages,
+    stages: session.Stages,
     tower: Callable[[Features], TextTower],
 ) -> FittedHead:
     """
@@ -122,7 +123,7 @@ def stored_head(
     texts = stored.get("text_features")
     if texts is None:
         raise InputError(f"head {head} needs text_features")
-    with stages.time("head"), common.progress(f"head {head}", "steps") as show:
+    with stages.time("head"), progress_bar(f"head {head}", "steps") as show:
         labelled = {array: stored.get(array) for array in LABELLED}
         fitted = fit_head(
             head, texts, **labelled, logit_scale=model.logit_scale, seed=seed, progress=show
@@ -191,7 +192,7 @@ def _beneath(head: Head, name: str, stored: Features, file: str | None = None) -
         # Of several templates the first counts as zero-shot, so that the ensemble shows its gain.
         kept["text_features"] = prompt_texts(texts)[0]
     seen = inputs_for(head, rows, patched_rows(rows, stored))
-    with common.progress(f"head {name}", "images") as show:
+    with progress_bar(f"head {name}", "images") as show:
         labels, prior = head.labels_and_prior(seen, show)
     return FittedHead(
         name, head.parameters, labels.numpy(), stored.with_arrays({**kept, **prior}), file

@@ -1,30 +1,32 @@
-"""The options that say what is solved, and how."""
+"""The click options that commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import click
 
-from transclip_fast.cli.common import Command
 from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph.affinity import GRAPH_MODES
-from transclip_fast.ops import BACKENDS
-from transclip_fast.solver.mixture import COVARIANCES
-from transclip_fast.solver.truncation import FORMS
-from transclip_fast.store.features import ARRAYS
+from transclip_fast.graph.build import METHODS
+from transclip_fast.solver.parameters import CHOICES
 
-FIT_ARRAYS = tuple(
-    name for name in ARRAYS if name not in ("image_features", "labels", "class_names")
-)
-CHOICES = {
-    "covariance": COVARIANCES,
-    "graph_mode": GRAPH_MODES,
-    "assignments": FORMS,
-    "backend": BACKENDS,
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+ARRAYS = {
+    "text_features": "Text embeddings (K, d).",
+    "labels": "True labels (N,), to report the accuracy.",
+    "class_names": "Class names (K,); also a text file with one name a line.",
+    "support_features": "Labelled rows (M, d): few-shot.",
+    "support_labels": "Their labels (M,).",
+    "validation_features": "Labelled rows (V, d) that choose hyperparameters.",
+    "validation_labels": "Their labels (V,).",
+    "prior": "Probabilities (N, K) of another method.",
+    "prior_logits": "Logits (N, K) of another method.",
+    "prototypes": "Class prototypes (K, d) of another method.",
 }
 PARAMETERS = {
     "n_neighbors": "Neighbours of each query in the graph.",
@@ -32,7 +34,7 @@ PARAMETERS = {
     "inner_iter": "Sweeps over the assignments in each step.",
     "tol": "Stop when a step changes the objective by less than this, per query.",
     "logit_scale": "Temperature of the text prediction.",
-    "kl_weight": "Lambda, the tie to the prior.  [default: 1, few-shot 0.5]",
+    "kl_weight": "Lambda, the weight of the KL term to the prior.  [default: 1, few-shot 0.5]",
     "likelihood_weight": "Weight of the mixture.",
     "unit_means": "Keep class means on the unit sphere.",
     "update_means": "Update the means.",
@@ -40,62 +42,120 @@ PARAMETERS = {
     "covariance": "Shape of the shared covariance.",
     "graph_mode": "Messages both ways along an edge, or only towards its start.",
     "clamp_similarity": "Edge weights are max(0, cosine).",
-    "published_support_rows": "Few-shot: the graph with the published code's errors, to compare.",
-    "gamma": "Few-shot: weight of the support.  [default: chosen on the validation set]",
+    "gamma": "Few-shot: weight of the support.  [default: chosen on the validation rows]",
 }
 COMPUTATION = {
-    "assignments": "All classes of a row, or only its largest.",
+    "assignments": "Keep all classes of a row, or only its largest.",
     "candidates": "Sparse: classes of a row that messages reach.  [default: measured]",
     "rank": "Sparse: classes kept of a row.  [default: as many as candidates]",
-    "backend": "Who computes.",
-    "memory": "What may be used, as 8GiB.  [default: what is free]",
+    "backend": "Implementation that computes.",
+    "memory": "Memory of the process, or its part of a GPU, as 8GiB.  [default: what is free]",
+}
+TYPES = {"kl_weight": float, "gamma": float, "candidates": int, "rank": int, "memory": str}
+SECTIONS = {
+    "Files that replace or complete FEATURES": ARRAYS,
+    "Parameters of the method": PARAMETERS,
+    "Computation": {"device", *COMPUTATION},
 }
 
+out_option = click.option(
+    "--out",
+    required=True,
+    type=click.Path(),
+    help="Folder to write. An earlier result is replaced, a killed run resumed.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output."
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."
+)
+recall_option = click.option(
+    "--recall",
+    default=0.99,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Least recall of an approximate graph, measured on 1,000 rows.",
+)
+image_map_option = click.option(
+    "--image-map", type=click.Path(), help="Matrix (d, d) that maps the image features."
+)
 
-def array_options(command: Command, names: Sequence[str] = ARRAYS[1:]) -> Command:
-    """A file for each array of FEATURES, or for some."""
+
+class SectionedCommand(click.Command):
+    """A command whose --help lists files, parameters and computation in sections of their own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{s: [] for s in SECTIONS}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                titles = (title for title, names in SECTIONS.items() if parameter.name in names)
+                sections[next(titles, "Options")].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def method_option(flag: str) -> Callable[[Command], Command]:
+    """The choice of a search, as `--method` of `graph` and `--graph-method` of other commands."""
+    return click.option(
+        flag,
+        "method",
+        default="auto",
+        show_default=True,
+        type=click.Choice(METHODS),
+        help="How neighbours are searched; auto is exact up to 20,000 rows.",
+    )
+
+
+def array_options(command: Command, names: Sequence[str] = tuple(ARRAYS)) -> Command:
+    """A file for each of these arrays of FEATURES."""
     for name in reversed(names):
         flag = f"--{name.replace('_', '-')}"
-        also = " or a text file, one name a line" if name == "class_names" else ""
-        text = f"{name} from this array file{also}, not from FEATURES."
-        command = click.option(flag, name, type=click.Path(), help=text)(command)
+        command = click.option(flag, name, type=click.Path(), metavar="FILE", help=ARRAYS[name])(
+            command
+        )
     return command
 
 
-def parameter_options(command: Command) -> Command:
-    """The parameters of TransCLIP."""
-    for field in reversed(fields(TransCLIP)):
-        help_text = (PARAMETERS | COMPUTATION).get(field.name)
-        if help_text is None:
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        kind: Any = type(field.default) if field.default is not None else float
-        kind = {"candidates": int, "rank": int, "memory": str}.get(field.name, kind)
-        if kind is bool:
+def parameter_options(
+    command: Command, names: Sequence[str] = (*PARAMETERS, *COMPUTATION)
+) -> Command:
+    """These parameters of TransCLIP, with its defaults."""
+    defaults = inspect.signature(TransCLIP).parameters
+    for name in reversed(names):
+        default, flag = defaults[name].default, f"--{name.replace('_', '-')}"
+        kind: Any = TYPES[name] if default is None else type(default)
+        if name in CHOICES:
+            kind = click.Choice(CHOICES[name])
+        elif kind is bool:
             flag, kind = f"{flag}/--no-{flag[2:]}", None
-        if field.name in CHOICES:
-            kind = click.Choice(CHOICES[field.name])
         command = click.option(
             flag,
-            field.name,
-            default=field.default,
+            name,
+            default=default,
             type=kind,
-            show_default=field.default is not None,
-            help=help_text,
+            show_default=default is not None,
+            help={**PARAMETERS, **COMPUTATION}[name],
         )(command)
     return command
 
 
+memory_option = partial(parameter_options, names=("memory",))
+
+
 def model_of(options: Mapping[str, Any], device: str) -> TransCLIP:
-    """The estimator that the parameters ask for, checked."""
-    model = TransCLIP(
-        device=device, **{name: options[name] for name in (*PARAMETERS, *COMPUTATION)}
-    )
+    """The estimator with these options as its parameters, checked."""
+    names = (*PARAMETERS, *COMPUTATION)
+    model = TransCLIP(device=device, **{name: options[name] for name in names})
     model.check()
     resolve_device(device)
     return model
 
 
 def requested(model: TransCLIP) -> dict[str, Any]:
-    """The parameters as given, before data decided what was left open."""
-    return {name: getattr(model, name) for name in PARAMETERS | COMPUTATION if name != "memory"}
+    """The parameters but memory, before data decide those left open."""
+    names = (*PARAMETERS, *COMPUTATION)
+    return {name: getattr(model, name) for name in names if name != "memory"}

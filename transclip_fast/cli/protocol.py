@@ -13,18 +13,20 @@ import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
+from transclip_fast.cli.options import device_option, json_option
 from transclip_fast.cli.towers import load_tower, tower_options
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, WITH_PATCHES, WITHOUT_SHOTS
 from transclip_fast.heads.prompts import Prompting, TextTower
+from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols import plans
 from transclip_fast.protocols.data import DataSet, load_data
 from transclip_fast.protocols.plans import Trials
 from transclip_fast.protocols.runs import Run, do_runs
 from transclip_fast.protocols.table import markdown, summarise
-from transclip_fast.store.atomic import check_replaceable, locked, publish_file, write_json, writing
+from transclip_fast.store.atomic import check_replaceable, locked, new_file, write_json, writing
 
 SHOTS = (1, 2, 4, 8, 16)
 NAMES = (*HEADS, *LEARNERS, plans.TRANSCLIP_FS)
@@ -102,8 +104,8 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
                     help="Of the prompt learners' training.  [default: as in `train-head`]",
                 ),
                 tower_options,
-                common.device_option,
-                common.json_option,
+                device_option,
+                json_option,
             )
         ):
             command = option(command)
@@ -256,7 +258,7 @@ def _note_shortages(sets: Sequence[DataSet], trials: Trials, notes: list[str]) -
         for n in trials.shots:
             shortage = data.shortage(n)
             if shortage is not None:
-                common.warn(notes, shortage)
+                session.warn(notes, shortage)
 
 
 class _Prompter:
@@ -283,7 +285,7 @@ def _carry_out(
     options: Mapping[str, Any],
 ) -> None:
     """Do the runs, write the tables, and print them."""
-    stages, out = common.Stages(), options["out"]
+    stages, out = session.Stages(), options["out"]
     folder = Path(out)
     trials = Trials(
         options["heads"],
@@ -292,13 +294,13 @@ def _carry_out(
         lambda: TransCLIP(device=options["device"]),
         _Prompter(options),
     )
-    with common.collected_warnings({}) as notes:
+    with session.collected_warnings({}) as notes:
         with stages.time("load"):
             runs = plan(trials, notes)
         with locked(out):
             with writing(out):
                 check_replaceable(folder, out, CONTENTS)
-            with stages.time("runs"), common.progress("protocol", "runs") as show:
+            with stages.time("runs"), progress_bar("protocol", "runs") as show:
                 rows = do_runs(runs, folder / "runs", show)
             table = summarise(rows)
             text = markdown(table)
@@ -307,14 +309,14 @@ def _carry_out(
                 "table": table,
                 "runs": len(rows),
                 "seconds": stages.seconds,
-                "versions": common.versions(),
+                "versions": session.versions(),
                 "warnings": notes,
             }
             with writing(out):
                 _write_tables(folder, rows, table, text)
                 _publish(folder / "run.json", lambda file: write_json(file, summary))
     written = f"written to {out}: {', '.join(FILES)}"
-    common.summarise(summary, f"{text}\n{written}", options["as_json"])
+    session.print_summary(summary, f"{text}\n{written}", options["as_json"])
 
 
 def _write_tables(
@@ -333,6 +335,5 @@ def _write_tables(
 
 def _publish(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name first, so that it is whole under its own."""
-    unfinished = target.with_name(f".{target.name}.partial")
-    write(unfinished)
-    publish_file(unfinished, target)
+    with new_file(target) as unfinished:
+        write(unfinished)

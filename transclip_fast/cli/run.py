@@ -9,15 +9,21 @@ from typing import Any
 
 import click
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
 from transclip_fast.cli.encode import encode, encode_options, report
-from transclip_fast.cli.evaluate import evaluate_result
-from transclip_fast.cli.evaluate import text as evaluation_text
-from transclip_fast.cli.graph import AUTO, GraphOptions, kept_graph, method_option
-from transclip_fast.cli.options import requested
+from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
+from transclip_fast.cli.graph import GraphSearch, kept_graph
+from transclip_fast.cli.options import (
+    device_option,
+    json_option,
+    memory_option,
+    method_option,
+    out_option,
+    recall_option,
+    requested,
+)
 from transclip_fast.cli.plan import plan_of_size
-from transclip_fast.cli.solve import solve_features
-from transclip_fast.cli.solve import text as solve_text
+from transclip_fast.cli.solution import describe_solution, solve_features
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -27,13 +33,13 @@ from transclip_fast.store.results import load_mixture, load_result
 
 @click.command("run")
 @click.argument("images", type=click.Path())
-@common.out_option
+@out_option
 @encode_options
 @method_option("--graph-method")
-@common.recall_option
-@common.memory_option
-@common.device_option
-@common.json_option
+@recall_option
+@memory_option
+@device_option
+@json_option
 def command(
     images: str, out: str, memory: str | None, device: str, as_json: bool, **options: Any
 ) -> None:
@@ -49,24 +55,25 @@ def command(
       transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
     """
     strict = options.pop("strict")
-    graph_options = GraphOptions(options.pop("method"), options.pop("recall"))
+    method, recall = options.pop("method"), options.pop("recall")
     if options["names"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
     model, planned = TransCLIP(device=device, memory=memory), []
+    search = GraphSearch(model.n_neighbors, resolve_device(device), method, recall)
 
     def foresee(n_rows: int, n_classes: int, dim: int) -> None:
-        planned.append(plan_of_size(n_rows, n_classes, dim, model, graph_options.method))
+        planned.append(plan_of_size(n_rows, n_classes, dim, model, method))
         if not as_json:
             click.echo(planned[0].line())
 
-    with common.collected_warnings({}) as warnings:
+    with session.collected_warnings({}) as warnings:
         made = encode(images, str(folder / "features"), device, foresee=foresee, **options)
         encoded, encoded_text = report(made, str(folder / "features"))
         quiet = as_json or bool(planned)
-        solved, solved_text = solve_folder(folder, model, graph_options, quiet=quiet)
+        solved, solved_text = solve_folder(folder, model, search, quiet=quiet)
     summary = {
         **solved,
         "failures": encoded["failures"],
@@ -74,26 +81,26 @@ def command(
         "seconds": {**made.seconds, **solved["seconds"]},
         "warnings": [*warnings, *solved["warnings"]],
     }
-    common.summarise(summary, f"{encoded_text}\n{solved_text}", as_json)
+    session.print_summary(summary, f"{encoded_text}\n{solved_text}", as_json)
     if strict and encoded["failures"]:
         sys.exit(1)
 
 
 def solve_folder(
-    folder: Path, model: TransCLIP, options: GraphOptions = AUTO, *, quiet: bool = True
+    folder: Path, model: TransCLIP, search: GraphSearch | None = None, *, quiet: bool = True
 ) -> tuple[dict[str, Any], str]:
     """Graph, result and report of folder/features, in folder/graph and folder/result."""
-    stages = common.Stages()
+    stages = session.Stages()
     stored = load_features(folder / "features")
     result = folder / "result"
     run = _solved(result, stored, model)
     if run is None:
-        device = resolve_device(model.device)
-        graph = kept_graph(folder / "graph", stored, model.n_neighbors, device, stages, options)
+        search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
+        graph = kept_graph(folder / "graph", stored, search, stages)
         run = solve_features(stored, str(result), model, graph, stages, quiet=quiet)
-    text = solve_text(run, str(result))
+    text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
-        text = f"{text}\n\n{evaluation_text(*evaluate_result(str(result)))}"
+        text = f"{text}\n\n{describe_evaluation(*evaluate_result(str(result)))}"
     return run, text
 
 

@@ -11,9 +11,9 @@ import click
 import numpy as np
 import torch
 
-from transclip_fast.cli import common
+from transclip_fast.cli import session
 from transclip_fast.cli.head import LABELLED, SUFFIX
-from transclip_fast.cli.options import array_options
+from transclip_fast.cli.options import SectionedCommand, array_options, device_option, json_option
 from transclip_fast.cli.towers import (
     encoder_of,
     load_tower,
@@ -39,6 +39,7 @@ from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.heads.task import Labelled, PrototypeHead, as_fit_arguments, inputs_for
 from transclip_fast.metrics import accuracy
+from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import (
     VALIDATION_SHOTS,
     draw,
@@ -47,9 +48,10 @@ from transclip_fast.protocols.data import (
     shortage,
     stored_splits,
 )
+from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.checkpoint import TensorCheckpoint, files
-from transclip_fast.store.features import Features, array_sha256
+from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
@@ -60,7 +62,7 @@ OF_PROMPTS = ("model", "pretrained", "precision", "n_ctx", "start", "class_speci
 SHOWN_CLASSES = 5  # whose contexts are shown
 
 
-@click.command("train-head")
+@click.command("train-head", cls=SectionedCommand)
 @click.argument("name")
 @click.argument("features", type=click.Path())
 @click.option("--shots", type=click.IntRange(min=1), help="Rows of a class.  [default: all]")
@@ -71,8 +73,8 @@ SHOWN_CLASSES = 5  # whose contexts are shown
 )
 @tower_options
 @prompt_options
-@common.device_option
-@common.json_option
+@device_option
+@json_option
 @partial(array_options, names=ARRAYS)
 def command(
     name: str, features: str, shots: int | None, out: str, as_json: bool, **options: Any
@@ -101,13 +103,13 @@ def command(
     for option in OF_PROMPTS if name in HEADS else ():
         if options[option]:
             raise InputError(f"head {name} learns no prompts; leave {option} out")
-    stages = common.Stages()
+    stages = session.Stages()
     with stages.time("load"):
         given = {array: options[array] for array in ARRAYS}
         only = shots if is_cache(features) else None
         stored = stored_splits(features, given, shots=only, local=name in WITH_PATCHES)
-    about = partial(common.named, stored.origins, stored.path)
-    with common.collected_warnings(stored.origins) as warnings, locked(out):
+    about = partial(session.errors_about, stored.origins, stored.path)
+    with session.collected_warnings(stored.origins) as warnings, locked(out):
         check_writable(out)
         with about():
             text = _text_of(stored, name)
@@ -120,7 +122,7 @@ def command(
             identity = _identity(name, stored, pools, prompting, options)
             checkpoint = TensorCheckpoint(out, TRAINING, identity, CHECKPOINT_SECONDS)
             prompting = replace(prompting, checkpoint=checkpoint)
-        with stages.time("train"), common.progress(f"train {name}", "steps") as show, about():
+        with stages.time("train"), progress_bar(f"train {name}", "steps") as show, about():
             last: dict[str, str] = {}
 
             def step(done: int, steps: int, **figures: str) -> None:
@@ -135,9 +137,9 @@ def command(
         save_head(out, StoredHead(head, name, stored.class_names, encoder, training))
         files(out, TRAINING, TensorCheckpoint.suffix)[0].unlink(missing_ok=True)
         run["loss"] = float(last["loss"]) if "loss" in last else None
-        run |= {"training": training, "seconds": stages.seconds, "versions": common.versions()}
+        run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
         run["warnings"] = warnings
-    common.summarise(run, _text(run, features, out), as_json)
+    session.print_summary(run, _text(run, features, out), as_json)
 
 
 def _text_of(stored: Features, name: str) -> torch.Tensor:
@@ -170,7 +172,7 @@ def _drawn(
         return {pool: rows.rows(slice(None)) for pool, rows in pools.items()}
     short = shortage(pools["support"], n_classes, shots)
     if short is not None:
-        common.warn(warnings, f"{stored.path}: {short}")
+        session.warn(warnings, f"{stored.path}: {short}")
     held_out = min(shots, VALIDATION_SHOTS)
     sizes = {"support": shots, "validation": held_out}
     return {pool: draw(rows, n_classes, sizes[pool], seed) for pool, rows in pools.items()}

@@ -17,29 +17,28 @@ BLOCK_BYTES = 1 << 22  # of float32 rows read at a time
 
 class Rows:
     """
-    Features (N, d): `rows[ids]`, or a slice, is a tensor of unit rows on the device.
+    Features (N, d) of which `rows[ids]`, or a slice, is a tensor of unit rows on the device.
 
-    Held rows are a float32 tensor there. Streamed ones stay where they are, in a file or in
-    memory, in their own type; on a GPU, the block after the one asked for is read and copied
-    while it computes.
+    Held rows are one float32 tensor on the device. Streamed rows stay in their file or in memory,
+    in their own type; while a GPU computes on one block, the next is read and copied.
 
     Parameters
     ----------
     features : array_like, numpy.memmap or StoredRows (N, d)
     held : bool, optional
-        Where not told, what is in a file is streamed and what is in memory is held.
+        By default rows in a file are streamed and rows in memory are held.
 
     Attributes
     ----------
     dtype : torch.dtype
-        Of the rows that are given out.
+        Type of `rows[ids]`.
     on_read : callable, optional
-        Called with the length of every slice that is asked for, from any thread.
+        Called with the length of every slice that is read, from any thread.
 
     Raises
     ------
     InputError
-        As `transclip_fast.data.checks.as_unit_rows`; later, where a file changes while it is read.
+        As `transclip_fast.data.checks.as_unit_rows`; later, if a file changes while it is read.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Rows:
         return self._ahead.read(slice(start, stop), following)
 
     def half(self) -> Rows:
-        """The same in float16."""
+        """A copy in float16."""
         other = copy(self)
         other.dtype, other._ahead = torch.float16, None
         if self._held is not None:
@@ -101,7 +100,7 @@ class Rows:
         return other
 
     def blocks(self) -> list[slice]:
-        """Slices that cover all rows, each small beside memory."""
+        """Slices that cover all rows, each of about `BLOCK_BYTES`."""
         step = self._block_rows
         return [slice(start, start + step) for start in range(0, len(self), step)]
 
@@ -141,25 +140,25 @@ class Rows:
         return whole
 
 
-UnitRows = torch.Tensor | Rows  # a tensor is the simplest of them
+UnitRows = torch.Tensor | Rows
 
 
 def evenly_spaced_rows(n_rows: int, most: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """At most so many rows (n,) int64, evenly spread over all."""
+    """Numbers (n,) int64 of at most `most` rows, evenly spread over all."""
     size = min(n_rows, most)
     return torch.arange(size, device=device) * n_rows // size
 
 
 class _ReadAhead:
     """
-    Blocks of rows on a GPU; while it works on one, the next is read and copied.
+    Blocks of rows on a GPU; while it computes on one, the next is read and copied.
 
     Parameters
     ----------
     read : callable
-        Gives the rows of a slice in float32, on the CPU.
+        Returns the rows of a slice in float32, on the CPU.
     dtype : torch.dtype
-        In which they are copied.
+        Type they are copied in.
     """
 
     def __init__(
@@ -168,11 +167,11 @@ class _ReadAhead:
         self._read, self._device, self._dtype = read, device, dtype
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned = [torch.empty(0, dtype=dtype, pin_memory=True) for _ in range(2)]
-        self._copied = [_event(), _event()]  # of each pinned buffer
+        self._copied = [_event(), _event()]  # when each pinned buffer is free again
         self._next: tuple[slice, torch.Tensor, torch.cuda.Event] | None = None
 
     def read(self, block: slice, following: slice) -> torch.Tensor:
-        """The rows of a block, and the start of what brings the following ones."""
+        """The rows of a block; starts to fetch the following one."""
         if self._next is None or self._next[0] != block:
             self._next = self._fetch(block)
         _, rows, copied = self._next

@@ -1,4 +1,4 @@
-"""Rows in .npy files, read when they are asked for."""
+"""Rows in .npy files, read when they are indexed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 
 
 @dataclass(frozen=True)
 class Shard:
     """
-    Rows (n, d) in C order, `offset` bytes into a file; `state` is the file's when it was found.
+    Rows (n, d) in C order from byte `offset` of a .npy file on, which had `state` when found.
     """
 
     path: Path
@@ -30,12 +30,12 @@ class Shard:
     @classmethod
     def find(cls, path: Path) -> Shard | None:
         """
-        The rows of a .npy file; None where it holds something else, or in another order.
+        The rows of a .npy file; None if it holds something else, or in another order.
 
         Raises
         ------
         ValueError, OSError, EOFError
-            Damaged or truncated, as numpy says.
+            Damaged or truncated.
         """
         state = _state(os.stat(path))
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -56,25 +56,28 @@ class Shard:
             The file is gone, was changed or cut since it was found.
         """
         width = self.shape[1]
-        try:
-            with open(self.path, "rb") as file:
-                self._check(os.fstat(file.fileno()))
-                offset = self.offset + start * width * self.dtype.itemsize
-                values = np.fromfile(file, self.dtype, (stop - start) * width, offset=offset)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+        with reading(self.path), open(self.path, "rb") as file:
+            self._check(os.fstat(file.fileno()))
+            offset = self.offset + start * width * self.dtype.itemsize
+            values = np.fromfile(file, self.dtype, (stop - start) * width, offset=offset)
         if len(values) < (stop - start) * width:
             raise InputError(f"{self.path}: was cut short while it was read; write it again")
         return values.reshape(-1, width)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The rows given by index (n,)."""
-        try:
+        """
+        Rows by index (n,).
+
+        Raises
+        ------
+        InputError
+            As `read`.
+        """
+        with reading(self.path, "cannot be read", "write it again"):
             self._check(os.stat(self.path))
-            # Not kept: each row that is touched brings 64 KiB of its neighbours into memory.
+            # Mapped anew each time: each row that is touched brings 64 KiB of its neighbours
+            # into memory, where they stay as long as the map.
             mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-        except (OSError, ValueError) as error:  # ValueError: shorter than it was
-            raise InputError(f"{self.path}: cannot be read ({error})") from error
         taken: np.ndarray = mapped[rows]
         return taken
 
@@ -84,7 +87,7 @@ class Shard:
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
-    """What differs where a file was written or replaced, even by one of the same time and size."""
+    """What differs if a file was written or replaced, even by one of the same time and size."""
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
@@ -92,8 +95,7 @@ class StoredRows:
     """
     Features (N, d) in one or several .npy files of the same type.
 
-    Slices are read, in one piece of memory that is then the caller's; rows by index (n,) are
-    gathered through a memory map.
+    A slice is read into new memory, rows by index (n,) are gathered through a memory map.
 
     Parameters
     ----------
@@ -148,6 +150,6 @@ class StoredRows:
         return out
 
     def _find(self, row: int) -> tuple[int, int]:
-        """The shard that holds a row, and its own first row."""
+        """The number of the shard that holds a row, and that shard's first row."""
         i = bisect_right(self._stops, row)
         return i, self._stops[i - 1] if i else 0

@@ -1,4 +1,4 @@
-"""Image features with those of their patches behind them: rows (n, 1 + L, d)."""
+"""Image features together with those of their patches: rows (n, 1 + L, d)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transclip_fast.errors import InputError
 
 class PatchedRows:
     """
-    Unit rows (N, 1 + L, d) float32 in slices: each image, and behind it its L patches.
+    Unit rows (N, 1 + L, d) float32 by slice or index: each image, then its L patches.
 
-    Patches become unit rows as they are read, so that they may stay on disk.
+    Patches are normalised when they are indexed, so that they may stay on disk.
 
     Parameters
     ----------
     rows : Tensor (N, d) float32
         Unit rows.
     patches : array (N, L, d), or (N, L d)
-        Of any float type; sliced, never modified.
+        Of any float type; indexed, never modified.
     name : str
-        For messages.
+        Name of the patches in error messages.
     ids : ndarray (N,), optional
-        Where in `patches` those of each row are, if not in order.
+        Position in `patches` of each row; by default its own.
 
     Raises
     ------
@@ -61,11 +61,11 @@ class PatchedRows:
         if wrong.any():
             row = np.arange(len(self._patches))[places][wrong.numpy()][0]
             raise InputError(f"{self._name}: row {row} has a patch that is zero or not finite")
-        near = (norms - 1).abs() <= UNIT_NORM_TOLERANCE  # are used as they are, like images
+        near = (norms - 1).abs() <= UNIT_NORM_TOLERANCE  # used as they are, like images
         return torch.cat([rows[:, None], patches / norms.where(~near, 1)], 1)
 
     def take(self, which: np.ndarray) -> PatchedRows:
-        """Some of the rows by index (n,), read when they are asked for."""
+        """Some of the rows by index (n,), read when they are indexed."""
         places = np.arange(len(self))[which] if self._ids is None else self._ids[which]
         return PatchedRows(self._rows[which], self._patches, self._name, places)
 
@@ -75,5 +75,5 @@ class PatchedRows:
 
 
 def images(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (n, d), without their patches where they have any."""
+    """Rows (n, d) without their patches, if they have any."""
     return rows[:, 0] if rows.ndim == 3 else rows

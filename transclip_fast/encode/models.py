@@ -22,7 +22,7 @@ from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
 from transclip_fast.encode.weights import checkpoint_files, checkpoint_in, read_checkpoint
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import DAMAGE, inside
+from transclip_fast.store.arrays import inside
 from transclip_fast.store.atomic import read_json
 
 NONE = "none"  # pretrained: random weights, always the same
@@ -165,7 +165,7 @@ def load_backbone(
             f"{told}: does not load (damaged, or holds pickled "
             "Python objects, which are never loaded; save its state_dict alone)"
         ) from error
-    except (*DAMAGE, ImportError, AttributeError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{told}: does not load ({reason})") from error
     net, preprocess, tokenizer, preprocessing = parts

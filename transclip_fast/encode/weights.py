@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import DAMAGE, inside
+from transclip_fast.store.arrays import inside
 from transclip_fast.store.atomic import read_json
 
 INDEX = ".index.json"
@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: does not load (damaged, or holds pickled Python objects, which are never "
             "loaded; save its state_dict alone)"
         ) from error
-    except DAMAGE as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: does not load ({reason})") from error
     return _state_dict(path, loaded)

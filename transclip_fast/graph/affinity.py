@@ -19,16 +19,23 @@ def affinity(
     device: torch.device | str = "cpu",
 ) -> Affinity:
     """
-    A = (W + W^T) / 2k of a directed graph W ("symmetric"), or W / k ("directed").
+    A = (W + W^T) / 2k ("symmetric") or W / k ("directed"), W being the similarities (N, N).
 
     Parameters
     ----------
     clamp_similarity : bool
-        Weights are max(0, similarity), as the paper writes them.
+        W is max(0, similarity), as in the paper.
     nodes : Tensor (N,) int64, optional
-        Other numbers for the rows of the graph.
+        The row of A for each row of the graph; the same one by default.
     """
-    rows, columns, weights = edges(graph, clamp_similarity=clamp_similarity, device=device)
+    # Memory maps are read-only; torch warns of them.
+    neighbors = torch.from_numpy(np.require(graph.neighbors, np.int64, "W")).to(device)
+    similarities = torch.from_numpy(np.require(graph.similarities, np.float32, "W")).to(device)
+    present = neighbors >= 0
+    rows = torch.arange(len(graph), device=device)[:, None].expand_as(neighbors)[present]
+    columns, weights = neighbors[present], similarities[present]  # (E,)
+    if clamp_similarity:
+        weights = weights.clamp_min(0)
     if nodes is not None:
         rows, columns = nodes[rows], nodes[columns]
     if mode == "symmetric":
@@ -40,16 +47,3 @@ def affinity(
     offsets = torch.zeros(len(graph) + 1, dtype=torch.int64, device=rows.device)
     torch.cumsum(torch.bincount(rows, minlength=len(graph)), 0, out=offsets[1:])
     return Affinity(offsets, columns[order].contiguous(), weights[order].contiguous())
-
-
-def edges(
-    graph: NeighborGraph, *, clamp_similarity: bool, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The entries of W: rows (E,) int64, columns (E,) int64, weights (E,) float32."""
-    # The lists of a memory map are read-only, of which torch warns.
-    columns = torch.from_numpy(np.require(graph.neighbors, np.int64, "W")).to(device)
-    weights = torch.from_numpy(np.require(graph.similarities, np.float32, "W")).to(device)
-    rows = torch.arange(len(columns), device=device)[:, None].expand_as(columns)
-    present = columns >= 0
-    weights = weights[present]
-    return rows[present], columns[present], weights.clamp_min(0) if clamp_similarity else weights

@@ -1,59 +1,130 @@
 """
-Exact search: every row against every other, each product computed once for both its rows.
+Exact search: all pairs of rows, each product used for both its rows.
 
-Candidates come from float32 products; which of them are nearest is decided in float64, equal ones
-by the lower id. Among more equal rows than there are spare candidates any may be found, others of
-rows in a file than of rows in memory.
+Products in float32, or int8 with a certificate, find the candidates; float64 decides among them,
+and of equal products the lower ids win. If more rows are equal than a list has entries, any of
+them may be found. On a GPU, 16-bit products find the candidates of each row and a bound proves
+them; a row whose bound fails is searched again in float32 (`transclip_fast.kernels.neighbors`).
 """
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from transclip_fast.callbacks import Checkpoint, Count, State
+from transclip_fast.callbacks import Checkpoint, Count
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.device import exact_float32
-from transclip_fast.graph.best import SPARE, BestLists, decide
-from transclip_fast.graph.compare import Pair, byte_products, compare
+from transclip_fast.device import exact_float32, multiplies_bytes
+from transclip_fast.graph.rerank import SPARE_CANDIDATES, BestLists, Finds, rerank_float64
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 
-TILE = {"cpu": 1024, "cuda": 16384}  # rows of a square block of products
+if TYPE_CHECKING:
+    from transclip_fast.graph.int8_products import Int8Products
+
+TILE_ROWS = {"cpu": 1024, "cuda": 16384}  # of a square block of products
+BATCH_BLOCKS = 32  # at most, between two merges: results do not depend on the number of cores
+WAITING_FINDS_PER_ROW, WAITING_FINDS = 8, 1 << 20  # before a merge, which takes ~100 bytes a find
+# int8 needs extra work for each block, and most of a second to load compiled code.
+INT8_BLOCK_PRODUCTS, INT8_PRODUCTS = 1 << 17, 1 << 27  # at least, in a block and in all of them
+GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
+GPU_CANDIDATES = 8  # of each row: KEPT of `transclip_fast.kernels.neighbors`
+Pair = tuple[torch.Tensor, torch.Tensor]  # ids (R,) and (C,) int64 of the rows of a block
 
 
-def search_exact(rows: Rows, best: BestLists, progress: Count, checkpoint: Checkpoint) -> None:
-    """Bring the neighbours of every row into `best`."""
+def search_exact(
+    rows: Rows, best: BestLists, k: int, progress: Count, checkpoint: Checkpoint
+) -> None:
+    """Fill `best` so that the k nearest other rows of every row are among its entries."""
+    if certifiable(rows, best.size):
+        search_certified(rows, best, k, progress, checkpoint)
+        return
     pairs = all_pairs(torch.arange(len(rows), device=rows.device))
     state, start = checkpoint.load(), 0
     if state is not None:
         best.restore(state)
         start = int(state["blocks"])
-    for done in compare(rows, pairs[start:], best, byte_products(rows, pairs)):
+    for done in compare(rows, pairs[start:], best, int8_products(rows, pairs)):
         progress(len(rows) * (start + done) // len(pairs), len(rows))
-        checkpoint.keep(partial(_state, best, start + done))
-
-
-def _state(best: BestLists, blocks: int) -> State:
-    return {"blocks": np.array(blocks), **best.state()}
+        checkpoint.keep(partial(best.state, blocks=start + done))
 
 
 def all_pairs(ids: torch.Tensor) -> list[Pair]:
     """Blocks of the rows `ids` (n,) that together hold every pair of them once."""
-    tiles = torch.split(ids, TILE["cuda" if ids.is_cuda else "cpu"])
-    # With themselves first: what is found there rules out most of the others.
-    own = [(tile, tile) for tile in tiles]
-    return own + [(tile, other) for i, tile in enumerate(tiles) for other in tiles[i + 1 :]]
+    tiles = torch.split(ids, TILE_ROWS["cuda" if ids.is_cuda else "cpu"])
+    # The diagonal first: its finds rule out most of the other products.
+    diagonal = [(tile, tile) for tile in tiles]
+    return diagonal + [(tile, other) for i, tile in enumerate(tiles) for other in tiles[i + 1 :]]
+
+
+def compare(
+    rows: Rows, pairs: Iterable[Pair], best: BestLists, int8: Int8Products | None
+) -> Iterator[int]:
+    """
+    Merge the products of blocks of pairs into `best`; yields the number of blocks done so far.
+
+    Parameters
+    ----------
+    rows : Rows (N, d)
+    pairs : iterable of (Tensor (R,), Tensor (C,)) int64
+        Ids of the rows of each block. A product counts for both its rows; a block with the same
+        tensor twice leaves out each row's product with itself.
+    best : BestLists
+        Of the N rows.
+    int8 : Int8Products, optional
+        Takes over the large blocks.
+    """
+
+    def find(pair: Pair) -> list[Finds]:
+        ids, others = pair
+        if int8 is not None and len(ids) * len(others) >= INT8_BLOCK_PRODUCTS:
+            return int8.find(ids, others, best)
+        block = rows[ids]
+        if ids is not others:
+            return best.find(block @ rows[others].T, ids, others)
+        products = block @ block.T
+        products.fill_diagonal_(-torch.inf)  # by id: copies of a row are its neighbours
+        return [best.top(products, ids, ids)]
+
+    remaining, done, size = iter(pairs), 0, 1
+    while batch := list(islice(remaining, size)):
+        for finds in parallel_map(find, batch, best.values.device):
+            best.add(finds)
+        best.merge(min(WAITING_FINDS_PER_ROW * len(best.ids), WAITING_FINDS))
+        done += len(batch)
+        size = min(2 * size, BATCH_BLOCKS)  # the first blocks find the most
+        yield done
+    best.merge()
+
+
+def allows_int8(n_rows: int, dim: int, device: torch.device, *, held: bool) -> bool:
+    """Whether a search among `n_rows` rows may use int8 products on this machine."""
+    enough = n_rows * n_rows // 2 >= INT8_PRODUCTS
+    return held and device.type == "cpu" and enough and multiplies_bytes(dim)
+
+
+def int8_products(rows: Rows, pairs: Iterable[Pair]) -> Int8Products | None:
+    """Int8 products of the rows if they make these blocks faster, else None."""
+    n_rows, dim = rows.shape
+    if not allows_int8(n_rows, dim, rows.device, held=rows.held):
+        return None
+    sizes = (len(ids) * len(others) for ids, others in pairs)
+    if sum(size for size in sizes if size >= INT8_BLOCK_PRODUCTS) < INT8_PRODUCTS:
+        return None
+    module = _compiled_module("transclip_fast.graph.int8_products")
+    return None if module is None else module.Int8Products(rows)
 
 
 def nearest(
     rows: torch.Tensor, queries: Rows | torch.Tensor, k: int, *, own: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k most similar queries of each row, best first: ids (M, k) int64, similarities (M, k).
-
-    k is cut to the number of queries; the similarities are float64.
+    The k most similar queries of each row, best first; k is cut to the number of queries.
 
     Parameters
     ----------
@@ -61,11 +132,16 @@ def nearest(
     queries : (N, d)
     own : Tensor (M,) int64, optional
         The query that each row is; it is not its own neighbour.
-    """
-    size = min(k + SPARE + 1, len(queries))  # with the row itself
-    tile = TILE["cuda" if rows.is_cuda else "cpu"]
 
-    def found(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    Returns
+    -------
+    ids : Tensor (M, k) int64
+    similarities : Tensor (M, k) float64
+    """
+    size = min(k + SPARE_CANDIDATES + 1, len(queries))  # with the row itself
+    tile = TILE_ROWS["cuda" if rows.is_cuda else "cpu"]
+
+    def top(start: int) -> tuple[torch.Tensor, torch.Tensor]:
         products = block @ queries[start : start + tile].T
         values, places = products.topk(min(size, products.shape[1]), dim=1)
         return values, places + start
@@ -74,9 +150,65 @@ def nearest(
     with exact_float32(), single_threaded_torch():
         for first in range(0, len(rows), tile):
             block = rows[first : first + tile]
-            parts = parallel_map(found, range(0, len(queries), tile), rows.device)
+            parts = parallel_map(top, range(0, len(queries), tile), rows.device)
             values, candidates = (torch.cat(part, 1) for part in zip(*parts, strict=True))
             ids[first : first + tile] = candidates.gather(1, values.topk(size, dim=1).indices)
         if own is not None:
             ids[ids == own[:, None]] = -1
-        return decide(rows, queries, ids, min(k, len(queries) - (own is not None)))
+        return rerank_float64(rows, queries, ids, min(k, len(queries) - (own is not None)))
+
+
+def certifiable(rows: Rows, size: int) -> bool:
+    """Whether `search_certified` can fill lists of `size`: it needs held rows, a GPU and Triton."""
+    fits = rows.device.type == "cuda" and rows.held and size <= GPU_CANDIDATES
+    return fits and _compiled_module("transclip_fast.kernels.neighbors") is not None
+
+
+def search_certified(
+    rows: Rows, best: BestLists, k: int, progress: Count, checkpoint: Checkpoint
+) -> int:
+    """
+    Fill `best` on a GPU; the k nearest other rows of every row are proven to be in it.
+
+    Returns
+    -------
+    int
+        Rows whose candidates were not proven, and that were searched again in float32.
+    """
+    from transclip_fast.kernels.neighbors import candidates, certified  # needs Triton
+
+    (n_rows, dim), half = rows.shape, rows.half()[:]
+    lost = (rows[block].double() - half[block].double() for block in rows.blocks())
+    errors = torch.cat([torch.linalg.vector_norm(block, dim=1).float() for block in lost])
+    state, start, again = checkpoint.load(), 0, 0
+    if state is not None:
+        best.restore(state)
+        start, again = state["place"].tolist()
+
+    def enter(ids: torch.Tensor, found: torch.Tensor, similarities: torch.Tensor) -> None:
+        best.ids[ids, : found.shape[1]] = found
+        values = similarities.float().masked_fill_(found < 0, -torch.inf)
+        best.values[ids, : found.shape[1]] = values
+
+    for first in range(start, n_rows, GPU_STEP_ROWS):
+        ids = torch.arange(first, min(first + GPU_STEP_ROWS, n_rows), device=rows.device)
+        found, products = candidates(half, first, first + len(ids))
+        found, similarities = rerank_float64(rows[ids], rows, found, best.size)
+        enter(ids, found, similarities)
+        kth = similarities[:, min(k, n_rows - 1) - 1]
+        unproven = ids[~certified(kth, products, errors[ids], errors.max(), dim)]
+        if len(unproven):
+            enter(unproven, *nearest(rows[unproven], rows, best.size, own=unproven))
+        again += len(unproven)
+        progress(first + len(ids), n_rows)
+        checkpoint.keep(partial(best.state, place=[first + len(ids), again]))
+    return again
+
+
+def _compiled_module(name: str) -> Any:
+    """A module that needs numba or Triton; None, with a warning, if it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        warnings.warn(f"searched in torch, slower: {error}", stacklevel=4)
+        return None

@@ -17,7 +17,7 @@ from transclip_fast.heads.prompts import Prompting
 from transclip_fast.heads.task import Head, as_fit_arguments, inputs_for
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import VALIDATION_SHOTS, DataSet
-from transclip_fast.store.atomic import publish_file, read_json, write_json, writing
+from transclip_fast.store.atomic import new_file, read_json, write_json, writing
 from transclip_fast.store.features import LOCAL
 from transclip_fast.version import __version__
 
@@ -53,10 +53,8 @@ def do_runs(runs: Sequence[Run], folder: Path, progress: Callable[[int, int], No
         file = run.file(folder)
         if not file.exists():
             row = {**run.columns, **run.work()}
-            partial = file.with_suffix(".partial")
-            with writing(folder):
+            with writing(folder), new_file(file) as partial:
                 write_json(partial, row)
-                publish_file(partial, file)
         rows.append(read_json(file))
     progress(len(runs), len(runs))
     return rows

@@ -12,16 +12,21 @@ from transclip_fast.errors import InputError
 from transclip_fast.ops.blocks import gemm_rows, read_rows
 from transclip_fast.parallel import n_threads
 
+FORMS = ("auto", "dense", "sparse")  # of the assignments
 CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Up to this size z, its successor and its scores stay whole: nothing is gained by lists.
-DENSE_BYTES = 1 << 25
-FEWEST, USUAL = 32, 128  # candidates of a row
+# Up to so many classes a dense solve is faster, whatever N is: measured on a CPU; on a GPU by the
+# bytes that a sweep moves.
+DENSE_CLASSES = {"cpu": 128, "cuda": 64}
+DENSE_ENTRIES = 1 << 18  # entries of z that are faster than loading the compiled loops
+FEWEST_CANDIDATES, USUAL_CANDIDATES = 32, 128  # of a row
 # Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
 ENTRY_BYTES = 24
-SMALL = 1 << 24  # bytes of lists that are no matter, however few candidates would do
+FREE_LIST_BYTES = 1 << 24  # lists of this size cost nothing, however few candidates would do
 ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
-PROCESS = 700 << 20  # Python, torch, numba and the rest, and what the allocator keeps
+PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
+SEARCH_ROW_BYTES = 2500  # candidates of a row in some 30 lists, and the copies of sorting them
+INT8_ROW_BYTES = 16  # step and norms of a row beside its int8 features
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
 
 
@@ -98,10 +103,10 @@ class Size:
     ----------
     n_rows, n_classes, dim, n_neighbors : int
         N, K, d, k.
-    stored : int
-        Bytes of the features in files; 0 where they are in memory.
-    given : int
-        Bytes that the process has before a solve: features in memory, and a given prior.
+    file_bytes : int
+        Of the features in files; 0 where they are in memory.
+    input_bytes : int
+        In memory before a solve: the features, and a prior (N, K).
     copied : bool
         Whether features held on the device are a copy of what is given.
     linear : bool
@@ -114,15 +119,15 @@ class Size:
     n_classes: int
     dim: int
     n_neighbors: int = 3
-    stored: int = 0
-    given: int = 0
+    file_bytes: int = 0
+    input_bytes: int = 0
     copied: bool = True
     linear: bool = True
     runs: int = 1
 
     def used(self, device: torch.device) -> int:
-        """What is there before a solve; not what is measured, so that it is the same each time."""
-        return PROCESS + self.given if device.type == "cpu" else 0
+        """Bytes in use before a solve: a constant, so that a resumed solve decides the same."""
+        return PROCESS_BYTES + self.input_bytes if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)
@@ -158,27 +163,17 @@ class Layout:
             "blocks": 2 * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
         }
 
-
-def sweep_bytes(size: Size, candidates: int | None) -> int:
-    """
-    Bytes a row that a sweep moves at most: scores, result, edges, and what each neighbour holds.
-
-    Whole rows are float32, entries of lists have an int32 beside it; both ends of an edge hear.
-    """
-    entries = 4 * size.n_classes if candidates is None else 8 * min(candidates, size.n_classes)
-    return 2 * entries + 2 * size.n_neighbors * (12 + entries)
+    def search_bytes(self, size: Size, device: torch.device) -> int:
+        """Bytes of an approximate neighbour search; an exact one of few rows takes less."""
+        features = self.bytes(size, device)["features"]
+        int8_rows = size.dim + INT8_ROW_BYTES if self.held and device.type == "cpu" else 0
+        return features + (SEARCH_ROW_BYTES + int8_rows) * size.n_rows
 
 
-def dense_pays(size: Size, device: torch.device, room: int) -> bool:
-    """
-    Whether whole rows are better than lists: for small problems; on a GPU, where bytes are the
-    time of a sweep, also where they are fewer even than those of the shortest full lists, and fit
-    half of `room`.
-    """
-    whole = 12 * size.n_rows * size.n_classes
-    if whole <= DENSE_BYTES or device.type == "cpu":
-        return whole <= DENSE_BYTES
-    return sweep_bytes(size, None) <= sweep_bytes(size, FEWEST) and whole <= room // 2
+def dense_is_faster(size: Size, device: torch.device) -> bool:
+    """Whether keeping all classes of a row takes less time than keeping its largest ones."""
+    few = size.n_classes <= DENSE_CLASSES.get(device.type, DENSE_CLASSES["cuda"])
+    return few or (device.type == "cpu" and size.n_rows * size.n_classes <= DENSE_ENTRIES)
 
 
 def choose_layout(
@@ -195,7 +190,7 @@ def choose_layout(
     Parameters
     ----------
     form : {"auto", "dense", "sparse"}
-        "auto" is dense where `dense_pays`.
+        "auto" is dense where that is faster and fits into memory.
     candidates : int, optional
         C, where it is given.
     memory : int, optional
@@ -209,23 +204,32 @@ def choose_layout(
     used, limit = size.used(device), limit_of(device, memory)
     room = limit - used
     if form == "auto" and candidates is None:
-        form = "dense" if dense_pays(size, device, room) else "sparse"
+        dense = sum(Layout(None, held=False).bytes(size, device).values())
+        fits = dense <= room or size.n_classes <= FEWEST_CANDIDATES  # lists would be no shorter
+        form = "dense" if fits and dense_is_faster(size, device) else "sparse"
     layout = Layout(None, held=False)
     if form == "sparse":
-        fixed = sum(Layout(0, held=False).bytes(size, device).values())
-        fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
-        chosen = candidates or max(USUAL, SMALL // (ENTRY_BYTES * size.n_rows))
-        while candidates is None and chosen > FEWEST and min(chosen, size.n_classes) > fits:
-            chosen = max(FEWEST, chosen // 2)  # in steps: a little less memory changes no result
-        layout = replace(layout, candidates=min(chosen, size.n_classes))
+        kept = candidates or _candidates_that_fit(size, device, room)
+        layout = Layout(min(kept, size.n_classes), held=False)
     needed = used + sum(layout.bytes(size, device).values())
     if needed > limit:
         remedy = "allow more, or solve fewer rows at a time"
-        if form == "dense" and size.n_classes > FEWEST:
+        if form == "dense" and size.n_classes > FEWEST_CANDIDATES:
             remedy = "choose assignments='sparse', or allow more"
         raise InputError(
             f"memory: {size.n_rows:,} rows and {size.n_classes:,} classes, {form}, need at least "
             f"{show_bytes(needed)}, there are {show_bytes(limit)}; {remedy}"
         )
     held = replace(layout, held=True)
-    return held if sum(held.bytes(size, device).values()) <= room else layout
+    most = max(sum(held.bytes(size, device).values()), held.search_bytes(size, device))
+    return held if most <= room else layout
+
+
+def _candidates_that_fit(size: Size, device: torch.device, room: int) -> int:
+    """The usual number, halved until the lists fit into `room` bytes or it is the fewest."""
+    fixed = sum(Layout(0, held=False).bytes(size, device).values())
+    fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
+    kept = max(USUAL_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * size.n_rows))
+    while kept > FEWEST_CANDIDATES and min(kept, size.n_classes) > fits:
+        kept = max(FEWEST_CANDIDATES, kept // 2)  # in steps: a little less memory changes nothing
+    return kept

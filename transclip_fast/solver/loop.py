@@ -1,281 +1,165 @@
 """
-TransCLIP's block majorise-minimise solver (Zanella, Gerin, Ben Ayed, NeurIPS 2024).
+TransCLIP: block majorise-minimise (Zanella, Gerin, Ben Ayed, NeurIPS 2024).
 
-Three blocks in turn, each in closed form: the assignments z, the means mu, the variance sigma^2.
+Minimises the objective L (equation 1 of the paper, 4 with labelled support rows) over three blocks
+in turn, each in closed form: the assignments z (equation 5), the means mu (6) and the variance
+sigma^2 (7). The operations on all N rows are in `transclip_fast.ops`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
-from transclip_fast.callbacks import Checkpoint, NoCheckpoint, State, Step
+from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
-from transclip_fast.graph.affinity import affinity
-from transclip_fast.ops import backend_class
-from transclip_fast.ops.blocks import blocks, gemm_rows
-from transclip_fast.ops.torch_backend import TorchOps, block_scores
-from transclip_fast.parallel import parallel_map, single_threaded_torch
+from transclip_fast.parallel import single_threaded_torch
 from transclip_fast.solver.mixture import Mixture, Moments
-from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import Prior
-from transclip_fast.solver.support import Support
-from transclip_fast.types import Assignments, LinearScore, NeighborGraph, Scores, Truncation
-
-# The likelihood term of M shots, relative to that of N queries, is 50 gamma N / M.
-SUPPORT_SCALE = 50.0
-
-
-@dataclass(frozen=True)
-class Solution:
-    """
-    What a run ends with.
-
-    `objective` is L after each outer step and at the end, `tail_mass` the largest mass of a row
-    outside its candidates, `prior_labels` (N,) and `prior_confidences` (N,) what the prior alone
-    predicts.
-    """
-
-    assignments: Assignments
-    mixture: Mixture
-    n_iter: int
-    objective: list[float]
-    tail_mass: float
-    prior_labels: torch.Tensor
-    prior_confidences: torch.Tensor
+from transclip_fast.solver.problem import Inputs, Settings
+from transclip_fast.solver.state import Solution, State, restore, saved, start
+from transclip_fast.types import LinearScore, Messages, NeighborGraph
 
 
 def solve(
-    features: UnitRows,
-    prior: Prior,
+    inputs: Inputs,
     graph: NeighborGraph,
-    parameters: Parameters,
-    *,
-    kl_weight: float,
-    support: Support | None = None,
+    settings: Settings,
     gamma: float = 0.0,
-    truncation: Truncation | None = None,
-    backend: str = "torch",
+    *,
     progress: Callable[[Step], None] | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Solution:
     """
     Classify all queries jointly.
 
-    The features are read `reads(prior)` times before the first step (and once more when `Rows`
-    checks them), twice in every outer step and twice at the end: new means need the assignments
-    of all rows, and those the scores of all rows under the means before.
+    The features are read `passes_before(prior)` times before the first step, twice in every outer
+    step and twice at the end: new means need the assignments of all rows, and those the scores of
+    all rows under the means before.
 
     Parameters
     ----------
-    features : Tensor or Rows (N, d)
-        Unit rows, on the device that does the work.
-    prior : Prior
-        y_hat, on the same device.
+    inputs : Inputs
+        The problem on the device that solves it.
     graph : NeighborGraph
         Lists of k neighbours of the N rows.
-    kl_weight : float
-        lambda.
-    support : Support, optional
-        Labelled rows, weighted by `gamma`.
-    truncation : Truncation, optional
-        Keep only the largest entries of each row; all of them where not given.
-    backend : str
-        Whose operations, one of those that `ops.choose_backend` returns.
+    settings : Settings
+    gamma : float
+        Weight of the support.
     progress : callable, optional
         Called after every outer step.
     checkpoint : Checkpoint, optional
-        Where the state after an outer step is kept, and found.
+        Saves the state after every outer step; a saved state is where the run resumes.
     """
-    if support is not None and parameters.published_support_rows:
-        graph, support = support.published(graph, clamp_similarity=parameters.clamp_similarity)
     checkpoint = checkpoint or NoCheckpoint()
     with exact_float32(), single_threaded_torch():
-        run = _Run(
-            backend_class(backend),
-            features,
-            prior,
-            graph,
-            parameters,
-            kl_weight=kl_weight,
-            support=support,
-            gamma=gamma,
-            truncation=truncation,
-        )
-        history = run.resume(checkpoint.load())
-        labels = None if progress is None else run.z.best()[0]
-        if progress is not None and history:
-            progress(Step(len(history), history[-1] / len(features), 0))
-        while not _finished(history, parameters, len(features)):
-            run.step()
-            history.append(run.objective())
-            checkpoint.keep(partial(run.state, history))
-            if progress is not None:
-                labels, before = run.z.best()[0], labels
-                changed = int((labels != before).sum())
-                progress(Step(len(history), history[-1] / len(features), changed))
+        state = start(inputs, graph, settings, gamma)
+        history = restore(state, checkpoint.load())
+        report = _reporter(state, history, progress)
+        while not _finished(history, settings, len(inputs.features)):
+            update_assignments(state)
+            update_means(state)
+            update_variance(state)
+            history.append(objective(state))
+            checkpoint.keep(partial(saved, state, history))
+            report()
         n_iter = len(history)
-        run.update_assignments()
-        history.append(run.objective())
-    tail_mass = float(run.base.tail.max())
-    return Solution(run.finish(), run.mixture, n_iter, history, tail_mass, *run.prior_best)
+        update_assignments(state)
+        history.append(objective(state))
+    return Solution.of(state, gamma, n_iter, history)
 
 
-def reads(prior: Prior) -> int:
-    """How often the features are read before the first step: for squares, and a linear prior."""
-    return 1 if prior.weights is None else 2
+def update_assignments(state: State) -> None:
+    """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), some sweeps (equation 5)."""
+    features, support = state.inputs.features, state.inputs.support
+    score = linear_score(
+        state.mixture,
+        state.inputs.prior,
+        likelihood_weight=state.settings.parameters.likelihood_weight,
+        kl_weight=state.settings.kl_weight,
+        messages=None if support is None else support.messages,
+    )
+    state.ops.score(features, score, out=state.base)
+    for _ in range(state.settings.parameters.inner_iter):
+        state.ops.sweep(state.base, state.z, out=state.spare)
+        state.z, state.spare = state.spare, state.z
+    sums, counts = state.ops.class_sums(state.z, features)
+    state.moments = Moments(counts, sums, state.squares)
+    state.pooled = state.moments * (1 / len(features))
+    if support is not None:
+        state.pooled = state.pooled + support.moments * state.support_weight
 
 
-def _finished(history: list[float], parameters: Parameters, n_rows: int) -> bool:
-    """Whether that was the last outer step."""
-    if len(history) >= parameters.max_iter:
-        return True
-    return len(history) > 1 and abs(history[-1] - history[-2]) < parameters.tol * n_rows
+def update_means(state: State) -> None:
+    """mu_k <- unit(Z^T F / N + w Y^T S) (equation 6)."""
+    parameters = state.settings.parameters
+    if parameters.update_means:
+        state.mixture = state.mixture.update_means(state.pooled, unit=parameters.unit_means)
 
 
-class _Run:
-    """z, mu and sigma^2 on their way, and the three block updates."""
-
-    def __init__(
-        self,
-        operations: type[TorchOps],
-        features: UnitRows,
-        prior: Prior,
-        graph: NeighborGraph,
-        parameters: Parameters,
-        *,
-        kl_weight: float,
-        support: Support | None,
-        gamma: float,
-        truncation: Truncation | None,
-    ) -> None:
-        self.features, self.prior, self.parameters = features, prior, parameters
-        self.kl_weight, self.support = kl_weight, support
-        self.support_weight = SUPPORT_SCALE * gamma / len(support) if support else 0.0  # w
-        self.z = Assignments.empty(len(features), prior.n_classes, truncation, features.device)
-        self.prior_normaliser, log_weights, rows = operations.start(
-            features, prior.weights, prior.log_probabilities, out=self.z
+def update_variance(state: State) -> None:
+    """sigma^2 <- the mean squared distance to the new means, under the new z (equation 7)."""
+    parameters = state.settings.parameters
+    if parameters.update_variance:
+        state.mixture = state.mixture.update_variance(
+            state.pooled, covariance=parameters.covariance
         )
-        self.mixture = Mixture.start(
-            log_weights, rows, features, support.moments if support else None
-        )
-        self.prior_best = self.z.best()
-        # Most neighbours share a label: side by side, their short rows are read from the cache.
-        self.nodes: torch.Tensor | None = None
-        if truncation is not None:
-            order = self.prior_best[0].argsort(stable=True)
-            self.nodes = torch.empty_like(order)
-            self.nodes[order] = torch.arange(len(order), device=order.device)
-            self.z = self.z.take(order)
-        near = affinity(
-            graph,
-            mode=parameters.graph_mode,
-            clamp_similarity=parameters.clamp_similarity,
-            nodes=self.nodes,
-            device=features.device,
-        )
-        self.spare = self.z.empty_like()  # the Jacobi sweep writes here, then the two swap
-        self.base = Scores.empty(near.max_message(), prior.n_classes, truncation)
-        self.ops = operations(near, self.nodes)
-        self.squares = operations.sum_of_squares(features)
-        # Of the z that update_assignments leaves: of the queries, and with the support's, where
-        # the queries' mass is 1.
-        self.moments: Moments
-        self.pooled: Moments
 
-    def step(self) -> None:
-        """One outer step: z, mu, sigma^2."""
-        self.update_assignments()
-        self.update_means()
-        self.update_variance()
 
-    def update_assignments(self) -> None:
-        """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), several sweeps."""
-        weights, offset = linear_score(
-            self.mixture,
-            self.prior,
-            likelihood_weight=self.parameters.likelihood_weight,
-            kl_weight=self.kl_weight,
-        )
-        score = LinearScore(
-            weights,
-            offset,
-            log_prior=self.prior.log_probabilities if self.kl_weight else None,
-            prior_weight=self.kl_weight,
-            messages=self.support.messages if self.support else None,
-        )
-        self.ops.score(self.features, score, out=self.base)
-        for _ in range(self.parameters.inner_iter):
-            new = self.ops.sweep(self.base, self.z, out=self.spare)
-            self.z, self.spare = new, self.z
-        sums, counts = self.ops.class_sums(self.z, self.features)
-        self.moments = Moments(counts, sums, self.squares)
-        self.pooled = self.moments * (1 / len(self.features))
-        if self.support is not None:
-            self.pooled = self.pooled + self.support.moments * self.support_weight
+def objective(state: State) -> float:
+    """
+    L at the present z, mu and sigma^2 (equation 1; 4 with support), a sum over all queries.
 
-    def update_means(self) -> None:
-        """mu_k <- unit(Z^T F / N + w Y^T S)."""
-        if self.parameters.update_means:
-            self.mixture = self.mixture.update_means(self.pooled, unit=self.parameters.unit_means)
+    L = KL - 1/2 sum_ij A_ij z_i.z_j - likelihood_weight * mixture, where KL is sum_ik z_ik
+    (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log sigma_d^2).
+    Few-shot adds w N times the support's mixture term, and its messages.
+    """
+    inputs, kl_weight, mixture = state.inputs, state.settings.kl_weight, state.mixture
+    pairwise, entropy = state.ops.energies(state.z)
+    value = entropy - 0.5 * pairwise
+    if kl_weight and inputs.prior.log_probabilities is not None:
+        value = value - kl_weight * state.ops.expectation(state.z, inputs.prior.log_probabilities)
+    elif kl_weight and inputs.prior.weights is not None:
+        # Linear in the features: the moments have the sum, no row is read.
+        log_prior = (inputs.prior.weights * state.moments.sums).sum()
+        value = value - kl_weight * (log_prior - state.prior_normaliser.double().sum())
+    likelihood = mixture.log_likelihood(state.moments)
+    if inputs.support is not None:
+        shots = mixture.log_likelihood(inputs.support.moments)
+        likelihood = likelihood + state.support_weight * len(inputs.features) * shots
+        value = value - inputs.support.received(state.z, state.nodes)
+    return float(value - state.settings.parameters.likelihood_weight * likelihood)
 
-    def update_variance(self) -> None:
-        """sigma^2 <- the mean squared distance to the new means, under the new z."""
-        if self.parameters.update_variance:
-            self.mixture = self.mixture.update_variance(
-                self.pooled, covariance=self.parameters.covariance
-            )
 
-    def objective(self) -> float:
-        """
-        L at the present z, mu and sigma^2 (paper, equation 1), a sum over all queries.
+def linear_score(
+    mixture: Mixture,
+    prior: Prior,
+    *,
+    likelihood_weight: float,
+    kl_weight: float,
+    messages: Messages | None = None,
+) -> LinearScore:
+    """
+    likelihood_weight g + lambda log y_hat = F P^T + c, up to a constant per row.
 
-        L = KL - 1/2 sum_ij A_ij z_i.z_j - likelihood_weight * mixture, where KL is sum_ik z_ik
-        (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log
-        sigma_d^2). Few-shot adds w N times the support's mixture term, and its messages.
-        """
-        pairwise, entropy = self.ops.energies(self.z)
-        likelihood = self.mixture.log_likelihood(self.moments)
-        value = entropy - 0.5 * pairwise
-        if self.kl_weight and self.prior.log_probabilities is not None:
-            log_prior = self.ops.expectation(self.z, self.prior.log_probabilities)
-            value = value - self.kl_weight * log_prior
-        elif self.kl_weight and self.prior.weights is not None:
-            # Linear in the features: the moments say it without touching a row.
-            log_prior = (self.prior.weights * self.moments.sums).sum()
-            value = value - self.kl_weight * (log_prior - self.prior_normaliser.double().sum())
-        if self.support is not None:
-            shots = self.mixture.log_likelihood(self.support.moments)
-            likelihood = likelihood + self.support_weight * len(self.features) * shots
-            value = value - self.support.received(self.z, self.nodes)
-        return float(value - self.parameters.likelihood_weight * likelihood)
-
-    def state(self, history: list[float]) -> dict[str, np.ndarray]:
-        """What `resume` needs to go on after the last step of the history."""
-        mixture = {"means": self.mixture.means, "variances": self.mixture.variances}
-        arrays = {name: tensor.cpu().numpy() for name, tensor in mixture.items()}
-        return {"objective": np.array(history), **arrays, **self.z.state()}
-
-    def resume(self, state: State | None) -> list[float]:
-        """Go on from an earlier `state`; the objective after each step that was taken."""
-        if state is None:
-            return []
-        self.z.restore(state)
-        device = self.features.device
-        means, variances = (torch.from_numpy(state[x]).to(device) for x in ("means", "variances"))
-        self.mixture = Mixture(means, variances)
-        history: list[float] = state["objective"].tolist()
-        return history
-
-    def finish(self) -> Assignments:
-        """z in the order of the features, once nothing else is needed."""
-        del self.spare, self.base
-        return self.z if self.nodes is None else self.z.take(self.nodes)
+    P = likelihood_weight mu / sigma^2 + lambda tau V for a linear prior, V its prototypes; a prior
+    given row by row is added to the scores.
+    """
+    weights, offset = mixture.linear_score()
+    weights, offset = likelihood_weight * weights, likelihood_weight * offset
+    if prior.weights is not None:
+        weights = weights + kl_weight * prior.weights
+    return LinearScore(
+        # What all classes share cancels in the softmax; without it float32 keeps more digits.
+        (weights - weights.mean(0)).float(),
+        (offset - offset.mean()).float(),
+        prior.log_probabilities if kl_weight else None,
+        kl_weight,
+        messages,
+    )
 
 
 def predict(
@@ -288,33 +172,42 @@ def predict(
 ) -> torch.Tensor:
     """z (N, K) of rows outside the graph: the mixture and the prior, no messages."""
     with exact_float32():
-        weights, offset = linear_score(
+        score = linear_score(
             mixture, prior, likelihood_weight=likelihood_weight, kl_weight=kl_weight
         )
-        log_prior = prior.log_probabilities if kl_weight else None
-        score = LinearScore(weights, offset, log_prior, kl_weight)
-        out = weights.new_empty(len(features), prior.n_classes)
-
-        def part(rows: slice) -> None:
-            block_scores(features, score, rows, out=out[rows])
-
-        size = gemm_rows(features.device, prior.n_classes)
-        parallel_map(part, blocks(len(features), size), features.device)
+        out = torch.addmm(score.offset, features[:], score.weights.T)
+        if score.log_prior is not None:
+            out.add_(score.log_prior, alpha=score.prior_weight)
         return torch.softmax(out, 1)
 
 
-def linear_score(
-    mixture: Mixture, prior: Prior, *, likelihood_weight: float, kl_weight: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    P (K, d) and c (K,) float32: likelihood_weight g + lambda log y_hat = F P^T + c.
+def passes_before(prior: Prior) -> int:
+    """Passes over the features before the first step: for squares, and a linear prior."""
+    return 1 if prior.weights is None else 2
 
-    Up to a constant per row. P = likelihood_weight mu / sigma^2 + lambda tau V for a linear
-    prior; a given one is added to the scores.
-    """
-    weights, offset = mixture.linear_score()
-    weights, offset = likelihood_weight * weights, likelihood_weight * offset
-    if prior.weights is not None:
-        weights = weights + kl_weight * prior.weights
-    # What all classes share cancels in the softmax; without it float32 keeps more digits.
-    return (weights - weights.mean(0)).float(), (offset - offset.mean()).float()
+
+def _finished(history: list[float], settings: Settings, n_rows: int) -> bool:
+    """Whether the last outer step was the last one needed."""
+    parameters = settings.parameters
+    if len(history) >= parameters.max_iter:
+        return True
+    return len(history) > 1 and abs(history[-1] - history[-2]) < parameters.tol * n_rows
+
+
+def _reporter(
+    state: State, history: list[float], progress: Callable[[Step], None] | None
+) -> Callable[[], None]:
+    """Return a function that reports the last step of the history."""
+    if progress is None:
+        return lambda: None
+    labels = state.z.best()[0]
+
+    def report() -> None:
+        nonlocal labels
+        before, labels = labels, state.z.best()[0]
+        changed = int((labels != before).sum())
+        progress(Step(len(history), history[-1] / len(labels), changed))
+
+    if history:
+        report()
+    return report

@@ -28,6 +28,12 @@ class Moments:
     sums: torch.Tensor
     squares: torch.Tensor
 
+    @classmethod
+    def zero(cls, n_classes: int, dim: int, device: torch.device) -> Moments:
+        """Moments of no rows."""
+        counts = torch.zeros(n_classes, dtype=torch.float64, device=device)
+        return cls(counts, counts.new_zeros(n_classes, dim), counts.new_zeros(dim))
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(
             self.counts + other.counts, self.sums + other.sums, self.squares + other.squares

@@ -1,4 +1,4 @@
-"""The parameters of the method."""
+"""The parameters of a fit and their checks."""
 
 from __future__ import annotations
 
@@ -9,49 +9,27 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.graph.affinity import GRAPH_MODES
+from transclip_fast.ops import BACKENDS
+from transclip_fast.solver.layout import FORMS, parse_memory
 from transclip_fast.solver.mixture import COVARIANCES
 
-FLAGS = (
-    "unit_means",
-    "update_means",
-    "update_variance",
-    "clamp_similarity",
-    "published_support_rows",
-)
+PRECISIONS = ("float32", "float16")
+GAMMAS = (0.002, 0.01, 0.02, 0.2)  # the published grid
+LEAST = {"n_neighbors": 1, "max_iter": 0, "inner_iter": 1, "candidates": 1, "rank": 1}
+WEIGHTS = ("tol", "logit_scale", "likelihood_weight", "kl_weight", "gamma")
+FLAGS = ("unit_means", "update_means", "update_variance", "clamp_similarity", "verbose")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "covariance": COVARIANCES,
+    "graph_mode": GRAPH_MODES,
+    "assignments": FORMS,
+    "precision": PRECISIONS,
+    "backend": BACKENDS,
+}
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Parameters:
-    """
-    The parameters of the method; the defaults reproduce the published results.
-
-    Parameters
-    ----------
-    n_neighbors : int
-        k, neighbours of each query in the graph.
-    max_iter : int
-        Outer steps: assignments, means, variance. One last update of z follows them.
-    inner_iter : int
-        Sweeps over the assignments in each step.
-    tol : float
-        Stop when a step changes the objective by less than `tol` per query; 0 takes every step.
-    logit_scale : float
-        tau, the temperature of the text prediction.
-    kl_weight : float, optional
-        lambda; 1 zero-shot and 0.5 few-shot where it is not given.
-    likelihood_weight : float
-        Weight of the mixture term.
-    unit_means, update_means, update_variance : bool
-        Keep the means on the unit sphere; update them at all; update the variance.
-    covariance : {"diagonal", "isotropic"}
-    graph_mode : {"symmetric", "directed"}
-        Messages through (W + W^T) / 2k, or through W / k.
-    clamp_similarity : bool
-        Edge weights are max(0, cosine).
-    published_support_rows : bool
-        Few-shot: repeat two errors of the published code in the graph, to compare with its
-        results; see `transclip_fast.solver.support.Support.published`.
-    """
+    """The parameters of `transclip_fast.TransCLIP`, which documents each of them."""
 
     n_neighbors: int = 3
     max_iter: int = 10
@@ -66,28 +44,46 @@ class Parameters:
     covariance: str = "diagonal"
     graph_mode: str = "symmetric"
     clamp_similarity: bool = False
-    published_support_rows: bool = False
+    gamma: float | None = None
+    device: str = "auto"
+    assignments: str = "auto"
+    candidates: int | None = None
+    rank: int | None = None
+    precision: str = "float32"
+    memory: str | int | None = None
+    backend: str = "auto"
+    verbose: bool = False
 
     def check(self) -> None:
         """Raise InputError for a value outside its range."""
-        for name, least in (("n_neighbors", 1), ("max_iter", 0), ("inner_iter", 1)):
-            check_number(name, getattr(self, name), least)
-        for name in ("tol", "logit_scale", "likelihood_weight"):
-            check_weight(name, getattr(self, name))
-        if self.kl_weight is not None:
-            check_weight("kl_weight", self.kl_weight)
+        for name, least in LEAST.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least)
+        for name in WEIGHTS:
+            if getattr(self, name) is not None:
+                check_weight(name, getattr(self, name))
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name, allowed in (("covariance", COVARIANCES), ("graph_mode", GRAPH_MODES)):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.published_support_rows and self.graph_mode != "symmetric":
-            raise InputError("published_support_rows needs graph_mode='symmetric'")
+        parse_memory(self.memory)
+        for name in ("candidates", "rank"):
+            if getattr(self, name) is not None and self.assignments == "dense":
+                raise InputError(f"{name}: dense assignments keep every class; leave it out")
+
+    @property
+    def form(self) -> str:
+        """Form of the assignments as far as the parameters decide it: "auto" otherwise."""
+        if self.assignments != "auto":
+            return self.assignments
+        compiled = self.backend in ("numba", "triton") or self.precision == "float16"
+        return "sparse" if compiled or self.candidates or self.rank else "auto"
 
 
 def check_number(name: str, value: object, least: int) -> None:
-    """Raise InputError unless a parameter is a whole number of at least that."""
+    """Raise InputError unless a parameter is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.data.priors import as_log_probabilities, as_logits
 from transclip_fast.device import exact_float32
 from transclip_fast.ops.torch_backend import linear_log_prior
 
-ROWS = 16384
+PREDICT_ROWS = 16384  # of a block
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,16 @@ class GivenPrior:
 Prior = LinearPrior | GivenPrior
 
 
+def given_prior(prior: Any, prior_logits: Any, *, rows: int) -> GivenPrior:
+    """Check probabilities (N, K), or else logits (N, K), of another method for that many rows."""
+    if prior is not None:
+        return GivenPrior(as_log_probabilities(prior, "prior", rows=rows))
+    return GivenPrior(as_logits(prior_logits, "prior_logits", rows=rows))
+
+
 def _blocks(rows: UnitRows) -> Iterator[torch.Tensor]:
-    for start in range(0, len(rows), ROWS):
-        yield rows[start : start + ROWS]
+    for start in range(0, len(rows), PREDICT_ROWS):
+        yield rows[start : start + PREDICT_ROWS]
 
 
 def _most_likely(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:

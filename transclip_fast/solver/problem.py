@@ -1,8 +1,10 @@
-"""What `TransCLIP.fit` is given, checked, on the device that does the work."""
+"""The input of a fit: checked (`Problem`), resolved (`Settings`), on the device (`Inputs`)."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -10,125 +12,279 @@ import torch
 
 from transclip_fast.data.checks import (
     as_labelled_rows,
-    as_log_probabilities,
-    as_logits,
     as_unit_rows,
     is_aligned,
+    unit_sample,
     unread_matrix,
 )
-from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.npy_shards import StoredRows
+from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.exact import nearest
 from transclip_fast.metrics import check_class_order
-from transclip_fast.solver.layout import Size
-from transclip_fast.solver.parameters import Parameters
-from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior
+from transclip_fast.ops import choose_backend
+from transclip_fast.solver.layout import Layout, Size, choose_layout, parse_memory
+from transclip_fast.solver.parameters import GAMMAS, Parameters
+from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.solver.support import Support
+from transclip_fast.solver.truncation import choose_truncation
+from transclip_fast.types import NeighborGraph, Truncation
+
+Labelled = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
+PRIOR_SAMPLE_ROWS = 512  # enough to know the mean mass of the largest classes to about 1 %
 
 
-def size_of(
-    X: Any,
-    n_classes: int,
-    parameters: Parameters,
-    device: torch.device,
-    *,
-    linear: bool = True,
-    runs: int = 1,
-) -> Size:
-    """The size of a problem, as far as memory is concerned."""
-    matrix = unread_matrix(X, "X")
-    n_rows, dim = matrix.shape[0], matrix.shape[1]
-    in_file = isinstance(X, np.memmap | StoredRows)
-    own = n_rows * dim * matrix.dtype.itemsize
-    # A given prior, its logarithm, and what computing that takes.
-    given = 0 if linear else 16 * n_rows * n_classes
-    as_is = isinstance(matrix, torch.Tensor) and is_aligned(matrix) and device.type == "cpu"
-    return Size(
-        n_rows,
-        n_classes,
-        dim,
-        parameters.n_neighbors,
-        stored=own if in_file else 0,
-        given=given if in_file else given + own,
-        copied=in_file or not as_is,
-        linear=linear,
-        runs=runs,
-    )
+@dataclass(frozen=True)
+class Problem:
+    """
+    What a fit is given, checked, on the CPU; the features are not read yet.
 
+    Parameters
+    ----------
+    features : Tensor or StoredRows (N, d)
+        Of any float type.
+    in_file : bool
+        Whether the features are in files.
+    prior : Prior
+        y_hat.
+    zero_shot : Prior
+        That of the text features where there are any, else `prior`.
+    anchors : array_like (K, d), optional
+        Prototypes or text features: where the centres of an approximate graph search start.
+    support, validation : Labelled, optional
+        Labelled rows that take part, and that choose gamma.
+    """
 
-def make_priors(
-    shape: tuple[int, int],
-    device: torch.device,
-    logit_scale: float,
-    *,
-    text_features: Any = None,
-    prior: Any = None,
-    prior_logits: Any = None,
-    prototypes: Any = None,
-) -> tuple[Prior, Prior]:
-    """The prior, and the one that counts as zero-shot: of the text features, if there are."""
-    if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
-        raise InputError("give one of prior, prior_logits and prototypes, not several")
+    features: torch.Tensor | StoredRows
+    in_file: bool
+    prior: Prior
+    zero_shot: Prior
+    anchors: Any
+    support: Labelled | None
+    validation: Labelled | None
 
-    def linear(array: Any, name: str) -> Prior:
-        rows = as_unit_rows(array, name, columns=shape[1])
-        return LinearPrior.from_prototypes(rows, logit_scale).to(device)
+    @classmethod
+    def check(
+        cls,
+        X: Any,
+        text_features: Any = None,
+        *,
+        logit_scale: float,
+        prior: Any = None,
+        prior_logits: Any = None,
+        prototypes: Any = None,
+        support_features: Any = None,
+        support_labels: Any = None,
+        validation_features: Any = None,
+        validation_labels: Any = None,
+    ) -> Problem:
+        """
+        Check the arrays of `TransCLIP.fit`, which documents them.
 
-    def given(log_probabilities: torch.Tensor) -> Prior:
-        return GivenPrior(log_probabilities).to(device)
+        Raises
+        ------
+        InputError
+            An array that cannot be used, arrays that do not fit each other, or no prior.
+        """
+        matrix = unread_matrix(X, "X")
+        n_rows, d = matrix.shape
+        if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
+            raise InputError("give one of prior, prior_logits and prototypes, not several")
 
-    text = None if text_features is None else linear(text_features, "text_features")
-    if prior is not None:
-        chosen = given(as_log_probabilities(prior, "prior", rows=shape[0]))
-    elif prior_logits is not None:
-        chosen = given(as_logits(prior_logits, "prior_logits", rows=shape[0]))
-    elif prototypes is not None:
-        chosen = linear(prototypes, "prototypes")
-    elif text is not None:
-        chosen = text
-    else:
-        raise InputError(
-            "no text features and no prior: give text_features, prototypes, prior or prior_logits"
+        def linear(array: Any, name: str) -> LinearPrior:
+            return LinearPrior.from_prototypes(as_unit_rows(array, name, columns=d), logit_scale)
+
+        text = None if text_features is None else linear(text_features, "text_features")
+        chosen: Prior | None = text
+        if prior is not None or prior_logits is not None:
+            chosen = given_prior(prior, prior_logits, rows=n_rows)
+        elif prototypes is not None:
+            chosen = linear(prototypes, "prototypes")
+        if chosen is None:
+            raise InputError(
+                "no text features and no prior: give text_features, prototypes, prior or "
+                "prior_logits"
+            )
+        n_classes = chosen.n_classes
+        if text is not None and text.n_classes != n_classes:
+            raise InputError(f"text_features: has {text.n_classes} classes, the prior {n_classes}")
+        return cls(
+            matrix,
+            isinstance(X, np.memmap | StoredRows),
+            chosen,
+            text or chosen,
+            text_features if prototypes is None else prototypes,
+            as_labelled_rows("support", support_features, support_labels, d, n_classes),
+            as_labelled_rows("validation", validation_features, validation_labels, d, n_classes),
         )
-    if text is not None and text.n_classes != chosen.n_classes:
-        raise InputError(
-            f"text_features: has {text.n_classes} classes, the prior {chosen.n_classes}"
+
+    def gammas(self, parameters: Parameters) -> Sequence[float]:
+        """The weights of the support to try; (0,) in zero-shot."""
+        if self.support is None:
+            return (0.0,)
+        if parameters.gamma is not None:
+            return (parameters.gamma,)
+        if self.validation is None:
+            raise InputError(
+                "few-shot needs gamma, or validation_features and validation_labels to choose it"
+            )
+        return GAMMAS
+
+    def size(self, parameters: Parameters, device: torch.device) -> Size:
+        """The size of the problem, as far as memory is concerned."""
+        n_rows, dim = self.features.shape
+        own = n_rows * dim * self.features.dtype.itemsize
+        linear = isinstance(self.prior, LinearPrior)
+        # A given prior, its logarithm, and the temporaries of computing that.
+        given = 0 if linear else 16 * n_rows * self.prior.n_classes
+        in_place = isinstance(self.features, torch.Tensor) and is_aligned(self.features)
+        return Size(
+            n_rows,
+            self.prior.n_classes,
+            dim,
+            parameters.n_neighbors,
+            file_bytes=own if self.in_file else 0,
+            input_bytes=given if self.in_file else given + own,
+            copied=self.in_file or not in_place or device.type != "cpu",
+            linear=linear,
+            runs=len(self.gammas(parameters)),
         )
-    return chosen, text or chosen
+
+    @exact_float32()
+    def prior_sample(self) -> torch.Tensor:
+        """log y_hat (n, K) of some rows, evenly spaced."""
+        ids = evenly_spaced_rows(len(self.features), PRIOR_SAMPLE_ROWS)
+        return self.prior.at(ids, unit_sample(self.features, ids))
+
+    def load(self, settings: Settings) -> Inputs:
+        """Read the features once and bring everything to the device."""
+        device, parameters = settings.device, settings.parameters
+        features = Rows(self.features, "X", device, held=settings.layout.held)
+        prior = self.prior.to(device)
+        zero_shot = prior if self.zero_shot is self.prior else self.zero_shot.to(device)
+        support = validation = None
+        if self.support is not None:
+            rows, labels = (tensor.to(device) for tensor in self.support)
+            support = Support.build(
+                rows,
+                labels,
+                features,
+                n_classes=prior.n_classes,
+                n_neighbors=parameters.n_neighbors,
+                clamp_similarity=parameters.clamp_similarity,
+            )
+            _warn_of_order("support", labels, prior, rows, support.neighbors[:, 0])
+        if self.validation is not None:
+            rows, labels = (tensor.to(device) for tensor in self.validation)
+            queries = nearest(rows, features, 1)[0][:, 0]
+            _warn_of_order("validation", labels, prior, rows, queries)
+            validation = queries.cpu().numpy(), labels.cpu().numpy()
+        return Inputs(features, prior, zero_shot, support, validation)
 
 
-def make_support(
-    features: Rows, prior: Prior, rows: Any, labels: Any, parameters: Parameters
-) -> Support | None:
-    """The labelled rows and the queries that are most similar to them."""
-    labelled = as_labelled_rows("support", rows, labels, features.shape[1], prior.n_classes)
-    if labelled is None:
-        return None
-    shots, classes = labelled[0].to(features.device), labelled[1]
-    support = Support.build(
-        shots,
-        classes.to(features.device),
-        features,
-        n_classes=prior.n_classes,
-        n_neighbors=parameters.n_neighbors,
-        clamp_similarity=parameters.clamp_similarity,
-    )
-    _warn_of_order("support", classes, prior, shots, support.neighbors[:, 0])
-    return support
+@dataclass(frozen=True)
+class Settings:
+    """
+    How a problem is solved: the parameters, and what they leave open resolved.
+
+    Parameters
+    ----------
+    parameters : Parameters
+        As the user set them.
+    device : torch.device
+    kl_weight : float
+        lambda.
+    layout : Layout
+        What is held in memory.
+    truncation : Truncation or None
+        Entries kept of a row; None where z is dense.
+    backend : str
+        Implementation of the operations.
+    """
+
+    parameters: Parameters
+    device: torch.device
+    kl_weight: float
+    layout: Layout
+    truncation: Truncation | None
+    backend: str
+
+    @classmethod
+    def resolve(cls, parameters: Parameters, problem: Problem) -> Settings:
+        """
+        Decide what the parameters leave open.
+
+        Raises
+        ------
+        InputError
+            A parameter out of range, a device or backend that is not there, or a problem that
+            does not fit into memory.
+        """
+        parameters.check()
+        device = resolve_device(parameters.device)
+        layout = choose_layout(
+            problem.size(parameters, device),
+            device,
+            form=parameters.form,
+            candidates=parameters.candidates,
+            memory=parse_memory(parameters.memory),
+        )
+        kl_weight = parameters.kl_weight
+        if kl_weight is None:
+            kl_weight = 1.0 if problem.support is None else 0.5
+        truncation = None
+        if layout.candidates is not None:
+            truncation = choose_truncation(
+                kl_weight * problem.prior_sample(),
+                len(problem.features),
+                most=layout.candidates,
+                candidates=parameters.candidates,
+                rank=parameters.rank,
+            )
+        backend = choose_backend(parameters.backend, device, truncation)
+        if parameters.precision == "float16" and backend != "triton":
+            raise InputError(
+                f"precision='float16' is for backend='triton', here {backend} computes; leave "
+                "precision out"
+            )
+        own = {field.name: getattr(parameters, field.name) for field in fields(Parameters)}
+        return cls(Parameters(**own), device, kl_weight, layout, truncation, backend)
+
+    def identity(self, gamma: float, graph: NeighborGraph) -> dict[str, Any]:
+        """What the result of a run depends on beside the arrays of the problem."""
+        irrelevant = ("memory", "verbose")
+        parameters = {k: v for k, v in asdict(self.parameters).items() if k not in irrelevant}
+        return parameters | {
+            "kl_weight": self.kl_weight,
+            "gamma": gamma,
+            "truncation": self.truncation and asdict(self.truncation),
+            "backend": self.backend,
+            "device": self.device.type,
+            "graph_sha256": graph.sha256(),
+        }
 
 
-def make_validation(
-    features: Rows, prior: Prior, rows: Any, labels: Any
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The most similar query (V,) of each validation row, and the labels (V,)."""
-    labelled = as_labelled_rows("validation", rows, labels, features.shape[1], prior.n_classes)
-    if labelled is None:
-        return None
-    held = labelled[0].to(features.device)
-    ids, _ = nearest(held, features, 1)
-    _warn_of_order("validation", labelled[1], prior, held, ids[:, 0])
-    return ids[:, 0].cpu().numpy(), labelled[1].numpy()
+@dataclass(frozen=True)
+class Inputs:
+    """
+    A problem on the device that solves it.
+
+    Parameters
+    ----------
+    features : Rows (N, d)
+        Unit rows.
+    prior, zero_shot : Prior
+    support : Support, optional
+    validation : tuple of ndarray (V,), (V,), optional
+        The most similar query of each validation row, and the labels.
+    """
+
+    features: Rows
+    prior: Prior
+    zero_shot: Prior
+    support: Support | None = None
+    validation: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def _warn_of_order(
@@ -139,5 +295,5 @@ def _warn_of_order(
         zero_shot = prior.predict(rows)[0]
     else:
         zero_shot = prior.log_probabilities[queries].argmax(1).cpu().numpy()
-    for message in check_class_order(zero_shot, labels.numpy()):
+    for message in check_class_order(zero_shot, labels.cpu().numpy()):
         warnings.warn(f"{name}_labels: {message}", stacklevel=4)

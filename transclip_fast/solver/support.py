@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.graph.exact import nearest
 from transclip_fast.solver.mixture import Moments
-from transclip_fast.types import Assignments, Messages, NeighborGraph
+from transclip_fast.types import Assignments, Messages
 
 
 @dataclass(frozen=True)
 class Support:
     """
-    What M labelled rows add: to the mixture their moments, to the graph their messages.
+    M labelled rows: their moments join the mixture, their messages the graph.
 
     Parameters
     ----------
@@ -26,7 +25,7 @@ class Support:
     neighbors, similarities : Tensor (M, k + 1) int64, float64
         The most similar queries of each row, best first; fewer where there are no more.
     messages : Messages
-        W_S^T Y / 2k: what each query hears about each class.
+        W_S^T Y / 2k: messages to the queries about each class.
     """
 
     labels: torch.Tensor
@@ -50,54 +49,25 @@ class Support:
         ids, similarities = nearest(support, features, n_neighbors + 1)
         if clamp_similarity:
             similarities = similarities.clamp_min(0)
-        kept = slice(n_neighbors)
-        weights = similarities[:, kept] / (2 * n_neighbors)
-        messages = _messages(ids[:, kept], weights, labels, (len(features), n_classes))
+        weights = similarities[:, :n_neighbors] / (2 * n_neighbors)
+        shape = (len(features), n_classes)
+        messages = support_messages(ids[:, :n_neighbors], weights, labels, shape)
         return cls(labels, _moments(support, labels, n_classes), ids, similarities, messages)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def published(
-        self, graph: NeighborGraph, *, clamp_similarity: bool = False
-    ) -> tuple[NeighborGraph, Support]:
-        """
-        Graph and support with the two errors of the published code, for comparison only.
-
-        A shot loses its most similar query, as if that were the shot itself; and neighbour lists
-        are stacked W = [support; query], but what they weigh as [z; Y] = [query; support].
-        """
-        (n_queries, k), device = graph.neighbors.shape, self.labels.device
-        ids, weights = self.neighbors[:, 1:].cpu().numpy(), self.similarities[:, 1:].cpu().numpy()
-        fewer = ((0, 0), (0, k - ids.shape[1]))
-        ids = np.concatenate([np.pad(ids, fewer, constant_values=-1), graph.neighbors])
-        weights = np.concatenate([np.pad(weights, fewer), graph.similarities])
-        if clamp_similarity:
-            weights = weights.clip(0)
-        # Query i hears row i of W^T [z; Y] + W z. In both terms the first N lists of W meet z, list
-        # r that of query r: to the graph, the shots' lists are those of the first M queries, and
-        # the list of query q is that of query q + M. The other M lists, as a rule those of the last
-        # M queries, meet Y in the first term alone: whom they name hears a one-hot label.
-        mixed = NeighborGraph(ids[:n_queries], weights[:n_queries], graph.info)
-        messages = _messages(
-            torch.from_numpy(ids[n_queries:]).to(device),
-            torch.from_numpy(weights[n_queries:]).to(device) / (2 * k),
-            self.labels,
-            (n_queries, len(self.moments.counts)),
-        )
-        return mixed, replace(self, messages=messages)
-
     def received(self, z: Assignments, nodes: torch.Tensor | None) -> torch.Tensor:
         """sum_ik z_ik times the messages, float64 scalar; `nodes` (N,) are the rows of z."""
         rows = self.messages.rows()
-        heard = z.at(rows if nodes is None else nodes[rows], self.messages.classes)
-        return (heard.double() * self.messages.weights).sum()
+        mass = z.at(rows if nodes is None else nodes[rows], self.messages.classes)
+        return (mass.double() * self.messages.weights).sum()
 
 
-def _messages(
+def support_messages(
     ids: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor, shape: tuple[int, int]
 ) -> Messages:
-    """What each of N queries hears about K classes from M lists (M, k) of labels (M,)."""
+    """Messages to N queries about K classes from M lists (M, k) of labels (M,); `shape` (N, K)."""
     n_queries, n_classes = shape
     cells = ids * n_classes + labels[:, None]
     present = ids >= 0

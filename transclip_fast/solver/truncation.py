@@ -1,4 +1,4 @@
-"""How much of each row the short form of scores and assignments keeps."""
+"""How many entries of each row sparse scores and assignments keep."""
 
 from __future__ import annotations
 
@@ -7,46 +7,80 @@ from dataclasses import asdict
 
 import torch
 
-from transclip_fast.data.feature_rows import evenly_spaced_rows
 from transclip_fast.errors import InputError
-from transclip_fast.solver.layout import ENTRY_BYTES, FEWEST, SMALL
+from transclip_fast.solver.layout import ENTRY_BYTES, FEWEST_CANDIDATES, FREE_LIST_BYTES
 from transclip_fast.types import FLOOR, Assignments, Truncation
 
-FORMS = ("auto", "dense", "sparse")
-# Mass that candidates may miss on average, of y_hat^lambda: the mixture and the neighbours make
-# z sharper than that.
-MISSED = 5e-2
-SAMPLE = 512  # rows on which it is measured
-MUCH = 0.1  # of the mass of z, not to be dropped in silence
+# Mass of y_hat^lambda outside the candidates, mean over the rows: the mixture and the neighbours
+# make z sharper than that.
+MAX_MISSED_MASS = 5e-2
+LARGE_DROPPED_MASS = 0.1  # of z, worth a warning
 
 
-def measured(sample: torch.Tensor, n_rows: int, most: int) -> Truncation:
+def choose_truncation(
+    log_prior: torch.Tensor,
+    n_rows: int,
+    *,
+    most: int,
+    candidates: int | None = None,
+    rank: int | None = None,
+) -> Truncation:
     """
-    As many candidates as the prior needs.
+    Choose the entries to keep of the rows of a problem.
 
     Parameters
     ----------
-    sample : Tensor (n, K)
+    log_prior : Tensor (n, K)
+        lambda log y_hat of some of the rows.
+    n_rows : int
+        N.
+    most : int
+        Candidates for which there is memory.
+    candidates, rank : int, optional
+        C and R set by the user; with both at K nothing is dropped.
+
+    Raises
+    ------
+    InputError
+        `rank` above `candidates`.
+    """
+    n_classes = log_prior.shape[1]
+    candidates, rank = (c if c is None else min(c, n_classes) for c in (candidates, rank))
+    if candidates is None:
+        log_prior = log_prior.nan_to_num(0.0, neginf=-torch.inf)  # 0 times -inf is NaN
+        needed = needed_candidates(log_prior.log_softmax(1), n_rows, most)
+        candidates = max(needed, rank or 1)
+    elif rank is not None and rank > candidates:
+        raise InputError(f"rank={rank} is more than candidates={candidates}")
+    return Truncation(candidates, rank or candidates, 0.0 if rank == n_classes else FLOOR)
+
+
+def needed_candidates(log_p: torch.Tensor, n_rows: int, most: int) -> int:
+    """
+    The candidates that hold nearly all of the prior's mass: a power of two times the fewest.
+
+    Parameters
+    ----------
+    log_p : Tensor (n, K)
         lambda log y_hat of some of the rows, normalised.
     n_rows : int
         N.
     most : int
-        For how many there is room.
+        Candidates for which there is memory.
     """
-    most = min(most, sample.shape[1])
-    # Mass of the 1, 2, ... largest classes of a row, averages over the sample.
-    mass = sample.exp().topk(most, dim=1).values.cumsum(1).mean(0)
-    needed = max(FEWEST, SMALL // (ENTRY_BYTES * n_rows))
-    while needed < most and mass[needed - 1] < 1 - MISSED:
+    most = min(most, log_p.shape[1])
+    # Mass of the 1, 2, ... largest classes of a row, mean over the sample.
+    mass = log_p.exp().topk(most, dim=1).values.cumsum(1).mean(0)
+    needed = max(FEWEST_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * n_rows))
+    while needed < most and mass[needed - 1] < 1 - MAX_MISSED_MASS:
         needed *= 2
-    kept = min(needed, most)
-    return Truncation(kept, kept)
+    return min(needed, most)
 
 
 def losses(truncation: Truncation, z: Assignments, tail_mass: float) -> dict[str, float]:
-    """What was kept, and what that lost: see `TransCLIP.truncation_`."""
+    """The truncation and the mass that it lost, as in `TransCLIP.truncation_`."""
     dropped = float(1 - z.values.sum(1, dtype=torch.float64).mean())
-    if dropped > MUCH:
+    if dropped > LARGE_DROPPED_MASS:
         warnings.warn(
             f"sparse assignments keep {100 * (1 - dropped):.0f} % of the mass only; raise "
             "candidates and rank",
@@ -58,51 +92,3 @@ def losses(truncation: Truncation, z: Assignments, tail_mass: float) -> dict[str
         "largest_bound": float(z.bound.max()),
         "mean_bound": float(z.bound.mean()),
     }
-
-
-def sample_ids(n_rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The rows (n,) on whose prior `choose_truncation` looks, evenly spread."""
-    return evenly_spaced_rows(n_rows, SAMPLE, device)
-
-
-def choose_truncation(
-    sample: torch.Tensor,
-    n_rows: int,
-    *,
-    kl_weight: float,
-    most: int | None,
-    candidates: int | None = None,
-    rank: int | None = None,
-) -> Truncation | None:
-    """
-    What to keep of the rows of a problem; None where everything is kept.
-
-    Parameters
-    ----------
-    sample : Tensor (n, K)
-        log y_hat of some of the rows.
-    n_rows : int
-        N.
-    kl_weight : float
-        lambda.
-    most : int or None
-        Candidates for which there is room; None where z is dense.
-    candidates, rank : int, optional
-        C and R where they are given; with both at K nothing at all is dropped.
-
-    Raises
-    ------
-    InputError
-        `rank` above `candidates`.
-    """
-    if most is None:
-        return None
-    n_classes = sample.shape[1]
-    candidates, rank = (c if c is None else min(c, n_classes) for c in (candidates, rank))
-    if candidates is None:
-        weighted = (sample * kl_weight).nan_to_num_(0.0, neginf=-torch.inf)
-        chosen = measured(torch.log_softmax(weighted, 1), n_rows, most)
-        candidates = max(chosen.candidates, rank or 1)
-    elif rank is not None and rank > candidates:
-        raise InputError(f"rank={rank} is more than candidates={candidates}")
-    return Truncation(candidates, rank or candidates, 0.0 if rank == n_classes else FLOOR)

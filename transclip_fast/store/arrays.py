@@ -1,76 +1,58 @@
-"""Arrays from .npy, .npz, .pt and .safetensors files; nothing is ever unpickled."""
+"""Arrays and tables from files of every type; nothing is ever unpickled."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-import pickle
-import struct
-import tokenize
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from transclip_fast.data.npy_shards import Shard
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
-MAPPED_BYTES = 1 << 30  # a .npy file of this size stays on disk
+MAPPED_BYTES = 1 << 30  # a .npy file of this size is mapped instead of read
+HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in memory at a time
 SINGLE = ""  # name of the array in a file that holds just one, without a name
-
-# What the readers were seen to raise on damaged files.
-DAMAGE = (
-    ValueError,
-    OSError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AssertionError,
-    RuntimeError,
-    MemoryError,  # a damaged header can claim any size
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-    SafetensorError,
-)
 
 
 def read_arrays(path: str | Path) -> dict[str, Any]:
     """
-    All arrays of a file by name: numpy arrays, or torch tensors from .pt and .safetensors.
+    Read all arrays of a file by name: numpy arrays, or torch tensors from .pt and .safetensors.
 
     Raises
     ------
     InputError
         Missing, of another type, truncated or damaged, or holding pickled Python objects.
     """
-    path = _checked(path)
-    with _telling(path):
+    path = _existing(path)
+    # Torch warns of damage that the error describes better.
+    with reading(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return _read(path)
 
 
 def read_rows(path: str | Path, name: str) -> Any:
     """
-    Rows of a .npy file, which stay there: a Shard; anything else as `read_array`.
+    A `Shard` of the rows of a .npy file, which stay on disk; anything else as `read_array`.
 
     Raises
     ------
     InputError
         As `read_array`.
     """
-    path = _checked(path)
+    path = _existing(path)
     if path.suffix == ".npy":
-        with _telling(path):
+        with reading(path):
             shard = Shard.find(path)
         if shard is not None:
             return shard
@@ -98,6 +80,40 @@ def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
     raise InputError(f"{path}: has no array {name!r}, only {', '.join(sorted(arrays)) or 'none'}")
 
 
+def read_table(file: Path) -> pa.Table:
+    """
+    The table in a parquet file.
+
+    Raises
+    ------
+    InputError
+        Missing or damaged.
+    """
+    with reading(file):
+        return pq.read_table(file)
+
+
+def array_sha256(array: Any) -> str:
+    """Hash of an array or tensor: type, shape and bytes."""
+    dtype = str(array.dtype).removeprefix("torch.")
+    digest = hashlib.sha256(f"{dtype} {tuple(array.shape)} ".encode())
+    for start in range(0, len(array), HASHED_ROWS):
+        rows = array[start : start + HASHED_ROWS]
+        if isinstance(rows, torch.Tensor):
+            rows = rows.cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(np.ascontiguousarray(rows).tobytes())
+    return digest.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def inside(folder: Path, name: str) -> Path:
     """
     A file of a folder by name.
@@ -114,41 +130,19 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """An array as the content of a .npy file; written as bytes, a full disk says so."""
+    """An array as the content of a .npy file; written as bytes, a full disk raises an OSError."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     return content.getvalue()
 
 
-def _checked(path: str | Path) -> Path:
+def _existing(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
     if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         raise InputError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such file'}")
     return path
-
-
-@contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """What the readers raise on a damaged file becomes one line."""
-    try:
-        with warnings.catch_warnings():  # of torch, about damage that the error tells better
-            warnings.simplefilter("ignore")
-            yield
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise _pickled(path) from error
-    except DAMAGE as error:
-        if isinstance(error, PermissionError):
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        if isinstance(error, ValueError) and ("pickle" in str(error) or "objects" in str(error)):
-            raise _pickled(path) from error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"{path}: damaged or truncated ({reason}); write or copy it again"
-        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -174,10 +168,3 @@ def _tensors(path: Path, loaded: Any) -> dict[str, Any]:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise InputError(f"{path}: expected dense tensors; save it again with .to_dense()")
     return {str(name): tensor.detach() for name, tensor in tensors.items()}
-
-
-def _pickled(path: Path) -> InputError:
-    return InputError(
-        f"{path}: damaged, or holds pickled Python objects, which are never loaded; "
-        "write it again, with nothing but numbers and fixed-width strings"
-    )

@@ -1,8 +1,7 @@
-"""Folders that appear under their name whole, or not at all."""
+"""Folders and files that appear under their name whole, or not at all."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transclip_fast.errors import InputError
+from filelock import FileLock, Timeout
 
-HIDDEN = ("partial", "replaced", "lock")  # what stands beside a folder while it is written
+from transclip_fast.errors import InputError, reading
+
+HIDDEN = ("partial", "replaced", "lock")  # hidden neighbours of a folder while it is written
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def new_folder(
     path: str | Path, contents: frozenset[str], *, obsolete: Iterable[Path] = ()
 ) -> Iterator[Path]:
     """
-    A temporary folder to fill, renamed to `path` at the end; gone if anything fails.
+    A temporary folder to fill, renamed to `path` at the end; removed if anything fails.
 
     Parameters
     ----------
@@ -49,19 +50,37 @@ def new_folder(
             yield partial
             with writing(path):
                 _publish(partial, target, replaced)
-                for left in obsolete:
-                    if left.is_dir():
-                        shutil.rmtree(left)
+                for entry in obsolete:
+                    if entry.is_dir():
+                        shutil.rmtree(entry)
                     else:
-                        left.unlink(missing_ok=True)
+                        entry.unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def beside(path: str | Path, name: str) -> Path:
-    """The hidden neighbour of a folder in which something of it is kept meanwhile."""
+    """The hidden neighbour `.FOLDER.name` of a folder, for its lock and its checkpoints."""
     target = Path(os.path.realpath(path))
     return target.parent / f".{target.name}.{name}"
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A hidden file to write, renamed to `target` at the end; removed if anything fails."""
+    partial = partial_of(target)
+    try:
+        yield partial
+        _sync(partial)
+        partial.rename(target)
+        _sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_of(target: Path) -> Path:
+    """The hidden neighbour of a file while it is written."""
+    return target.with_name(f".{target.name.lstrip('.')}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,12 +97,8 @@ def read_json(path: Path) -> dict[str, Any]:
     InputError
         Missing, damaged, or not an object.
     """
-    try:
+    with reading(path, "cannot be read as JSON", "write it again"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:  # brackets in brackets, too deep
-        raise InputError(f"{path}: cannot be read as JSON ({error}); write it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
@@ -114,7 +129,14 @@ def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str])
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """The system's refusals to write `path` become one line."""
+    """
+    Turn the system's refusals to write `path` into one line.
+
+    Raises
+    ------
+    InputError
+        An OSError of the block, with its reason.
+    """
     try:
         yield
     except OSError as error:
@@ -122,19 +144,6 @@ def writing(path: str | Path) -> Iterator[None]:
         raise InputError(
             f"{path}: cannot be written ({reason}); free space or name another folder"
         ) from error
-
-
-# Worker processes are born with copies of the locks, which would outlive a killed parent.
-_held: set[int] = set()
-
-
-def _drop_locks() -> None:
-    for lock in _held:
-        os.close(lock)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_drop_locks)
 
 
 @contextmanager
@@ -148,36 +157,30 @@ def locked(path: str | Path) -> Iterator[None]:
         Another process is writing it, or the folder above cannot be written.
     """
     file = beside(path, "lock")
+    lock = FileLock(file, mode=0o600)
     with writing(path):
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A file opened for writing: NFS locks nothing else.
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-        _held.add(lock)
-    try:
-        with writing(path):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                owned = os.fstat(lock).st_nlink > 0  # or its owner has just removed it
-            except BlockingIOError:
-                owned = False
-        if not owned:
-            raise InputError(f"{path}: another process is writing this folder; wait for it")
+        file.touch(mode=0o600)  # filelock takes some refusals, as in /proc, for another process
         try:
-            yield
-        finally:
-            file.unlink()
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InputError(
+                f"{path}: another process is writing this folder; wait for it"
+            ) from error
+    try:
+        yield
     finally:
-        _held.discard(lock)
-        os.close(lock)
+        file.unlink(missing_ok=True)  # before the release: afterwards it can be another's lock
+        lock.release()
 
 
 def _recover(target: Path, partial: Path, replaced: Path) -> None:
     """Undo what a killed run left behind."""
     if replaced.exists() and not target.exists():  # killed between the two renames
         replaced.rename(target)
-    for left in (replaced, partial):
-        if left.exists():
-            shutil.rmtree(left)
+    for folder in (replaced, partial):
+        if folder.exists():
+            shutil.rmtree(folder)
 
 
 def _publish(partial: Path, target: Path, replaced: Path) -> None:
@@ -194,13 +197,6 @@ def _publish(partial: Path, target: Path, replaced: Path) -> None:
         raise
     _sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def publish_file(partial: Path, target: Path) -> None:
-    """Give a written file its name, replacing an earlier one."""
-    _sync(partial)
-    partial.rename(target)
-    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

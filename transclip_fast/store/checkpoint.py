@@ -1,4 +1,4 @@
-"""The state of long work in a file beside the folder it will fill."""
+"""Checkpoints of long work: hidden files beside the folder that it fills."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import read_arrays
-from transclip_fast.store.atomic import beside, publish_file, writing
+from transclip_fast.store.atomic import beside, new_file, partial_of, writing
 from transclip_fast.store.tensors import read_tensors, write_tensors
 
 
 class FileCheckpoint:
     """
-    The state of a piece of work, so that a killed one goes on.
+    The state of a piece of work in a .npz file, to resume from after a crash.
 
     Parameters
     ----------
     path : path
-        The folder to fill; whoever keeps a checkpoint holds its lock.
+        The folder to fill, locked by the caller.
     name : str
-        Of the work.
+        Name of the work, which is part of the file's name.
     identity : mapping
-        What decides the result: input, method, parameters. A state of another is not used.
+        What decides the result: input, method, parameters. The state of another is not used.
     seconds : float
-        A state that is younger is not replaced: what a kill may cost.
+        A state younger than this is not replaced: it is the work that a crash may cost.
     """
 
     suffix = "npz"
@@ -40,13 +40,13 @@ class FileCheckpoint:
         self, path: str | Path, name: str, identity: Mapping[str, Any], seconds: float
     ) -> None:
         self.path = path
-        self.file, self._partial = files(path, name, self.suffix)
+        self.file = files(path, name, self.suffix)[0]
         self.name, self.seconds = name, seconds
         self.identity = json.dumps(identity, sort_keys=True)
         self._last = time.monotonic()
 
     def load(self) -> Mapping[str, np.ndarray] | None:
-        """The state last kept, if it is of this work; one that is of no use is announced."""
+        """The last state of this very work, or None, with a warning if there is an unusable one."""
         if not self.file.exists():
             return None
         try:
@@ -62,7 +62,7 @@ class FileCheckpoint:
         return None
 
     def keep(self, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        """Write the state, if the last one is old enough."""
+        """Write the state if the last one is old enough."""
         if time.monotonic() - self._last < self.seconds:
             return
         with writing(self.path):
@@ -70,15 +70,14 @@ class FileCheckpoint:
         self._last = time.monotonic()
 
     def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
-        """The state in the file, and whose it is."""
+        """The state in the file and its identity."""
         state = read_arrays(self.file)
         return state, str(state.pop("identity", ""))
 
     def _write(self, state: Mapping[str, np.ndarray]) -> None:
         arrays: dict[str, Any] = {"identity": np.array(self.identity), **state}
-        with open(self._partial, "wb") as file:
+        with new_file(self.file) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
-        publish_file(self._partial, self.file)
 
 
 class TensorCheckpoint(FileCheckpoint):
@@ -97,5 +96,6 @@ class TensorCheckpoint(FileCheckpoint):
 
 
 def files(path: str | Path, name: str, suffix: str = FileCheckpoint.suffix) -> list[Path]:
-    """Where the state of work of that name is kept, and written."""
-    return [beside(path, f"{name}.{suffix}"), beside(path, f"{name}.partial")]
+    """The files of a checkpoint: the state, and its hidden neighbour while it is written."""
+    file = beside(path, f"{name}.{suffix}")
+    return [file, partial_of(file)]

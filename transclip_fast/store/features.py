@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +12,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 
-from transclip_fast.data.checks import ListedPrior
 from transclip_fast.data.npy_shards import Shard, StoredRows
-from transclip_fast.errors import InputError
-from transclip_fast.store import foreign as caches
-from transclip_fast.store.arrays import SINGLE, inside, read_array, read_arrays, read_rows
+from transclip_fast.data.priors import ListedPrior
+from transclip_fast.errors import InputError, reading
+from transclip_fast.store.arrays import (
+    SINGLE,
+    array_sha256,
+    file_sha256,
+    inside,
+    read_array,
+    read_arrays,
+    read_rows,
+    read_table,
+)
 from transclip_fast.store.atomic import read_json
-from transclip_fast.store.foreign import listed_prior, read_prior
+from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
 
 ARRAYS = (
     "image_features",
@@ -37,31 +42,39 @@ ARRAYS = (
     "prior_logits",
     "prototypes",
 )
-ENCODER = ("model", "weights", "quick_gelu")  # what a manifest knows a backbone by
 LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
-KEYS = ("key", "path", "image_path")  # the first of these columns that there is names the rows
+ENCODER = ("model", "weights", "quick_gelu")  # entries of a manifest that identify a backbone
+KEY_COLUMNS = ("key", "path", "image_path")  # the first of these columns there is names the rows
+# The kinds of files in a feature folder, and the manifest's entry for the hash of each.
+SHARDS = {
+    "img_emb": (".npy", "features_sha256"),
+    "metadata": (".parquet", "metadata_sha256"),
+    "local_emb": (".npy", "local_sha256"),
+}
 
 
 @dataclass
 class Features:
     """
-    The arrays of a problem as stored, and for each where it came from.
+    The arrays of a problem as they are on disk, and the file that each came from.
 
     Parameters
     ----------
     path : str
-        Where they were read.
+        File or folder that was read.
     arrays : dict
         By the names in `ARRAYS`; `image_features` (N, d) is always there. By those in `LOCAL`
-        local features, where they were asked for: (N, L, d), or (N, L d) of a feature folder.
+        local features, if they were asked for: (N, L, d), or (N, L d) of a feature folder.
     origins : dict
         For error messages: "FILE: name" of each array.
+    class_names : list of str, optional
+        K names.
     source_rows : ndarray (N,) int64, optional
         Position of each row in the source it was encoded from.
     keys : list of str, optional
         Key or path of each row.
     encoder : dict, optional
-        Model and weights that encoded the rows, where a manifest says so.
+        Model and weights that encoded the rows, if a manifest names them.
     maps : dict
         Hash of each linear map that the embeddings went through.
     """
@@ -69,29 +82,33 @@ class Features:
     path: str
     arrays: dict[str, Any]
     origins: dict[str, str]
+    class_names: list[str] | None = None
     source_rows: np.ndarray | None = None
     keys: list[str | None] | None = None
     encoder: dict[str, Any] | None = None
-    class_names: list[str] | None = field(default=None, init=False)
-    maps: dict[str, str] = field(default_factory=dict, init=False)
+    maps: dict[str, str] = field(default_factory=dict)
     _sha256: dict[str, str] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        names = self.arrays.pop("class_names", None)
-        if names is not None:
-            self.class_names = _names(names, self.origins["class_names"])
 
     @property
     def dim(self) -> int:
         """d, of the image features."""
         return int(self.arrays["image_features"].shape[1])
 
+    @property
+    def n_classes(self) -> int | None:
+        """K, if there are texts, prototypes or class names."""
+        for name in ("text_features", "prototypes"):
+            array = self.get(name)
+            if array is not None and array.ndim == 2:
+                return len(array)
+        return None if self.class_names is None else len(self.class_names)
+
     def get(self, name: str) -> Any:
         """The array of that name, or None."""
         return self.arrays.get(name)
 
     def with_arrays(self, arrays: dict[str, Any]) -> Features:
-        """The same with other arrays."""
+        """A copy with other arrays."""
         other = copy(self)
         other.arrays = arrays
         same = {name for name in arrays if arrays[name] is self.get(name)}
@@ -118,7 +135,9 @@ def load_features(
     local: bool = False,
 ) -> Features:
     """
-    FEATURES, with single arrays replaced by other files.
+    Load the arrays of a problem from a file or a folder.
+
+    Rows of .npy files stay on disk and are read when they are needed.
 
     Parameters
     ----------
@@ -126,46 +145,59 @@ def load_features(
         A feature folder, a folder of few-shot caches (see `transclip_fast.store.foreign`), or a
         .npz, .npy, .pt or .safetensors file; one nameless array in it is the image features.
     overrides : mapping, optional
-        Name in `ARRAYS` to a file; class names may be a text file with one name a line.
+        Files that replace single arrays, by the names in `ARRAYS`; class names may be a text file
+        with one name a line.
     shots : int, optional
         Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
-        K, for a sparse prior in which it is not said; where not given, of the other arrays.
+        K, for a sparse prior that does not tell it; by default that of the other arrays.
     local : bool
-        Load local features, too, where there are any: they are large, and few heads want them.
+        Load local features, too, if there are any: they are large, and few heads need them.
+
+    Returns
+    -------
+    Features
+        `arrays` by name, `class_names`, `keys` and `origins`.
 
     Raises
     ------
     InputError
         A file that is missing, damaged or pickled, or without image features.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/pets.npz", image_features=np.eye(3, 4), text_features=np.eye(2, 4))
+    ...     features = load_features(f"{folder}/pets.npz")
+    >>> features.get("image_features").shape, features.n_classes
+    ((3, 4), 2)
     """
     path = Path(path)
-    given = {name: file for name, file in (overrides or {}).items() if file is not None}
-    if caches.is_cache(path):
-        features = Features(str(path), *caches.read_cache(path, shots=shots, without=set(given)))
+    files = {name: Path(file) for name, file in (overrides or {}).items() if file is not None}
+    if is_cache(path):
+        features = Features(str(path), *read_cache(path, shots=shots, without=set(files)))
     elif shots:
         raise InputError(f"{path}: has no keys_*shots.pt to choose from; leave out the shots")
     else:
         features = _load_folder(path, local) if os.path.isdir(path) else _load_file(path, local)
-    shape = tuple(features.arrays["image_features"].shape)
-    if len(shape) != 2 or 0 in shape:
+    rows, arrays, origins = features.get("image_features"), features.arrays, features.origins
+    if len(rows.shape) != 2 or 0 in rows.shape:
         raise InputError(
-            f"{features.origins['image_features']}: expected a non-empty "
-            f"(rows, columns) array, got shape {shape}"
+            f"{origins['image_features']}: expected a non-empty (rows, columns) array, got shape "
+            f"{tuple(rows.shape)}"
         )
-    for name, file in given.items():
-        features.origins[name] = str(file)
+    for name, file in files.items():
+        origins[name] = str(file)
         if name == "class_names":
             features.class_names = read_names(file)
         elif name == "prior":
-            features.arrays[name] = read_prior(file)
+            arrays[name] = read_prior(file)
         else:
-            array, rows = read_array(file, name), features.arrays["image_features"]
-            features.arrays[name] = caches.as_rows(Path(file), array, rows)
-    prior = features.get("prior")
-    if isinstance(prior, ListedPrior):
-        known, origin = n_classes or _n_classes(features), features.origins["prior"]
-        features.arrays["prior"] = prior.dense(origin, rows=shape[0], n_classes=known)
+            arrays[name] = as_rows(file, read_array(file, name), rows)
+    if isinstance(prior := features.get("prior"), ListedPrior):
+        k = n_classes or features.n_classes
+        arrays["prior"] = prior.dense(origins["prior"], rows=len(rows), n_classes=k)
     return features
 
 
@@ -174,52 +206,9 @@ def read_names(path: str | Path) -> list[str]:
     path = Path(path)
     if path.suffix in (".npy", ".npz"):
         return _names(read_array(path, "class_names"), str(path))
-    try:
+    with reading(path, "cannot be read as UTF-8 text", "write it again"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def read_table(file: Path) -> pa.Table:
-    """
-    The table in a parquet file.
-
-    Raises
-    ------
-    InputError
-        Missing or damaged.
-    """
-    try:
-        return pq.read_table(file)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{file}: damaged or truncated ({_line(error)}); write or copy it again"
-        ) from error
-
-
-def array_sha256(array: Any) -> str:
-    """Hash of an array or tensor: type, shape and bytes."""
-    dtype = str(array.dtype).removeprefix("torch.")
-    digest = hashlib.sha256(f"{dtype} {tuple(array.shape)} ".encode())
-    for start in range(0, len(array), 65536):
-        rows = array[start : start + 65536]
-        if isinstance(rows, torch.Tensor):
-            rows = rows.cpu().contiguous().view(torch.uint8).numpy()
-        digest.update(np.ascontiguousarray(rows).tobytes())
-    return digest.hexdigest()
-
-
-def _n_classes(features: Features) -> int | None:
-    for name in ("text_features", "prototypes"):
-        array = features.get(name)
-        if array is not None and array.ndim == 2:
-            return len(array)
-    return None if features.class_names is None else len(features.class_names)
 
 
 def _load_file(path: Path, local: bool) -> Features:
@@ -234,47 +223,112 @@ def _load_file(path: Path, local: bool) -> Features:
         raise InputError(
             f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
         )
-    wanted = ARRAYS + LOCAL if local else ARRAYS
-    known = {name: arrays[name] for name in wanted if name in arrays}
-    listed = listed_prior(arrays, str(path))
-    if listed is not None:
-        known["prior"] = listed
-    return Features(str(path), known, {name: f"{path}: {name}" for name in known})
+    known = {name: arrays[name] for name in ARRAYS + (LOCAL if local else ()) if name in arrays}
+    prior = listed_prior(arrays, str(path))
+    if prior is not None:
+        known["prior"] = prior
+    origins = {name: f"{path}: {name}" for name in known}
+    names = known.pop("class_names", None)
+    names = None if names is None else _names(names, origins["class_names"])
+    return Features(str(path), known, origins, names)
 
 
 def _load_folder(folder: Path, local: bool) -> Features:
-    numbered = _numbered(folder, "img_emb", ".npy")
-    shards = list(numbered.values())
-    if not shards:
+    file = folder / "manifest.json"
+    manifest = read_json(inside(folder, file.name)) if file.exists() else {}
+    if not manifest.get("complete", True):
+        raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
+    files = {kind: _numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
+    images = files["img_emb"]
+    if not images:
         raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; is it a feature folder?")
-    parts = [read_rows(shard, "image_features") for shard in shards]
-    for shard, part in zip(shards, parts, strict=True):
+    for kind, found in files.items():
+        if found and found.keys() != images.keys():
+            number = min(found.keys() ^ images.keys())
+            missing = "img_emb" if number in found else kind
+            raise InputError(f"{folder}: shard {number} has no {missing} file")
+    parts = [read_rows(image, "image_features") for image in images.values()]
+    for image, part in zip(images.values(), parts, strict=True):
         if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
-            raise InputError(f"{shard}: has shape {part.shape}, the first shard {parts[0].shape}")
-    arrays: dict[str, Any] = {"image_features": _joined(parts)}
-    origins = {"image_features": f"{folder}: image_features"}
-    encoder = None
+            raise InputError(f"{image}: has shape {part.shape}, the first shard {parts[0].shape}")
+    arrays, origins = {"image_features": _joined(parts)}, {}
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
-    patches = _numbered(folder, "local_emb", ".npy") if local else {}
-    if patches:
-        arrays["local_features"] = _patches(folder, patches, numbered, parts)
-        origins["local_features"] = f"{folder}: local_features"
-    if (folder / "manifest.json").exists():
-        manifest = read_json(inside(folder, "manifest.json"))
-        _check_manifest(folder, manifest, numbered, patches)
-        encoder = _encoder(manifest)
-        names = manifest.get("class_names")
-        if names is not None:
-            arrays["class_names"] = names
-            origins["class_names"] = f"{folder / 'manifest.json'}: class_names"
-    source_rows, keys, labels = _metadata(
-        folder, {number: part.shape[0] for number, part in zip(numbered, parts, strict=True)}
+    if files.get("local_emb"):
+        arrays["local_features"] = _local(files["local_emb"].values(), parts)
+    _check_hashes(folder, manifest, files)
+    names = manifest.get("class_names")
+    if names is not None:
+        origins["class_names"] = f"{file}: class_names"
+        names = _names(names, origins["class_names"])
+    columns = _columns(folder, files["metadata"].values(), parts)
+    if "label" in columns and not columns["label"].null_count:
+        arrays["labels"] = columns["label"].to_numpy()
+        origins["labels"] = f"{folder / 'metadata'}: label"
+    return Features(
+        str(folder),
+        arrays,
+        {name: f"{folder}: {name}" for name in arrays} | origins,
+        names,
+        columns["source_row"].to_numpy() if "source_row" in columns else None,
+        columns["key"].to_pylist() if "key" in columns else None,
+        _encoder(manifest),
     )
-    if labels is not None:
-        arrays["labels"], origins["labels"] = labels, f"{folder / 'metadata'}: label"
-    return Features(str(folder), arrays, origins, source_rows, keys, encoder)
+
+
+def _numbered(folder: Path, kind: str) -> dict[int, Path]:
+    """The files KIND/KIND_<number>.SUFFIX by their numbers, in order."""
+    suffix, _ = SHARDS[kind]
+    pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")
+    found: dict[int, Path] = {}
+    for path in folder.glob(f"{kind}/{kind}_*{suffix}"):
+        if match := pattern.fullmatch(path.name):
+            number = int(match[1])
+            if number in found:
+                raise InputError(f"{path}: has the same number as {found[number].name}")
+            found[number] = inside(folder, f"{kind}/{path.name}")
+    return dict(sorted(found.items()))
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """All shards as one array: on disk, if they can stay there."""
+    parts = [part for part in parts if part.shape[0]] or parts[:1]
+    if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
+        return StoredRows(parts)
+    return np.concatenate([p.read(0, p.shape[0]) if isinstance(p, Shard) else p for p in parts])
+
+
+def _local(files: Iterable[Path], images: Sequence[Any]) -> Any:
+    """Local features (N, L d) of all shards, checked against the shards of the images."""
+    parts = []
+    for file, image in zip(files, images, strict=True):
+        shape = (part := read_rows(file, "local_features")).shape
+        if len(shape) != 2 or shape[0] != image.shape[0] or shape[1] % image.shape[1]:
+            raise InputError(f"{file}: has shape {shape}, the features of its images {image.shape}")
+        parts.append(part)
+    return _joined(parts)
+
+
+def _check_hashes(
+    folder: Path, manifest: dict[str, Any], files: Mapping[str, Mapping[int, Path]]
+) -> None:
+    """Raise InputError if the files differ from those that the manifest lists."""
+    entries = manifest.get("shards")
+    if not isinstance(entries, dict):  # not a manifest of ours
+        return
+    if set(entries) != {str(number) for number in files["img_emb"]}:
+        raise InputError(f"{folder}: its shards are not those of its manifest; encode it again")
+    expected = {folder / "prototypes.npy": manifest.get("prototypes_sha256")}
+    for kind, found in files.items():
+        suffix, entry_name = SHARDS[kind]
+        for number, entry in entries.items() if found or kind != "local_emb" else ():
+            name = f"{kind}/{kind}_{int(number):05}{suffix}"
+            sha256 = entry.get(entry_name) if isinstance(entry, dict) else None
+            expected[found.get(int(number), folder / name)] = sha256
+    for file, sha256 in expected.items():
+        if (file.exists() or sha256) and not (file.exists() and file_sha256(file) == sha256):
+            raise InputError(f"{file}: is not what the manifest says; encode it again")
 
 
 def _encoder(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -284,121 +338,28 @@ def _encoder(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: config[name] for name in ENCODER if name in config}
 
 
-def _patches(
-    folder: Path, patches: Mapping[int, Path], shards: Mapping[int, Path], parts: Sequence[Any]
-) -> Any:
-    """Local features (N, L d) of all shards, where they fit the shards of the images."""
-    if patches.keys() != shards.keys():
-        number = min(patches.keys() ^ shards.keys())
-        kind = "img_emb" if number in patches else "local_emb"
-        raise InputError(f"{folder}: shard {number} has no {kind} file")
-    found = [read_rows(file, "local_features") for file in patches.values()]
-    for file, part, of in zip(patches.values(), found, parts, strict=True):
-        shape = part.shape
-        if len(shape) != 2 or shape[0] != of.shape[0] or shape[1] % of.shape[1]:
-            raise InputError(f"{file}: has shape {shape}, the features of its images {of.shape}")
-    return _joined(found)
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """All shards as one array: on disk, where they can stay there."""
-    parts = [part for part in parts if part.shape[0]] or parts[:1]
-    if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
-        return StoredRows(parts)
-    return np.concatenate(
-        [np.asarray(StoredRows([part])) if isinstance(part, Shard) else part for part in parts]
-    )
-
-
-def _check_manifest(
-    folder: Path,
-    manifest: dict[str, Any],
-    shards: Mapping[int, Path],
-    patches: Mapping[int, Path],
-) -> None:
-    if not manifest.get("complete", True):
-        raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
-    entries = manifest.get("shards")
-    if not isinstance(entries, dict):  # not a manifest of ours
-        return
-    if set(entries) != {str(number) for number in shards}:
-        raise InputError(f"{folder}: its shards are not those of its manifest; encode it again")
-    known = {folder / "prototypes.npy": manifest.get("prototypes_sha256")}
-    for number, shard in shards.items():
-        entry = entries[str(number)] if isinstance(entries[str(number)], dict) else {}
-        known[shard] = entry.get("features_sha256")
-        if number in patches:
-            known[patches[number]] = entry.get("local_sha256")
-        metadata = folder / "metadata" / f"metadata_{number:05}.parquet"
-        known[metadata] = entry.get("metadata_sha256")
-    for file, sha256 in known.items():
-        if not file.exists() and sha256 is None:
-            continue
-        if not file.exists() or _file_sha256(file) != sha256:
-            raise InputError(f"{file}: is not what the manifest says; encode it again")
-
-
-def _file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _metadata(
-    folder: Path, rows: Mapping[int, int]
-) -> tuple[np.ndarray | None, list[str | None] | None, np.ndarray | None]:
-    """source_row, key (or path) and label of every row, each None where no shard has it."""
-    files = _numbered(folder, "metadata", ".parquet")
+def _columns(
+    folder: Path, files: Collection[Path], images: Sequence[Any]
+) -> dict[str, pa.ChunkedArray]:
+    """The metadata's columns source_row, key (or path) and label, if all shards have them."""
     if not files:
-        return None, None, None
-    if files.keys() != rows.keys():
-        number = min(files.keys() ^ rows.keys())
-        raise InputError(
-            f"{folder}: shard {number} has no {'img_emb' if number in files else 'metadata'} file"
-        )
-    tables = []
-    for number, file in files.items():
-        table = read_table(file)
-        if table.num_rows != rows[number]:
-            raise InputError(f"{file}: has {table.num_rows} rows, its features {rows[number]}")
-        tables.append(table)
-    columns = set(tables[0].column_names).intersection(*(t.column_names for t in tables))
-    key = next((name for name in KEYS if name in columns), None)
-    wanted = [name for name in (key, "source_row", "label") if name in columns]
-    try:
+        return {}
+    tables = [read_table(file) for file in files]
+    for file, table, image in zip(files, tables, images, strict=True):
+        if table.num_rows != image.shape[0]:
+            raise InputError(f"{file}: has {table.num_rows} rows, its features {image.shape[0]}")
+    names = set.intersection(*(set(table.column_names) for table in tables))
+    key = next((name for name in KEY_COLUMNS if name in names), None)
+    wanted = [name for name in (key, "source_row", "label") if name in names]
+    with reading(folder / "metadata", "has columns of odd types"):
         table = pa.concat_tables(
             [table.select(wanted) for table in tables], promote_options="permissive"
         )
-        keys = None if key is None else table[key].cast(pa.string()).to_pylist()
-        source_rows = table["source_row"].cast(pa.int64()) if "source_row" in wanted else None
-    except pa.ArrowException as error:
-        raise InputError(f"{folder / 'metadata'}: {_line(error)}") from error
-    labels = table["label"] if "label" in wanted else None
-    return (
-        None if source_rows is None else source_rows.to_numpy(),
-        keys,
-        None if labels is None or labels.null_count else labels.to_numpy(),
-    )
-
-
-def _numbered(folder: Path, kind: str, suffix: str) -> dict[int, Path]:
-    """The files KIND/KIND_<number>SUFFIX by their numbers, in order."""
-    pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")
-    found: dict[int, Path] = {}
-    for path in folder.glob(f"{kind}/{kind}_*{suffix}"):
-        match = pattern.fullmatch(path.name)
-        if match is None:
-            continue
-        if int(match[1]) in found:
-            raise InputError(f"{path}: has the same number as {found[int(match[1])].name}")
-        found[int(match[1])] = inside(folder, f"{kind}/{path.name}")
-    return dict(sorted(found.items()))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        columns = {"key" if name == key else str(name): table[name] for name in wanted}
+        for name, kind in (("key", pa.string()), ("source_row", pa.int64())):
+            if name in columns:
+                columns[name] = columns[name].cast(kind)
+    return columns
 
 
 def _names(array: Any, origin: str) -> list[str]:

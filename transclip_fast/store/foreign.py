@@ -1,7 +1,9 @@
 """
-Folders of few-shot caches, one array a .pt file, as published code leaves them.
+Inputs in the formats of other code: folders of few-shot caches, and sparse priors.
 
-| file | array | left by |
+A cache holds one array a .pt file, as a rule in half precision:
+
+| file | array | written by |
 |---|---|---|
 | `test_f.pt`, `test_l.pt` | queries (N, d), their labels (N,) | Tip-Adapter, TransCLIP |
 | `val_f.pt`, `val_l.pt` | validation rows (V, d), labels (V,) | Tip-Adapter, TransCLIP |
@@ -12,8 +14,9 @@ Folders of few-shot caches, one array a .pt file, as published code leaves them.
 | `logits.pt` | another method's probabilities, or logits (N, K) | TransCLIP |
 | `images.pt`, `classes.pt`, `texts_*.pt` | queries, labels, texts (K, d) | RS-TransCLIP |
 
-Half precision as a rule. Repositories: gaopengcuhk/Tip-Adapter, yangyangyang127/APE,
-MaxZanella/transduction-for-vlms, elkhouryk/RS-TransCLIP.
+Repositories: gaopengcuhk/Tip-Adapter, yangyangyang127/APE, MaxZanella/transduction-for-vlms,
+elkhouryk/RS-TransCLIP. A sparse prior is two arrays, `prior_indices` (N, m) and `prior_values`
+(N, m), or what `scipy.sparse.save_npz` writes.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.data.checks import PROBABILITY_TOLERANCE, ListedPrior
+from transclip_fast.data.priors import PROBABILITY_TOLERANCE, ListedPrior
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import inside, one_array, read_array, read_arrays
 
@@ -40,14 +43,15 @@ FILES = {
     "validation_labels": ("val_l.pt",),
     "prior_logits": ("logits.pt",),
 }
-KEYS, VALUES = "keys_*shots.pt", "values_*shots.pt"
+SUPPORT = {"support_features": "keys_*shots.pt", "support_labels": "values_*shots.pt"}
 PRIORS = {"prior", "prior_logits", "prototypes"}
-SUPPORT = {"support_features", "support_labels"}
-NEARLY_UNIT = 1e-2  # half precision rows are
+LISTS = ("prior_indices", "prior_values")
+CSR = ("data", "indices", "indptr", "shape")  # of `scipy.sparse.save_npz`
+HALF_PRECISION_NORM = 1e-2  # a unit row's norm in half precision is closer to 1
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Say whether a folder holds queries as one of the .pt files above."""
+    """Whether a folder holds queries as one of the .pt files above."""
     return any(os.path.isfile(Path(folder) / name) for name in FILES["image_features"])
 
 
@@ -60,9 +64,9 @@ def read_cache(
     Parameters
     ----------
     shots : int, optional
-        Which support; 0 for none. Not needed where there is one at most.
+        Which support; 0 for none. Not needed if there is one at most.
     without : collection of str, optional
-        Arrays that are given otherwise, so that they and what they replace are not read.
+        Arrays that come from other files; these and what they replace are not read.
 
     Raises
     ------
@@ -80,7 +84,7 @@ def read_cache(
             raise InputError(f"{folder}: has {' and '.join(found)}; name one {flag}")
         if found:
             files[name] = found[0]
-    if not SUPPORT & set(without):
+    if not SUPPORT.keys() & set(without):
         files |= _support(folder, shots)
     elif shots:
         raise InputError(f"{folder}: give --shots or the files of the support, not both")
@@ -96,7 +100,7 @@ def read_cache(
 
 def as_rows(path: Path, array: Any, image_features: Any) -> Any:
     """
-    An array of such a file, by the file's name, with one row a shot or class; others as they are.
+    An array of a cache with one row a shot or class; arrays of other file names are unchanged.
 
     Keys and texts have the columns of the image features (N, d), several views become their unit
     mean, one-hot labels become class indices.
@@ -106,72 +110,23 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
     InputError
         Labels that are not one-hot.
     """
-    if fnmatch(path.name, VALUES) and array.ndim == 2:
+    if fnmatch(path.name, SUPPORT["support_labels"]) and array.ndim == 2:
         hot = array == 1
         wrong = (hot.sum(1) != 1) | ((array != 0).sum(1) != 1)
         if wrong.any():
             row = int(wrong.nonzero()[0, 0])
             raise InputError(f"{path}: row {row} is not one-hot; give class indices (M,)")
         return hot.float().argmax(1)
-    if not any(fnmatch(path.name, pattern) for pattern in (KEYS, *FILES["text_features"])):
+    turned = SUPPORT["support_features"], *FILES["text_features"]
+    if not any(fnmatch(path.name, pattern) for pattern in turned):
         return array
     if array.ndim == 3 and len(array):
-        array = _unit(array.float().mean(0)) if len(array) > 1 else array[0]
+        several = len(array) > 1
+        array = torch.nn.functional.normalize(array.float().mean(0)) if several else array[0]
     d = image_features.shape[-1] if image_features.ndim else 0
     if array.ndim == 2 and len(array) == d and not (array.shape[1] == d and _are_unit(array)):
         return array.T
     return array
-
-
-def _support(folder: Path, shots: int | None) -> dict[str, str]:
-    """The file of the support's features and of its labels."""
-    numbers = {
-        kind: sorted(
-            int(match[1])
-            for file in _matching(folder, kind)
-            if (match := re.fullmatch(kind.replace("*", r"(\d+)").replace(".", r"\."), file))
-        )
-        for kind in (KEYS, VALUES)
-    }
-    there = numbers[KEYS]
-    if shots == 0 or (shots is None and not there):
-        return {}
-    if shots is None and len(there) > 1:
-        found = ", ".join(map(str, there))
-        raise InputError(
-            f"{folder}: has supports of {found} shots; name one with --shots, or 0 for none"
-        )
-    number = there[0] if shots is None else shots
-    for kind, known in numbers.items():
-        if number not in known:
-            raise InputError(f"{folder}: has no {kind.replace('*', str(number))}")
-    names = (kind.replace("*", str(number)) for kind in (KEYS, VALUES))
-    return dict(zip(("support_features", "support_labels"), names, strict=True))
-
-
-def _matching(folder: Path, pattern: str) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if fnmatch(name, pattern))
-
-
-def _sums_to_one(array: torch.Tensor) -> bool:
-    rows = array.float()
-    return bool(
-        rows.ndim == 2
-        and (rows >= 0).all()
-        and ((rows.sum(1) - 1).abs() <= PROBABILITY_TOLERANCE).all()
-    )
-
-
-def _are_unit(rows: torch.Tensor) -> bool:
-    return bool(((torch.linalg.vector_norm(rows.float(), dim=1) - 1).abs() < NEARLY_UNIT).all())
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(rows, dim=1)
-
-
-LISTS = ("prior_indices", "prior_values")  # (N, m) each
-CSR = ("data", "indices", "indptr", "shape")  # as scipy.sparse.save_npz writes it
 
 
 def read_prior(path: str | Path) -> Any:
@@ -194,7 +149,7 @@ def listed_prior(arrays: Mapping[str, Any], origin: str) -> ListedPrior | None:
     """
     The sparse prior among the arrays of a file, or None.
 
-    `prior_indices` (N, m) are the classes that a row names, `prior_values` (N, m) their
+    `prior_indices` (N, m) are the classes that a row lists, `prior_values` (N, m) their
     probabilities.
 
     Raises
@@ -226,3 +181,40 @@ def _csr(arrays: Mapping[str, Any], origin: str) -> ListedPrior:
     if shape.shape != (2,) or shape.dtype.kind not in "iu" or (shape < 1).any():
         raise InputError(f"{origin}: shape must be (rows, classes), got {shape.tolist()}")
     return ListedPrior(arrays["indptr"], arrays["indices"], arrays["data"], int(shape[1]))
+
+
+def _support(folder: Path, shots: int | None) -> dict[str, str]:
+    """The file of the support's features and of its labels."""
+    found = (re.fullmatch(r"keys_(\d+)shots\.pt", file) for file in os.listdir(folder))
+    numbers = sorted(int(match[1]) for match in found if match)
+    if shots == 0 or (shots is None and not numbers):
+        return {}
+    if shots is None and len(numbers) > 1:
+        raise InputError(
+            f"{folder}: has supports of {', '.join(map(str, numbers))} shots; name one with "
+            "--shots, or 0 for none"
+        )
+    number = numbers[0] if shots is None else shots
+    files = {name: pattern.replace("*", str(number)) for name, pattern in SUPPORT.items()}
+    for file in files.values():
+        if not os.path.isfile(folder / file):
+            raise InputError(f"{folder}: has no {file}")
+    return files
+
+
+def _matching(folder: Path, pattern: str) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if fnmatch(name, pattern))
+
+
+def _sums_to_one(array: torch.Tensor) -> bool:
+    rows = array.float()
+    return bool(
+        rows.ndim == 2
+        and (rows >= 0).all()
+        and ((rows.sum(1) - 1).abs() <= PROBABILITY_TOLERANCE).all()
+    )
+
+
+def _are_unit(rows: torch.Tensor) -> bool:
+    norms = torch.linalg.vector_norm(rows.float(), dim=1)
+    return bool(((norms - 1).abs() < HALF_PRECISION_NORM).all())

@@ -11,12 +11,12 @@ from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.types import NeighborGraph
 
 CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
-# What the manifest says of how the lists were made.
+# Entries of the manifest that describe the search.
 INFO = ("method", "recall", "recall_target", "recall_rows", "weight_error", "probes", "lists")
 
 
 def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> None:
-    """Write a graph into a folder that `new_folder` gave; see `load_graph` for `manifest`."""
+    """Write a graph into the folder of a `new_folder`; see `load_graph` for `manifest`."""
     for name, array in (("neighbors", graph.neighbors), ("similarities", graph.similarities)):
         (folder / f"{name}.npy").write_bytes(npy_bytes(array))
     write_json(folder / "manifest.json", {**graph.info, **manifest})

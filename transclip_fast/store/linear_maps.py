@@ -1,4 +1,4 @@
-"""Linear maps trained beside a frozen encoder: of arrays, and from files."""
+"""Linear maps trained beside a frozen encoder, applied to arrays and to stored features."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import torch
 
 from transclip_fast.data.checks import as_matrix
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import one_array, read_arrays
-from transclip_fast.store.features import Features, array_sha256
+from transclip_fast.store.arrays import array_sha256, one_array, read_arrays
+from transclip_fast.store.features import Features
 
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 8192  # mapped in float64 at a time
+MAPPED = {
+    "text": ("text_features",),
+    "image": ("image_features", "support_features", "validation_features"),
+}
 
 
 def linear_map(
@@ -31,7 +35,7 @@ def linear_map(
     bias : array_like (e,), optional
         b.
     names : tuple of str
-        What rows and weight are called in errors.
+        Names of rows and weight in error messages.
 
     Returns
     -------
@@ -41,6 +45,11 @@ def linear_map(
     ------
     InputError
         Arrays that do not fit each other, that are not finite, or a row that is mapped to zero.
+
+    Examples
+    --------
+    >>> linear_map([[3.0, 4.0]], [[1.0, 0.0], [0.0, 0.0]])
+    tensor([[1., 0.]])
     """
     matrix = as_matrix(rows, names[0])
     a = as_matrix(weight, names[1])
@@ -65,15 +74,9 @@ def linear_map(
     return mapped
 
 
-MAPPED = {
-    "text": ("text_features",),
-    "image": ("image_features", "support_features", "validation_features"),
-}
-
-
 def map_features(features: Features, **files: str | None) -> None:
     """
-    Replace embeddings A x + b, made unit, for those in `features`, and keep the maps' hashes.
+    Replace the embeddings x in `features` by unit(A x + b), and note the maps' hashes.
 
     Parameters
     ----------
@@ -102,7 +105,7 @@ def map_features(features: Features, **files: str | None) -> None:
 
 
 def _read_map(path: Path) -> tuple[Any, Any]:
-    """A and, where there is one, b."""
+    """A and, if there is one, b."""
     arrays = read_arrays(path)
     parts = {name.rpartition(".")[2]: array for name, array in arrays.items()}
     if "weight" not in parts or len(parts) < len(arrays):

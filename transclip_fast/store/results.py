@@ -19,13 +19,13 @@ from scipy import sparse
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.solver.mixture import Mixture
-from transclip_fast.store.arrays import inside, read_arrays
+from transclip_fast.store.arrays import inside, read_arrays, read_table
 from transclip_fast.store.atomic import read_json, write_json
-from transclip_fast.store.features import Features, read_table
+from transclip_fast.store.features import Features
 
 CONTENTS = frozenset({"predictions.parquet", "mixture.safetensors", "run.json"})
-TOP = 5
-ROWS = 1 << 16  # of a block of the table
+TOP_CLASSES = 5  # listed for each row
+TABLE_ROWS = 1 << 16  # converted to a block of the table at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Result:
         Raises
         ------
         InputError
-            There is none of that name, or it holds something else.
+            No column of that name, or one of other values.
         """
         file = self.folder / "predictions.parquet"
         if name not in self.predictions.column_names:
@@ -63,23 +63,24 @@ def prediction_tables(
     labels: np.ndarray | None = None,
 ) -> Iterator[pa.Table]:
     """
-    One row a query, in blocks: its label with its most likely classes, and what zero-shot said.
+    The table of predictions in blocks: each query's label and most likely classes, and its
+    zero-shot label.
 
     Parameters
     ----------
     distributions : ndarray or csr_array (N, K) float32
-        Of a sparse row only the classes kept are listed.
+        Of a sparse row only the stored classes are listed.
     zero_shot : ndarray (N,), ndarray (N,)
         Labels and confidences.
     features : Features
-        Source rows, keys and class names.
+        Its source rows, keys and class names.
     labels : ndarray (N,), optional
-        The truth, kept as `true_label`.
+        The truth, written as `true_label`.
     """
     n_rows, n_classes = distributions.shape
     names = np.asarray(features.class_names or [str(k) for k in range(n_classes)])
-    for start in range(0, n_rows, ROWS):
-        block = slice(start, min(start + ROWS, n_rows))
+    for start in range(0, n_rows, TABLE_ROWS):
+        block = slice(start, min(start + TABLE_ROWS, n_rows))
         rows = np.arange(block.start, block.stop)
         values, classes = _top(distributions[block])
         label = classes[:, 0]
@@ -107,13 +108,13 @@ def save_result(
     run: dict[str, Any],
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    """Write the files of a result into a folder that `new_folder` gave."""
+    """Write the files of a result into the folder of a `new_folder`."""
     blocks = iter(tables)
     first = next(blocks)
     with pq.ParquetWriter(folder / "predictions.parquet", first.schema) as writer:
         for block in chain([first], blocks):
             writer.write_table(block)
-    # As bytes: a full disk is then the OSError that it is everywhere else.
+    # As bytes: on a full disk safetensors raises an error of its own, not an OSError.
     (folder / "mixture.safetensors").write_bytes(save(tensors))
     write_json(folder / "run.json", run)
 
@@ -183,7 +184,7 @@ def _top(distributions: np.ndarray | sparse.csr_array) -> tuple[np.ndarray, np.n
     """
     The largest entries (n, 5) of each row and their classes; of equal ones the first class.
 
-    Behind the last entry of a sparse row comes -1.
+    Places after the last entry of a sparse row hold -1.
     """
     if isinstance(distributions, np.ndarray):
         entries, classes = torch.from_numpy(distributions), None
@@ -194,9 +195,9 @@ def _top(distributions: np.ndarray | sparse.csr_array) -> tuple[np.ndarray, np.n
         columns = np.zeros(used.shape, np.int64)
         padded[used], columns[used] = distributions.data, distributions.indices
         entries, classes = torch.from_numpy(padded), torch.from_numpy(columns)
-    n = min(TOP, entries.shape[1])
+    n = min(TOP_CLASSES, entries.shape[1])
     values, places = entries.topk(n, dim=1)
-    tied = (entries >= values[:, -1:]).sum(1) > n  # topk breaks ties as it likes
+    tied = (entries >= values[:, -1:]).sum(1) > n  # topk breaks ties in any order
     tied |= (values[:, 1:] == values[:, :-1]).any(1)
     ordered = entries[tied].sort(dim=1, descending=True, stable=True)
     places[tied] = ordered.indices[:, :n]

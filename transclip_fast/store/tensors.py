@@ -1,19 +1,16 @@
-"""A .safetensors file written one tensor at a time, or read with what it says of itself."""
+"""Safetensors files with metadata, written one tensor at a time."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 
-from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import read_arrays
-from transclip_fast.store.atomic import publish_file, writing
+from transclip_fast.errors import InputError, reading
+from transclip_fast.store.atomic import new_file, writing
 
 # Names of the format, https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -28,8 +25,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-ALIGNMENT = 8
-CHUNK = 1 << 22  # entries in memory at a time
+HEADER_ALIGNMENT = 8  # bytes
+CHUNK_ENTRIES = 1 << 22  # converted in memory at a time: 32 MiB at most
 
 
 def write_tensors(
@@ -40,19 +37,19 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
 ) -> int:
     """
-    Write tensors as a .safetensors file; the number of bytes.
+    Write tensors as a .safetensors file that appears whole or not at all; its number of bytes.
 
-    What is mapped from disk stays there: a chunk at a time is in memory. The file appears
-    whole or not at all.
+    `safetensors.torch.save_file` holds all tensors in their final type; here one chunk is in
+    memory at a time, so that a mapped checkpoint larger than memory can be converted.
 
     Parameters
     ----------
     dtype : torch.dtype, optional
-        Of the floating tensors; their own where not given.
+        Type that floating tensors are converted to; by default each keeps its own.
     step : callable
-        Told the bytes written and in all after each tensor.
+        Called after each tensor with the bytes written and the bytes in all.
     metadata : mapping, optional
-        Words about the tensors, which `read_tensors` gives back.
+        Strings that `read_tensors` returns.
 
     Raises
     ------
@@ -73,29 +70,23 @@ def write_tensors(
             "data_offsets": [begin, end],
         }
     text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **header}).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    partial = path.with_name(f".{path.name}.partial")
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    buffers = {kind: torch.empty(CHUNK_ENTRIES, dtype=kind) for kind in set(types.values())}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                chunks, done = _Chunks(), 0
-                for name, tensor in tensors.items():
-                    for chunk in chunks(tensor, types[name]):
-                        done += file.write(chunk)
-                    step(done, end)
-                file.flush()
-                os.fsync(file.fileno())
-            publish_file(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path) as partial, open(partial, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            done = 0
+            for name, tensor in tensors.items():
+                for chunk in _chunks(tensor, buffers[types[name]]):
+                    done += file.write(chunk)
+                step(done, end)
     return 8 + len(text) + end
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
-    The tensors of a .safetensors file by name, and its metadata.
+    Read the tensors of a .safetensors file by name, and its metadata.
 
     Raises
     ------
@@ -105,24 +96,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a file ending in .safetensors")
-    tensors = read_arrays(path)
-    with safe_open(path, "pt") as file:
+    with reading(path), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, dict(file.metadata() or {})
 
 
-class _Chunks:
-    """Tensors as bytes, a chunk at a time; memory is taken once a type, not once a tensor."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.dtype, torch.Tensor] = {}
-
-    def __call__(self, tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-        """Each chunk is to be written before the next is asked for."""
-        flat = tensor.contiguous().reshape(-1)
-        if dtype not in self._buffers:
-            self._buffers[dtype] = torch.empty(CHUNK, dtype=dtype)
-        buffer = self._buffers[dtype]
-        for start in range(0, len(flat), CHUNK):
-            part = flat[start : start + CHUNK]
-            array: np.ndarray = buffer[: len(part)].copy_(part).view(torch.uint8).numpy()
-            yield array.data
+def _chunks(tensor: torch.Tensor, buffer: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes in the type of `buffer`, which each chunk overwrites."""
+    for part in torch.split(tensor.contiguous().reshape(-1), len(buffer)):
+        yield buffer[: len(part)].copy_(part).view(torch.uint8).numpy().data

@@ -6,7 +6,7 @@ import torch
 from bench import gpu_arms, gpu_solves
 from bench.gpu_lines import Ceilings, Suite, measure_ceilings
 from bench.gpu_timing import Gpu
-from transclip_fast.graph import certified
+from transclip_fast.graph import exact
 from transclip_fast.kernels import messages
 from transclip_fast.solver.parameters import Parameters
 
@@ -48,7 +48,7 @@ class Cpu(Gpu):
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
-    monkeypatch.setattr(certified, "usable", lambda rows, size: True)
+    monkeypatch.setattr(exact, "certifiable", lambda rows, size: True)
     monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=2, inner_iter=1))
 
 

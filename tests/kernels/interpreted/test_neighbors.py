@@ -1,5 +1,7 @@
 """Exact neighbours against float64 products of all pairs."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from tests.conftest import unit
 from transclip_fast.callbacks import NoCheckpoint
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import certified
-from transclip_fast.graph.best import BestLists
+from transclip_fast.graph import exact
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.rerank import BestLists
 from transclip_fast.kernels import neighbors as kernels
 
 
@@ -69,18 +71,18 @@ def test_the_certificate_proves(spread, expected):
 def searched(features, k):
     """The graph of `build_graph`, by candidates and certificates, and rows searched again."""
     with pytest.MonkeyPatch.context() as patch:
-        again, search = [], certified.search_certified
-        patch.setattr(certified, "usable", lambda rows, size: size <= certified.MOST)
-        patch.setattr(certified, "STEP", 128)
-        patch.setattr(certified, "search_certified", lambda *given: again.append(search(*given)))
+        again, search = [], exact.search_certified
+        patch.setattr(exact, "certifiable", lambda rows, size: size <= exact.GPU_CANDIDATES)
+        patch.setattr(exact, "GPU_STEP_ROWS", 128)
+        patch.setattr(exact, "search_certified", lambda *args: again.append(search(*args)))
         graph = build_graph(features, k, method="exact")
     return graph, *again
 
 
-def assert_same(found, exact):
-    np.testing.assert_array_equal(found.neighbors, exact.neighbors)
-    np.testing.assert_array_equal(found.similarities, exact.similarities)
-    assert found.info == exact.info
+def assert_same(found, expected):
+    np.testing.assert_array_equal(found.neighbors, expected.neighbors)
+    np.testing.assert_array_equal(found.similarities, expected.similarities)
+    assert found.info == expected.info
 
 
 def test_graphs_of_golden_rows(golden):
@@ -125,10 +127,10 @@ def test_a_killed_search_goes_on():
         rows = Rows(features)
         best, seen = BestLists(300, 7), []
         count = lambda *rows: seen.append(rows)  # noqa: E731
-        return best, certified.search_certified(rows, best, 3, count, checkpoint), seen
+        return best, exact.search_certified(rows, best, 3, count, checkpoint), seen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certified, "STEP", 128)
+        patch.setattr(exact, "GPU_STEP_ROWS", 128)
         (whole, all_again, seen), (rest, again, later) = search(Killed()), search(Found())
     assert seen == [(128, 300), (256, 300), (300, 300)]
     assert later == seen[1:]
@@ -139,11 +141,15 @@ def test_a_killed_search_goes_on():
 
 def test_where_rows_are_searched_this_way():
     held = Rows(rows_of(0, 9, 5, 1.0))
-    assert not certified.usable(held, 7)
+    assert not exact.certifiable(held, 7)
     held.device = torch.device("cuda")
+    assert exact.certifiable(held, 7)
+    assert not exact.certifiable(held, exact.GPU_CANDIDATES + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transclip_fast.ops.choose_backend", lambda *_: "triton")
-        assert certified.usable(held, 7)
-        assert not certified.usable(held, certified.MOST + 1)
-        patch.setattr("transclip_fast.ops.choose_backend", lambda *_: "torch")
-        assert not certified.usable(held, 7)
+        patch.setitem(sys.modules, "transclip_fast.kernels.neighbors", None)
+        with pytest.warns(UserWarning, match="searched in torch, slower"):
+            assert not exact.certifiable(held, 7)
+
+
+def test_a_list_is_as_long_as_the_kernel_fills():
+    assert exact.GPU_CANDIDATES == kernels.KEPT

@@ -1,40 +1,19 @@
-"""Progress, warnings, help."""
+"""Times, warnings, errors, help."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 import pytest
 
-from transclip_fast.cli import COMMANDS, common
+from transclip_fast.cli import COMMANDS, session
 from transclip_fast.errors import InputError
-
-
-def test_plain_progress_is_a_line_now_and_then(capsys, monkeypatch):
-    clock = iter([3.0, 7.0, 15.0, 18.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    with common.progress("graph", "rows") as show:
-        for done in (1000, 2000, 4000, 4500):
-            show(done, 6000, recall=0.5)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["graph: 4,000 of 6,000 rows, 250.0 a second, 8 s left, recall 0.5"]
-
-
-def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with common.progress("solve", "steps") as show:
-        for done in range(1, 4):
-            show(done, 4, objective="-1.5")
-    err = capsys.readouterr().err
-    assert "\r" in err
-    assert "solve:" in err
 
 
 def test_stages_add_up(monkeypatch):
     clock = iter([0.0, 1.5, 2.0, 2.25])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    stages = common.Stages()
+    stages = session.Stages()
     for _ in range(2):
         with stages.time("load"):
             pass
@@ -42,11 +21,33 @@ def test_stages_add_up(monkeypatch):
 
 
 def test_warnings_name_the_file_and_are_kept(capsys):
-    with common.collected_warnings({"labels": "y.npy"}) as kept:
+    with session.collected_warnings({"labels": "y.npy"}) as kept:
         warnings.warn("labels: odd", stacklevel=1)
         warnings.warn("of a library to its developers", DeprecationWarning, stacklevel=1)
     assert kept == ["y.npy: odd"]
     assert capsys.readouterr().err == "warning: y.npy: odd\n"
+
+
+def test_a_stage_inside_another_counts_once(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 5.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    stages = session.Stages()
+    with stages.time("solve"), stages.time("graph"):
+        pass
+    assert stages.seconds == {"graph": 3.0, "solve": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "shown"),
+    [
+        (1, "row", "1 row"),
+        (0, "row", "0 rows"),
+        (1, "class", "1 class"),
+        (2000, "class", "2,000 classes"),
+    ],
+)
+def test_counted(number, noun, shown):
+    assert session.counted(number, noun) == shown
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_warnings_name_the_file_and_are_kept(capsys):
     [("labels: row 3", "y.npy: row 3"), ("no prior: give one", "x.npz: no prior: give one")],
 )
 def test_errors_name_the_file(message, named):
-    with pytest.raises(InputError) as error, common.named({"labels": "y.npy"}, "x.npz"):
+    with pytest.raises(InputError) as error, session.errors_about({"labels": "y.npy"}, "x.npz"):
         raise InputError(message)
     assert str(error.value) == named
 
@@ -64,6 +65,16 @@ def test_help_has_an_example(name, succeeds):
     out = succeeds(name, "--help")
     assert f"Usage: transclip-fast {name}" in out
     assert f"\n    transclip-fast {name}" in out
+
+
+def test_help_has_sections(succeeds):
+    out = succeeds("solve", "--help")
+    titles = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles[0] == "Options:"
+    assert len(titles) == 4
+    assert out.index(titles[1]) < out.index("--text-features FILE") < out.index(titles[2])
+    assert out.index(titles[2]) < out.index("--kl-weight") < out.index(titles[3])
+    assert out.index(titles[3]) < out.index("--backend")
 
 
 def test_help_lists_the_commands(succeeds):

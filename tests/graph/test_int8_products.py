@@ -1,4 +1,4 @@
-"""Products in 8 bits: what they may be off by, and that none is missed."""
+"""Int8 products: the bound of their errors, and that no neighbour is missed."""
 
 import sys
 
@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from tests.conftest import unit
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import byte_products, compare
-from transclip_fast.graph.best import BestLists
+from transclip_fast.graph import exact, int8_products
 from transclip_fast.graph.build import build_graph
-from transclip_fast.graph.byte_products import ByteProducts
+from transclip_fast.graph.int8_products import Int8Products
+from transclip_fast.graph.rerank import BestLists
 
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(compare, "multiplies_bytes", lambda dim: True)
-    monkeypatch.setattr(compare, "WORTH", 1)
+    monkeypatch.setattr(exact, "multiplies_bytes", lambda dim: True)
+    monkeypatch.setattr(exact, "INT8_PRODUCTS", 1)
 
 
 def rows_of(kind, n, d, seed):
@@ -47,13 +47,13 @@ problems = st.builds(
 @given(problems)
 @settings(max_examples=60, deadline=None)
 def test_errors(features):
-    products = ByteProducts(Rows(features))
+    products = Int8Products(Rows(features))
     first, second = np.array_split(np.arange(len(features)), 2)
-    exact = features[first].astype(np.float64) @ features[second].astype(np.float64).T
+    expected = features[first].astype(np.float64) @ features[second].astype(np.float64).T
     codes, terms = products._codes.double().numpy(), products._terms.astype(np.float64)
-    step, along = terms[byte_products.STEP], terms[byte_products.ALONG]
+    step, along = terms[int8_products.STEP], terms[int8_products.ALONG]
     found = codes[first] * step[first, None] @ (codes[second] * step[second, None]).T
-    off = np.abs(found + along[first, None] + along[second] - exact)
+    off = np.abs(found + along[first, None] + along[second] - expected)
     for side, some, others in ((off, first, second), (off.T, second, first)):
         bound = products._errors(products._terms[:, some], torch.from_numpy(others))
         assert (side <= bound[:, None]).all()
@@ -65,17 +65,17 @@ def test_errors(features):
 @settings(max_examples=100, deadline=None)
 def test_nothing_is_missed(features, size):
     """Of two blocks with themselves and each other, offered in turn, the best remain."""
-    n, exact = len(features), features.astype(np.float64) @ features.astype(np.float64).T
-    np.fill_diagonal(exact, -np.inf)
-    best, products = BestLists(n, size), ByteProducts(Rows(features))
+    n, truth = len(features), features.astype(np.float64) @ features.astype(np.float64).T
+    np.fill_diagonal(truth, -np.inf)
+    best, products = BestLists(n, size), Int8Products(Rows(features))
     first, second = torch.arange(n).tensor_split(2)
     for ids, others in ((first, first), (second, second), (first, second)):
-        found = products.find(ids, others, best)
-        for i, j, value in zip(*(x.tolist() for x in found), strict=True):
-            assert abs(exact[i, j] - value) < 1e-5
-        best.add(found)
+        finds = products.find(ids, others, best)
+        for rows, columns, values in finds:
+            np.testing.assert_allclose(values, truth[rows, columns], atol=1e-5)
+        best.add(finds)
         best.merge()
-    expected = -np.sort(-exact, axis=1)[:, :size]
+    expected = -np.sort(-truth, axis=1)[:, :size]
     room = min(size, n - 1)
     np.testing.assert_allclose(best.values[:, :room], expected[:, :room], atol=1e-5)
     assert (best.ids[:, room:] == -1).all()
@@ -83,15 +83,15 @@ def test_nothing_is_missed(features, size):
 
 def test_errors_of_long_rows():
     features = rows_of("cone", 200, 512, 0)
-    products = ByteProducts(Rows(features))
+    products = Int8Products(Rows(features))
     bound = products._errors(products._terms, torch.arange(200))
     assert bound.max() < 0.03
 
 
 def all_of(features, **options):
-    """What the pair of all rows with themselves is given."""
+    """The products for a block of all rows with themselves."""
     ids = torch.arange(len(features))
-    return compare.byte_products(Rows(features, **options), [(ids, ids)])
+    return exact.int8_products(Rows(features, **options), [(ids, ids)])
 
 
 @pytest.mark.parametrize("kind", ["any", "cone", "copies"])
@@ -99,7 +99,7 @@ def test_both_kinds_of_products_find_the_same(kind, fast, monkeypatch):
     features = rows_of(kind, 2500, 64, 0)
     assert all_of(features) is not None
     found = build_graph(features, 5, method="exact")
-    monkeypatch.setattr(compare, "find_spec", lambda _: None)
+    monkeypatch.setattr(exact, "multiplies_bytes", lambda dim: False)
     assert all_of(features) is None
     expected = build_graph(features, 5, method="exact")
     np.testing.assert_array_equal(found.similarities, expected.similarities)
@@ -112,11 +112,11 @@ def test_where_they_pay(fast, monkeypatch):
     assert all_of(features) is not None
     assert all_of(features, held=False) is None
     assert all_of(features[:300]) is None  # a small pair
-    monkeypatch.setattr(compare, "WORTH", 400**2 // 2 + 1)
+    monkeypatch.setattr(exact, "INT8_PRODUCTS", 400**2 // 2 + 1)
     assert all_of(features) is None
 
 
 def test_a_broken_numba_is_named(fast, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transclip_fast.graph.byte_products", None)
-    with pytest.warns(UserWarning, match="searched in torch, slower: .*byte_products"):
+    monkeypatch.setitem(sys.modules, "transclip_fast.graph.int8_products", None)
+    with pytest.warns(UserWarning, match="searched in torch, slower: .*int8_products"):
         assert all_of(rows_of("any", 400, 8, 0)) is None

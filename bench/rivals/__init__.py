@@ -1,0 +1,1 @@
+"""Rivals: other code for the same problem, at its best settings."""

@@ -1,0 +1,42 @@
+"""Errors of readers become one line with the file, the reason and a remedy."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from transclip_fast.errors import InputError, reading
+
+CASES = [
+    (FileNotFoundError(2, "No such file or directory"), r"no such file$"),
+    (PermissionError(13, "Permission denied"), r"cannot be read \(Permission denied\)$"),
+    (OSError(22, "Invalid argument"), r"damaged or truncated \(.*Invalid argument\); write or"),
+    (OSError("bad magic"), r"damaged or truncated \(bad magic\); write or copy it again$"),
+    (AssertionError(), r"damaged or truncated \(AssertionError\); "),
+    (ValueError("two\n  lines"), r"damaged or truncated \(two lines\); "),
+    (MemoryError("x" * 999), r"damaged or truncated \(x{200}\); "),
+    (pickle.UnpicklingError("no"), r"damaged, or holds pickled Python objects, .* never loaded; "),
+    (ValueError("allow_pickle=False"), r"damaged, or holds pickled Python objects, "),
+    (InputError("x.npy: too narrow; widen it"), r"too narrow; widen it$"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), CASES)
+def test_one_line(error, message):
+    with pytest.raises(InputError, match=rf"^x\.npy: {message}") as caught, reading("x.npy"):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_words_of_another_format():
+    with (
+        pytest.raises(InputError, match=r"^x: is no list \('gone'\); pack it again$"),
+        reading("x", "is no list", "pack it again"),
+    ):
+        raise KeyError("gone") from None
+
+
+def test_an_interrupt_passes():
+    with pytest.raises(KeyboardInterrupt), reading("x.npy"):
+        raise KeyboardInterrupt

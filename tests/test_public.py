@@ -1,0 +1,138 @@
+"""What a user imports: its names, and that scikit-learn's tools take the estimator."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+import transclip_fast
+from tests.conftest import unit
+from transclip_fast import InputError, TransCLIP
+
+sklearn = pytest.importorskip("sklearn")
+
+from sklearn.base import BaseEstimator, clone, is_classifier  # noqa: E402
+from sklearn.model_selection import GridSearchCV  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import Normalizer  # noqa: E402
+from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+
+
+def test_public_names():
+    names = ["InputError", "NeighborGraph", "TransCLIP", "__version__", "build_graph"]
+    assert sorted(dir(transclip_fast)) == sorted(
+        [*names, "encode_images", "fit_head", "load_features"]
+    )
+    for name in dir(transclip_fast):
+        assert getattr(transclip_fast, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'linear_map'"):
+        transclip_fast.linear_map  # noqa: B018
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, transclip_fast; print([m for m in ('torch', 'pyarrow') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_clone_and_parameters():
+    model = TransCLIP(kl_weight=0.3, device="cpu")
+    copy = clone(model)
+    assert copy is not model
+    assert copy.get_params() == model.get_params()
+    assert copy.set_params(kl_weight=0.7).kl_weight == 0.7
+    with pytest.raises(ValueError, match="no parameter 'kl'"):
+        model.set_params(kl=1)
+    assert is_classifier(model)
+
+
+def test_fit_predict_and_score(problem):
+    features, prototypes, labels = problem()
+    model = TransCLIP(device="cpu")
+    found = model.fit_predict(features, labels, text_features=prototypes)
+    np.testing.assert_array_equal(found, model.transduction_)
+    np.testing.assert_array_equal(model.classes_, np.arange(6))
+    assert model.n_features_in_ == features.shape[1]
+    predicted = model.predict(features)
+    np.testing.assert_array_equal(predicted, model.predict_proba(features).argmax(1))
+    assert model.score(features, labels) == np.mean(predicted == labels)
+    with pytest.raises(InputError, match="y: expected 77 labels"):
+        model.score(features, labels[:5])
+
+
+def test_the_second_argument_may_be_texts(problem):
+    features, prototypes, _ = problem()
+    named = TransCLIP(device="cpu").fit(features, text_features=prototypes)
+    found = TransCLIP(device="cpu").fit(features, prototypes)
+    np.testing.assert_array_equal(found.label_distributions_, named.label_distributions_)
+
+
+def test_grid_search(problem):
+    features, prototypes, labels = problem(n=120)
+    grid = {"kl_weight": [0.0, 1.0], "inner_iter": [1, 5]}
+    search = GridSearchCV(TransCLIP(device="cpu"), grid, cv=2)
+    search.fit(features, labels, text_features=prototypes)
+    scores = search.cv_results_["mean_test_score"]
+    assert search.best_score_ == scores.max()
+    halves = [np.arange(120) % 2 == i for i in (0, 1)]
+    assert search.best_params_["kl_weight"] in (0.0, 1.0)
+    assert search.predict(features[halves[0]]).shape == (60,)
+
+
+def test_pipeline(problem):
+    features, prototypes, labels = problem()
+    steps = make_pipeline(Normalizer(), TransCLIP(device="cpu"))
+    steps.fit(3 * features, labels, transclip__text_features=prototypes)
+    plain = TransCLIP(device="cpu").fit(Normalizer().transform(features), text_features=prototypes)
+    np.testing.assert_array_equal(steps[-1].transduction_, plain.transduction_)
+    assert steps.score(features, labels) == plain.score(features, labels)
+
+
+class WithTexts(TransCLIP, BaseEstimator):
+    """TransCLIP with three texts of its own: scikit-learn's checks know images and labels only."""
+
+    def fit(self, X, y=None, **arrays):
+        shape = np.asarray(X).shape
+        d = max(1, shape[1]) if len(shape) == 2 else 1
+        texts = np.random.default_rng(0).normal(size=(3, d))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* rows were not unit vectors")
+            return super().fit(X, y, text_features=unit(texts), **arrays)
+
+    def predict_proba(self, X, **arrays):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* rows were not unit vectors")
+            return super().predict_proba(X, **arrays)
+
+
+IGNORED = "y is ignored: labels are positions in the list of texts"
+WORDS = "refused in one line of our own words"
+NOT_APPLICABLE = {
+    "check_classifiers_one_label": IGNORED,
+    "check_classifiers_classes": IGNORED,
+    "check_classifiers_train": IGNORED,
+    "check_classifiers_regression_target": IGNORED,
+    "check_supervised_y_no_nan": IGNORED,
+    "check_supervised_y_2d": IGNORED,
+    "check_estimators_dtypes": "has a row of zeros, which has no direction",
+    "check_dtype_object": "features are floats, never objects",
+    "check_estimators_unfitted": WORDS,
+    "check_n_features_in_after_fitting": WORDS,
+    "check_complex_data": WORDS,
+    "check_estimators_empty_data_messages": WORDS,
+    "check_fit2d_predict1d": WORDS,
+    "check_estimator_sparse_tag": WORDS,
+    "check_estimator_sparse_array": WORDS,
+    "check_estimator_sparse_matrix": WORDS,
+}
+
+
+@parametrize_with_checks([WithTexts(device="cpu")], expected_failed_checks=lambda _: NOT_APPLICABLE)
+def test_checks_of_scikit_learn(estimator, check):
+    check(estimator)

@@ -1,0 +1,101 @@
+"""What every command does around its work: time it, report warnings, errors and the summary."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import click
+
+from transclip_fast.errors import InputError
+from transclip_fast.version import __version__
+
+
+class Stages:
+    """Seconds of each stage of a command, by name; a stage inside another counts once."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Add the time spent in the block to the stage `name`."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
+        yield
+        inner = sum(self.seconds.values()) - before
+        spent = time.perf_counter() - start - inner
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 4)
+
+
+@contextmanager
+def collected_warnings(origins: Mapping[str, str]) -> Iterator[list[str]]:
+    """
+    Print every warning as one line on standard error, and collect them in a list.
+
+    `origins` maps the name of an argument to its file, as in `errors_about`.
+    """
+    messages: list[str] = []
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        warn(messages, _with_origin(str(message), origins))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries' warnings to their developers
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield messages
+
+
+def warn(messages: list[str], message: str) -> None:
+    """Print a warning on standard error and append it to `messages`."""
+    messages.append(message)
+    click.echo(f"warning: {message}", err=True)
+
+
+@contextmanager
+def errors_about(origins: Mapping[str, str], file: str) -> Iterator[None]:
+    """
+    Turn errors about an argument ("labels: ...") into errors about the file it came from.
+
+    Errors about no single argument (one is missing, two do not fit) are about `file`.
+    """
+    try:
+        yield
+    except InputError as error:
+        subject = str(error).partition(": ")[0]
+        known = subject in origins or subject == file
+        message = _with_origin(str(error), origins) if known else f"{file}: {error}"
+        raise InputError(message) from error
+
+
+def _with_origin(message: str, origins: Mapping[str, str]) -> str:
+    subject, colon, rest = message.partition(": ")
+    return f"{origins[subject]}: {rest}" if colon and subject in origins else message
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that compute."""
+    found = {"python": platform.python_version(), "transclip_fast": __version__}
+    for name in ("torch", "numpy", "numba", "faiss-cpu", "faiss-gpu", "open_clip_torch", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 class", "2,000 classes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def print_summary(summary: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """Print the summary as JSON, or as text, on standard output."""
+    click.echo(json.dumps(summary, indent=1) if as_json else text)

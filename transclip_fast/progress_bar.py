@@ -1,0 +1,122 @@
+"""A progress bar, or lines of progress where no bar can be drawn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import tqdm
+import tqdm.auto
+
+from transclip_fast.callbacks import Progress
+
+LINE_SECONDS = 10.0  # between two lines: a log of an hour then has at most 360
+LINE_WIDTH = 200  # columns; tqdm would cut lines at $COLUMNS
+LINE = (
+    "{desc}: {n:,} of {total:,} {unit}, {rate_noinv:,.1f} a second, {remaining_s:,.0f} s left"
+    "{postfix}"
+)
+
+
+@contextmanager
+def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
+    """
+    Show the progress of long-running work on standard error.
+
+    A terminal and a notebook show a bar, which disappears at the end; anything else gets a line
+    every 10 s. Rate and time left count from the first call, so that resumed work is not credited
+    with what an earlier process did.
+
+    Parameters
+    ----------
+    name : str
+        The work, which stands before the bar.
+    unit : str
+        What is counted, in the plural.
+
+    Yields
+    ------
+    callable
+        Call it with (done, total), both int, and any figures to show as keyword arguments.
+
+    Examples
+    --------
+    >>> with progress_bar("search", "rows") as show:
+    ...     for done in range(0, 3000, 1000):
+    ...         show(done, 3000, recall=0.99)
+    """
+    bar: Any = None
+
+    def show(done: int, total: int, **figures: Any) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = _make_bar(name, unit, done, total)
+        bar.total = max(done, total)
+        bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in figures.items()), refresh=False)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def shown_on(
+    show: Callable[..., None], also: Callable[[Progress], None] | None = None
+) -> Callable[[Progress], None]:
+    """Return a report of a fit's progress that a bar shows, and that `also` receives."""
+
+    def report(state: Progress) -> None:
+        figures: dict[str, Any] = {"step": f"{state.steps}/{state.all_steps}"}
+        if state.objective is not None:
+            figures |= {"objective": f"{state.objective:.5f}", "changed": state.changed}
+        show(state.rows, state.all_rows, **figures)
+        if also is not None:
+            also(state)
+
+    return report
+
+
+def _make_bar(name: str, unit: str, done: int, total: int) -> Any:
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        return tqdm.auto.tqdm(
+            desc=name,
+            unit=f" {unit}",
+            unit_scale=unit != "steps",
+            initial=done,
+            total=total,
+            leave=False,
+        )
+    return _Lines(
+        desc=name,
+        unit=unit,
+        initial=done,
+        total=total,
+        bar_format=LINE,
+        delay=LINE_SECONDS,
+        mininterval=LINE_SECONDS,
+        miniters=1,
+        smoothing=0,  # the average rate since the first call
+        ncols=LINE_WIDTH,
+        position=0,
+    )
+
+
+class _Lines(tqdm.tqdm):  # type: ignore[misc]  # tqdm has no types
+    """Writes whole lines instead of redrawing one."""
+
+    monitor_interval = 0  # no thread: encoding forks workers
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        def write_line(line: str) -> None:
+            file.write(f"{line}\n")
+            file.flush()
+
+        return write_line
+
+    def close(self) -> None:
+        self.disable = True  # nothing to clear

@@ -1,0 +1,153 @@
+"""State of a run: where z, mu and sigma^2 start, and how they are saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from transclip_fast import callbacks
+from transclip_fast.graph.affinity import affinity
+from transclip_fast.ops import backend_class
+from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.solver.mixture import Mixture, Moments
+from transclip_fast.solver.problem import Inputs, Settings
+from transclip_fast.types import Assignments, NeighborGraph, Scores
+
+# The likelihood term of M shots weighs 50 gamma N / M times that of N queries.
+SUPPORT_SCALE = 50.0
+
+
+@dataclass
+class State:
+    """
+    z, mu and sigma^2 during a run.
+
+    Parameters
+    ----------
+    inputs, settings, ops
+        The problem, how it is solved, and the backend that computes.
+    support_weight : float
+        w = 50 gamma / M; 0 without support.
+    squares : Tensor (d,) float64
+        sum_i f_i^2.
+    prior_normaliser : Tensor (N,) float32
+        The log-sum-exp that made log y_hat of the prior's logits.
+    prior_best : tuple of Tensor (N,), (N,)
+        Label and probability of each row by the prior alone.
+    nodes : Tensor (N,) int64, optional
+        Row of z, its scores and the affinity for each row of the features.
+    z, spare : Assignments
+        A sweep reads z and writes the spare; then the two swap (Jacobi).
+    base : Scores
+        likelihood_weight g + lambda log y_hat.
+    mixture : Mixture
+        mu and sigma^2.
+    moments, pooled : Moments
+        Of z over the queries, and with the support's, where the queries' mass is 1; zero before
+        the first update.
+    """
+
+    inputs: Inputs
+    settings: Settings
+    ops: TorchOps
+    support_weight: float
+    squares: torch.Tensor
+    prior_normaliser: torch.Tensor
+    prior_best: tuple[torch.Tensor, torch.Tensor]
+    nodes: torch.Tensor | None
+    z: Assignments
+    spare: Assignments
+    base: Scores
+    mixture: Mixture
+    moments: Moments
+    pooled: Moments
+
+
+@dataclass(frozen=True)
+class Solution:
+    """
+    Result of a run.
+
+    `objective` is L after each outer step and at the end, `tail_mass` the largest mass of a row
+    outside its candidates, `prior_labels` (N,) and `prior_confidences` (N,) those of the prior.
+    """
+
+    gamma: float
+    assignments: Assignments
+    mixture: Mixture
+    n_iter: int
+    objective: list[float]
+    tail_mass: float
+    prior_labels: torch.Tensor
+    prior_confidences: torch.Tensor
+
+    @classmethod
+    def of(cls, state: State, gamma: float, n_iter: int, objective: list[float]) -> Solution:
+        """The result at a state, z in the order of the features."""
+        z = state.z if state.nodes is None else state.z.take(state.nodes)
+        tail_mass = float(state.base.tail.max())
+        return cls(gamma, z, state.mixture, n_iter, objective, tail_mass, *state.prior_best)
+
+
+def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float) -> State:
+    """z = y_hat; mu of the 8 most confident rows of a class, or its shots; sigma^2 = 1 / d."""
+    features, prior, support = inputs.features, inputs.prior, inputs.support
+    n_rows, n_classes, device = len(features), prior.n_classes, features.device
+    backend, parameters = backend_class(settings.backend), settings.parameters
+    z = Assignments.empty(n_rows, n_classes, settings.truncation, device)
+    normaliser, log_weights, rows = backend.start(
+        features, prior.weights, prior.log_probabilities, out=z
+    )
+    shots = None if support is None else support.moments
+    mixture = Mixture.start(log_weights, rows, features, shots)
+    prior_best, nodes = z.best(), None
+    if settings.truncation is not None:
+        # Most neighbours share a label: side by side, their lists are read from the cache.
+        order = prior_best[0].argsort(stable=True)
+        nodes = torch.empty_like(order)
+        nodes[order] = torch.arange(n_rows, device=device)
+        z = z.take(order)
+    weights = affinity(
+        graph,
+        mode=parameters.graph_mode,
+        clamp_similarity=parameters.clamp_similarity,
+        nodes=nodes,
+        device=device,
+    )
+    zero = Moments.zero(n_classes, features.shape[1], device)
+    return State(
+        inputs=inputs,
+        settings=settings,
+        ops=backend(weights, nodes),
+        support_weight=SUPPORT_SCALE * gamma / len(support) if support else 0.0,
+        squares=backend.sum_of_squares(features),
+        prior_normaliser=normaliser,
+        prior_best=prior_best,
+        nodes=nodes,
+        z=z,
+        spare=z.empty_like(),
+        base=Scores.empty(weights.max_message(), n_classes, settings.truncation),
+        mixture=mixture,
+        moments=zero,
+        pooled=zero,
+    )
+
+
+def saved(state: State, history: list[float]) -> dict[str, np.ndarray]:
+    """The arrays from which `restore` resumes after the last step of the history."""
+    mixture = {"means": state.mixture.means, "variances": state.mixture.variances}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in mixture.items()}
+    return {"objective": np.array(history), **arrays, **state.z.state()}
+
+
+def restore(state: State, arrays: callbacks.State | None) -> list[float]:
+    """Resume from `saved` arrays, if there are any; returns the objective after each step taken."""
+    if arrays is None:
+        return []
+    state.z.restore(arrays)
+    means, variances = (torch.from_numpy(arrays[name]) for name in ("means", "variances"))
+    state.mixture = Mixture(means, variances).to(state.inputs.features.device)
+    history: list[float] = arrays["objective"].tolist()
+    return history
