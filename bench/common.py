@@ -1,11 +1,11 @@
-"""What every benchmark shares: made problems, machine facts, timing, and results on disk.
+"""Made problems, machine facts, timing and recorded results, which every benchmark shares.
 
 Needs numpy only, so that it runs wherever a solver runs.
 """
 
 from __future__ import annotations
 
-import importlib
+import argparse
 import importlib.metadata
 import json
 import os
@@ -16,18 +16,22 @@ import statistics as stats
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 LOGIT_SCALE = 100.0
-BLOCK = 16384  # rows drawn at a time; part of what a seed means
+SAME_LABELS = 0.999  # least share of rows on which an arm agrees with the reference, or no time
+BLOCK_ROWS = 16384  # drawn at a time, with a seed of their own: another size draws other rows
+METAVARS = {"queries": "N", "classes": "K", "dim": "D", "repeats": "R", "logit_scale": "TAU"}
+Result = TypeVar("Result")
 
 # Lengths of the parts that add up to an image or a text feature, before it is made a unit row.
 # Set so that `statistics` of a made problem falls among those of real CLIP features.
@@ -49,7 +53,8 @@ class Problem:
     labels: np.ndarray  # (N,) int64
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Return the rows scaled to unit norm."""
     scaled: np.ndarray = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
     return scaled
 
@@ -57,9 +62,9 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 def _cone(rng: np.random.Generator, d: int, peaks: tuple[float, ...]) -> np.ndarray:
     """Return a unit direction (d,) whose few largest entries are `peaks`, as CLIP's means have."""
     peaks = peaks[:d]
-    direction = _unit(rng.standard_normal(d)) * np.sqrt(1 - np.square(peaks).sum())
+    direction = unit_rows(rng.standard_normal(d)) * np.sqrt(1 - np.square(peaks).sum())
     direction[rng.choice(d, len(peaks), replace=False)] = peaks
-    return _unit(direction)
+    return unit_rows(direction)
 
 
 def _basis(rng: np.random.Generator, d: int) -> np.ndarray:
@@ -72,7 +77,7 @@ def _basis(rng: np.random.Generator, d: int) -> np.ndarray:
     order = np.arange(rank)
     spectrum = np.exp(-order / 200) / (1 + order / 5)
     variance = rng.permutation(1 + 12 / (1 + np.arange(d) / 4))  # (d,)
-    directions = _unit(rng.standard_normal((rank, d)) * np.sqrt(variance))
+    directions = unit_rows(rng.standard_normal((rank, d)) * np.sqrt(variance))
     directions *= np.sqrt(spectrum / spectrum.sum())[:, None]
     return directions
 
@@ -92,30 +97,17 @@ def make_problem(
 ) -> Problem:
     """Make a problem whose features look like CLIP's.
 
-    Images and texts live in two narrow cones, a few dimensions dominate, classes come in groups of
+    Images and texts lie in two narrow cones, a few dimensions dominate, classes come in groups of
     similar ones, variation is of low rank plus a little isotropic noise, texts are imperfect
     pictures of the class means, and class sizes fall like a shifted power law (the largest has
-    about eleven times the rows of the median one; a class may have none when N is small).
-
-    Parameters
-    ----------
-    n, k, d : int
-        Queries, classes, dimensions.
-    seed : int
-        Same seed and sizes, same problem.
-    dtype : numpy floating type
-        Type of features and prototypes, float32 or float16.
-
-    Returns
-    -------
-    Problem
-        Features (N, d) and prototypes (K, d) with unit rows, labels (N,) int64.
+    about eleven times the rows of the median one; a class may have none when N is small). The same
+    seed and sizes give the same problem.
     """
     rng = np.random.default_rng(seed)
     basis = _basis(rng, d)
     image_cone = _cone(rng, d, IMAGE_PEAKS)
     own_cone = np.sqrt(1 - CONE_COSINE**2) * _cone(rng, d, TEXT_PEAKS)
-    text_cone = _unit(CONE_COSINE * image_cone + own_cone)
+    text_cone = unit_rows(CONE_COSINE * image_cone + own_cone)
     n_groups = -(-k // CLASSES_PER_GROUP)
     group = np.arange(k) % n_groups
     image_group, text_group = _offsets(rng, n_groups, basis, GROUP_COSINE)
@@ -127,10 +119,10 @@ def make_problem(
 
     features = np.empty((n, d), dtype)
     means, basis = means.astype(np.float32), basis.astype(np.float32)
-    for start in range(0, n, BLOCK):
-        block = labels[start : start + BLOCK]
-        features[start : start + BLOCK] = _images([seed, start], means[block], basis)
-    return Problem(features, _unit(texts).astype(dtype), labels)
+    for start in range(0, n, BLOCK_ROWS):
+        block = labels[start : start + BLOCK_ROWS]
+        features[start : start + BLOCK_ROWS] = _images([seed, start], means[block], basis)
+    return Problem(features, unit_rows(texts).astype(dtype), labels)
 
 
 def _images(seed: list[int], means: np.ndarray, basis: np.ndarray) -> np.ndarray:
@@ -142,7 +134,7 @@ def _images(seed: list[int], means: np.ndarray, basis: np.ndarray) -> np.ndarray
     rows *= WITHIN_CLASS * spread
     rows += rng.standard_normal((n, d), np.float32) * np.float32(NOISE / np.sqrt(d))
     rows += means
-    return _unit(rows)
+    return unit_rows(rows)
 
 
 def _mean_cosine(rows: np.ndarray) -> float:
@@ -160,19 +152,8 @@ def statistics(
 ) -> dict[str, float]:
     """Describe the first `max_rows` features by the numbers that decide how a solver behaves.
 
-    Parameters
-    ----------
-    features : (N, d) float
-        Unit rows.
-    prototypes : (K, d) float, optional
-        Unit rows; without them the numbers about texts are left out.
-    labels : (N,) int, optional
-        True labels; without them the numbers about classes are left out.
-
-    Returns
-    -------
-    dict
-        Cosines, ratios of a dimension's largest to median value, shares between 0 and 1.
+    Cosines, ratios of a dimension's largest to median value, shares between 0 and 1. Prototypes
+    (K, d) and labels (N,) add the numbers about texts and classes.
     """
     f = features[:max_rows].astype(np.float64)
     mean, variance = np.abs(f.mean(0)), f.var(0)
@@ -260,51 +241,65 @@ def busy_cores(seconds: float = 2.0) -> float:
     return (os.cpu_count() or 1) * (1 - (idle_later - idle) / max(later - total, 1))
 
 
-def interleaved(
-    arms: Mapping[str, Callable[[], object]], repeats: int, *, cold: Collection[str] = ()
-) -> dict[str, list[float]]:
-    """Time the arms in turns, so that a slow spell of the machine hits all of them.
-
-    Parameters
-    ----------
-    arms : mapping of name to callable
-        What to time. A GPU arm synchronises before it returns.
-    repeats : int
-        Rounds.
-    cold : collection of str
-        Arms that are not run once beforehand.
-
-    Returns
-    -------
-    dict
-        Seconds of every round for each arm.
-    """
-    for name, arm in arms.items():
-        if name not in cold:
-            arm()
-    times: dict[str, list[float]] = {name: [] for name in arms}
+def in_turns(
+    run: Callable[[str], Result], arms: Iterable[str], repeats: int
+) -> dict[str, list[Result]]:
+    """Run the arms in turns, so that a slow spell of the machine hits all of them."""
+    results: dict[str, list[Result]] = {arm: [] for arm in arms}
     for _ in range(repeats):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            arm()
-            times[name].append(time.perf_counter() - start)
-    return times
+        for arm, found in results.items():
+            found.append(run(arm))
+    return results
 
 
 def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """Return each arm's median of `interleaved` times, in seconds."""
+    """Return the median of each arm's times, in seconds."""
     return {name: stats.median(seconds) for name, seconds in times.items()}
 
 
 def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
     """
-    Return how many times longer `slow` takes than `fast`: the median over rounds.
+    Return the median over rounds of the time of `slow` divided by that of `fast`.
 
-    Both of a round met the same machine. An arm that ran once is compared with every round.
+    The two times of a round met the same machine. An arm that ran once is compared with every
+    round of the other.
     """
     rounds = max(len(times[slow]), len(times[fast]))
     pairs = [times[arm] * (rounds if len(times[arm]) == 1 else 1) for arm in (slow, fast)]
     return float(stats.median(a / b for a, b in zip(*pairs, strict=True)))
+
+
+def command_line(spec: ModuleSpec, doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark: an option of each default, with the default's type.
+
+    `spec` is the module's `__spec__`, which names its command, `doc` its `__doc__`. A list is the
+    default of an option that takes several values.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {spec.name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, default in defaults.items():
+        several = isinstance(default, list)
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=type(default[0] if several else default),
+            nargs="+" if several else None,
+            default=default,
+            metavar=METAVARS.get(name),
+            help="default: %(default)s",
+        )
+    return parser
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of text in columns, each as wide as its widest cell."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip(), flush=True)
 
 
 def record(name: str, row: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:

@@ -31,7 +31,6 @@ COLOURS = {
     "dense_torch": "#e08e1b",
     "sparse_torch": "#3d9970",
     "sparse_numba": OURS,
-    "dense_triton": "#e08e1b",
     "sparse_triton": OURS,
 }
 Rows = list[dict[str, Any]]
@@ -49,7 +48,7 @@ def draw(name: str, rows: Rows, file: Path, description: str) -> None:
 
 
 def machine(rows: Rows) -> str:
-    """The processor or card of the newest line."""
+    """Return the processor or GPU of the newest line."""
     facts = max(rows, key=lambda row: str(row["date"]))["machine"]
     return str(facts["gpu"] or f"{facts['cores']} cores, {facts['cpu']}")
 
@@ -61,7 +60,7 @@ def plain_numbers(axis: Any) -> None:
 
 
 def draw_speed(figure: Figure, rows: Rows) -> None:
-    """Seconds and memory against N, an arm a line; of the machine, K and d with most sizes."""
+    """Draw time and memory of each arm against N, at the machine, K and d with most sizes."""
     groups: dict[tuple[str, int, int], Rows] = {}
     for row in rows:
         key = str(row["machine"]["gpu"]), row["classes"], row["dim"]
@@ -89,7 +88,7 @@ def draw_speed(figure: Figure, rows: Rows) -> None:
 
 
 def bars(axes: Axes, names: list[str], values: list[float], what: str, form: str) -> None:
-    """Horizontal bars, ours in blue, with their values."""
+    """Draw horizontal bars with their values, ours in blue."""
     colours = [OURS if name.startswith("transclip_fast") else OTHER for name in names]
     drawn = axes.barh(names, values, color=colours)
     axes.bar_label(drawn, [format(value, form) for value in values], padding=3)
@@ -100,14 +99,14 @@ def bars(axes: Axes, names: list[str], values: list[float], what: str, form: str
 
 
 def draw_sparse(figure: Figure, rows: Rows) -> None:
-    """Seconds and memory of the arms, of the line with most of them."""
+    """Draw time and memory of the arms, from the line with most arms."""
     row = max(rows, key=lambda row: (len(row["arms"]), row["queries"]))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     arms = row["arms"]
     names = [SPARSE_ARMS[arm] for arm in arms]
     bars(left, names, [arm["median"] for arm in arms.values()], "seconds", ".2f")
-    held = {SPARSE_ARMS[x]: arm["peak_bytes"] / 1e6 for x, arm in arms.items() if x != "gemms"}
-    bars(right, list(held), list(held.values()), "MB beyond features and graph", ".0f")
+    peaks = {SPARSE_ARMS[x]: arm["peak_bytes"] / 1e6 for x, arm in arms.items() if x != "gemms"}
+    bars(right, list(peaks), list(peaks.values()), "MB beyond features and graph", ".0f")
     right.set_yticks([])
     right.set_ylim(left.get_ylim())
     sizes = f"N = {row['queries']:,}, K = {row['classes']:,}, d = {row['dim']}"
@@ -115,7 +114,7 @@ def draw_sparse(figure: Figure, rows: Rows) -> None:
 
 
 def draw_graph(figure: Figure, rows: Rows) -> None:
-    """Seconds of each search, with its recall."""
+    """Draw the time of each search, with its recall."""
     row = max(rows, key=lambda row: int(row["queries"]))
     axes = figure.subplots()
     values = [arm["median"] for arm in row["arms"].values()]
@@ -134,7 +133,7 @@ def draw_graph(figure: Figure, rows: Rows) -> None:
 
 
 def draw_stream(figure: Figure, rows: Rows) -> None:
-    """Seconds and peak memory against N, beside what was planned."""
+    """Draw time and peak memory against N, beside the plan."""
     row = max(rows, key=lambda row: len(row["queries"]))
     left, right = figure.subplots(1, 2)
     n = row["queries"]

@@ -1,10 +1,10 @@
-"""What tables and plots call the arms and the data."""
+"""Names of the arms and data sets in tables and plots."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Of `bench.compare`, in the order of the table.
+# Of `bench.speed.compare`, in the order of the table.
 SPEED_ARMS = {
     "published": "published code",
     "baseline": "good dense torch",
@@ -12,7 +12,6 @@ SPEED_ARMS = {
     "dense_torch": "transclip_fast: dense, torch",
     "sparse_torch": "transclip_fast: sparse, torch",
     "sparse_numba": "transclip_fast: sparse, numba",
-    "dense_triton": "transclip_fast: dense, Triton",
     "sparse_triton": "transclip_fast: sparse, Triton",
 }
 SPARSE_ARMS = {
@@ -29,7 +28,7 @@ GRAPH_ARMS = {
     "anchored_texts": "`--method anchored`, texts as anchors",
     "anchored_means": "the same, class means as anchors",
 }
-# Of `bench.prompt_learners`.
+# Of `bench.accuracy.prompt_learners`.
 LEARNERS = {
     "coop": "CoOp",
     "coop-class": "CoOp, a context a class",
@@ -49,5 +48,5 @@ FEATURES = {
 
 
 def most_memory(arm: dict[str, Any]) -> int:
-    """Return the peak of an arm of `bench.compare`, on the GPU where it ran on one."""
+    """Return the peak of an arm of `bench.speed.compare`, on the GPU where it ran on one."""
     return int(arm.get("device_peak_bytes") or arm["peak_bytes"])

@@ -1,4 +1,4 @@
-"""Python processes of their own, for what must not share memory, caches or threads.
+"""Separate Python processes, for arms that must not share memory, caches or threads.
 
 Memory is read from Linux's /proc.
 """
@@ -12,24 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.common import ROOT
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-
-
-@dataclass(frozen=True)
-class Isolated:
-    """What a function did in a process of its own."""
-
-    result: Any
-    seconds: float  # of the whole process, with its imports
-    peak_bytes: int  # largest resident memory of that process alone
+Result = TypeVar("Result")
 
 
 class Process:
@@ -39,25 +31,25 @@ class Process:
     Parameters
     ----------
     threads : int, optional
-        Of each of its libraries; as many as they like where not given.
+        Threads of each of its libraries; None leaves the number to each library.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         limits = {} if threads is None else dict.fromkeys(THREADS, str(threads))
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        answers, theirs = os.pipe()
+        answers, writing_end = os.pipe()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `close` does
-        call = f"from bench.processes import answer_calls; answer_calls({theirs})"
-        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, with our own words
+        call = f"from bench.processes import answer_calls; answer_calls({writing_end})"
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter with arguments of ours
             [sys.executable, "-c", call],
             env={**os.environ, "PYTHONPATH": path, **limits},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
-            pass_fds=[theirs],
+            pass_fds=[writing_end],
             text=True,
         )
-        os.close(theirs)
+        os.close(writing_end)
         self._answers = os.fdopen(answers)
 
     def __enter__(self) -> Process:
@@ -74,22 +66,13 @@ class Process:
         self.close()
 
     def call(self, target: str, **arguments: Any) -> Any:
-        """Call a function there and return what it returns.
+        """Return the result of a function "package.module:function" in the process.
 
-        Parameters
-        ----------
-        target : str
-            "package.module:function"; what it returns must fit in JSON.
-        **arguments
-            Its keyword arguments; they must fit in JSON.
-
-        Raises
-        ------
-        RuntimeError
-            It failed, and the process ended.
+        Arguments and result must fit in JSON. Where the function fails, the process ends and the
+        call raises RuntimeError.
         """
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it ended before: no answer comes
+        with suppress(BrokenPipeError):  # the process has ended, and no answer comes
             self._process.stdin.write(json.dumps([target, arguments]) + "\n")
             self._process.stdin.flush()
         answer = self._answers.readline()
@@ -100,14 +83,14 @@ class Process:
         return json.loads(answer)
 
     def close(self) -> None:
-        """Wait for its end."""
+        """Wait until the process has ended."""
         self._process.communicate()
         self._answers.close()
         self._errors.close()
 
 
 def answer_calls(answers: int) -> None:
-    """Make the calls that come on standard input, and write what they return to a descriptor."""
+    """Make the calls read from standard input and write their results to a file descriptor."""
     with os.fdopen(answers, "w") as file:
         for line in sys.stdin:
             target, arguments = json.loads(line)
@@ -116,13 +99,19 @@ def answer_calls(answers: int) -> None:
             print(json.dumps(result), file=file, flush=True)
 
 
-def run_isolated(target: str, **arguments: Any) -> Isolated:
+def run_isolated(target: str, **arguments: Any) -> Any:
     """Call a function in a process of its own, see `Process.call`."""
-    start = time.perf_counter()
     with Process() as process:
-        result = process.call(target, **arguments)
-        peak = process.call("bench.processes:process_memory", field="VmHWM")
-    return Isolated(result, time.perf_counter() - start, peak)
+        return process.call(target, **arguments)
+
+
+def measured(run: Callable[[], Result]) -> tuple[Result, float, int]:
+    """Return the result of a run, its seconds, and its peak memory beyond what was resident."""
+    reset_peak_memory()
+    before = process_memory("VmRSS")
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start, process_memory("VmHWM") - before
 
 
 def process_memory(field: str) -> int:

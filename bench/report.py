@@ -1,10 +1,9 @@
 """Tables and plots of the documents, from `bench/results/*.jsonl` alone.
 
-What stands between `<!-- report: NAME -->` and `<!-- end -->` in README.md and bench/README.md is
-written here, and so are the plots in bench/plots/. `--check` writes nothing and exits with 1 where
-a document or a plot says something else than the results do, or where README states a time or a
-memory outside the markers. Of a measurement the newest line counts, and only lines that were
-recorded with a clean tree.
+The text between `<!-- report: NAME -->` and `<!-- end -->` in README.md and bench/README.md and the
+plots in bench/plots/ are generated. `--check` writes nothing and exits with 1 where a document or a
+plot differs from the results, or where README states a time or a memory outside the markers. Of
+each measurement the newest line counts, among lines recorded with a clean tree.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def rewritten(text: str, folder: Path) -> str:
-    """A document with what its markers hold as the results in `folder` say."""
+    """Return a document with the text between its markers generated from `folder`."""
 
     def block(found: re.Match[str]) -> str:
         name = found[2]
@@ -38,19 +37,19 @@ def rewritten(text: str, folder: Path) -> str:
 
 
 def stated(text: str) -> list[str]:
-    """Lines of README that give a time or a memory outside the markers and outside code."""
+    """Return the lines that state a time or a memory outside markers and outside code."""
     free = CODE.sub("", MARKED.sub("", text))
     return [line for line in free.splitlines() if STATED.search(line)]
 
 
 def digest(rows: list[Row]) -> str:
-    """What a plot carries of the lines and of the code that it was drawn from."""
+    """Return a hash of the lines and of the code that a plot is drawn from."""
     code = "".join((HERE / f"{x}.py").read_text() for x in ("drawing", "names"))
     return hashlib.sha256((code + json.dumps(rows, sort_keys=True)).encode()).hexdigest()
 
 
 def drawn_from(folder: Path) -> dict[str, list[Row]]:
-    """The lines of each plot; none for a plot that has nothing to show yet."""
+    """Return the lines of each plot, none where nothing is recorded yet."""
     return {
         "speed": compared(folder),
         "sparse": newest("sparse", "classes", "dim", "queries", "logit_scale", folder=folder),
@@ -62,7 +61,7 @@ def drawn_from(folder: Path) -> dict[str, list[Row]]:
 
 
 def stale_plots(folder: Path, plots: Path) -> list[str]:
-    """Names of the plots that are missing or were drawn from other lines."""
+    """Return the names of plots that are missing or were drawn from other lines."""
     from PIL import Image
 
     found = []
@@ -78,7 +77,7 @@ def stale_plots(folder: Path, plots: Path) -> list[str]:
 
 
 def check(root: Path) -> list[str]:
-    """What the documents and plots under `root` say otherwise than its results, one line each."""
+    """Return each difference of the documents and plots under `root` from its results."""
     folder, wrong = root / "bench" / "results", []
     for name in DOCUMENTS:
         text = (root / name).read_text()
@@ -95,7 +94,7 @@ def check(root: Path) -> list[str]:
 
 
 def write(root: Path) -> None:
-    """Write the documents' figures and the plots under `root`."""
+    """Write the generated text of the documents, and the stale plots, under `root`."""
     folder = root / "bench" / "results"
     for name in DOCUMENTS:
         file = root / name
@@ -103,7 +102,7 @@ def write(root: Path) -> None:
     stale = stale_plots(folder, root / "bench" / "plots")
     for name, rows in drawn_from(folder).items():
         if name in stale:
-            from bench.drawing import draw  # only here is matplotlib needed
+            from bench.drawing import draw  # needs matplotlib, which nothing else here does
 
             draw(name, rows, root / "bench" / "plots" / f"{name}.png", digest(rows))
             print(f"drew bench/plots/{name}.png")

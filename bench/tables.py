@@ -41,13 +41,8 @@ def newest(
 ) -> list[Row]:
     """Return the newest clean line of each measurement in `folder`/`name`.jsonl.
 
-    Parameters
-    ----------
-    identity : str
-        Keys that tell one measurement from another, beside the GPU it ran on, if any; the lines
-        come in the order of their values.
-    shown : callable
-        Which lines count.
+    The keys `identity` tell one measurement from another, beside the GPU, if any; lines come in the
+    order of their values. Only lines for which `shown` is true count.
     """
     found: dict[tuple[Any, ...], Row] = {}
     for line in filter(shown, clean_lines(name, folder)):
@@ -57,33 +52,33 @@ def newest(
 
 
 def seconds(value: float) -> str:
-    """Three digits, as a reader wants them."""
+    """Format a time with three digits."""
     return f"{value:.0f} s" if value >= 99.5 else f"{value:#.3g} s"
 
 
 def size(n_bytes: float) -> str:
-    """Decimal megabytes or gigabytes."""
+    """Format bytes as decimal megabytes or gigabytes."""
     return f"{n_bytes / 1e9:#.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
 def percent(share: float) -> str:
-    """Two decimals of a percentage, never rounded up to 100."""
+    """Format a share as a percentage with two decimals, never rounded up to 100."""
     return f"{min(100 * share, 99.99 if share < 1 else 100):.2f} %"
 
 
 def spread(values: list[float]) -> str:
-    """Mean and sample deviation, two decimals."""
+    """Format mean and sample deviation with two decimals."""
     return f"{stats.mean(values):.2f} ± {stats.stdev(values):.2f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def source(rows: list[Row]) -> str:
-    """Machine, date, commit and command of the lines, for the note under a table."""
+    """Return the note under a table: machine, command, commit and date of its lines."""
     machines: dict[str, list[str]] = {}
     for row in rows:
         facts = row["machine"]
@@ -100,18 +95,18 @@ def source(rows: list[Row]) -> str:
 
 
 def plot(name: str, text: str) -> str:
-    """The Markdown of a plot, seen from README.md."""
+    """Return the Markdown of a plot for README.md."""
     return f"![{text}](bench/plots/{name}.png)"
 
 
 def labelled(folder: Path) -> list[Row]:
-    """Lines of `bench.graph_labels`, in the order of the data's names."""
+    """Return the lines of `bench.accuracy.graph_labels`, in the order of `FEATURES`."""
     rows = newest("graph_labels", "features", folder=folder)
     return sorted(rows, key=lambda row: list(FEATURES).index(row["features"]))
 
 
 def accuracy(folder: Path) -> str:
-    """Accuracy on golden data."""
+    """Tabulate accuracy on golden data."""
     rows = [row for row in labelled(folder) if row.get("published")]
     cells = []
     for row in rows:
@@ -133,17 +128,17 @@ def accuracy(folder: Path) -> str:
 
 
 def on_all_cores(row: Row) -> bool:
-    """Whether a line of `bench.compare` says that it was recorded where nothing else ran."""
+    """Return whether a line of `bench.speed.compare` used all cores: no other work was running."""
     return bool(row.get("threads") == row["machine"]["cores"])
 
 
 def compared(folder: Path) -> list[Row]:
-    """Lines of `bench.compare` on all cores."""
+    """Return the lines of `bench.speed.compare` on all cores."""
     return newest("compare", "classes", "dim", "queries", folder=folder, shown=on_all_cores)
 
 
 def busy(folder: Path) -> str:
-    """Calls of `bench.compare` beside other work: do their ratios agree?"""
+    """Tabulate calls of `bench.speed.compare` beside other work: do their ratios agree?"""
     rows = [row for row in clean_lines("compare", folder) if row.get("threads") == 1]
     arms = [arm for arm in SPEED_ARMS if all(arm in row["arms"] for row in rows)][1:]
     cells = [
@@ -156,7 +151,7 @@ def busy(folder: Path) -> str:
 
 
 def speed(folder: Path) -> str:
-    """Whole solves beside the baseline and the published code."""
+    """Tabulate whole solves beside the baseline and the published code."""
     rows = compared(folder)
     arms = [arm for arm in SPEED_ARMS if any(arm in row["arms"] for row in rows)]
     cells = []
@@ -181,7 +176,7 @@ def speed(folder: Path) -> str:
 
 
 def sparse(folder: Path) -> str:
-    """Solves with the graph given."""
+    """Tabulate solves of a given graph."""
     rows = newest("sparse", "classes", "dim", "queries", "logit_scale", folder=folder)
     cells = []
     for row in rows:
@@ -199,7 +194,7 @@ def sparse(folder: Path) -> str:
 
 
 def graph(folder: Path) -> str:
-    """Searches for neighbours."""
+    """Tabulate searches for neighbours."""
     rows = newest("graph", "case", "queries", "dim", folder=folder)
     head = ["N", "d", "search", "time", "recall", "exact FAISS's time / its own"]
     cells = []
@@ -217,13 +212,13 @@ def graph(folder: Path) -> str:
 
 
 def graph_labels(folder: Path) -> str:
-    """What graphs do to labels."""
+    """Tabulate the effect of graphs on labels."""
     rows = labelled(folder)
     cells: dict[str, list[str]] = {}
     for row in rows:
         for variant, found in row["variants"].items():
             changed = f" ({percent(found['changed'])})" if found["changed"] else ""
-            # Approximate searches have what they reached, on each data another, in their name.
+            # The name of an approximate search has its recall, which differs between data sets.
             name = re.sub(r", recall .*", ", recall of 0.99", variant)
             cells.setdefault(name, []).append(f"{found['accuracy']:.2f}{changed}")
     head = ["graph", *(FEATURES[row["features"]] for row in rows)]
@@ -233,10 +228,10 @@ def graph_labels(folder: Path) -> str:
 
 
 def prompt_learners(folder: Path) -> str:
-    """Prompt learners on names that prompts cannot use."""
+    """Tabulate prompt learners on names that prompts cannot use."""
     rows = newest("prompt_learners", "naming", "learner", folder=folder)
     if not rows:
-        return "Not recorded yet: `python -m bench.prompt_learners`."
+        return "Not recorded yet: `python -m bench.accuracy.prompt_learners`."
     order = {x: place for place, x in enumerate([*NAMINGS, *LEARNERS])}
     rows.sort(key=lambda row: (order[row["naming"]], order[row["learner"]]))
     head = ["digits are called by", "learner", "zero-shot", "learner alone", "TransCLIP on top"]
@@ -257,10 +252,10 @@ def prompt_learners(folder: Path) -> str:
 
 
 def stream(folder: Path) -> str:
-    """Features that stay on disk."""
+    """Tabulate solves of features that stay on disk."""
     rows = newest("stream", "classes", "dim", folder=folder)
     if not rows:
-        return "Not recorded yet: `python -m bench.stream`."
+        return "Not recorded yet: `python -m bench.speed.stream`."
     head = ["N", "K", "d", "time", "planned", "time a row", "peak", "planned"]
     head += ["features", "read"]
     cells = []
@@ -276,7 +271,7 @@ def stream(folder: Path) -> str:
 
 
 def encode(folder: Path) -> str:
-    """Encoding beside its two halves."""
+    """Tabulate encoding beside its two halves."""
     lines = sorted(newest("encode", "command", folder=folder), key=lambda row: str(row["date"]))
     rows = list({row["options"]["model"]: row for row in lines}.values())
     arms = {
@@ -296,7 +291,7 @@ def encode(folder: Path) -> str:
 
 
 def kills(folder: Path) -> str:
-    """Killed commands end in the same bytes."""
+    """Tabulate killed commands that end in the same bytes."""
     head = ["command", "kills", "runs", "ended in the same bytes"]
     cells, rows = [], []
     for name in ("encode", "solve"):
@@ -308,10 +303,10 @@ def kills(folder: Path) -> str:
 
 
 def scaling(folder: Path) -> str:
-    """Exponents of time and memory, and labels of shorter lists and schedules."""
+    """Tabulate exponents of time and memory, and labels of fewer candidates and steps."""
     rows = newest("scaling", "against", folder=folder)
     if not rows:
-        return "Not recorded yet: `python -m bench.scaling`."
+        return "Not recorded yet: `python -m bench.speed.scaling`."
     grown: list[list[str]] = []
     labels: list[list[str]] = []
     for row in rows:
@@ -336,12 +331,12 @@ def scaling(folder: Path) -> str:
 
 
 def gpu(folder: Path) -> str:
-    """The suite of one GPU."""
+    """Tabulate the suite of one GPU."""
     rows = newest("gpu_suite", "operation", "arm", folder=folder)
     if not rows:
         return (
             "No GPU has run this yet. What is expected of one is predicted only, from counts of "
-            "bytes and\noperations: [bench/gpu_predictions.md](bench/gpu_predictions.md)."
+            "bytes and\noperations: [bench/gpu/predictions.md](bench/gpu/predictions.md)."
         )
     cells = []
     for row in rows:

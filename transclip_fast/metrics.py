@@ -110,7 +110,8 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
     """
     A warning where zero-shot labels (N,) would fit the truth (N,) far better with other names.
 
-    Poor labels are not in another order: `bench.class_order` counts how often this is right.
+    Poor labels are not in another order: `bench.accuracy.class_order` counts how often this is
+    right.
     """
     as_is = accuracy(labels, truth)
     pairs, counts = np.unique(np.stack([labels, truth]), axis=1, return_counts=True)

@@ -1,1 +1,1 @@
-"""What trained the shipped demo."""
+"""Training of the shipped demo."""

@@ -16,9 +16,9 @@ CONTRAST, NOISE = 0.2, 0.1
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
-    Images (N, 1, H, W) in 0 .. 1, each turned, scaled, sheared, moved, bent, dimmed and noisy.
+    Return images (N, 1, H, W) in 0 .. 1, turned, scaled, sheared, moved, bent, dimmed and noisy.
 
-    Stroke width and sharpness are left alone but for what the small changes of scale do.
+    Only the small changes of scale affect stroke width and sharpness.
     """
     n = len(images)
 

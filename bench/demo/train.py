@@ -1,7 +1,4 @@
-"""
-Train the demo's CLIP from scikit-learn's handwritten digits, on one thread, in a few minutes.
-
-python -m bench.demo.train --out DIR [--seed S] [--test]
+"""Train the demo's CLIP on scikit-learn's handwritten digits, on one thread, in a few minutes.
 
 The image tower first learns, without labels, to recognise a digit under mild changes (SimCLR);
 then both towers learn from 100 captioned digits with CLIP's contrastive loss. DIR receives
@@ -10,7 +7,6 @@ then both towers learn from 100 captioned digits with CLIP's contrastive loss. D
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +21,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import save_file
 
+from bench.common import command_line
 from bench.demo.augment import augment
 from transclip_fast import TransCLIP
 from transclip_fast.demo.data import (
@@ -65,13 +62,13 @@ CAPTIONS = (
 )
 CONTEXT_LENGTH = 16
 MODEL: dict[str, Any] = {
-    # A small d would leave the mixture's likelihood no say beside the prior.
+    # With a small d the mixture's likelihood would be negligible beside the prior.
     "embed_dim": 512,
     "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "image_size": 32},
     "text_cfg": {"context_length": CONTEXT_LENGTH, "width": 64, "heads": 2, "layers": 2},
 }
-# TransCLIP reads cosines at CLIP's scale of 100, so the loss does, too. Without the smoothing the
-# model is certain of everything it reads under that scale, right or wrong.
+# TransCLIP scales cosines by CLIP's 100, and so does the loss. Without label smoothing the model is
+# certain of everything at that scale, right or wrong.
 LOGIT_SCALE = 100.0
 LABEL_SMOOTHING = 0.1
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_TEMPERATURE, PRETRAIN_LR = 200, 128, 0.2, 1e-3
@@ -87,7 +84,7 @@ class Split(NamedTuple):
 
 
 def load_splits() -> dict[str, Split]:
-    """The parts "training", "captioned" (100 of the training's), "validation" and "test"."""
+    """Return the parts "training", "captioned" (100 of the training's), "validation" and "test"."""
     from sklearn.datasets import load_digits  # needed for training only
 
     data = load_digits()
@@ -107,7 +104,7 @@ def load_splits() -> dict[str, Split]:
 
 
 def vocabulary() -> list[int]:
-    """Ids, ascending, of open_clip's tokens that captions and prompts need; 0 is the padding."""
+    """Return the ids, ascending, of open_clip's tokens in captions and prompts; 0 is padding."""
     texts = [caption.format(name) for caption in CAPTIONS for name in CLASS_NAMES]
     return sorted({0, *SimpleTokenizer(context_length=CONTEXT_LENGTH)(texts).flatten().tolist()})
 
@@ -162,7 +159,7 @@ def contrast(
 
 
 def train(splits: Mapping[str, Split], config: dict[str, Any], ids: list[int], seed: int) -> CLIP:
-    """The trained model, from the parts "training" and "captioned" alone."""
+    """Return the model trained on the parts "training" and "captioned" alone."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = build(config).to(memory_format=torch.channels_last).train()
@@ -189,7 +186,7 @@ def save(folder: Path, model: CLIP, config: dict[str, Any], ids: list[int]) -> N
 
 
 def save_digits(folder: Path, splits: Mapping[str, Split]) -> None:
-    """Write the test images, and the hashes of all the images that they must not be among."""
+    """Write the test images, and the hashes of all other images."""
     seen = [*splits["training"].images, *splits["validation"].images]
     hashes = sorted(bytes.fromhex(image_hash(image)) for image in seen)
     np.savez_compressed(
@@ -202,7 +199,7 @@ def save_digits(folder: Path, splits: Mapping[str, Split]) -> None:
 
 @torch.inference_mode()
 def accuracies(demo: Backbone, split: Split) -> dict[str, tuple[float, float, float]]:
-    """Zero-shot accuracy, its mean confidence, and transductive accuracy in percent, by shift."""
+    """Return zero-shot accuracy, mean confidence and transductive accuracy in percent, by shift."""
     text = encode_text(demo, class_prompts())
     found = {}
     for name, shift in SHIFTS.items():
@@ -219,7 +216,7 @@ def accuracies(demo: Backbone, split: Split) -> dict[str, tuple[float, float, fl
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the files, print accuracies."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = command_line(__spec__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="the shipped files are of seed 0")
     parser.add_argument(
@@ -267,7 +264,7 @@ def _step(
 
 
 def _grey(images: np.ndarray, config: dict[str, Any]) -> torch.Tensor:
-    """Images (N, 8, 8) as the model will see them, but (N, 1, H, W) in 0 .. 1."""
+    """Return images (N, 8, 8) in the model's size as (N, 1, H, W) in 0 .. 1."""
     preprocess = make_preprocess(config)
     inputs = torch.stack([preprocess(Image.fromarray(enlarge(image))) for image in images])
     grey: torch.Tensor = inputs[:, :1] * OPENAI_DATASET_STD[0] + OPENAI_DATASET_MEAN[0]
@@ -275,7 +272,7 @@ def _grey(images: np.ndarray, config: dict[str, Any]) -> torch.Tensor:
 
 
 def _as_input(images: torch.Tensor) -> torch.Tensor:
-    """Grey images (N, 1, H, W) in 0 .. 1 as the model's input (N, 3, H, W)."""
+    """Return the model's input (N, 3, H, W) of grey images (N, 1, H, W) in 0 .. 1."""
     mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
     return (images - mean[:, None, None]) / std[:, None, None]
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from bench.common import (
-    BLOCK,
+    BLOCK_ROWS,
     busy_cores,
-    interleaved,
+    command_line,
+    in_turns,
     machine_facts,
     make_problem,
     medians,
+    print_table,
     ratio,
     record,
     statistics,
@@ -114,7 +116,7 @@ def test_shapes_types_and_unit_rows(dtype):
 
 
 def test_a_seed_fixes_the_problem_and_another_changes_it():
-    n = BLOCK + 5  # more than one block
+    n = BLOCK_ROWS + 5  # more than one block
     first, again, other = (make_problem(n, 7, 16, seed=seed) for seed in (3, 3, 4))
     for name in ("features", "prototypes", "labels"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
@@ -127,12 +129,33 @@ def test_class_sizes_have_a_heavy_tail():
     assert sizes.max() > 8 * np.median(sizes) > 8 * sizes.min() > 0
 
 
-def test_interleaved_takes_turns_and_warms_up_all_but_the_cold():
+def test_arms_take_turns():
     calls = []
-    arms = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = interleaved(arms, 2, cold=["b"])
-    assert calls == list("ac" + "abc" * 2)
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+    def run(arm):
+        calls.append(arm)
+        return len(calls)
+
+    assert in_turns(run, "abc", 2) == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}
+    assert calls == list("abcabc")
+
+
+def test_options_have_the_type_of_their_default(capsys):
+    parser = command_line(__spec__, "What it is for, 50 %.", queries=[5, 6], logit_scale=30.0)
+    assert vars(parser.parse_args([])) == {"queries": [5, 6], "logit_scale": 30.0}
+    found = parser.parse_args(["--queries", "7", "--logit-scale", "1"])
+    assert (found.queries, found.logit_scale) == ([7], 1.0)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert f"usage: python -m {__name__}" in text
+    assert "What it is for, 50 %." in text
+    assert "--queries N [N ...]" in text
+
+
+def test_columns_are_as_wide_as_their_cells(capsys):
+    print_table(["arm", "s"], [["dense", "1.0"], ["gemms", "10.0"]])
+    assert capsys.readouterr().out == "  arm     s\ndense   1.0\ngemms  10.0\n"
 
 
 def test_busy_cores():

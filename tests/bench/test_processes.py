@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.processes import Process, run_isolated
+from bench.processes import Process, measured, run_isolated
 
 
 @pytest.fixture
@@ -15,13 +15,23 @@ def touch(tmp_path, monkeypatch):
     return "touching:touch"
 
 
-def test_run_isolated_returns_the_result_and_that_process_peak(touch):
-    own = np.ones(400 << 17)  # 400 MiB here must not show up there
-    small, large = (run_isolated(touch, mib=mib) for mib in (1, 65))
-    assert (small.result, large.result) == (1, 65)
-    assert 60 << 20 < large.peak_bytes - small.peak_bytes < 80 << 20
-    assert small.peak_bytes < own.nbytes
-    assert small.seconds > 0
+def test_the_peak_of_a_process_is_its_own(touch):
+    own = np.ones(400 << 17)  # 400 MiB here must not count there
+    peaks = []
+    for mib in (1, 65):
+        with Process() as process:
+            assert process.call(touch, mib=mib) == mib
+            peaks.append(process.call("bench.processes:process_memory", field="VmHWM"))
+    assert 60 << 20 < peaks[1] - peaks[0] < 80 << 20
+    assert peaks[0] < own.nbytes
+    assert run_isolated(touch, mib=3) == 3
+
+
+def test_measured_memory_is_beyond_what_was_resident():
+    held = bytearray(b"1") * (100 << 20)
+    result, seconds, peak = measured(lambda: sum(bytearray(b"1") * (65 << 20)) // 49 >> 20)
+    assert (result, seconds > 0, len(held)) == (65, True, 100 << 20)
+    assert 60 << 20 < peak < 80 << 20
 
 
 def test_run_isolated_passes_on_what_went_wrong(touch):

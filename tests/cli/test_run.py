@@ -21,8 +21,8 @@ from transclip_fast.store.features import load_features
 @pytest.fixture
 def tiny(monkeypatch, backbone):
     """Every model name loads the tiny backbone."""
-    monkeypatch.setattr("transclip_fast.cli.encode.load_backbone", lambda *_: backbone)
-    monkeypatch.setattr("transclip_fast.cli.encode.identify", lambda *_: backbone.identity)
+    monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_, **__: backbone)
+    monkeypatch.setattr("transclip_fast.encode.models.identify", lambda *_: backbone.identity)
     return ("--model", "tiny", "--pretrained", "none", "--workers", "0")
 
 
@@ -129,8 +129,8 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     assert run["n_queries"] == 12
     assert run["seconds"]["solve"] > 0
     before = contents(tmp_path / "out")
-    for stage in ("encode.load_backbone", "run.kept_graph", "run.solve_features"):
-        monkeypatch.setattr(f"transclip_fast.cli.{stage}", None)
+    for stage in ("encode.models.load_backbone", "cli.run.kept_graph", "cli.run.solve_features"):
+        monkeypatch.setattr(f"transclip_fast.{stage}", None)
     again = cli(*command)
     lines = first.out.splitlines(keepends=True)
     assert (again.code, again.out) == (0, lines[1] + "".join(lines[3:]))
@@ -285,13 +285,16 @@ def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp
 def test_a_split_that_is_not_there(images, tiny, refused, tmp_path):
     folder = images(2)
     (tmp_path / "split.json").write_text('{"test": [["../x.png", 0, "cat"]]}')
-    for path, told in ((tmp_path / "split.json", "has no split 'val'"), (folder, "leave them out")):
+    for path, message in (
+        (tmp_path / "split.json", "has no split 'val'"),
+        (folder, "leave them out"),
+    ):
         out = ("--out", tmp_path / "features")
-        assert told in refused("encode", path, "--split", "val", *tiny, *out)
+        assert message in refused("encode", path, "--split", "val", *tiny, *out)
 
 
 def test_run_refuses_before_it_encodes(images, tiny, names, cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("transclip_fast.cli.encode.encode_with", None)
+    monkeypatch.setattr("transclip_fast.encode.folder.encode_source", None)
     command = ("run", images(12), "--classes", names, *tiny, "--memory", "100MiB")
     ran = cli(*command, "--out", tmp_path / "out")
     assert (ran.code, ran.out) == (2, "")

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from transclip_fast import TransCLIP, demo
 from transclip_fast.cli import train_head
-from transclip_fast.cli.encode import encode_with
-from transclip_fast.cli.session import Stages
+from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.heads import clip_adapter, fit_head
@@ -171,8 +170,8 @@ def test_folders_of_splits(backbone, digits, done, refused, tmp_path):
             folder.mkdir(parents=True)
             for row in np.flatnonzero(labels == k)[start : start + 6]:
                 Image.fromarray(demo.enlarge(images[row])).save(folder / f"{row}.png")
-        source = open_source(tmp_path / "images" / split, folder_labels=True)
-        encode_with(source, backbone, str(tmp_path / "sets" / split), prompts, Stages())
+        source = open_source(tmp_path / "images" / split, labels_from_folders=True)
+        encode_source(source, backbone, tmp_path / "sets" / split, prompts)
     head = tmp_path / "coop.safetensors"
     args = ("train-head", "coop", tmp_path / "sets", *SHORT, "--shots")
     run = json.loads(done(*args, 4, "--out", head, "--json"))

@@ -10,7 +10,8 @@ from tests.conftest import unit
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.data.patches import PatchedRows, images
 from transclip_fast.errors import InputError
-from transclip_fast.heads.task import Labelled, as_fit_arguments
+from transclip_fast.heads.shots import as_fit_arguments
+from transclip_fast.heads.task import Labelled
 
 N, L, D = 23, 3, 5
 
@@ -71,14 +72,14 @@ def test_unit_rows_stay_as_they_are(parts):
 def test_by_their_names(parts):
     rows, patches = parts
     patched, labels = PatchedRows(rows, patches, "x")[:], torch.zeros(N, dtype=torch.int64)
-    found = as_fit_arguments(Labelled(patched, labels), "support")
+    found = as_fit_arguments({"support": Labelled(patched, labels)})
     assert found.keys() == {"support_features", "support_labels", "support_local_features"}
     assert torch.equal(found["support_local_features"], patched[:, 1:])
-    assert as_fit_arguments(Labelled(rows, labels), "validation").keys() == {
+    assert as_fit_arguments({"validation": Labelled(rows, labels)}).keys() == {
         "validation_features",
         "validation_labels",
     }
-    assert as_fit_arguments(None, "support") == {}
+    assert as_fit_arguments({}) == {}
 
 
 @pytest.mark.parametrize("shape", [(N - 1, L, D), (N, L, D + 1), (N, L * D + 1), (N, 0, D), (N,)])

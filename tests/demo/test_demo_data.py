@@ -52,7 +52,7 @@ def test_a_shift_is_visible_and_leaves_its_argument_alone(name):
     image = data.enlarge(digits()[0][0])
     before = image.copy()
     shifted = SHIFTS[name](image)
-    assert shifted.shape == (data.SIZE, data.SIZE)
+    assert shifted.shape == (data.SIDE_PIXELS, data.SIDE_PIXELS)
     assert shifted.dtype == np.uint8
     assert np.abs(shifted.astype(float) - before).mean() > 10
     np.testing.assert_array_equal(image, before)

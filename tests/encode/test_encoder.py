@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from transclip_fast.cli.encode import encode_with
-from transclip_fast.cli.session import Stages
 from transclip_fast.encode import encoder, feed
+from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts
 from transclip_fast.errors import InputError
@@ -29,8 +28,8 @@ TEXT = ClassPrompts(["dog", "cat"], [["a dog"], ["a cat"]], "here")
 
 def encode(folder, backbone, out, text=TEXT, **options):
     options = {"batch_size": 2, "workers": 0, "shard_rows": 3, **options}
-    source = open_source(folder, folder_labels=True)
-    return encode_with(source, backbone, str(out), text, Stages(), **options).writer
+    source = open_source(folder, labels_from_folders=True)
+    return encode_source(source, backbone, out, text, **options)
 
 
 def contents(folder):
@@ -78,7 +77,7 @@ def test_unreadable_images_leave_no_row_and_shift_none(images, backbone, tmp_pat
     (folder / "dog/001.png").write_text("no picture")
     (folder / "dog/003.png").write_text("no picture either")
     (folder / "dog/005.png").write_text("nor this")
-    writer = encode(folder, backbone, tmp_path / "out", shard_rows=4)
+    encoded = encode(folder, backbone, tmp_path / "out", shard_rows=4)
     stored = load_features(tmp_path / "out")
     assert stored.source_rows.tolist() == [0, 2, 3]
     assert stored.keys == ["cat/000.png", "cat/004.png", "cat/006.png"]
@@ -91,7 +90,8 @@ def test_unreadable_images_leave_no_row_and_shift_none(images, backbone, tmp_pat
         (6, "dog/005.png"),
     ]
     assert all(row["reason"] for row in rows)
-    assert [failure.source_row for failure in writer.failures()] == [1, 4, 5, 6]
+    assert [failure.source_row for failure in encoded.failures] == [1, 4, 5, 6]
+    assert encoded.n_rows == 3
 
 
 class Killed(Exception):
@@ -207,13 +207,12 @@ def test_progress_counts_failures_and_what_was_there(images, backbone, tmp_path)
     folder = images(7)
     (folder / "dog/001.png").write_text("no picture")
     seen = []
-    writer = encode(folder, backbone, tmp_path / "out")
+    encoded = encode(folder, backbone, tmp_path / "out")
     shard = tmp_path / "out/img_emb/img_emb_00002.npy"
     shard.unlink()
-    writer = FeatureWriter(tmp_path / "out", writer.config, writer.table)
-    encoder.encode_images(
-        open_source(folder), backbone, writer, [2], workers=0, progress=seen.append
-    )
+    source = open_source(folder)
+    writer = FeatureWriter(tmp_path / "out", encoded.config, source.table(None))
+    encoder.encode_shards(source, backbone, writer, [2], workers=0, progress=seen.append)
     assert [(state.done, state.total) for state in seen] == [(7, 7)]
     assert 0 <= seen[0].waiting <= 1
 
@@ -225,7 +224,7 @@ def test_a_kill_between_any_two_writes_is_continued(images, backbone, tmp_path, 
     rename, renames = Path.rename, []
     monkeypatch.setattr(Path, "rename", lambda *paths: (renames.append(1), rename(*paths))[1])
     encode(folder, backbone, tmp_path / "counted")
-    monkeypatch.setattr(feed, "PREFETCH", 1)
+    monkeypatch.setattr(feed, "PREFETCHED_BATCHES", 1)
     for last in range(len(renames)):
         left = [last]
 
@@ -305,8 +304,8 @@ def test_decoders_may_raise_anything(images, backbone, tmp_path):
         raise NotImplementedError("a strange format")
 
     backbone.preprocess = odd
-    writer = encode(images(3), backbone, tmp_path / "out")
-    assert [failure.reason for failure in writer.failures()] == ["a strange format"] * 3
+    encoded = encode(images(3), backbone, tmp_path / "out")
+    assert [failure.reason for failure in encoded.failures] == ["a strange format"] * 3
     assert np.load(tmp_path / "out/img_emb/img_emb_00000.npy").shape == (0, 5)
 
 
@@ -320,7 +319,7 @@ def test_a_failing_machine_is_not_a_failing_image(images, backbone, tmp_path):
     with pytest.raises(InputError, match="no memory; run again to continue"):
         encode(images(3), backbone, tmp_path / "out")
     backbone.preprocess = good
-    assert list(encode(images(3), backbone, tmp_path / "out").failures()) == []
+    assert encode(images(3), backbone, tmp_path / "out").failures == []
 
 
 def test_metadata_has_paths_and_keys(images, backbone, tmp_path):

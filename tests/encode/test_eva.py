@@ -24,7 +24,7 @@ from tests.encode.plain_eva import (
 )
 from transclip_fast.encode import eva
 from transclip_fast.encode.models import load_backbone, network_config
-from transclip_fast.encode.networks import empty_network, fitted
+from transclip_fast.encode.networks import empty_network, match_weights
 from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError
 
@@ -115,10 +115,10 @@ def test_what_does_not_fit_is_named(tiny, weights):
     del changed["visual.norm.weight"]
     changed["text.ln_final.bias"] = torch.zeros(3)
     with pytest.raises(InputError) as error:
-        fitted(net, changed, "file.pt")
-    for told in ("file.pt: ", "lacks visual.trunk.norm.weight;", "also has extra;",
+        match_weights(net, changed, "file.pt")
+    for message in ("file.pt: ", "lacks visual.trunk.norm.weight;", "also has extra;",
                  "text.ln_final.bias (3,), not (16,)"):  # fmt: skip
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
 def test_weights_stay_in_the_mapped_file(tiny, weights, tmp_path):
@@ -134,9 +134,12 @@ def test_weights_stay_in_the_mapped_file(tiny, weights, tmp_path):
 
 def test_an_index_names_files_beside_it(weights, tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    for file, told in (("../up.safetensors", "leads out of"), ("gone.safetensors", "no such file")):
+    for file, message in (
+        ("../up.safetensors", "leads out of"),
+        ("gone.safetensors", "no such file"),
+    ):
         index.write_text(json.dumps({"weight_map": {"a": file}}))
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             read_checkpoint(index)
     index.write_text("{}")
     with pytest.raises(InputError, match="no weight_map"):

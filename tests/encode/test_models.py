@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from transclip_fast.encode.batch_size import fitting_batch_size, made_images
+from transclip_fast.encode.batch_size import fitting_batch_size, random_images
 from transclip_fast.encode.models import identify, load_backbone
 from transclip_fast.errors import InputError
 
@@ -197,7 +197,7 @@ def test_a_compiled_tower_sees_whole_batches(small, monkeypatch):
     device = torch.device("cpu")
     compiled = load_backbone("small-clip", "none", device, "fp32", True)
     plain = load_backbone("small-clip", "none", device)
-    images = made_images(plain, 3)
+    images = random_images(plain, 3)
     with torch.inference_mode():
         torch.testing.assert_close(compiled.embed(images, 8), plain.embed(images, 8))
     assert seen == [8]

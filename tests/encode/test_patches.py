@@ -38,7 +38,7 @@ def test_the_whole_image_is_what_encode_image_gives(vision, places):
     net, images = network(vision), pictures(vision["image_size"])
     local = LocalEncoder.of(net, 7)
     found = local(images)
-    assert (local.grid, local.number) == ((places, places), places**2)
+    assert (local.grid, local.n_patches) == ((places, places), places**2)
     assert found.shape == (3, 1 + places**2, 12)
     assert torch.equal(found[:, 0], net.encode_image(images))
 
@@ -152,7 +152,7 @@ def test_a_damaged_shard_is_encoded_again(images, towers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda f: (f / "local_emb_00001.npy").unlink(), "shard 1 has no local_emb file"),
         (lambda f: np.save(f / "local_emb_00001.npy", np.ones((2, 48))), "has shape"),
@@ -160,10 +160,10 @@ def test_a_damaged_shard_is_encoded_again(images, towers, tmp_path):
         (lambda f: np.save(f / "local_emb_00001.npy", np.ones((3, 48))), "not what the manifest"),
     ],
 )
-def test_patches_that_do_not_fit(change, told, images, towers, tmp_path):
+def test_patches_that_do_not_fit(change, message, images, towers, tmp_path):
     encode(images(7), towers[0], tmp_path / "out")
     change(tmp_path / "out/local_emb")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         load_features(tmp_path / "out", local=True)
 
 

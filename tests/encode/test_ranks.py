@@ -11,18 +11,16 @@ import warnings
 import pytest
 import torch
 
-from tests.encode.test_encoder import TEXT, contents
+from tests.encode.test_encoder import contents
 from tests.tiny import tiny_backbone
-from transclip_fast.cli.encode import encode_with
-from transclip_fast.cli.session import Stages
-from transclip_fast.encode import encoder
+from transclip_fast.encode import encoder, models
 from transclip_fast.encode.encoder import Throughput, merged
-from transclip_fast.encode.ranks import ALONE, Ranks, joined
-from transclip_fast.encode.sources import open_source
+from transclip_fast.encode.folder import encode_images
+from transclip_fast.encode.ranks import ALONE, Ranks
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
-DONE, TOLD = 0, 2
+DONE, REPORTED = 0, 2
 
 
 def process(rank, size, port, folder, out, dies_after):
@@ -40,20 +38,24 @@ def process(rank, size, port, folder, out, dies_after):
         return embed(*arguments)
 
     encoder._embed = dies
-    source = open_source(folder, folder_labels=True)
+    models.load_backbone = lambda *_: tiny_backbone()
+    models.identify = lambda *_: tiny_backbone().identity
     try:
-        with joined() as ranks:
-            encode_with(
-                source, tiny_backbone(), str(out), TEXT, Stages(), ranks,
-                batch_size=2, shard_rows=3,
-            )  # fmt: skip
+        encoded = encode_images(
+            folder, out, model="tiny", classes=["dog", "cat"], labels_from_folders=True,
+            templates=f"{folder.parent}/templates.txt", batch_size=2, shard_rows=3, workers=0,
+            device="cpu",
+        )  # fmt: skip
+        assert encoded.n_rows + len(encoded.failures) == encoded.config["source"]["rows"]
+        assert encoded.leads == (rank == 0)
     except InputError as error:
-        os._exit(TOLD if "run again to continue" in str(error) else 1)
+        os._exit(REPORTED if "run again to continue" in str(error) else 1)
     os._exit(DONE)
 
 
 def run(size, folder, out, lost=None, after=-1):
     """Exit codes of `size` ranks, of which one may be killed after some batches."""
+    (folder.parent / "templates.txt").write_text("a {}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,7 +91,7 @@ def test_a_lost_rank_is_made_up_for(images, tmp_path, lost, again):
     assert run(1, folder, tmp_path / "whole") == [DONE]
     codes = run(3, folder, tmp_path / "out", lost=lost, after=3)
     assert codes[lost] == -signal.SIGKILL
-    assert [code for rank, code in enumerate(codes) if rank != lost] == [TOLD, TOLD]
+    assert [code for rank, code in enumerate(codes) if rank != lost] == [REPORTED, REPORTED]
     with pytest.raises(InputError):
         load_features(tmp_path / "out")
     # Files that no record names may be those that the lost rank was about to record.

@@ -37,12 +37,12 @@ def test_folder_is_sorted_and_labelled_on_request(images):
     ]
     assert source.labels is None
     assert source.read(3) == (folder / "dog/001.png").read_bytes()
-    labelled = open_source(folder, folder_labels=True)
+    labelled = open_source(folder, labels_from_folders=True)
     assert resolve_labels(labelled, ["dog", "Cat"]).tolist() == [1, 1, 1, 0, 0]
 
 
 def test_folder_label_that_is_no_class(images):
-    source = open_source(images(), folder_labels=True)
+    source = open_source(images(), labels_from_folders=True)
     with pytest.raises(InputError, match=r"dog/001.png: label 'dog' is none of the 2 classes"):
         resolve_labels(source, ["cat", "bird"])
 
@@ -51,14 +51,14 @@ def test_image_without_folder_has_no_label(images):
     folder = images(2)
     (folder / "cat/000.png").rename(folder / "loose.png")
     with pytest.raises(InputError, match=r"loose.png: is in no sub-folder"):
-        open_source(folder, folder_labels=True)
+        open_source(folder, labels_from_folders=True)
 
 
 def test_synsets_are_positions_in_imagenet(images):
     folder = images(2)
     (folder / "cat").rename(folder / "n01443537")
     (folder / "dog").rename(folder / "n01440764")
-    source = open_source(folder, folder_labels=True)
+    source = open_source(folder, labels_from_folders=True)
     names = [f"class {k}" for k in range(1000)]
     assert dict(zip(source.keys, resolve_labels(source, names), strict=True)) == {
         "n01440764/001.png": 0,

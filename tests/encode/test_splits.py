@@ -84,7 +84,7 @@ def test_a_linked_folder_of_images_is_fine(split, tmp_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "message"),
     [
         ({"test": None}, "has no split 'test', only train, val"),
         ({"test": {"a": 1}}, "has no split 'test'"),
@@ -100,8 +100,8 @@ def test_a_linked_folder_of_images_is_fine(split, tmp_path, tmp_path_factory):
         ({"test": []}, "holds no images"),
     ],
 )
-def test_damaged_splits(parts, told, split):
-    with pytest.raises(InputError, match=told) as error:
+def test_damaged_splits(parts, message, split):
+    with pytest.raises(InputError, match=message) as error:
         open_source(split(**parts))
     assert "split.json" in str(error.value)
     assert "\n" not in str(error.value)

@@ -94,7 +94,7 @@ def die():
 @pytest.fixture
 def quick(monkeypatch):
     """Not minutes until a worker is given up."""
-    monkeypatch.setattr(feed, "HUNG", 4.0)
+    monkeypatch.setattr(feed, "HUNG_SECONDS", 4.0)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
 
 
@@ -128,8 +128,8 @@ def test_workers_that_always_die_are_given_up(images, backbone, tmp_path, quick)
     with Image.open(folder / "dog/001.png") as image:
         poison = np.asarray(image).sum()
     backbone.preprocess = deadly
-    told = r"dog/001.png to dog/005.png: workers hang or die twice .*--workers 0"
-    with pytest.raises(InputError, match=told):
+    message = r"dog/001.png to dog/005.png: workers hang or die twice .*--workers 0"
+    with pytest.raises(InputError, match=message):
         encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)
     backbone.preprocess = good
     encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench import heads as bench_heads
-from bench.plain_heads import fit as fit_plainly
+from bench.accuracy import heads as bench_heads
+from bench.rivals.plain_heads import fit as fit_plainly
 from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.heads import (
     HEADS,
+    base,
     clip_adapter,
     ensemble,
     fit_head,
@@ -20,7 +21,7 @@ from transclip_fast.heads import (
     tip_adapter,
     tip_adapter_f,
 )
-from transclip_fast.heads import task as base
+from transclip_fast.heads.task import Labelled, Task
 
 TRAINED = ("tip-adapter-f", "clip-adapter", "taskres", "linear-probe")
 BOUND = ("prompt-ensemble", "tip-adapter", "tip-adapter-f", "taskres", "linear-probe")
@@ -122,9 +123,7 @@ def test_linear_probe_holds_where_zero_shot_is_sure(task):
     kept = task["support_labels"] != 2
     rows, labels = task["support_features"][kept], task["support_labels"][kept]
     text, shots = torch.from_numpy(task["text_features"]), map(torch.from_numpy, (rows, labels))
-    found = linear_probe.constraints(
-        base.Task(text, base.Labelled(*shots), None, TAU, seed=0, progress=None)
-    )
+    found = linear_probe.constraints(Task(text, Labelled(*shots), None, TAU, seed=0, progress=None))
     logits = TAU * rows.astype(np.float64) @ task["text_features"].T
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = np.array([p[labels == k, k].mean() if k != 2 else np.nan for k in range(6)])
@@ -202,7 +201,7 @@ def test_the_same_seed_gives_the_same_head(name, task, short):
 
 @pytest.mark.parametrize("name", ["taskres", "tip-adapter-f"])
 def test_batches_are_shuffled_by_the_seed(name, task, short, monkeypatch):
-    monkeypatch.setattr("transclip_fast.heads.training.BATCH", 16)
+    monkeypatch.setattr("transclip_fast.heads.training.BATCH_ROWS", 16)
     heads = [fitted(name, task, seed=seed) for seed in (3, 3, 4)]
     first, same, other = (logits_of(head, task) for head in heads)
     np.testing.assert_array_equal(first, same)
@@ -249,7 +248,7 @@ def test_a_class_without_shots(name, task):
 def test_arrays_are_not_modified_and_blocks_do_not_matter(name, task, short, monkeypatch):
     before = {key: array.copy() for key, array in task.items()}
     whole = logits_of(fitted(name, task), task)
-    monkeypatch.setattr(base, "ROWS", 50)
+    monkeypatch.setattr(base, "BLOCK_ROWS", 50)
     head = fitted(name, task)
     np.testing.assert_allclose(logits_of(head, task), whole, atol=1e-4)
     rows = torch.from_numpy(task["image_features"])

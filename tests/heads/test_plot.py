@@ -137,7 +137,7 @@ def test_blocks_change_nothing(tower, monkeypatch):
     task = make_task(tower, 2, patches=L)
     head, rows = fit(task), task.shots.features
     whole = head.logits(rows)
-    monkeypatch.setattr(plot, "ENTRIES", 5 * L * 3 * 4)
+    monkeypatch.setattr(plot, "BLOCK_ENTRIES", 5 * L * 3 * 4)
     assert head.block_rows == 5
     stored = PatchedRows(rows[:, 0].contiguous(), rows[:, 1:].flatten(1).half().numpy(), "x")
     seen = []

@@ -9,7 +9,7 @@ import click
 from transclip_fast.cli import session
 from transclip_fast.cli.options import json_option
 from transclip_fast.encode.models import network_config
-from transclip_fast.encode.networks import PRECISIONS, empty_network, fitted
+from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weights
 from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.progress_bar import progress_bar
@@ -47,7 +47,7 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
     stages = session.Stages()
     with stages.time("convert"), progress_bar("convert", "bytes") as show:
         net = empty_network(network_config(model))
-        tensors = fitted(net, read_checkpoint(checkpoint), checkpoint)
+        tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
         size = write_tensors(out, tensors, PRECISIONS[dtype], show)
     summary: dict[str, Any] = {
         "out": out,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from transclip_fast.cli import options, session
-from transclip_fast.cli.encode import encode_with
+from transclip_fast.cli.encode import encode_progress
 from transclip_fast.cli.run import solve_folder
 from transclip_fast.cli.session import counted
 from transclip_fast.demo import (
@@ -22,8 +22,9 @@ from transclip_fast.demo import (
     class_prompts,
     write_images,
 )
-from transclip_fast.demo.data import SIZE
+from transclip_fast.demo.data import SIDE_PIXELS
 from transclip_fast.device import resolve_device
+from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.store.atomic import write_json, writing
@@ -66,13 +67,9 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
     loaded.model.to(resolve_device(device))
     with writing(folder):
         write_images(folder / "images", shift)
-    encode_with(
-        open_source(folder / "images", folder_labels=True),
-        loaded,
-        str(folder / "features"),
-        class_prompts(),
-        session.Stages(),
-    )
+    source = open_source(folder / "images", labels_from_folders=True)
+    with encode_progress() as progress:
+        encode_source(source, loaded, folder / "features", class_prompts(), progress=progress)
     return solve_folder(folder, TransCLIP(device=device))[0]
 
 
@@ -118,7 +115,7 @@ def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Pat
 
 def _picture(folder: Path, shifts: list[str]) -> Image.Image:
     """Of each shift a row of images whose label changed, evenly spaced among all of them."""
-    row_height, cell = HEADING + SIZE + CAPTION + MARGIN, SIZE + 3 * MARGIN
+    row_height, cell = HEADING + SIDE_PIXELS + CAPTION + MARGIN, SIDE_PIXELS + 3 * MARGIN
     height = MARGIN + HEADING + len(shifts) * row_height
     sheet = Image.new("RGB", (MARGIN + SHOWN_IMAGES * cell, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
@@ -146,5 +143,5 @@ def _picture(folder: Path, shifts: list[str]) -> Image.Image:
             right = label[row] == truth[row]
             colour = GREEN if right else RED if zero_shot[row] == truth[row] else GREY
             caption = f"{CLASS_NAMES[zero_shot[row]]} > {CLASS_NAMES[label[row]]}"
-            draw.text((left, top + HEADING + SIZE - 2), caption, colour, font)
+            draw.text((left, top + HEADING + SIDE_PIXELS - 2), caption, colour, font)
     return sheet

@@ -1,4 +1,4 @@
-"""A head between FEATURES and TransCLIP: what `solve --head` adds to a solve."""
+"""`solve --head`: a few-shot method whose prediction is the prior of TransCLIP."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import click
 import numpy as np
 
 from transclip_fast.cli import session
-from transclip_fast.cli.towers import told
+from transclip_fast.cli.towers import describe_encoder
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import HEADS, LEARNERS, Head, check_head, fit_head
-from transclip_fast.heads.files import read_head
+from transclip_fast.heads import HEADS, LEARNERS, Head, fit_head, method_named
+from transclip_fast.heads.base import inputs_for
+from transclip_fast.heads.files import SUFFIX, StoredHead, read_head
 from transclip_fast.heads.prompt_ensemble import prompt_texts
 from transclip_fast.heads.prompts import TextTower
-from transclip_fast.heads.prompts.cocoop import ConditionalHead
-from transclip_fast.heads.task import inputs_for
 from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
@@ -29,32 +28,30 @@ from transclip_fast.store.features import LOCAL, Features
 
 LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
 PRIORS = ("prior", "prior_logits", "prototypes")
-SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """The head that `--head` names: a method to fit, or the content of a file."""
+
+    name: str
+    file: StoredHead | None = None
+
+    @property
+    def wants_patches(self) -> bool:
+        """True if the head needs local features."""
+        return self.file is not None and self.file.head.wants_patches
 
 
 @dataclass(frozen=True)
 class FittedHead:
-    """
-    A head that was fitted to stored features, or elsewhere, and what it said of them.
+    """A head and its prediction of features."""
 
-    Parameters
-    ----------
-    name : str
-    parameters : dict
-        What it was given or chose.
-    labels : ndarray (N,) int64
-        What it predicts by itself.
-    stored : Features
-        The features with the head as their prior, and without the shots.
-    file : str, optional
-        Where it comes from.
-    """
-
-    name: str
-    parameters: dict[str, float]
-    labels: np.ndarray
-    stored: Features
-    file: str | None = None
+    name: str  # of the method
+    parameters: dict[str, float]  # hyperparameters, default or chosen
+    labels: np.ndarray  # (N,) int64, predicted by the head alone
+    features: Features  # with the head as their prior, and without the shots
+    file: str | None = None  # that the head was read from
 
     def summary(self, truth: np.ndarray | None) -> dict[str, Any]:
         """Its part of run.json."""
@@ -66,134 +63,139 @@ class FittedHead:
         }
 
 
-def is_file(head: str) -> bool:
-    """Whether `--head` names a file instead of a method."""
-    known = head in HEADS or head in LEARNERS
-    return not known and (head.endswith(SUFFIX) or os.path.exists(head))
+def choose_head(name: str) -> HeadChoice:
+    """
+    Read the head file, or check the name of the method, that `--head` names.
 
-
-def check_named(head: str) -> None:
-    """Raise InputError unless `--head` names a file or a method that needs nothing but features."""
-    if is_file(head):
-        return
-    check_head(head)
-    if head in LEARNERS:
+    Raises
+    ------
+    InputError
+        Neither a head file nor a method, or a method that needs more than features.
+    """
+    if name in LEARNERS:
         raise InputError(
-            f"head {head} trains through a text tower: `transclip-fast train-head {head}` does "
+            f"head {name} trains through a text tower: `transclip-fast train-head {name}` does "
             "that and writes a file for --head"
         )
+    if name not in HEADS and (name.endswith(SUFFIX) or os.path.exists(name)):
+        return HeadChoice(name, read_head(name))
+    method_named(name)
+    return HeadChoice(name)
 
 
-def wants_patches(head: str | None) -> bool:
-    """Whether `--head` names a file of a head that transports local features."""
-    return head is not None and is_file(head) and getattr(read_head(head).head, "patches", 0) > 0
-
-
-def stored_head(
-    head: str,
+def apply_head(
+    choice: HeadChoice,
     seed: int,
-    stored: Features,
+    features: Features,
     model: TransCLIP,
     stages: session.Stages,
     tower: Callable[[Features], TextTower],
 ) -> FittedHead:
     """
-    A head from a file, or fitted to the shots of stored features.
+    Fit the chosen head to the shots of features, or take it from its file; apply it to them.
 
     TransCLIP then runs as on top of any other method: with the head as prior, lambda as in
     zero-shot, and no support of its own. That is how the paper and its code combine it with
     few-shot methods ("TransCLIP-ZS on top"); shots in TransCLIP itself are TransCLIP-FS.
 
-    `tower` gives the text tower of features to a head that needs one for each image.
+    `tower` returns the text tower of features, for a head that runs it for each image.
 
     Raises
     ------
     InputError
-        A prior in `stored` as well, a gamma, no text features, a head of other classes, dimensions
-        or features, and as `fit_head` and `read_head`.
+        The features have a prior or no texts, the model has a gamma, the head is of other classes,
+        dimensions or features, and as `fit_head`.
     """
-    given = [prior for prior in PRIORS if stored.get(prior) is not None]
-    if given:
-        raise InputError(f"{given[0]}: the head {head} is the prior; leave one of them out")
+    head = choice.name
+    prior = next((prior for prior in PRIORS if features.get(prior) is not None), None)
+    if prior is not None:
+        raise InputError(f"{prior}: the head {head} is the prior; leave one of them out")
     if model.gamma is not None:
         raise InputError(f"gamma: the shots go to the head {head}; leave gamma out")
-    if is_file(head):
-        with stages.time("head"):
-            return _from_file(head, stored, model, tower)
-    texts = stored.get("text_features")
-    if texts is None:
-        raise InputError(f"head {head} needs text_features")
-    with stages.time("head"), progress_bar(f"head {head}", "steps") as show:
-        labelled = {array: stored.get(array) for array in LABELLED}
-        fitted = fit_head(
-            head, texts, **labelled, logit_scale=model.logit_scale, seed=seed, progress=show
-        )
-        return _beneath(fitted, head, stored)
+    with stages.time("head"):
+        if choice.file is not None:
+            fitted = _prepared(choice.name, choice.file, features, model, tower)
+            return _apply(fitted, choice.file.name, features, head)
+        texts = features.get("text_features")
+        if texts is None:
+            raise InputError(f"head {head} needs text_features")
+        arrays = {array: features.get(array) for array in LABELLED}
+        scale = model.logit_scale
+        with progress_bar(f"head {head}", "steps") as show:
+            fitted = fit_head(head, texts, **arrays, logit_scale=scale, seed=seed, progress=show)
+        return _apply(fitted, head, features)
 
 
-def _from_file(
-    file: str, stored: Features, model: TransCLIP, tower: Callable[[Features], TextTower]
-) -> FittedHead:
-    kept = read_head(file)
-    head, names = kept.head, kept.class_names
+def _prepared(
+    file: str,
+    read: StoredHead,
+    features: Features,
+    model: TransCLIP,
+    tower: Callable[[Features], TextTower],
+) -> Head:
+    """The head of a file, checked against the features, with the text tower if it runs one."""
+    head, names = read.head, read.class_names
     n_classes, d = head.text.shape
-    if stored.get("image_features").shape[1] != d:
+    if features.dim != d:
         raise InputError(
-            f"{file}: is for {d} dimensions, {stored.path} has "
-            f"{stored.get('image_features').shape[1]}; encode with the model that it is for"
+            f"{file}: is for {d} dimensions, {features.path} has {features.dim}; encode with the "
+            "model that it is for"
         )
-    if None not in (kept.encoder, stored.encoder) and kept.encoder != stored.encoder:
+    if None not in (read.encoder, features.encoder) and read.encoder != features.encoder:
         raise InputError(
-            f"{file}: is for features of {told(kept.encoder or {})}, {stored.path} was encoded "
-            f"with {told(stored.encoder or {})}"
+            f"{file}: is for features of {describe_encoder(read.encoder)}, {features.path} was "
+            f"encoded with {describe_encoder(features.encoder)}"
         )
-    _check_classes(file, n_classes, names, stored)
+    _check_classes(file, n_classes, names, features)
     if head.logit_scale != model.logit_scale:
         raise InputError(
             f"{file}: was trained with --logit-scale {head.logit_scale:g}; give the same"
         )
-    if isinstance(head, ConditionalHead):
-        if names is None:
-            raise InputError(f"{file}: has no class names to make prompts of")
-        known = copy(stored)
-        known.encoder = stored.encoder or kept.encoder
-        head = head.for_classes(tower(known), names)
-        n_rows = len(stored.get("image_features"))
-        click.echo(
-            f"head {kept.name}: {n_rows:,} images, each in the prompts of {n_classes:,} classes, "
-            f"are {n_rows * n_classes:,} runs of the text tower",
-            err=True,
-        )
-    return _beneath(head, kept.name, stored, file)
+    if not head.runs_tower:
+        return head
+    if names is None:
+        raise InputError(f"{file}: has no class names to make prompts of")
+    known = copy(features)
+    known.encoder = features.encoder or read.encoder
+    head = head.for_classes(tower(known), names)
+    n_rows = len(features.get("image_features"))
+    click.echo(
+        f"head {read.name}: {n_rows:,} images, each in the prompts of {n_classes:,} classes, "
+        f"are {n_rows * n_classes:,} runs of the text tower",
+        err=True,
+    )
+    return head
 
 
-def _check_classes(file: str, n_classes: int, names: list[str] | None, stored: Features) -> None:
+def _check_classes(file: str, n_classes: int, names: list[str] | None, features: Features) -> None:
     """Raise InputError unless a head's classes are those of the features."""
-    texts = stored.get("text_features")
+    texts = features.get("text_features")
     known = len(prompt_texts(texts)[0]) if texts is not None else n_classes
     if known != n_classes:
-        raise InputError(f"{file}: has {n_classes} classes, {stored.path} has {known}")
-    for k, (own, other) in enumerate(zip(names or [], stored.class_names or [], strict=False)):
+        raise InputError(f"{file}: has {n_classes} classes, {features.path} has {known}")
+    for k, (own, other) in enumerate(zip(names or [], features.class_names or [], strict=False)):
         if own != other:
             raise InputError(
-                f"{file}: its class {k} is {own!r}, that of {stored.path} is {other!r}; give "
+                f"{file}: its class {k} is {own!r}, that of {features.path} is {other!r}; give "
                 "--class-names and --text-features that fit the head"
             )
 
 
-def _beneath(head: Head, name: str, stored: Features, file: str | None = None) -> FittedHead:
-    """The features with a head as their prior."""
-    rows = as_unit_rows(stored.get("image_features"), "image_features", columns=head.text.shape[1])
-    unseen = (*LABELLED, *LOCAL)
-    kept = {array: value for array, value in stored.arrays.items() if array not in unseen}
-    kept["image_features"] = rows
-    texts = stored.get("text_features")
+def _apply(head: Head, name: str, features: Features, file: str | None = None) -> FittedHead:
+    """The prediction of a head, and the features with it as their prior."""
+    rows = as_unit_rows(
+        features.get("image_features"), "image_features", columns=head.text.shape[1]
+    )
+    used = (*LABELLED, *LOCAL)
+    arrays = {array: value for array, value in features.arrays.items() if array not in used}
+    arrays["image_features"] = rows
+    texts = features.get("text_features")
     if texts is not None:
         # Of several templates the first counts as zero-shot, so that the ensemble shows its gain.
-        kept["text_features"] = prompt_texts(texts)[0]
-    seen = inputs_for(head, rows, patched_rows(rows, stored))
+        arrays["text_features"] = prompt_texts(texts)[0]
     with progress_bar(f"head {name}", "images") as show:
-        labels, prior = head.labels_and_prior(seen, show)
-    return FittedHead(
-        name, head.parameters, labels.numpy(), stored.with_arrays({**kept, **prior}), file
-    )
+        labels, prior = head.labels_and_prior(
+            inputs_for(head, rows, patched_rows(rows, features)), show
+        )
+    solved = features.with_arrays({**arrays, **prior})
+    return FittedHead(name, head.parameters, labels.numpy(), solved, file)

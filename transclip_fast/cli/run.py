@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.encode import encode, encode_options, report
+from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import GraphSearch, kept_graph
 from transclip_fast.cli.options import (
@@ -25,6 +25,7 @@ from transclip_fast.cli.options import (
 from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.cli.solution import describe_solution, solve_features
 from transclip_fast.device import resolve_device
+from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.store.features import Features, load_features
@@ -56,7 +57,7 @@ def command(
     """
     strict = options.pop("strict")
     method, recall = options.pop("method"), options.pop("recall")
-    if options["names"] is None and Path(images).suffix != ".json":
+    if options["classes"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
@@ -64,48 +65,56 @@ def command(
     model, planned = TransCLIP(device=device, memory=memory), []
     search = GraphSearch(model.n_neighbors, resolve_device(device), method, recall)
 
-    def foresee(n_rows: int, n_classes: int, dim: int) -> None:
+    def print_plan(n_rows: int, n_classes: int, dim: int) -> None:
         planned.append(plan_of_size(n_rows, n_classes, dim, model, method))
         if not as_json:
             click.echo(planned[0].line())
 
     with session.collected_warnings({}) as warnings:
-        made = encode(images, str(folder / "features"), device, foresee=foresee, **options)
-        encoded, encoded_text = report(made, str(folder / "features"))
+        with encode_progress() as progress:
+            encoded = encode_images(
+                images,
+                folder / "features",
+                device=device,
+                progress=progress,
+                on_sizes=print_plan,
+                **options,
+            )
+        encode_summary, encode_text = report(encoded)
         quiet = as_json or bool(planned)
-        solved, solved_text = solve_folder(folder, model, search, quiet=quiet)
+        solve_summary, solve_text = solve_folder(folder, model, search, quiet=quiet)
     summary = {
-        **solved,
-        "failures": encoded["failures"],
-        "throughput": encoded["throughput"],
-        "seconds": {**made.seconds, **solved["seconds"]},
-        "warnings": [*warnings, *solved["warnings"]],
+        **solve_summary,
+        "failures": encode_summary["failures"],
+        "throughput": encode_summary["throughput"],
+        "seconds": {**encode_summary["seconds"], **solve_summary["seconds"]},
+        "warnings": [*warnings, *solve_summary["warnings"]],
     }
-    session.print_summary(summary, f"{encoded_text}\n{solved_text}", as_json)
-    if strict and encoded["failures"]:
+    session.print_summary(summary, f"{encode_text}\n{solve_text}", as_json)
+    if strict and encoded.failures:
         sys.exit(1)
 
 
 def solve_folder(
     folder: Path, model: TransCLIP, search: GraphSearch | None = None, *, quiet: bool = True
 ) -> tuple[dict[str, Any], str]:
-    """Graph, result and report of folder/features, in folder/graph and folder/result."""
+    """Solve folder/features into folder/graph and folder/result; run.json, and the same as text."""
     stages = session.Stages()
-    stored = load_features(folder / "features")
+    features = load_features(folder / "features")
     result = folder / "result"
-    run = _solved(result, stored, model)
+    run = _finished_run(result, features, model)
     if run is None:
         search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
-        graph = kept_graph(folder / "graph", stored, search, stages)
-        run = solve_features(stored, str(result), model, graph, stages, quiet=quiet)
+        graph = kept_graph(folder / "graph", features, search, stages)
+        run = solve_features(features, str(result), model, graph, stages, quiet=quiet)
     text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
         text = f"{text}\n\n{describe_evaluation(*evaluate_result(str(result)))}"
     return run, text
 
 
-def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] | None:
-    """run.json of a whole result of these very inputs and parameters, where there is one."""
+def _finished_run(result: Path, features: Features, model: TransCLIP) -> dict[str, Any] | None:
+    """run.json of a result that is whole and has these inputs and parameters, or None."""
     try:
         run = load_result(result).run
         load_mixture(result)
@@ -114,7 +123,7 @@ def _solved(result: Path, stored: Features, model: TransCLIP) -> dict[str, Any] 
     known = {
         "kind": "solve",
         "parameters": requested(model),
-        "inputs_sha256": stored.inputs_sha256(),
-        "class_names": stored.class_names,
+        "inputs_sha256": features.inputs_sha256(),
+        "class_names": features.class_names,
     }
     return run if all(run.get(name) == value for name, value in known.items()) else None

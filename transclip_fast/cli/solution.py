@@ -69,7 +69,7 @@ def solve_features(
     ):
         with session.errors_about(origins, features.path):
             head = make_head(features) if make_head else None
-            solved = head.stored if head else features
+            solved = head.features if head else features
             problem = problem_of(solved, model)
             settings = Settings.resolve(model, problem)
             method = graph.method if isinstance(graph, GraphSearch) else None

@@ -9,9 +9,10 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch
-from transclip_fast.cli.head import check_named, stored_head, wants_patches
+from transclip_fast.cli.head import apply_head, choose_head
+from transclip_fast.cli.head_options import TOWER_OPTIONS, tower_options
 from transclip_fast.cli.solution import describe_solution, solve_features
-from transclip_fast.cli.towers import load_tower, tower_options
+from transclip_fast.cli.towers import load_tower
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS
@@ -81,10 +82,9 @@ def command(
     """
     stages = session.Stages()
     model = options.model_of(values, device)
-    if head is not None:
-        check_named(head)
+    choice = None if head is None else choose_head(head)
     with stages.time("load"):
-        local = wants_patches(head)
+        local = choice is not None and choice.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}
         features = load_features(path, arrays, shots=shots, local=local)
         if local and image_map is not None:
@@ -97,10 +97,10 @@ def command(
             graph = GraphSearch(model.n_neighbors, resolve_device(device), method, recall)
     features.origins["graph"] = graph_folder or "graph"
     make_head = None
-    if head is not None:
-        features.origins[head] = head  # if it is a file
-        named = {name: values[name] for name in ("model", "pretrained", "precision")}
+    if choice is not None:
+        features.origins[choice.name] = choice.name  # if it is a file
+        named = {name: values[name] for name in TOWER_OPTIONS}
         tower = partial(load_tower, device=device, **named)
-        make_head = partial(stored_head, head, seed, model=model, stages=stages, tower=tower)
+        make_head = partial(apply_head, choice, seed, model=model, stages=stages, tower=tower)
     run = solve_features(features, out, model, graph, stages, make_head=make_head, quiet=as_json)
     session.print_summary(run, describe_solution(run, out), as_json)

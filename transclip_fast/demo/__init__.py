@@ -1,4 +1,4 @@
-"""The offline demo: handwritten digits, and a very small CLIP of our own that reads them."""
+"""The offline demo: handwritten digits, and a very small CLIP that reads them."""
 
 from transclip_fast.demo.data import (
     CLASS_NAMES,

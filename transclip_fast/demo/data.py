@@ -1,4 +1,4 @@
-"""The held-out digits of the demo, their shifts, and the words that name them."""
+"""The held-out digits of the demo, their shifts, class names and prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transclip_fast.errors import InputError
 
 FOLDER = Path(__file__).parent
 DIGITS = "digits.npz"
-SIZE = 64  # pixels a side of a written image
+SIDE_PIXELS = 64  # of a written image
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -25,8 +25,10 @@ TEMPLATES = (
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """A digit (8, 8) uint8 as the image (64, 64) uint8 that the demo writes, white on black."""
-    return np.asarray(Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    """Return the image (64, 64) uint8, white on black, of a digit (8, 8) uint8."""
+    return np.asarray(
+        Image.fromarray(image).resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC)
+    )
 
 
 def _plain(image: np.ndarray) -> np.ndarray:
@@ -45,7 +47,7 @@ def _blur(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(5)))
 
 
-# Functions of an image (64, 64) uint8. The training's augmentations know none of them.
+# Functions of an image (64, 64) uint8. No augmentation of the training is one of them.
 SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "plain": _plain,
     "thick strokes": _thick,
@@ -55,25 +57,31 @@ SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def class_prompts() -> ClassPrompts:
-    """The class names with their prompts."""
+    """Return the class names with their prompts."""
     prompts = [[template.format(name) for template in TEMPLATES] for name in CLASS_NAMES]
     return ClassPrompts(list(CLASS_NAMES), prompts, "demo")
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """The held-out images (N, 8, 8) uint8, 0 (paper) to 255 (ink), and labels (N,) int64."""
+    """
+    Return the held-out images (N, 8, 8) uint8, 0 (paper) to 255 (ink), and labels (N,) int64.
+
+    >>> images, labels = digits()
+    >>> images.shape, labels[:4].tolist()
+    ((892, 8, 8), [8, 1, 2, 3])
+    """
     with np.load(FOLDER / DIGITS, allow_pickle=False) as file:
         return file["images"], file["labels"].astype(np.int64)
 
 
 def training_hashes() -> frozenset[str]:
-    """`image_hash` of every image that training or the choice of model and shifts has seen."""
+    """Return `image_hash` of every image used in training or in choosing model and shifts."""
     with np.load(FOLDER / DIGITS, allow_pickle=False) as file:
         return frozenset(bytes(row).hex() for row in file["training_hashes"])
 
 
 def image_hash(image: np.ndarray) -> str:
-    """The first 8 bytes of the sha256 of a digit's pixels (8, 8) uint8, in hexadecimal."""
+    """Return the first 8 bytes of the sha256 of a digit (8, 8) uint8, in hexadecimal."""
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()[:8].hex()
 
 
@@ -96,7 +104,7 @@ def write_images(folder: str | Path, shift: str = "plain") -> Path:
     Raises
     ------
     InputError
-        No such shift.
+        `shift` is no key of `SHIFTS`.
     """
     if shift not in SHIFTS:
         raise InputError(f"shift: no {shift!r}; choose one of {', '.join(SHIFTS)}")

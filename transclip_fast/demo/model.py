@@ -1,4 +1,4 @@
-"""The demo's CLIP: open_clip's classes, weights of our own, a vocabulary of the demo's words."""
+"""The demo's CLIP: open_clip's classes with the demo's weights and vocabulary."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from transclip_fast.demo.data import FOLDER
-from transclip_fast.encode.models import Backbone, file_sha256
+from transclip_fast.encode.models import Backbone
 from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import file_sha256
 from transclip_fast.store.atomic import read_json
 
 CONFIG = "model.json"
@@ -25,15 +26,15 @@ VOCABULARY = "vocabulary.json"
 
 class TrimmedTokenizer:
     """
-    open_clip's tokenizer with its token ids renumbered to the few that the model knows.
+    open_clip's tokenizer, restricted to the token ids of the model's vocabulary.
 
     Parameters
     ----------
     ids : sequence of int
-        The kept ids of open_clip's vocabulary, ascending: the model reads the end of a text where
-        the largest id is. Their positions are the new ids.
+        Ids of open_clip's vocabulary, ascending, because the largest id marks the end of a text.
+        Their positions are the new ids.
     context_length : int
-        Tokens a text is padded or cut to.
+        Number of tokens to which texts are padded or cut.
     """
 
     def __init__(self, ids: Sequence[int], context_length: int) -> None:
@@ -45,12 +46,12 @@ class TrimmedTokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """
-        Token ids (len(texts), context_length) int64.
+        Return token ids (len(texts), context_length) int64.
 
         Raises
         ------
         InputError
-            A word that the demo's model has never read.
+            A text has a word outside the vocabulary.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows = self._tokenizer(texts).tolist()
@@ -65,18 +66,18 @@ class TrimmedTokenizer:
         return torch.tensor([[self._new_ids[token] for token in row] for row in rows])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some token ids."""
+        """Return the text of token ids."""
         text: str = self._tokenizer.decode([self._ids[token] for token in tokens])
         return text
 
 
 def build(config: dict[str, Any]) -> CLIP:
-    """An open_clip CLIP with random weights from the content of a `model.json`."""
+    """Return an open_clip CLIP with random weights from the content of a `model.json`."""
     return CLIP(config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]))
 
 
 def make_preprocess(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """open_clip's preprocessing of a PIL image to (3, size, size) for a `model.json`."""
+    """Return open_clip's preprocessing of a PIL image to (3, size, size) for a `model.json`."""
     transform: Callable[[Image.Image], torch.Tensor] = image_transform(
         config["vision_cfg"]["image_size"], is_train=False
     )
@@ -85,18 +86,21 @@ def make_preprocess(config: dict[str, Any]) -> Callable[[Image.Image], torch.Ten
 
 def backbone(folder: str | Path = FOLDER) -> Backbone:
     """
-    The demo's CLIP, from files beside this one: nothing is downloaded.
+    Return the demo's CLIP. Nothing is downloaded.
 
     Parameters
     ----------
     folder : path
-        Output of `python -m bench.demo.train`; the shipped one where not given.
+        Output of `python -m bench.demo.train`; by default the shipped files.
+
+    >>> backbone().tokenizer("nine").shape
+    torch.Size([1, 16])
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     ids = read_json(folder / VOCABULARY)["ids"]
     model = build(config)
-    # Stored in fp16, computed in fp32: copying into the model converts.
+    # The file is in float16; copying into the model converts to float32.
     model.load_state_dict(load_file(folder / WEIGHTS))
     tokenizer = TrimmedTokenizer(ids, config["text_cfg"]["context_length"])
     identity = {"model": "demo", "weights": file_sha256(folder / WEIGHTS), "preprocessing": config}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -21,19 +21,19 @@ from transclip_fast.errors import InputError
 from transclip_fast.store.feature_writer import Failure, FeatureWriter
 
 STAGES = ("images", "model", "writing")  # that the loop may wait for
-IN_FLIGHT = 2  # batches on a GPU at a time: one computes, one arrives
+BATCHES_IN_FLIGHT = 2  # on a GPU: one computes, one arrives
 
 
 @dataclass(frozen=True)
 class EncodeProgress:
-    """Rows done and in all, and the share of the time that was spent waiting for images."""
+    """Rows done and in total, and the share of the time spent waiting for images."""
 
     done: int
     total: int
     waiting: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Throughput:
     """
     How fast images were encoded, and what the loop waited for.
@@ -48,13 +48,13 @@ class Throughput:
         That of the last batch.
     """
 
-    images: int = 0
-    seconds: float = 0.0
-    waited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
-    batch_size: int = 0
+    images: int
+    seconds: float
+    waited: dict[str, float]
+    batch_size: int
 
     def shares(self) -> dict[str, float]:
-        """Of each stage the share of the time that was spent waiting for it."""
+        """The share of the time spent waiting, by stage."""
         return {stage: spent / max(self.seconds, 1e-9) for stage, spent in self.waited.items()}
 
     @property
@@ -63,11 +63,11 @@ class Throughput:
 
     @property
     def bottleneck(self) -> str:
-        """The stage that was waited for longest."""
+        """The stage with the longest wait."""
         return max(STAGES, key=lambda stage: self.waited[stage])
 
     def summary(self) -> dict[str, Any]:
-        """For the summary of a command."""
+        """The figures as a command prints them."""
         return {
             "images": self.images,
             "seconds": self.seconds,
@@ -80,7 +80,7 @@ class Throughput:
 
 
 def merged(parts: Sequence[Throughput]) -> Throughput:
-    """That of processes side by side: images in all, the slowest one's time, the mean wait."""
+    """The throughput of processes side by side: all images, the longest time, the mean wait."""
     return Throughput(
         images=sum(part.images for part in parts),
         seconds=max(part.seconds for part in parts),
@@ -89,22 +89,32 @@ def merged(parts: Sequence[Throughput]) -> Throughput:
     )
 
 
-def encode_images(
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time spent inside to the stage's seconds."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def encode_shards(
     source: Source,
     backbone: Backbone,
     writer: FeatureWriter,
     plan: Sequence[int],
     *,
     workers: int,
-    progress: Callable[[EncodeProgress], None],
+    progress: Callable[[EncodeProgress], None] | None = None,
 ) -> Throughput:
     """
-    Encode the images of some shards.
+    Encode the images of some shards and write them.
 
     Features are unit rows in float16. Batches are cut by source row within a shard, so that the
-    same rows meet in one batch however often the run is interrupted, and whoever encodes it.
-    Where memory does not suffice, the batch is halved and the shard begun again; so it is, once,
-    where a worker hangs or dies.
+    same rows meet in one batch however often the run is interrupted, and whichever rank encodes
+    them. If memory does not suffice, the batch is halved and the shard begun again; if a worker
+    hangs or dies, the shard is begun again once.
 
     Parameters
     ----------
@@ -112,178 +122,151 @@ def encode_images(
         The shards to encode and write.
     workers : int
         Processes that decode; 0 decodes in this one.
+    progress : callable, optional
+        Called with the `EncodeProgress` after each batch.
 
     Raises
     ------
     InputError
-        Not even single images fit into memory; a shard on which workers are lost twice; the
-        machine fails; the folder cannot be written.
+        Not even single images fit into memory; a shard loses its workers twice; the machine
+        fails; the folder cannot be written.
     """
-    todo, size, lost_at = deque(plan), writer.batch_size, None
-    clock = _Clock(writer, plan, progress)
+    pending, batch_size, lost_shard = deque(plan), writer.batch_size, None
+    planned, missing = (
+        sum(len(writer.rows(shard)) for shard in shards) for shards in (plan, writer.missing())
+    )
+    done = int(writer.config["source"]["rows"]) - missing
     with torch.inference_mode(), ThreadPoolExecutor(1, "writing") as thread:
-        loop = _Loop(source, backbone, writer, workers, clock, thread)
-        while todo:
-            again = lost_at == todo[0]
+        loop = _Loop(
+            source, backbone, writer, workers, thread, progress, done=done, total=done + planned
+        )
+        while pending:
+            retry = pending[0] == lost_shard
             try:
-                # Once more without what follows: workers are ahead, and may have been lost there.
-                loop.run(todo, 1 if again else len(todo), size)
+                # Workers fetch ahead and may die on a later shard, so a retry covers one alone.
+                loop.run(pending, 1 if retry else len(pending), batch_size)
             except (RuntimeError, MemoryError) as error:
-                if is_worker_lost(error) and not again:
-                    lost_at = todo[0]
-                elif _out_of_memory(error) and size > 1:
-                    size //= 2
-                elif is_worker_lost(error) or _out_of_memory(error):
-                    keys = [source.keys[row] for row in writer.rows(todo[0])]
-                    raise InputError(_given_up(error, keys)) from error
+                if is_worker_lost(error) and not retry:
+                    lost_shard = pending[0]
+                elif _is_out_of_memory(error) and batch_size > 1:
+                    batch_size //= 2
+                elif is_worker_lost(error) or _is_out_of_memory(error):
+                    keys = [source.keys[row] for row in writer.rows(pending[0])]
+                    raise InputError(_final_failure(error, keys)) from error
                 else:
                     raise
-        loop.saved()
-    return clock.stop()
+        loop.wait_for_writing()
+    seconds = time.perf_counter() - loop.start
+    return Throughput(planned, seconds, loop.waited, batch_size)
 
 
 @dataclass
 class _Loop:
-    """The stages of encoding, and the clock that tells which of them is waited for."""
+    """The stages of encoding, with counts of rows and of the seconds spent waiting."""
 
     source: Source
     backbone: Backbone
     writer: FeatureWriter
     workers: int
-    clock: _Clock
     thread: ThreadPoolExecutor
+    progress: Callable[[EncodeProgress], None] | None
+    done: int  # rows of whole shards
+    total: int
     writing: Future[None] | None = None
+    start: float = field(default_factory=time.perf_counter)
+    waited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
-    def run(self, todo: deque[int], shards: int, size: int) -> None:
-        """Encode the first `shards` of `todo` in batches of `size`; each is taken off when done."""
-        cut = [
-            list(rows[start : start + size])
-            for rows in map(self.writer.rows, list(todo)[:shards])
-            for start in range(0, len(rows), size)
+    def run(self, pending: deque[int], n_shards: int, batch_size: int) -> None:
+        """Encode the first `n_shards` of `pending`, taking each off when it is done."""
+        batches = [
+            list(rows[start : start + batch_size])
+            for rows in map(self.writer.rows, list(pending)[:n_shards])
+            for start in range(0, len(rows), batch_size)
         ]
-        self.clock.throughput.batch_size = size
-        with closing(feed(self.source, self.backbone, cut, self.workers)) as batches:
-            for _ in range(shards):
-                self.clock.begin_shard()
-                shard = self._shard(len(self.writer.rows(todo[0])), size, batches)
-                self.saved()  # one shard is on its way, not more
+        with closing(feed(self.source, self.backbone, batches, self.workers)) as decoded:
+            for _ in range(n_shards):
+                n_rows = len(self.writer.rows(pending[0]))
+                shard = self._encode(n_rows, batch_size, decoded)
+                self.wait_for_writing()  # so that at most one shard waits in memory
                 self.writing = self.thread.submit(
-                    self.writer.write_shard, todo.popleft(), *shard, size
+                    self.writer.write_shard, pending.popleft(), *shard, batch_size
                 )
-                self.clock.end_shard()
+                self.done += n_rows
 
-    def saved(self) -> None:
+    def wait_for_writing(self) -> None:
         """Wait until the last shard is written."""
-        with self.clock.waiting("writing"):
+        with timed(self.waited, "writing"):
             if self.writing is not None:
                 self.writing.result()
 
-    def _shard(
-        self, rows: int, size: int, batches: Generator[Batch]
+    def _encode(
+        self, n_rows: int, batch_size: int, decoded: Iterator[Batch]
     ) -> tuple[np.ndarray, list[Failure]]:
-        """Features (rows, *shape) float16 of the next rows, and those that could not be read."""
-        features, failures = list[np.ndarray](), list[Failure]()
+        """Features (n_rows, *shape) float16 of a shard, and the images that could not be read."""
+        features, failures, n_done = list[np.ndarray](), list[Failure](), 0
         in_flight: deque[Callable[[], np.ndarray]] = deque()
-        for _ in range(0, rows, size):
-            with self.clock.waiting("images"):
-                batch = next(batches)
-            with self.clock.waiting("model"):
-                in_flight.append(_launch(self.backbone, batch.images, size))
-                if len(in_flight) == IN_FLIGHT:
+        while n_done < n_rows:
+            with timed(self.waited, "images"):
+                batch = next(decoded)
+            with timed(self.waited, "model"):
+                in_flight.append(_launch(self.backbone, batch.images, batch_size))
+                if len(in_flight) == BATCHES_IN_FLIGHT:
                     features.append(in_flight.popleft()())
             failures += batch.failures
-            self.clock.done(len(batch))
-        with self.clock.waiting("model"):
-            features += [land() for land in in_flight]
+            n_done += len(batch)
+            if self.progress is not None:
+                waiting = self.waited["images"] / (time.perf_counter() - self.start)
+                self.progress(EncodeProgress(self.done + n_done, self.total, waiting))
+        with timed(self.waited, "model"):
+            features += [result() for result in in_flight]
         return np.concatenate(features), failures
 
 
-def _launch(backbone: Backbone, images: torch.Tensor | None, size: int) -> Callable[[], np.ndarray]:
+def _launch(
+    backbone: Backbone, images: torch.Tensor | None, batch_size: int
+) -> Callable[[], np.ndarray]:
     """
-    Begin to embed a batch; the result waits for its unit rows (B, *shape) float16.
+    Begin to embed a batch; the returned function waits for its unit rows (B, *shape) float16.
 
     A GPU computes while the next batch is fetched; a CPU is done when this returns.
     """
-    rows = _embed(backbone, images, size)
+    rows = _embed(backbone, images, batch_size)
     if rows.device.type != "cuda":
         return rows.numpy
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
     host.copy_(rows, non_blocking=True)
-    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record(torch.cuda.current_stream(rows.device))
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(rows.device))
 
-    def land() -> np.ndarray:
-        done.synchronize()
+    def result() -> np.ndarray:
+        copied.synchronize()
         array: np.ndarray = host.numpy()
         return array
 
-    return land
+    return result
 
 
-def _embed(backbone: Backbone, images: torch.Tensor | None, size: int) -> torch.Tensor:
-    """
-    Unit rows (B, *shape) float16, on the backbone's device; batches have `size` images at most.
-    """
+def _embed(backbone: Backbone, images: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    """Unit rows (B, *shape) float16 on the backbone's device, B at most `batch_size`."""
     if images is None:
         return torch.empty((0, *backbone.shape), dtype=torch.float16)
-    rows = backbone.embed(images, size).float()
+    rows = backbone.embed(images, batch_size).float()
     return torch.nn.functional.normalize(rows, dim=-1).half()
 
 
-def _given_up(error: Exception, keys: Sequence[str]) -> str:
-    """What to tell of images with these keys where trying again does not help."""
-    told = " ".join(str(error).split())
-    if _out_of_memory(error):
-        return f"not even one image fits into memory ({told})"
+def _final_failure(error: Exception, keys: Sequence[str]) -> str:
+    """The message for a shard with these keys when another attempt does not help."""
+    reason = " ".join(str(error).split())
+    if _is_out_of_memory(error):
+        return f"not even one image fits into memory ({reason})"
     return (
-        f"{keys[0]} to {keys[-1]}: workers hang or die twice ({told}); "
+        f"{keys[0]} to {keys[-1]}: workers hang or die twice ({reason}); "
         "run again with --workers 0 to see where"
     )
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory was refused, by a GPU or by the system."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the GPU or the system refused memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         "can't allocate memory" in str(error)
     )
-
-
-class _Clock:
-    """Counts rows, and the time spent waiting for each stage."""
-
-    def __init__(
-        self, writer: FeatureWriter, plan: Sequence[int], report: Callable[[EncodeProgress], None]
-    ) -> None:
-        mine, missing = (
-            sum(len(writer.rows(number)) for number in shards)
-            for shards in (plan, writer.missing())
-        )
-        self.before = int(writer.config["source"]["rows"]) - missing
-        self.rows = self.whole = self.before
-        self.total, self.report = self.before + mine, report
-        self.throughput = Throughput(batch_size=writer.batch_size)
-        self.start = time.perf_counter()
-
-    @contextmanager
-    def waiting(self, stage: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.throughput.waited[stage] += time.perf_counter() - begun
-
-    def begin_shard(self) -> None:
-        self.rows = self.whole  # what was done of a shard that was broken off is not
-
-    def end_shard(self) -> None:
-        self.whole = self.rows
-
-    def done(self, rows: int) -> None:
-        self.rows += rows
-        share = self.throughput.waited["images"] / (time.perf_counter() - self.start)
-        self.report(EncodeProgress(self.rows, self.total, share))
-
-    def stop(self) -> Throughput:
-        self.throughput.images = self.rows - self.before
-        self.throughput.seconds = time.perf_counter() - self.start
-        return self.throughput

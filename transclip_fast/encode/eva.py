@@ -1,7 +1,7 @@
 """
 EVA-CLIP-8B and larger in open_clip's terms, with timm's `Eva` as image tower.
 
-The sizes are those that the authors publish in baaivision/EVA, EVA-CLIP-18B/shinji/eva_clip (Sun
+The sizes are published in baaivision/EVA, EVA-CLIP-18B/shinji/eva_clip (Sun
 et al., "EVA-CLIP-18B: Scaling CLIP to 18 Billion Parameters", arXiv 2402.04252).
 """
 
@@ -16,7 +16,7 @@ import torch
 from transclip_fast.store.atomic import read_json
 
 CONFIGS = Path(__file__).parent / "model_configs"
-OFFICIAL = "visual.cls_token"  # what tells the authors' names from open_clip's
+OFFICIAL_NAME = "visual.cls_token"  # a tensor of the authors' checkpoints, not of open_clip's
 
 
 @functools.cache
@@ -30,9 +30,9 @@ def register(file: Path) -> None:
     """
     Make the EVA-CLIP of a configuration file known to open_clip, and its trunk to timm.
 
-    open_clip tells a timm trunk nothing but its name: `layers`, `width`, `head_width`, `mlp_ratio`,
-    `patch_size` and `image_size` of the file's `vision_cfg` are read here, and of `norm_kwargs`
-    the `eps`, and `post` where norms follow attention and MLP instead of preceding them.
+    open_clip passes a timm trunk only its name, so the trunk is built here from the file's
+    `vision_cfg`: `layers`, `width`, `head_width`, `mlp_ratio`, `patch_size`, `image_size`, and of
+    `norm_kwargs` `eps` and `post` (norms follow attention and MLP instead of preceding them).
     """
     import open_clip
     import timm
@@ -44,7 +44,7 @@ def register(file: Path) -> None:
         def trunk(**_: Any) -> Any:
             return _trunk(vision)
 
-        trunk.__name__ = name  # what timm registers it under
+        trunk.__name__ = name  # timm registers it under this name
         timm.models.register_model(trunk)
     open_clip.add_model_config(file)
 
@@ -62,7 +62,7 @@ def _trunk(vision: dict[str, Any]) -> Any:
         num_heads=vision["width"] // vision["head_width"],
         mlp_ratio=vision["mlp_ratio"],
         qkv_bias=False,
-        # Torch's own: sums in float32 whatever the type, as the authors' does.
+        # Torch's sums in float32 whatever the type, as the authors' does.
         norm_layer=functools.partial(torch.nn.RMSNorm, eps=norm["eps"]),
         use_post_norm=norm.get("post", False),
         global_pool="token",

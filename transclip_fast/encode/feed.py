@@ -1,4 +1,4 @@
-"""Batches of decoded images in order, from processes that work ahead."""
+"""Batches of decoded images in order, decoded ahead by worker processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from transclip_fast.encode.sources import Source
 from transclip_fast.errors import InputError
 from transclip_fast.store.feature_writer import Failure
 
-# The machine fails, not the image: a later run can read it.
-FATAL = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
-PREFETCH = 4
-HUNG = 300.0  # seconds without a batch after which a worker hangs
+# Errors of the machine, not of the image: a later run can read it.
+FATAL_ERRNOS = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
+PREFETCHED_BATCHES = 4  # of each worker
+HUNG_SECONDS = 300.0  # without a batch; slow storage takes less
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, ...) as `Backbone.read` gives them, None where all failed; and the failures."""
+    """Images (B, ...) as `Backbone.read` returns them, or None if all failed; and the failures."""
 
     images: torch.Tensor | None
     failures: list[Failure]
@@ -33,7 +33,7 @@ class Batch:
         return len(self.failures) + (0 if self.images is None else len(self.images))
 
     def pin_memory(self) -> Batch:
-        """Itself, where the device can fetch it (called by torch's loader)."""
+        """The batch in memory that a GPU can fetch from; torch's loader calls this."""
         return Batch(None if self.images is None else self.images.pin_memory(), self.failures)
 
 
@@ -41,7 +41,7 @@ def feed(
     source: Source, backbone: Backbone, batches: Sequence[list[int]], workers: int
 ) -> Generator[Batch]:
     """
-    Decoded images in order, some batches ahead of the one that is asked for.
+    Yield batches of decoded images in order, while workers decode the next ones.
 
     Parameters
     ----------
@@ -55,16 +55,16 @@ def feed(
     InputError
         The machine fails to read an image; a later run may not.
     RuntimeError
-        No batch for `HUNG` seconds, or a worker that was killed (see `is_worker_lost`). Of the
-        latter torch tells by a signal, wherever this process is at that moment.
+        No batch for `HUNG_SECONDS`, or a worker that was killed (see `is_worker_lost`). Torch
+        raises the latter from a signal handler, wherever this process is at that moment.
     """
     loader: DataLoader[Any] = DataLoader(
         _Images(source, backbone),
         batch_sampler=batches,
         collate_fn=_collate,
         num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        timeout=HUNG if workers else 0,
+        prefetch_factor=PREFETCHED_BATCHES if workers else None,
+        timeout=HUNG_SECONDS if workers else 0,
         pin_memory=backbone.device.type == "cuda",
     )
     for batch in loader:
@@ -75,12 +75,12 @@ def feed(
 
 
 def is_worker_lost(error: Exception) -> bool:
-    """Whether an error is what torch's loader raises about its workers."""
+    """Whether torch's loader raised this error about its workers."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")
 
 
 class _Images(Dataset[Any]):
-    """Row number to the image, or to why there is none."""
+    """The image of a row, or its Failure."""
 
     def __init__(self, source: Source, backbone: Backbone) -> None:
         self.source, self.read = source, backbone.read
@@ -90,9 +90,9 @@ class _Images(Dataset[Any]):
             return self.read(self.source.read(row))
         except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
-            # The buffer's address, which differs from run to run, tells nobody anything.
+            # The buffer's address differs from run to run, and the manifest must not.
             reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)
-            fatal = isinstance(error, MemoryError) or getattr(error, "errno", None) in FATAL
+            fatal = isinstance(error, MemoryError) or getattr(error, "errno", None) in FATAL_ERRNOS
             return Failure(row, self.source.keys[row], reason, fatal)
 
 

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import logging
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,17 @@ import torch
 from transclip_fast.encode import eva, networks
 from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
-from transclip_fast.encode.weights import checkpoint_files, checkpoint_in, read_checkpoint
+from transclip_fast.encode.weights import (
+    checkpoint_files,
+    checkpoint_in,
+    load_errors,
+    read_checkpoint,
+)
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import inside
+from transclip_fast.store.arrays import file_sha256, inside
 from transclip_fast.store.atomic import read_json
 
-NONE = "none"  # pretrained: random weights, always the same
+RANDOM = "none"  # pretrained: random weights from a fixed seed
 FOLDER_CONFIG = "open_clip_config.json"
 
 
@@ -43,15 +47,15 @@ class Backbone:
     tokenizer : callable
         List of strings to token ids (B, L) int64.
     identity : dict
-        What decides the features, for the manifest: model, pretrained, preprocessing.
+        What decides the features and is in the manifest: model, weights, preprocessing.
     dtype : torch.dtype
         Of the images that the image tower takes.
     pixels : Pixels, optional
-        A faster way to what `preprocess` gives, where there is one.
+        Replaces `preprocess` if it is of the usual kind, and is faster.
     compiled : bool
         Whether `encode_image` is compiled by torch.
     local : LocalEncoder, optional
-        Embeds patches, too.
+        Embeds patches as well as images.
     """
 
     model: Any
@@ -65,7 +69,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -77,25 +81,25 @@ class Backbone:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what `embed` gives of an image: (d,), or (1 + L, d) with its L patches."""
-        return (self.dim,) if self.local is None else (1 + self.local.number, self.dim)
+        """The shape of an image's embedding: (d,), or (1 + L, d) with its L patches."""
+        return (self.dim,) if self.local is None else (1 + self.local.n_patches, self.dim)
 
     @property
     def read(self) -> Callable[[bytes], torch.Tensor]:
-        """From the content of an image file to what `embed` takes of it; without the model."""
+        """A function of an image file's content to what `embed` takes, without the model."""
         if self.pixels is not None:
             return self.pixels.read
         return functools.partial(_preprocessed, self.preprocess)
 
-    def embed(self, images: torch.Tensor, size: int) -> torch.Tensor:
+    def embed(self, images: torch.Tensor, batch_size: int) -> torch.Tensor:
         """
-        Embeddings (B, *shape) of images (B, ...) as `read` gives them; a GPU may still be at it.
+        Embeddings (B, *shape) of images (B, ...) that `read` returned, computed asynchronously.
 
-        A compiled image tower sees batches of `size` alone, or each size would be compiled.
+        Smaller batches of a compiled tower are padded, as torch compiles anew for each size.
         """
         number, images = len(images), self._moved(images)
-        if self.compiled and number < size:
-            images = torch.cat([images, images.new_zeros(size - number, *images.shape[1:])])
+        if self.compiled and number < batch_size:
+            images = torch.cat([images, images.new_zeros(batch_size - number, *images.shape[1:])])
         if self.pixels is not None:
             images = self.pixels.scale(images)
         encode = self.local or self.model.encode_image
@@ -103,7 +107,7 @@ class Backbone:
         return embedded[:number]
 
     def _moved(self, images: torch.Tensor) -> torch.Tensor:
-        """Images on the device; on a GPU they arrive beside what it still computes."""
+        """Images on the device; a GPU receives them while it computes."""
         if self.device.type != "cuda":
             return images.to(self.device)
         with torch.cuda.stream(self._arrivals):
@@ -130,7 +134,7 @@ def load_backbone(
     compiled: bool = False,
 ) -> Backbone:
     """
-    An open_clip model in evaluation mode.
+    Load an open_clip model in evaluation mode.
 
     Parameters
     ----------
@@ -139,11 +143,11 @@ def load_backbone(
         with an open_clip_config.json.
     pretrained : str, optional
         A tag that open_clip knows for the model, a checkpoint file, or "none": random weights
-        from a fixed seed. A folder brings its own.
+        from a fixed seed. A folder has its own checkpoint.
     precision : str
         "fp32", "bf16" or "fp16", as open_clip understands them.
     compiled : bool
-        Let torch compile the image tower: minutes at the start.
+        Let torch compile the image tower, which takes minutes at the start.
 
     Raises
     ------
@@ -151,34 +155,25 @@ def load_backbone(
         Unknown model or tag (with the nearest names), or a checkpoint that does not load.
     """
     identity = identify(model, pretrained, precision, compiled)
-    told = f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
-    try:
-        own = _folder(model) is not None or model in _shipped()
-        if pretrained in _tags(model) or (pretrained == NONE and not own):
+    ours = _folder(model) is not None or (eva.CONFIGS / f"{model}.json").is_file()
+    with load_errors(
+        f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
+    ):
+        if pretrained in _tags(model) or (pretrained == RANDOM and not ours):
             parts = _from_open_clip(model, str(pretrained), identity, precision, device)
         else:
             parts = _from_files(model, pretrained, precision, device)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{told}: does not load (damaged, or holds pickled "
-            "Python objects, which are never loaded; save its state_dict alone)"
-        ) from error
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{told}: does not load ({reason})") from error
     net, preprocess, tokenizer, preprocessing = parts
     net.eval()
     identity["preprocessing"] = preprocessing
     pixels = Pixels.of(preprocessing)
     if pixels is not None:
         identity["resize"] = RESIZE
-    dtype = networks.PRECISIONS[precision]
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)
     if compiled:
         net.encode_image = torch.compile(net.encode_image, dynamic=False)
+    dtype = networks.PRECISIONS[precision]
     return Backbone(net, preprocess, tokenizer, identity, dtype, pixels, compiled)
 
 
@@ -206,12 +201,12 @@ def network_config(model: str) -> dict[str, Any]:
 def _from_files(
     model: str, pretrained: str | None, precision: str, device: torch.device
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Network, preprocessing, tokenizer and what the manifest tells of the preprocessing."""
+    """Network, preprocessing, tokenizer, and the manifest's description of the preprocessing."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
     net = networks.empty_network(network_config(model), precision)
-    if pretrained == NONE:
+    if pretrained == RANDOM:
         networks.draw_weights(net, device)
     else:
         file = _weights_file(model, pretrained)
@@ -220,49 +215,43 @@ def _from_files(
     if folder is not None:
         own = read_json(inside(folder, FOLDER_CONFIG)).get("preprocess_cfg", {})
         tokens = f"local-dir:{folder}"
-    cfg = merge_preprocess_dict(PreprocessCfg(), {**own, "size": net.visual.image_size})
-    preprocess = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
-    return net, preprocess, open_clip.get_tokenizer(tokens), asdict(PreprocessCfg(**cfg))
+    merged = merge_preprocess_dict(PreprocessCfg(), {**own, "size": net.visual.image_size})
+    cfg = PreprocessCfg(**merged)
+    preprocess = image_transform_v2(cfg, is_train=False)
+    return net, preprocess, open_clip.get_tokenizer(tokens), asdict(cfg)
 
 
 def _from_open_clip(
     model: str, pretrained: str, identity: dict[str, Any], precision: str, device: torch.device
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """The same of a model with a tag, or with open_clip's random weights."""
+    import open_clip
+
+    def create() -> tuple[Any, Any, Any, dict[str, Any]]:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            torch.manual_seed(0)
+            net, _, preprocess = open_clip.create_model_and_transforms(
+                model,
+                pretrained=None if pretrained == RANDOM else pretrained,
+                device=device,
+                precision=precision,
+                # Weights trained with QuickGELU load into any network, and are wrong in most.
+                force_quick_gelu=identity["quick_gelu"],
+            )
+        preprocessing = open_clip.get_model_preprocess_cfg(net)
+        return net, preprocess, open_clip.get_tokenizer(model), preprocessing
+
     try:
         with _hub_cache_only():
-            net, preprocess, tokenizer = _create(model, pretrained, identity, precision, device)
-    except (OSError, ValueError, RuntimeError):
-        # Not in the cache, and if it is anything else it fails again.
-        net, preprocess, tokenizer = _create(model, pretrained, identity, precision, device)
-    import open_clip
-
-    return net, preprocess, tokenizer, open_clip.get_model_preprocess_cfg(net)
-
-
-def _create(
-    model: str, pretrained: str, identity: dict[str, Any], precision: str, device: torch.device
-) -> tuple[Any, Any, Any]:
-    """Network, preprocessing and tokenizer as open_clip makes them."""
-    import open_clip
-
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")
-        torch.manual_seed(0)
-        net, _, preprocess = open_clip.create_model_and_transforms(
-            model,
-            pretrained=None if identity["weights"] == NONE else pretrained,
-            device=device,
-            precision=precision,
-            # Weights trained with QuickGELU load into any network, and are wrong in most.
-            force_quick_gelu=identity["quick_gelu"],
-        )
-    return net, preprocess, open_clip.get_tokenizer(model)
+            return create()
+    except (OSError, ValueError, RuntimeError):  # not in the cache; any other error comes again
+        return create()
 
 
 @contextmanager
 def _hub_cache_only() -> Iterator[None]:
-    """Files of the model hub from its cache alone: it is not asked whether they are current."""
+    """Take files of the model hub from its cache, without asking it whether they are current."""
     from huggingface_hub import constants
 
     before, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
@@ -279,12 +268,11 @@ def identify(
     model: str, pretrained: str | None, precision: str = "fp32", compiled: bool = False
 ) -> dict[str, Any]:
     """
-    What a backbone is known by before it is loaded.
+    The identity of a backbone as far as it is known before loading.
 
-    Model, weights by tag or by file hash, activation, precision, whether compiled.
-
-    A checkpoint file does not say whether it wants QuickGELU: the model's name decides
-    ("ViT-B-32-quickgelu"), or the folder's configuration.
+    Model, weights (tag or file hash), activation, precision, whether compiled. A checkpoint file
+    does not name its activation: QuickGELU follows the model's name ("ViT-B-32-quickgelu") or the
+    folder's configuration.
 
     Raises
     ------
@@ -295,13 +283,16 @@ def identify(
 
     folder, tags = _folder(model), _tags(model)
     quick_gelu = False
-    if pretrained == NONE or pretrained in tags:
+    if pretrained == RANDOM or pretrained in tags:
         known = open_clip.get_pretrained_cfg(model, pretrained) if pretrained in tags else {}
         weights, quick_gelu = pretrained, bool(known.get("quick_gelu", False))
     else:
-        weights = _files_sha256(checkpoint_files(_weights_file(model, pretrained)))
+        files = checkpoint_files(_weights_file(model, pretrained))
+        hashes = [_file_sha256(file) for file in files]
+        whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        weights = hashes[0] if len(hashes) == 1 else whole
     return {
-        "model": model if folder is None else file_sha256(folder / FOLDER_CONFIG),
+        "model": model if folder is None else _file_sha256(folder / FOLDER_CONFIG),
         "weights": weights,
         "quick_gelu": quick_gelu,
         "precision": precision,
@@ -309,14 +300,9 @@ def identify(
     }
 
 
-def _files_sha256(files: Sequence[Path]) -> str:
-    hashes = [file_sha256(file) for file in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
 def _weights_file(model: str, pretrained: str | None) -> Path:
+    folder = _folder(model)
     if pretrained is None:
-        folder = _folder(model)
         if folder is None:
             raise InputError(f"model {model} needs --pretrained: a tag, a checkpoint file, or none")
         return checkpoint_in(folder)
@@ -324,7 +310,7 @@ def _weights_file(model: str, pretrained: str | None) -> Path:
         return Path(pretrained)
     if Path(pretrained).suffix or "/" in pretrained:
         raise InputError(f"{pretrained}: no such file")
-    raise _unknown(pretrained, [*_tags(model), NONE], f"weights for {model}")
+    raise _unknown(pretrained, [*_tags(model), RANDOM], f"weights for {model}")
 
 
 def _tags(model: str) -> list[str]:
@@ -333,13 +319,8 @@ def _tags(model: str) -> list[str]:
     return [] if _folder(model) else open_clip.list_pretrained_tags_by_model(model)
 
 
-def _shipped() -> frozenset[str]:
-    """Models that this package adds to open_clip's."""
-    return frozenset(file.stem for file in eva.CONFIGS.glob("*.json"))
-
-
 def _folder(model: str) -> Path | None:
-    """The folder that a model is, or None where it is a name that open_clip knows."""
+    """The folder of a model; None for a name that open_clip knows."""
     import open_clip
 
     eva.register_shipped()
@@ -357,16 +338,12 @@ def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
     return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
 
 
-def file_sha256(path: str | Path) -> str:
-    """Hash of a file's bytes; of one that has not changed since, remembered."""
+def _file_sha256(path: Path) -> str:
+    """The hash of a file's bytes; computed once, until the file changes."""
     known = os.stat(path)
-    return _sha256(os.path.realpath(path), known.st_size, known.st_mtime_ns)
+    return _cached_sha256(os.path.realpath(path), known.st_size, known.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _sha256(path: str, _size: int, _modified: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def _cached_sha256(path: str, _size: int, _modified: int) -> str:
+    return file_sha256(Path(path))

@@ -1,9 +1,9 @@
-"""open_clip networks built without weights, and filled from a checkpoint that stays on disk."""
+"""open_clip networks built without weights, then given those of a checkpoint mapped from disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -13,81 +13,86 @@ from transclip_fast.encode import eva
 from transclip_fast.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-UNUSED = frozenset({"logit_scale", "logit_bias"})  # by encoding; not every checkpoint has them
-SHOWN = 5
-RANDOM_SPREAD = 0.02
+NOT_ENCODING = frozenset({"logit_scale", "logit_bias"})  # encoding does without them
+SHOWN_NAMES = 5  # of tensors, in a message
+RANDOM_STD = 0.02  # of random weights, as in CLIP's token embedding
 
-State = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
 
 def empty_network(config: Mapping[str, Any], precision: str = "fp32") -> Any:
     """
-    A network whose parameters are on the meta device, where they take no memory.
+    Build a network whose parameters are on the meta device, where they take no memory.
+
+    Buffers, and what is computed from shapes, are real.
 
     Parameters
     ----------
     config : mapping
         As open_clip's model configurations.
     precision : str
-        One of `PRECISIONS`: types are what open_clip gives them under that name.
+        One of `PRECISIONS`; parameters get the types that open_clip's `create_model` gives them.
     """
     import open_clip
+    from accelerate import init_empty_weights
 
     parts: dict[str, Any] = deepcopy(dict(config))
     for tower, pretrained in (("vision_cfg", "timm_model"), ("text_cfg", "hf_model")):
         if f"{pretrained}_name" in parts[tower]:
             parts[tower][f"{pretrained}_pretrained"] = False
     custom_text = parts.pop("custom_text", False) or "hf_model_name" in parts["text_cfg"]
-    towers: Any = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    kind: Any = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     if custom_text and "multimodal_cfg" in parts:
-        towers = open_clip.CoCa
-    with _parameters_on_meta():
-        net = towers(**parts, cast_dtype=open_clip.get_cast_dtype(precision))
+        kind = open_clip.CoCa
+    with init_empty_weights(include_buffers=False):
+        net = kind(**parts, cast_dtype=open_clip.get_cast_dtype(precision))
     if precision != "fp32":
         _lower(net, PRECISIONS[precision], timm="timm_model_name" in parts["vision_cfg"])
     return net.eval()
 
 
-def load_weights(net: Any, weights: State, origin: str, device: torch.device) -> None:
+def load_weights(net: Any, weights: StateDict, origin: str, device: torch.device) -> None:
     """
     Give a network of `empty_network` its weights, in its own types.
 
-    On a CPU, tensors of the right type stay where they are, mapped from disk; otherwise one
-    tensor at a time is converted or copied.
+    On a CPU, tensors of the right type stay mapped from disk; the others are converted, or copied
+    to the device, one at a time.
 
     Raises
     ------
     InputError
-        Tensors that are missing, of another shape, or that the network does not have.
+        See `match_weights`.
     """
-    named = fitted(net, weights, origin)
     wanted = net.state_dict()
-    found = {name: named[name].to(device, wanted[name].dtype) for name in named}
-    for name in UNUSED & (wanted.keys() - found.keys()):
-        found[name] = torch.zeros_like(wanted[name], device=device)
-    net.load_state_dict(found, assign=True)
+    loaded = {
+        name: tensor.to(device, wanted[name].dtype)
+        for name, tensor in match_weights(net, weights, origin).items()
+    }
+    for name in wanted.keys() - loaded.keys():
+        loaded[name] = torch.zeros_like(wanted[name], device=device)
+    net.load_state_dict(loaded, assign=True)
     net.to(device)
 
 
 def draw_weights(net: Any, device: torch.device) -> None:
-    """Give a network of `empty_network` random weights, drawn where they will be."""
+    """Give a network of `empty_network` random weights, drawn on their device."""
     draw = torch.Generator(device).manual_seed(0)
     drawn = {}
     for name, like in net.state_dict().items():
         tensor = torch.empty_like(like, device=device)
         if tensor.is_floating_point():
-            tensor.normal_(std=RANDOM_SPREAD, generator=draw)
+            tensor.normal_(std=RANDOM_STD, generator=draw)
         drawn[name] = tensor if like.is_meta else like.to(device)
     net.load_state_dict(drawn, assign=True)
     net.to(device)
 
 
-def fitted(net: Any, weights: State, origin: str) -> State:
+def match_weights(net: Any, weights: StateDict, origin: str) -> StateDict:
     """
-    The tensors of a checkpoint under the network's names, in the network's order.
+    Return the tensors of a checkpoint under the network's names, in the network's order.
 
-    Known formats of others are renamed as open_clip does, and the authors' of EVA-CLIP;
-    positions learned at another resolution are interpolated.
+    open_clip renames the formats it knows; EVA-CLIP's official names are renamed here; positions
+    learned at another resolution are interpolated.
 
     Raises
     ------
@@ -96,61 +101,40 @@ def fitted(net: Any, weights: State, origin: str) -> State:
     """
     from open_clip import factory
 
-    if eva.OFFICIAL in weights:
+    if eva.OFFICIAL_NAME in weights:
         weights = {eva.open_clip_name(name): tensor for name, tensor in weights.items()}
     weights = factory.convert_state_dict(net, dict(weights))
     if "positional_embedding" in weights and not hasattr(net, "positional_embedding"):
         weights = factory.convert_to_custom_text_state_dict(weights)
     weights.pop("text.transformer.embeddings.position_ids", None)  # of older transformers
-    with suppress(AssertionError, RuntimeError):  # of another width: told below
+    with suppress(AssertionError, RuntimeError):  # of another width, which is reported below
         factory.resize_pos_embed(weights, net)
         factory.resize_text_pos_embed(weights, net)
     wanted = net.state_dict()
-    for name in UNUSED & weights.keys() & wanted.keys():
+    for name in NOT_ENCODING & weights.keys() & wanted.keys():
         weights[name] = weights[name].reshape(wanted[name].shape)
-    missing = [name for name in wanted if name not in weights and name not in UNUSED]
-    extra = [name for name in weights if name not in wanted and name not in UNUSED]
-    other = [
-        f"{name} {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    wrong = {"lacks": missing, "also has": extra, "has in other shapes": other}
-    if missing or extra or other:
-        told = "; ".join(f"it {what} {_listed(names)}" for what, names in wrong.items() if names)
-        raise InputError(f"{origin}: is not a checkpoint of this model: {told}")
+    wrong = {
+        "lacks": [name for name in wanted if name not in weights.keys() | NOT_ENCODING],
+        "also has": [name for name in weights if name not in wanted.keys() | NOT_ENCODING],
+        "has in other shapes": [
+            f"{name} {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    if any(wrong.values()):
+        reasons = "; ".join(f"it {what} {_listed(names)}" for what, names in wrong.items() if names)
+        raise InputError(f"{origin}: is not a checkpoint of this model: {reasons}")
     return {name: weights[name] for name in wanted if name in weights}
 
 
 def _listed(names: list[str]) -> str:
-    rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """
-    Parameters that modules take on inside are on the meta device from then on.
-
-    Unlike under `torch.device("meta")`, buffers and what is computed from shapes are real.
-    """
-    module: Any = torch.nn.Module
-    register = module.register_parameter
-
-    def on_meta(self: Any, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(self, name, parameter)
-
-    module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        module.register_parameter = register
+    rest = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _lower(net: Any, dtype: torch.dtype, timm: bool) -> None:
-    """Types as open_clip's create_model leaves them: its layer norms stay in float32."""
+    """Convert parameters as open_clip's create_model does; its layer norms stay in float32."""
     from open_clip.model import convert_weights_to_lp
     from open_clip.transformer import LayerNormFp32
 

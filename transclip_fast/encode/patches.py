@@ -1,4 +1,4 @@
-"""Local features: the patches of an image, embedded where the image itself is."""
+"""Local features: the patches of an image, embedded in the space of the image itself."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transclip_fast.errors import InputError
 @dataclass(frozen=True)
 class LocalEncoder:
     """
-    Images (B, 3, H, W) to (B, 1 + L, d): what `encode_image` gives, and the same of L patches.
+    Images (B, 3, H, W) to (B, 1 + L, d): the image's embedding, and those of its L patches.
 
-    Of a ViT, what leaves the last block goes through the norm and the projection that the class
-    token goes through; of CLIP's ResNets, attention pooling is asked at every place, not at the
-    mean alone. Patches are averaged over a grid and come in reading order.
+    Patches of a ViT leave the last block and take the norm and the projection of the class token;
+    in CLIP's ResNets every place, not only the mean, is a query of attention pooling. Patches are
+    averaged over a grid and come in reading order.
 
     Source: Chen et al. 2023, PLOT: Prompt Learning with Optimal Transport for Vision-Language
     Models, and the authors' repository (CHENGY12/PLOT), which has a ResNet's 7 x 7 places, and a
@@ -29,25 +29,25 @@ class LocalEncoder:
     ----------
     visual : Module
         open_clip's image tower.
-    most : int
-        What was asked for.
+    max_grid : int
+        The number of rows and columns that was asked for.
     grid : tuple of int
         Rows and columns of patches; L is their product.
     """
 
     visual: Any
-    most: int
+    max_grid: int
     grid: tuple[int, int]
 
     @classmethod
-    def of(cls, net: Any, most: int, name: str = "the model") -> LocalEncoder:
+    def of(cls, net: Any, max_grid: int, name: str = "the model") -> LocalEncoder:
         """
-        That of a network, with at most so many rows and columns of patches.
+        The encoder of a network's patches, at most `max_grid` rows and columns of them.
 
         Raises
         ------
         InputError
-            Its image tower has no patches in the space of its embeddings.
+            The image tower has no patches in the space of its embeddings.
         """
         visual = getattr(net, "visual", None)
         places = _places(visual)
@@ -56,10 +56,10 @@ class LocalEncoder:
                 f"local features: the image tower of {name} gives none, only open_clip's own ViT "
                 "(without attention pooling) and ResNet do; leave --local-features out"
             )
-        return cls(visual, most, (min(most, places[0]), min(most, places[1])))
+        return cls(visual, max_grid, (min(max_grid, places[0]), min(max_grid, places[1])))
 
     @property
-    def number(self) -> int:
+    def n_patches(self) -> int:
         """L."""
         return self.grid[0] * self.grid[1]
 
@@ -77,7 +77,7 @@ class LocalEncoder:
 
 
 def _places(visual: Any) -> tuple[int, int] | None:
-    """Rows and columns of what an image tower sees, or None where it tells of the whole only."""
+    """Rows and columns of an image tower's last feature map; None if it has no usable one."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer
 
@@ -91,16 +91,14 @@ def _places(visual: Any) -> tuple[int, int] | None:
 
 
 def _attended(pool: Any, places: torch.Tensor) -> torch.Tensor:
-    """What attention pooling (C to d) finds at each place of (B, C, h, w): (B, d, h, w)."""
+    """Attention pooling (C to d) queried at each place of (B, C, h, w): (B, d, h, w)."""
     tokens = places.flatten(2).mT  # (B, hw, C)
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
     tokens = tokens + pool.positional_embedding.to(tokens.dtype)
 
     def heads(linear: Any) -> torch.Tensor:
-        split: torch.Tensor = linear(tokens)
-        return split.view(*split.shape[:2], pool.num_heads, -1).transpose(
-            1, 2
-        )  # (B, heads, 1 + hw, C / heads)
+        split: torch.Tensor = linear(tokens).unflatten(2, (pool.num_heads, -1))
+        return split.transpose(1, 2)  # (B, heads, 1 + hw, C / heads)
 
     mixed = F.scaled_dot_product_attention(
         heads(pool.q_proj), heads(pool.k_proj), heads(pool.v_proj)

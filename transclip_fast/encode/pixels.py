@@ -1,10 +1,9 @@
 """
-Image files to pixels: what open_clip's preprocessing gives, in a third of its time.
+Image files to pixels: the result of open_clip's preprocessing in a third of its time.
 
-JPEGs are decoded by simplejpeg where it is installed, to exactly Pillow's pixels (both are
-libjpeg-turbo); everything else, and whatever simplejpeg refuses, by Pillow. Pixels are resized by
-torch as bytes, which differs from Pillow by at most one of 255 levels (`bench/decoders.py` compares
-them), and travel as bytes.
+simplejpeg, if installed, decodes JPEGs to exactly Pillow's pixels (both are libjpeg-turbo); Pillow
+decodes everything else, and what simplejpeg refuses. Torch resizes bytes, which differs from Pillow
+by at most one of 255 levels (`bench/speed/decoders.py` compares them), and pixels travel as bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-RESIZE = "torch, bytes"  # for the manifest: which of the two ways made the features
+RESIZE = "torch, bytes"  # in the manifest of features that were made by `Pixels`
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Pixels:
 
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any]) -> Pixels | None:
-        """Of open_clip's preprocessing; None where that is of another kind."""
+        """The same as open_clip's preprocessing, or None if that is of another kind."""
         size, kind = preprocessing["size"], preprocessing["interpolation"]
         sides = set(size) if isinstance(size, list | tuple) else {size}
         if preprocessing["resize_mode"] != "shortest" or len(sides) > 1 or kind == "random":
@@ -68,11 +68,7 @@ class Pixels:
         return square.permute(1, 2, 0).contiguous()
 
     def scale(self, images: torch.Tensor) -> torch.Tensor:
-        """
-        Images (B, S, S, 3) uint8 less the mean, by the standard deviation, float32.
-
-        They become (B, 3, S, S), channels last in memory.
-        """
+        """Standardize images (B, S, S, 3) uint8: (B, 3, S, S) float32, channels last in memory."""
         mean, std = (_channels(values, images.device) for values in (self.mean, self.std))
         planes = images.permute(0, 3, 1, 2)
         return planes.float().div_(255).sub_(mean).div_(std)
@@ -80,47 +76,39 @@ class Pixels:
 
 @functools.cache
 def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """One number a channel, (3, 1, 1); copied once, as a GPU would be waited for each time."""
+    """One number a channel, (3, 1, 1); cached, as each copy to a GPU would wait for it."""
     return torch.tensor(values, device=device)[:, None, None]
 
 
 @functools.cache
 def decoder() -> str:
-    """What decodes JPEGs here: "simplejpeg", or "Pillow" where that is not installed."""
+    """The JPEG decoder: "simplejpeg" if it is installed, else "Pillow"."""
     return "simplejpeg" if find_spec("simplejpeg") else "Pillow"
 
 
 def decode(data: bytes) -> torch.Tensor:
     """
-    An image file to its pixels (3, H, W) uint8, channels last in memory.
+    Decode an image file to its pixels (3, H, W) uint8, channels last in memory.
 
     Raises
     ------
     Exception
-        Whatever Pillow raises where the file is damaged, or no image.
+        Whatever Pillow raises if the file is damaged or no image.
     """
     with Image.open(io.BytesIO(data)) as image:  # reads the header alone
         pixels = None
         if image.format == "JPEG" and image.mode in ("L", "RGB") and decoder() == "simplejpeg":
-            pixels = _by_simplejpeg(data)
+            import simplejpeg
+
+            with suppress(ValueError):  # damage, too, is left to Pillow
+                pixels = simplejpeg.decode_jpeg(data, "RGB")  # (H, W, 3) uint8
         if pixels is None:
             pixels = np.array(image.convert("RGB"))
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _by_simplejpeg(data: bytes) -> np.ndarray | None:
-    """Pixels (H, W, 3) uint8; None where Pillow has to decide, on damage too."""
-    import simplejpeg
-
-    try:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
-        return None
-    return pixels
-
-
 def rgb(data: bytes) -> Image.Image:
-    """An image file as an image of Pillow with three channels."""
+    """Open an image file with Pillow, with three channels."""
     with Image.open(io.BytesIO(data)) as image:
         converted: Image.Image = image.convert("RGB")
         return converted

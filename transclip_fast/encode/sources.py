@@ -17,14 +17,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.feature_writer import RowTable
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 TAR_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has is its label
+LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has holds its label
 SPLITS = ("train", "val", "test")
+IMAGENET_CLASSES = 1000
 
 
 @dataclass
@@ -43,9 +44,9 @@ class Source:
     spans : list of (offset, size), optional
         Where in its file each image lies; without spans the file is the image.
     labels : list of int, str or None, optional
-        As the source has them: class positions, class names or synsets.
+        Class positions, class names or synsets, as in the source.
     class_names : list of str, optional
-        Of the classes that labels are positions of, where the source has them.
+        Of a source that defines its classes; labels are positions in it.
     """
 
     kind: str
@@ -68,11 +69,11 @@ class Source:
             return file.read(size)
 
     def table(self, labels: np.ndarray | None) -> RowTable:
-        """What a feature folder keeps of each row."""
+        """The metadata of each row in a feature folder."""
         return RowTable(self.keys, [_printable(file) for file in self.files], labels)
 
     def identity(self) -> dict[str, Any]:
-        """What the manifest remembers the source by: kind, rows, hash of names and sizes."""
+        """The manifest's entry: kind, rows, hash of names and sizes."""
         digest = hashlib.sha256()
         for row, key in enumerate(self.keys):
             size = self.spans[row][1] if self.spans else _size(self.files[row])
@@ -83,12 +84,12 @@ class Source:
 def open_source(
     path: str | Path,
     *,
-    folder_labels: bool = False,
+    labels_from_folders: bool = False,
     split: str | None = None,
     root: str | Path | None = None,
 ) -> Source:
     """
-    The source at a path.
+    List the images at a path.
 
     Parameters
     ----------
@@ -97,13 +98,13 @@ def open_source(
         one .tar file (webdataset); or a .txt, .csv or .parquet list with a column `path` (a .txt
         has one path a line) and optionally `label` and `key`, paths relative to the list; or a
         .json of splits as CoOp has them, lists of [path, label, class name].
-    folder_labels : bool
+    labels_from_folders : bool
         The name of an image's first sub-folder is its label.
     split : {"train", "val", "test"}, optional
-        Of a .json of splits; test where not given.
+        Of a .json of splits; "test" by default.
     root : path, optional
-        Folder that the paths of a .json of splits start at; where not given, its own, or the one
-        folder there that has the first image.
+        Folder that the paths of a .json of splits start at; by default its own, or the one folder
+        beside it that has the first image.
 
     Raises
     ------
@@ -118,7 +119,7 @@ def open_source(
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
-        source = _webdataset(tars) if tars else _folder(path, folder_labels)
+        source = _webdataset(tars) if tars else _folder(path, labels_from_folders)
         if tars and any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir()):
             raise InputError(f"{path}: holds images and .tar files; name one of the .tar files")
     elif path.suffix == ".tar":
@@ -139,12 +140,12 @@ def open_source(
 
 def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     """
-    Labels of a source as positions in `names`, (rows,) int64; None where it has none.
+    Labels of a source as positions in `names`, (rows,) int64, or None if it has none.
 
     A label may be a position, a class name (case, "_" and " " alike; not one that two classes
     share) or one of ImageNet's synsets, which stand for their positions among the 1000 classes.
 
-    Texts of a webdataset may be captions: where one is no class name there are no labels, with a
+    Texts of a webdataset may be captions: if one is no class name, the result is None, with a
     warning.
 
     Raises
@@ -157,7 +158,7 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     positions: dict[str, int | None] = {}
     for k, name in enumerate(names):
         positions[plain_name(name)] = None if plain_name(name) in positions else k
-    synsets = _synsets(len(names)) if any(_is_synset(label) for label in source.labels) else {}
+    synsets = _synsets(len(names))
     captions = any(isinstance(label, str) for label in source.labels)
     found = np.empty(len(source), dtype=np.int64)
     for row, label in enumerate(source.labels):
@@ -180,7 +181,7 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     return found
 
 
-def _folder(root: Path, folder_labels: bool) -> Source:
+def _folder(root: Path, labels_from_folders: bool) -> Source:
     found = []
     for folder, subfolders, files in os.walk(root, onerror=_unreadable):
         links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
@@ -196,7 +197,7 @@ def _folder(root: Path, folder_labels: bool) -> Source:
     found.sort()
     keys = [key for key, _ in found]
     labels = None
-    if folder_labels:
+    if labels_from_folders:
         for key in keys:
             if "/" not in key:
                 raise InputError(f"{root / key}: is in no sub-folder, so it has no label")
@@ -205,7 +206,7 @@ def _folder(root: Path, folder_labels: bool) -> Source:
 
 
 def _list(path: Path) -> Source:
-    try:
+    with reading(path, "cannot be read as a list"):
         if path.suffix == ".txt":
             lines = path.read_text(encoding="utf-8-sig").splitlines()
             table = pa.table({"path": [line.strip() for line in lines if line.strip()]})
@@ -215,8 +216,6 @@ def _list(path: Path) -> Source:
             table = pyarrow.csv.read_csv(path, convert_options=options)
         else:
             table = pq.read_table(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as a list ({error})") from error
     if "path" not in table.column_names:
         raise InputError(f"{path}: has no column 'path', only {', '.join(table.column_names)}")
     paths = [str(value) for value in table.column("path").to_pylist()]
@@ -264,7 +263,7 @@ def _split_classes(path: Path, lists: Mapping[str, list[Any]]) -> list[str]:
 
 
 def _root(path: Path, keys: Sequence[str]) -> Path:
-    """The folder of a .json of splits, or the one folder in it, that has the first image."""
+    """The folder of a .json of splits, or the one folder in it, with the first image."""
     folders = [path.parent, *sorted(entry for entry in path.parent.iterdir() if entry.is_dir())]
     found = [folder for folder in folders if keys and os.path.isfile(folder / keys[0])]
     if keys and len(found) != 1:
@@ -302,9 +301,9 @@ def _webdataset(tars: Iterable[Path]) -> Source:
 
 
 def _samples(tar: Path) -> dict[str, tuple[tarfile.TarInfo | None, int | str | None]]:
-    """Image and label of each sample: files of one name up to its first dot belong together."""
+    """Image and label of each sample, the files of one name up to its first dot."""
     samples: dict[str, tuple[tarfile.TarInfo | None, int | str | None]] = {}
-    rank: dict[str, int] = {}  # of the suffix that a sample's label came from
+    rank: dict[str, int] = {}  # of the suffix of a sample's label, in LABEL_SUFFIXES
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
@@ -351,29 +350,27 @@ def _unreadable(error: OSError) -> None:
 
 
 def _printable(name: str) -> str:
-    """A file name as text; bytes that are not UTF-8 are written out."""
+    """A file name as text, with backslash escapes for bytes that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def plain_name(name: str) -> str:
-    """A class name as it is compared: case, "_" and " " alike."""
+    """A class name for comparison: case, "_" and " " do not matter."""
     return name.replace("_", " ").casefold().strip()
 
 
-def _is_synset(label: object) -> bool:
-    return isinstance(label, str) and len(label) == 9 and label[0] == "n" and label[1:].isdigit()
-
-
 def _synsets(n_classes: int) -> dict[str, int]:
-    """ImageNet's synsets to their positions, where the class names can be those of ImageNet."""
+    """The positions of ImageNet's synsets ("n01440764"), if there are as many classes."""
+    if n_classes != IMAGENET_CLASSES:
+        return {}
     from timm.data.imagenet_info import ImageNetInfo
 
     names: list[str] = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
-    return {name: k for k, name in enumerate(names)} if n_classes == len(names) else {}
+    return {name: k for k, name in enumerate(names)}
 
 
 def _size(file: str) -> int:
     try:
         return os.stat(file).st_size
     except OSError:
-        return -1  # it will be listed among the failures
+        return -1  # reading it fails later, and is reported

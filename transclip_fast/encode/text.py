@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from transclip_fast.encode.models import Backbone
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.store.features import read_names
 
 PROMPTS_PER_BATCH = 256
-Prompts = Callable[[str], Sequence[str]]
+Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
 
 
 def class_names(spec: str) -> list[str]:
     """
-    Class names: one a line of a text file, or "imagenet" for the 1000 of ImageNet.
+    Read class names: one a line of a text file, or "imagenet" for the 1000 of ImageNet.
 
     Raises
     ------
@@ -39,15 +39,15 @@ def class_names(spec: str) -> list[str]:
     return names
 
 
-def templates(spec: str) -> Prompts:
+def templates(spec: str) -> Templates:
     """
-    The prompts of a class name.
+    Return a function from a class name to its prompts.
 
     Parameters
     ----------
     spec : str
         "openai" (80 templates) or "simple" (7); a text file with one template a line, each with
-        `{}` or `{c}` where the name goes; or a JSON file of prompts by class name, as CuPL has it.
+        `{}` or `{c}` in place of the name; or a JSON file of prompts by class name, as of CuPL.
 
     Raises
     ------
@@ -66,13 +66,13 @@ def templates(spec: str) -> Prompts:
         raise InputError(
             f"{spec}: cannot be read ({error}); give openai, simple or a file"
         ) from error
-    return _written_out(path, content) if path.suffix == ".json" else _filled_in(path, content)
+    return _from_json(path, content) if path.suffix == ".json" else _from_lines(path, content)
 
 
 @dataclass(frozen=True)
 class ClassPrompts:
     """
-    Class names, the prompts of each, and what they were made from.
+    Class names, the prompts of each, and the templates' name or file.
 
     Raises
     ------
@@ -85,14 +85,14 @@ class ClassPrompts:
     origin: str
 
     @classmethod
-    def read(cls, names: str | Sequence[str], template_spec: str) -> ClassPrompts:
-        """From the names, or what `class_names` takes, and from what `templates` takes."""
-        listed = class_names(names) if isinstance(names, str) else list(names)
-        fill = templates(template_spec)
-        return cls(listed, [list(fill(name)) for name in listed], template_spec)
+    def read(cls, names: str | Path | Sequence[str], template_spec: str) -> ClassPrompts:
+        """Combine names, or what `class_names` takes, with what `templates` takes."""
+        listed = class_names(str(names)) if isinstance(names, str | Path) else list(names)
+        prompts = templates(template_spec)
+        return cls(listed, [list(prompts(name)) for name in listed], template_spec)
 
     def identity(self) -> dict[str, Any]:
-        """What the manifest remembers: names, origin, hash of the prompts."""
+        """The manifest's entries: names, origin, hash of the prompts."""
         digest = hashlib.sha256(json.dumps(self.prompts).encode())
         return {
             "class_names": self.names,
@@ -102,7 +102,7 @@ class ClassPrompts:
 
 
 def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
-    """Unit prototypes (K, d) float32: of each class the mean of its prompts' unit embeddings."""
+    """Unit prototypes (K, d) float32, the normalized mean of each class's unit embeddings."""
     flat = [prompt for of_class in text.prompts for prompt in of_class]
     rows = []
     with torch.inference_mode():
@@ -116,7 +116,7 @@ def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
     return unit
 
 
-def _filled_in(path: Path, content: str) -> Prompts:
+def _from_lines(path: Path, content: str) -> Templates:
     lines = [line.strip() for line in content.splitlines()]
     for number, line in enumerate(lines, 1):
         if line and "{}" not in line and "{c}" not in line:
@@ -127,22 +127,16 @@ def _filled_in(path: Path, content: str) -> Prompts:
     return lambda name: [line.replace("{}", name).replace("{c}", name) for line in found]
 
 
-def _written_out(path: Path, content: str) -> Prompts:
-    try:
+def _from_json(path: Path, content: str) -> Templates:
+    with reading(path, "is not JSON"):
         table = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from error
     if not isinstance(table, Mapping):
         raise InputError(f"{path}: expected an object of class names to lists of prompts")
 
     def prompts(name: str) -> Sequence[str]:
-        of_class = table.get(name)
-        if (
-            not isinstance(of_class, list)
-            or not of_class
-            or not all(isinstance(prompt, str) for prompt in of_class)
-        ):
-            raise InputError(f"{path}: has no list of prompts for class {name!r}")
-        return of_class
+        match table.get(name):
+            case [*found] if found and all(isinstance(prompt, str) for prompt in found):
+                return found
+        raise InputError(f"{path}: has no list of prompts for class {name!r}")
 
     return prompts

@@ -1,4 +1,4 @@
-"""Checkpoint files as tensors by name that stay on disk until they are used."""
+"""Checkpoint files as tensors by name, mapped from disk; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import inside
 from transclip_fast.store.atomic import read_json
 
-INDEX = ".index.json"
+INDEX_SUFFIX = ".index.json"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.", "clip_model.", "clip.")
-NAMES = (  # of a folder's checkpoint, the first there is
+FOLDER_CHECKPOINTS = (  # of a folder, the first that exists
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -29,15 +30,15 @@ NAMES = (  # of a folder's checkpoint, the first there is
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})  # OpenAI's
+NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})  # in OpenAI's files
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """
-    The tensors of a checkpoint, mapped from disk.
+    Map the tensors of a checkpoint from disk.
 
-    What training scripts wrap around them is taken off: a dictionary under one of `WRAPPERS`, and
-    those of `PREFIXES` that all names share.
+    Dictionaries that training scripts wrap around them (`WRAPPERS`) and prefixes that all names
+    share (`PREFIXES`) are removed.
 
     Parameters
     ----------
@@ -53,43 +54,46 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
-    tensors = _sharded(path) if path.name.endswith(INDEX) else _read(path)
+    tensors = _read_parts(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS}
-    while tensors and (shared := _shared_prefix(tensors)):
-        tensors = {name.removeprefix(shared): tensor for name, tensor in tensors.items()}
+    while tensors:
+        shared = [p for p in PREFIXES if all(name.startswith(p) for name in tensors)]
+        if not shared:
+            break
+        tensors = {name.removeprefix(shared[0]): tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def checkpoint_in(folder: Path) -> Path:
     """
-    The checkpoint of a folder: one of `NAMES`, or the only one there is.
+    The checkpoint of a folder: one of `FOLDER_CHECKPOINTS`, or the only one there is.
 
     Raises
     ------
     InputError
         None, several, or a link out of the folder.
     """
-    found = [name for name in NAMES if (folder / name).is_file()] or sorted(
+    found = [name for name in FOLDER_CHECKPOINTS if (folder / name).is_file()] or sorted(
         file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt")
     )
-    if not found or (len(found) > 1 and found[0] not in NAMES):
+    if not found or (len(found) > 1 and found[0] not in FOLDER_CHECKPOINTS):
         raise InputError(
             f"{folder}: holds {'several' if found else 'no'} checkpoints; "
-            f"call the one to load {NAMES[0]}"
+            f"call the one to load {FOLDER_CHECKPOINTS[0]}"
         )
     return inside(folder, found[0])
 
 
 def checkpoint_files(path: Path) -> list[Path]:
     """
-    All files of a checkpoint: itself, and those that it names where it is an index.
+    All files of a checkpoint: the file itself and, if it is an index, those that it names.
 
     Raises
     ------
     InputError
-        An index that is none, or that names a file that is not beside it.
+        A damaged index, or one that names a file that is not beside it.
     """
-    if not path.name.endswith(INDEX):
+    if not path.name.endswith(INDEX_SUFFIX):
         return [path]
     files = sorted(set(_weight_map(path).values()))
     for file in files:
@@ -98,8 +102,21 @@ def checkpoint_files(path: Path) -> list[Path]:
     return [path, *(path.parent / file for file in files)]
 
 
-def _shared_prefix(names: Iterable[str]) -> str:
-    return next((p for p in PREFIXES if all(name.startswith(p) for name in names)), "")
+@contextmanager
+def load_errors(origin: str) -> Iterator[None]:
+    """Turn the errors of libraries that load weights into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{origin}: does not load (damaged, or holds pickled Python objects, which are never "
+            "loaded; save its state_dict alone)"
+        ) from error
+    except Exception as error:  # on damage they raise anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{origin}: does not load ({reason})") from error
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -109,47 +126,36 @@ def _weight_map(path: Path) -> dict[str, str]:
     return files
 
 
-def _sharded(path: Path) -> dict[str, torch.Tensor]:
+def _read_parts(path: Path) -> dict[str, torch.Tensor]:
     """The tensors that an index names, each from its file beside the index."""
-    files, tensors = _weight_map(path), {}
-    for part in checkpoint_files(path)[1:]:
-        held = _read(part)
-        for name in (name for name, file in files.items() if file == part.name):
-            if name not in held:
-                raise InputError(f"{part}: has no tensor {name!r}, though {path.name} says so")
-            tensors[name] = held[name]
+    parts = {part: _read_file(part) for part in checkpoint_files(path)[1:]}
+    tensors = {}
+    for name, file in _weight_map(path).items():
+        part = path.parent / file
+        if name not in parts[part]:
+            raise InputError(f"{part}: has no tensor {name!r}, though {path.name} names it")
+        tensors[name] = parts[part][name]
     return tensors
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    with load_errors(str(path)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of damage that the error describes better
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        with warnings.catch_warnings():  # of torch, about damage that the error tells better
-            warnings.simplefilter("ignore")
-            mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: does not load (damaged, or holds pickled Python objects, which are never "
-            "loaded; save its state_dict alone)"
-        ) from error
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: does not load ({reason})") from error
-    return _state_dict(path, loaded)
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
+        tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        while inner := _wrapped(tensors):
+            tensors = inner
+        if not isinstance(tensors, Mapping) or not tensors:
+            raise ValueError("expected tensors by name")
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+                raise ValueError(f"{name!r} is not a dense tensor")
+        return {str(name): tensor.detach() for name, tensor in tensors.items()}
 
 
-def _state_dict(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
-    while isinstance(loaded, Mapping):
-        wrapper = next((w for w in WRAPPERS if isinstance(loaded.get(w), Mapping)), None)
-        if wrapper is None:
-            break
-        loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise InputError(f"{path}: does not load (expected tensors by name)")
-    for name, tensor in loaded.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise InputError(f"{path}: does not load ({name!r} is not a dense tensor)")
-    return {str(name): tensor.detach() for name, tensor in loaded.items()}
+def _wrapped(loaded: Any) -> Mapping[str, Any] | None:
+    """The dictionary under the first of `WRAPPERS`, if there is one."""
+    values = (loaded.get(key) for key in WRAPPERS) if isinstance(loaded, Mapping) else ()
+    return next((value for value in values if isinstance(value, Mapping)), None)

@@ -151,8 +151,10 @@ def enter_above(products, first, features, side, other_side, n, pairs, values): 
     ids, terms, limits, lows = side
     others, other_terms, other_limits, other_lows = other_side
     row = np.empty(len(others), np.float32)
-    maxima = np.empty(-(-len(row) // CHUNK_ENTRIES), np.float32)
-    where = np.empty(len(row) + 1, np.int32)
+    maxima, where = (
+        np.empty(-(-len(row) // CHUNK_ENTRIES), np.float32),
+        np.empty(len(row) + 1, np.int32),
+    )
     for r in range(len(products)):
         i = first + r
         excess(products[r], terms, i, other_terms, lows[i], other_lows, row)
@@ -181,6 +183,7 @@ def enter_largest(  # type: ignore[no-untyped-def]
     n, size = len(others), values.shape[1]
     row, found = np.empty(n, np.float32), np.empty(n, np.float32)
     maxima = np.empty(-(-n // CHUNK_ENTRIES), np.float32)
+    largest, unused = np.full(size, -F(np.inf)), np.empty(size, np.int32)
     where, no_limits = np.empty(n + 1, np.int32), np.zeros(n, np.float32)
     for r in range(len(products)):
         i = first + r
@@ -188,9 +191,9 @@ def enter_largest(  # type: ignore[no-untyped-def]
         if same:
             row[i] = LOWEST_SCORE
         chunk_maxima(row, maxima)
-        low = LOWEST_SCORE / F(2)
-        if len(maxima) >= size:  # the size-th largest product is at least that of the maxima
-            low = max(np.partition(maxima, len(maxima) - size)[-size] - margins[i], low)
+        # The size-th largest product is at least the size-th largest of the chunks' maxima.
+        enter(maxima, where, LOWEST_SCORE, F(4), largest, unused, -F(np.inf))
+        low = max(largest.min() - margins[i], LOWEST_SCORE / F(2))
         count = at_least(row, maxima, low, where)
         for c in range(count):
             found[c] = dot(features[ids[i]], features[others[where[c]]])

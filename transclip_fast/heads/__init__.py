@@ -1,19 +1,18 @@
 """
-Few-shot methods on features that are already there: a classifier from texts and a few shots.
+Few-shot methods on features: a classifier from class texts and a few labelled rows.
 
-Each is a file of this folder with a function `fit`; those of `prompts` train through a text tower.
-TransCLIP goes on top of what they predict.
+Each method is a file of this folder with a function `fit`; those in `prompts` train through a text
+tower. TransCLIP takes their prediction as its prior.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from transclip_fast.data.checks import as_labelled_rows
-from transclip_fast.data.patches import PatchedRows
 from transclip_fast.errors import InputError
 from transclip_fast.heads import (
     clip_adapter,
@@ -23,6 +22,7 @@ from transclip_fast.heads import (
     tip_adapter,
     tip_adapter_f,
 )
+from transclip_fast.heads.base import Head, PrototypeHead
 from transclip_fast.heads.prompt_ensemble import ensemble
 from transclip_fast.heads.prompts import (
     ContextSettings,
@@ -33,49 +33,67 @@ from transclip_fast.heads.prompts import (
     plot,
     prograd,
 )
-from transclip_fast.heads.task import Head, Labelled, Progress, PrototypeHead, Task
+from transclip_fast.heads.shots import labelled_rows
+from transclip_fast.heads.task import Labelled, Task, TrainingProgress
 
 __all__ = [
     "HEADS",
     "LEARNERS",
     "SETTINGS",
     "Head",
+    "Method",
     "PrototypeHead",
-    "check_head",
     "ensemble",
     "fit_head",
+    "method_named",
 ]
 
-HEADS: dict[str, Callable[[Task], Head]] = {
-    "prompt-ensemble": prompt_ensemble.fit,
-    "tip-adapter": tip_adapter.fit,
-    "tip-adapter-f": tip_adapter_f.fit,
-    "clip-adapter": clip_adapter.fit,
-    "taskres": task_res.fit,
-    "linear-probe": linear_probe.fit,
+
+@dataclass(frozen=True)
+class Method:
+    """A few-shot method, and what is known of its heads before they are fitted."""
+
+    fit: Callable[[Task], Head]
+    needs_shots: bool = True
+    takes_patches: bool = False
+    transfers: bool = False  # to classes other than those of the training
+
+
+HEADS = {
+    "prompt-ensemble": Method(prompt_ensemble.fit, needs_shots=False),
+    "tip-adapter": Method(tip_adapter.fit),
+    "tip-adapter-f": Method(tip_adapter_f.fit),
+    "clip-adapter": Method(clip_adapter.fit, transfers=True),
+    "taskres": Method(task_res.fit),
+    "linear-probe": Method(linear_probe.fit),
 }
-LEARNERS: dict[str, Callable[[Task], Head]] = {  # of prompts, through a text tower
-    "coop": coop.fit,
-    "prograd": prograd.fit,
-    "cocoop": cocoop.fit,
-    "plot": plot.fit,
+LEARNERS = {  # of prompts, through a text tower
+    "coop": Method(coop.fit, transfers=True),
+    "prograd": Method(prograd.fit, transfers=True),
+    "cocoop": Method(cocoop.fit, transfers=True),
+    "plot": Method(plot.fit, takes_patches=True, transfers=True),
 }
-SETTINGS: dict[str, tuple[ContextSettings, Schedule]] = {  # published, but for cocoop's schedule
+SETTINGS: dict[str, tuple[ContextSettings, Schedule]] = {  # published, except cocoop's schedule
     "coop": (ContextSettings(), Schedule()),
     "prograd": (ContextSettings(), Schedule()),
     "cocoop": (cocoop.CONTEXT, cocoop.SCHEDULE),
     "plot": (plot.CONTEXT, plot.SCHEDULE),
 }
-WITH_PATCHES = frozenset({"plot"})
-WITHOUT_SHOTS = frozenset({"prompt-ensemble"})
-TRANSFERABLE = frozenset({"clip-adapter"})  # their `transfer` takes other classes
 
 
-def check_head(name: str) -> None:
-    """Raise InputError unless there is a head of that name."""
-    known = (*HEADS, *LEARNERS)
+def method_named(name: str) -> Method:
+    """
+    The few-shot method of that name.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    known = HEADS | LEARNERS
     if name not in known:
         raise InputError(f"head {name!r} is not known; choose one of {', '.join(known)}")
+    return known[name]
 
 
 def fit_head(
@@ -90,81 +108,94 @@ def fit_head(
     validation_local_features: Any = None,
     logit_scale: float = 100.0,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
     prompting: Prompting | None = None,
 ) -> Head:
     """
-    Fit a head to the texts of K classes and a few labelled rows.
+    Fit a few-shot classifier ("head") to the texts of K classes and a few labelled rows.
 
-    Arrays are numpy or torch, of any float type, and never modified; rows off the unit sphere are
-    normalised. The same seed gives the same head.
+    Arrays are numpy or torch, of any float type, and are not modified. Rows that are not unit
+    vectors are normalised. The same seed gives the same head.
 
     Parameters
     ----------
     name : str
         One of `HEADS` or `LEARNERS`.
     text_features : array_like (K, d), or (P, K, d), or a sequence of P arrays (K, d)
-        Text embedding of each class; of P templates, the ensemble of them is used.
+        Text embedding of each class; those of P templates are averaged to an ensemble.
     support_features, support_labels : array_like (M, d), (M,)
-        The shots; needed by all but "prompt-ensemble". Classes may be without.
+        The shots, needed by all methods but "prompt-ensemble". Classes may be missing.
     validation_features, validation_labels : array_like (V, d), (V,), optional
-        Choose hyperparameters; without them published defaults hold.
+        Used to choose hyperparameters; published defaults are used without them.
     support_local_features, validation_local_features : array_like (M, L, d), (V, L, d), optional
-        Features of each image's L patches, for the head plot alone.
+        Features of L patches of each image, for "plot" only.
     logit_scale : float
         tau; TransCLIP on top needs the same.
     seed : int
     progress : callable, optional
-        Called with the steps done and their number, and by prompt learners with `loss` and
+        Called with the steps done and the steps in all; by prompt learners also with `loss` and
         `validation`, the accuracy, as text.
     prompting : Prompting, optional
-        Text tower, class names and settings, which the prompt learners need; these train where the
-        tower is, all others on the CPU.
+        Text tower, class names and settings, for the prompt learners. They train on the device of
+        the tower, all others on the CPU.
 
     Returns
     -------
     Head
-        `logits(features)`, `predict(features)`, and `prior(features)`, the arguments that make
-        TransCLIP's `fit` take it: `model.fit(X, T, **head.prior(X))`, X a tensor of unit rows.
+        With `logits(features)`, `predict(features)` and `prior(features)`: the last gives the
+        arguments that make the head the prior of TransCLIP, `model.fit(X, T, **head.prior(X))`
+        with X a tensor of unit rows.
 
     Raises
     ------
     InputError
-        An unknown name, no shots, and arrays that cannot be used.
+        An unknown name, missing shots, or arrays that cannot be used.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transclip_fast import TransCLIP, fit_head
+    >>> text, labels = torch.eye(3, 8), torch.arange(3).repeat(4)
+    >>> images = text[labels] + 0.2 * torch.rand(12, 8, generator=torch.Generator().manual_seed(0))
+    >>> images /= images.norm(dim=1, keepdim=True)
+    >>> head = fit_head("tip-adapter", text, images[:6], labels[:6])
+    >>> head.parameters
+    {'alpha': 1.17, 'beta': 1.0}
+    >>> head.predict(images[6:]).tolist()
+    [0, 1, 2, 0, 1, 2]
+    >>> TransCLIP().fit(images[6:], text, **head.prior(images[6:])).transduction_.tolist()
+    [0, 1, 2, 0, 1, 2]
     """
-    check_head(name)
-    text = ensemble(text_features)
-    n_classes, d = text.shape
-    shots = as_labelled_rows("support", support_features, support_labels, d, n_classes)
-    if shots is None and name not in WITHOUT_SHOTS:
+    method, text = method_named(name), ensemble(text_features)
+    shots = labelled_rows("support", support_features, support_labels, support_local_features, text)
+    validation = labelled_rows(
+        "validation", validation_features, validation_labels, validation_local_features, text
+    )
+    if shots is None and method.needs_shots:
         raise InputError(f"head {name} needs shots: give support_features and support_labels")
-    held_out = as_labelled_rows("validation", validation_features, validation_labels, d, n_classes)
-    shots = _patched("support", shots, support_local_features, name)
-    held_out = _patched("validation", held_out, validation_local_features, name)
-    if shots and held_out and shots[0].ndim != held_out[0].ndim:
-        raise InputError("local features: give those of support and validation, or neither")
+    _check_patches(name, method, {"support": shots, "validation": validation})
     task = Task(
         text=text,
-        shots=Labelled(*(shots or (text.new_empty(0, d), torch.empty(0, dtype=torch.int64)))),
-        validation=held_out and Labelled(*held_out),
+        shots=shots
+        or Labelled(text.new_empty(0, text.shape[1]), torch.empty(0, dtype=torch.int64)),
+        validation=validation,
         logit_scale=logit_scale,
         seed=seed,
-        progress=progress or (lambda done, of, **figures: None),
+        progress=progress or (lambda done, steps, **figures: None),
         prompting=prompting,
     )
     with torch.enable_grad():
-        return (HEADS | LEARNERS)[name](task)
+        return method.fit(task)
 
 
-def _patched(
-    use: str, rows: tuple[torch.Tensor, torch.Tensor] | None, patches: Any, head: str
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Labelled rows with their patches behind them, where there are any."""
-    if patches is None:
-        return rows
-    name = f"{use}_local_features"
-    if head not in WITH_PATCHES:
-        raise InputError(f"{name}: the head {head} takes none, only {', '.join(WITH_PATCHES)} does")
-    if rows is None:
-        raise InputError(f"{name} and {use}_features come together; one is missing")
-    return PatchedRows(rows[0], patches, name)[:], rows[1]
+def _check_patches(name: str, method: Method, rows: dict[str, Labelled | None]) -> None:
+    """Raise InputError for patches that the method does not take, or that some rows lack."""
+    patched = {use: found.features.ndim == 3 for use, found in rows.items() if found is not None}
+    for use in patched:
+        if patched[use] and not method.takes_patches:
+            takers = ", ".join(n for n, known in (HEADS | LEARNERS).items() if known.takes_patches)
+            raise InputError(
+                f"{use}_local_features: the head {name} takes none, only {takers} does"
+            )
+    if len({*patched.values()}) == 2:
+        raise InputError("local features: give those of support and validation, or neither")

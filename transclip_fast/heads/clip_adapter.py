@@ -1,18 +1,21 @@
-"""CLIP-Adapter: a bottleneck on the image features, blended with what went in."""
+"""CLIP-Adapter: image features are blended with the output of a trained bottleneck."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
-from transclip_fast.heads.task import Head, Task, best, percent_right, unit
+from transclip_fast.heads.base import Head, percent_right, unit
+from transclip_fast.heads.state import StoredState
+from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import train, trainable
 
-RATIO = 0.2
+RATIO = 0.2  # without validation rows
 RATIOS = (0.2, 0.4, 0.6, 0.8)
-REDUCTION = 4
+REDUCTION = 4  # d / width of the bottleneck
 EPOCHS, RATE = 200, 2e-3
 
 
@@ -29,6 +32,8 @@ class AdapterHead(Head):
         r.
     """
 
+    kind: ClassVar[str] = "adapter"
+
     down: torch.Tensor
     up: torch.Tensor
     ratio: float
@@ -44,10 +49,22 @@ class AdapterHead(Head):
     def transfer(self, text: torch.Tensor) -> AdapterHead:
         return replace(self, text=text)
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {"text": self.text, "down": self.down, "up": self.up}, {"ratio": self.ratio}
+
+    @classmethod
+    def from_state(cls, state: StoredState) -> AdapterHead:
+        return cls(
+            **state.common(),
+            down=state.tensor("down", "wd"),
+            up=state.tensor("up", "dw"),
+            ratio=state.setting("ratio", float),
+        )
+
 
 def fit(task: Task) -> AdapterHead:
     """
-    Train both layers; the ratio r is searched on the validation set where there is one.
+    Train both layers; choose the ratio r with the best validation accuracy.
 
     Source: Gao et al. 2021, CLIP-Adapter: Better Vision-Language Models with Feature Adapters, with
     the image branch only, as in the authors' repository (gaopengcuhk/CLIP-Adapter), which has
@@ -55,24 +72,20 @@ def fit(task: Task) -> AdapterHead:
     are CoOp's with 16 shots. Unit rows lose nothing: g is homogeneous and the blend is normalised,
     so the norm of the features cancels.
     """
-    ratios = (RATIO,) if task.validation is None else RATIOS
-    heads = [_fit(task, ratio, place, len(ratios)) for place, ratio in enumerate(ratios)]
-
-    def score(head: AdapterHead) -> float:
-        validation = task.validation
-        if validation is None:
-            return 0.0
-        return percent_right(head.logits(validation.features), validation.labels)
-
-    chosen: AdapterHead = best(heads, score)
-    return chosen
+    held_out = task.validation
+    if held_out is None:
+        return _fit(task, RATIO, 0, 1)
+    heads = [_fit(task, ratio, place, len(RATIOS)) for place, ratio in enumerate(RATIOS)]
+    # The first of equally good ones.
+    return max(heads, key=lambda h: percent_right(h.logits(held_out.features), held_out.labels))
 
 
-def _fit(task: Task, ratio: float, place: int, of: int) -> AdapterHead:
+def _fit(task: Task, ratio: float, place: int, trainings: int) -> AdapterHead:
+    """The head of one ratio; `place` of so many trainings is for the progress."""
     d = task.text.shape[1]
     width = max(1, d // REDUCTION)
     draw = torch.Generator().manual_seed(task.seed)
-    # torch's own start of a linear layer: uniform up to 1 / sqrt(inputs).
+    # Like torch's linear layers: uniform up to 1 / sqrt(inputs).
     down, up = trainable(
         [
             (2 * torch.rand(outputs, inputs, generator=draw) - 1) / math.sqrt(inputs)
@@ -88,5 +101,5 @@ def _fit(task: Task, ratio: float, place: int, of: int) -> AdapterHead:
         ratio=ratio,
     )
     optimizer = torch.optim.AdamW([down, up], lr=RATE)
-    train(task, head.block_logits, optimizer, epochs=EPOCHS, done=place, of=of)
+    train(task, head.block_logits, optimizer, epochs=EPOCHS, place=place, trainings=trainings)
     return replace(head, down=down.detach(), up=up.detach())

@@ -1,36 +1,37 @@
-"""Linear probe that starts from the text prototypes and is held near them, class by class."""
+"""Linear probe (CLAP): prototypes that a penalty ties to the text, class by class."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.heads.task import PrototypeHead, Task, unit
+from transclip_fast.heads.base import PrototypeHead, unit
+from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import trainable
 
-ITERATIONS = 200
-TOLERANCE = 1e-6  # of the largest entry of the gradient
+MAX_ITERATIONS = 200
+GRADIENT_TOLERANCE = 1e-6  # largest entry of the gradient at the minimum
 
 
 def fit(task: Task) -> PrototypeHead:
     """
     Prototypes unit(W) that minimise mean cross-entropy + sum_k c_k |w_k - t_k|^2.
 
-    c_k is how sure zero-shot is of the shots of class k: where the text does well, it holds. So
-    there is nothing to choose, and no validation set is used. A class without shots gets the mean
-    c of the others.
+    c_k is the confidence of zero-shot in the shots of class k: the better the text, the stronger
+    the tie. Nothing is left to choose, so no validation set is used. A class without shots gets
+    the mean c of the others.
 
     Source: Silva-Rodriguez et al. 2024, A Closer Look at the Few-Shot Adaptation of Large
     Vision-Language Models (CLAP), on unit rows. The minimum is found by L-BFGS,
     as CLIP's own linear probe was (Radford et al. 2021), instead of 300 epochs of SGD.
     """
     features, labels = task.shots.features, task.shots.labels
-    holds = constraints(task)
+    penalties = constraints(task)
     (weights,) = trainable([task.text])
     optimizer = torch.optim.LBFGS(
         [weights],
-        max_iter=ITERATIONS,
-        tolerance_grad=TOLERANCE,
+        max_iter=MAX_ITERATIONS,
+        tolerance_grad=GRADIENT_TOLERANCE,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
@@ -41,9 +42,9 @@ def fit(task: Task) -> PrototypeHead:
         calls += 1
         optimizer.zero_grad()
         logits = task.logit_scale * features @ unit(weights).T
-        loss = F.cross_entropy(logits, labels) + holds @ (weights - task.text).square().sum(1)
+        loss = F.cross_entropy(logits, labels) + penalties @ (weights - task.text).square().sum(1)
         loss.backward()  # type: ignore[no-untyped-call]
-        task.progress(min(calls, ITERATIONS), ITERATIONS)
+        task.progress(min(calls, MAX_ITERATIONS), MAX_ITERATIONS)
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
@@ -51,7 +52,7 @@ def fit(task: Task) -> PrototypeHead:
 
 
 def constraints(task: Task) -> torch.Tensor:
-    """c (K,): mean zero-shot probability that the shots of a class give to it."""
+    """c (K,): mean zero-shot probability of a class over its shots."""
     features, labels = task.shots.features, task.shots.labels
     probabilities = (task.logit_scale * features @ task.text.T).softmax(1)
     own = probabilities.gather(1, labels[:, None])[:, 0]

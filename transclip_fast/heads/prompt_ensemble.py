@@ -9,12 +9,13 @@ import torch
 
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.errors import InputError
-from transclip_fast.heads.task import PrototypeHead, Task, unit
+from transclip_fast.heads.base import PrototypeHead, unit
+from transclip_fast.heads.task import Task
 
 
 def fit(task: Task) -> PrototypeHead:
     """
-    The unit mean of a class's unit text features over the templates, which `task.text` is already.
+    The prototypes of `ensemble`, which `fit_head` has made already: `task.text`.
 
     Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language
     Supervision, section 3.1.4.

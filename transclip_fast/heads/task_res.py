@@ -1,15 +1,17 @@
-"""TaskRes: a residual on every text prototype."""
+"""TaskRes: a trained residual on every text prototype."""
 
 from __future__ import annotations
 
 import torch
 
-from transclip_fast.heads.task import PrototypeHead, Task, unit
+from transclip_fast.heads.base import PrototypeHead, unit
+from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import train, trainable
 
 ALPHA = 0.5
 RATE = 1e-3
-FEW, EPOCHS_FEW, EPOCHS = 4, 100, 200
+EPOCHS = 200
+FEW_SHOTS, FEW_SHOTS_EPOCHS = 4, 100  # up to so many shots a class
 
 
 def fit(task: Task) -> PrototypeHead:
@@ -29,7 +31,7 @@ def fit(task: Task) -> PrototypeHead:
     def logits(rows: torch.Tensor) -> torch.Tensor:
         return task.logit_scale * rows @ prototypes().T
 
-    epochs = EPOCHS_FEW if task.n_shots <= FEW else EPOCHS
+    epochs = FEW_SHOTS_EPOCHS if task.n_shots <= FEW_SHOTS else EPOCHS
     train(task, logits, torch.optim.Adam([residual], lr=RATE), epochs=epochs)
     return PrototypeHead(
         text=prototypes().detach(), logit_scale=task.logit_scale, parameters={"alpha": ALPHA}

@@ -1,15 +1,18 @@
-"""Tip-Adapter: the shots as a cache of keys and labels beside the text, without training."""
+"""Tip-Adapter: the shots are a cache of keys and labels beside the text, without training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
-from transclip_fast.heads.task import Head, Labelled, Task, best, percent_right
+from transclip_fast.heads.base import Head, percent_right
+from transclip_fast.heads.state import StoredState
+from transclip_fast.heads.task import Labelled, Task
 
 ALPHA, BETA = 1.17, 1.0  # of most of the published configurations, ImageNet's among them
-# The published grids are even ones, up to 7 or as far as 50 according to the data set.
+# The published grids are linear, up to 7 or 50 depending on the data set.
 ALPHAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 20))
 BETAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 40))
 
@@ -27,6 +30,8 @@ class CacheHead(Head):
         Weight and sharpness of the cache.
     """
 
+    kind: ClassVar[str] = "cache"
+
     cache: Labelled
     alpha: float
     beta: float
@@ -40,9 +45,22 @@ class CacheHead(Head):
         place = torch.full((len(self.text),), -1)
         place[classes] = torch.arange(len(classes))
         labels = place[self.cache.labels]
-        kept = labels >= 0
-        cache = Labelled(self.cache.features[kept], labels[kept])
+        inside = labels >= 0
+        cache = Labelled(self.cache.features[inside], labels[inside])
         return replace(self, text=self.text[classes], cache=cache)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = {"cache.features": self.cache.features, "cache.labels": self.cache.labels}
+        return {"text": self.text, **tensors}, {"alpha": self.alpha, "beta": self.beta}
+
+    @classmethod
+    def from_state(cls, state: StoredState) -> CacheHead:
+        return cls(
+            **state.common(),
+            cache=Labelled(state.tensor("cache.features", "Md"), state.labels("cache.labels", "M")),
+            alpha=state.setting("alpha", float),
+            beta=state.setting("beta", float),
+        )
 
 
 def cache_logits(
@@ -56,7 +74,7 @@ def cache_logits(
 
 def fit(task: Task) -> CacheHead:
     """
-    The shots as they are; alpha and beta searched on the validation set where there is one.
+    The shots as they are, with the alpha and beta of `search`.
 
     Source: Zhang et al. 2022, Tip-Adapter: Training-free Adaption of CLIP for Few-shot
     Classification, section 3.1; defaults as in the authors' repository (gaopengcuhk/Tip-Adapter,
@@ -66,7 +84,7 @@ def fit(task: Task) -> CacheHead:
 
 
 def with_cache(task: Task, cache: Labelled) -> CacheHead:
-    """The head with these keys; alpha and beta as in `fit`."""
+    """The head with these keys and the alpha and beta of `search`."""
     alpha, beta = search(task, cache)
     return CacheHead(
         text=task.text,
@@ -79,7 +97,7 @@ def with_cache(task: Task, cache: Labelled) -> CacheHead:
 
 
 def search(task: Task, cache: Labelled) -> tuple[float, float]:
-    """The alpha and beta with the best accuracy on the validation set; defaults without one."""
+    """The alpha and beta with the best validation accuracy; the defaults without such rows."""
     if task.validation is None:
         return ALPHA, BETA
     rows, labels = task.validation.features, task.validation.labels
@@ -89,5 +107,5 @@ def search(task: Task, cache: Labelled) -> tuple[float, float]:
     for beta in BETAS:
         cached = cache_logits(affinity, cache, beta, len(task.text))
         found += [(percent_right(text + alpha * cached, labels), alpha, beta) for alpha in ALPHAS]
-    _, alpha, beta = best(found, lambda entry: entry[0])
+    _, alpha, beta = max(found, key=lambda entry: entry[0])  # the first of equally good ones
     return alpha, beta

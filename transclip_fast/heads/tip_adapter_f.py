@@ -1,4 +1,4 @@
-"""Tip-Adapter-F: Tip-Adapter whose keys are trained."""
+"""Tip-Adapter-F: Tip-Adapter with trained keys."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from transclip_fast.heads.task import Labelled, Task
 from transclip_fast.heads.tip_adapter import ALPHA, BETA, CacheHead, cache_logits, with_cache
 from transclip_fast.heads.training import train, trainable
 
-EPOCHS, RATE, EPS = 100, 5e-3, 1e-4
+EPOCHS, RATE, ADAM_EPS = 100, 5e-3, 1e-4
 
 
 def fit(task: Task) -> CacheHead:
     """
-    Keys that start as the shots and are trained with the default alpha and beta, which are then
-    searched as in Tip-Adapter.
+    Train keys from the shots with the default alpha and beta; then search these as Tip-Adapter.
 
     Source: Zhang et al. 2022, Tip-Adapter, and the authors' repository. Its 20 epochs of AdamW at
     1e-3 are 1260 steps on ImageNet but 60 on Oxford Pets, and stop far from the minimum there,
@@ -29,5 +28,5 @@ def fit(task: Task) -> CacheHead:
         cached = cache_logits(rows @ keys.T, Labelled(keys, labels), BETA, len(task.text))
         return task.logit_scale * rows @ task.text.T + ALPHA * cached
 
-    train(task, logits, torch.optim.AdamW([keys], lr=RATE, eps=EPS), epochs=EPOCHS)
+    train(task, logits, torch.optim.AdamW([keys], lr=RATE, eps=ADAM_EPS), epochs=EPOCHS)
     return with_cache(task, Labelled(keys.detach(), labels))

@@ -1,4 +1,4 @@
-"""The training loop that the trained heads share."""
+"""The training loop of the heads that are trained on features alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from transclip_fast.heads.task import Task
 
-BATCH = 256
+BATCH_ROWS = 256
 
 
 def train(
@@ -18,35 +18,27 @@ def train(
     optimizer: torch.optim.Optimizer,
     *,
     epochs: int,
-    done: int = 0,
-    of: int = 1,
+    place: int = 0,
+    trainings: int = 1,
 ) -> None:
     """
     Minimise the cross-entropy of the shots, in shuffled batches of 256 under a cosine schedule.
 
-    Parameters
-    ----------
-    task : Task
-    logits : callable
-        Rows (n, d) to logits (n, K), with gradients.
-    optimizer : Optimizer
-        Of what is trained.
-    epochs : int
-    done, of : int
-        Which of several trainings this is, for the progress.
+    `logits` takes rows (n, d) and returns logits (n, K) with gradients to the parameters of the
+    optimizer. `place` is the position of this training among several, for the progress.
     """
     features, labels = task.shots.features, task.shots.labels
     draw = torch.Generator().manual_seed(task.seed)
-    batches = -(-len(labels) // BATCH)
+    batches = -(-len(labels) // BATCH_ROWS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     for epoch in range(epochs):
         order = torch.randperm(len(labels), generator=draw)
-        for rows in torch.split(order, BATCH):
+        for rows in torch.split(order, BATCH_ROWS):
             optimizer.zero_grad()
             F.cross_entropy(logits(features[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-        task.progress(done * epochs + epoch + 1, of * epochs)
+        task.progress(place * epochs + epoch + 1, trainings * epochs)
 
 
 def trainable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

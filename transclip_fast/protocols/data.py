@@ -1,4 +1,4 @@
-"""Data sets of a protocol: queries, labelled pools to draw shots from, and class texts."""
+"""The data sets of a protocol: queries, pools of labelled rows to draw shots from, class texts."""
 
 from __future__ import annotations
 
@@ -23,100 +23,110 @@ from transclip_fast.solver.parameters import Parameters
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.types import NeighborGraph
 
-SPLITS = {"train": "support", "val": "validation"}  # sub-folder and what its rows are here
-PARTS = {"features": "image_features", "labels": "labels", "local_features": "local_features"}
-VALIDATION_SHOTS = 4  # a class has at most so many, as in CoOp and in the paper
+POOLS = {"train": "support", "val": "validation"}  # of a folder of splits
+# Arrays of a split, by their names behind "support_" and "validation_".
+SPLIT_ARRAYS = {
+    "features": "image_features",
+    "labels": "labels",
+    "local_features": "local_features",
+}
+MAX_VALIDATION_SHOTS = 4  # of a class, as in CoOp and in the paper
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Labelled rows to draw from: `Labelled`, or the same whose patches are not read yet."""
+    """Labelled rows to draw shots from; unlike those of `Labelled`, patches can be on disk."""
 
     features: torch.Tensor | PatchedRows
     labels: torch.Tensor
 
-    def rows(self, which: torch.Tensor | slice) -> Labelled:
-        """Some of them."""
-        return Labelled(self.features[which], self.labels[which])
-
     def of_classes(self, classes: range) -> Pool:
-        """Those of some classes, counted from 0."""
+        """The rows of some classes, counted from 0."""
+        chosen, features = _rows_of(classes, self.labels.numpy()), self.features
+        taken = features.take(chosen) if isinstance(features, PatchedRows) else features[chosen]
+        return Pool(taken, self.labels[chosen] - classes.start)
+
+    def draw(self, n_classes: int, shots: int | None, seed: int) -> Labelled:
+        """
+        That many rows of each class, all of a class that has fewer; without `shots` all rows.
+
+        The order of a class's rows follows from the seed and the class alone, so that more shots
+        include those of fewer.
+        """
+        if shots is None:
+            return Labelled(self.features[:], self.labels)
         labels = self.labels.numpy()
-        held = np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
-        features = self.features
-        taken = features.take(held) if isinstance(features, PatchedRows) else features[held]
-        return Pool(taken, self.labels[held] - classes.start)
+        drawn = [
+            np.random.default_rng([seed, k]).permutation(np.flatnonzero(labels == k))[:shots]
+            for k in range(n_classes)
+        ]
+        chosen = torch.from_numpy(np.concatenate(drawn))
+        return Labelled(self.features[chosen], self.labels[chosen])
+
+    def shortage(self, n_classes: int, shots: int) -> str | None:
+        """A warning if classes have fewer rows than that."""
+        counts = torch.bincount(self.labels, minlength=n_classes)
+        n_short = int((counts < shots).sum())
+        if not n_short:
+            return None
+        return (
+            f"{n_short} of {len(counts)} classes have fewer than {shots} rows to draw from, at "
+            f"least {int(counts.min())}; all of these are taken"
+        )
+
+
+def draw_shots(
+    pools: Mapping[str, Pool], n_classes: int, shots: int | None, seed: int
+) -> dict[str, Labelled]:
+    """Shots of each pool; at most 4 validation rows a class, unless all rows are taken."""
+    fewer = None if shots is None else min(shots, MAX_VALIDATION_SHOTS)
+    sizes = {"support": shots, "validation": fewer}
+    return {use: pool.draw(n_classes, sizes[use], seed) for use, pool in pools.items()}
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """
-    A data set, ready to run.
-
-    Parameters
-    ----------
-    name : str
-    features : Tensor (N, d) float32
-        Unit rows of the queries.
-    labels : ndarray (N,) int64
-    text : Tensor (K, d) float32
-    class_names : list of str, optional
-    pools : dict
-        "support" and "validation" rows to draw from, where there are any.
-    patched : PatchedRows, optional
-        The queries with their patches.
-    sha256 : dict
-        Hash of every array.
-    path : str
-    encoder : dict, optional
-        Model and weights that encoded it, where a manifest says so.
-    device : torch.device
-        Where neighbours are searched.
-    """
+    """A data set in memory, checked."""
 
     name: str
-    features: torch.Tensor
-    labels: np.ndarray
-    text: torch.Tensor
+    features: torch.Tensor  # (N, d) float32, unit rows of the queries
+    labels: np.ndarray  # (N,) int64
+    text: torch.Tensor  # (K, d) float32
     class_names: list[str] | None
-    pools: dict[str, Pool]
-    patched: PatchedRows | None
-    sha256: dict[str, str]
+    pools: dict[str, Pool]  # "support" and "validation", if there are any
+    patched: PatchedRows | None  # the queries with their patches
+    sha256: dict[str, str]  # of every array
     path: str
-    encoder: dict[str, Any] | None
-    device: torch.device
+    encoder: dict[str, Any] | None  # model and weights that encoded it, if a manifest names them
+    device: torch.device  # of the neighbour search
 
     @property
     def dim(self) -> int:
-        """d."""
+        """d, of the features."""
         return self.text.shape[1]
 
     @cached_property
     def graph(self) -> NeighborGraph:
-        """Neighbours of the queries, the same for every run."""
+        """The neighbour graph of the queries, which all runs share."""
         return build_graph(
             self.features, Parameters.n_neighbors, anchors=self.text, device=self.device
         )
 
     def draw(self, pool: str, shots: int, seed: int) -> Labelled | None:
-        """
-        Some rows of a pool, None where there is no such pool.
-
-        See `draw`.
-        """
+        """Rows of a pool, see `Pool.draw`; None if there is no such pool."""
         if pool not in self.pools:
             return None
-        return draw(self.pools[pool], len(self.text), shots, seed)
+        return self.pools[pool].draw(len(self.text), shots, seed)
 
     @cached_property
     def halves(self) -> tuple[DataSet, DataSet]:
         """
-        The first half of the classes, of an odd number one more, and the others.
+        The first half of the classes (of an odd number one more) and the others.
 
         Raises
         ------
         InputError
-            There is one class only, or no query of one of the halves.
+            There is one class only, or a half without queries.
         """
         n_classes = len(self.text)
         if n_classes < 2:
@@ -126,79 +136,57 @@ class DataSet:
 
     def subset(self, classes: range) -> DataSet:
         """
-        The rows of some classes, counted from 0, and the texts of these alone.
+        The data set of some classes alone.
 
         Raises
         ------
         InputError
             No query is of these classes.
         """
-        held = np.flatnonzero((self.labels >= classes.start) & (self.labels < classes.stop))
-        if not len(held):
+        chosen = _rows_of(classes, self.labels)
+        if not len(chosen):
             raise InputError(
                 f"{self.name}: has no query of the classes {classes.start} to {classes.stop - 1}"
             )
         names = self.class_names
         return replace(
             self,
-            features=self.features[held],
-            labels=self.labels[held] - classes.start,
+            features=self.features[chosen],
+            labels=self.labels[chosen] - classes.start,
             text=self.text[classes.start : classes.stop],
             class_names=names and names[classes.start : classes.stop],
             pools={name: pool.of_classes(classes) for name, pool in self.pools.items()},
-            patched=self.patched and self.patched.take(held),
+            patched=self.patched and self.patched.take(chosen),
         )
 
     def shortage(self, shots: int) -> str | None:
-        """A warning where classes have fewer rows to draw from."""
-        short = shortage(self.pools["support"], len(self.text), shots)
-        return short and f"{self.name}: {short}"
+        """A warning if classes have fewer support rows than that."""
+        shortage = self.pools["support"].shortage(len(self.text), shots)
+        return shortage and f"{self.name}: {shortage}"
 
 
-def draw(rows: Pool, n_classes: int, shots: int, seed: int) -> Labelled:
-    """
-    Some labelled rows: `shots` of each class, all of a class that has fewer.
-
-    A class's rows come in an order that follows from the seed and the class alone, so that more
-    shots keep those of fewer.
-    """
-    taken = [
-        np.random.default_rng([seed, k]).permutation(np.flatnonzero(rows.labels.numpy() == k))
-        for k in range(n_classes)
-    ]
-    chosen = torch.from_numpy(np.concatenate([order[:shots] for order in taken]))
-    return rows.rows(chosen)
-
-
-def shortage(rows: Pool, n_classes: int, shots: int) -> str | None:
-    """A warning where classes have fewer rows to draw from."""
-    counts = torch.bincount(rows.labels, minlength=n_classes)
-    short = int((counts < shots).sum())
-    if not short:
-        return None
-    return (
-        f"{short} of {len(counts)} classes have fewer than {shots} rows to draw from, at least "
-        f"{int(counts.min())}; all of these are taken"
-    )
+def _rows_of(classes: range, labels: np.ndarray) -> np.ndarray:
+    """The rows with these labels, in order."""
+    return np.flatnonzero((labels >= classes.start) & (labels < classes.stop))
 
 
 def load_data(
     paths: Sequence[str], *, pools: bool, device: str = "cpu", local: bool = False
 ) -> list[DataSet]:
     """
-    Data sets by their paths, each called by the name of its file or folder.
+    Load data sets; the name of each is that of its file or folder.
 
     Parameters
     ----------
     paths : sequence of str
         FEATURES with labels, text features and, for `pools`, support and perhaps validation rows;
-        or a folder of the feature folders test/, train/ and val/, as `encode` makes them.
+        or a folder of the feature folders test/, train/ and val/, as `encode` writes them.
     pools : bool
-        Shots will be drawn.
+        Load the pools that shots are drawn from.
     device : str
-        Where neighbours are searched.
+        For the neighbour search.
     local : bool
-        With the features of patches, where there are any.
+        Load the features of patches, if there are any.
 
     Raises
     ------
@@ -206,36 +194,35 @@ def load_data(
         Something is missing or does not fit, or two data sets have one name.
     """
     chosen = resolve_device(device)
-    found = [_load(path, pools, chosen, local) for path in paths]
-    names = [data.name for data in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{name}: two data sets have this name; rename one file or folder")
-    return found
+    found: dict[str, DataSet] = {}
+    for path in paths:
+        try:
+            data = _load(path, pools, chosen, local)
+        except InputError as error:
+            if str(path) in str(error):
+                raise
+            raise InputError(f"{path}: {error}") from error
+        if data.name in found:
+            raise InputError(
+                f"{data.name}: two data sets have this name; rename one file or folder"
+            )
+        found[data.name] = data
+    return [*found.values()]
 
 
 def _load(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
-    try:
-        return _checked(path, pools, device, local)
-    except InputError as error:
-        if str(path) in str(error):
-            raise
-        raise InputError(f"{path}: {error}") from error
-
-
-def _checked(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
-    stored = stored_splits(path, local=local)
+    arrays = load_splits(path, local=local)
     for name in ("labels", "text_features", *(("support_features",) if pools else ())):
-        if stored.get(name) is None:
+        if arrays.get(name) is None:
             raise InputError(f"has no {name}, which the protocol needs")
-    origins = stored.origins
-    text = ensemble(stored.get("text_features"))
+    origins = arrays.origins
+    text = ensemble(arrays.get("text_features"))
     n_classes, d = text.shape
-    features = as_unit_rows(stored.get("image_features"), origins["image_features"], columns=d)
+    features = as_unit_rows(arrays.get("image_features"), origins["image_features"], columns=d)
     labels = as_labels(
-        stored.get("labels"), origins["labels"], rows=len(features), n_classes=n_classes
+        arrays.get("labels"), origins["labels"], rows=len(features), n_classes=n_classes
     )
-    names = stored.class_names
+    names = arrays.class_names
     if names is not None and len(names) != n_classes:
         raise InputError(f"{len(names)} class names for {n_classes} text features")
     return DataSet(
@@ -244,18 +231,18 @@ def _checked(path: str, pools: bool, device: torch.device, local: bool) -> DataS
         labels=labels.numpy(),
         text=text,
         class_names=names,
-        pools=labelled_pools(stored, d, n_classes) if pools else {},
-        patched=patched_rows(features, stored),
-        sha256=stored.inputs_sha256(),
+        pools=labelled_pools(arrays, d, n_classes) if pools else {},
+        patched=patched_rows(features, arrays),
+        sha256=arrays.inputs_sha256(),
         path=str(path),
-        encoder=stored.encoder,
+        encoder=arrays.encoder,
         device=device,
     )
 
 
-def labelled_pools(stored: Features, d: int, n_classes: int) -> dict[str, Pool]:
+def labelled_pools(features: Features, d: int, n_classes: int) -> dict[str, Pool]:
     """
-    The support and validation rows that there are, as unit rows (M, d), or with their patches.
+    The pools of features: unit rows (M, d), with their patches if there are any.
 
     Raises
     ------
@@ -263,23 +250,23 @@ def labelled_pools(stored: Features, d: int, n_classes: int) -> dict[str, Pool]:
         As `as_labelled_rows` and `PatchedRows`.
     """
     found = {}
-    for pool in SPLITS.values():
-        arrays = [stored.get(f"{pool}_{kind}") for kind in ("features", "labels")]
-        rows = as_labelled_rows(pool, arrays[0], arrays[1], d, n_classes)
+    for use in POOLS.values():
+        arrays = features.get(f"{use}_features"), features.get(f"{use}_labels")
+        rows = as_labelled_rows(use, *arrays, d, n_classes)
         if rows is not None:
-            patched = patched_rows(rows[0], stored, f"{pool}_")
-            found[pool] = Pool(rows[0] if patched is None else patched, rows[1])
+            patched = patched_rows(rows[0], features, f"{use}_")
+            found[use] = Pool(rows[0] if patched is None else patched, rows[1])
     return found
 
 
-def patched_rows(rows: torch.Tensor, stored: Features, use: str = "") -> PatchedRows | None:
-    """Unit rows (N, d) with their patches, where `stored` has any of that use."""
+def patched_rows(rows: torch.Tensor, features: Features, use: str = "") -> PatchedRows | None:
+    """Unit rows (N, d) with the patches of that use; None without any."""
     name = f"{use}local_features"
-    patches = stored.get(name)
+    patches = features.get(name)
     return None if patches is None else PatchedRows(rows, patches, name)
 
 
-def stored_splits(
+def load_splits(
     path: str | Path,
     overrides: Mapping[str, str | None] | None = None,
     *,
@@ -287,26 +274,26 @@ def stored_splits(
     local: bool = False,
 ) -> Features:
     """
-    FEATURES, see `load_features`, or the feature folders test/, train/ and val/ put together.
+    FEATURES as of `load_features`, or the arrays of the feature folders test/, train/ and val/.
 
     Raises
     ------
     InputError
-        As `load_features`, and splits of different backbones.
+        As `load_features`, and for splits of different backbones.
     """
     path = Path(path)
     if not os.path.isdir(path / "test"):
         return load_features(path, overrides, shots=shots, local=local)
-    stored = load_features(path / "test", overrides, local=local)
-    given = {name for name, file in (overrides or {}).items() if file is not None}
-    for split, pool in SPLITS.items():
-        if not os.path.isdir(path / split) or f"{pool}_features" in given:
+    features = load_features(path / "test", overrides, local=local)
+    replaced = {name for name, file in (overrides or {}).items() if file is not None}
+    for split, use in POOLS.items():
+        if not os.path.isdir(path / split) or f"{use}_features" in replaced:
             continue
         part = load_features(path / split, local=local)
-        if part.encoder != stored.encoder:
+        if part.encoder != features.encoder:
             raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
-        for name, array in PARTS.items():
-            if part.get(array) is not None and f"{pool}_{name}" not in given:
-                stored.arrays[f"{pool}_{name}"] = part.get(array)
-                stored.origins[f"{pool}_{name}"] = part.origins[array]
-    return stored
+        for name, array in SPLIT_ARRAYS.items():
+            if part.get(array) is not None and f"{use}_{name}" not in replaced:
+                features.arrays[f"{use}_{name}"] = part.get(array)
+                features.origins[f"{use}_{name}"] = part.origins[array]
+    return features

@@ -1,10 +1,12 @@
-"""Which runs each protocol has."""
+"""The protocols: which runs each of them has."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,14 +15,11 @@ from transclip_fast.data.patches import PatchedRows
 from transclip_fast.encode.sources import plain_name
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import LEARNERS, TRANSFERABLE, WITH_PATCHES, check_head
+from transclip_fast.heads import HEADS, LEARNERS, Method, method_named
+from transclip_fast.heads.base import Head
 from transclip_fast.heads.prompts import Prompting
-from transclip_fast.heads.prompts.cocoop import ConditionalHead
-from transclip_fast.heads.prompts.coop import PromptHead
-from transclip_fast.heads.prompts.plot import TransportHead
-from transclip_fast.heads.task import Head
-from transclip_fast.protocols.data import DataSet
-from transclip_fast.protocols.runs import Row, Run, measure, measure_few_shot, timed, train_head
+from transclip_fast.protocols.data import DataSet, load_data
+from transclip_fast.protocols.runs import Run, measure, measure_few_shot, train_head
 from transclip_fast.protocols.table import BASE, NEW
 from transclip_fast.store.features import read_names
 
@@ -29,147 +28,113 @@ TRANSCLIP_FS = "transclip-fs"
 
 @dataclass(frozen=True)
 class Trials:
-    """
-    What is tried on every data set.
-
-    Parameters
-    ----------
-    heads : sequence of str
-    shots : sequence of int
-        A class.
-    seeds : int
-        Draws of the shots.
-    model : callable
-        A new TransCLIP to put on top.
-    prompter : callable
-        Text tower, class names and settings with which a prompt learner trains on a data set.
-    """
+    """What is tried on every data set."""
 
     heads: Sequence[str]
-    shots: Sequence[int]
-    seeds: int
-    model: Callable[[], TransCLIP]
-    prompter: Callable[[DataSet, str], Prompting]
+    shots: Sequence[int]  # of each class
+    seeds: int  # number of draws of the shots
+    device: str  # of TransCLIP
+    prompter: Callable[[DataSet, str], Prompting]  # of a prompt learner for a data set
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods among the heads; TransCLIP-FS is none."""
+        return [method_named(name) for name in self.heads if name != TRANSCLIP_FS]
+
+    def model(self) -> TransCLIP:
+        """A new TransCLIP to put on top of a head."""
+        return TransCLIP(device=self.device)
+
+    def load(self, paths: Sequence[str], *, pools: bool = True) -> list[DataSet]:
+        """Load data sets, with patches if a head takes them."""
+        local = any(method.takes_patches for method in self.methods)
+        return load_data(paths, pools=pools, device=self.device, local=local)
 
     def prompting(self, data: DataSet, head: str) -> Prompting | None:
-        """What a head needs beside the data set; None for one on features alone."""
+        """The prompting of a prompt learner; None for a head on features alone."""
         return self.prompter(data, head) if head in LEARNERS else None
 
     def train(self, data: DataSet, head: str, shots: int, seed: int) -> tuple[Head, float]:
         """A head trained on a data set, and the seconds that it took."""
         prompting, scale = self.prompting(data, head), self.model().logit_scale
-        return timed(lambda: train_head(data, head, shots, seed, scale, prompting))
+        return train_head(data, head, shots, seed, scale, prompting)
 
 
 @dataclass(frozen=True)
 class Target:
-    """
-    Where a trained head is measured.
-
-    Parameters
-    ----------
-    data : DataSet
-    columns : dict
-        That tell it from others.
-    move : callable
-        A trained head, and its `Prompting` where it has one, to the same over the classes of
-        `data`.
-    classes : list of int, optional
-        The classes of the source that these are.
-    """
+    """A data set on which trained heads are measured."""
 
     data: DataSet
-    columns: dict[str, Any]
-    move: Callable[[Head, Prompting | None], Head]
-    classes: list[int] | None = None
+    columns: dict[str, Any]  # identify it in the table
+    classes: list[int] | None = None  # of the source; its own, other classes if None
+
+    def move(self, head: Head, prompting: Prompting | None) -> Head:
+        """A trained head, over the classes of the data set."""
+        if self.classes is not None:
+            return head.restrict(torch.tensor(self.classes))
+        if prompting is None:
+            return head.transfer(self.data.text)
+        return head.for_classes(prompting.tower, self.data.class_names or [])
 
 
-def few_shot(
-    sets: Sequence[DataSet],
-    trials: Trials,
-) -> list[Run]:
+@dataclass(frozen=True)
+class Source(Target):
+    """The data set of the training itself as a target."""
+
+    def move(self, head: Head, prompting: Prompting | None) -> Head:
+        return head
+
+
+def few_shot(paths: Sequence[str], trials: Trials) -> list[Run]:
     """
     Each head trained on so many shots a class, and TransCLIP on top of it.
 
     "transclip-fs" among the heads is TransCLIP with the shots as its own support.
     """
-    for name in trials.heads:
-        if name != TRANSCLIP_FS:
-            check_head(name)
-
-    for data in sets:
-        _check_patches(trials.heads, data, [data])
-
-    def work(data: DataSet, name: str, n: int, seed: int) -> Callable[[], Row]:
-        def run() -> Row:
-            if name == TRANSCLIP_FS:
-                return measure_few_shot(data, trials.model(), n, seed)
-            return measure(data, trials.model(), *trials.train(data, name, n, seed))
-
-        return run
-
-    return [
-        Run(
-            {"protocol": "few-shot", "data": data.name, "head": name, "shots": n, "seed": seed},
-            {"data": data.sha256, **_identity(trials.prompting(data, name))},
-            work(data, name, n, seed),
-        )
-        for data in sets
-        for name in trials.heads
-        for n in trials.shots
-        for seed in range(trials.seeds)
-    ]
+    runs = []
+    for data in trials.load(paths):
+        runs += _runs("few-shot", data, [Source(data, {"data": data.name})], trials)
+    return runs
 
 
-def base_to_new(
-    sets: Sequence[DataSet],
-    trials: Trials,
-) -> list[Run]:
+def base_to_new(paths: Sequence[str], trials: Trials) -> list[Run]:
     """
-    Each head trained on the first half of a data set's classes, and measured on either half alone.
+    Each head trained on the first half of a data set's classes, and measured on each half alone.
 
     Source: Zhou et al. 2022, Conditional Prompt Learning for Vision-Language Models, section 4.1.
     """
-    _check_transferable(trials.heads, sets)
+    sets = trials.load(paths)
+    _check_transferable(trials, sets)
     runs = []
     for data in sets:
         base, new = data.halves
         targets = [
-            Target(base, {"data": data.name, "classes": BASE}, lambda head, _: head),
-            Target(new, {"data": data.name, "classes": NEW}, _transfer_to(new)),
+            Source(base, {"data": data.name, "classes": BASE}),
+            Target(new, {"data": data.name, "classes": NEW}),
         ]
-        runs += _transfers("base-to-new", base, targets, trials)
+        runs += _runs("base-to-new", base, targets, trials)
     return runs
 
 
-def cross_dataset(
-    source: DataSet,
-    targets: Sequence[DataSet],
-    trials: Trials,
-) -> list[Run]:
-    """Each head trained on the source, with the texts of each target in place of the source's."""
-    _check_transferable(trials.heads, targets)
-    for target in targets:
-        if target.dim != source.dim:
+def cross_dataset(path: str, targets: Sequence[str], trials: Trials) -> list[Run]:
+    """Each head trained on a source, with the texts of each target in place of the source's."""
+    (source,), sets = trials.load([path]), trials.load(targets, pools=False)
+    _check_transferable(trials, sets)
+    for data in sets:
+        if data.dim != source.dim:
             raise InputError(
-                f"{target.name}: has {target.dim} dimensions, {source.name} {source.dim}; encode "
+                f"{data.name}: has {data.dim} dimensions, {source.name} {source.dim}; encode "
                 "both with one model"
             )
-    moved = [
-        Target(target, {"source": source.name, "data": target.name}, _transfer_to(target))
-        for target in targets
-    ]
-    return _transfers("cross-dataset", source, moved, trials)
+    moved = [Target(data, {"source": source.name, "data": data.name}) for data in sets]
+    return _runs("cross-dataset", source, moved, trials)
 
 
 def domains(
-    source: DataSet,
-    targets: Sequence[DataSet],
-    subsets: Mapping[str, str],
-    trials: Trials,
+    path: str, targets: Sequence[str], subsets: Mapping[str, str], trials: Trials
 ) -> list[Run]:
     """
-    Each head trained on the source, on targets that have some of its classes.
+    Each head trained on a source, on targets that have some of its classes.
 
     Parameters
     ----------
@@ -178,24 +143,24 @@ def domains(
         line in the order of the target's labels; see `class_subset` for targets without.
     """
     for name in trials.heads:
-        check_head(name)
-    unknown = sorted(subsets.keys() - {target.name for target in targets})
+        method_named(name)
+    (source,), sets = trials.load([path]), trials.load(targets, pools=False)
+    unknown = sorted(subsets.keys() - {data.name for data in sets})
     if unknown:
         raise InputError(f"{unknown[0]}: is no target; give --subset a target's name and a file")
     moved = []
-    for target in targets:
-        classes = class_subset(source, target, subsets.get(target.name))
-        columns = {"source": source.name, "data": target.name}
-        moved.append(Target(target, columns, _restrict_to(classes), classes))
-    return _transfers("domains", source, moved, trials)
+    for data in sets:
+        classes = class_subset(source, data, subsets.get(data.name))
+        moved.append(Target(data, {"source": source.name, "data": data.name}, classes))
+    return _runs("domains", source, moved, trials)
 
 
 def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int]:
     """
     The source's class of each class of a target.
 
-    From the lines of `file`; without one from the class names of both, and where one of them has
-    none, the classes are the same.
+    It follows from the lines of `file`; without a file from the class names of both; without class
+    names both have the same classes.
 
     Raises
     ------
@@ -233,92 +198,72 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
     return found
 
 
-def _check_patches(heads: Sequence[str], source: DataSet, targets: Sequence[DataSet]) -> None:
-    """Raise InputError where a head would be trained with patches that queries do not have."""
-    if WITH_PATCHES & set(heads) and isinstance(source.pools["support"].features, PatchedRows):
-        for target in targets:
-            if target.patched is None:
-                raise InputError(
-                    f"{target.name}: has no local_features, which the shots of {source.name} have; "
-                    "encode both with --local-features, or neither"
-                )
-
-
-def _check_transferable(heads: Sequence[str], targets: Sequence[DataSet]) -> None:
-    movable = sorted(TRANSFERABLE | LEARNERS.keys())
-    for name in heads:
-        check_head(name)
-        if name not in movable:
+def _check_transferable(trials: Trials, targets: Sequence[DataSet]) -> None:
+    """Raise InputError unless all heads can move to the classes of the targets."""
+    movable = sorted(name for name, known in (HEADS | LEARNERS).items() if known.transfers)
+    for name in trials.heads:
+        if not method_named(name).transfers:
             raise InputError(
                 f"head {name} is bound to the classes it was trained on; choose one of "
                 f"{', '.join(movable)}"
             )
     for target in targets:
-        if target.class_names is None and LEARNERS.keys() & set(heads):
+        if target.class_names is None and LEARNERS.keys() & {*trials.heads}:
             raise InputError(f"{target.name}: has no class_names to make prompts of")
 
 
-def _transfer_to(target: DataSet) -> Callable[[Head, Prompting | None], Head]:
-    def move(head: Head, prompting: Prompting | None) -> Head:
-        if isinstance(head, PromptHead | ConditionalHead | TransportHead) and prompting:
-            return head.for_classes(prompting.tower, target.class_names or [])
-        return head.transfer(target.text)
-
-    return move
-
-
-def _restrict_to(classes: list[int]) -> Callable[[Head, Prompting | None], Head]:
-    return lambda head, _: head.restrict(torch.tensor(classes))
-
-
-def _identity(prompting: Prompting | None, *targets: DataSet) -> dict[str, Any]:
-    """All that the outcome of a prompt learner depends on, beside its data."""
-    if prompting is None:
-        return {}
-    return {
-        "prompting": {
-            "tower": prompting.tower.identity,
-            "context": asdict(prompting.context),
-            "schedule": asdict(prompting.schedule),
-            "class_names": [list(prompting.class_names), *(data.class_names for data in targets)],
-        }
-    }
+def _check_source(source: DataSet, targets: Sequence[Target], trials: Trials) -> None:
+    """Warn of classes with too few rows; refuse targets without the patches of the shots."""
+    for shots in trials.shots:
+        shortage = source.shortage(shots)
+        if shortage is not None:
+            warnings.warn(shortage, stacklevel=2)
+    takes_patches = any(method.takes_patches for method in trials.methods)
+    if takes_patches and isinstance(source.pools["support"].features, PatchedRows):
+        for target in targets:
+            if target.data.patched is None:
+                raise InputError(
+                    f"{target.data.name}: has no local_features, which the shots of {source.name} "
+                    "have; encode both with --local-features, or neither"
+                )
 
 
-def _transfers(
-    protocol: str,
-    source: DataSet,
-    targets: Sequence[Target],
-    trials: Trials,
-) -> list[Run]:
-    """Runs that train on the source, once for all targets, and measure on a target."""
-    _check_patches(trials.heads, source, [target.data for target in targets])
+def _inputs(
+    protocol: str, source: DataSet, target: Target, prompting: Prompting | None
+) -> dict[str, Any]:
+    """Everything that the outcome of a run depends on, beside its columns."""
+    inputs: dict[str, Any] = {"data": target.data.sha256}
+    names = [target.data.class_names]
+    if protocol == "few-shot":  # source and target are the same
+        names = []
+    else:
+        inputs |= {"source": source.sha256, "classes": target.classes}
+    if prompting is not None:
+        identity = prompting.identity
+        inputs["prompting"] = {**identity, "class_names": [identity["class_names"], *names]}
+    return inputs
 
-    @cache
-    def trained(name: str, n: int, seed: int) -> tuple[Head, float]:
-        return trials.train(source, name, n, seed)
 
-    def work(target: Target, name: str, n: int, seed: int) -> Callable[[], Row]:
-        def run() -> Row:
-            head, seconds = trained(name, n, seed)
-            moved = target.move(head, trials.prompting(source, name))
-            return measure(target.data, trials.model(), moved, seconds)
+def _runs(protocol: str, source: DataSet, targets: Sequence[Target], trials: Trials) -> list[Run]:
+    """The runs that train on the source, once for all targets, and measure on each target."""
+    _check_source(source, targets, trials)
+    # One is enough: the targets of a head come one after the other.
+    trained = lru_cache(maxsize=1)(partial(trials.train, source))
 
-        return run
+    def work(target: Target, name: str, shots: int, seed: int) -> dict[str, Any]:
+        if name == TRANSCLIP_FS:
+            return measure_few_shot(target.data, trials.model(), shots, seed)
+        head, seconds = trained(name, shots, seed)
+        moved = target.move(head, trials.prompting(source, name))
+        return measure(target.data, trials.model(), moved, seconds)
 
     return [
         Run(
             {"protocol": protocol, **target.columns, "head": name, "shots": n, "seed": seed},
-            {
-                "source": source.sha256,
-                "data": target.data.sha256,
-                "classes": target.classes,
-                **_identity(trials.prompting(source, name), target.data),
-            },
-            work(target, name, n, seed),
+            _inputs(protocol, source, target, trials.prompting(source, name)),
+            partial(work, target, name, n, seed),
         )
-        for name in trials.heads
-        for n in trials.shots
-        for seed in range(trials.seeds)
-        for target in targets
+        for name, n, seed, target in product(
+            trials.heads, trials.shots, range(trials.seeds), targets
+        )
     ]

@@ -1,4 +1,4 @@
-"""The runs of a protocol, each kept as soon as it is done."""
+"""The runs of a protocol; the result of each is a file."""
 
 from __future__ import annotations
 
@@ -10,41 +10,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transclip_fast.callbacks import Count
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import WITH_PATCHES, fit_head
+from transclip_fast.heads import fit_head, method_named
+from transclip_fast.heads.base import Head, inputs_for
 from transclip_fast.heads.prompts import Prompting
-from transclip_fast.heads.task import Head, as_fit_arguments, inputs_for
+from transclip_fast.heads.shots import as_fit_arguments
 from transclip_fast.metrics import accuracy
-from transclip_fast.protocols.data import VALIDATION_SHOTS, DataSet
+from transclip_fast.protocols.data import DataSet, draw_shots
 from transclip_fast.store.atomic import new_file, read_json, write_json, writing
-from transclip_fast.store.features import LOCAL
 from transclip_fast.version import __version__
 
-Row = dict[str, Any]
+TABLES = ("table.md", "table.parquet", "runs.parquet", "run.json")
+CONTENTS = frozenset({"runs", *TABLES, *(f".{name}.partial" for name in TABLES)})
 
 
 @dataclass(frozen=True)
 class Run:
-    """
-    A run: the columns that say what it is, the hashes of what it reads, and how to do it.
+    """One run of a protocol."""
 
-    `work` returns the measured columns.
-    """
-
-    columns: dict[str, Any]
-    inputs: dict[str, Any]
-    work: Callable[[], Row]
+    columns: dict[str, Any]  # identify the run in the table
+    inputs: dict[str, Any]  # hashes and settings that its outcome depends on
+    work: Callable[[], dict[str, Any]]  # returns the measured columns
 
     def file(self, folder: Path) -> Path:
-        """Where it is kept: named by all that its outcome depends on."""
+        """Its result: the name is a hash of everything that the outcome depends on."""
         identity = {"run": self.columns, "inputs": self.inputs, "version": __version__}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return folder / f"{digest[:32]}.json"
 
 
-def do_runs(runs: Sequence[Run], folder: Path, progress: Callable[[int, int], None]) -> list[Row]:
-    """Rows of all runs; those that `folder` has from an earlier call are not done again."""
+def do_runs(runs: Sequence[Run], folder: Path, progress: Count) -> list[dict[str, Any]]:
+    """Rows of all runs; results that `folder` has from an earlier call are reused."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -53,11 +54,33 @@ def do_runs(runs: Sequence[Run], folder: Path, progress: Callable[[int, int], No
         file = run.file(folder)
         if not file.exists():
             row = {**run.columns, **run.work()}
-            with writing(folder), new_file(file) as partial:
-                write_json(partial, row)
+            with writing(folder), new_file(file) as unfinished:
+                write_json(unfinished, row)
         rows.append(read_json(file))
     progress(len(runs), len(runs))
     return rows
+
+
+def write_tables(
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    table: Sequence[dict[str, Any]],
+    text: str,
+    summary: dict[str, Any],
+) -> None:
+    """Write the files of `TABLES`."""
+    flat = [
+        row
+        | {"head_parameters": ", ".join(f"{k} {v:g}" for k, v in row["head_parameters"].items())}
+        for row in rows
+    ]
+    for name, content in (("runs.parquet", flat), ("table.parquet", table)):
+        with new_file(folder / name) as unfinished:
+            pq.write_table(pa.Table.from_pylist(list(content)), unfinished)
+    with new_file(folder / "table.md") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    with new_file(folder / "run.json") as unfinished:
+        write_json(unfinished, summary)
 
 
 def train_head(
@@ -66,60 +89,50 @@ def train_head(
     shots: int,
     seed: int,
     logit_scale: float,
-    prompting: Prompting | None = None,
-) -> Head:
-    """A head fitted to shots of a data set, with at most 4 validation rows a class."""
-    arrays = as_fit_arguments(data.draw("support", shots, seed), "support")
-    if prompting is None:  # prompt learners choose nothing by validation rows
-        held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
-        arrays |= as_fit_arguments(held_out, "validation")
-    if name not in WITH_PATCHES:
-        arrays = {array: rows for array, rows in arrays.items() if array not in LOCAL}
-    return fit_head(
+    prompting: Prompting | None,
+) -> tuple[Head, float]:
+    """A head fitted to shots of a data set, and the seconds that it took."""
+    start = time.perf_counter()
+    drawn = draw_shots(data.pools, len(data.text), shots, seed)
+    if prompting is not None:  # prompt learners choose nothing by validation rows
+        drawn.pop("validation", None)
+    arrays = as_fit_arguments(drawn, patches=method_named(name).takes_patches)
+    head = fit_head(
         name, data.text, **arrays, logit_scale=logit_scale, seed=seed, prompting=prompting
     )
+    return head, time.perf_counter() - start
 
 
-def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> Row:
+def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> dict[str, Any]:
     """Accuracies on the queries of zero-shot, of a head, and of TransCLIP on top of it."""
-    seen = inputs_for(head, data.features, data.patched)
-    (predicted, prior), graph = head.labels_and_prior(seen), data.graph
-    start = time.perf_counter()
-    model.fit(data.features, data.text, **prior, graph=graph)
+    predicted, prior = head.labels_and_prior(inputs_for(head, data.features, data.patched))
     return {
-        **_solved(data, model, time.perf_counter() - start),
+        **_solve(data, model, prior),
         "head_accuracy": accuracy(predicted.numpy(), data.labels),
         "head_seconds": round(train_seconds, 3),
         "head_parameters": head.parameters,
     }
 
 
-def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> Row:
-    """Accuracies on the queries of zero-shot and of TransCLIP-FS, which has the shots itself."""
-    drawn = data.draw("support", shots, seed)
-    held_out = data.draw("validation", min(shots, VALIDATION_SHOTS), seed)
-    if held_out is None:
+def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> dict[str, Any]:
+    """Accuracies on the queries of zero-shot and of TransCLIP-FS, which uses the shots itself."""
+    if "validation" not in data.pools:
         raise InputError(f"{data.name}: transclip-fs needs validation rows, which choose gamma")
-    arrays = {**as_fit_arguments(drawn, "support"), **as_fit_arguments(held_out, "validation")}
-    arrays = {array: rows for array, rows in arrays.items() if array not in LOCAL}
-    graph = data.graph
-    start = time.perf_counter()
-    model.fit(data.features, data.text, **arrays, graph=graph)
+    drawn = draw_shots(data.pools, len(data.text), shots, seed)
     return {
-        **_solved(data, model, time.perf_counter() - start),
+        **_solve(data, model, as_fit_arguments(drawn, patches=False)),
         "head_accuracy": None,
         "head_seconds": None,
         "head_parameters": {"gamma": model.gamma_},
     }
 
 
-def timed(work: Callable[[], Head]) -> tuple[Head, float]:
-    """What `work` returns, and its seconds."""
+def _solve(data: DataSet, model: TransCLIP, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Fit the model to the queries; the columns that every run has."""
+    graph = data.graph  # built outside the measured time
     start = time.perf_counter()
-    return work(), time.perf_counter() - start
-
-
-def _solved(data: DataSet, model: TransCLIP, seconds: float) -> Row:
+    model.fit(data.features, data.text, **arrays, graph=graph)
+    seconds = time.perf_counter() - start
     return {
         "queries": len(data.labels),
         "zero_shot_accuracy": accuracy(model.zero_shot_labels_, data.labels),

@@ -1,12 +1,16 @@
-"""Rows of runs to a table: mean and deviation over seeds."""
+"""Tables of a protocol: means and deviations over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+Row = Mapping[str, Any]
+
+KEYS = ("source", "data", "classes", "head", "shots")  # what a row of the table is about
 MEASURES = ("zero_shot_accuracy", "head_accuracy", "accuracy")
 AVERAGE = "(average)"
 BASE, NEW, HARMONIC = "base", "new", "harmonic mean"
@@ -21,81 +25,80 @@ HEADINGS = {
     "head_accuracy": "head alone",
     "accuracy": "TransCLIP",
 }
+# A missing value makes the mean and the deviation missing.
+MEAN = ("mean", pc.ScalarAggregateOptions(skip_nulls=False))
+DEVIATION = ("stddev", pc.VarianceOptions(ddof=1, skip_nulls=False))  # missing for one seed
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     A row for each data set, head and number of shots, and their averages over data sets.
 
-    Accuracies are means over seeds, and beside them the sample standard deviation over seeds, None
-    for a single one. That of an average is the deviation of the seeds' averages. Base and new
-    classes have a third row: the harmonic mean of what the two rows say, as papers have it, beside
-    the deviation of the seeds' harmonic means.
+    Accuracies are means over seeds; beside each is the sample standard deviation over seeds, None
+    for a single seed. An average has the deviation of the seeds' averages. Base and new classes
+    get a third row: the harmonic mean of the two rows, as in papers, with the deviation of the
+    seeds' harmonic means.
     """
-    groups = ("source", "data", "classes", "head", "shots")
-    names = [name for name in groups if name in rows[0]]
-    parts: dict[Key, Sequence[Mapping[str, Any]]] = {**_split(rows, names)}
-    if len({row["data"] for row in rows}) > 1:
-        over = [name for name in names if name != "data"]
-        for others, part in _split(rows, over).items():
-            seeds = [_average(of_seed) for of_seed in _split(part, ["seed"]).values()]
-            average: Key = (("data", AVERAGE), *others)
-            parts[average] = seeds
-    found = []
-    for key, of_group in parts.items():
-        found.append(_group(of_group, key))
-        if ("classes", NEW) in key:
-            found.append(_harmonic(parts[_with(key, BASE)], of_group, _with(key, HARMONIC)))
-    return [{name: row[name] for name in (*names, *row) if name in row} for row in found]
+    keys = [name for name in KEYS if name in rows[0]]
+    seeds = list(_with_harmonic_means([*rows, *_averages(rows, keys)], keys))
+    statistics = [(name, *kind) for name in MEASURES for kind in (MEAN, DEVIATION)]
+    found: list[dict[str, Any]] = []
+    for group in _aggregate(seeds, keys, [*statistics, ("seed", "count", pc.CountOptions("all"))]):
+        row = {**{name: group[name] for name in keys}, "seeds": group["seed_count"]}
+        for name in MEASURES:
+            row[name] = _rounded(group[f"{name}_mean"])
+            row[f"{name}_std"] = _rounded(group[f"{name}_stddev"])
+        if row.get("classes") == HARMONIC:  # its base and new classes are the last two rows
+            row |= {name: _rounded(mean) for name, mean in _harmonic_mean(*found[-2:]).items()}
+        found.append(row)
+    return found
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """The table of `summarise` in Markdown, accuracies in percent."""
     columns = [name for name in HEADINGS if name in rows[0]]
-    lines = [
-        "| " + " | ".join(HEADINGS[name] for name in columns) + " |",
-        "|" + "---|" * len(columns),
-    ]
+    lines = [[HEADINGS[name] for name in columns]]
+    lines += [[_cell(row, name) for name in columns] for row in rows]
+    text = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([text[0], "|" + "---|" * len(columns), *text[1:]]) + "\n"
+
+
+def _aggregate(
+    rows: Sequence[Row], keys: Sequence[str], statistics: Sequence[tuple[Any, ...]]
+) -> list[dict[str, Any]]:
+    """Groups of rows with equal keys, in order of appearance."""
+    kinds = dict.fromkeys((*KEYS, "seed"), pa.string()) | dict.fromkeys(MEASURES, pa.float64())
+    kinds |= {"shots": pa.int64(), "seed": pa.int64()}
+    present = [(name, kind) for name, kind in kinds.items() if name in rows[0]]
+    table = pa.Table.from_pylist(list(rows), schema=pa.schema(present))
+    table = table.append_column("row", pa.array(range(len(rows))))
+    grouped = table.group_by(list(keys)).aggregate([*statistics, ("row", "min")])
+    groups: list[dict[str, Any]] = grouped.sort_by("row_min").to_pylist()
+    return groups
+
+
+def _averages(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Means over the data sets for each seed, if there are several data sets."""
+    if len({row["data"] for row in rows}) > 1:
+        over = [*(name for name in keys if name != "data"), "seed"]
+        for group in _aggregate(rows, over, [(name, *MEAN) for name in MEASURES]):
+            means = {name: group[f"{name}_mean"] for name in MEASURES}
+            yield {"data": AVERAGE, **{name: group[name] for name in over}, **means}
+
+
+def _with_harmonic_means(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[Row]:
+    """The rows, and after each of new classes its harmonic mean with that of base classes."""
+    bases = {}
     for row in rows:
-        lines.append("| " + " | ".join(_cell(row, name) for name in columns) + " |")
-    return "\n".join(lines) + "\n"
+        yield row
+        same = tuple(row[name] for name in (*keys, "seed") if name != "classes")
+        if row.get("classes") == BASE:
+            bases[same] = row
+        elif row.get("classes") == NEW:
+            yield {**row, "classes": HARMONIC, **_harmonic_mean(bases[same], row)}
 
 
-Key = tuple[tuple[str, Any], ...]
-
-
-def _split(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> dict[Key, list[Mapping[str, Any]]]:
-    """Rows by the values of some columns, in order of appearance."""
-    parts: dict[Key, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        parts.setdefault(tuple((name, row[name]) for name in names), []).append(row)
-    return parts
-
-
-def _group(rows: Sequence[Mapping[str, Any]], key: Key) -> dict[str, Any]:
-    group: dict[str, Any] = {**dict(key), "seeds": len(rows)}
-    for name in MEASURES:
-        values = [row[name] for row in rows]
-        known = None not in values
-        group[name] = round(float(np.mean(values)), 4) if known else None
-        several = known and len(values) > 1
-        group[f"{name}_std"] = round(float(np.std(values, ddof=1)), 4) if several else None
-    return group
-
-
-def _harmonic(
-    base: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], key: Key
-) -> dict[str, Any]:
-    """The harmonic mean of two rows of the table, from what is behind them."""
-    seeds = [_harmonic_mean(*pair) for pair in zip(base, new, strict=True)]
-    of_means = _harmonic_mean(_group(base, key), _group(new, key))
-    rounded = {name: mean and round(mean, 4) for name, mean in of_means.items()}
-    return {**_group(seeds, key), **rounded}
-
-
-def _harmonic_mean(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, float | None]:
+def _harmonic_mean(base: Row, new: Row) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name in MEASURES:
         a, b = base[name], new[name]
@@ -103,19 +106,11 @@ def _harmonic_mean(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _with(key: Key, classes: str) -> Key:
-    return tuple((name, classes if name == "classes" else value) for name, value in key)
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
-def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the data sets of one seed."""
-    values = {name: [row[name] for row in rows] for name in MEASURES}
-    return {
-        name: None if None in column else float(np.mean(column)) for name, column in values.items()
-    }
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
+def _cell(row: Row, name: str) -> str:
     if name not in MEASURES:
         return str(row[name])
     if row[name] is None:

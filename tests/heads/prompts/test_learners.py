@@ -224,7 +224,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tower, kind, stops):
 
 
 def test_a_training_that_goes_on_keeps_its_threads(tower, monkeypatch):
-    monkeypatch.setattr(learning, "SMALL", 0)
+    monkeypatch.setattr(learning, "SINGLE_THREAD_SIZE", 0)
     kept, seen = Kept(stop=2), []
     task = task_of(tower)
     task = replace(task, prompting=replace(task.prompting, checkpoint=kept))

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from tests.heads.prompts.conftest import NAMES, TOWERS, WRITTEN, tiny
 from transclip_fast.errors import InputError
-from transclip_fast.heads.prompts import ContextSettings
+from transclip_fast.heads.prompts import ContextSettings, Prompting
 from transclip_fast.heads.prompts import tower as tower_module
 from transclip_fast.heads.prompts.context import (
-    POSITIONS,
     class_prompts,
     first_context,
     nearest_words,
 )
+from transclip_fast.heads.prompts.settings import POSITIONS
 
 START = "a photo of the"
 
@@ -216,4 +216,4 @@ def test_nearest_words(tower):
 )
 def test_settings_that_make_no_sense(settings, told):
     with pytest.raises(InputError, match=told):
-        ContextSettings(**settings).check()
+        Prompting(None, NAMES, ContextSettings(**settings)).check(len(NAMES))

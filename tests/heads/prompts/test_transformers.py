@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tests.heads.prompts.conftest import LENGTH, NAMES, WRITTEN
 from transclip_fast.encode.models import Backbone
 from transclip_fast.heads.prompts import ContextSettings, TextTower
-from transclip_fast.heads.prompts.context import POSITIONS, class_prompts, first_context
+from transclip_fast.heads.prompts.context import class_prompts, first_context
+from transclip_fast.heads.prompts.settings import POSITIONS
 
 START = "a photo of the"
 WORDS = [*sorted({word for text in (START, *NAMES) for word in text.split()}), "."]

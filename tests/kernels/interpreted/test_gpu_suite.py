@@ -1,11 +1,12 @@
-"""Every arm of `bench.gpu_suite` at a very small size, on a card that is a CPU."""
+"""Every arm of `bench.gpu.suite` at a very small size, with the CPU as its GPU."""
 
 import pytest
 import torch
 
-from bench import gpu_arms, gpu_solves
-from bench.gpu_lines import Ceilings, Suite, measure_ceilings
-from bench.gpu_timing import Gpu
+from bench.gpu import arms, solves
+from bench.gpu.lines import Ceilings, Suite, measure_ceilings
+from bench.gpu.timing import Gpu
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph import exact
 from transclip_fast.kernels import messages
 from transclip_fast.solver.parameters import Parameters
@@ -49,7 +50,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
     monkeypatch.setattr(torch, "compile", lambda run, **_: run)
     monkeypatch.setattr(exact, "certifiable", lambda rows, size: True)
-    monkeypatch.setattr(gpu_solves, "STEPS", Parameters(max_iter=2, inner_iter=1))
+    monkeypatch.setattr(solves, "STEPS", Parameters(max_iter=2, inner_iter=1))
 
 
 @pytest.fixture
@@ -70,36 +71,54 @@ def test_ceilings():
 
 
 def test_sweeps(suite):
-    gpu_arms.sweeps(suite, 60, 50)
+    arms.sweeps(suite, 60, 50)
     assert arms_of(suite) == 2 * ["kernel", "torch eager"]
 
 
 def test_scores(suite):
-    gpu_arms.scores(suite, ((24, 40, 64, 16), (5, 300, 32, 20)))
+    arms.scores(suite, ((24, 40, 64, 16), (5, 300, 32, 20)))
     once = ["fused", "cuBLAS in chunks", "torch eager", "torch.compile", "cuBLAS, no selection"]
     assert arms_of(suite) == 2 * once
 
 
 def test_class_sums(suite):
-    gpu_arms.sums(suite, 60, 30, 16)
+    arms.sums(suite, 60, 30, 16)
     assert arms_of(suite) == ["kernel", "cuBLAS on dense chunks"]
 
 
-def test_neighbours(suite):
-    gpu_arms.neighbours(suite, (50, 60, 150), 32)
+def test_neighbours(suite, monkeypatch):
+    monkeypatch.setattr(arms, "Rows", lambda rows, *, device: Rows(rows, device=device))
+    arms.neighbours(suite, (50, 60, 150), 32)
     assert arms_of(suite) == ["check", "check", "kernel", "torch eager", "kernel"]
 
 
+def test_two_solves_have_the_same_bits(suite):
+    solves.repeated(suite, 12, 5, 16)
+    assert arms_of(suite) == ["check"]
+
+
 def test_solves(suite, monkeypatch):
-    gpu_solves.solve(suite, 12, 5, 16)
+    solves.solve(suite, 12, 5, 16)
     assert arms_of(suite) == [
         "float16", "float32", "baseline", "baseline, torch.compile", "float16, streamed",
     ]  # fmt: skip
+    assert all(line.error == 0 for line in suite.lines[2:])
     assert {"start", "score", "sweep", "class_sums", "energies"} <= set(
         suite.lines[2].detail["stages"]
     )
 
 
 def test_a_tower(suite):
-    gpu_arms.eva(suite, 2, width=24, layers=2, heads=3, side=28)
+    arms.eva(suite, 2, width=24, layers=2, heads=3, side=28)
     assert arms_of(suite) == ["torch", "torch.compile"]
+
+
+def test_other_labels_are_wrong(suite, monkeypatch):
+    rival = solves.Problem.rival
+    monkeypatch.setattr(solves.Problem, "rival", lambda *args: (rival(*args) + 1) % 5)
+    solves.solve(suite, 12, 5, 16)
+    assert [line.arm for line in suite.lines if line.wrong] == [
+        "baseline",
+        "baseline, torch.compile",
+    ]
+    assert suite.code == 1

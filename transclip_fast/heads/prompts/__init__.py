@@ -1,7 +1,6 @@
-"""Prompt learners: what is trained are the vectors around class names, through a frozen tower."""
+"""Prompt learners: the vectors around class names are trained through a frozen text tower."""
 
-from transclip_fast.heads.prompts.context import ContextSettings
-from transclip_fast.heads.prompts.learning import Learner, Prompting, Schedule
+from transclip_fast.heads.prompts.settings import ContextSettings, Prompting, Schedule
 from transclip_fast.heads.prompts.tower import TextTower
 
-__all__ = ["ContextSettings", "Learner", "Prompting", "Schedule", "TextTower"]
+__all__ = ["ContextSettings", "Prompting", "Schedule", "TextTower"]

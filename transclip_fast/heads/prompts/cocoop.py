@@ -1,30 +1,33 @@
-"""CoCoOp: a context that each image shifts, through a small network."""
+"""CoCoOp: each image shifts the context of the prompts through a small network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from transclip_fast.errors import InputError
+from transclip_fast.heads.base import Head
 from transclip_fast.heads.prompts.context import (
-    ContextSettings,
+    ContextHead,
     class_prompts,
     first_context,
     nearest_words,
 )
-from transclip_fast.heads.prompts.learning import Learner, Schedule, prompting_of, train
+from transclip_fast.heads.prompts.learning import Learner, train
+from transclip_fast.heads.prompts.settings import ContextSettings, Schedule
 from transclip_fast.heads.prompts.tower import Prompts, TextTower
-from transclip_fast.heads.task import Head, Labelled, Task, percent_right
+from transclip_fast.heads.state import StoredState
+from transclip_fast.heads.task import Task
 
 CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
 SCHEDULE = Schedule(epochs=20, batch_size=4, rate=4e-3)
-REDUCTION = 16
-TENSORS = ("context", "down", "down_bias", "up", "up_bias")  # of `Conditional`
+REDUCTION = 16  # d / width of the network's hidden layer
+TENSORS = ("context", "down", "down_bias", "up", "up_bias")  # fields of `Conditional`
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Conditional:
 
     @classmethod
     def begin(cls, context: torch.Tensor, d: int, seed: int) -> Conditional:
-        """An untrained one: layers drawn as torch draws them, uniform up to 1 / sqrt(inputs)."""
+        """Untrained, with layers initialised as in torch: uniform up to 1 / sqrt(inputs)."""
         draw = torch.Generator().manual_seed(seed)
         hidden, width = max(1, d // REDUCTION), context.shape[1]
 
@@ -65,11 +68,11 @@ class Conditional:
 
     @classmethod
     def of(cls, holder: Any) -> Conditional:
-        """That of something with all of these tensors."""
+        """The tensors of a head or learner that has all of them."""
         return cls(*(getattr(holder, name) for name in TENSORS))
 
     def to(self, device: torch.device) -> Conditional:
-        """The same elsewhere, without gradients."""
+        """The same on a device, without gradients."""
         return Conditional(*(getattr(self, name).detach().to(device) for name in TENSORS))
 
     def contexts(self, rows: torch.Tensor) -> torch.Tensor:
@@ -80,18 +83,18 @@ class Conditional:
 
 @dataclass(frozen=True)
 class Reader:
-    """A text tower and the prompts of K classes that it reads, image by image."""
+    """A text tower and the prompts of K classes, which it encodes for each image."""
 
     tower: TextTower
     prompts: Prompts
 
     @property
     def images(self) -> int:
-        """Images whose prompts the tower encodes in one go."""
+        """Number of images whose prompts the tower encodes at once."""
         return max(1, self.tower.chunk(self.prompts.tokens.shape[1]) // len(self.prompts))
 
     def logits(self, conditional: Conditional, rows: torch.Tensor, scale: float) -> torch.Tensor:
-        """Logits (n, K) of unit rows (n, d): each with the prototypes (K, d) of its contexts."""
+        """Logits (n, K) of unit rows (n, d), each with prototypes (K, d) of its own context."""
         n_rows, n_classes = len(rows), len(self.prompts)
         each = torch.arange(n_classes, device=self.tower.device).repeat(n_rows)
         contexts = conditional.contexts(rows).repeat_interleave(n_classes, 0)  # (n K, n_ctx, width)
@@ -100,36 +103,26 @@ class Reader:
 
     @torch.no_grad()
     def without_image(self, context: torch.Tensor) -> torch.Tensor:
-        """Unit rows (K, d) of the classes in a context that no image shifts, on the CPU."""
+        """Prototypes (K, d) in a context that no image shifts, on the CPU."""
         return self.tower.encode(self.prompts, context.to(self.tower.device)).float().cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionalHead(Head):
+class ConditionalHead(Conditional, ContextHead):
     """
-    Prototypes that a text tower makes anew for each image: logits of N rows are N K of its runs.
+    A head whose prototypes differ for each image: logits of N rows take N K runs of the text tower.
 
     Parameters
     ----------
     text : Tensor (K, d)
-        The classes in the context without an image.
-    context, down, down_bias, up, up_bias : Tensor
-        As of `Conditional`.
-    position : str
-        Of the class name: "end", "middle" or "front".
-    words : list of str
-        Nearest word of each vector of the context.
+        Prototypes in the context that no image shifts.
     reader : Reader, optional
-        Without one it cannot predict: see `for_classes`.
+        Needed to predict; head files do not have it, see `for_classes`.
     """
 
-    context: torch.Tensor
-    down: torch.Tensor
-    down_bias: torch.Tensor
-    up: torch.Tensor
-    up_bias: torch.Tensor
-    position: str
-    words: list[str]
+    kind: ClassVar[str] = "conditional"
+    runs_tower: ClassVar[bool] = True
+
     reader: Reader | None = None
 
     @property
@@ -138,7 +131,7 @@ class ConditionalHead(Head):
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         reader = self._reader()
-        conditional = Conditional.of(self).to(reader.tower.device)
+        conditional = self.to(reader.tower.device)
         there = rows.to(conditional.context)
         return reader.logits(conditional, there, self.logit_scale).to(rows)
 
@@ -148,10 +141,27 @@ class ConditionalHead(Head):
         return replace(self, text=self.text[classes], reader=replace(reader, prompts=prompts))
 
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> ConditionalHead:
-        """The same context and network around these class names, read by this tower."""
         prompts = class_prompts(tower, class_names, len(self.context), self.position)
         reader = Reader(tower, prompts)
         return replace(self, text=reader.without_image(self.context), reader=reader)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        return {"text": self.text, **tensors}, {"position": self.position, "words": self.words}
+
+    @classmethod
+    def from_state(cls, state: StoredState) -> ConditionalHead:
+        common, context = state.common(), state.tensor("context", "nv")
+        return cls(
+            **common,
+            context=context,
+            down=state.tensor("down", "wd"),
+            down_bias=state.tensor("down_bias", "w"),
+            up=state.tensor("up", "vw"),
+            up_bias=state.tensor("up_bias", "v"),
+            position=state.setting("position", str),
+            words=state.words(context),
+        )
 
     def _reader(self) -> Reader:
         if self.reader is None:
@@ -163,7 +173,7 @@ class CoCoOp(Learner):
     """
     A context and the network that shifts it.
 
-    Gradients are added up over as many images at a time as the tower encodes in one go.
+    Gradients are summed over parts of the batch, as many images as the tower encodes at once.
 
     Source: Zhou et al. 2022, Conditional Prompt Learning for Vision-Language Models, section 3.2,
     and the authors' repository (KaiyangZhou/CoOp, configs/trainers/CoCoOp): 4 tokens that start as
@@ -175,15 +185,11 @@ class CoCoOp(Learner):
     context: torch.nn.Parameter
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
-        prompting = prompting_of(task)
-        if prompting.context.class_specific:
+        super().__init__(task)
+        if self.settings.class_specific:
             raise InputError("cocoop: its context is shared by all classes, not class-specific")
-        tower, self.position = prompting.tower, prompting.context.position
-        self.logit_scale = task.logit_scale
-        context = first_context(tower, prompting.context, len(task.text), task.seed)
-        prompts = class_prompts(tower, prompting.class_names, len(context), self.position)
-        self.reader = Reader(tower, prompts)
+        context = first_context(self.tower, self.settings, len(task.text), task.seed)
+        self.reader = Reader(self.tower, self.class_prompts(len(context)))
         begun = Conditional.begin(context, task.text.shape[1], task.seed)
         for name in TENSORS:
             setattr(self, name, torch.nn.Parameter(getattr(begun, name)))
@@ -195,28 +201,22 @@ class CoCoOp(Learner):
 
     def descend(self, rows: torch.Tensor, labels: torch.Tensor) -> float:
         size, total = self.reader.images, 0.0
-        for some, own in zip(torch.split(rows, size), torch.split(labels, size), strict=True):
-            loss = F.cross_entropy(self(some), own, reduction="sum") / len(rows)
+        for part, own in zip(torch.split(rows, size), torch.split(labels, size), strict=True):
+            loss = F.cross_entropy(self(part), own, reduction="sum") / len(rows)
             torch.autograd.backward(loss)
             total += float(loss.detach())
         return total
 
-    def head(self) -> ConditionalHead:
-        return self._head(nearest_words(self.reader.tower, self.context))
-
-    def validate(self, rows: Labelled) -> float:
-        return percent_right(self._head([]).logits(rows.features), rows.labels)
-
     @torch.no_grad()
-    def _head(self, words: list[str]) -> ConditionalHead:
+    def head(self, *, words: bool = True) -> ConditionalHead:
         conditional = Conditional.of(self).to(torch.device("cpu"))
         return ConditionalHead(
             text=self.reader.without_image(conditional.context),
             logit_scale=self.logit_scale,
             parameters={"n_ctx": len(conditional.context)},
             **{name: getattr(conditional, name).float().clone() for name in TENSORS},
-            position=self.position,
-            words=words,
+            position=self.settings.position,
+            words=nearest_words(self.tower, self.context) if words else [],
             reader=self.reader,
         )
 

@@ -1,4 +1,4 @@
-"""Prompts with a context to learn: tokens around class names, first vectors, nearest words."""
+"""Prompts with a learned context: tokens around class names, initial vectors, nearest words."""
 
 from __future__ import annotations
 
@@ -8,47 +8,30 @@ from dataclasses import dataclass
 import torch
 
 from transclip_fast.errors import InputError
+from transclip_fast.heads.base import Head
+from transclip_fast.heads.prompts.settings import ContextSettings
 from transclip_fast.heads.prompts.tower import Prompts, TextTower
 
-POSITIONS = ("end", "middle", "front")
-SPREAD = 0.02  # standard deviation of random first vectors
-PLACEHOLDER = "a"  # one token in every vocabulary; its vector is never read
-BLOCK = 8192  # words compared at a time
+INITIAL_DEVIATION = 0.02  # standard deviation of random initial vectors
+PLACEHOLDER = "a"  # one token in every vocabulary; its vector is replaced
+VOCABULARY_BLOCK = 8192  # words compared at a time
 
 
-@dataclass(frozen=True)
-class ContextSettings:
-    """
-    What the learned part of a prompt is.
+@dataclass(frozen=True, kw_only=True)
+class ContextHead(Head):
+    """A head that a text tower made of class names in learned contexts."""
 
-    Parameters
-    ----------
-    n_ctx : int
-        Vectors; with `start`, the number of its tokens.
-    class_specific : bool
-        Each class has its own vectors, instead of all the same.
-    position : str
-        Of the class name: "end", "middle" or "front".
-    start : str, optional
-        Words that the vectors start from, e.g. "a photo of a"; random without.
+    position: str  # of the class name: "end", "middle" or "front"
+    words: list[str]  # nearest word of each vector of the contexts, flat
 
-    Raises
-    ------
-    InputError
-        From `check`: a value that makes no sense.
-    """
+    def words_by_context(self, class_names: Sequence[str]) -> dict[str, list[str]]:
+        n_ctx = int(self.parameters["n_ctx"])
+        groups = [self.words[start : start + n_ctx] for start in range(0, len(self.words), n_ctx)]
+        return dict(zip(self.context_names(class_names), groups, strict=True))
 
-    n_ctx: int = 16
-    class_specific: bool = False
-    position: str = "end"
-    start: str | None = None
-
-    def check(self) -> None:
-        """Raise InputError unless the values make sense."""
-        if self.position not in POSITIONS:
-            raise InputError(f"position {self.position!r}: choose one of {', '.join(POSITIONS)}")
-        if self.n_ctx < 1:
-            raise InputError(f"a context of {self.n_ctx} tokens; give at least one")
+    def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
+        """Names of the contexts, in their order."""
+        return ["all"]
 
 
 def class_prompts(
@@ -64,9 +47,9 @@ def class_prompts(
     Raises
     ------
     InputError
-        A prompt that is longer than the tower reads.
+        A prompt is longer than the tower reads.
     """
-    # What open_clip's names of classes have for blanks.
+    # open_clip's class names have underscores for blanks.
     names = [name.replace("_", " ") for name in class_names]
     frame = _Frame(tower)
     (filler,) = frame.contents([PLACEHOLDER])
@@ -76,10 +59,10 @@ def class_prompts(
     context = filler[:1] * n_ctx
     contents, places = [], []
     for name, whole, stop in zip(names, bare, stopped, strict=True):
-        named, end = (whole[1:], stop[len(whole) :])
+        class_tokens, end = whole[1:], stop[len(whole) :]
         if stop[: len(whole)] != whole:  # the stop is part of the last token
-            named, end = stop[1:], []
-        content = [*context[:before], *named, *context[before:], *end]
+            class_tokens, end = stop[1:], []
+        content = [*context[:before], *class_tokens, *context[before:], *end]
         if len(content) > frame.room:
             raise InputError(
                 f"class {name!r}: its prompt has {len(content)} tokens with {n_ctx} of context, "
@@ -87,9 +70,8 @@ def class_prompts(
             )
         contents.append(content)
         first = len(frame.head)
-        places.append(
-            [first + column + (len(named) if column >= before else 0) for column in range(n_ctx)]
-        )
+        shift = len(class_tokens)
+        places.append([first + k + (shift if k >= before else 0) for k in range(n_ctx)])
     longest = max(len(content) for content in contents)
     tokens = torch.tensor([frame.filled(content, longest) for content in contents])
     return Prompts(tokens.to(tower.device), torch.tensor(places).to(tower.device))
@@ -99,12 +81,12 @@ def first_context(
     tower: TextTower, settings: ContextSettings, n_classes: int, seed: int
 ) -> torch.Tensor:
     """
-    Vectors (n_ctx, width), or (K, n_ctx, width) class by class, before they are trained.
+    Initial vectors (n_ctx, width), or (K, n_ctx, width) if they are class-specific.
 
     Raises
     ------
     InputError
-        `start` without a word in it.
+        `start` has no word in it.
     """
     if settings.start is not None:
         (words,) = _Frame(tower).contents([settings.start])
@@ -117,27 +99,27 @@ def first_context(
     if settings.class_specific:
         shape = (n_classes, *shape)  # type: ignore[assignment]
     draw = torch.Generator().manual_seed(seed)
-    return (SPREAD * torch.randn(shape, generator=draw)).to(like)
+    return (INITIAL_DEVIATION * torch.randn(shape, generator=draw)).to(like)
 
 
 @torch.no_grad()
 def nearest_words(tower: TextTower, context: torch.Tensor) -> list[str]:
     """
-    For each vector of a context (..., width) the word whose embedding is nearest, flat.
+    The word with the nearest embedding for each vector of a context (..., width), flat.
 
-    Euclidean distance over the tower's vocabulary without its special tokens, as Zhou et al. 2022
-    (section 4.4) read their contexts.
+    Distances are Euclidean, over the tower's vocabulary without its special tokens, as in Zhou et
+    al. 2022, section 4.4.
     """
     special = set(_Frame(tower).empty)
     ids = torch.tensor([k for k in range(tower.vocabulary_size) if k not in special])
     vectors = context.detach().reshape(-1, context.shape[-1]).to(tower.device)
     nearest = torch.full((len(vectors),), torch.inf, device=tower.device, dtype=vectors.dtype)
     found = torch.zeros(len(vectors), dtype=torch.int64, device=tower.device)
-    for block in torch.split(ids, BLOCK):
+    for block in torch.split(ids, VOCABULARY_BLOCK):
         distances = torch.cdist(vectors, tower.vectors(block).to(vectors.dtype))
-        least, place = distances.min(1)
-        found = torch.where(least < nearest, block.to(tower.device)[place], found)
-        nearest = torch.minimum(nearest, least)
+        closest, place = distances.min(1)
+        found = torch.where(closest < nearest, block.to(tower.device)[place], found)
+        nearest = torch.minimum(nearest, closest)
     return [_word(tower, int(k)) for k in found]
 
 
@@ -148,7 +130,7 @@ def _word(tower: TextTower, token: int) -> str:
 
 
 class _Frame:
-    """What a tokenizer puts before and behind a text, read off the empty one."""
+    """The tokens that a tokenizer puts before and after a text, found from the empty text."""
 
     def __init__(self, tower: TextTower) -> None:
         self._tower = tower
@@ -156,25 +138,25 @@ class _Frame:
         word: list[int] = tower.tokenize([PLACEHOLDER])[0].tolist()
         same = [a == b for a, b in zip(self.empty, word, strict=True)]
         self.head = self.empty[: same.index(False)]
-        self._behind = self.empty[len(self.head) :]
+        self._after = self.empty[len(self.head) :]
         padding = self.empty[-1]
-        marks = sum(token != padding for token in self._behind)
-        self._tail = max(marks, 1)  # of padding there is one that ends the text, where it does that
-        self.room = len(self._behind) - self._tail
+        marks = sum(token != padding for token in self._after)
+        self._tail = max(marks, 1)  # one token of padding, if that marks the end
+        self.room = len(self._after) - self._tail
 
     def contents(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text alone; a text that is too long is cut."""
+        """The tokens of each text without those around it; a text that is too long is cut."""
         first = len(self.head)
         found = []
         for row in self._tower.tokenize(list(texts)).tolist():
             body = row[first:]
-            behind = self._behind
-            length = next(m for m in range(len(body) + 1) if body[m:] == behind[: len(body) - m])
+            after = self._after
+            length = next(m for m in range(len(body) + 1) if body[m:] == after[: len(body) - m])
             found.append(body[:length])
         return found
 
     def filled(self, content: list[int], longest: int) -> list[int]:
-        """The row of a text's tokens, as long as the tower needs where the longest is that long."""
-        row = [*self.head, *content, *self._behind]
+        """The row of a text, cut to the tokens of the longest if the tower allows that."""
+        row = [*self.head, *content, *self._after]
         needed = len(self.head) + longest + self._tail
         return row[: needed if self._tower.shortens else len(self.empty)]

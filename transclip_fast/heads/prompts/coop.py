@@ -4,33 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
-from transclip_fast.heads.prompts.context import class_prompts, first_context, nearest_words
-from transclip_fast.heads.prompts.learning import Learner, prompting_of, train
+from transclip_fast.errors import InputError
+from transclip_fast.heads.base import BOUND, Head, PrototypeHead
+from transclip_fast.heads.prompts.context import (
+    ContextHead,
+    class_prompts,
+    first_context,
+    nearest_words,
+)
+from transclip_fast.heads.prompts.learning import Learner, train
 from transclip_fast.heads.prompts.tower import TextTower
-from transclip_fast.heads.task import Head, Labelled, PrototypeHead, Task, percent_right
+from transclip_fast.heads.state import StoredState
+from transclip_fast.heads.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptHead(PrototypeHead):
+class PromptHead(ContextHead, PrototypeHead):
     """
-    Prototypes that a text tower made of class names in a learned context.
+    Prototypes from a text tower: class names in a learned context.
 
     Parameters
     ----------
     context : Tensor (n_ctx, width) or (K, n_ctx, width)
-        Of all classes, or of each.
-    position : str
-        Of the class name: "end", "middle" or "front".
-    words : list of str
-        Nearest word of each vector of the context, flat.
+        Shared by all classes, or one for each.
     """
 
+    kind: ClassVar[str] = "prompts"
+
     context: torch.Tensor
-    position: str
-    words: list[str]
 
     def restrict(self, classes: torch.Tensor) -> PromptHead:
         head = replace(self, text=self.text[classes])
@@ -42,19 +47,24 @@ class PromptHead(PrototypeHead):
 
     @torch.no_grad()
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> PromptHead:
-        """
-        The same context around other class names.
-
-        Raises
-        ------
-        InputError
-            The context is that of the classes it was trained on.
-        """
         if self.context.ndim == 3:
-            return self.transfer(self.text)  # type: ignore[return-value]
+            raise InputError(BOUND)
         prompts = class_prompts(tower, class_names, len(self.context), self.position)
         text = tower.encode(prompts, self.context.to(tower.device))
         return replace(self, text=text.float().cpu())
+
+    def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
+        return class_names if self.context.ndim == 3 else ["all"]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        settings = {"position": self.position, "words": self.words}
+        return {"text": self.text, "context": self.context}, settings
+
+    @classmethod
+    def from_state(cls, state: StoredState) -> PromptHead:
+        common, context = state.common(), state.tensor("context", "nv", "Knv")
+        position, words = state.setting("position", str), state.words(context)
+        return cls(**common, context=context, position=position, words=words)
 
 
 class CoOp(Learner):
@@ -62,20 +72,14 @@ class CoOp(Learner):
     Class prototypes of a learned context.
 
     Source: Zhou et al. 2022, Learning to Prompt for Vision-Language Models, section 3.2, equations
-    2 to 4; the unified context and that of each class are its two forms.
+    2 to 4; with a unified context, or one for each class.
     """
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
-        prompting = prompting_of(task)
-        self.tower, self.settings = prompting.tower, prompting.context
-        self.logit_scale = task.logit_scale
-        vectors = first_context(self.tower, self.settings, len(task.text), task.seed)
-        n_ctx = vectors.shape[-2]
-        self.prompts = class_prompts(
-            self.tower, prompting.class_names, n_ctx, self.settings.position
-        )
-        self.context = torch.nn.Parameter(vectors)
+        super().__init__(task)
+        context = first_context(self.tower, self.settings, len(task.text), task.seed)
+        self.prompts = self.class_prompts(context.shape[-2])
+        self.context = torch.nn.Parameter(context)
 
     def prototypes(self) -> torch.Tensor:
         """Unit rows (K, d)."""
@@ -85,20 +89,15 @@ class CoOp(Learner):
         return self.logit_scale * rows @ self.prototypes().T
 
     @torch.no_grad()
-    def head(self) -> PromptHead:
+    def head(self, *, words: bool = True) -> PromptHead:
         return PromptHead(
             text=self.prototypes().float().cpu(),
             logit_scale=self.logit_scale,
             parameters={"n_ctx": self.context.shape[-2]},
             context=self.context.detach().float().cpu().clone(),
             position=self.settings.position,
-            words=nearest_words(self.tower, self.context),
+            words=nearest_words(self.tower, self.context) if words else [],
         )
-
-    @torch.no_grad()
-    def validate(self, rows: Labelled) -> float:
-        head = PrototypeHead(text=self.prototypes().float().cpu(), logit_scale=self.logit_scale)
-        return percent_right(head.logits(rows.features), rows.labels)
 
 
 def fit(task: Task) -> Head:

@@ -1,31 +1,41 @@
-"""PLOT: several prompts a class, to which the patches of an image are transported."""
+"""
+PLOT: several prompts a class, with which optimal transport pairs the patches of an image.
+
+The logit of a class is tau <T, S>: S (L, P) are the cosines of the L patches and the P prompts of
+the class, T (L, P) is the plan of `transport`.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
 from transclip_fast.data.patches import images
 from transclip_fast.errors import InputError
+from transclip_fast.heads.base import Head, unit
 from transclip_fast.heads.prompts.context import (
-    SPREAD,
-    ContextSettings,
+    INITIAL_DEVIATION,
+    ContextHead,
     class_prompts,
     first_context,
     nearest_words,
 )
-from transclip_fast.heads.prompts.learning import Learner, Schedule, prompting_of, train
+from transclip_fast.heads.prompts.learning import Learner, train
+from transclip_fast.heads.prompts.settings import ContextSettings, Schedule
 from transclip_fast.heads.prompts.tower import Prompts, TextTower
-from transclip_fast.heads.task import Head, Labelled, Task, percent_right, unit
+from transclip_fast.heads.state import StoredState
+from transclip_fast.heads.task import Task
 
 CONTEXT = ContextSettings(n_ctx=16)
 SCHEDULE = Schedule(epochs=50)
-PROMPTS = 4
-EPSILON, ITERATIONS, THRESHOLD = 0.1, 100, 1e-2  # of the transport
-ENTRIES = 1 << 24  # of the similarities of a block: rows, patches, classes, prompts
+PROMPTS = 4  # a class
+# Of the transport, as published: weight of the entropy, most iterations, change that ends them.
+EPSILON, ITERATIONS, THRESHOLD = 0.1, 100, 1e-2
+BLOCK_ENTRIES = 1 << 24  # similarities of a block: rows, patches, classes, prompts
 
 
 @torch.no_grad()
@@ -37,52 +47,50 @@ def transport(
     threshold: float = THRESHOLD,
 ) -> torch.Tensor:
     """
-    Plans (P, L, N) that carry the weight 1/L of each of L rows to the weight 1/N of N columns.
+    Plans (B, L, P) that move the weight 1/L of each of L rows to the weight 1/P of each of P
+    columns, for B problems of cost 1 - S.
 
-    T = diag(r) A diag(c) with A = exp(-(1 - S) / epsilon), where r = (1/L) / (A c) and
-    c = (1/N) / (A^T r) follow each other from c = 1 on: Sinkhorn's iterations for the cost 1 - S.
-    A problem is done when the mean change of its r is below the threshold, and then stays as it
-    is, so that no plan depends on the problems beside it. (The authors' code goes on until the mean
-    over all problems of a batch is.) Columns sum to 1/N exactly, rows to 1/L as far as r stands
-    still. No gradient passes: the plan is a constant of the loss, as in the paper.
+    T = diag(r) A diag(c) with A = exp(-(1 - S) / epsilon), where Sinkhorn's iterations alternate
+    r = (1/L) / (A c) and c = (1/P) / (A^T r) from c = 1 on. A problem ends when the mean change of
+    its r is below the threshold, so that no plan depends on the other problems. (The authors' code
+    ends all at the mean over the batch.) Columns sum to 1/P exactly, rows to 1/L once r has
+    converged. No gradient passes: the plan is a constant of the loss, as in the paper.
 
     Source: Cuturi 2013, Sinkhorn Distances; Chen et al. 2023, PLOT, algorithm 1; epsilon,
     iterations and threshold as in the authors' repository (CHENGY12/PLOT).
 
     Parameters
     ----------
-    similarities : Tensor (P, L, N)
-        S, cosines; float32 or float64, which the plans are, too.
+    similarities : Tensor (B, L, P)
+        S, cosines, float32 or float64; plans have the same type.
     """
     kernel = torch.exp((similarities - 1) / epsilon)
     n_problems, rows, columns = kernel.shape
     r, c = kernel.new_ones(n_problems, rows, 1), kernel.new_ones(n_problems, columns, 1)
-    going = torch.ones(n_problems, 1, 1, dtype=torch.bool, device=kernel.device)
+    active = torch.ones(n_problems, 1, 1, dtype=torch.bool, device=kernel.device)
     for _ in range(iterations):
         new_r = 1 / (rows * (kernel @ c))
         new_c = 1 / (columns * (kernel.mT @ new_r))
         moved = (new_r - r).abs().mean(1, keepdim=True)
-        r, c = torch.where(going, new_r, r), torch.where(going, new_c, c)
-        going &= moved >= threshold
-        if not going.any():
+        r, c = torch.where(active, new_r, r), torch.where(active, new_c, c)
+        active &= moved >= threshold
+        if not active.any():
             break
     return r * kernel * c.mT
 
 
 def transported_logits(rows: torch.Tensor, texts: torch.Tensor, scale: float) -> torch.Tensor:
     """
-    Logits (n, K): scale times the similarity of patches and prompts that a transport pairs.
+    Logits (n, K): scale <T, S>, with S the cosines of patches and prompts and T their plan.
 
-    <T, S> with S (L, P) the cosines of an image's patches and a class's prompts, and T their
-    transport plan (`transport`), through which no gradient passes. Where an image is one feature,
-    the only plan that there is gives every prompt the same: the mean of their cosines.
+    An image without patches is a single row: its only plan weighs all prompts equally.
 
     Source: Chen et al. 2023, PLOT, equations 5 to 7.
 
     Parameters
     ----------
     rows : Tensor (n, 1 + L, d), or (n, d) without patches
-        The image itself, which comes first, takes no part beside patches.
+        The image comes first; with patches it is not used.
     texts : Tensor (K, P, d)
         Unit rows.
     """
@@ -94,9 +102,9 @@ def transported_logits(rows: torch.Tensor, texts: torch.Tensor, scale: float) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransportHead(Head):
+class TransportHead(ContextHead):
     """
-    Several prototypes a class, see `transported_logits`.
+    P prototypes a class, with the logits of `transported_logits`.
 
     Parameters
     ----------
@@ -105,24 +113,24 @@ class TransportHead(Head):
     texts : Tensor (K, P, d)
         Unit rows.
     contexts : Tensor (P, n_ctx, width)
-    position : str
-        Of the class name: "end", "middle" or "front".
-    words : list of str
-        Nearest word of each vector of the contexts, flat.
     patches : int
-        L that it was trained with; 0 without patches.
+        L of the training; 0 without patches.
     """
+
+    kind: ClassVar[str] = "transport"
 
     texts: torch.Tensor
     contexts: torch.Tensor
-    position: str
-    words: list[str]
     patches: int
+
+    @property
+    def wants_patches(self) -> bool:
+        return self.patches > 0
 
     @property
     def block_rows(self) -> int:
         classes, prompts, _ = self.texts.shape
-        return max(1, ENTRIES // (max(1, self.patches) * classes * prompts))
+        return max(1, BLOCK_ENTRIES // (max(1, self.patches) * classes * prompts))
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         if not self.patches:
@@ -139,11 +147,31 @@ class TransportHead(Head):
 
     @torch.no_grad()
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> TransportHead:
-        """The same contexts around other class names."""
         contexts = self.contexts.to(tower.device)
         prompts = class_prompts(tower, class_names, contexts.shape[1], self.position)
         texts = encode_each(tower, prompts, contexts).float().cpu()
         return replace(self, text=unit(texts.mean(1)), texts=texts)
+
+    def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
+        return [f"prompt {number}" for number in range(1, len(self.contexts) + 1)]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = {"text": self.text, "texts": self.texts, "contexts": self.contexts}
+        settings = {"position": self.position, "words": self.words, "patches": self.patches}
+        return tensors, settings
+
+    @classmethod
+    def from_state(cls, state: StoredState) -> TransportHead:
+        common, texts = state.common(), state.tensor("texts", "KPd")
+        contexts = state.tensor("contexts", "Pnv")
+        return cls(
+            **common,
+            texts=texts,
+            contexts=contexts,
+            position=state.setting("position", str),
+            words=state.words(contexts),
+            patches=state.setting("patches", int),
+        )
 
 
 class Plot(Learner):
@@ -156,22 +184,18 @@ class Plot(Learner):
     """
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
-        prompting = prompting_of(task)
-        if prompting.context.class_specific:
+        super().__init__(task)
+        if self.settings.class_specific:
             raise InputError("plot: its contexts are shared by all classes, not class-specific")
-        self.tower, self.position = prompting.tower, prompting.context.position
-        self.logit_scale = task.logit_scale
         shots = task.shots.features
         self.patches = shots.shape[1] - 1 if shots.ndim == 3 else 0
-        settings = replace(prompting.context, class_specific=True)
+        settings = replace(self.settings, class_specific=True)  # each prompt has its own vectors
         contexts = first_context(self.tower, settings, PROMPTS, task.seed)
-        if settings.start is not None:  # or all would start, and stay, the same
+        if settings.start is not None:  # without noise all prompts would stay equal
             draw = torch.Generator().manual_seed(task.seed)
-            contexts = contexts + SPREAD * torch.randn(contexts.shape, generator=draw).to(contexts)
-        self.prompts = class_prompts(
-            self.tower, prompting.class_names, contexts.shape[1], self.position
-        )
+            noise = torch.randn(contexts.shape, generator=draw).to(contexts)
+            contexts = contexts + INITIAL_DEVIATION * noise
+        self.prompts = self.class_prompts(contexts.shape[1])
         self.contexts = torch.nn.Parameter(contexts)
 
     def texts(self) -> torch.Tensor:
@@ -183,14 +207,8 @@ class Plot(Learner):
         there = (rows if self.patches else images(rows)).to(texts.dtype)
         return transported_logits(there, texts, self.logit_scale)
 
-    def head(self) -> TransportHead:
-        return self._head(nearest_words(self.tower, self.contexts))
-
-    def validate(self, rows: Labelled) -> float:
-        return percent_right(self._head([]).logits(rows.features), rows.labels)
-
     @torch.no_grad()
-    def _head(self, words: list[str]) -> TransportHead:
+    def head(self, *, words: bool = True) -> TransportHead:
         texts = self.texts().float().cpu()
         return TransportHead(
             text=unit(texts.mean(1)),
@@ -198,8 +216,8 @@ class Plot(Learner):
             parameters={"n_ctx": self.contexts.shape[1], "patches": self.patches},
             texts=texts,
             contexts=self.contexts.detach().float().cpu().clone(),
-            position=self.position,
-            words=words,
+            position=self.settings.position,
+            words=nearest_words(self.tower, self.contexts) if words else [],
             patches=self.patches,
         )
 
@@ -213,7 +231,7 @@ def encode_each(tower: TextTower, prompts: Prompts, contexts: torch.Tensor) -> t
 
 
 def fit(task: Task) -> Head:
-    """Train contexts with the task's `prompting`, and warn where images have no patches."""
+    """Train contexts with the task's `prompting`; warns if the shots have no patches."""
     learner = Plot(task)
     if not learner.patches:
         warnings.warn(

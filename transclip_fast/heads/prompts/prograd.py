@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from transclip_fast.heads.base import Head
 from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.prompts.learning import train
-from transclip_fast.heads.task import Head, Task
+from transclip_fast.heads.task import Task
 
-LAMBDA = 1.0
+LAMBDA = 1.0  # how much of that part is removed
 
 
 class ProGrad(CoOp):
     """
-    CoOp whose gradient gives up the part that points against zero-shot's.
+    CoOp without the part of its gradient that points against that of zero-shot.
 
     Source: Zhu et al. 2023, Prompt-aligned Gradient for Prompt Tuning, with lambda = 1 and a
-    temperature of 1 as in the authors' repository (BeierZhu/Prompt-align). Zero-shot is what the
-    task's text features say.
+    temperature of 1 as in the authors' repository (BeierZhu/Prompt-align). Zero-shot is the
+    prediction of the task's text features.
     """
 
     def __init__(self, task: Task) -> None:
@@ -37,7 +38,7 @@ class ProGrad(CoOp):
 
 def aligned(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """
-    The gradient, without its part along `direction` where it points against that.
+    The gradient, without its part along `direction` if it points against that.
 
     g - lambda (g . u) u with u = direction / |direction| where g . u < 0, all of the tensor as one
     vector. `direction` is the gradient of the cross-entropy towards zero-shot's probabilities,

@@ -1,4 +1,4 @@
-"""A frozen text tower that reads prompts some of whose tokens are vectors instead of words."""
+"""A frozen text tower that encodes prompts in which vectors replace some tokens."""
 
 from __future__ import annotations
 
@@ -6,43 +6,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from transclip_fast.encode.models import Backbone
+from transclip_fast.encode.models import Backbone
 
-# Of activations that wait for the backward pass: with more, they are computed again, in chunks.
+# Activations stored for the backward pass; with more, prompts are encoded again, in chunks.
 ACTIVATION_BYTES = 1 << 30
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-ENDS = ("argmax", "eos")  # poolings of the end token, which nothing behind it reaches
+END_POOLINGS = ("argmax", "eos")  # the embedding is that of the end-of-text token
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """
-    Token ids of R prompts, and where in them the context goes.
+    """Token ids of R prompts, and the columns of their context."""
 
-    Parameters
-    ----------
-    tokens : Tensor (R, L) int64
-        With any ordinary token at the places of the context.
-    places : Tensor (R, n_ctx) int64
-        Columns, in the order of the context's vectors.
-    """
-
-    tokens: torch.Tensor
-    places: torch.Tensor
+    tokens: torch.Tensor  # (R, L) int64; any ordinary token stands in for the context
+    places: torch.Tensor  # (R, n_ctx) int64, columns in the order of the context's vectors
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def rows(self, which: torch.Tensor | slice) -> Prompts:
-        """Some of the prompts, or some of them several times."""
+        """The chosen prompts, which may repeat."""
         return Prompts(self.tokens[which], self.places[which])
 
 
@@ -50,16 +40,15 @@ class TextTower:
     """
     The text tower of a backbone, frozen.
 
-    The tower runs as it is, masks, pooling and projection included: what its token embedding gives
-    at the places of the context is replaced on the way.
+    The tower runs unchanged, with its masks, pooling and projection; a hook replaces the token
+    embeddings at the places of the context.
 
     Parameters
     ----------
     backbone : Backbone
-        Any with open_clip's towers: its own transformers, with or without class embedding, and
-        those of transformers. Its parameters no longer take gradients.
+        With a text tower of open_clip, its own or one from transformers. Its parameters are frozen.
     precision : str, optional
-        "fp32", or "bf16" for matrix products in bfloat16; "bf16" on CUDA where not given.
+        "fp32", or "bf16" for matrix products in bfloat16; by default "bf16" on CUDA, else "fp32".
     """
 
     def __init__(self, backbone: Backbone, precision: str | None = None) -> None:
@@ -83,56 +72,56 @@ class TextTower:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the prototypes depend on, beside the prompts."""
+        """Model, weights and precision, on which the embeddings depend."""
         return {**self.backbone.identity, "autocast": self.precision}
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
-        """Token ids (len(texts), context length) int64 as the tower's own tokenizer gives them."""
+        """Token ids (len(texts), context length) int64 of the tower's own tokenizer."""
         return self.backbone.tokenizer(texts)
 
     @torch.no_grad()
     def vectors(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the token embedding gives for ids (...): (..., width), float32 or float64."""
+        """Token embeddings (..., width) of ids (...), float32 or float64."""
         found: torch.Tensor = self.embedding(tokens.to(self.device))
         return found if found.dtype == torch.float64 else found.float()
 
     @property
     def vocabulary_size(self) -> int:
-        """Tokens that the embedding knows."""
+        """Number of tokens in the embedding."""
         return int(self.embedding.num_embeddings)  # type: ignore[arg-type]
 
     @cached_property
     def prompt_size(self) -> int:
-        """Numbers between two layers of the tower for one prompt."""
+        """Activations between two layers of the tower for one prompt."""
         tokens = self.tokenize([""])
         return tokens.shape[1] * self.vectors(tokens[0, :1]).shape[1]
 
     @property
     def shortens(self) -> bool:
         """
-        Whether prompts may be cut behind their ends.
+        Whether prompts may be cut after their end-of-text token.
 
-        True where nothing there reaches the embedding: behind a causal mask, or one of padding.
+        True if tokens after it cannot influence it (causal or padding mask).
         """
         text = self._text
         if self._huggingface:
             return True
         causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
         pooling = text.text_pool_type if hasattr(text, "text_pool_type") else text.pool_type
-        return causal and pooling in ENDS
+        return causal and pooling in END_POOLINGS
 
     def encode(self, prompts: Prompts, context: torch.Tensor) -> torch.Tensor:
         """
         Unit embeddings (R, d) of prompts, with gradients to the context.
 
-        Prompts whose activations take more than `ACTIVATION_BYTES` are encoded in chunks, which the
-        backward pass encodes again, one at a time.
+        If the activations of all prompts take more than `ACTIVATION_BYTES`, they are encoded in
+        chunks, and again chunk by chunk in the backward pass.
 
         Parameters
         ----------
         prompts : Prompts
         context : Tensor (n_ctx, width) or (R, n_ctx, width)
-            The same for all prompts, or of each.
+            Shared by all prompts, or one for each.
         """
         size = self.chunk(prompts.tokens.shape[1])
         again = len(prompts) > size and torch.is_grad_enabled() and context.requires_grad
@@ -150,14 +139,14 @@ class TextTower:
         return F.normalize(torch.cat(embedded).to(context.dtype), dim=1)
 
     def chunk(self, length: int) -> int:
-        """Prompts of that many tokens whose activations take `ACTIVATION_BYTES`."""
+        """Number of prompts of this length whose activations take `ACTIVATION_BYTES`."""
         if length not in self._row_bytes:
             one, three = (self._saved_bytes(rows, length) for rows in (1, 3))
             self._row_bytes[length] = max(three - one, 2) // 2
         return max(1, ACTIVATION_BYTES // self._row_bytes[length])
 
     def _saved_bytes(self, rows: int, length: int) -> int:
-        """Bytes that the backward pass of some prompts would need, weights included."""
+        """Bytes that are saved for the backward pass of so many prompts, weights included."""
         tokens = torch.ones(rows, length, dtype=torch.int64, device=self.device)
         places = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         vectors = self.vectors(tokens[0, :1]).requires_grad_()
@@ -168,7 +157,10 @@ class TextTower:
             saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
             self._embed(tokens, places, vectors)
         return sum(saved.values())
 
@@ -185,7 +177,7 @@ class TextTower:
 
     @contextmanager
     def _replacing(self, places: torch.Tensor, vectors: torch.Tensor) -> Iterator[None]:
-        """The token embedding gives these vectors at those places."""
+        """The token embedding returns these vectors at these places."""
         rows = torch.arange(len(places), device=places.device)[:, None]
 
         def replace(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -198,7 +190,7 @@ class TextTower:
             hook.remove()
 
     def _cut(self, length: int) -> dict[str, torch.Tensor]:
-        """The tower's tensors over positions, as shortened prompts need them."""
+        """The tower's positional tensors, cut to the length of shortened prompts."""
         text = self._text
         if self._huggingface or length == text.context_length:
             return {}

@@ -1,0 +1,1 @@
+"""What the parts of the method, heads and prompts do to labels."""

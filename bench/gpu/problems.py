@@ -1,0 +1,122 @@
+"""Inputs of `bench.gpu.suite`, made on the device, with the bytes and errors of operations."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from transclip_fast.types import Affinity, Assignments, NeighborGraph, Scores, Truncation
+
+OWN_CLASS = 0.65  # share of neighbours with the row's label: 62 to 71 % of real ones
+SIMILARITY = 0.8  # of all neighbours
+CHUNK_ROWS = 1 << 18  # made at a time
+
+
+def made_graph(n: int, k: int, neighbors: int = 3, seed: int = 0) -> NeighborGraph:
+    """Return neighbours of rows sorted by label, where row i has label i K // N."""
+    rng = np.random.default_rng(seed)
+    rows = np.arange(n)[:, None]
+    size = max(2, n // k)
+    near = rows // size * size + rng.integers(0, size, (n, neighbors))
+    ids = np.where(rng.random((n, neighbors)) < OWN_CLASS, near, rng.integers(0, n, (n, neighbors)))
+    ids = np.minimum(ids, n - 1)
+    ids = np.where(ids == rows, (ids + 1) % n, ids)
+    return NeighborGraph(ids, np.full(ids.shape, SIMILARITY, np.float32))
+
+
+def made_problem(n: int, k: int, d: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return unit features (N, d) sorted by label, and unit prototypes (K, d), float32."""
+    draw = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int) -> torch.Tensor:
+        return torch.randn(rows, d, device=device, generator=draw).div_(d**0.5)
+
+    cone = normal(1)
+    centres = cone + 0.6 * normal(k)
+    prototypes = torch.nn.functional.normalize(centres + 0.5 * normal(k), dim=1)
+    features = torch.empty(n, d, device=device)
+    for start in range(0, n, CHUNK_ROWS):
+        stop = min(start + CHUNK_ROWS, n)
+        labels = torch.arange(start, stop, device=device) * k // n
+        rows = centres[labels] + 0.7 * normal(stop - start)
+        features[start:stop] = torch.nn.functional.normalize(rows, dim=1)
+    return features, prototypes
+
+
+def lists(n: int, k: int, candidates: int, device: str, seed: int) -> tuple[Scores, Assignments]:
+    """Return base scores and z of rows sorted by label, with some 3 entries of z in use a row."""
+    draw = torch.Generator(device).manual_seed(seed)
+    labels = torch.arange(n, device=device) * k // n
+    step = max(1, k // candidates)
+    classes = (labels[:, None] + step * torch.arange(candidates, device=device)) % k
+    scores = 4 * torch.randn(n, candidates, device=device, generator=draw)
+    values = torch.log_softmax(scores, 1).sort(1, descending=True).values + np.log(0.999)
+    shape = torch.full((n,), 1e-3, device=device)
+    base = Scores(values, classes.int(), k, shape, torch.zeros_like(shape))
+    mass = values.exp()
+    mass[:, 1:][mass[:, 1:] < 1e-2] = 0
+    return base, Assignments(mass, classes.int(), k, torch.zeros_like(shape), 1e-4)
+
+
+def score_operands(
+    n: int, k: int, d: int, device: str, seed: int, width: int = 16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scores]:
+    """Float16 features (N, d) and weights (K, d), an offset (K,), and room for the scores."""
+    draw = torch.Generator(device).manual_seed(seed)
+    features = torch.randn(n, d, device=device, generator=draw) / d**0.5
+    weights = 4 * torch.randn(k, d, device=device, generator=draw)
+    out = Scores.empty(torch.ones(n, device=device), k, Truncation(width, width))
+    return features.half(), weights.half(), torch.zeros(k, device=device), out
+
+
+def score_error(
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    offset: torch.Tensor,
+    out: Scores,
+    rows: int = 2000,
+) -> float:
+    """Return the largest error in mass, against float64, of candidates and tails of some rows."""
+    sample = torch.arange(0, len(features), max(1, len(features) // rows), device=features.device)
+    x = features[sample].double() @ weights.double().T + offset.double()
+    b = x - x.logsumexp(1, keepdim=True)
+    best = b.topk(out.values.shape[1], dim=1).values
+    least = torch.minimum(out.log_threshold[sample, None].double(), best[:, :1])
+    best = best.exp().masked_fill_(best < least, 0)
+    found = out.values[sample].double().exp()
+    off = (found.sort(1, descending=True).values - best).abs().max()
+    if out.classes is None:
+        raise TypeError("these are errors of sparse assignments")
+    truth = b.exp().gather(1, out.classes[sample].long())
+    off = off.maximum((found - truth).where(found > 0, 0.0).abs().max())
+    return float(off.maximum((out.tail[sample] + best.sum(1) - 1).abs().max()))
+
+
+def sweep_bytes(graph: Affinity, z: Assignments) -> float:
+    """Return the bytes of a sweep: a row's scores and result, its edges, every gathered entry."""
+    n, width = z.values.shape
+    used = (z.values > 0).sum(1)
+    gathered = float(used[graph.columns].sum())
+    return n * (2 * 8.0 * width + 4 + 4 + 8) + 12.0 * len(graph.columns) + 8.0 * gathered
+
+
+def sweep_error(
+    base: Scores, graph: Affinity, z: Assignments, out: Assignments, rows: int
+) -> float:
+    """Return the largest error, against float64, of the first `rows` rows with all candidates."""
+    if base.classes is None or z.classes is None or out.classes is None:
+        raise TypeError("these are errors of sparse assignments")
+    first, stop = graph.offsets[:rows], int(graph.offsets[rows])
+    owner = torch.repeat_interleave(graph.offsets.diff()[:rows])
+    columns, weights = graph.columns[:stop], graph.weights[:stop].double()
+    messages = torch.zeros(len(first), z.n_classes, dtype=torch.float64, device=weights.device)
+    cells = owner[:, None] * z.n_classes + z.classes[columns]
+    entries = weights[:, None] * z.values[columns].double()
+    messages.view(-1).index_add_(0, cells.flatten(), entries.flatten())
+    logits = base.values[:rows].double() + messages.gather(1, base.classes[:rows].long())
+    tail = base.tail[:rows, None].double().log()
+    mass = torch.softmax(torch.cat([logits, tail], 1), 1)[:, :-1]
+    mass[mass < out.floor] = 0
+    whole = torch.zeros_like(messages).scatter_(1, base.classes[:rows].long(), mass)
+    found = out.take(slice(0, rows)).dense()
+    return float((found - whole).abs().max())

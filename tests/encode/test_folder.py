@@ -1,0 +1,52 @@
+"""`encode_images` in Python: what it returns, and that it is the command."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import transclip_fast
+from tests.encode.test_encoder import contents
+from transclip_fast.errors import InputError
+from transclip_fast.store.features import load_features
+
+
+@pytest.fixture
+def tiny(monkeypatch, backbone):
+    """Every model name loads the tiny backbone."""
+    monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_: backbone)
+    monkeypatch.setattr("transclip_fast.encode.models.identify", lambda *_: backbone.identity)
+    return {"model": "tiny", "pretrained": "none", "workers": 0, "device": "cpu"}
+
+
+def test_encode_images(images, tiny, tmp_path):
+    folder, out = images(7), tmp_path / "out"
+    (folder / "dog/001.png").write_text("no picture")
+    done, sizes = [], []
+    options = {"classes": ["dog", "cat"], "labels_from_folders": True, "batch_size": 4, **tiny}
+    encoded = transclip_fast.encode_images(
+        folder, out, **options, progress=lambda state: done.append(state.done),
+        on_sizes=lambda *numbers: sizes.append(numbers),
+    )  # fmt: skip
+    assert (encoded.folder, encoded.n_rows, encoded.leads) == (str(out), 6, True)
+    assert [failure.key for failure in encoded.failures] == ["dog/001.png"]
+    assert encoded.config["batch_size"] == 4
+    assert list(encoded.seconds) == ["list", "load", "text", "images"]
+    assert encoded.throughput.images == 7
+    assert (done, sizes) == ([4, 7], [(7, 2, 5)])
+    stored = load_features(out)
+    assert stored.class_names == ["dog", "cat"]
+    assert np.linalg.norm(stored.get("image_features"), axis=1) == pytest.approx(1, abs=1e-3)
+    before = contents(out)
+    again = transclip_fast.encode_images(folder, out, **options)
+    assert (again.n_rows, again.failures, again.throughput) == (6, encoded.failures, None)
+    assert contents(out) == before
+
+
+def test_patches_of_a_compiled_tower_are_refused(images, tiny, tmp_path):
+    with pytest.raises(InputError, match="compiled image tower"):
+        transclip_fast.encode_images(
+            images(), tmp_path / "out", **tiny, compiled=True, local_features=2
+        )
+    with pytest.raises(AttributeError, match="no attribute 'encode_image'"):
+        transclip_fast.encode_image  # noqa: B018

@@ -1,0 +1,168 @@
+"""Fitted heads: the interface, and the head that is nothing but prototypes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from transclip_fast.callbacks import Count
+from transclip_fast.data.patches import PatchedRows
+from transclip_fast.errors import InputError
+from transclip_fast.heads.prompts.tower import TextTower
+from transclip_fast.heads.state import StoredState
+
+ImageRows: TypeAlias = torch.Tensor | PatchedRows
+
+BLOCK_ROWS = 16384  # rows scored at a time: all N rows times M shots do not fit in memory
+
+BOUND = "this head is bound to the classes it was trained on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(ABC):
+    """
+    A fitted classifier of image features over K classes.
+
+    Parameters
+    ----------
+    text : Tensor (K, d) float32
+        Unit rows: one prototype a class, from the text encoder or from training.
+    logit_scale : float
+    parameters : dict
+        Hyperparameters, default or chosen, by name.
+    """
+
+    kind: ClassVar[str]  # names the class in head files
+    runs_tower: ClassVar[bool] = False  # True if logits need the text tower for every image
+
+    text: torch.Tensor
+    logit_scale: float
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def wants_patches(self) -> bool:
+        """True if `logits` needs rows with patches."""
+        return False
+
+    @property
+    def block_rows(self) -> int:
+        """Rows scored at a time."""
+        return BLOCK_ROWS
+
+    @abstractmethod
+    def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits (n, K) of a block of unit rows (n, d), or (n, 1 + L, d) with patches."""
+
+    @abstractmethod
+    def restrict(self, classes: torch.Tensor) -> Head:
+        """The same head over some of its classes (k,), in that order."""
+
+    def transfer(self, text: torch.Tensor) -> Head:
+        """
+        The same head over other classes, of which only the texts (K', d) are needed.
+
+        Raises
+        ------
+        InputError
+            The trained parameters belong to the classes of the training.
+        """
+        raise InputError(BOUND)
+
+    def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> Head:
+        """
+        The same head over other classes, whose names the text tower encodes.
+
+        Raises
+        ------
+        InputError
+            As `transfer`.
+        """
+        raise InputError(BOUND)
+
+    def words_by_context(self, class_names: Sequence[str]) -> dict[str, list[str]] | None:
+        """Nearest words of each learned context, by the name of the context; None without any."""
+        return None
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and settings that `from_state` makes this head of, beside the common ones."""
+        return {"text": self.text}, {}
+
+    @classmethod
+    def from_state(cls, state: StoredState) -> Head:
+        """
+        The head of a head file.
+
+        Raises
+        ------
+        InputError
+            A tensor or setting is missing, or cannot belong to this head.
+        """
+        return cls(**state.common())
+
+    def logits(self, features: ImageRows, progress: Count | None = None) -> torch.Tensor:
+        """
+        Logits (N, K) float32 of unit rows (N, d), on the scale that a softmax takes.
+
+        `progress` is called with the rows done and N.
+        """
+        return torch.cat(list(self._blocks(features, progress)))
+
+    def predict(self, features: ImageRows, progress: Count | None = None) -> torch.Tensor:
+        """Most likely class (N,) int64 of unit rows (N, d); `progress` as in `logits`."""
+        return torch.cat([logits.argmax(1) for logits in self._blocks(features, progress)])
+
+    def prior(self, features: ImageRows, progress: Count | None = None) -> dict[str, Any]:
+        """Arguments of `TransCLIP.fit` that make the prediction of unit rows (N, d) its prior."""
+        return {"prior_logits": self.logits(features, progress)}
+
+    def labels_and_prior(
+        self, features: ImageRows, progress: Count | None = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Results of `predict` and `prior`; logits are computed once."""
+        prior = self.prior(features, progress)
+        if "prior_logits" in prior:
+            return prior["prior_logits"].argmax(1), prior
+        return self.predict(features, progress), prior
+
+    @torch.no_grad()
+    def _blocks(self, features: ImageRows, progress: Count | None) -> Iterator[torch.Tensor]:
+        n_rows, size = len(features), self.block_rows
+        for start in range(0, max(1, n_rows), size):
+            yield self.block_logits(features[start : start + size])
+            if progress is not None:
+                progress(min(start + size, n_rows), n_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypeHead(Head):
+    """logits = tau F T^T: everything learned is in the prototypes T, here `text`."""
+
+    kind: ClassVar[str] = "prototypes"
+
+    def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.logit_scale * rows @ self.text.T
+
+    def restrict(self, classes: torch.Tensor) -> PrototypeHead:
+        return replace(self, text=self.text[classes])
+
+    def prior(self, features: ImageRows, progress: Count | None = None) -> dict[str, Any]:
+        return {"prototypes": self.text}
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to unit norm."""
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def percent_right(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Percentage of rows whose largest logit is at their label."""
+    return 100 * float((logits.argmax(1) == labels).double().mean())
+
+
+def inputs_for(head: Head, rows: torch.Tensor, patched: PatchedRows | None) -> ImageRows:
+    """The rows that a head is applied to: with patches if it wants them and there are any."""
+    return patched if head.wants_patches and patched is not None else rows
