@@ -58,4 +58,4 @@ def test_float16_is_for_triton(problem):
 
 @pytest.mark.parametrize("values", [{"backend": "triton"}, {"precision": "float16"}])
 def test_what_needs_triton_makes_assignments_sparse(values):
-    assert TransCLIP(**values).form() == "sparse"
+    assert TransCLIP(**values).form == "sparse"

@@ -78,8 +78,8 @@ class Parameters:
         """Form of the assignments as far as the parameters decide it: "auto" otherwise."""
         if self.assignments != "auto":
             return self.assignments
-        only_sparse = self.backend in ("numba", "triton") or self.candidates or self.rank
-        return "sparse" if only_sparse else "auto"
+        compiled = self.backend in ("numba", "triton") or self.precision == "float16"
+        return "sparse" if compiled or self.candidates or self.rank else "auto"
 
 
 def check_number(name: str, value: object, least: int) -> None:
