@@ -20,11 +20,7 @@ from transclip_fast.store.tensors import write_tensors
 @click.argument("checkpoint", type=click.Path())
 @click.option("--model", required=True, help="The checkpoint's model, e.g. EVA-CLIP-8B.")
 @click.option(
-    "--dtype",
-    default="bf16",
-    show_default=True,
-    type=click.Choice([*PRECISIONS]),
-    help="Type of the written weights.",
+    "--dtype", default="bf16", type=click.Choice([*PRECISIONS]), help="Type of the written weights."
 )
 @click.option("--out", required=True, type=click.Path(), help="The .safetensors file to write.")
 @json_option

@@ -37,7 +37,7 @@ GREEN, RED, GREY, INK = (24, 122, 58), (176, 42, 48), (110, 110, 110), (20, 20, 
 
 
 @click.command("demo")
-@click.option("--out", default="transclip-demo", show_default=True, help="Folder to write.")
+@click.option("--out", default="transclip-demo", help="Folder to write.")
 @options.device_option
 @options.json_option
 def command(out: str, device: str, as_json: bool) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.options import device_option, json_option
+from transclip_fast.cli.options import POSITIVE, device_option, json_option, options_of
 from transclip_fast.device import resolve_device
 from transclip_fast.encode import models
 from transclip_fast.encode.batch_size import fitting_batch_size, forward_rate
@@ -24,8 +24,7 @@ from transclip_fast.progress_bar import progress_bar
 
 SHOWN_FAILURES = 5
 
-
-ENCODE_OPTIONS = (  # of every command that encodes images
+encode_options = options_of(  # of every command that encodes images
     click.option(
         "--model",
         required=True,
@@ -39,7 +38,6 @@ ENCODE_OPTIONS = (  # of every command that encodes images
     click.option(
         "--precision",
         default="fp32",
-        show_default=True,
         type=click.Choice([*PRECISIONS]),
         help="Arithmetic of the model.",
     ),
@@ -56,7 +54,6 @@ ENCODE_OPTIONS = (  # of every command that encodes images
     click.option(
         "--templates",
         default="simple",
-        show_default=True,
         help="Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
     ),
     click.option(
@@ -72,7 +69,7 @@ ENCODE_OPTIONS = (  # of every command that encodes images
     ),
     click.option(
         "--batch-size",
-        type=click.IntRange(min=1),
+        type=POSITIVE,
         help="Images at a time.  [default: what fits a GPU, 64 on a CPU]",
     ),
     click.option(
@@ -83,24 +80,16 @@ ENCODE_OPTIONS = (  # of every command that encodes images
     click.option(
         "--shard-rows",
         default=SHARD_ROWS,
-        show_default=True,
-        type=click.IntRange(min=1),
+        type=POSITIVE,
         help="Images a shard; a killed run loses at most the shard it was at.",
     ),
     click.option("--strict", is_flag=True, help="Exit code 1 if an image could not be read."),
 )
 
 
-def encode_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add `ENCODE_OPTIONS` to a command."""
-    for option in reversed(ENCODE_OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.command("encode")
 @click.argument("images", type=click.Path(), required=False)
-@click.option("--out", type=click.Path(), help="Folder to write. A killed encode is continued.")
+@click.option("--out", type=click.Path(), help="Folder to write. A killed encode is resumed.")
 @click.option(
     "--synthetic",
     is_flag=True,
@@ -108,7 +97,7 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--local-features",
-    type=click.IntRange(min=1),
+    type=POSITIVE,
     metavar="G",
     help="Also write the features of at most G x G patches of each image, for the head plot.",
 )
@@ -116,9 +105,9 @@ def encode_options(command: Callable[..., None]) -> Callable[..., None]:
 @device_option
 @json_option
 def command(
-    images: str | None, out: str | None, synthetic: bool, device: str, as_json: bool, **options: Any
+    images: str | None, out: str | None, synthetic: bool, strict: bool, as_json: bool, **values: Any
 ) -> None:
-    """Encode IMAGES into a feature folder; a killed run continues when started again.
+    """Encode IMAGES into a feature folder; the same command again resumes after a crash.
 
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
     webdataset tars, or a .json of splits as CoOp has them. --out receives img_emb/, metadata/,
@@ -136,14 +125,13 @@ def command(
           --pretrained eva-clip-8b.safetensors --precision bf16 --out features
       transclip-fast encode --synthetic --model ViT-B-32 --pretrained none
     """
-    strict = options.pop("strict")
     if synthetic:
-        session.print_summary(*time_model(device, options), as_json)
+        session.print_summary(*time_model(values), as_json)
         return
     if images is None or out is None:
         raise InputError("encode needs IMAGES and --out (or --synthetic, which needs neither)")
     with session.collected_warnings({}) as warnings, encode_progress() as progress:
-        encoded = encode_images(images, out, device=device, progress=progress, **options)
+        encoded = encode_images(images, out, progress=progress, **values)
     if not encoded.leads:
         return
     summary, text = report(encoded)
@@ -187,10 +175,10 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
     return summary, "\n".join(lines)
 
 
-def time_model(device: str, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def time_model(options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The rate of the image tower alone (--synthetic), as summary and as text."""
     named = {key: options[key] for key in ("model", "pretrained", "precision", "compiled")}
-    backbone = models.load_backbone(device=resolve_device(device), **named)
+    backbone = models.load_backbone(device=resolve_device(options["device"]), **named)
     size = options["batch_size"] or fitting_batch_size(backbone, options["shard_rows"])
     rate = forward_rate(backbone, size)
     summary = {

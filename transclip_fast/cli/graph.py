@@ -39,16 +39,16 @@ class GraphSearch:
     recall: float = 0.99
 
 
+def search_of(values: Mapping[str, Any], n_neighbors: int) -> GraphSearch:
+    """The search that the options --device, --method and --recall ask for."""
+    device = resolve_device(values["device"])
+    return GraphSearch(n_neighbors, device, values["method"], values["recall"])
+
+
 @click.command("graph")
 @click.argument("path", metavar="FEATURES", type=click.Path())
 @options.out_option
-@click.option(
-    "--n-neighbors",
-    default=3,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Neighbours of each row.",
-)
+@click.option("--n-neighbors", default=3, type=options.POSITIVE, help="Neighbours of each row.")
 @options.method_option("--method")
 @options.recall_option
 @click.option(
@@ -59,14 +59,7 @@ class GraphSearch:
 @options.device_option
 @options.json_option
 def command(
-    path: str,
-    out: str,
-    n_neighbors: int,
-    method: str,
-    recall: float,
-    anchors: str | None,
-    device: str,
-    as_json: bool,
+    path: str, out: str, n_neighbors: int, anchors: str | None, as_json: bool, **values: Any
 ) -> None:
     """Find the nearest neighbours of every row of FEATURES.
 
@@ -80,7 +73,7 @@ def command(
       transclip-fast graph images.npy --method anchored --anchors text.npy --recall 0.99 --out graph
     """
     stages = session.Stages()
-    search = GraphSearch(n_neighbors, resolve_device(device), method, recall)
+    search = search_of(values, n_neighbors)
     with stages.time("load"):
         features = load_features(path, {"prototypes": anchors}, shots=0)
     graph, manifest = graph_features(features, out, search, stages)

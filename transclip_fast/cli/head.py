@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from transclip_fast.cli import session
-from transclip_fast.cli.towers import describe_encoder
+from transclip_fast.cli.towers import describe_encoder, load_tower
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -20,7 +20,6 @@ from transclip_fast.heads import HEADS, LEARNERS, Head, fit_head, method_named
 from transclip_fast.heads.base import inputs_for
 from transclip_fast.heads.files import SUFFIX, StoredHead, read_head
 from transclip_fast.heads.prompt_ensemble import prompt_texts
-from transclip_fast.heads.prompts import TextTower
 from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
@@ -31,19 +30,6 @@ PRIORS = ("prior", "prior_logits", "prototypes")
 
 
 @dataclass(frozen=True)
-class HeadChoice:
-    """The head that `--head` names: a method to fit, or the content of a file."""
-
-    name: str
-    file: StoredHead | None = None
-
-    @property
-    def wants_patches(self) -> bool:
-        """True if the head needs local features."""
-        return self.file is not None and self.file.head.wants_patches
-
-
-@dataclass(frozen=True)
 class FittedHead:
     """A head and its prediction of features."""
 
@@ -51,7 +37,7 @@ class FittedHead:
     parameters: dict[str, float]  # hyperparameters, default or chosen
     labels: np.ndarray  # (N,) int64, predicted by the head alone
     features: Features  # with the head as their prior, and without the shots
-    file: str | None = None  # that the head was read from
+    file: str | None  # that the head was read from
 
     def summary(self, truth: np.ndarray | None) -> dict[str, Any]:
         """Its part of run.json."""
@@ -63,9 +49,9 @@ class FittedHead:
         }
 
 
-def choose_head(name: str) -> HeadChoice:
+def read_choice(name: str) -> StoredHead | None:
     """
-    Read the head file, or check the name of the method, that `--head` names.
+    The head file that `--head` names; None for a method to fit.
 
     Raises
     ------
@@ -78,110 +64,109 @@ def choose_head(name: str) -> HeadChoice:
             "that and writes a file for --head"
         )
     if name not in HEADS and (name.endswith(SUFFIX) or os.path.exists(name)):
-        return HeadChoice(name, read_head(name))
+        return read_head(name)
     method_named(name)
-    return HeadChoice(name)
+    return None
 
 
 def apply_head(
-    choice: HeadChoice,
-    seed: int,
-    features: Features,
+    name: str,
+    stored: StoredHead | None,
+    options: Mapping[str, Any],
     model: TransCLIP,
     stages: session.Stages,
-    tower: Callable[[Features], TextTower],
+    features: Features,
 ) -> FittedHead:
     """
-    Fit the chosen head to the shots of features, or take it from its file; apply it to them.
+    Fit the head `name` to the shots of features, or take it from its file; apply it to them.
 
     TransCLIP then runs as on top of any other method: with the head as prior, lambda as in
     zero-shot, and no support of its own. That is how the paper and its code combine it with
     few-shot methods ("TransCLIP-ZS on top"); shots in TransCLIP itself are TransCLIP-FS.
 
-    `tower` returns the text tower of features, for a head that runs it for each image.
-
     Raises
     ------
     InputError
         The features have a prior or no texts, the model has a gamma, the head is of other classes,
-        dimensions or features, and as `fit_head`.
+        dimensions or features, and as `fit_head` and `load_tower`.
     """
-    head = choice.name
     prior = next((prior for prior in PRIORS if features.get(prior) is not None), None)
     if prior is not None:
-        raise InputError(f"{prior}: the head {head} is the prior; leave one of them out")
+        raise InputError(f"{prior}: the head {name} is the prior; leave one of them out")
     if model.gamma is not None:
-        raise InputError(f"gamma: the shots go to the head {head}; leave gamma out")
+        raise InputError(f"gamma: the shots go to the head {name}; leave gamma out")
     with stages.time("head"):
-        if choice.file is not None:
-            fitted = _prepared(choice.name, choice.file, features, model, tower)
-            return _apply(fitted, choice.file.name, features, head)
-        texts = features.get("text_features")
-        if texts is None:
-            raise InputError(f"head {head} needs text_features")
-        arrays = {array: features.get(array) for array in LABELLED}
-        scale = model.logit_scale
-        with progress_bar(f"head {head}", "steps") as show:
-            fitted = fit_head(head, texts, **arrays, logit_scale=scale, seed=seed, progress=show)
-        return _apply(fitted, head, features)
+        if stored is None:
+            return _predicted(_fitted(name, features, model, options["seed"]), name, features)
+        _check_stored(name, stored, features, model)
+        head = (
+            _with_tower(name, stored, features, options) if stored.head.runs_tower else stored.head
+        )
+        return _predicted(head, stored.name, features, name)
 
 
-def _prepared(
-    file: str,
-    read: StoredHead,
-    features: Features,
-    model: TransCLIP,
-    tower: Callable[[Features], TextTower],
-) -> Head:
-    """The head of a file, checked against the features, with the text tower if it runs one."""
-    head, names = read.head, read.class_names
+def _fitted(name: str, features: Features, model: TransCLIP, seed: int) -> Head:
+    """The head of a method, fitted to the shots."""
+    texts = features.get("text_features")
+    if texts is None:
+        raise InputError(f"head {name} needs text_features")
+    arrays = {array: features.get(array) for array in LABELLED}
+    scale = model.logit_scale
+    with progress_bar(f"head {name}", "steps") as show:
+        return fit_head(name, texts, **arrays, logit_scale=scale, seed=seed, progress=show)
+
+
+def _check_stored(file: str, stored: StoredHead, features: Features, model: TransCLIP) -> None:
+    """Raise InputError unless the head of a file is for these features and this model."""
+    head = stored.head
     n_classes, d = head.text.shape
     if features.dim != d:
         raise InputError(
             f"{file}: is for {d} dimensions, {features.path} has {features.dim}; encode with the "
             "model that it is for"
         )
-    if None not in (read.encoder, features.encoder) and read.encoder != features.encoder:
+    if None not in (stored.encoder, features.encoder) and stored.encoder != features.encoder:
         raise InputError(
-            f"{file}: is for features of {describe_encoder(read.encoder)}, {features.path} was "
+            f"{file}: is for features of {describe_encoder(stored.encoder)}, {features.path} was "
             f"encoded with {describe_encoder(features.encoder)}"
         )
-    _check_classes(file, n_classes, names, features)
+    texts = features.get("text_features")
+    known = len(prompt_texts(texts)[0]) if texts is not None else n_classes
+    if known != n_classes:
+        raise InputError(f"{file}: has {n_classes} classes, {features.path} has {known}")
+    names = zip(stored.class_names or [], features.class_names or [], strict=False)
+    for k, (own, other) in enumerate(names):
+        if own != other:
+            raise InputError(
+                f"{file}: its class {k} is {own!r}, that of {features.path} is {other!r}; give "
+                "--class-names and --text-features that fit the head"
+            )
     if head.logit_scale != model.logit_scale:
         raise InputError(
             f"{file}: was trained with --logit-scale {head.logit_scale:g}; give the same"
         )
-    if not head.runs_tower:
-        return head
+
+
+def _with_tower(
+    file: str, stored: StoredHead, features: Features, options: Mapping[str, Any]
+) -> Head:
+    """The head of a file with the text tower that it runs for each image."""
+    names = stored.class_names
     if names is None:
         raise InputError(f"{file}: has no class names to make prompts of")
     known = copy(features)
-    known.encoder = features.encoder or read.encoder
-    head = head.for_classes(tower(known), names)
-    n_rows = len(features.get("image_features"))
+    known.encoder = features.encoder or stored.encoder
+    head = stored.head.for_classes(load_tower(known, options), names)
+    n_rows, n_classes = len(features.get("image_features")), len(names)
     click.echo(
-        f"head {read.name}: {n_rows:,} images, each in the prompts of {n_classes:,} classes, "
+        f"head {stored.name}: {n_rows:,} images, each in the prompts of {n_classes:,} classes, "
         f"are {n_rows * n_classes:,} runs of the text tower",
         err=True,
     )
     return head
 
 
-def _check_classes(file: str, n_classes: int, names: list[str] | None, features: Features) -> None:
-    """Raise InputError unless a head's classes are those of the features."""
-    texts = features.get("text_features")
-    known = len(prompt_texts(texts)[0]) if texts is not None else n_classes
-    if known != n_classes:
-        raise InputError(f"{file}: has {n_classes} classes, {features.path} has {known}")
-    for k, (own, other) in enumerate(zip(names or [], features.class_names or [], strict=False)):
-        if own != other:
-            raise InputError(
-                f"{file}: its class {k} is {own!r}, that of {features.path} is {other!r}; give "
-                "--class-names and --text-features that fit the head"
-            )
-
-
-def _apply(head: Head, name: str, features: Features, file: str | None = None) -> FittedHead:
+def _predicted(head: Head, name: str, features: Features, file: str | None = None) -> FittedHead:
     """The prediction of a head, and the features with it as their prior."""
     rows = as_unit_rows(
         features.get("image_features"), "image_features", columns=head.text.shape[1]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -15,6 +14,7 @@ from transclip_fast.graph.build import METHODS
 from transclip_fast.solver.parameters import CHOICES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+POSITIVE = click.IntRange(min=1)
 
 ARRAYS = {
     "text_features": "Text embeddings (K, d).",
@@ -52,12 +52,62 @@ COMPUTATION = {
     "memory": "Memory of the process, or its part of a GPU, as 8GiB.  [default: what is free]",
 }
 TYPES = {"kl_weight": float, "gamma": float, "candidates": int, "rank": int, "memory": str}
+ESTIMATOR = PARAMETERS | COMPUTATION  # all but the device
 SECTIONS = {
     "Files that replace or complete FEATURES": ARRAYS,
     "Parameters of the method": PARAMETERS,
     "Computation": {"device", *COMPUTATION},
 }
 
+
+def options_of(*options: Callable[..., Any]) -> Callable[[Command], Command]:
+    """A decorator that adds options to a command, in this order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def method_option(flag: str) -> Callable[[Command], Command]:
+    """The choice of a search, as `--method` of `graph` and `--graph-method` of other commands."""
+    return click.option(
+        flag,
+        "method",
+        default="auto",
+        type=click.Choice(METHODS),
+        help="How neighbours are searched; auto is exact up to 20,000 rows.",
+    )
+
+
+def array_options(*names: str) -> Callable[[Command], Command]:
+    """A file for each of these arrays of FEATURES."""
+    return options_of(
+        *(
+            click.option(_flag(name), type=click.Path(), metavar="FILE", help=ARRAYS[name])
+            for name in names
+        )
+    )
+
+
+def parameter_option(name: str) -> Callable[[Command], Command]:
+    """A parameter of TransCLIP, with its default."""
+    default, flag = inspect.signature(TransCLIP).parameters[name].default, _flag(name)
+    kind: Any = TYPES[name] if default is None else type(default)
+    if name in CHOICES:
+        kind = click.Choice(CHOICES[name])
+    elif kind is bool:
+        flag, kind = f"{flag}/--no-{flag[2:]}", None
+    return click.option(flag, name, default=default, type=kind, help=ESTIMATOR[name])
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+parameter_options = options_of(*map(parameter_option, ESTIMATOR))
 out_option = click.option(
     "--out",
     required=True,
@@ -67,13 +117,10 @@ out_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output."
 )
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."
-)
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 recall_option = click.option(
     "--recall",
     default=0.99,
-    show_default=True,
     type=click.FloatRange(0, 1),
     help="Least recall of an approximate graph, measured on 1,000 rows.",
 )
@@ -98,64 +145,14 @@ class SectionedCommand(click.Command):
                     formatter.write_dl(records)
 
 
-def method_option(flag: str) -> Callable[[Command], Command]:
-    """The choice of a search, as `--method` of `graph` and `--graph-method` of other commands."""
-    return click.option(
-        flag,
-        "method",
-        default="auto",
-        show_default=True,
-        type=click.Choice(METHODS),
-        help="How neighbours are searched; auto is exact up to 20,000 rows.",
-    )
-
-
-def array_options(command: Command, names: Sequence[str] = tuple(ARRAYS)) -> Command:
-    """A file for each of these arrays of FEATURES."""
-    for name in reversed(names):
-        flag = f"--{name.replace('_', '-')}"
-        command = click.option(flag, name, type=click.Path(), metavar="FILE", help=ARRAYS[name])(
-            command
-        )
-    return command
-
-
-def parameter_options(
-    command: Command, names: Sequence[str] = (*PARAMETERS, *COMPUTATION)
-) -> Command:
-    """These parameters of TransCLIP, with its defaults."""
-    defaults = inspect.signature(TransCLIP).parameters
-    for name in reversed(names):
-        default, flag = defaults[name].default, f"--{name.replace('_', '-')}"
-        kind: Any = TYPES[name] if default is None else type(default)
-        if name in CHOICES:
-            kind = click.Choice(CHOICES[name])
-        elif kind is bool:
-            flag, kind = f"{flag}/--no-{flag[2:]}", None
-        command = click.option(
-            flag,
-            name,
-            default=default,
-            type=kind,
-            show_default=default is not None,
-            help={**PARAMETERS, **COMPUTATION}[name],
-        )(command)
-    return command
-
-
-memory_option = partial(parameter_options, names=("memory",))
-
-
-def model_of(options: Mapping[str, Any], device: str) -> TransCLIP:
+def model_of(options: Mapping[str, Any]) -> TransCLIP:
     """The estimator with these options as its parameters, checked."""
-    names = (*PARAMETERS, *COMPUTATION)
-    model = TransCLIP(device=device, **{name: options[name] for name in names})
+    model = TransCLIP(**{name: options[name] for name in ("device", *ESTIMATOR)})
     model.check()
-    resolve_device(device)
+    resolve_device(model.device)
     return model
 
 
 def requested(model: TransCLIP) -> dict[str, Any]:
     """The parameters but memory, before data decide those left open."""
-    names = (*PARAMETERS, *COMPUTATION)
-    return {name: getattr(model, name) for name in names if name != "memory"}
+    return {name: getattr(model, name) for name in ESTIMATOR if name != "memory"}

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import click
 
-from transclip_fast.cli import session
-from transclip_fast.cli.options import (
-    ARRAYS,
-    SectionedCommand,
-    array_options,
-    device_option,
-    json_option,
-    method_option,
-    model_of,
-    parameter_options,
-)
+from transclip_fast.cli import options, session
 from transclip_fast.cli.planning import Plan, make_plan
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
@@ -26,31 +17,21 @@ from transclip_fast.solver.layout import Size, choose_layout, parse_memory
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
 
-FIT_ARRAYS = tuple(name for name in ARRAYS if name not in ("labels", "class_names"))
+FIT_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
 
 
-@click.command("plan", cls=SectionedCommand)
+@click.command("plan", cls=options.SectionedCommand)
 @click.argument("features", type=click.Path(), required=False)
-@click.option("--queries", type=click.IntRange(min=1), help="Rows, where there is no FEATURES yet.")
-@click.option("--classes", type=click.IntRange(min=1), help="Classes.")
-@click.option("--dim", type=click.IntRange(min=1), help="Dimensions of a feature.")
+@click.option("--queries", type=options.POSITIVE, help="Rows, where there is no FEATURES yet.")
+@click.option("--classes", type=options.POSITIVE, help="Classes.")
+@click.option("--dim", type=options.POSITIVE, help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=click.Path(), help="A graph folder: no search.")
-@method_option("--graph-method")
-@device_option
-@json_option
-@array_options
-@parameter_options
-def command(
-    features: str | None,
-    queries: int | None,
-    classes: int | None,
-    dim: int | None,
-    graph_folder: str | None,
-    method: str,
-    device: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@options.method_option("--graph-method")
+@options.device_option
+@options.json_option
+@options.array_options(*options.ARRAYS)
+@options.parameter_options
+def command(features: str | None, method: str, as_json: bool, **values: Any) -> None:
     """Say what solving FEATURES will take: memory, disk and work.
 
     Takes FEATURES and the options of `solve`; or, without FEATURES, numbers of rows, classes and
@@ -62,19 +43,20 @@ def command(
       transclip-fast plan features
       transclip-fast plan --queries 10000000 --classes 21000 --dim 1024 --memory 32GiB
     """
-    model = model_of(options, device)
-    sizes, search = (queries, classes, dim), None if graph_folder else method
+    model = options.model_of(values)
+    sizes = [values[name] for name in ("queries", "classes", "dim")]
+    search = None if values["graph_folder"] else method
     if features is not None:
-        if any(size is not None for size in sizes):
+        if sizes != [None] * 3:
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
-        stored = load_features(features, {name: options[name] for name in ARRAYS})
+        stored = load_features(features, {name: values[name] for name in options.ARRAYS})
         with session.errors_about(stored.origins, stored.path):
             problem = problem_of(stored, model)
             plan = plan_of(problem, Settings.resolve(model, problem), search)
-    elif queries is None or classes is None or dim is None:
+    elif None in sizes:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
     else:
-        plan = plan_of_size(queries, classes, dim, model, search)
+        plan = plan_of_size(sizes, model, search)
     session.print_summary(plan.summary(), plan.table(), as_json)
 
 
@@ -93,11 +75,9 @@ def plan_of(problem: Problem, settings: Settings, method: str | None) -> Plan:
     return make_plan(problem.size(parameters, device), layout, parameters, device, method)
 
 
-def plan_of_size(
-    n_rows: int, n_classes: int, dim: int, model: TransCLIP, method: str | None
-) -> Plan:
-    """The plan of solving so many rows in float16 files, with as many candidates as fit."""
-    device = resolve_device(model.device)
+def plan_of_size(shape: Sequence[int], model: TransCLIP, method: str | None) -> Plan:
+    """The plan of solving float16 files of (rows, classes, dimensions), with what fits of z."""
+    (n_rows, n_classes, dim), device = shape, resolve_device(model.device)
     size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=2 * n_rows * dim)
     layout = choose_layout(
         size,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.head_options import ListsCommand, options_of, tower_options, unique
-from transclip_fast.cli.options import device_option, json_option
-from transclip_fast.cli.towers import Prompter
+from transclip_fast.cli.options import POSITIVE, device_option, json_option, options_of
+from transclip_fast.cli.towers import Prompter, tower_options
 from transclip_fast.heads import HEADS, LEARNERS
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols import plans
@@ -21,7 +21,32 @@ from transclip_fast.protocols.table import markdown, summarise
 from transclip_fast.store.atomic import check_replaceable, locked, writing
 
 SHOTS = (1, 2, 4, 8, 16)
+HEAD_NAMES = (*HEADS, *LEARNERS, plans.TRANSCLIP_FS)
 FEW_SHOT_HEADS = (*(x for x in HEADS if HEADS[x].needs_shots), plans.TRANSCLIP_FS)
+
+
+class ListsCommand(click.Command):
+    """Accepts `--shots 1 2 4` and `--head a b`, where click needs `--shots 1 --shots 2 ...`.
+
+    Only whole numbers and names of heads continue a list, so that FEATURES may follow.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words, flag = [], ""  # of the list that is read
+        for previous, word in pairwise(["", *args]):
+            if previous in ("--shots", "--head"):
+                flag = previous
+            elif flag and (word.isdecimal() if flag == "--shots" else word in HEAD_NAMES):
+                words.append(flag)
+            else:
+                flag = ""
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def unique(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values of a list without repetitions."""
+    return tuple(dict.fromkeys(values))
 
 
 def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
@@ -32,7 +57,6 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
             "heads",
             multiple=True,
             default=heads,
-            show_default=True,
             callback=unique,
             help="Few-shot methods, one or several; "
             f"{', '.join(LEARNERS)} run the text tower of what encoded FEATURES.",
@@ -41,18 +65,11 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
             "--shots",
             multiple=True,
             default=shots,
-            show_default=True,
-            type=click.IntRange(min=1),
+            type=POSITIVE,
             callback=unique,
             help="Labelled rows of a class, one number or several.",
         ),
-        click.option(
-            "--seeds",
-            default=3,
-            show_default=True,
-            type=click.IntRange(min=1),
-            help="Draws of the shots.",
-        ),
+        click.option("--seeds", default=3, type=POSITIVE, help="Draws of the shots."),
         click.option(
             "--out",
             required=True,
@@ -61,7 +78,7 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
         ),
         click.option(
             "--epochs",
-            type=click.IntRange(min=1),
+            type=POSITIVE,
             help="Of the prompt learners' training.  [default: as in `train-head`]",
         ),
         tower_options,
@@ -77,8 +94,9 @@ def command() -> None:
     A data set is FEATURES (see `solve`) with labels, text_features and the pools that shots are
     drawn from, support_* and perhaps validation_*; or a folder of the feature folders test/, train/
     and val/. --out receives table.md, table.parquet (mean and deviation over seeds), runs.parquet
-    and run.json. A killed protocol resumes where it stopped. The prompt learners coop, prograd,
-    cocoop and plot also need class_names, and run the text tower of what encoded FEATURES.
+    and run.json. Run the same command again after a crash: it resumes with the runs that are
+    missing. The prompt learners coop, prograd, cocoop and plot also need class_names, and run the
+    text tower of what encoded FEATURES.
 
     \b
     Example:
@@ -155,10 +173,7 @@ def cross_dataset(source: str, targets: tuple[str, ...], **options: Any) -> None
 )
 @_options(tuple(HEADS), (16,))
 def domains(
-    source: str,
-    targets: tuple[str, ...],
-    subsets: tuple[tuple[str, str], ...],
-    **options: Any,
+    source: str, targets: tuple[str, ...], subsets: tuple[tuple[str, str], ...], **options: Any
 ) -> None:
     """Train each head on SOURCE and use it on TARGETS, which have all or some of its classes.
 

@@ -9,19 +9,10 @@ from typing import Any
 
 import click
 
-from transclip_fast.cli import session
+from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
-from transclip_fast.cli.graph import GraphSearch, kept_graph
-from transclip_fast.cli.options import (
-    device_option,
-    json_option,
-    memory_option,
-    method_option,
-    out_option,
-    recall_option,
-    requested,
-)
+from transclip_fast.cli.graph import GraphSearch, kept_graph, search_of
 from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.cli.solution import describe_solution, solve_features
 from transclip_fast.device import resolve_device
@@ -34,51 +25,45 @@ from transclip_fast.store.results import load_mixture, load_result
 
 @click.command("run")
 @click.argument("images", type=click.Path())
-@out_option
+@options.out_option
 @encode_options
-@method_option("--graph-method")
-@recall_option
-@memory_option
-@device_option
-@json_option
+@options.method_option("--graph-method")
+@options.recall_option
+@options.parameter_option("memory")
+@options.device_option
+@options.json_option
 def command(
-    images: str, out: str, memory: str | None, device: str, as_json: bool, **options: Any
+    images: str, out: str, memory: str | None, strict: bool, as_json: bool, **values: Any
 ) -> None:
     """Label IMAGES with the class names in --classes: encode, graph, solve, report.
 
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
     webdataset tars, or a .json of splits as CoOp has them. --out receives the folders features/,
-    graph/ and result/. Started again it skips each stage that is whole, and continues an encode
-    that was killed.
+    graph/ and result/. Run the same command again after a crash: it skips the stages that are done
+    and resumes the one that is not.
 
     \b
     Example:
       transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
     """
-    strict = options.pop("strict")
-    method, recall = options.pop("method"), options.pop("recall")
-    if options["classes"] is None and Path(images).suffix != ".json":
+    if values["classes"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a text file with one name a line, or imagenet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
-    model, planned = TransCLIP(device=device, memory=memory), []
-    search = GraphSearch(model.n_neighbors, resolve_device(device), method, recall)
+    model, planned = TransCLIP(device=values["device"], memory=memory), []
+    search = search_of(values, model.n_neighbors)
+    encoding = {k: value for k, value in values.items() if k not in ("method", "recall")}
 
-    def print_plan(n_rows: int, n_classes: int, dim: int) -> None:
-        planned.append(plan_of_size(n_rows, n_classes, dim, model, method))
+    def print_plan(*shape: int) -> None:
+        planned.append(plan_of_size(shape, model, search.method))
         if not as_json:
             click.echo(planned[0].line())
 
     with session.collected_warnings({}) as warnings:
         with encode_progress() as progress:
             encoded = encode_images(
-                images,
-                folder / "features",
-                device=device,
-                progress=progress,
-                on_sizes=print_plan,
-                **options,
+                images, folder / "features", progress=progress, on_sizes=print_plan, **encoding
             )
         encode_summary, encode_text = report(encoded)
         quiet = as_json or bool(planned)
@@ -122,7 +107,7 @@ def _finished_run(result: Path, features: Features, model: TransCLIP) -> dict[st
         return None
     known = {
         "kind": "solve",
-        "parameters": requested(model),
+        "parameters": options.requested(model),
         "inputs_sha256": features.inputs_sha256(),
         "class_names": features.class_names,
     }

@@ -8,12 +8,10 @@ from typing import Any
 import click
 
 from transclip_fast.cli import options, session
-from transclip_fast.cli.graph import GraphSearch
-from transclip_fast.cli.head import apply_head, choose_head
-from transclip_fast.cli.head_options import TOWER_OPTIONS, tower_options
+from transclip_fast.cli.graph import GraphSearch, search_of
+from transclip_fast.cli.head import apply_head, read_choice
 from transclip_fast.cli.solution import describe_solution, solve_features
-from transclip_fast.cli.towers import load_tower
-from transclip_fast.device import resolve_device
+from transclip_fast.cli.towers import tower_options
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS
 from transclip_fast.store.features import load_features
@@ -33,30 +31,16 @@ from transclip_fast.types import NeighborGraph
     help="Few-shot method that makes the prior: a file of `train-head`, or a method to train on "
     f"the shots: {', '.join(HEADS)}.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the head's training.")
+@click.option("--seed", default=0, help="Seed of the head's training.")
 @tower_options
 @options.device_option
 @options.json_option
-@options.array_options
+@options.array_options(*options.ARRAYS)
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
 @click.option("--text-map", type=click.Path(), help="Matrix (d, d) that maps the text features.")
 @options.image_map_option
 @options.parameter_options
-def command(
-    path: str,
-    out: str,
-    graph_folder: str | None,
-    method: str,
-    recall: float,
-    head: str | None,
-    seed: int,
-    device: str,
-    as_json: bool,
-    shots: int | None,
-    text_map: str | None,
-    image_map: str | None,
-    **values: Any,
-) -> None:
+def command(path: str, out: str, head: str | None, as_json: bool, **values: Any) -> None:
     """Label all rows of FEATURES jointly.
 
     FEATURES is a feature folder; or a file (.npz, .pt, .safetensors) with image_features (N, d),
@@ -80,27 +64,25 @@ def command(
       transclip-fast solve features.npz --head taskres --out result
       transclip-fast solve features --head coop.safetensors --out result
     """
-    stages = session.Stages()
-    model = options.model_of(values, device)
-    choice = None if head is None else choose_head(head)
+    stages, image_map = session.Stages(), values["image_map"]
+    model = options.model_of(values)
+    stored = None if head is None else read_choice(head)
     with stages.time("load"):
-        local = choice is not None and choice.wants_patches
+        local = stored is not None and stored.head.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}
-        features = load_features(path, arrays, shots=shots, local=local)
+        features = load_features(path, arrays, shots=values["shots"], local=local)
         if local and image_map is not None:
             raise InputError(f"{image_map}: maps no local features, which the head {head} needs")
-        map_features(features, text=text_map, image=image_map)
+        map_features(features, text=values["text_map"], image=image_map)
         graph: NeighborGraph | GraphSearch
-        if graph_folder:
-            graph = load_graph(graph_folder, features.sha256())
+        if values["graph_folder"]:
+            graph = load_graph(values["graph_folder"], features.sha256())
         else:
-            graph = GraphSearch(model.n_neighbors, resolve_device(device), method, recall)
-    features.origins["graph"] = graph_folder or "graph"
+            graph = search_of(values, model.n_neighbors)
+    features.origins["graph"] = values["graph_folder"] or "graph"
     make_head = None
-    if choice is not None:
-        features.origins[choice.name] = choice.name  # if it is a file
-        named = {name: values[name] for name in TOWER_OPTIONS}
-        tower = partial(load_tower, device=device, **named)
-        make_head = partial(apply_head, choice, seed, model=model, stages=stages, tower=tower)
+    if head is not None:
+        features.origins[head] = head  # if it is a file
+        make_head = partial(apply_head, head, stored, values, model, stages)
     run = solve_features(features, out, model, graph, stages, make_head=make_head, quiet=as_json)
     session.print_summary(run, describe_solution(run, out), as_json)

@@ -1,57 +1,47 @@
-"""The text tower of the model that encoded features."""
+"""The text tower of the model that encoded features, and what prompt learners need beside it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
-from transclip_fast.cli.head_options import TOWER_OPTIONS
+import click
+
+from transclip_fast.cli.options import options_of
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.errors import InputError
 from transclip_fast.heads import SETTINGS
-from transclip_fast.heads.prompts import Prompting, TextTower
+from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
+from transclip_fast.heads.text_tower import AUTOCAST
 from transclip_fast.protocols.data import DataSet
-from transclip_fast.store.features import ENCODER
+from transclip_fast.store.features import ENCODER, Features
 
 DEMO = "demo"
 SHA256_DIGITS = 64  # model names and weight tags are shorter
 
+tower_options = options_of(
+    click.option(
+        "--model",
+        help="Text tower of a prompt learner: open_clip model, a folder with an "
+        "open_clip_config.json, or demo.  [default: what encoded FEATURES]",
+    ),
+    click.option(
+        "--pretrained", help="Its weights, as for `encode`.  [default: what encoded FEATURES]"
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice([*AUTOCAST]),
+        help="Of the text tower's matrix products.  [default: bf16 on CUDA, else fp32]",
+    ),
+)
 
-class EncodedFeatures(Protocol):
-    """Features with the encoder that their manifest names."""
 
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def encoder(self) -> dict[str, Any] | None: ...
-
-    @property
-    def dim(self) -> int: ...
-
-
-def load_tower(
-    features: EncodedFeatures,
-    device: str = "auto",
-    model: str | None = None,
-    pretrained: str | None = None,
-    precision: str | None = None,
-) -> TextTower:
+def load_tower(features: Features | DataSet, options: Mapping[str, Any]) -> TextTower:
     """
-    The text tower of the model that encoded features.
-
-    Parameters
-    ----------
-    features : EncodedFeatures
-        Features, or a data set of them.
-    device : str
-    model, pretrained : str, optional
-        As for `encode`; by default those in the manifest of the features.
-    precision : str, optional
-        As for `TextTower`.
+    The text tower of the model that encoded features, on `--device`, as `tower_options` say.
 
     Raises
     ------
@@ -61,15 +51,16 @@ def load_tower(
     """
     from transclip_fast.demo import backbone as demo_backbone  # needs open_clip
 
+    model, pretrained = options["model"], options["pretrained"]
     if model is None:
         model, weights = _encoder_names(features)
         pretrained = pretrained or weights
-    chosen = resolve_device(device)
+    device = resolve_device(options["device"])
     if model == DEMO:
         backbone = demo_backbone()
-        backbone.model.to(chosen)
+        backbone.model.to(device)
     else:
-        backbone = load_backbone(model, pretrained, chosen)
+        backbone = load_backbone(model, pretrained, device)
     expected, found = features.encoder, encoder_of(backbone)
     if expected not in (None, found):
         raise InputError(
@@ -81,26 +72,44 @@ def load_tower(
             f"{features.path}: has {features.dim} dimensions, embeddings of {model} have "
             f"{backbone.dim}; give --model and --pretrained of what encoded it"
         )
-    return TextTower(backbone, precision)
+    return TextTower(backbone, options["precision"])
 
 
 class Prompter:
-    """Returns the text tower, class names and settings of a prompt learner for a data set."""
+    """Returns the text tower, class names and settings of a prompt learner for features."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._tower_options = {name: options[name] for name in ("device", *TOWER_OPTIONS)}
-        self._epochs = options["epochs"]
+        self._options = options
         self._towers: dict[str, TextTower] = {}  # by the encoder of the features
 
-    def __call__(self, data: DataSet, head: str) -> Prompting:
-        if data.class_names is None:
-            raise InputError(f"{data.path}: has no class_names, of which {head} makes prompts")
-        key = json.dumps([data.encoder, data.dim], sort_keys=True)
+    def __call__(self, features: Features | DataSet, head: str) -> Prompting:
+        context, schedule = self._settings(head)
+        if features.class_names is None:
+            raise InputError(
+                f"{features.path}: has no class_names, of which {head} makes prompts; add them, or "
+                "give --class-names to `train-head`"
+            )
+        key = json.dumps([features.encoder, features.dim], sort_keys=True)
         if key not in self._towers:
-            self._towers[key] = load_tower(data, **self._tower_options)
+            self._towers[key] = load_tower(features, self._options)
+        return Prompting(self._towers[key], features.class_names, context, schedule)
+
+    def _settings(self, head: str) -> tuple[ContextSettings, Schedule]:
+        """The published settings, with what the options change."""
+        changed = {name: value for name, value in self._options.items() if value is not None}
+        if {"n_ctx", "start"} <= changed.keys():
+            raise InputError(
+                "--start says by its words how long the context is; leave --context out"
+            )
+        if "n_ctx" in changed:
+            changed["start"] = None
+
+        def chosen(*names: str) -> dict[str, Any]:
+            return {name: changed[name] for name in names if name in changed}
+
         context, schedule = SETTINGS[head]
-        schedule = replace(schedule, epochs=self._epochs or schedule.epochs)
-        return Prompting(self._towers[key], data.class_names, context, schedule)
+        context = replace(context, **chosen("n_ctx", "start", "class_specific", "position"))
+        return context, replace(schedule, **chosen("epochs", "rate"))
 
 
 def encoder_of(backbone: Backbone) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def describe_encoder(encoder: Mapping[str, Any] | None) -> str:
     return f"{model[:12] if len(model) == SHA256_DIGITS else model} ({weights[:12]}{gelu})"
 
 
-def _encoder_names(features: EncodedFeatures) -> tuple[str, str | None]:
+def _encoder_names(features: Features | DataSet) -> tuple[str, str | None]:
     """Model and weights by the names in the manifest of the features."""
     encoder = features.encoder
     if encoder is None:

@@ -9,54 +9,83 @@ from typing import Any
 
 import click
 
-from transclip_fast.cli import session
+from transclip_fast.cli import options, session
 from transclip_fast.cli.head import LABELLED
-from transclip_fast.cli.head_options import (
-    TOWER_OPTIONS,
-    prompt_options,
-    settings_of,
-    tower_options,
-)
-from transclip_fast.cli.options import SectionedCommand, array_options, device_option, json_option
 from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.towers import encoder_of, load_tower
+from transclip_fast.cli.towers import Prompter, encoder_of, tower_options
 from transclip_fast.errors import InputError
-from transclip_fast.heads import HEADS, LEARNERS, ensemble, fit_head, method_named
+from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, ensemble, fit_head, method_named
 from transclip_fast.heads.files import SUFFIX, StoredHead, check_writable, save_head
-from transclip_fast.heads.prompts import Prompting
+from transclip_fast.heads.prompting import POSITIONS
 from transclip_fast.heads.shots import as_fit_arguments
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import load_splits
 from transclip_fast.protocols.training import checkpoint_identity, draw_rows, summarise_head
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.checkpoint import TensorCheckpoint, files
-from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
 CHECKPOINT_SECONDS = 5.0  # the most work that a crash costs
 CHECKPOINT = "training"  # ends the name of the checkpoint, a hidden file next to the head
 ARRAYS = ("text_features", "class_names", "labels", *LABELLED)
-PROMPT_OPTIONS = (*TOWER_OPTIONS, "n_ctx", "start", "class_specific", "epochs")
+PROMPT_OPTIONS = ("model", "pretrained", "precision", "n_ctx", "start", "class_specific", "epochs")
 SHOWN_CLASSES = 5  # contexts whose words are printed
 
 
-@click.command("train-head", cls=SectionedCommand)
+def _rates() -> str:
+    by_rate: dict[float, list[str]] = {}
+    for name, (_, schedule) in SETTINGS.items():
+        by_rate.setdefault(schedule.rate, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {rate:g}" for rate, names in by_rate.items())
+
+
+prompt_options = options.options_of(
+    click.option(
+        "--context",
+        "n_ctx",
+        type=click.IntRange(1, 64),
+        help="Learned vectors of a prompt, from random ones.  [default: as published: 16, "
+        "cocoop has --start]",
+    ),
+    click.option("--start", help='Words to start from.  [default: none, cocoop "a photo of a"]'),
+    click.option(
+        "--class-specific", is_flag=True, help="Vectors of each class, instead of shared."
+    ),
+    click.option(
+        "--position",
+        default="end",
+        type=click.Choice(POSITIONS),
+        help="Of the class name in the prompt.",
+    ),
+    click.option(
+        "--epochs",
+        type=options.POSITIVE,
+        help="Over the shots.  [default: coop, prograd: 50 with one shot, 100 up to four, else "
+        f"200; plot: {SETTINGS['plot'][1].epochs}, cocoop: {SETTINGS['cocoop'][1].epochs}]",
+    ),
+    click.option(
+        "--rate",
+        type=click.FloatRange(0, min_open=True),
+        help=f"Of the gradient descent.  [default: {_rates()}]",
+    ),
+)
+
+
+@click.command("train-head", cls=options.SectionedCommand)
 @click.argument("name")
 @click.argument("path", metavar="FEATURES", type=click.Path())
-@click.option("--shots", type=click.IntRange(min=1), help="Rows of a class.  [default: all]")
+@click.option("--shots", type=options.POSITIVE, help="Rows of a class.  [default: all]")
 @click.option("--out", required=True, type=click.Path(), help="The .safetensors file to write.")
-@click.option("--seed", default=0, show_default=True, help="Of the shots and of the training.")
-@click.option(
-    "--logit-scale", default=100.0, show_default=True, help="Temperature; `solve` needs the same."
-)
+@click.option("--seed", default=0, help="Of the shots and of the training.")
+@click.option("--logit-scale", default=100.0, help="Temperature; `solve` needs the same.")
 @tower_options
 @prompt_options
-@device_option
-@json_option
-@partial(array_options, names=ARRAYS)
+@options.device_option
+@options.json_option
+@options.array_options(*ARRAYS)
 def command(
-    name: str, path: str, shots: int | None, out: str, as_json: bool, **options: Any
+    name: str, path: str, shots: int | None, out: str, as_json: bool, **values: Any
 ) -> None:
     """Train the few-shot method NAME on FEATURES and write a file for `solve --head`.
 
@@ -80,32 +109,33 @@ def command(
     if not out.endswith(SUFFIX):
         raise InputError(f"{out}: name a file that ends in {SUFFIX}")
     for option in PROMPT_OPTIONS if name in HEADS else ():
-        if options[option]:
+        if values[option]:
             raise InputError(f"head {name} learns no prompts; leave {option} out")
     stages = session.Stages()
     with stages.time("load"):
-        arrays = {array: options[array] for array in ARRAYS}
+        arrays = {array: values[array] for array in ARRAYS}
         only = shots if is_cache(path) else None
         features = load_splits(path, arrays, shots=only, local=method.takes_patches)
+    texts = features.get("text_features")
     about = partial(session.errors_about, features.origins, features.path)
     with session.collected_warnings(features.origins) as messages, locked(out):
         check_writable(out)
         with about():
-            if features.get("text_features") is None:
+            if texts is None:
                 raise InputError(f"head {name} needs text_features")
-            text = ensemble(features.get("text_features"))
+            text = ensemble(texts)
             truth = true_labels(features, len(text))
-            rows = draw_rows(features, text, shots, options["seed"])
+            rows = draw_rows(features, text, shots, values["seed"])
         prompting, encoder = None, features.encoder
         if name in LEARNERS:
             with stages.time("model"):
-                prompting = _prompting(name, features, options)
-            identity = checkpoint_identity(name, features, rows, prompting, options)
+                prompting = Prompter(values)(features, name)
+            identity = checkpoint_identity(name, features, rows, prompting, values)
             checkpoint = TensorCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS)
             prompting = replace(prompting, checkpoint=checkpoint)
             encoder = encoder_of(prompting.tower.backbone)
+        last: dict[str, str] = {}
         with stages.time("train"), progress_bar(f"train {name}", "steps") as show, about():
-            last: dict[str, str] = {}
 
             def step(done: int, steps: int, **figures: str) -> None:
                 last.update(figures)
@@ -113,37 +143,23 @@ def command(
 
             head = fit_head(
                 name,
-                features.get("text_features"),
+                texts,
                 **as_fit_arguments(rows),
-                logit_scale=options["logit_scale"],
-                seed=options["seed"],
+                logit_scale=values["logit_scale"],
+                seed=values["seed"],
                 progress=step,
                 prompting=prompting,
             )
+        run: dict[str, Any] = {"kind": "train-head", "name": name}
         with about():
-            run = {
-                "kind": "train-head",
-                "name": name,
-                **summarise_head(head, features, rows, text, truth),
-            }
-        training = {"shots": shots, "seed": options["seed"], "version": __version__}
+            run |= summarise_head(head, features, rows, text, truth)
+        training = {"shots": shots, "seed": values["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
         files(out, CHECKPOINT, TensorCheckpoint.suffix)[0].unlink(missing_ok=True)
         run["loss"] = float(last["loss"]) if "loss" in last else None
         run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
         run["warnings"] = messages
     session.print_summary(run, _text(run, out), as_json)
-
-
-def _prompting(name: str, features: Features, options: Mapping[str, Any]) -> Prompting:
-    """The text tower of the features, and the settings of the prompts."""
-    context, schedule = settings_of(name, options)
-    if features.class_names is None:
-        raise InputError(
-            f"{features.path}: has no class_names to make prompts of; give --class-names"
-        )
-    tower = load_tower(features, **{name: options[name] for name in ("device", *TOWER_OPTIONS)})
-    return Prompting(tower, features.class_names, context, schedule)
 
 
 def _text(run: Mapping[str, Any], out: str) -> str:
