@@ -50,14 +50,7 @@ class FittedHead:
 
 
 def read_choice(name: str) -> StoredHead | None:
-    """
-    The head file that `--head` names; None for a method to fit.
-
-    Raises
-    ------
-    InputError
-        Neither a head file nor a method, or a method that needs more than features.
-    """
+    """The head file that `--head` names; None for a method to fit."""
     if name in LEARNERS:
         raise InputError(
             f"head {name} trains through a text tower: `transclip-fast train-head {name}` does "
@@ -83,12 +76,6 @@ def apply_head(
     TransCLIP then runs as on top of any other method: with the head as prior, lambda as in
     zero-shot, and no support of its own. That is how the paper and its code combine it with
     few-shot methods ("TransCLIP-ZS on top"); shots in TransCLIP itself are TransCLIP-FS.
-
-    Raises
-    ------
-    InputError
-        The features have a prior or no texts, the model has a gamma, the head is of other classes,
-        dimensions or features, and as `fit_head` and `load_tower`.
     """
     prior = next((prior for prior in PRIORS if features.get(prior) is not None), None)
     if prior is not None:
@@ -99,9 +86,7 @@ def apply_head(
         if stored is None:
             return _predicted(_fitted(name, features, model, options["seed"]), name, features)
         _check_stored(name, stored, features, model)
-        head = (
-            _with_tower(name, stored, features, options) if stored.head.runs_tower else stored.head
-        )
+        head = _with_tower(name, stored, features, options)
         return _predicted(head, stored.name, features, name)
 
 
@@ -150,8 +135,10 @@ def _check_stored(file: str, stored: StoredHead, features: Features, model: Tran
 def _with_tower(
     file: str, stored: StoredHead, features: Features, options: Mapping[str, Any]
 ) -> Head:
-    """The head of a file with the text tower that it runs for each image."""
+    """The head of a file, with the text tower if it runs one for each image."""
     names = stored.class_names
+    if not stored.head.runs_tower:
+        return stored.head
     if names is None:
         raise InputError(f"{file}: has no class names to make prompts of")
     known = copy(features)

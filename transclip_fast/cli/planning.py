@@ -30,49 +30,36 @@ CHECKPOINT_ROW_BYTES = 40  # of a sparse state
 
 @dataclass(frozen=True)
 class Stage:
-    """
-    A stage: floating-point operations, bytes that it reads or writes on disk, and the most memory
-    of the process and of a GPU meanwhile.
-    """
+    """A stage of a solve, and what it takes."""
 
     name: str
-    work: float
-    disk: int
-    host: int
-    device: int
+    work: float  # floating-point operations
+    disk: int  # bytes read or written
+    host: int  # most bytes of memory of the process
+    device: int  # and of a GPU; 0 on the CPU
+
+    @property
+    def peak(self) -> int:
+        """The most memory on the device that does the work."""
+        return self.device or self.host
 
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    How a problem will be solved.
-
-    Parameters
-    ----------
-    layout : Layout
-        With as many candidates as there will be.
-    passes : int
-        Passes over the features.
-    block_rows : int
-        Rows of one matrix product.
-    graph : str
-        Method of the neighbour search, or "given".
-    limit : int
-        Bytes that may be used.
-    """
+    """How a problem will be solved."""
 
     size: Size
-    layout: Layout
-    passes: int
-    block_rows: int
-    graph: str
-    limit: int
+    layout: Layout  # with as many candidates as there will be
+    passes: int  # over the features
+    block_rows: int  # of one matrix product
+    graph: str  # method of the neighbour search, or "given"
+    limit: int  # bytes that may be used
     stages: tuple[Stage, ...]
 
     @property
     def peak(self) -> int:
         """The most memory on the device that does the work."""
-        return max(stage.device or stage.host for stage in self.stages)
+        return max(stage.peak for stage in self.stages)
 
     def line(self) -> str:
         """The plan in one line."""
@@ -104,65 +91,50 @@ class Plan:
 
 
 def make_plan(
-    size: Size,
-    layout: Layout,
-    parameters: Parameters,
-    device: torch.device,
-    method: str | None = "auto",
+    size: Size, layout: Layout, parameters: Parameters, device: torch.device, method: str | None
 ) -> Plan:
-    """
-    Plan a solve that is laid out; `method` searches the neighbours, None where there is a graph.
-
-    Raises
-    ------
-    InputError
-        The search does not fit into memory; the message says what does.
-    """
-    plan = _plan(size, layout, parameters, device, method)
-    if plan.peak <= plan.limit:
+    """Plan a solve that is laid out; `method` searches the neighbours, None if there is a graph."""
+    if method == "auto":
+        method = "exact" if size.n_rows <= EXACT_ROWS else "anchored"
+    steps = parameters.max_iter + 1
+    passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
+    stages = _stages(size, layout, device, method, steps, passes)
+    block = gemm_rows(device, size.n_classes)
+    limit = limit_of(device, parse_memory(parameters.memory))
+    plan = Plan(size, layout, passes, block, method or "given", limit, stages)
+    if plan.peak <= limit:
         return plan
     remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
-    if _plan(size, layout, parameters, device, None).peak <= plan.limit:
+    if max(stage.peak for stage in stages if stage.name != "graph") <= limit:
         remedies.append("--graph with neighbours from another machine")
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
-        f"{show_bytes(plan.peak)}, there are {show_bytes(plan.limit)}; what fits: "
+        f"{show_bytes(plan.peak)}, there are {show_bytes(limit)}; what fits: "
         f"{', or '.join(remedies)}"
     )
 
 
-def _plan(
-    size: Size,
-    layout: Layout,
-    parameters: Parameters,
-    device: torch.device,
-    method: str | None,
-) -> Plan:
-    if method == "auto":
-        method = "exact" if size.n_rows <= EXACT_ROWS else "anchored"
+def _stages(
+    size: Size, layout: Layout, device: torch.device, method: str | None, steps: int, passes: int
+) -> tuple[Stage, ...]:
     n, n_classes, d = size.n_rows, size.n_classes, size.dim
-    steps = parameters.max_iter + 1
-    passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
-    parts = layout.bytes(size, device)
-    solving = sum(parts.values())
-    searching = layout.search_bytes(size, device)
+    solving = sum(layout.bytes(size, device).values())
     read = size.file_bytes * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
 
     def stage(name: str, work: float, disk: int, memory: int) -> Stage:
-        on_gpu = device.type == "cuda"
-        host = PROCESS_BYTES + size.input_bytes if on_gpu else size.used(device) + memory
-        return Stage(name, work, disk, host, memory if on_gpu else 0)
+        if device.type == "cuda":
+            return Stage(name, work, disk, PROCESS_BYTES + size.input_bytes, memory)
+        return Stage(name, work, disk, size.used(device) + memory, 0)
 
     stages = [stage("load", 0, CHECK_PASSES * size.file_bytes, 0)]
     if method is not None:
         work, lists = 2.0 * d * _search_products(n, method), 12 * n * size.n_neighbors
-        stages.append(stage("graph", work, lists, searching))
+        stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
     work = 2.0 * n * n_classes * d * (steps + 1) * size.runs
     stages.append(stage("solve", work, read + size.runs * steps * n * row_bytes, solving))
     stages.append(stage("write", 0, TABLE_ROW_BYTES * n + 12 * n_classes * d, solving))
-    block, limit = gemm_rows(device, n_classes), limit_of(device, parse_memory(parameters.memory))
-    return Plan(size, layout, passes, block, method or "given", limit, tuple(stages))
+    return tuple(stages)
 
 
 def _search_products(n_rows: int, method: str) -> float:

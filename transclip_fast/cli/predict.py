@@ -27,6 +27,8 @@ from transclip_fast.store.results import (
     save_result,
 )
 
+WEIGHTS = ("likelihood_weight", "kl_weight")  # of the solve
+
 
 @click.command("predict")
 @click.argument("result", type=click.Path())
@@ -38,17 +40,7 @@ from transclip_fast.store.results import (
 @options.image_map_option
 @options.device_option
 @options.json_option
-def command(
-    result: str,
-    path: str,
-    out: str,
-    prior: str | None,
-    prior_logits: str | None,
-    labels: str | None,
-    image_map: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> None:
     """Label the rows of NEW_FEATURES with the mixture that `solve` wrote to RESULT.
 
     Each row is labelled by itself, from the mixture and the prior. After a solve with a prior or
@@ -60,19 +52,20 @@ def command(
     """
     if Path(out).resolve() == Path(result).resolve():
         raise InputError(f"{out}: is the result to predict from; name another folder")
-    stages, chosen = session.Stages(), resolve_device(device)
+    stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"):
         solved = load_run(result)
         mixture, weights = load_mixture(result)
-        if "prior_weights" in weights and (prior or prior_logits):
+        prior = values["prior"] or values["prior_logits"]
+        if "prior_weights" in weights and prior:
             raise InputError(
-                f"{prior or prior_logits}: {result} was solved with prototypes, not with a prior; "
-                "leave the option out"
+                f"{prior}: {result} was solved with prototypes, not with a prior; leave the option "
+                "out"
             )
-        arrays = {"prior": prior, "prior_logits": prior_logits, "labels": labels}
+        arrays = {name: values[name] for name in ("prior", "prior_logits", "labels")}
         n_classes, dim = mixture.means.shape
         features = load_features(path, arrays, shots=0, n_classes=n_classes)
-        map_features(features, image=image_map)
+        map_features(features, image=values["image_map"])
         _check_map(features, solved, result)
         features.class_names = solved["class_names"]
     with (
@@ -81,22 +74,17 @@ def command(
     ):
         with session.errors_about(features.origins, features.path):
             rows = as_unit_rows(features.get("image_features"), "image_features", columns=dim)
-            row_prior, zero_shot_prior = _priors(features, weights, len(rows), n_classes, chosen)
+            row_prior, zero_shot_prior = _priors(features, weights, len(rows), n_classes, device)
             truth = true_labels(features, n_classes)
         with stages.time("predict"):
-            rows = rows.to(chosen)
-            z = predict(
-                rows,
-                mixture.to(chosen),
-                row_prior,
-                likelihood_weight=_weight(solved, result, "likelihood_weight"),
-                kl_weight=_weight(solved, result, "kl_weight"),
-            )
-            distributions = z.cpu().numpy()
+            rows = rows.to(device)
+            strengths = {name: _weight(solved, result, name) for name in WEIGHTS}
+            distributions = predict(rows, mixture.to(device), row_prior, **strengths).cpu().numpy()
             zero_shot = zero_shot_prior.predict(rows)
-        predicted, shape = distributions.argmax(1), (n_classes, dim)
-        run = run_summary("predict", features, predicted, zero_shot[0], truth, shape, chosen)
-        run |= {"config": solved["config"], "seconds": stages.seconds, "warnings": warnings}
+        labels = distributions.argmax(1)
+        run = run_summary("predict", features, labels, zero_shot[0], truth, (n_classes, dim))
+        run |= {"device": str(device), "config": solved["config"]}
+        run |= {"seconds": stages.seconds, "warnings": warnings}
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
         tables = prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 
 from transclip_fast.cli import session
 from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
@@ -47,17 +46,11 @@ def solve_features(
     """
     Solve features, write the result folder `out` and return its run.json.
 
-    The graph and the state after the last outer step are kept in hidden files next to `out` until
-    the folder is complete; the same call resumes from them.
+    The same call resumes from the graph and the last checkpoint, which are hidden files next to
+    `out` until the folder is complete.
 
-    Parameters
-    ----------
-    graph : NeighborGraph or GraphSearch
-        The neighbours, or how to search for them.
-    make_head : callable, optional
-        Fits or reads the head that becomes the prior.
-    quiet : bool
-        Do not print the plan.
+    `graph` is the neighbours, or how to search for them; `make_head` fits or reads the head that
+    becomes the prior; `quiet` does not print the plan.
     """
     checkpoints = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
     own_graph = beside(out, "graph")
@@ -84,14 +77,14 @@ def solve_features(
                 if isinstance(graph, NeighborGraph)
                 else partial(kept_graph, own_graph, solved, graph, stages)
             )
-            identity = {"inputs_sha256": solved.inputs_sha256(), "version": __version__}
+            inputs = {"inputs_sha256": solved.inputs_sha256(), "version": __version__}
+
+            def checkpoint(name: str, identity: dict[str, Any]) -> FileCheckpoint:
+                return FileCheckpoint(out, name, identity | inputs, CHECKPOINT_SECONDS)
+
             with stages.time("solve"), progress_bar("solve", "rows") as show:
                 model.fit_problem(
-                    problem,
-                    settings,
-                    source,
-                    progress=shown_on(show),
-                    checkpoint=partial(_checkpoint, out, identity),
+                    problem, settings, source, progress=shown_on(show), checkpoint=checkpoint
                 )
         zero_shot = (model.zero_shot_labels_, model.zero_shot_confidences_)
         labels = model.transduction_
@@ -100,27 +93,24 @@ def solve_features(
             signs += check_class_order(zero_shot[0], truth)
         for sign in signs:
             session.warn(warnings, sign)
-        shape, device = model.means_.shape, model.device_
-        run = run_summary("solve", features, labels, zero_shot[0], truth, shape, device)
-        run |= _solver_summary(model)
-        run["head"] = head and head.summary(truth)
-        run["memory"] = {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()}
-        run |= {"seconds": stages.seconds, "warnings": warnings}
+        shape = model.means_.shape
+        run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
+        run |= _solver_summary(model) | {
+            "head": head and head.summary(truth),
+            "memory": {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()},
+            "seconds": stages.seconds,
+            "warnings": warnings,
+        }
         tables = prediction_tables(model.label_distributions_, zero_shot, features, truth)
         with writing(out):
             save_result(folder, tables, run, model.tensors())
     return run
 
 
-def _checkpoint(
-    out: str, inputs: dict[str, Any], name: str, identity: dict[str, Any]
-) -> FileCheckpoint:
-    return FileCheckpoint(out, name, identity | inputs, CHECKPOINT_SECONDS)
-
-
 def _solver_summary(model: TransCLIP) -> dict[str, Any]:
     parameters = requested(model)
     return {
+        "device": str(model.device_),
         "n_iter": model.n_iter_,
         "objective": model.objective_.tolist(),
         "graph": {"n_neighbors": model.n_neighbors, **model.graph_.info},
@@ -157,7 +147,6 @@ def run_summary(
     zero_shot: np.ndarray,
     truth: np.ndarray | None,
     means_shape: tuple[int, ...],
-    device: torch.device,
 ) -> dict[str, Any]:
     """The part of run.json that all commands share which label rows: labels are (N,) int64."""
     return {
@@ -168,7 +157,6 @@ def run_summary(
         "n_classes": means_shape[0],
         "dim": means_shape[1],
         "n_flipped": int((labels != zero_shot).sum()),
-        "device": str(device),
         "inputs_sha256": features.inputs_sha256(),
         "maps": features.maps,
         "class_names": features.class_names,

@@ -40,15 +40,7 @@ tower_options = options_of(
 
 
 def load_tower(features: Features | DataSet, options: Mapping[str, Any]) -> TextTower:
-    """
-    The text tower of the model that encoded features, on `--device`, as `tower_options` say.
-
-    Raises
-    ------
-    InputError
-        A model that is unknown or does not load, that did not encode the features, or that neither
-        the options nor the features name.
-    """
+    """The text tower of the model that encoded features, or that `tower_options` name."""
     from transclip_fast.demo import backbone as demo_backbone  # needs open_clip
 
     model, pretrained = options["model"], options["pretrained"]
@@ -98,9 +90,7 @@ class Prompter:
         """The published settings, with what the options change."""
         changed = {name: value for name, value in self._options.items() if value is not None}
         if {"n_ctx", "start"} <= changed.keys():
-            raise InputError(
-                "--start says by its words how long the context is; leave --context out"
-            )
+            raise InputError("--start determines the length of the context; leave --context out")
         if "n_ctx" in changed:
             changed["start"] = None
 

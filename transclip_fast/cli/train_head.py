@@ -33,45 +33,6 @@ PROMPT_OPTIONS = ("model", "pretrained", "precision", "n_ctx", "start", "class_s
 SHOWN_CLASSES = 5  # contexts whose words are printed
 
 
-def _rates() -> str:
-    by_rate: dict[float, list[str]] = {}
-    for name, (_, schedule) in SETTINGS.items():
-        by_rate.setdefault(schedule.rate, []).append(name)
-    return "; ".join(f"{', '.join(names)}: {rate:g}" for rate, names in by_rate.items())
-
-
-prompt_options = options.options_of(
-    click.option(
-        "--context",
-        "n_ctx",
-        type=click.IntRange(1, 64),
-        help="Learned vectors of a prompt, from random ones.  [default: as published: 16, "
-        "cocoop has --start]",
-    ),
-    click.option("--start", help='Words to start from.  [default: none, cocoop "a photo of a"]'),
-    click.option(
-        "--class-specific", is_flag=True, help="Vectors of each class, instead of shared."
-    ),
-    click.option(
-        "--position",
-        default="end",
-        type=click.Choice(POSITIONS),
-        help="Of the class name in the prompt.",
-    ),
-    click.option(
-        "--epochs",
-        type=options.POSITIVE,
-        help="Over the shots.  [default: coop, prograd: 50 with one shot, 100 up to four, else "
-        f"200; plot: {SETTINGS['plot'][1].epochs}, cocoop: {SETTINGS['cocoop'][1].epochs}]",
-    ),
-    click.option(
-        "--rate",
-        type=click.FloatRange(0, min_open=True),
-        help=f"Of the gradient descent.  [default: {_rates()}]",
-    ),
-)
-
-
 @click.command("train-head", cls=options.SectionedCommand)
 @click.argument("name")
 @click.argument("path", metavar="FEATURES", type=click.Path())
@@ -80,7 +41,33 @@ prompt_options = options.options_of(
 @click.option("--seed", default=0, help="Of the shots and of the training.")
 @click.option("--logit-scale", default=100.0, help="Temperature; `solve` needs the same.")
 @tower_options
-@prompt_options
+@click.option(
+    "--context",
+    "n_ctx",
+    type=click.IntRange(1, 64),
+    help="Learned vectors of a prompt, from random ones.  [default: as published: 16, cocoop has "
+    "--start]",
+)
+@click.option("--start", help='Words to start from.  [default: none, cocoop "a photo of a"]')
+@click.option("--class-specific", is_flag=True, help="Vectors of each class, instead of shared.")
+@click.option(
+    "--position",
+    default="end",
+    type=click.Choice(POSITIONS),
+    help="Of the class name in the prompt.",
+)
+@click.option(
+    "--epochs",
+    type=options.POSITIVE,
+    help="Over the shots.  [default: coop, prograd: 50 with one shot, 100 up to four, else 200; "
+    f"plot: {SETTINGS['plot'][1].epochs}, cocoop: {SETTINGS['cocoop'][1].epochs}]",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    help=f"Of the gradient descent.  [default: coop, prograd, plot: {SETTINGS['coop'][1].rate:g}; "
+    f"cocoop: {SETTINGS['cocoop'][1].rate:g}]",
+)
 @options.device_option
 @options.json_option
 @options.array_options(*ARRAYS)

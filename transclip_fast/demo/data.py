@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,28 +32,16 @@ def enlarge(image: np.ndarray) -> np.ndarray:
     )
 
 
-def _plain(image: np.ndarray) -> np.ndarray:
-    return image
-
-
-def _thick(image: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.MaxFilter(7)))
-
-
-def _thin(image: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.MinFilter(7)))
-
-
-def _blur(image: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(5)))
+def _filtered(image: np.ndarray, smear: ImageFilter.Filter) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).filter(smear))
 
 
 # Functions of an image (64, 64) uint8. No augmentation of the training is one of them.
 SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "plain": _plain,
-    "thick strokes": _thick,
-    "thin strokes": _thin,
-    "blur": _blur,
+    "plain": np.asarray,
+    "thick strokes": partial(_filtered, smear=ImageFilter.MaxFilter(7)),
+    "thin strokes": partial(_filtered, smear=ImageFilter.MinFilter(7)),
+    "blur": partial(_filtered, smear=ImageFilter.GaussianBlur(5)),
 }
 
 
@@ -87,19 +76,9 @@ def image_hash(image: np.ndarray) -> str:
 
 def write_images(folder: str | Path, shift: str = "plain") -> Path:
     """
-    Write the held-out digits as PNG files `<class name>/<row>_<class name>.png`.
+    Write the held-out digits as PNG files `<class name>/<row>_<class name>.png`; return the folder.
 
-    Parameters
-    ----------
-    folder : path
-        Created, with its parents; files of the same names are replaced.
-    shift : str
-        A key of `SHIFTS`.
-
-    Returns
-    -------
-    Path
-        The folder.
+    The folder is created, with its parents; files of the same names are replaced.
 
     Raises
     ------
