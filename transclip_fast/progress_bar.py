@@ -29,17 +29,8 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
     every 10 s. Rate and time left count from the first call, so that resumed work is not credited
     with what an earlier process did.
 
-    Parameters
-    ----------
-    name : str
-        The work, which stands before the bar.
-    unit : str
-        What is counted, in the plural.
-
-    Yields
-    ------
-    callable
-        Call it with (done, total), both int, and any figures to show as keyword arguments.
+    `name` is the work, `unit` what is counted, in the plural. Call the yielded function with
+    (done, total), both int, and any figures to show as keyword arguments.
 
     Examples
     --------
@@ -81,20 +72,12 @@ def shown_on(
 
 
 def _make_bar(name: str, unit: str, done: int, total: int) -> Any:
+    start = {"desc": name, "initial": done, "total": total}
     if sys.stderr.isatty() or "ipykernel" in sys.modules:
-        return tqdm.auto.tqdm(
-            desc=name,
-            unit=f" {unit}",
-            unit_scale=unit != "steps",
-            initial=done,
-            total=total,
-            leave=False,
-        )
+        return tqdm.auto.tqdm(**start, unit=f" {unit}", unit_scale=unit != "steps", leave=False)
     return _Lines(
-        desc=name,
+        **start,
         unit=unit,
-        initial=done,
-        total=total,
         bar_format=LINE,
         delay=LINE_SECONDS,
         mininterval=LINE_SECONDS,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from transclip_fast.cli import session
@@ -45,18 +43,19 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
         net = empty_network(network_config(model))
         tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
         size = write_tensors(out, tensors, PRECISIONS[dtype], show)
-    summary: dict[str, Any] = {
+    n_parameters = sum(tensor.numel() for tensor in tensors.values())
+    summary = {
         "out": out,
         "model": model,
         "dtype": dtype,
         "n_tensors": len(tensors),
-        "n_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "n_parameters": n_parameters,
         "bytes": size,
         "seconds": stages.seconds,
         "versions": session.versions(),
     }
     text = (
-        f"{summary['n_tensors']:,} tensors, {summary['n_parameters']:,} parameters as {dtype}, "
+        f"{len(tensors):,} tensors, {n_parameters:,} parameters as {dtype}, "
         f"{size / 2**30:.2f} GiB written to {out}"
     )
     session.print_summary(summary, text, as_json)

@@ -14,15 +14,9 @@ from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_progress
 from transclip_fast.cli.run import solve_folder
 from transclip_fast.cli.session import counted
-from transclip_fast.demo import (
-    CLASS_NAMES,
-    SHIFTS,
-    TEMPLATES,
-    backbone,
-    class_prompts,
-    write_images,
-)
-from transclip_fast.demo.data import SIDE_PIXELS
+from transclip_fast.demo import CLASS_NAMES, SHIFTS, TEMPLATES, class_prompts
+from transclip_fast.demo.data import SIDE_PIXELS, write_images
+from transclip_fast.demo.model import backbone
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
@@ -63,8 +57,7 @@ def command(out: str, device: str, as_json: bool) -> None:
 
 def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
     """Write, encode and solve one set of images; its run.json."""
-    loaded = backbone()
-    loaded.model.to(resolve_device(device))
+    loaded = backbone(device=resolve_device(device))
     with writing(folder):
         write_images(folder / "images", shift)
     source = open_source(folder / "images", labels_from_folders=True)

@@ -107,13 +107,14 @@ encode_options = options_of(  # of every command that encodes images
 def command(
     images: str | None, out: str | None, synthetic: bool, strict: bool, as_json: bool, **values: Any
 ) -> None:
-    """Encode IMAGES into a feature folder; the same command again resumes after a crash.
+    """Encode IMAGES into a feature folder.
 
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
     webdataset tars, or a .json of splits as CoOp has them. --out receives img_emb/, metadata/,
     manifest.json, failures.csv and, with --classes, prototypes.npy: a folder that `graph` and
     `solve` open. --local-features adds local_emb/, a feature for each patch of an image. Started by
-    torchrun, all processes encode into the same folder, each its shards.
+    torchrun, all processes encode into the same folder, each its shards. Run the same command again
+    after a crash: it resumes from the last whole shard.
 
     \b
     Examples:

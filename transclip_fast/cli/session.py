@@ -7,7 +7,7 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import Any
 
@@ -83,10 +83,8 @@ def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that compute."""
     found = {"python": platform.python_version(), "transclip_fast": __version__}
     for name in ("torch", "numpy", "numba", "faiss-cpu", "faiss-gpu", "open_clip_torch", "triton"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

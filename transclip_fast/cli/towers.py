@@ -48,11 +48,8 @@ def load_tower(features: Features | DataSet, options: Mapping[str, Any]) -> Text
         model, weights = _encoder_names(features)
         pretrained = pretrained or weights
     device = resolve_device(options["device"])
-    if model == DEMO:
-        backbone = demo_backbone()
-        backbone.model.to(device)
-    else:
-        backbone = load_backbone(model, pretrained, device)
+    demo = model == DEMO
+    backbone = demo_backbone(device=device) if demo else load_backbone(model, pretrained, device)
     expected, found = features.encoder, encoder_of(backbone)
     if expected not in (None, found):
         raise InputError(

@@ -84,7 +84,7 @@ def make_preprocess(config: dict[str, Any]) -> Callable[[Image.Image], torch.Ten
     return transform
 
 
-def backbone(folder: str | Path = FOLDER) -> Backbone:
+def backbone(folder: str | Path = FOLDER, device: str | torch.device = "cpu") -> Backbone:
     """
     Return the demo's CLIP. Nothing is downloaded.
 
@@ -92,6 +92,7 @@ def backbone(folder: str | Path = FOLDER) -> Backbone:
     ----------
     folder : path
         Output of `python -m bench.demo.train`; by default the shipped files.
+    device : str or torch.device
 
     >>> backbone().tokenizer("nine").shape
     torch.Size([1, 16])
@@ -104,4 +105,4 @@ def backbone(folder: str | Path = FOLDER) -> Backbone:
     model.load_state_dict(load_file(folder / WEIGHTS))
     tokenizer = TrimmedTokenizer(ids, config["text_cfg"]["context_length"])
     identity = {"model": "demo", "weights": file_sha256(folder / WEIGHTS), "preprocessing": config}
-    return Backbone(model.float().eval(), make_preprocess(config), tokenizer, identity)
+    return Backbone(model.float().eval().to(device), make_preprocess(config), tokenizer, identity)
