@@ -16,16 +16,10 @@ from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.solver.loop import predict
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
+from transclip_fast.store import results
 from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.linear_maps import map_features
-from transclip_fast.store.results import (
-    CONTENTS,
-    load_mixture,
-    load_run,
-    prediction_tables,
-    save_result,
-)
 
 WEIGHTS = ("likelihood_weight", "kl_weight")  # of the solve
 
@@ -54,8 +48,8 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         raise InputError(f"{out}: is the result to predict from; name another folder")
     stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"):
-        solved = load_run(result)
-        mixture, weights = load_mixture(result)
+        solved = results.load_run(result)
+        mixture, weights = results.load_mixture(result)
         prior = values["prior"] or values["prior_logits"]
         if "prior_weights" in weights and prior:
             raise InputError(
@@ -70,7 +64,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         features.class_names = solved["class_names"]
     with (
         session.collected_warnings(features.origins) as warnings,
-        new_folder(out, CONTENTS) as folder,
+        new_folder(out, results.CONTENTS) as folder,
     ):
         with session.errors_about(features.origins, features.path):
             rows = as_unit_rows(features.get("image_features"), "image_features", columns=dim)
@@ -86,9 +80,9 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         run |= {"device": str(device), "config": solved["config"]}
         run |= {"seconds": stages.seconds, "warnings": warnings}
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
-        tables = prediction_tables(distributions, zero_shot, features, truth)
+        tables = results.prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):
-            save_result(folder, tables, run, tensors)
+            results.save_result(folder, tables, run, tensors)
     text = f"{counted(len(rows), 'row')} labelled, {run['n_flipped']:,} unlike zero-shot"
     if truth is not None:
         text += f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
