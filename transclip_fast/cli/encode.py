@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +11,12 @@ from typing import Any
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.options import POSITIVE, device_option, json_option, options_of
+from transclip_fast.cli.options import POSITIVE, device_option, flag_of, json_option, options_of
 from transclip_fast.device import resolve_device
 from transclip_fast.encode import models
 from transclip_fast.encode.batch_size import fitting_batch_size, forward_rate
 from transclip_fast.encode.encoder import EncodeProgress
-from transclip_fast.encode.folder import SHARD_ROWS, Encoded, encode_images
+from transclip_fast.encode.folder import Encoded, encode_images
 from transclip_fast.encode.networks import PRECISIONS
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import SPLITS
@@ -24,65 +25,47 @@ from transclip_fast.progress_bar import progress_bar
 
 SHOWN_FAILURES = 5
 
-encode_options = options_of(  # of every command that encodes images
-    click.option(
-        "--model",
-        required=True,
-        help="open_clip model, e.g. ViT-B-32, or a folder with an open_clip_config.json.",
-    ),
-    click.option(
-        "--pretrained",
-        help="Weights: a tag open_clip knows, a checkpoint file, or none (random). A folder brings "
-        "its own.",
-    ),
-    click.option(
-        "--precision",
-        default="fp32",
-        type=click.Choice([*PRECISIONS]),
-        help="Arithmetic of the model.",
-    ),
-    click.option(
-        "--compile",
-        "compiled",
-        is_flag=True,
-        help="Let torch compile the image tower; pays for many images.",
-    ),
-    click.option(
-        "--classes",
-        help="Class names: a text file, one a line, or imagenet; a .json of splits has its own.",
-    ),
-    click.option(
-        "--templates",
-        default="simple",
-        help="Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
-    ),
-    click.option(
-        "--labels-from-folders", is_flag=True, help="Sub-folder names are the true labels."
-    ),
-    click.option(
-        "--split", type=click.Choice(SPLITS), help="Of a .json of splits.  [default: test]"
-    ),
-    click.option(
-        "--root",
-        type=click.Path(),
-        help="Folder that the paths in a .json of splits start at.  [default: found]",
-    ),
-    click.option(
-        "--batch-size",
-        type=POSITIVE,
-        help="Images at a time.  [default: what fits a GPU, 64 on a CPU]",
-    ),
-    click.option(
-        "--workers",
-        type=click.IntRange(min=0),
-        help="Processes that decode images.  [default: one a core, at most 16]",
-    ),
-    click.option(
-        "--shard-rows",
-        default=SHARD_ROWS,
-        type=POSITIVE,
-        help="Images a shard; a killed run loses at most the shard it was at.",
-    ),
+ENCODE = {  # parameters of `encode_images` that are options of every command that encodes images
+    "model": "open_clip model, e.g. ViT-B-32, or a folder with an open_clip_config.json.",
+    "pretrained": "Weights: a tag open_clip knows, a checkpoint file, or none (random). A folder "
+    "brings its own.",
+    "precision": "Arithmetic of the model.",
+    "compiled": "Let torch compile the image tower; pays for many images.",
+    "classes": "Class names: a text file, one a line, or imagenet; a .json of splits has its own.",
+    "templates": "Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
+    "labels_from_folders": "Sub-folder names are the true labels.",
+    "split": "Of a .json of splits.  [default: test]",
+    "root": "Folder that the paths in a .json of splits start at.  [default: found]",
+    "batch_size": "Images at a time.  [default: what fits a GPU, 64 on a CPU]",
+    "workers": "Processes that decode images.  [default: one a core, at most 16]",
+    "shard_rows": "Images a shard; a killed run loses at most the shard it was at.",
+}
+TYPES: dict[str, Any] = {
+    "precision": click.Choice([*PRECISIONS]),
+    "split": click.Choice(SPLITS),
+    "root": click.Path(),
+    "batch_size": POSITIVE,
+    "workers": click.IntRange(min=0),
+    "shard_rows": POSITIVE,
+}
+
+
+def _encode_option(name: str) -> Callable[..., Any]:
+    default = inspect.signature(encode_images).parameters[name].default
+    required = default is inspect.Parameter.empty
+    return click.option(
+        "--compile" if name == "compiled" else flag_of(name),
+        name,
+        required=required,
+        default=None if required else default,
+        is_flag=default is False,
+        type=TYPES.get(name),
+        help=ENCODE[name],
+    )
+
+
+encode_options = options_of(
+    *map(_encode_option, ENCODE),
     click.option("--strict", is_flag=True, help="Exit code 1 if an image could not be read."),
 )
 

@@ -100,13 +100,9 @@ def graph_features(
     out: str,
     search: GraphSearch,
     stages: session.Stages,
-    rows: Rows | None = None,
+    rows: Rows | None = None,  # unit rows of the features, if they are loaded already
 ) -> tuple[NeighborGraph, dict[str, Any]]:
-    """
-    Search the neighbours of all rows, write the graph folder `out`; return graph and manifest.
-
-    `rows` are the unit rows of `features`, if they are loaded already.
-    """
+    """Search the neighbours of all rows and write the graph folder `out`; graph and manifest."""
     identity = _identity(features, search)
     origins = {"features": features.origins["image_features"], "anchors": features.path}
     with (

@@ -86,7 +86,7 @@ def array_options(*names: str) -> Callable[[Command], Command]:
     """A file for each of these arrays of FEATURES."""
     return options_of(
         *(
-            click.option(_flag(name), type=click.Path(), metavar="FILE", help=ARRAYS[name])
+            click.option(flag_of(name), type=click.Path(), metavar="FILE", help=ARRAYS[name])
             for name in names
         )
     )
@@ -94,7 +94,7 @@ def array_options(*names: str) -> Callable[[Command], Command]:
 
 def parameter_option(name: str) -> Callable[[Command], Command]:
     """A parameter of TransCLIP, with its default."""
-    default, flag = inspect.signature(TransCLIP).parameters[name].default, _flag(name)
+    default, flag = inspect.signature(TransCLIP).parameters[name].default, flag_of(name)
     kind: Any = TYPES[name] if default is None else type(default)
     if name in CHOICES:
         kind = click.Choice(CHOICES[name])
@@ -103,7 +103,8 @@ def parameter_option(name: str) -> Callable[[Command], Command]:
     return click.option(flag, name, default=default, type=kind, help=ESTIMATOR[name])
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The option for a parameter."""
     return f"--{name.replace('_', '-')}"
 
 

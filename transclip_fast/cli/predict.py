@@ -92,11 +92,13 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
 def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:
     """Raise InputError unless the new rows went through the image map of the solved ones."""
     known = solved.get("maps", {}).get("image_map")
-    if features.maps.get("image_map") == known:
-        return
-    if known is None:
-        raise InputError(f"{result}: was solved without an image map; leave out --image-map")
-    raise InputError(f"{result}: was solved with an image map; give the same --image-map")
+    if features.maps.get("image_map") != known:
+        how = (
+            "without an image map; leave out"
+            if known is None
+            else "with an image map; give the same"
+        )
+        raise InputError(f"{result}: was solved {how} --image-map")
 
 
 def _priors(
