@@ -28,6 +28,7 @@ PLAIN = "plain"
 SHOWN_IMAGES = 8  # in a row of the picture
 MARGIN, HEADING, CAPTION = 12, 22, 18  # pixels
 GREEN, RED, GREY, INK = (24, 122, 58), (176, 42, 48), (110, 110, 110), (20, 20, 20)
+LEGEND = ((165, "corrected", GREEN), (235, "broken", RED), (295, "both wrong", GREY))
 
 
 @click.command("demo")
@@ -113,11 +114,7 @@ def _picture(folder: Path, shifts: list[str]) -> Image.Image:
     sheet = Image.new("RGB", (MARGIN + SHOWN_IMAGES * cell, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     draw.text((MARGIN, MARGIN), "zero-shot > transductive:", INK, font)
-    for x, word, colour in (
-        (165, "corrected", GREEN),
-        (235, "broken", RED),
-        (295, "both wrong", GREY),
-    ):
+    for x, word, colour in LEGEND:
         draw.text((x, MARGIN), word, colour, font)
     for place, shift in enumerate(shifts):
         top = MARGIN + HEADING + place * row_height
