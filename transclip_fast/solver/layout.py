@@ -88,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def limit_of(device: torch.device, memory: int | None) -> int:
-    """Bytes that the process, or its part of a GPU, may reach: `memory`, by default what is free."""
+    """Most bytes of the process, or of its part of a GPU: `memory`, by default what is free."""
     if memory is not None:
         return memory
     return free_bytes(device) + (resident_bytes() if device.type == "cpu" else 0)
