@@ -303,9 +303,17 @@ class Assignments:
         return replace(self, values=values, classes=classes, bound=bound)
 
     def take(self, rows: torch.Tensor | slice) -> Assignments:
-        """The rows given by index (n,) int64, in that order."""
+        """The rows `rows` (n,) int64, in that order."""
         classes = None if self.classes is None else self.classes[rows]
         return replace(self, values=self.values[rows], classes=classes, bound=self.bound[rows])
+
+    def take_into(self, rows: torch.Tensor, out: Assignments) -> Assignments:
+        """As `take` of all rows in another order, in the memory of `out`."""
+        torch.index_select(self.values, 0, rows, out=out.values)
+        torch.index_select(self.bound, 0, rows, out=out.bound)
+        if self.classes is not None and out.classes is not None:
+            torch.index_select(self.classes, 0, rows, out=out.classes)
+        return out
 
     def at(self, rows: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """z of pairs of a row and a class, (E,)."""
