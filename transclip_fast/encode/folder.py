@@ -29,34 +29,15 @@ SHARD_ROWS = 4096  # images; 8 MiB of features in 1,024 dimensions
 
 @dataclass(frozen=True)
 class Encoded:
-    """
-    A finished feature folder, and how it was made.
-
-    Attributes
-    ----------
-    folder : str
-        The feature folder.
-    n_rows : int
-        Images that have features.
-    failures : list of Failure
-        Images that could not be read: `source_row`, `key`, `reason`.
-    config : dict
-        The configuration in the folder's manifest.
-    seconds : dict
-        Time by stage: list, load, text, images.
-    throughput : Throughput or None
-        None if the folder was finished before.
-    leads : bool
-        False in all but the first of the processes that `torchrun` started.
-    """
+    """A finished feature folder, and how it was made."""
 
     folder: str
-    n_rows: int
-    failures: list[Failure]
-    config: dict[str, Any]
-    seconds: dict[str, float]
-    throughput: Throughput | None = None
-    leads: bool = True
+    n_rows: int  # images that have features
+    failures: list[Failure]  # images that could not be read
+    config: dict[str, Any]  # as in the folder's manifest
+    seconds: dict[str, float]  # by stage: list, load, text, images
+    throughput: Throughput | None = None  # None if the folder was finished before
+    leads: bool = True  # False in all but the first of the processes that `torchrun` started
 
 
 def encode_images(
@@ -170,11 +151,14 @@ def encode_images(
             text = ClassPrompts.read(names, templates) if names else None
             identity = models.identify(model, pretrained, precision, compiled)
         known = _config(identity, torch_device, source, local_features)
-        finished = _finished(out, known, source, text, seconds) if ranks.leads else None
-        if (encoded := ranks.broadcast(finished)) is not None:
+        finished = _finished(out, known, source, text) if ranks.leads else None
+        found = None if finished is None else _encoded(finished, seconds, None)
+        if (encoded := ranks.broadcast(found)) is not None:
             return replace(encoded, leads=ranks.leads)
         with timed(seconds, "load"):
-            backbone = models.load_backbone(model, pretrained, torch_device, precision, compiled)
+            backbone = models.load_backbone(
+                model, pretrained, torch_device, precision, compiled, identity
+            )
             if local_features is not None:
                 backbone.local = LocalEncoder.of(backbone.model, local_features, model)
         if on_sizes is not None and text is not None:
@@ -267,19 +251,15 @@ def _open_folder(
 
 
 def _finished(
-    out: str | Path,
-    known: dict[str, Any],
-    source: Source,
-    text: ClassPrompts | None,
-    seconds: dict[str, float],
-) -> Encoded | None:
+    out: str | Path, known: dict[str, Any], source: Source, text: ClassPrompts | None
+) -> FeatureWriter | None:
     """The folder if it is finished, so that no model needs to be loaded."""
     if not os.path.isfile(os.path.join(out, MANIFEST)):
         return None
     with locked(out):
         writer = FeatureWriter(out, known, _row_table(source, text))
     whole = writer.complete and (text is None or writer.has_prototypes(text.identity()))
-    return _encoded(writer, seconds, None) if whole else None
+    return writer if whole else None
 
 
 def _row_table(source: Source, text: ClassPrompts | None) -> RowTable:
