@@ -53,6 +53,6 @@ def reading(
         if refused or isinstance(error, pickle.UnpicklingError):
             raise InputError(
                 f"{path}: damaged, or holds pickled Python objects, which are never loaded; "
-                "write it again, with nothing but numbers and fixed-width strings"
+                f"{remedy}, with nothing but numbers and fixed-width strings"
             ) from error
         raise InputError(f"{path}: {failure} ({reason}); {remedy}") from error

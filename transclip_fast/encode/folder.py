@@ -29,15 +29,33 @@ SHARD_ROWS = 4096  # images; 8 MiB of features in 1,024 dimensions
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished feature folder, and how it was made."""
+    """
+    A finished feature folder, and how it was made.
+
+    Attributes
+    ----------
+    folder : str
+    n_rows : int
+        Images that have features.
+    failures : list of Failure
+        Images that could not be read: `source_row`, `key`, `reason`.
+    config : dict
+        The configuration in the folder's manifest.
+    seconds : dict
+        Time by stage: list, load, text, images.
+    throughput : Throughput or None
+        None if the folder was finished before.
+    leads : bool
+        False in all but the first of the processes that `torchrun` started.
+    """
 
     folder: str
-    n_rows: int  # images that have features
-    failures: list[Failure]  # images that could not be read
-    config: dict[str, Any]  # as in the folder's manifest
-    seconds: dict[str, float]  # by stage: list, load, text, images
-    throughput: Throughput | None = None  # None if the folder was finished before
-    leads: bool = True  # False in all but the first of the processes that `torchrun` started
+    n_rows: int
+    failures: list[Failure]
+    config: dict[str, Any]
+    seconds: dict[str, float]
+    throughput: Throughput | None = None
+    leads: bool = True
 
 
 def encode_images(
