@@ -117,10 +117,7 @@ def load_backbone(
     """
     Load an open_clip model in evaluation mode; the parameters are those of `encode_images`.
 
-    Parameters
-    ----------
-    identity : mapping, optional
-        What `identify` returned; by default it is called here, which reads the whole checkpoint.
+    With the `identity` that `identify` returned, the checkpoint is not hashed again.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""open_clip networks built without weights, then given those of a checkpoint mapped from disk."""
+"""open_clip networks built without weights, then filled from a checkpoint mapped from disk."""
 
 from __future__ import annotations
 

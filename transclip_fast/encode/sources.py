@@ -149,11 +149,7 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
             position = positions.get(plain_name(label), synsets.get(label))
             if position is None and label.isdecimal():
                 position = int(label)
-        if (
-            isinstance(position, bool)
-            or not isinstance(position, int)
-            or not 0 <= position < len(names)
-        ):
+        if type(position) is not int or not 0 <= position < len(names):  # nor is True a position
             message = f"{source.keys[row]}: label {label!r} is none of the {len(names)} classes"
             if source.kind == "webdataset" and captions:
                 warnings.warn(f"{message}; texts are taken for captions", stacklevel=2)
@@ -200,12 +196,11 @@ def _list(path: Path) -> Source:
             table = pq.read_table(path)
     if "path" not in table.column_names:
         raise InputError(f"{path}: has no column 'path', only {', '.join(table.column_names)}")
-    paths = [str(value) for value in table.column("path").to_pylist()]
-    keys = paths
-    if "key" in table.column_names:
-        keys = [str(value) for value in table.column("key").to_pylist()]
-    labels = table.column("label").to_pylist() if "label" in table.column_names else None
-    return Source("list", keys, [str(path.parent / value) for value in paths], labels=labels)
+    wanted = [name for name in ("path", "key", "label") if name in table.column_names]
+    columns = {name: table.column(name).to_pylist() for name in wanted}
+    keys = [str(value) for value in columns.get("key", columns["path"])]
+    files = [str(path.parent / str(value)) for value in columns["path"]]
+    return Source("list", keys, files, labels=columns.get("label"))
 
 
 def _split(path: Path, split: str, root: str | Path | None) -> Source:
@@ -319,11 +314,8 @@ def _label(suffix: str, content: bytes, origin: str) -> int | str | None:
         if suffix != "json":
             return int(text) if suffix == "cls" else text
         value = json.loads(text)
-    for name in ("label", "cls", "class"):
-        if isinstance(value, dict) and isinstance(value.get(name), int | str):
-            label: int | str = value[name]
-            return label
-    return None
+    found = map(value.get, ("label", "cls", "class")) if isinstance(value, dict) else ()
+    return next((label for label in found if isinstance(label, int | str)), None)
 
 
 def _unreadable(error: OSError) -> None:

@@ -45,10 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: no such file")
     tensors = _read_parts(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS}
-    while tensors:
-        shared = [p for p in PREFIXES if all(name.startswith(p) for name in tensors)]
-        if not shared:
-            break
+    while tensors and (shared := [p for p in PREFIXES if all(n.startswith(p) for n in tensors)]):
         tensors = {name.removeprefix(shared[0]): tensor for name, tensor in tensors.items()}
     return tensors
 

@@ -229,10 +229,8 @@ class FeatureWriter:
         """Count a shard as written if its features have the hashes of the entry."""
         if self.shards.get(number) == entry:  # this process has just written it
             return
-        whole = self._is_whole(IMAGES.format(number), entry["features_sha256"])
-        if "local_sha256" in entry:
-            whole = whole and self._is_whole(LOCAL.format(number), entry["local_sha256"])
-        if whole:
+        files = {"features_sha256": IMAGES, "local_sha256": LOCAL}
+        if all(self._is_whole(files[h].format(number), entry[h]) for h in files if h in entry):
             self.shards[number] = entry
 
     def _collect(self) -> None:
