@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from transclip_fast.heads.base import Head, percent_right, unit
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import train, trainable
 
@@ -33,6 +32,8 @@ class AdapterHead(Head):
     """
 
     kind: ClassVar[str] = "adapter"
+    stored_tensors: ClassVar = {"text": "Kd", "down": "wd", "up": "dw"}
+    stored_settings: ClassVar = {"ratio": float}
 
     down: torch.Tensor
     up: torch.Tensor
@@ -48,18 +49,6 @@ class AdapterHead(Head):
 
     def transfer(self, text: torch.Tensor) -> AdapterHead:
         return replace(self, text=text)
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {"text": self.text, "down": self.down, "up": self.up}, {"ratio": self.ratio}
-
-    @classmethod
-    def from_state(cls, state: StoredState) -> AdapterHead:
-        return cls(
-            **state.common(),
-            down=state.tensor("down", "wd"),
-            up=state.tensor("up", "dw"),
-            ratio=state.setting("ratio", float),
-        )
 
 
 def fit(task: Task) -> AdapterHead:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 
 from transclip_fast.heads.base import Head, percent_right
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Labelled, Task
 
 ALPHA, BETA = 1.17, 1.0  # of most of the published configurations, ImageNet's among them
@@ -31,6 +30,8 @@ class CacheHead(Head):
     """
 
     kind: ClassVar[str] = "cache"
+    stored_tensors: ClassVar = {"text": "Kd", "cache.features": "Md", "cache.labels": "M"}
+    stored_settings: ClassVar = {"alpha": float, "beta": float}
 
     cache: Labelled
     alpha: float
@@ -49,18 +50,10 @@ class CacheHead(Head):
         cache = Labelled(self.cache.features[inside], labels[inside])
         return replace(self, text=self.text[classes], cache=cache)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {"cache.features": self.cache.features, "cache.labels": self.cache.labels}
-        return {"text": self.text, **tensors}, {"alpha": self.alpha, "beta": self.beta}
-
     @classmethod
-    def from_state(cls, state: StoredState) -> CacheHead:
-        return cls(
-            **state.common(),
-            cache=Labelled(state.tensor("cache.features", "Md"), state.labels("cache.labels", "M")),
-            alpha=state.setting("alpha", float),
-            beta=state.setting("beta", float),
-        )
+    def from_stored(cls, **fields: Any) -> CacheHead:
+        cache = Labelled(fields.pop("cache.features"), fields.pop("cache.labels"))
+        return cls(cache=cache, **fields)
 
 
 def cache_logits(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +22,9 @@ VOCABULARY_BLOCK = 8192  # words compared at a time
 class ContextHead(Head):
     """A head that a text tower made of class names in learned contexts."""
 
+    stored_settings: ClassVar = {"position": str, "words": list}
+    vectors: ClassVar[str] = "context"  # the field of the contexts (..., width)
+
     position: str  # of the class name: "end", "middle" or "front"
     words: list[str]  # nearest word of each vector of the contexts, flat
 
@@ -28,6 +32,13 @@ class ContextHead(Head):
         n_ctx = int(self.parameters["n_ctx"])
         groups = [self.words[start : start + n_ctx] for start in range(0, len(self.words), n_ctx)]
         return dict(zip(self.context_names(class_names), groups, strict=True))
+
+    @classmethod
+    def from_stored(cls, **fields: Any) -> Head:
+        words, n_vectors = fields["words"], fields[cls.vectors].shape[:-1].numel()
+        if not words or len(words) != n_vectors or not all(isinstance(word, str) for word in words):
+            raise InputError("damaged: words are not one for each vector of the context")
+        return cls(**fields)
 
     def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
         """Names of the contexts, in their order."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -26,7 +26,6 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.text_tower import Prompts, TextTower
 
@@ -118,6 +117,9 @@ class TransportHead(ContextHead):
     """
 
     kind: ClassVar[str] = "transport"
+    stored_tensors: ClassVar = {"text": "Kd", "texts": "KPd", "contexts": "Pnv"}
+    stored_settings: ClassVar = {**ContextHead.stored_settings, "patches": int}
+    vectors: ClassVar[str] = "contexts"
 
     texts: torch.Tensor
     contexts: torch.Tensor
@@ -154,24 +156,6 @@ class TransportHead(ContextHead):
 
     def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
         return [f"prompt {number}" for number in range(1, len(self.contexts) + 1)]
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {"text": self.text, "texts": self.texts, "contexts": self.contexts}
-        settings = {"position": self.position, "words": self.words, "patches": self.patches}
-        return tensors, settings
-
-    @classmethod
-    def from_state(cls, state: StoredState) -> TransportHead:
-        common, texts = state.common(), state.tensor("texts", "KPd")
-        contexts = state.tensor("contexts", "Pnv")
-        return cls(
-            **common,
-            texts=texts,
-            contexts=contexts,
-            position=state.setting("position", str),
-            words=state.words(contexts),
-            patches=state.setting("patches", int),
-        )
 
 
 class Plot(Learner):
