@@ -18,24 +18,15 @@ BETAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 40))
 
 @dataclass(frozen=True, kw_only=True)
 class CacheHead(Head):
-    """
-    logits = tau F T^T + alpha exp(-beta (1 - F keys^T)) Y, with Y (M, K) the one-hot labels.
-
-    Parameters
-    ----------
-    cache : Labelled
-        Keys (M, d) and their classes (M,); trained keys need not be unit rows.
-    alpha, beta : float
-        Weight and sharpness of the cache.
-    """
+    """logits = tau F T^T + alpha exp(-beta (1 - F keys^T)) Y, with Y (M, K) the one-hot labels."""
 
     kind: ClassVar[str] = "cache"
     stored_tensors: ClassVar = {"text": "Kd", "cache.features": "Md", "cache.labels": "M"}
     stored_settings: ClassVar = {"alpha": float, "beta": float}
 
-    cache: Labelled
-    alpha: float
-    beta: float
+    cache: Labelled  # keys (M, d) and their classes; trained keys need not be unit rows
+    alpha: float  # weight of the cache
+    beta: float  # sharpness of the cache
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         text = self.logit_scale * rows @ self.text.T

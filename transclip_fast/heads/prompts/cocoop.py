@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from transclip_fast.heads.prompts.context import (
 from transclip_fast.heads.prompts.learning import Learner, train
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.text_tower import Prompts, TextTower
+from transclip_fast.heads.training import first_weights
 
 CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
 SCHEDULE = Schedule(epochs=20, batch_size=4, rate=4e-3)
@@ -36,7 +36,10 @@ def shifted_contexts(weights: Any, rows: torch.Tensor) -> torch.Tensor:
     `weights` has the `TENSORS`: V (n_ctx, width), down (d/16, d), up (width, d/16) and biases.
     """
     hidden = torch.relu(F.linear(rows, weights.down, weights.down_bias))
-    return weights.context + F.linear(hidden, weights.up, weights.up_bias)[:, None]
+    contexts: torch.Tensor = (
+        weights.context + F.linear(hidden, weights.up, weights.up_bias)[:, None]
+    )
+    return contexts
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,7 @@ class ConditionalHead(ContextHead):
     """
     A head whose prototypes differ for each image: logits of N rows take N K runs of the text tower.
 
-    Parameters
-    ----------
-    text : Tensor (K, d)
-        Prototypes in the context that no image shifts.
-    context, down, down_bias, up, up_bias : Tensor
-        See `shifted_contexts`.
-    reader : Reader, optional
-        Needed to predict; head files do not have it, see `for_classes`.
+    `text` has the prototypes in the context that no image shifts.
     """
 
     kind: ClassVar[str] = "conditional"
@@ -93,12 +89,12 @@ class ConditionalHead(ContextHead):
     }
     runs_tower: ClassVar[bool] = True
 
-    context: torch.Tensor
+    context: torch.Tensor  # this and the next four as in `shifted_contexts`
     down: torch.Tensor
     down_bias: torch.Tensor
     up: torch.Tensor
     up_bias: torch.Tensor
-    reader: Reader | None = None
+    reader: Reader | None = None  # needed to predict; not in head files, see `for_classes`
 
     @property
     def block_rows(self) -> int:
@@ -151,11 +147,9 @@ class CoCoOp(Learner):
         draw = torch.Generator().manual_seed(task.seed)
 
         def drawn(inputs: int, *shape: int) -> torch.nn.Parameter:
-            uniform = 2 * torch.rand(shape, generator=draw) - 1
-            return torch.nn.Parameter((uniform / math.sqrt(inputs)).to(context))
+            return torch.nn.Parameter(first_weights(draw, inputs, *shape).to(context))
 
         self.context = torch.nn.Parameter(context)
-        # Like torch's linear layers: uniform up to 1 / sqrt(inputs).
         self.down, self.down_bias = drawn(d, hidden, d), drawn(d, hidden)
         self.up, self.up_bias = drawn(hidden, width, hidden), drawn(hidden, width)
 

@@ -23,19 +23,12 @@ from transclip_fast.heads.text_tower import TextTower
 
 @dataclass(frozen=True, kw_only=True)
 class PromptHead(ContextHead, PrototypeHead):
-    """
-    Prototypes from a text tower: class names in a learned context.
-
-    Parameters
-    ----------
-    context : Tensor (n_ctx, width) or (K, n_ctx, width)
-        Shared by all classes, or one for each.
-    """
+    """Prototypes from a text tower: class names in a learned context."""
 
     kind: ClassVar[str] = "prompts"
     stored_tensors: ClassVar = {"text": "Kd", "context": "nv Knv"}
 
-    context: torch.Tensor
+    context: torch.Tensor  # (n_ctx, width), or (K, n_ctx, width) with one for each class
 
     def restrict(self, classes: torch.Tensor) -> PromptHead:
         head = replace(self, text=self.text[classes])
