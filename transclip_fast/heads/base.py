@@ -102,9 +102,8 @@ class Head(ABC):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Results of `predict` and `prior`; logits are computed once."""
         prior = self.prior(features, progress)
-        if "prior_logits" in prior:
-            return prior["prior_logits"].argmax(1), prior
-        return self.predict(features, progress), prior
+        logits = prior.get("prior_logits")
+        return (self.predict(features, progress) if logits is None else logits.argmax(1)), prior
 
     @torch.no_grad()
     def _blocks(self, features: ImageRows, progress: Count | None) -> Iterator[torch.Tensor]:

@@ -24,12 +24,7 @@ from transclip_fast.store.features import Features, load_features
 from transclip_fast.types import NeighborGraph
 
 POOLS = {"train": "support", "val": "validation"}  # of a folder of splits
-# Arrays of a split, by their names behind "support_" and "validation_".
-SPLIT_ARRAYS = {
-    "features": "image_features",
-    "labels": "labels",
-    "local_features": "local_features",
-}
+SPLIT_ARRAYS = ("image_features", "labels", "local_features")
 MAX_VALIDATION_SHOTS = 4  # of a class, as in CoOp and in the paper
 
 
@@ -250,8 +245,8 @@ def load_splits(
         part = load_features(path / split, local=local)
         if part.encoder != features.encoder:
             raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
-        for name, array in SPLIT_ARRAYS.items():
-            if part.get(array) is not None and f"{use}_{name}" not in replaced:
-                features.arrays[f"{use}_{name}"] = part.get(array)
-                features.origins[f"{use}_{name}"] = part.origins[array]
+        for array in SPLIT_ARRAYS:
+            name = f"{use}_{array.removeprefix('image_')}"
+            if part.get(array) is not None and name not in replaced:
+                features.arrays[name], features.origins[name] = part.get(array), part.origins[array]
     return features

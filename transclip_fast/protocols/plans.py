@@ -144,11 +144,8 @@ def domains(
     """
     Each head trained on a source, on targets that have some of its classes.
 
-    Parameters
-    ----------
-    subsets : mapping
-        Name of a target to a file of its classes' names, or of their positions in the source, one a
-        line in the order of the target's labels; see `class_subset` for targets without.
+    `subsets` maps the name of a target to a file of its classes' names, or of their positions in
+    the source, one a line in the order of the target's labels; see `class_subset` for others.
     """
     for name in trials.heads:
         method_named(name)

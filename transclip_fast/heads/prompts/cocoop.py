@@ -26,7 +26,8 @@ from transclip_fast.heads.training import first_weights
 CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
 SCHEDULE = Schedule(epochs=20, batch_size=4, rate=4e-3)
 REDUCTION = 16  # d / width of the network's hidden layer
-TENSORS = ("context", "down", "down_bias", "up", "up_bias")  # of heads and learners
+# Of heads and learners, with their shapes in head files.
+TENSORS = {"context": "nv", "down": "wd", "down_bias": "w", "up": "vw", "up_bias": "v"}
 
 
 def shifted_contexts(weights: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -79,14 +80,7 @@ class ConditionalHead(ContextHead):
     """
 
     kind: ClassVar[str] = "conditional"
-    stored_tensors: ClassVar = {
-        "text": "Kd",
-        "context": "nv",
-        "down": "wd",
-        "down_bias": "w",
-        "up": "vw",
-        "up_bias": "v",
-    }
+    stored_tensors: ClassVar = {"text": "Kd", **TENSORS}
     runs_tower: ClassVar[bool] = True
 
     context: torch.Tensor  # this and the next four as in `shifted_contexts`
