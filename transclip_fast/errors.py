@@ -15,6 +15,11 @@ class InputError(ValueError):
     """Bad input, described in one line: what, where (file or row) and the remedy."""
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error, or its type, in one line of at most `REASON_CHARACTERS`."""
+    return " ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__
+
+
 @contextmanager
 def reading(
     path: str | Path,
@@ -43,11 +48,11 @@ def reading(
         # EINVAL is a seek to an offset that a damaged file gave.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        reason = " ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__
+        reason = one_line(error)
         refused = isinstance(error, ValueError) and ("pickle" in reason or "objects" in reason)
         if refused or isinstance(error, pickle.UnpicklingError):
             raise InputError(
                 f"{path}: damaged, or holds pickled Python objects, which are never loaded; "
-                "write it again, with nothing but numbers and fixed-width strings"
+                f"{remedy}, with nothing but numbers and fixed-width strings"
             ) from error
         raise InputError(f"{path}: {failure} ({reason}); {remedy}") from error

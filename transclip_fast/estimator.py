@@ -255,7 +255,7 @@ class TransCLIP(Parameters):
     ) -> TransCLIP:
         """Set the fitted attributes."""
         z, self._mixture = solution.assignments, solution.mixture
-        # A prior given row by row is of these rows only.
+        # A prior (N, K) is of these rows only.
         self._prior = inputs.prior if isinstance(inputs.prior, LinearPrior) else None
         self._zero_shot = inputs.zero_shot if isinstance(inputs.zero_shot, LinearPrior) else None
         self.label_distributions_ = z.numpy()

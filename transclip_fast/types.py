@@ -181,7 +181,7 @@ class LinearScore:
 @dataclass(frozen=True)
 class Truncation:
     """
-    What the short form keeps of a row.
+    Limits on the entries of a sparse row.
 
     Parameters
     ----------
@@ -207,7 +207,7 @@ class Scores:
     Parameters
     ----------
     values : Tensor (N, K) or (N, C) float32
-        b; in the short form b less the row's log-sum-exp over all K classes, -inf where unused.
+        b; if sparse, b less the row's log-sum-exp over all K classes, -inf where unused.
     classes : Tensor (N, C) int32, optional
         Candidates.
     n_classes : int
@@ -251,7 +251,7 @@ class Scores:
 @dataclass(frozen=True)
 class Assignments:
     """
-    Soft assignments z (N, K); rows sum to 1, in the short form to 1 less what was dropped.
+    Soft assignments z (N, K); rows sum to 1, sparse ones to 1 less what was dropped.
 
     Parameters
     ----------
@@ -264,7 +264,7 @@ class Assignments:
         The mass that the last sweep may have misplaced because messages reached classes that are
         no candidates.
     floor : float
-        Short form: entries below it are dropped, except a row's largest.
+        Sparse: entries below it are dropped, except a row's largest.
     """
 
     values: torch.Tensor
@@ -303,9 +303,17 @@ class Assignments:
         return replace(self, values=values, classes=classes, bound=bound)
 
     def take(self, rows: torch.Tensor | slice) -> Assignments:
-        """The rows given by index (n,) int64, in that order."""
+        """The rows `rows` (n,) int64, in that order."""
         classes = None if self.classes is None else self.classes[rows]
         return replace(self, values=self.values[rows], classes=classes, bound=self.bound[rows])
+
+    def take_into(self, rows: torch.Tensor, out: Assignments) -> Assignments:
+        """As `take` of all rows in another order, in the memory of `out`."""
+        torch.index_select(self.values, 0, rows, out=out.values)
+        torch.index_select(self.bound, 0, rows, out=out.bound)
+        if self.classes is not None and out.classes is not None:
+            torch.index_select(self.classes, 0, rows, out=out.classes)
+        return out
 
     def at(self, rows: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """z of pairs of a row and a class, (E,)."""
@@ -314,7 +322,7 @@ class Assignments:
         return torch.where(self.classes[rows] == classes[:, None], self.values[rows], 0).sum(1)
 
     def dense(self, classes: slice = slice(None)) -> torch.Tensor:
-        """z of consecutive classes, of all if not told, as an (N, n) float32 tensor."""
+        """z of consecutive classes, of all by default, as an (N, n) float32 tensor."""
         if self.classes is None:
             return self.values[:, classes]
         start, stop, _ = classes.indices(self.n_classes)
@@ -324,7 +332,7 @@ class Assignments:
         return whole.scatter_add_(1, places.where(inside, 0), self.values.where(inside, 0))
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` needs; in the short form the entries in use, as they come first."""
+        """Arrays for `restore`; of sparse assignments the entries in use, which come first."""
         if self.classes is None:
             return {"z": self.values.cpu().numpy()}
         used = self.values > 0
@@ -346,7 +354,7 @@ class Assignments:
         self.classes[used] = torch.from_numpy(state["classes"]).to(z.device)
 
     def numpy(self) -> np.ndarray | sparse.csr_array:
-        """z (N, K) as an array, in the short form as scipy's CSR."""
+        """z (N, K) as an array, if sparse as scipy's CSR."""
         if self.classes is None:
             return self.values.cpu().numpy()
         from scipy import sparse  # a GPU machine with numpy and torch alone never comes here

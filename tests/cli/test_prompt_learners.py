@@ -164,7 +164,7 @@ def learned(name, source, tower, seed=0):
     """A prompt learner trained on four shots of a data set."""
     context, schedule = SETTINGS[name]
     schedule = Schedule(2, schedule.batch_size, schedule.rate)
-    drawn = source.draw("support", 4, seed)
+    drawn = source.pools["support"].draw(4, seed)
     prompting = Prompting(tower, source.class_names, context, schedule)
     shots = (drawn.features, drawn.labels)
     return fit_head(name, source.text, *shots, seed=seed, prompting=prompting)
@@ -235,7 +235,7 @@ def test_few_shot_with_patches(save, patched, backbone, short, done, tmp_path): 
     row, other = runs_of(tmp_path / "t")
     assert row["head_parameters"] == "n_ctx 4, patches 3"
     (data,) = load_data([str(file)], pools=True, local=True)
-    drawn = data.draw("support", 4, 0)
+    drawn = data.pools["support"].draw(4, 0)
     assert drawn.features.shape == (20, 4, 512)
     head = fit_head(
         "plot",

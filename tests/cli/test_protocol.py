@@ -33,7 +33,7 @@ def test_few_shot(pets, done, tmp_path):
     assert len({tuple(row[c] for c in ("data", "head", "shots", "seed")) for row in rows}) == 16
     (data,) = load_data(paths[:1], pools=True)
     for n in (1, 4):
-        shots, held_out = data.draw("support", n, 1), data.draw("validation", n, 1)
+        shots, held_out = data.pools["support"].draw(n, 1), data.pools["validation"].draw(n, 1)
         head = fit_head(
             "tip-adapter",
             data.text,
@@ -76,7 +76,7 @@ def test_transclip_fs_has_the_shots_itself(pets, done, tmp_path):
         "--out", tmp_path / "table",
     )  # fmt: skip
     (data,), (row,) = load_data([path], pools=True), runs_of(tmp_path / "table")
-    shots, held_out = data.draw("support", 2, 0), data.draw("validation", 2, 0)
+    shots, held_out = data.pools["support"].draw(2, 0), data.pools["validation"].draw(2, 0)
     model = TransCLIP().fit(
         data.features,
         data.text,
@@ -100,7 +100,7 @@ def test_a_killed_protocol_goes_on(pets, cli, done, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return fit_head(*args, **kwargs)
 
-    monkeypatch.setattr("transclip_fast.protocols.runs.fit_head", third_fails)
+    monkeypatch.setattr("transclip_fast.protocols.plans.fit_head", third_fails)
     assert cli(*command).code == 1
     assert not (tmp_path / "table/table.md").exists()
     assert cli(*command).code == 0
@@ -136,7 +136,7 @@ def test_more_shots_than_there_are(pets, cli, tmp_path):
 
 def adapter_of(data, seed):
     """The head that a protocol trains on four shots of these data."""
-    shots, held_out = (data.draw(part, 4, seed) for part in ("support", "validation"))
+    shots, held_out = (data.pools[part].draw(4, seed) for part in ("support", "validation"))
     return fit_head(
         "clip-adapter",
         data.text,
@@ -212,7 +212,7 @@ def test_domains(pets, done, tmp_path, problem):
     rows = runs_of(tmp_path / "table")
     assert len(rows) == 2 * 2
     (data,) = load_data([source], pools=True)
-    shots, held_out = data.draw("support", 4, 0), data.draw("validation", 4, 0)
+    shots, held_out = data.pools["support"].draw(4, 0), data.pools["validation"].draw(4, 0)
     for row in rows:
         head = fit_head(
             row["head"],

@@ -198,7 +198,9 @@ def test_a_checkpoint_that_is_none(images, refused, tmp_path, content, suffix):
         "encode", images(), "--model", "ViT-S-32", "--pretrained", tmp_path / f"weights.{suffix}",
         "--out", tmp_path / "out",
     )  # fmt: skip
-    assert f"weights.{suffix}: does not load" in message
+    pickled = suffix == "pt" and content
+    reason = "damaged, or holds pickled Python objects" if pickled else "does not load"
+    assert f"weights.{suffix}: {reason}" in message
 
 
 def test_run_needs_classes(images, tiny, refused, tmp_path):

@@ -10,8 +10,7 @@ from tests.conftest import unit
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.data.patches import PatchedRows, images
 from transclip_fast.errors import InputError
-from transclip_fast.heads.shots import as_fit_arguments
-from transclip_fast.heads.task import Labelled
+from transclip_fast.heads.task import Labelled, as_fit_arguments
 
 N, L, D = 23, 3, 5
 

@@ -29,7 +29,7 @@ def process(rank, size, port, folder, out, dies_after):
         RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    embed, left = encoder._embed, [dies_after]
+    embed, left = encoder._launch, [dies_after]
 
     def dies(*arguments):
         if left[0] == 0:
@@ -37,7 +37,7 @@ def process(rank, size, port, folder, out, dies_after):
         left[0] -= 1
         return embed(*arguments)
 
-    encoder._embed = dies
+    encoder._launch = dies
     models.load_backbone = lambda *_: tiny_backbone()
     models.identify = lambda *_: tiny_backbone().identity
     try:

@@ -23,7 +23,7 @@ from tests.heads.tower import (
 from tests.heads.tower import task as make_task
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.heads import SETTINGS, fit_head
-from transclip_fast.heads.prompts.cocoop import TENSORS, CoCoOp, Conditional, fit
+from transclip_fast.heads.prompts.cocoop import TENSORS, CoCoOp, fit, shifted_contexts
 from transclip_fast.heads.prompts.context import nearest_words
 
 
@@ -55,7 +55,7 @@ def test_the_formula(learner):
     assert learner.up.shape == (WIDTH, DIM // 16)
     expected = plain_logits(learner, rows)
     torch.testing.assert_close(learner(rows).detach(), expected, rtol=1e-9, atol=1e-9)
-    shifted = Conditional.of(learner).contexts(rows.double())
+    shifted = shifted_contexts(learner, rows.double())
     assert (shifted[0] - shifted[1]).abs().max() > 0.01  # images differ
 
 

@@ -11,7 +11,7 @@ from transclip_fast.protocols.data import load_data
 
 
 def drawn(data, shots, seed):
-    rows = data.draw("support", shots, seed)
+    rows = data.pools["support"].draw(shots, seed)
     return {tuple(row.tolist()) for row in rows.features}, rows.labels
 
 
@@ -20,11 +20,9 @@ def test_draws(pets):
     rows, labels = drawn(data, 3, 0)
     assert torch.bincount(labels).tolist() == [3] * 6
     assert len(rows) == 18
-    pool = {
-        tuple(row.tolist()): int(k)
-        for row, k in zip(*vars(data.pools["support"]).values(), strict=True)
-    }
-    again = data.draw("support", 3, 0)
+    pairs = zip(data.pools["support"].features, data.pools["support"].labels, strict=True)
+    pool = {tuple(row.tolist()): int(k) for row, k in pairs}
+    again = data.pools["support"].draw(3, 0)
     assert all(
         pool[tuple(row.tolist())] == k for row, k in zip(again.features, again.labels, strict=True)
     )
@@ -36,16 +34,15 @@ def test_draws(pets):
 def test_what_there_is_is_taken(pets):
     (data,) = load_data([pets()], pools=True)
     counts = torch.bincount(data.pools["support"].labels)
-    rows = data.draw("support", 10, 0)
+    rows = data.pools["support"].draw(10, 0)
     assert torch.bincount(rows.labels).tolist() == counts.clamp_max(10).tolist()
     short = int((counts < 10).sum())
     assert 0 < short < 6
-    assert data.shortage(10) == (
-        f"pets: {short} of 6 classes have fewer than 10 rows to draw from, at least "
+    assert data.pools["support"].shortage(10) == (
+        f"{short} of 6 classes have fewer than 10 rows to draw from, at least "
         f"{int(counts.min())}; all of these are taken"
     )
-    assert data.shortage(int(counts.min())) is None
-    assert data.draw("none", 1, 0) is None
+    assert data.pools["support"].shortage(int(counts.min())) is None
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,7 @@ def test_halves_of_the_classes(pets):
             torch.testing.assert_close(half.pools[name].features, rows.features[kept])
             torch.testing.assert_close(half.pools[name].labels, rows.labels[kept] - first)
         assert half.graph.neighbors.shape[0] == len(half.labels)
-    drawn_base, drawn_all = base.draw("support", 3, 5), data.draw("support", 3, 5)
+    drawn_base, drawn_all = base.pools["support"].draw(3, 5), data.pools["support"].draw(3, 5)
     kept = drawn_all.labels < 4
     torch.testing.assert_close(drawn_base.features, drawn_all.features[kept])
 

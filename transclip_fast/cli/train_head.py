@@ -17,7 +17,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, ensemble, fit_head, method_named
 from transclip_fast.heads.files import SUFFIX, StoredHead, check_writable, save_head
 from transclip_fast.heads.prompting import POSITIONS
-from transclip_fast.heads.shots import as_fit_arguments
+from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import load_splits
 from transclip_fast.protocols.training import checkpoint_identity, draw_rows, summarise_head

@@ -19,21 +19,13 @@ ALIGNMENT = 64  # bytes
 
 def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Tensor:
     """
-    A finite two-dimensional float tensor from a numpy array, a torch tensor or nested lists.
-
-    Parameters
-    ----------
-    array : array_like (rows, columns)
-        Any floating or integer type, which the tensor has, too.
-    name : str
-        Name of the array in error messages.
-    columns : int, optional
-        Required number of columns.
+    A finite two-dimensional tensor from a numpy array, a torch tensor or nested lists, in its type.
 
     Raises
     ------
     InputError
-        Not two-dimensional, no rows, wrong number of columns, not numeric, NaN or infinite.
+        Not two-dimensional, no rows, wrong number of columns, not numeric, NaN or infinite;
+        with the `name` of the array.
     """
     matrix = _in_memory(unread_matrix(array, name, columns))
     for start in range(0, len(matrix), ROWS_PER_CHECK):
@@ -47,14 +39,7 @@ def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Ten
 
 
 def unread_matrix(array: Any, name: str, columns: int | None = None) -> torch.Tensor | StoredRows:
-    """
-    A matrix whose entries are not checked; rows in files stay there.
-
-    Raises
-    ------
-    InputError
-        Not two-dimensional, no rows, wrong number of columns, not numeric.
-    """
+    """A matrix as of `as_matrix` whose entries are not checked; rows in files stay there."""
     matrix = array if isinstance(array, StoredRows) else as_tensor(array, name)
     if len(matrix.shape) != 2 or 0 in matrix.shape:
         raise InputError(
@@ -123,17 +108,8 @@ def unit_sample(matrix: torch.Tensor | StoredRows, ids: torch.Tensor) -> torch.T
     """
     Some rows of an `unread_matrix` as unit rows, with the bits of `Rows(matrix)[ids]`.
 
-    Nothing is checked and nothing warned of: that is done when all rows are read.
-
-    Parameters
-    ----------
-    matrix : Tensor or StoredRows (N, d)
-    ids : Tensor (n,) int64
-
-    Returns
-    -------
-    Tensor (n, d) float32
-        Where the matrix is; rows in files come to the CPU.
+    Nothing is checked and nothing warned of: that is done when all rows are read. The result
+    (n, d) float32 is where the matrix is; rows in files come to the CPU.
     """
     if isinstance(matrix, StoredRows):
         rows = torch.from_numpy(matrix[ids.cpu().numpy()])
@@ -180,10 +156,7 @@ def as_labelled_rows(
     """
     Unit rows (M, d) and their labels (M,) int64, on the CPU; None if both are None.
 
-    Raises
-    ------
-    InputError
-        One without the other, and as `as_unit_rows` and `as_labels`.
+    Errors are those of `as_unit_rows` and `as_labels`, and one without the other.
     """
     if rows is None and labels is None:
         return None
@@ -201,14 +174,7 @@ def check_rows(matrix: Any, name: str, rows: int) -> None:
 
 
 def as_tensor(array: Any, name: str) -> torch.Tensor:
-    """
-    A tensor of numbers, without a copy if there is none to make.
-
-    Raises
-    ------
-    InputError
-        Not numeric, or rows of different lengths.
-    """
+    """A tensor of numbers, without a copy if there is none to make."""
     if isinstance(array, torch.Tensor):
         tensor = array.detach()
     else:

@@ -17,9 +17,7 @@ from transclip_fast.errors import InputError, reading
 
 @dataclass(frozen=True)
 class Shard:
-    """
-    Rows (n, d) in C order from byte `offset` of a .npy file on, which had `state` when found.
-    """
+    """Rows (n, d) in C order from byte `offset` of a .npy file, which had `state` when found."""
 
     path: Path
     shape: tuple[int, int]
@@ -29,14 +27,7 @@ class Shard:
 
     @classmethod
     def find(cls, path: Path) -> Shard | None:
-        """
-        The rows of a .npy file; None if it holds something else, or in another order.
-
-        Raises
-        ------
-        ValueError, OSError, EOFError
-            Damaged or truncated.
-        """
+        """The rows of a .npy file; None if it holds others; ValueError or OSError on damage."""
         state = _state(os.stat(path))
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         plain = array.dtype.kind == "f" and array.dtype.isnative and array.dtype.itemsize <= 8
@@ -47,14 +38,7 @@ class Shard:
         return cls(path, array.shape, array.dtype, array.offset, state)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """
-        Rows `start` to `stop`.
-
-        Raises
-        ------
-        InputError
-            The file is gone, was changed or cut since it was found.
-        """
+        """Rows `start` to `stop`; InputError if the file is gone, or was changed or cut."""
         width = self.shape[1]
         with reading(self.path), open(self.path, "rb") as file:
             self._check(os.fstat(file.fileno()))
@@ -65,14 +49,7 @@ class Shard:
         return values.reshape(-1, width)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """
-        Rows by index (n,).
-
-        Raises
-        ------
-        InputError
-            As `read`.
-        """
+        """Rows by index (n,); errors as `read`."""
         with reading(self.path, "cannot be read", "write it again"):
             self._check(os.stat(self.path))
             # Mapped anew each time: each row that is touched brings 64 KiB of its neighbours
@@ -93,14 +70,9 @@ def _state(found: os.stat_result) -> tuple[int, ...]:
 
 class StoredRows:
     """
-    Features (N, d) in one or several .npy files of the same type.
+    Features (N, d) in one or several .npy files of the same width and type, in order.
 
     A slice is read into new memory, rows by index (n,) are gathered through a memory map.
-
-    Parameters
-    ----------
-    shards : sequence of Shard
-        With rows of equal width and type, in order.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:

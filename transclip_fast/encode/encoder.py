@@ -17,10 +17,10 @@ from transclip_fast.encode.feed import Batch, feed, is_worker_lost
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import Source
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, one_line
 from transclip_fast.store.feature_writer import Failure, FeatureWriter
 
-STAGES = ("images", "model", "writing")  # that the loop may wait for
+STAGES = ("images", "model", "writing")  # that the loop may wait for; images: read and decoded
 BATCHES_IN_FLIGHT = 2  # on a GPU: one computes, one arrives
 
 
@@ -35,23 +35,12 @@ class EncodeProgress:
 
 @dataclass(frozen=True)
 class Throughput:
-    """
-    How fast images were encoded, and what the loop waited for.
+    """How fast images were encoded, and what the loop waited for."""
 
-    Parameters
-    ----------
-    images : int
-        Rows that were encoded, or failed, in `seconds`.
-    waited : dict
-        Seconds by stage: images (reading and decoding), model, writing.
-    batch_size : int
-        That of the last batch.
-    """
-
-    images: int
+    images: int  # encoded, or failed
     seconds: float
-    waited: dict[str, float]
-    batch_size: int
+    waited: dict[str, float]  # seconds by stage
+    batch_size: int  # of the last batch
 
     def shares(self) -> dict[str, float]:
         """The share of the time spent waiting, by stage."""
@@ -114,16 +103,7 @@ def encode_shards(
     Features are unit rows in float16. Batches are cut by source row within a shard, so that the
     same rows meet in one batch however often the run is interrupted, and whichever rank encodes
     them. If memory does not suffice, the batch is halved and the shard begun again; if a worker
-    hangs or dies, the shard is begun again once.
-
-    Parameters
-    ----------
-    plan : sequence of int
-        The shards to encode and write.
-    workers : int
-        Processes that decode; 0 decodes in this one.
-    progress : callable, optional
-        Called with the `EncodeProgress` after each batch.
+    hangs or dies, the shard is begun again once. `plan` lists the shards to encode.
 
     Raises
     ------
@@ -150,9 +130,16 @@ def encode_shards(
                     lost_shard = pending[0]
                 elif _is_out_of_memory(error) and batch_size > 1:
                     batch_size //= 2
-                elif is_worker_lost(error) or _is_out_of_memory(error):
-                    keys = [source.keys[row] for row in writer.rows(pending[0])]
-                    raise InputError(_final_failure(error, keys)) from error
+                elif _is_out_of_memory(error):
+                    raise InputError(
+                        f"not even one image fits into memory ({one_line(error)})"
+                    ) from error
+                elif is_worker_lost(error):
+                    rows = writer.rows(pending[0])
+                    raise InputError(
+                        f"{source.keys[rows[0]]} to {source.keys[rows[-1]]}: workers hang or die "
+                        f"twice ({one_line(error)}); run again with --workers 0 to see where"
+                    ) from error
                 else:
                     raise
         loop.wait_for_writing()
@@ -230,7 +217,10 @@ def _launch(
 
     A GPU computes while the next batch is fetched; a CPU is done when this returns.
     """
-    rows = _embed(backbone, images, batch_size)
+    if images is None:
+        return lambda: np.empty((0, *backbone.shape), np.float16)
+    embedded = backbone.embed(images, batch_size).float()
+    rows = torch.nn.functional.normalize(embedded, dim=-1).half()
     if rows.device.type != "cuda":
         return rows.numpy
     host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
@@ -244,25 +234,6 @@ def _launch(
         return array
 
     return result
-
-
-def _embed(backbone: Backbone, images: torch.Tensor | None, batch_size: int) -> torch.Tensor:
-    """Unit rows (B, *shape) float16 on the backbone's device, B at most `batch_size`."""
-    if images is None:
-        return torch.empty((0, *backbone.shape), dtype=torch.float16)
-    rows = backbone.embed(images, batch_size).float()
-    return torch.nn.functional.normalize(rows, dim=-1).half()
-
-
-def _final_failure(error: Exception, keys: Sequence[str]) -> str:
-    """The message for a shard with these keys when another attempt does not help."""
-    reason = " ".join(str(error).split())
-    if _is_out_of_memory(error):
-        return f"not even one image fits into memory ({reason})"
-    return (
-        f"{keys[0]} to {keys[-1]}: workers hang or die twice ({reason}); "
-        "run again with --workers 0 to see where"
-    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

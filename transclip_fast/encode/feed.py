@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.sources import Source
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, one_line
 from transclip_fast.store.feature_writer import Failure
 
 # Errors of the machine, not of the image: a later run can read it.
@@ -43,12 +43,7 @@ def feed(
     """
     Yield batches of decoded images in order, while workers decode the next ones.
 
-    Parameters
-    ----------
-    batches : sequence of list of int
-        Rows of the source, cut into batches.
-    workers : int
-        Processes that decode; 0 decodes in this one.
+    `batches` are rows of the source; with 0 `workers` this process decodes.
 
     Raises
     ------
@@ -89,9 +84,8 @@ class _Images(Dataset[Any]):
         try:
             return self.read(self.source.read(row))
         except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
-            reason = " ".join(str(error).split()) or type(error).__name__
             # The buffer's address differs from run to run, and the manifest must not.
-            reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)
+            reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))
             fatal = isinstance(error, MemoryError) or getattr(error, "errno", None) in FATAL_ERRNOS
             return Failure(row, self.source.keys[row], reason, fatal)
 

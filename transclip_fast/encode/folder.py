@@ -35,7 +35,6 @@ class Encoded:
     Attributes
     ----------
     folder : str
-        The feature folder.
     n_rows : int
         Images that have features.
     failures : list of Failure
@@ -170,11 +169,14 @@ def encode_images(
             text = ClassPrompts.read(names, templates) if names else None
             identity = models.identify(model, pretrained, precision, compiled)
         known = _config(identity, torch_device, source, local_features)
-        finished = _finished(out, known, source, text, seconds) if ranks.leads else None
-        if (encoded := ranks.broadcast(finished)) is not None:
+        finished = _finished(out, known, source, text) if ranks.leads else None
+        found = None if finished is None else _encoded(finished, seconds, None)
+        if (encoded := ranks.broadcast(found)) is not None:
             return replace(encoded, leads=ranks.leads)
         with timed(seconds, "load"):
-            backbone = models.load_backbone(model, pretrained, torch_device, precision, compiled)
+            backbone = models.load_backbone(
+                model, pretrained, torch_device, precision, compiled, identity
+            )
             if local_features is not None:
                 backbone.local = LocalEncoder.of(backbone.model, local_features, model)
         if on_sizes is not None and text is not None:
@@ -267,19 +269,15 @@ def _open_folder(
 
 
 def _finished(
-    out: str | Path,
-    known: dict[str, Any],
-    source: Source,
-    text: ClassPrompts | None,
-    seconds: dict[str, float],
-) -> Encoded | None:
+    out: str | Path, known: dict[str, Any], source: Source, text: ClassPrompts | None
+) -> FeatureWriter | None:
     """The folder if it is finished, so that no model needs to be loaded."""
     if not os.path.isfile(os.path.join(out, MANIFEST)):
         return None
     with locked(out):
         writer = FeatureWriter(out, known, _row_table(source, text))
     whole = writer.complete and (text is None or writer.has_prototypes(text.identity()))
-    return _encoded(writer, seconds, None) if whole else None
+    return writer if whole else None
 
 
 def _row_table(source: Source, text: ClassPrompts | None) -> RowTable:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,13 +19,8 @@ import torch
 from transclip_fast.encode import eva, networks
 from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
-from transclip_fast.encode.weights import (
-    checkpoint_files,
-    checkpoint_in,
-    load_errors,
-    read_checkpoint,
-)
-from transclip_fast.errors import InputError
+from transclip_fast.encode.weights import checkpoint_files, checkpoint_in, read_checkpoint
+from transclip_fast.errors import InputError, one_line
 from transclip_fast.store.arrays import file_sha256, inside
 from transclip_fast.store.atomic import read_json
 
@@ -38,34 +33,19 @@ class Backbone:
     """
     An image tower and a text tower, ready to encode.
 
-    Parameters
-    ----------
-    model : Module
-        With `encode_image` (B, 3, H, W) -> (B, d) and `encode_text` (B, L) -> (B, d).
-    preprocess : callable
-        PIL image to tensor (3, H, W) float32.
-    tokenizer : callable
-        List of strings to token ids (B, L) int64.
-    identity : dict
-        What decides the features and is in the manifest: model, weights, preprocessing.
-    dtype : torch.dtype
-        Of the images that the image tower takes.
-    pixels : Pixels, optional
-        Replaces `preprocess` if it is of the usual kind, and is faster.
-    compiled : bool
-        Whether `encode_image` is compiled by torch.
-    local : LocalEncoder, optional
-        Embeds patches as well as images.
+    `model` has `encode_image` (B, 3, H, W) -> (B, d) and `encode_text` (B, L) -> (B, d).
+    `preprocess` turns a PIL image into a tensor (3, H, W) float32, `tokenizer` a list of strings
+    into token ids (B, L) int64. `identity` is what decides the features, as in the manifest.
     """
 
     model: Any
     preprocess: Callable[[Any], torch.Tensor]
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
     identity: dict[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    pixels: Pixels | None = None
-    compiled: bool = False
-    local: LocalEncoder | None = None
+    dtype: torch.dtype = torch.float32  # of the images that the image tower takes
+    pixels: Pixels | None = None  # replaces `preprocess` if it is of the usual kind, and is faster
+    compiled: bool = False  # whether torch compiles `encode_image`
+    local: LocalEncoder | None = None  # embeds patches as well as images
 
     @property
     def device(self) -> torch.device:
@@ -132,37 +112,30 @@ def load_backbone(
     device: torch.device,
     precision: str = "fp32",
     compiled: bool = False,
+    identity: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """
-    Load an open_clip model in evaluation mode.
+    Load an open_clip model in evaluation mode; the parameters are those of `encode_images`.
 
-    Parameters
-    ----------
-    model : str
-        A name that open_clip knows, e.g. "ViT-B-32", "EVA-CLIP-8B" or "EVA-CLIP-18B", or a folder
-        with an open_clip_config.json.
-    pretrained : str, optional
-        A tag that open_clip knows for the model, a checkpoint file, or "none": random weights
-        from a fixed seed. A folder has its own checkpoint.
-    precision : str
-        "fp32", "bf16" or "fp16", as open_clip understands them.
-    compiled : bool
-        Let torch compile the image tower, which takes minutes at the start.
+    With the `identity` that `identify` returned, the checkpoint is not hashed again.
 
     Raises
     ------
     InputError
         Unknown model or tag (with the nearest names), or a checkpoint that does not load.
     """
-    identity = identify(model, pretrained, precision, compiled)
+    identity = {**(identity or identify(model, pretrained, precision, compiled))}
     ours = _folder(model) is not None or (eva.CONFIGS / f"{model}.json").is_file()
-    with load_errors(
-        f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
-    ):
+    try:
         if pretrained in _tags(model) or (pretrained == RANDOM and not ours):
             parts = _from_open_clip(model, str(pretrained), identity, precision, device)
         else:
             parts = _from_files(model, pretrained, precision, device)
+    except InputError:
+        raise
+    except Exception as error:  # of open_clip, its model hub, and what they load
+        origin = f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
+        raise InputError(f"{origin}: does not load ({one_line(error)})") from error
     net, preprocess, tokenizer, preprocessing = parts
     net.eval()
     identity["preprocessing"] = preprocessing
@@ -178,14 +151,7 @@ def load_backbone(
 
 
 def network_config(model: str) -> dict[str, Any]:
-    """
-    The configuration of a model by name or folder, as `networks.empty_network` takes it.
-
-    Raises
-    ------
-    InputError
-        No such model, or a folder without one.
-    """
+    """The configuration of a model by name or folder, as `networks.empty_network` takes it."""
     import open_clip
 
     folder = _folder(model)
@@ -272,12 +238,7 @@ def identify(
 
     Model, weights (tag or file hash), activation, precision, whether compiled. A checkpoint file
     does not name its activation: QuickGELU follows the model's name ("ViT-B-32-quickgelu") or the
-    folder's configuration.
-
-    Raises
-    ------
-    InputError
-        Unknown model or tag (with the nearest names), or no such file.
+    folder's configuration. InputError if the model, the tag or the file does not exist.
     """
     import open_clip
 
@@ -288,11 +249,11 @@ def identify(
         weights, quick_gelu = pretrained, bool(known.get("quick_gelu", False))
     else:
         files = checkpoint_files(_weights_file(model, pretrained))
-        hashes = [_file_sha256(file) for file in files]
+        hashes = [file_sha256(file) for file in files]
         whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
         weights = hashes[0] if len(hashes) == 1 else whole
     return {
-        "model": model if folder is None else _file_sha256(folder / FOLDER_CONFIG),
+        "model": model if folder is None else file_sha256(folder / FOLDER_CONFIG),
         "weights": weights,
         "quick_gelu": quick_gelu,
         "precision": precision,
@@ -336,14 +297,3 @@ def _folder(model: str) -> Path | None:
 def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
     return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
-
-
-def _file_sha256(path: Path) -> str:
-    """The hash of a file's bytes; computed once, until the file changes."""
-    known = os.stat(path)
-    return _cached_sha256(os.path.realpath(path), known.st_size, known.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_sha256(path: str, _size: int, _modified: int) -> str:
-    return file_sha256(Path(path))

@@ -1,4 +1,4 @@
-"""open_clip networks built without weights, then given those of a checkpoint mapped from disk."""
+"""open_clip networks built without weights, then filled from a checkpoint mapped from disk."""
 
 from __future__ import annotations
 
@@ -24,14 +24,8 @@ def empty_network(config: Mapping[str, Any], precision: str = "fp32") -> Any:
     """
     Build a network whose parameters are on the meta device, where they take no memory.
 
-    Buffers, and what is computed from shapes, are real.
-
-    Parameters
-    ----------
-    config : mapping
-        As open_clip's model configurations.
-    precision : str
-        One of `PRECISIONS`; parameters get the types that open_clip's `create_model` gives them.
+    `config` is a model configuration of open_clip. Parameters get the types that open_clip's
+    `create_model` gives them; buffers, and what is computed from shapes, are real.
     """
     import open_clip
     from accelerate import init_empty_weights
@@ -56,12 +50,7 @@ def load_weights(net: Any, weights: StateDict, origin: str, device: torch.device
     Give a network of `empty_network` its weights, in its own types.
 
     On a CPU, tensors of the right type stay mapped from disk; the others are converted, or copied
-    to the device, one at a time.
-
-    Raises
-    ------
-    InputError
-        See `match_weights`.
+    to the device, one at a time. Errors are those of `match_weights`.
     """
     wanted = net.state_dict()
     loaded = {
@@ -92,12 +81,8 @@ def match_weights(net: Any, weights: StateDict, origin: str) -> StateDict:
     Return the tensors of a checkpoint under the network's names, in the network's order.
 
     open_clip renames the formats it knows; EVA-CLIP's official names are renamed here; positions
-    learned at another resolution are interpolated.
-
-    Raises
-    ------
-    InputError
-        Tensors that are missing, of another shape, or that the network does not have.
+    learned at another resolution are interpolated. InputError if tensors are missing, of another
+    shape, or more than the network has.
     """
     from open_clip import factory
 

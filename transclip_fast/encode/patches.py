@@ -24,30 +24,18 @@ class LocalEncoder:
     Source: Chen et al. 2023, PLOT: Prompt Learning with Optimal Transport for Vision-Language
     Models, and the authors' repository (CHENGY12/PLOT), which has a ResNet's 7 x 7 places, and a
     ViT's patches in PLOT++.
-
-    Parameters
-    ----------
-    visual : Module
-        open_clip's image tower.
-    max_grid : int
-        The number of rows and columns that was asked for.
-    grid : tuple of int
-        Rows and columns of patches; L is their product.
     """
 
-    visual: Any
-    max_grid: int
-    grid: tuple[int, int]
+    visual: Any  # open_clip's image tower
+    max_grid: int  # rows and columns that were asked for
+    grid: tuple[int, int]  # rows and columns of patches; L is their product
 
     @classmethod
     def of(cls, net: Any, max_grid: int, name: str = "the model") -> LocalEncoder:
         """
         The encoder of a network's patches, at most `max_grid` rows and columns of them.
 
-        Raises
-        ------
-        InputError
-            The image tower has no patches in the space of its embeddings.
+        InputError if the image tower has no patches in the space of its embeddings.
         """
         visual = getattr(net, "visual", None)
         places = _places(visual)

@@ -25,23 +25,12 @@ RESIZE = "torch, bytes"  # in the manifest of features that were made by `Pixels
 
 @dataclass(frozen=True)
 class Pixels:
-    """
-    Resizing of the shorter side, a square from the middle, mean and standard deviation.
+    """Resizing of the shorter side, a square from the middle, mean and standard deviation."""
 
-    Parameters
-    ----------
-    size : int
-        Side S of the square.
-    mean, std : tuple of float
-        Of the three channels, in [0, 1].
-    interpolation : str
-        "bicubic" or "bilinear".
-    """
-
-    size: int
-    mean: tuple[float, ...]
+    size: int  # side S of the square
+    mean: tuple[float, ...]  # of the three channels, in [0, 1]
     std: tuple[float, ...]
-    interpolation: str
+    interpolation: str  # "bicubic" or "bilinear"
 
     @classmethod
     def of(cls, preprocessing: Mapping[str, Any]) -> Pixels | None:
@@ -90,10 +79,7 @@ def decode(data: bytes) -> torch.Tensor:
     """
     Decode an image file to its pixels (3, H, W) uint8, channels last in memory.
 
-    Raises
-    ------
-    Exception
-        Whatever Pillow raises if the file is damaged or no image.
+    Pillow raises any exception if the file is damaged or no image.
     """
     with Image.open(io.BytesIO(data)) as image:  # reads the header alone
         pixels = None

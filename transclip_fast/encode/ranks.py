@@ -72,11 +72,7 @@ def joined() -> Iterator[Ranks]:
     Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
     Ranks exchange small objects over gloo; features go through the folder that all of them see.
-
-    Raises
-    ------
-    InputError
-        The other ranks cannot be reached, or one of them ended early.
+    InputError if the other ranks cannot be reached, or one of them ended early.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

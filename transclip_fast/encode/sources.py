@@ -7,7 +7,9 @@ import json
 import os
 import tarfile
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,31 +32,14 @@ IMAGENET_CLASSES = 1000
 
 @dataclass
 class Source:
-    """
-    The images to encode, in a fixed order; row r is the r-th image.
+    """The images to encode, in a fixed order; row r is the r-th image."""
 
-    Parameters
-    ----------
-    kind : str
-        "folder", "list", "webdataset" or "split".
-    keys : list of str
-        Name of each image within the source.
-    files : list of str
-        File that holds each image.
-    spans : list of (offset, size), optional
-        Where in its file each image lies; without spans the file is the image.
-    labels : list of int, str or None, optional
-        Class positions, class names or synsets, as in the source.
-    class_names : list of str, optional
-        Of a source that defines its classes; labels are positions in it.
-    """
-
-    kind: str
-    keys: list[str]
-    files: list[str]
-    spans: list[tuple[int, int]] | None = None
-    labels: Sequence[int | str | None] | None = None
-    class_names: list[str] | None = None
+    kind: str  # "folder", "list", "webdataset" or "split"
+    keys: list[str]  # name of each image within the source
+    files: list[str]  # file that holds each image
+    spans: list[tuple[int, int]] | None = None  # its offset and size there; None: the whole file
+    labels: Sequence[int | str | None] | None = None  # positions, class names or synsets
+    class_names: list[str] | None = None  # of a source that defines them; labels are positions
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -76,7 +61,10 @@ class Source:
         """The manifest's entry: kind, rows, hash of names and sizes."""
         digest = hashlib.sha256()
         for row, key in enumerate(self.keys):
-            size = self.spans[row][1] if self.spans else _size(self.files[row])
+            size = self.spans[row][1] if self.spans else -1
+            if not self.spans:
+                with suppress(OSError):  # reading it fails later, and is reported
+                    size = os.stat(self.files[row]).st_size
             digest.update(f"{key}\0{size}\0".encode())
         return {"kind": self.kind, "rows": len(self), "sha256": digest.hexdigest()}
 
@@ -143,22 +131,16 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     Labels of a source as positions in `names`, (rows,) int64, or None if it has none.
 
     A label may be a position, a class name (case, "_" and " " alike; not one that two classes
-    share) or one of ImageNet's synsets, which stand for their positions among the 1000 classes.
-
-    Texts of a webdataset may be captions: if one is no class name, the result is None, with a
-    warning.
-
-    Raises
-    ------
-    InputError
-        A label that is none of these, or missing.
+    share) or one of ImageNet's synsets, which stand for their positions among the 1000 classes;
+    anything else raises InputError. But texts of a webdataset may be captions: if one is no class
+    name, the result is None, with a warning.
     """
     if source.labels is None:
         return None
     positions: dict[str, int | None] = {}
     for k, name in enumerate(names):
         positions[plain_name(name)] = None if plain_name(name) in positions else k
-    synsets = _synsets(len(names))
+    synsets = _synsets() if len(names) == IMAGENET_CLASSES else {}
     captions = any(isinstance(label, str) for label in source.labels)
     found = np.empty(len(source), dtype=np.int64)
     for row, label in enumerate(source.labels):
@@ -167,11 +149,7 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
             position = positions.get(plain_name(label), synsets.get(label))
             if position is None and label.isdecimal():
                 position = int(label)
-        if (
-            isinstance(position, bool)
-            or not isinstance(position, int)
-            or not 0 <= position < len(names)
-        ):
+        if type(position) is not int or not 0 <= position < len(names):  # nor is True a position
             message = f"{source.keys[row]}: label {label!r} is none of the {len(names)} classes"
             if source.kind == "webdataset" and captions:
                 warnings.warn(f"{message}; texts are taken for captions", stacklevel=2)
@@ -218,12 +196,11 @@ def _list(path: Path) -> Source:
             table = pq.read_table(path)
     if "path" not in table.column_names:
         raise InputError(f"{path}: has no column 'path', only {', '.join(table.column_names)}")
-    paths = [str(value) for value in table.column("path").to_pylist()]
-    keys = paths
-    if "key" in table.column_names:
-        keys = [str(value) for value in table.column("key").to_pylist()]
-    labels = table.column("label").to_pylist() if "label" in table.column_names else None
-    return Source("list", keys, [str(path.parent / value) for value in paths], labels=labels)
+    wanted = [name for name in ("path", "key", "label") if name in table.column_names]
+    columns = {name: table.column(name).to_pylist() for name in wanted}
+    keys = [str(value) for value in columns.get("key", columns["path"])]
+    files = [str(path.parent / str(value)) for value in columns["path"]]
+    return Source("list", keys, files, labels=columns.get("label"))
 
 
 def _split(path: Path, split: str, root: str | Path | None) -> Source:
@@ -290,59 +267,55 @@ def _webdataset(tars: Iterable[Path]) -> Source:
     spans: list[tuple[int, int]] = []
     labels: list[int | str | None] = []
     for tar in tars:
-        for key, (member, label) in _samples(tar).items():
-            if member is not None:
+        for key, sample in _samples(tar).items():
+            if sample.image is not None:
                 keys.append(_printable(f"{tar.name}/{key}"))
                 files.append(str(tar))
-                spans.append((member.offset_data, member.size))
-                labels.append(label)
+                spans.append((sample.image.offset_data, sample.image.size))
+                labels.append(sample.label)
     labelled = any(label is not None for label in labels)
     return Source("webdataset", keys, files, spans, labels if labelled else None)
 
 
-def _samples(tar: Path) -> dict[str, tuple[tarfile.TarInfo | None, int | str | None]]:
-    """Image and label of each sample, the files of one name up to its first dot."""
-    samples: dict[str, tuple[tarfile.TarInfo | None, int | str | None]] = {}
-    rank: dict[str, int] = {}  # of the suffix of a sample's label, in LABEL_SUFFIXES
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if not member.isreg() or not suffix:
-                    continue
-                key = f"{folder}/{stem}" if folder else stem
-                image, label = samples.get(key, (None, None))
-                if suffix.lower() in TAR_SUFFIXES:
-                    image = member
-                elif suffix in LABEL_SUFFIXES and LABEL_SUFFIXES.index(suffix) < rank.get(key, 9):
-                    content = archive.extractfile(member)
-                    read = _label(suffix, content.read() if content else b"", tar, member.name)
-                    if read is not None:
-                        label, rank[key] = read, LABEL_SUFFIXES.index(suffix)
-                samples[key] = (image, label)
-    except (OSError, tarfile.TarError) as error:
-        raise InputError(
-            f"{tar}: cannot be read as an uncompressed tar ({error}); pack it again"
-        ) from error
+@dataclass
+class _Sample:
+    """The files of a tar with one name up to its first dot."""
+
+    image: tarfile.TarInfo | None = None
+    label: int | str | None = None
+    rank: int = len(LABEL_SUFFIXES)  # of the label's suffix
+
+
+def _samples(tar: Path) -> dict[str, _Sample]:
+    samples: defaultdict[str, _Sample] = defaultdict(_Sample)
+    with (
+        reading(tar, "cannot be read as an uncompressed tar", "pack it again"),
+        tarfile.open(tar, "r:") as archive,
+    ):
+        for member in archive:
+            folder, _, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if not member.isreg() or not suffix:
+                continue
+            sample = samples[f"{folder}/{stem}" if folder else stem]
+            if suffix.lower() in TAR_SUFFIXES:
+                sample.image = member
+            elif suffix in LABEL_SUFFIXES and LABEL_SUFFIXES.index(suffix) < sample.rank:
+                content = archive.extractfile(member)
+                label = _label(suffix, content.read() if content else b"", f"{tar}: {member.name}")
+                if label is not None:
+                    sample.label, sample.rank = label, LABEL_SUFFIXES.index(suffix)
     return samples
 
 
-def _label(suffix: str, content: bytes, tar: Path, member: str) -> int | str | None:
-    try:
+def _label(suffix: str, content: bytes, origin: str) -> int | str | None:
+    with reading(origin, "is not a label", "pack it again"):
         text = content.decode("utf-8").strip()
-        if suffix == "cls":
-            return int(text)
-        if suffix == "txt":
-            return text
+        if suffix != "json":
+            return int(text) if suffix == "cls" else text
         value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{tar}: {member} is not a label ({error})") from error
-    for name in ("label", "cls", "class"):
-        if isinstance(value, dict) and isinstance(value.get(name), int | str):
-            label: int | str = value[name]
-            return label
-    return None
+    found = map(value.get, ("label", "cls", "class")) if isinstance(value, dict) else ()
+    return next((label for label in found if isinstance(label, int | str)), None)
 
 
 def _unreadable(error: OSError) -> None:
@@ -359,18 +332,9 @@ def plain_name(name: str) -> str:
     return name.replace("_", " ").casefold().strip()
 
 
-def _synsets(n_classes: int) -> dict[str, int]:
-    """The positions of ImageNet's synsets ("n01440764"), if there are as many classes."""
-    if n_classes != IMAGENET_CLASSES:
-        return {}
+def _synsets() -> dict[str, int]:
+    """The positions of ImageNet's synsets, as "n01440764"."""
     from timm.data.imagenet_info import ImageNetInfo
 
     names: list[str] = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
     return {name: k for k, name in enumerate(names)}
-
-
-def _size(file: str) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return -1  # reading it fails later, and is reported

@@ -21,14 +21,7 @@ Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
 
 
 def class_names(spec: str) -> list[str]:
-    """
-    Read class names: one a line of a text file, or "imagenet" for the 1000 of ImageNet.
-
-    Raises
-    ------
-    InputError
-        No such file, or no name in it.
-    """
+    """Read class names: one a line of a text file, or "imagenet" for the 1000 of ImageNet."""
     if spec == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES
 
@@ -43,16 +36,10 @@ def templates(spec: str) -> Templates:
     """
     Return a function from a class name to its prompts.
 
-    Parameters
-    ----------
-    spec : str
-        "openai" (80 templates) or "simple" (7); a text file with one template a line, each with
-        `{}` or `{c}` in place of the name; or a JSON file of prompts by class name, as of CuPL.
-
-    Raises
-    ------
-    InputError
-        No such file, a template without a place for the name, a class without prompts.
+    `spec` is "openai" (80 templates) or "simple" (7); a text file with one template a line, each
+    with `{}` or `{c}` in place of the name; or a JSON file of prompts by class name, as of CuPL.
+    InputError if there is no such file, a template has no place for the name, or (of the function)
+    a class no prompts.
     """
     if spec in ("openai", "simple"):
         import open_clip
@@ -71,14 +58,7 @@ def templates(spec: str) -> Templates:
 
 @dataclass(frozen=True)
 class ClassPrompts:
-    """
-    Class names, the prompts of each, and the templates' name or file.
-
-    Raises
-    ------
-    InputError
-        See `class_names` and `templates`.
-    """
+    """Class names, the prompts of each, and the templates' name or file."""
 
     names: list[str]
     prompts: list[list[str]]
@@ -86,7 +66,7 @@ class ClassPrompts:
 
     @classmethod
     def read(cls, names: str | Path | Sequence[str], template_spec: str) -> ClassPrompts:
-        """Combine names, or what `class_names` takes, with what `templates` takes."""
+        """Combine names, or what `class_names` reads, with what `templates` reads."""
         listed = class_names(str(names)) if isinstance(names, str | Path) else list(names)
         prompts = templates(template_spec)
         return cls(listed, [list(prompts(name)) for name in listed], template_spec)
@@ -117,11 +97,11 @@ def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
 
 
 def _from_lines(path: Path, content: str) -> Templates:
-    lines = [line.strip() for line in content.splitlines()]
-    for number, line in enumerate(lines, 1):
+    found = []
+    for number, line in enumerate(map(str.strip, content.splitlines()), 1):
         if line and "{}" not in line and "{c}" not in line:
             raise InputError(f"{path}: line {number} has no {{}} for the class name: {line!r}")
-    found = [line for line in lines if line]
+        found += [line] if line else []
     if not found:
         raise InputError(f"{path}: holds no templates")
     return lambda name: [line.replace("{}", name).replace("{c}", name) for line in found]

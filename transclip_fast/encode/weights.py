@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import inside
 from transclip_fast.store.atomic import read_json
 
@@ -37,42 +35,23 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """
     Map the tensors of a checkpoint from disk.
 
-    Dictionaries that training scripts wrap around them (`WRAPPERS`) and prefixes that all names
-    share (`PREFIXES`) are removed.
-
-    Parameters
-    ----------
-    path : path
-        A .safetensors file; a file of `torch.save`; the .index.json of a checkpoint in several
-        files.
-
-    Raises
-    ------
-    InputError
-        Missing, damaged, or holding anything but tensors and plain numbers.
+    It is a .safetensors file, a file of `torch.save`, or the .index.json of several files.
+    Dictionaries that training scripts wrap around the tensors (`WRAPPERS`) and prefixes that all
+    names share (`PREFIXES`) are removed. InputError if it is missing, damaged, or holds anything
+    but tensors and plain numbers.
     """
     path = Path(path)
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     tensors = _read_parts(path) if path.name.endswith(INDEX_SUFFIX) else _read_file(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS}
-    while tensors:
-        shared = [p for p in PREFIXES if all(name.startswith(p) for name in tensors)]
-        if not shared:
-            break
+    while tensors and (shared := [p for p in PREFIXES if all(n.startswith(p) for n in tensors)]):
         tensors = {name.removeprefix(shared[0]): tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """
-    The checkpoint of a folder: one of `FOLDER_CHECKPOINTS`, or the only one there is.
-
-    Raises
-    ------
-    InputError
-        None, several, or a link out of the folder.
-    """
+    """The checkpoint of a folder: one of `FOLDER_CHECKPOINTS`, or the only one there is."""
     found = [name for name in FOLDER_CHECKPOINTS if (folder / name).is_file()] or sorted(
         file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt")
     )
@@ -85,14 +64,7 @@ def checkpoint_in(folder: Path) -> Path:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """
-    All files of a checkpoint: the file itself and, if it is an index, those that it names.
-
-    Raises
-    ------
-    InputError
-        A damaged index, or one that names a file that is not beside it.
-    """
+    """All files of a checkpoint: the file itself and, if it is an index, those that it names."""
     if not path.name.endswith(INDEX_SUFFIX):
         return [path]
     files = sorted(set(_weight_map(path).values()))
@@ -100,23 +72,6 @@ def checkpoint_files(path: Path) -> list[Path]:
         if not inside(path.parent, file).is_file():
             raise InputError(f"{path.parent / file}: no such file, though {path.name} names it")
     return [path, *(path.parent / file for file in files)]
-
-
-@contextmanager
-def load_errors(origin: str) -> Iterator[None]:
-    """Turn the errors of libraries that load weights into one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{origin}: does not load (damaged, or holds pickled Python objects, which are never "
-            "loaded; save its state_dict alone)"
-        ) from error
-    except Exception as error:  # on damage they raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{origin}: does not load ({reason})") from error
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -139,7 +94,7 @@ def _read_parts(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
-    with load_errors(str(path)), warnings.catch_warnings():
+    with reading(path, "does not load", "save its state_dict alone"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of damage that the error describes better
         if path.suffix == ".safetensors":
             return load_file(path)

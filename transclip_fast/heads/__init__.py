@@ -33,8 +33,7 @@ from transclip_fast.heads.prompts import (
     plot,
     prograd,
 )
-from transclip_fast.heads.shots import labelled_rows
-from transclip_fast.heads.task import Labelled, Task, TrainingProgress
+from transclip_fast.heads.task import Labelled, Task, TrainingProgress, labelled_rows
 
 __all__ = [
     "HEADS",
@@ -191,11 +190,9 @@ def fit_head(
 def _check_patches(name: str, method: Method, rows: dict[str, Labelled | None]) -> None:
     """Raise InputError for patches that the method does not take, or that some rows lack."""
     patched = {use: found.features.ndim == 3 for use, found in rows.items() if found is not None}
-    for use in patched:
-        if patched[use] and not method.takes_patches:
-            takers = ", ".join(n for n, known in (HEADS | LEARNERS).items() if known.takes_patches)
-            raise InputError(
-                f"{use}_local_features: the head {name} takes none, only {takers} does"
-            )
+    if any(patched.values()) and not method.takes_patches:
+        use = next(use for use in patched if patched[use])
+        takers = ", ".join(n for n, known in (HEADS | LEARNERS).items() if known.takes_patches)
+        raise InputError(f"{use}_local_features: the head {name} takes none, only {takers} does")
     if len({*patched.values()}) == 2:
         raise InputError("local features: give those of support and validation, or neither")

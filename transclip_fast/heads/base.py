@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -12,7 +12,6 @@ import torch
 from transclip_fast.callbacks import Count
 from transclip_fast.data.patches import PatchedRows
 from transclip_fast.errors import InputError
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.text_tower import TextTower
 
 ImageRows: TypeAlias = torch.Tensor | PatchedRows
@@ -37,6 +36,10 @@ class Head(ABC):
     """
 
     kind: ClassVar[str]  # names the class in head files
+    # What head files hold of it: tensors with their possible shapes, where "Kd Md" is (K, d) or
+    # (M, d) and a letter is one size in all tensors, and the types of settings.
+    stored_tensors: ClassVar[Mapping[str, str]] = {"text": "Kd"}
+    stored_settings: ClassVar[Mapping[str, type]] = {}
     runs_tower: ClassVar[bool] = False  # True if logits need the text tower for every image
 
     text: torch.Tensor
@@ -62,46 +65,21 @@ class Head(ABC):
         """The same head over some of its classes (k,), in that order."""
 
     def transfer(self, text: torch.Tensor) -> Head:
-        """
-        The same head over other classes, of which only the texts (K', d) are needed.
-
-        Raises
-        ------
-        InputError
-            The trained parameters belong to the classes of the training.
-        """
+        """The same head over other classes with texts (K', d); InputError if it is bound to its."""
         raise InputError(BOUND)
 
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> Head:
-        """
-        The same head over other classes, whose names the text tower encodes.
-
-        Raises
-        ------
-        InputError
-            As `transfer`.
-        """
+        """As `transfer`, but the text tower encodes the names of the classes."""
         raise InputError(BOUND)
 
     def words_by_context(self, class_names: Sequence[str]) -> dict[str, list[str]] | None:
         """Nearest words of each learned context, by the name of the context; None without any."""
         return None
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and settings that `from_state` makes this head of, beside the common ones."""
-        return {"text": self.text}, {}
-
     @classmethod
-    def from_state(cls, state: StoredState) -> Head:
-        """
-        The head of a head file.
-
-        Raises
-        ------
-        InputError
-            A tensor or setting is missing, or cannot belong to this head.
-        """
-        return cls(**state.common())
+    def from_stored(cls, **fields: Any) -> Head:
+        """The head of a head file, from checked tensors and settings."""
+        return cls(**fields)
 
     def logits(self, features: ImageRows, progress: Count | None = None) -> torch.Tensor:
         """
@@ -124,9 +102,8 @@ class Head(ABC):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Results of `predict` and `prior`; logits are computed once."""
         prior = self.prior(features, progress)
-        if "prior_logits" in prior:
-            return prior["prior_logits"].argmax(1), prior
-        return self.predict(features, progress), prior
+        logits = prior.get("prior_logits")
+        return (self.predict(features, progress) if logits is None else logits.argmax(1)), prior
 
     @torch.no_grad()
     def _blocks(self, features: ImageRows, progress: Count | None) -> Iterator[torch.Tensor]:

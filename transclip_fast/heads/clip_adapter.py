@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from transclip_fast.heads.base import Head, percent_right, unit
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
-from transclip_fast.heads.training import train, trainable
+from transclip_fast.heads.training import first_weights, train, trainable
 
 RATIO = 0.2  # without validation rows
 RATIOS = (0.2, 0.4, 0.6, 0.8)
@@ -21,22 +19,15 @@ EPOCHS, RATE = 200, 2e-3
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterHead(Head):
-    """
-    logits = tau unit(r g(F) + (1 - r) F) T^T with g(F) = relu(relu(F down^T) up^T).
-
-    Parameters
-    ----------
-    down : Tensor (d/4, d) float32
-    up : Tensor (d, d/4) float32
-    ratio : float
-        r.
-    """
+    """logits = tau unit(r g(F) + (1 - r) F) T^T with g(F) = relu(relu(F down^T) up^T)."""
 
     kind: ClassVar[str] = "adapter"
+    stored_tensors: ClassVar = {"text": "Kd", "down": "wd", "up": "dw"}
+    stored_settings: ClassVar = {"ratio": float}
 
-    down: torch.Tensor
-    up: torch.Tensor
-    ratio: float
+    down: torch.Tensor  # (d/4, d)
+    up: torch.Tensor  # (d, d/4)
+    ratio: float  # r
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         adapted = torch.relu(torch.relu(rows @ self.down.T) @ self.up.T)
@@ -48,18 +39,6 @@ class AdapterHead(Head):
 
     def transfer(self, text: torch.Tensor) -> AdapterHead:
         return replace(self, text=text)
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {"text": self.text, "down": self.down, "up": self.up}, {"ratio": self.ratio}
-
-    @classmethod
-    def from_state(cls, state: StoredState) -> AdapterHead:
-        return cls(
-            **state.common(),
-            down=state.tensor("down", "wd"),
-            up=state.tensor("up", "dw"),
-            ratio=state.setting("ratio", float),
-        )
 
 
 def fit(task: Task) -> AdapterHead:
@@ -85,13 +64,7 @@ def _fit(task: Task, ratio: float, place: int, trainings: int) -> AdapterHead:
     d = task.text.shape[1]
     width = max(1, d // REDUCTION)
     draw = torch.Generator().manual_seed(task.seed)
-    # Like torch's linear layers: uniform up to 1 / sqrt(inputs).
-    down, up = trainable(
-        [
-            (2 * torch.rand(outputs, inputs, generator=draw) - 1) / math.sqrt(inputs)
-            for outputs, inputs in ((width, d), (d, width))
-        ]
-    )
+    down, up = trainable([first_weights(draw, d, width, d), first_weights(draw, width, d, width)])
     head = AdapterHead(
         text=task.text,
         logit_scale=task.logit_scale,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from transclip_fast.errors import InputError
+import torch
+
+from transclip_fast.data.checks import UNIT_NORM_TOLERANCE
+from transclip_fast.errors import InputError, reading
 from transclip_fast.heads.base import Head, PrototypeHead
 from transclip_fast.heads.clip_adapter import AdapterHead
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.heads.prompts.plot import TransportHead
-from transclip_fast.heads.state import StoredState, check_names, check_type, damaged, strings
 from transclip_fast.heads.tip_adapter import CacheHead
 from transclip_fast.store.tensors import read_tensors, write_tensors
 
@@ -58,17 +62,18 @@ def save_head(path: str | Path, stored: StoredHead) -> None:
         The file cannot be written, or exists and is not a head.
     """
     check_writable(path)
-    tensors, settings = stored.head.state()
+    head = stored.head
     entry = {
-        "kind": stored.head.kind,
+        "kind": head.kind,
         "name": stored.name,
         "class_names": stored.class_names,
         "encoder": stored.encoder,
         "training": stored.training,
-        "logit_scale": stored.head.logit_scale,
-        "parameters": stored.head.parameters,
-        "settings": settings,
+        "logit_scale": head.logit_scale,
+        "parameters": head.parameters,
+        "settings": {name: getattr(head, name) for name in head.stored_settings},
     }
+    tensors = {name: attrgetter(name)(head) for name in head.stored_tensors}
     write_tensors(path, tensors, None, metadata={ENTRY: json.dumps(entry, ensure_ascii=False)})
 
 
@@ -91,34 +96,77 @@ def read_head(path: str | Path) -> StoredHead:
         The file is missing, truncated or damaged, is not a head, or lacks or contradicts something.
     """
     tensors, metadata = read_tensors(path)
-    entry = _entry(path, metadata)
-    scale, parameters = entry["logit_scale"], entry["parameters"]
+    if ENTRY not in metadata:
+        raise InputError(f"{path}: is no head; `transclip-fast train-head` writes those")
+    with reading(path, "damaged"):
+        entry = json.loads(metadata[ENTRY])
+    try:
+        return _stored_head(tensors, entry if isinstance(entry, dict) else {})
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _stored_head(tensors: Mapping[str, torch.Tensor], entry: Mapping[str, Any]) -> StoredHead:
+    _check_values("metadata", entry, ENTRY_TYPES)
+    scale, parameters, settings = entry["logit_scale"], entry["parameters"], entry["settings"]
     if scale <= 0:
-        raise damaged(path, f"logit_scale is {scale!r}")
-    for name, value in parameters.items():
-        check_type(path, name, value, float)
-    state = StoredState(path, tensors, entry["settings"], scale, parameters)
-    head = KINDS[entry["kind"]].from_state(state)
-    state.check_nothing_left()
+        raise InputError(f"damaged: logit_scale is {scale!r}")
+    if entry["kind"] not in KINDS:
+        raise InputError(f"holds a head of kind {entry['kind']!r}; known are {', '.join(KINDS)}")
+    kind = KINDS[entry["kind"]]
+    _check_values("parameters", parameters, dict.fromkeys(parameters, float))
+    _check_values("settings", settings, kind.stored_settings)
+    _check_tensors(tensors, kind.stored_tensors)
+    head = kind.from_stored(**tensors, **settings, logit_scale=scale, parameters=parameters)
     names, n_classes = entry["class_names"], len(head.text)
-    if names is not None and not (strings(names) and len(names) == n_classes):
-        raise damaged(path, f"class_names are not {n_classes} strings")
+    if names is not None and [type(name) for name in names] != [str] * n_classes:
+        raise InputError(f"damaged: class_names are not {n_classes} strings")
     return StoredHead(head, entry["name"], names, entry["encoder"], entry["training"])
 
 
-def _entry(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON in the file's metadata, with every entry of its type."""
-    if ENTRY not in metadata:
-        raise InputError(f"{path}: is no head; `transclip-fast train-head` writes those")
-    try:
-        entry = json.loads(metadata[ENTRY])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error}); write or copy it again") from error
-    found: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    check_names(path, found, ENTRY_TYPES, "metadata")
-    for name, kind in ENTRY_TYPES.items():
-        check_type(path, name, found[name], kind)
-    if found["kind"] not in KINDS:
-        known = ", ".join(KINDS)
-        raise InputError(f"{path}: holds a head of kind {found['kind']!r}; known are {known}")
-    return found
+def _check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise InputError unless both have the same names."""
+    missing, extra = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    wrong = [f"lacks {', '.join(missing)}"] * bool(missing)
+    wrong += [f"also has {', '.join(extra)}"] * bool(extra)
+    if wrong:
+        raise InputError(f"is no head of this version: its {what} {' and '.join(wrong)}")
+
+
+def _check_values(what: str, found: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raise InputError unless JSON values have these names and types; a float may be whole."""
+    _check_names(what, found, types)
+    for name, kind in types.items():
+        value = found[name]
+        right = isinstance(value, int | float if kind is float else kind)
+        if kind is float:
+            right = right and not isinstance(value, bool) and math.isfinite(value)
+        if not right:
+            raise InputError(f"damaged: {name} is {str(value)[:40]!r}")
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, str]) -> None:
+    """Raise InputError unless tensors are as `Head.stored_tensors`; labels are of K classes."""
+    _check_names("tensors", tensors, wanted)
+    sizes: dict[str, int] = {}
+    for name, shapes in wanted.items():
+        tensor, is_labels = tensors[name], name.endswith("labels")
+        shape = next((shape for shape in shapes.split() if len(shape) == tensor.ndim), None)
+        own = dict(zip(shape or "", tensor.shape, strict=False))
+        if shape is None or any(sizes.get(letter, size) != size for letter, size in own.items()):
+            expected = " or ".join(f"({', '.join(shape)})" for shape in shapes.split())
+            known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+            raise InputError(
+                f"damaged: {name} has shape {tuple(tensor.shape)}, expected {expected}"
+                + (f" with {known}" if known else "")
+            )
+        sizes |= own
+        if tensor.dtype != (torch.int64 if is_labels else torch.float32):
+            raise InputError(f"damaged: {name} holds {tensor.dtype}")
+        if is_labels and ((tensor < 0) | (tensor >= sizes["K"])).any():
+            raise InputError(f"damaged: {name} has classes beyond the {sizes['K']}")
+        if not tensor.isfinite().all():
+            raise InputError(f"damaged: {name} has values that are no numbers")
+    norms = tensors["text"].norm(dim=1)
+    if not len(norms) or float((norms - 1).abs().max()) > UNIT_NORM_TOLERANCE:
+        raise InputError("damaged: text holds no unit rows")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class TextTower:
             ("model.text", model.text) if hasattr(model, "text") else ("model", model)
         )
         self._huggingface = hasattr(self._text, "pooler")
-        self.embedding: torch.nn.Module = (
+        self.embedding: torch.nn.Embedding = (
             self._text.transformer.get_input_embeddings()
             if self._huggingface
             else self._text.token_embedding
@@ -84,11 +84,6 @@ class TextTower:
         """Token embeddings (..., width) of ids (...), float32 or float64."""
         found: torch.Tensor = self.embedding(tokens.to(self.device))
         return found if found.dtype == torch.float64 else found.float()
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens in the embedding."""
-        return int(self.embedding.num_embeddings)  # type: ignore[arg-type]
 
     @cached_property
     def prompt_size(self) -> int:
@@ -114,28 +109,19 @@ class TextTower:
         """
         Unit embeddings (R, d) of prompts, with gradients to the context.
 
-        If the activations of all prompts take more than `ACTIVATION_BYTES`, they are encoded in
+        The context (n_ctx, width) is shared by all prompts; (R, n_ctx, width) has one for each. If
+        the activations of all prompts take more than `ACTIVATION_BYTES`, they are encoded in
         chunks, and again chunk by chunk in the backward pass.
-
-        Parameters
-        ----------
-        prompts : Prompts
-        context : Tensor (n_ctx, width) or (R, n_ctx, width)
-            Shared by all prompts, or one for each.
         """
         size = self.chunk(prompts.tokens.shape[1])
         again = len(prompts) > size and torch.is_grad_enabled() and context.requires_grad
+        embed = partial(checkpoint, self._embed, use_reentrant=False) if again else self._embed
         embedded = []
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             some = prompts.rows(part)
             vectors = context if context.ndim == 2 else context[part]
-            if again:
-                embedded.append(
-                    checkpoint(self._embed, some.tokens, some.places, vectors, use_reentrant=False)
-                )
-            else:
-                embedded.append(self._embed(some.tokens, some.places, vectors))
+            embedded.append(embed(some.tokens, some.places, vectors))
         return F.normalize(torch.cat(embedded).to(context.dtype), dim=1)
 
     def chunk(self, length: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 
 from transclip_fast.heads.base import Head, percent_right
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Labelled, Task
 
 ALPHA, BETA = 1.17, 1.0  # of most of the published configurations, ImageNet's among them
@@ -19,22 +18,15 @@ BETAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 40))
 
 @dataclass(frozen=True, kw_only=True)
 class CacheHead(Head):
-    """
-    logits = tau F T^T + alpha exp(-beta (1 - F keys^T)) Y, with Y (M, K) the one-hot labels.
-
-    Parameters
-    ----------
-    cache : Labelled
-        Keys (M, d) and their classes (M,); trained keys need not be unit rows.
-    alpha, beta : float
-        Weight and sharpness of the cache.
-    """
+    """logits = tau F T^T + alpha exp(-beta (1 - F keys^T)) Y, with Y (M, K) the one-hot labels."""
 
     kind: ClassVar[str] = "cache"
+    stored_tensors: ClassVar = {"text": "Kd", "cache.features": "Md", "cache.labels": "M"}
+    stored_settings: ClassVar = {"alpha": float, "beta": float}
 
-    cache: Labelled
-    alpha: float
-    beta: float
+    cache: Labelled  # keys (M, d) and their classes; trained keys need not be unit rows
+    alpha: float  # weight of the cache
+    beta: float  # sharpness of the cache
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         text = self.logit_scale * rows @ self.text.T
@@ -49,18 +41,10 @@ class CacheHead(Head):
         cache = Labelled(self.cache.features[inside], labels[inside])
         return replace(self, text=self.text[classes], cache=cache)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {"cache.features": self.cache.features, "cache.labels": self.cache.labels}
-        return {"text": self.text, **tensors}, {"alpha": self.alpha, "beta": self.beta}
-
     @classmethod
-    def from_state(cls, state: StoredState) -> CacheHead:
-        return cls(
-            **state.common(),
-            cache=Labelled(state.tensor("cache.features", "Md"), state.labels("cache.labels", "M")),
-            alpha=state.setting("alpha", float),
-            beta=state.setting("beta", float),
-        )
+    def from_stored(cls, **fields: Any) -> CacheHead:
+        cache = Labelled(fields.pop("cache.features"), fields.pop("cache.labels"))
+        return cls(cache=cache, **fields)
 
 
 def cache_logits(

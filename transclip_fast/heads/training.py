@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,6 +40,11 @@ def train(
             optimizer.step()
             schedule.step()
         task.progress(place * epochs + epoch + 1, trainings * epochs)
+
+
+def first_weights(draw: torch.Generator, inputs: int, *shape: int) -> torch.Tensor:
+    """Random weights like those of torch's linear layers: uniform up to 1 / sqrt(inputs)."""
+    return (2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(inputs)
 
 
 def trainable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

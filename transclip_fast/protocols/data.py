@@ -24,12 +24,7 @@ from transclip_fast.store.features import Features, load_features
 from transclip_fast.types import NeighborGraph
 
 POOLS = {"train": "support", "val": "validation"}  # of a folder of splits
-# Arrays of a split, by their names behind "support_" and "validation_".
-SPLIT_ARRAYS = {
-    "features": "image_features",
-    "labels": "labels",
-    "local_features": "local_features",
-}
+SPLIT_ARRAYS = ("image_features", "labels", "local_features")
 MAX_VALIDATION_SHOTS = 4  # of a class, as in CoOp and in the paper
 
 
@@ -39,14 +34,15 @@ class Pool:
 
     features: torch.Tensor | PatchedRows
     labels: torch.Tensor
+    n_classes: int  # K
 
     def of_classes(self, classes: range) -> Pool:
         """The rows of some classes, counted from 0."""
         chosen, features = _rows_of(classes, self.labels.numpy()), self.features
         taken = features.take(chosen) if isinstance(features, PatchedRows) else features[chosen]
-        return Pool(taken, self.labels[chosen] - classes.start)
+        return Pool(taken, self.labels[chosen] - classes.start, len(classes))
 
-    def draw(self, n_classes: int, shots: int | None, seed: int) -> Labelled:
+    def draw(self, shots: int | None, seed: int) -> Labelled:
         """
         That many rows of each class, all of a class that has fewer; without `shots` all rows.
 
@@ -58,30 +54,28 @@ class Pool:
         labels = self.labels.numpy()
         drawn = [
             np.random.default_rng([seed, k]).permutation(np.flatnonzero(labels == k))[:shots]
-            for k in range(n_classes)
+            for k in range(self.n_classes)
         ]
         chosen = torch.from_numpy(np.concatenate(drawn))
         return Labelled(self.features[chosen], self.labels[chosen])
 
-    def shortage(self, n_classes: int, shots: int) -> str | None:
+    def shortage(self, shots: int) -> str | None:
         """A warning if classes have fewer rows than that."""
-        counts = torch.bincount(self.labels, minlength=n_classes)
+        counts = torch.bincount(self.labels, minlength=self.n_classes)
         n_short = int((counts < shots).sum())
         if not n_short:
             return None
         return (
-            f"{n_short} of {len(counts)} classes have fewer than {shots} rows to draw from, at "
+            f"{n_short} of {self.n_classes} classes have fewer than {shots} rows to draw from, at "
             f"least {int(counts.min())}; all of these are taken"
         )
 
 
-def draw_shots(
-    pools: Mapping[str, Pool], n_classes: int, shots: int | None, seed: int
-) -> dict[str, Labelled]:
+def draw_shots(pools: Mapping[str, Pool], shots: int | None, seed: int) -> dict[str, Labelled]:
     """Shots of each pool; at most 4 validation rows a class, unless all rows are taken."""
     fewer = None if shots is None else min(shots, MAX_VALIDATION_SHOTS)
     sizes = {"support": shots, "validation": fewer}
-    return {use: pool.draw(n_classes, sizes[use], seed) for use, pool in pools.items()}
+    return {use: pool.draw(sizes[use], seed) for use, pool in pools.items()}
 
 
 @dataclass(frozen=True)
@@ -112,22 +106,9 @@ class DataSet:
             self.features, Parameters.n_neighbors, anchors=self.text, device=self.device
         )
 
-    def draw(self, pool: str, shots: int, seed: int) -> Labelled | None:
-        """Rows of a pool, see `Pool.draw`; None if there is no such pool."""
-        if pool not in self.pools:
-            return None
-        return self.pools[pool].draw(len(self.text), shots, seed)
-
     @cached_property
     def halves(self) -> tuple[DataSet, DataSet]:
-        """
-        The first half of the classes (of an odd number one more) and the others.
-
-        Raises
-        ------
-        InputError
-            There is one class only, or a half without queries.
-        """
+        """The first half of the classes (of an odd number one more) and the others."""
         n_classes = len(self.text)
         if n_classes < 2:
             raise InputError(f"{self.name}: has one class, which makes no two halves")
@@ -135,14 +116,7 @@ class DataSet:
         return self.subset(range(half)), self.subset(range(half, n_classes))
 
     def subset(self, classes: range) -> DataSet:
-        """
-        The data set of some classes alone.
-
-        Raises
-        ------
-        InputError
-            No query is of these classes.
-        """
+        """The data set of some classes alone; InputError if no query is of these."""
         chosen = _rows_of(classes, self.labels)
         if not len(chosen):
             raise InputError(
@@ -159,11 +133,6 @@ class DataSet:
             patched=self.patched and self.patched.take(chosen),
         )
 
-    def shortage(self, shots: int) -> str | None:
-        """A warning if classes have fewer support rows than that."""
-        shortage = self.pools["support"].shortage(len(self.text), shots)
-        return shortage and f"{self.name}: {shortage}"
-
 
 def _rows_of(classes: range, labels: np.ndarray) -> np.ndarray:
     """The rows with these labels, in order."""
@@ -174,19 +143,10 @@ def load_data(
     paths: Sequence[str], *, pools: bool, device: str = "cpu", local: bool = False
 ) -> list[DataSet]:
     """
-    Load data sets; the name of each is that of its file or folder.
+    Load data sets, by `load_splits`; the name of each is that of its file or folder.
 
-    Parameters
-    ----------
-    paths : sequence of str
-        FEATURES with labels, text features and, for `pools`, support and perhaps validation rows;
-        or a folder of the feature folders test/, train/ and val/, as `encode` writes them.
-    pools : bool
-        Load the pools that shots are drawn from.
-    device : str
-        For the neighbour search.
-    local : bool
-        Load the features of patches, if there are any.
+    They have labels, text features and, for `pools`, support and perhaps validation rows that
+    shots are drawn from; with `local` also patches, if there are any.
 
     Raises
     ------
@@ -241,21 +201,14 @@ def _load(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
 
 
 def labelled_pools(features: Features, d: int, n_classes: int) -> dict[str, Pool]:
-    """
-    The pools of features: unit rows (M, d), with their patches if there are any.
-
-    Raises
-    ------
-    InputError
-        As `as_labelled_rows` and `PatchedRows`.
-    """
+    """The pools of features: unit rows (M, d), with their patches if there are any."""
     found = {}
     for use in POOLS.values():
         arrays = features.get(f"{use}_features"), features.get(f"{use}_labels")
         rows = as_labelled_rows(use, *arrays, d, n_classes)
         if rows is not None:
             patched = patched_rows(rows[0], features, f"{use}_")
-            found[use] = Pool(rows[0] if patched is None else patched, rows[1])
+            found[use] = Pool(rows[0] if patched is None else patched, rows[1], n_classes)
     return found
 
 
@@ -292,8 +245,8 @@ def load_splits(
         part = load_features(path / split, local=local)
         if part.encoder != features.encoder:
             raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
-        for name, array in SPLIT_ARRAYS.items():
-            if part.get(array) is not None and f"{use}_{name}" not in replaced:
-                features.arrays[f"{use}_{name}"] = part.get(array)
-                features.origins[f"{use}_{name}"] = part.origins[array]
+        for array in SPLIT_ARRAYS:
+            name = f"{use}_{array.removeprefix('image_')}"
+            if part.get(array) is not None and name not in replaced:
+                features.arrays[name], features.origins[name] = part.get(array), part.origins[array]
     return features

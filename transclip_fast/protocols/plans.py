@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from transclip_fast.data.patches import PatchedRows
 from transclip_fast.encode.sources import plain_name
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import HEADS, LEARNERS, Method, method_named
+from transclip_fast.heads import HEADS, LEARNERS, fit_head, method_named
 from transclip_fast.heads.base import Head
 from transclip_fast.heads.prompts import Prompting
-from transclip_fast.protocols.data import DataSet, load_data
-from transclip_fast.protocols.runs import Run, measure, measure_few_shot, train_head
+from transclip_fast.heads.task import as_fit_arguments
+from transclip_fast.protocols.data import DataSet, draw_shots, load_data
+from transclip_fast.protocols.runs import Run, measure, measure_few_shot
 from transclip_fast.protocols.table import BASE, NEW
 from transclip_fast.store.features import read_names
 
@@ -37,9 +39,10 @@ class Trials:
     prompter: Callable[[DataSet, str], Prompting]  # of a prompt learner for a data set
 
     @property
-    def methods(self) -> list[Method]:
-        """The methods among the heads; TransCLIP-FS is none."""
-        return [method_named(name) for name in self.heads if name != TRANSCLIP_FS]
+    def take_patches(self) -> bool:
+        """True if a head takes patches."""
+        methods = [method_named(name) for name in self.heads if name != TRANSCLIP_FS]
+        return any(method.takes_patches for method in methods)
 
     def model(self) -> TransCLIP:
         """A new TransCLIP to put on top of a head."""
@@ -47,8 +50,7 @@ class Trials:
 
     def load(self, paths: Sequence[str], *, pools: bool = True) -> list[DataSet]:
         """Load data sets, with patches if a head takes them."""
-        local = any(method.takes_patches for method in self.methods)
-        return load_data(paths, pools=pools, device=self.device, local=local)
+        return load_data(paths, pools=pools, device=self.device, local=self.take_patches)
 
     def prompting(self, data: DataSet, head: str) -> Prompting | None:
         """The prompting of a prompt learner; None for a head on features alone."""
@@ -56,8 +58,16 @@ class Trials:
 
     def train(self, data: DataSet, head: str, shots: int, seed: int) -> tuple[Head, float]:
         """A head trained on a data set, and the seconds that it took."""
-        prompting, scale = self.prompting(data, head), self.model().logit_scale
-        return train_head(data, head, shots, seed, scale, prompting)
+        prompting, start = self.prompting(data, head), time.perf_counter()
+        drawn = draw_shots(data.pools, shots, seed)
+        if prompting is not None:  # prompt learners choose nothing by validation rows
+            drawn.pop("validation", None)
+        arrays = as_fit_arguments(drawn, patches=method_named(head).takes_patches)
+        scale = self.model().logit_scale
+        fitted = fit_head(
+            head, data.text, **arrays, logit_scale=scale, seed=seed, prompting=prompting
+        )
+        return fitted, time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -67,22 +77,17 @@ class Target:
     data: DataSet
     columns: dict[str, Any]  # identify it in the table
     classes: list[int] | None = None  # of the source; its own, other classes if None
+    is_source: bool = False  # heads are trained on it
 
     def move(self, head: Head, prompting: Prompting | None) -> Head:
         """A trained head, over the classes of the data set."""
+        if self.is_source:
+            return head
         if self.classes is not None:
             return head.restrict(torch.tensor(self.classes))
         if prompting is None:
             return head.transfer(self.data.text)
         return head.for_classes(prompting.tower, self.data.class_names or [])
-
-
-@dataclass(frozen=True)
-class Source(Target):
-    """The data set of the training itself as a target."""
-
-    def move(self, head: Head, prompting: Prompting | None) -> Head:
-        return head
 
 
 def few_shot(paths: Sequence[str], trials: Trials) -> list[Run]:
@@ -91,10 +96,13 @@ def few_shot(paths: Sequence[str], trials: Trials) -> list[Run]:
 
     "transclip-fs" among the heads is TransCLIP with the shots as its own support.
     """
-    runs = []
-    for data in trials.load(paths):
-        runs += _runs("few-shot", data, [Source(data, {"data": data.name})], trials)
-    return runs
+    return [
+        run
+        for data in trials.load(paths)
+        for run in _runs(
+            "few-shot", data, [Target(data, {"data": data.name}, is_source=True)], trials
+        )
+    ]
 
 
 def base_to_new(paths: Sequence[str], trials: Trials) -> list[Run]:
@@ -109,7 +117,7 @@ def base_to_new(paths: Sequence[str], trials: Trials) -> list[Run]:
     for data in sets:
         base, new = data.halves
         targets = [
-            Source(base, {"data": data.name, "classes": BASE}),
+            Target(base, {"data": data.name, "classes": BASE}, is_source=True),
             Target(new, {"data": data.name, "classes": NEW}),
         ]
         runs += _runs("base-to-new", base, targets, trials)
@@ -136,11 +144,8 @@ def domains(
     """
     Each head trained on a source, on targets that have some of its classes.
 
-    Parameters
-    ----------
-    subsets : mapping
-        Name of a target to a file of its classes' names, or of their positions in the source, one a
-        line in the order of the target's labels; see `class_subset` for targets without.
+    `subsets` maps the name of a target to a file of its classes' names, or of their positions in
+    the source, one a line in the order of the target's labels; see `class_subset` for others.
     """
     for name in trials.heads:
         method_named(name)
@@ -161,11 +166,6 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
 
     It follows from the lines of `file`; without a file from the class names of both; without class
     names both have the same classes.
-
-    Raises
-    ------
-    InputError
-        A class that the source does not have, or another number of classes.
     """
     n_source, n_target = len(source.text), len(target.text)
     if file is not None:
@@ -184,12 +184,11 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
         positions = {plain_name(name): k for k, name in enumerate(source.class_names or [])}
     found = []
     for line, name in enumerate(names, 1):
-        position = positions.get(plain_name(name))
-        if position is None:
+        if plain_name(name) not in positions:
             raise InputError(
                 f"{origin}: class {line} ({name}) is none of the {n_source} of {source.name}"
             )
-        found.append(position)
+        found.append(positions[plain_name(name)])
     if len(found) != n_target:
         raise InputError(
             f"{origin}: {len(found)} classes, but {target.name} has {n_target}; give one of them "
@@ -214,12 +213,12 @@ def _check_transferable(trials: Trials, targets: Sequence[DataSet]) -> None:
 
 def _check_source(source: DataSet, targets: Sequence[Target], trials: Trials) -> None:
     """Warn of classes with too few rows; refuse targets without the patches of the shots."""
+    pool = source.pools["support"]
     for shots in trials.shots:
-        shortage = source.shortage(shots)
+        shortage = pool.shortage(shots)
         if shortage is not None:
-            warnings.warn(shortage, stacklevel=2)
-    takes_patches = any(method.takes_patches for method in trials.methods)
-    if takes_patches and isinstance(source.pools["support"].features, PatchedRows):
+            warnings.warn(f"{source.name}: {shortage}", stacklevel=2)
+    if trials.take_patches and isinstance(pool.features, PatchedRows):
         for target in targets:
             if target.data.patched is None:
                 raise InputError(
@@ -233,14 +232,12 @@ def _inputs(
 ) -> dict[str, Any]:
     """Everything that the outcome of a run depends on, beside its columns."""
     inputs: dict[str, Any] = {"data": target.data.sha256}
-    names = [target.data.class_names]
-    if protocol == "few-shot":  # source and target are the same
-        names = []
-    else:
+    names: list[Any] = [] if prompting is None else [[*prompting.class_names]]
+    if protocol != "few-shot":  # there source and target are the same
         inputs |= {"source": source.sha256, "classes": target.classes}
+        names.append(target.data.class_names)
     if prompting is not None:
-        identity = prompting.identity
-        inputs["prompting"] = {**identity, "class_names": [identity["class_names"], *names]}
+        inputs["prompting"] = {**prompting.identity, "class_names": names}
     return inputs
 
 

@@ -16,10 +16,8 @@ import pyarrow.parquet as pq
 from transclip_fast.callbacks import Count
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.heads import fit_head, method_named
 from transclip_fast.heads.base import Head, inputs_for
-from transclip_fast.heads.prompts import Prompting
-from transclip_fast.heads.shots import as_fit_arguments
+from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import DataSet, draw_shots
 from transclip_fast.store.atomic import new_file, read_json, write_json, writing
@@ -83,26 +81,6 @@ def write_tables(
         write_json(unfinished, summary)
 
 
-def train_head(
-    data: DataSet,
-    name: str,
-    shots: int,
-    seed: int,
-    logit_scale: float,
-    prompting: Prompting | None,
-) -> tuple[Head, float]:
-    """A head fitted to shots of a data set, and the seconds that it took."""
-    start = time.perf_counter()
-    drawn = draw_shots(data.pools, len(data.text), shots, seed)
-    if prompting is not None:  # prompt learners choose nothing by validation rows
-        drawn.pop("validation", None)
-    arrays = as_fit_arguments(drawn, patches=method_named(name).takes_patches)
-    head = fit_head(
-        name, data.text, **arrays, logit_scale=logit_scale, seed=seed, prompting=prompting
-    )
-    return head, time.perf_counter() - start
-
-
 def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -> dict[str, Any]:
     """Accuracies on the queries of zero-shot, of a head, and of TransCLIP on top of it."""
     predicted, prior = head.labels_and_prior(inputs_for(head, data.features, data.patched))
@@ -118,7 +96,7 @@ def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> 
     """Accuracies on the queries of zero-shot and of TransCLIP-FS, which uses the shots itself."""
     if "validation" not in data.pools:
         raise InputError(f"{data.name}: transclip-fs needs validation rows, which choose gamma")
-    drawn = draw_shots(data.pools, len(data.text), shots, seed)
+    drawn = draw_shots(data.pools, shots, seed)
     return {
         **_solve(data, model, as_fit_arguments(drawn, patches=False)),
         "head_accuracy": None,

@@ -14,13 +14,8 @@ KEYS = ("source", "data", "classes", "head", "shots")  # what a row of the table
 MEASURES = ("zero_shot_accuracy", "head_accuracy", "accuracy")
 AVERAGE = "(average)"
 BASE, NEW, HARMONIC = "base", "new", "harmonic mean"
-HEADINGS = {
+HEADINGS = {  # of the columns that have others than their names
     "source": "trained on",
-    "data": "data",
-    "classes": "classes",
-    "head": "head",
-    "shots": "shots",
-    "seeds": "seeds",
     "zero_shot_accuracy": "zero-shot",
     "head_accuracy": "head alone",
     "accuracy": "TransCLIP",
@@ -56,8 +51,8 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table of `summarise` in Markdown, accuracies in percent."""
-    columns = [name for name in HEADINGS if name in rows[0]]
-    lines = [[HEADINGS[name] for name in columns]]
+    columns = [name for name in (*KEYS, "seeds", *MEASURES) if name in rows[0]]
+    lines = [[HEADINGS.get(name, name) for name in columns]]
     lines += [[_cell(row, name) for name in columns] for row in rows]
     text = ["| " + " | ".join(cells) + " |" for cells in lines]
     return "\n".join([text[0], "|" + "---|" * len(columns), *text[1:]]) + "\n"

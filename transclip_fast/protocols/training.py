@@ -32,10 +32,10 @@ def draw_rows(
         raise InputError(
             "has no shots: give a folder with train/, or support_features and support_labels"
         )
-    shortage = shots and pools["support"].shortage(n_classes, shots)
+    shortage = shots and pools["support"].shortage(shots)
     if shortage:
         warnings.warn(f"{features.path}: {shortage}", stacklevel=2)
-    return draw_shots(pools, n_classes, shots, seed)
+    return draw_shots(pools, shots, seed)
 
 
 def checkpoint_identity(

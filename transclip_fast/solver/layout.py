@@ -1,4 +1,4 @@
-"""How much memory a solve takes, and what is chosen so that it fits."""
+"""Memory of a solve, and the layout that fits."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def limit_of(device: torch.device, memory: int | None) -> int:
-    """Bytes that the process, or what it has on a GPU, may reach: as told, or what is free."""
+    """Most bytes of the process, or of its part of a GPU: `memory`, by default what is free."""
     if memory is not None:
         return memory
     return free_bytes(device) + (resident_bytes() if device.type == "cpu" else 0)
@@ -108,7 +108,7 @@ class Size:
     input_bytes : int
         In memory before a solve: the features, and a prior (N, K).
     copied : bool
-        Whether features held on the device are a copy of what is given.
+        Whether features held on the device are a copy of the input.
     linear : bool
         Whether the prior is one of prototypes.
     runs : int
@@ -147,7 +147,7 @@ class Layout:
     held: bool
 
     def bytes(self, size: Size, device: torch.device) -> dict[str, int]:
-        """What each part of a solve takes on the device, at its largest."""
+        """The most bytes that each part of a solve takes on the device."""
         n, n_classes, d, k = size.n_rows, size.n_classes, size.dim, size.n_neighbors
         workers = n_threads() if device.type == "cpu" else 1
         read = 4 * d * min(n, read_rows(device))
@@ -192,9 +192,9 @@ def choose_layout(
     form : {"auto", "dense", "sparse"}
         "auto" is dense where that is faster and fits into memory.
     candidates : int, optional
-        C, where it is given.
+        C, set by the user.
     memory : int, optional
-        Bytes for the process, and on a GPU for what is on it; what is free where not given.
+        Bytes for the process, or for its part of a GPU; by default what is free.
 
     Raises
     ------

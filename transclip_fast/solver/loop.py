@@ -146,7 +146,7 @@ def linear_score(
     likelihood_weight g + lambda log y_hat = F P^T + c, up to a constant per row.
 
     P = likelihood_weight mu / sigma^2 + lambda tau V for a linear prior, V its prototypes; a prior
-    given row by row is added to the scores.
+    (N, K) is added to the scores.
     """
     weights, offset = mixture.linear_score()
     weights, offset = likelihood_weight * weights, likelihood_weight * offset

@@ -1,4 +1,4 @@
-"""The text prediction y_hat that the KL term ties the assignments to."""
+"""The prediction y_hat to which the KL term ties the assignments."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LinearPrior:
 
 @dataclass(frozen=True)
 class GivenPrior:
-    """log y_hat (N, K) float32 given row by row by another method; -inf excludes a class."""
+    """log y_hat (N, K) float32 of another method, row by row; -inf excludes a class."""
 
     log_probabilities: torch.Tensor
     weights: None = None

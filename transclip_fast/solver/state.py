@@ -85,8 +85,10 @@ class Solution:
 
     @classmethod
     def of(cls, state: State, gamma: float, n_iter: int, objective: list[float]) -> Solution:
-        """The result at a state, z in the order of the features."""
-        z = state.z if state.nodes is None else state.z.take(state.nodes)
+        """The result at a state, which is not used again; z in the order of the features."""
+        z = state.z
+        if state.nodes is not None:
+            z = z.take_into(state.nodes, out=state.spare)
         tail_mass = float(state.base.tail.max())
         return cls(gamma, z, state.mixture, n_iter, objective, tail_mass, *state.prior_best)
 

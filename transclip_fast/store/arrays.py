@@ -29,34 +29,20 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
     """
     Read all arrays of a file by name: numpy arrays, or torch tensors from .pt and .safetensors.
 
-    Raises
-    ------
-    InputError
-        Missing, of another type, truncated or damaged, or holding pickled Python objects.
+    InputError if it is missing, of another type, damaged, or holds pickled Python objects.
     """
     path = _existing(path)
-    # Torch warns of damage that the error describes better.
     with reading(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torch warns of damage that the error describes better
         return _read(path)
 
 
 def read_rows(path: str | Path, name: str) -> Any:
-    """
-    A `Shard` of the rows of a .npy file, which stay on disk; anything else as `read_array`.
-
-    Raises
-    ------
-    InputError
-        As `read_array`.
-    """
+    """A .npy file as a `Shard`, whose rows stay on disk, or as `read_array` if it holds no rows."""
     path = _existing(path)
-    if path.suffix == ".npy":
-        with reading(path):
-            shard = Shard.find(path)
-        if shard is not None:
-            return shard
-    return read_array(path, name)
+    with reading(path):
+        shard = Shard.find(path)
+    return read_array(path, name) if shard is None else shard
 
 
 def read_array(path: str | Path, name: str) -> Any:
@@ -65,14 +51,7 @@ def read_array(path: str | Path, name: str) -> Any:
 
 
 def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
-    """
-    Of the arrays in the file `path` the one called `name`, or the only one there is.
-
-    Raises
-    ------
-    InputError
-        Several arrays, all with other names.
-    """
+    """Of the arrays in the file `path` the one called `name`, or the only one there is."""
     if name in arrays:
         return arrays[name]
     if len(arrays) == 1:
@@ -81,14 +60,7 @@ def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
 
 
 def read_table(file: Path) -> pa.Table:
-    """
-    The table in a parquet file.
-
-    Raises
-    ------
-    InputError
-        Missing or damaged.
-    """
+    """The table in a parquet file."""
     with reading(file):
         return pq.read_table(file)
 
@@ -115,14 +87,7 @@ def file_sha256(file: Path) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """
-    A file of a folder by name.
-
-    Raises
-    ------
-    InputError
-        The name, or a link that it is, leads out of the folder.
-    """
+    """A file of a folder by name; InputError if the name, or a link, leads out of the folder."""
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{path}: leads out of {folder}")
@@ -150,7 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
         return load_file(path)
     if path.suffix == ".npy" and os.path.getsize(path) >= MAPPED_BYTES:
         return {SINGLE: np.load(path, mmap_mode="r", allow_pickle=False)}
-    with open(path, "rb") as file:  # given a path, the readers leave damaged files open
+    with open(path, "rb") as file:  # called with a path, the readers leave damaged files open
         if path.suffix == ".pt":
             return _tensors(path, torch.load(file, map_location="cpu", weights_only=True))
         loaded = np.load(file, allow_pickle=False)

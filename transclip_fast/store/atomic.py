@@ -24,13 +24,9 @@ def new_folder(
     """
     A temporary folder to fill, renamed to `path` at the end; removed if anything fails.
 
-    Parameters
-    ----------
-    path : path
-        Created, with its parents. An existing folder is replaced only if it is empty or holds
-        nothing but files named in `contents`, that is, an earlier result.
-    obsolete : iterable of path
-        Files and folders that are removed once the folder is there.
+    An existing folder is replaced only if it is empty or holds nothing but files named in
+    `contents`, that is, an earlier result. The `obsolete` files and folders are removed once the
+    folder is there.
 
     Raises
     ------
@@ -89,14 +85,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    The object in a JSON file.
-
-    Raises
-    ------
-    InputError
-        Missing, damaged, or not an object.
-    """
+    """The object in a JSON file; InputError if it is missing, damaged, or not an object."""
     with reading(path, "cannot be read as JSON", "write it again"):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
@@ -106,12 +95,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str]) -> None:
     """
-    Refuse a folder that holds anything but `contents`.
+    Refuse a file, or a folder that holds anything but `contents`.
 
-    Raises
-    ------
-    InputError
-        `target` is a file, or below one, or holds other files; `shown` is what the user called it.
+    `shown` is what the user called it, for the InputError.
     """
     if not target.exists():
         above = next(folder for folder in target.parents if folder.exists())
@@ -129,14 +115,7 @@ def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str])
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """
-    Turn the system's refusals to write `path` into one line.
-
-    Raises
-    ------
-    InputError
-        An OSError of the block, with its reason.
-    """
+    """Turn the system's refusals to write `path`, an OSError, into an InputError."""
     try:
         yield
     except OSError as error:
@@ -148,14 +127,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """
-    Keep other processes from writing the same folder.
-
-    Raises
-    ------
-    InputError
-        Another process is writing it, or the folder above cannot be written.
-    """
+    """Keep other processes from writing the same folder; InputError if one is writing it."""
     file = beside(path, "lock")
     lock = FileLock(file, mode=0o600)
     with writing(path):

@@ -22,16 +22,9 @@ class FileCheckpoint:
     """
     The state of a piece of work in a .npz file, to resume from after a crash.
 
-    Parameters
-    ----------
-    path : path
-        The folder to fill, locked by the caller.
-    name : str
-        Name of the work, which is part of the file's name.
-    identity : mapping
-        What decides the result: input, method, parameters. The state of another is not used.
-    seconds : float
-        A state younger than this is not replaced: it is the work that a crash may cost.
+    The caller has locked `path`, the folder to fill; `name` is that of the work. `identity` is
+    what decides the result: input, method, parameters. The state of another is not used. A crash
+    may cost `seconds` of work: a state younger than that is not replaced.
     """
 
     suffix = "npz"

@@ -38,16 +38,12 @@ TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
 
 @dataclass(frozen=True)
 class Failure:
-    """
-    An image that could not be read: its row in the source, its key, and why.
-
-    `fatal` is a failure of the machine, not of the image: the run stops and can be continued.
-    """
+    """An image that could not be read: its row in the source, its key, and why."""
 
     source_row: int
     key: str
     reason: str
-    fatal: bool = False
+    fatal: bool = False  # the machine failed, not the image: the run stops and can be continued
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,6 @@ class FeatureWriter:
         What decides the features: model, preprocessing, source, and the entries of `SETTLED`,
         which those of an existing folder replace.
     table : RowTable
-        The rows of the source.
     leads : bool
         Whether this process writes the manifest; the others only write shards, with the
         configuration that the leading one has settled.
@@ -155,11 +150,6 @@ class FeatureWriter:
 
         Features (rows, 1 + L, d) are those of the images and of L patches of each, which go to a
         file of their own, as (rows, L d).
-
-        Raises
-        ------
-        InputError
-            The folder cannot be written (full disk, permissions).
         """
         listed = [[failure.source_row, failure.key, failure.reason] for failure in failures]
         patches = {}
@@ -182,14 +172,7 @@ class FeatureWriter:
         self.shards[number] = entry
 
     def finish(self) -> None:
-        """
-        List the shards that all processes have written in the manifest.
-
-        Raises
-        ------
-        InputError
-            The folder cannot be written (full disk, permissions).
-        """
+        """List the shards that all processes have written in the manifest."""
         with writing(self.folder):
             self._collect()
 
@@ -246,10 +229,8 @@ class FeatureWriter:
         """Count a shard as written if its features have the hashes of the entry."""
         if self.shards.get(number) == entry:  # this process has just written it
             return
-        whole = self._is_whole(IMAGES.format(number), entry["features_sha256"])
-        if "local_sha256" in entry:
-            whole = whole and self._is_whole(LOCAL.format(number), entry["local_sha256"])
-        if whole:
+        files = {"features_sha256": IMAGES, "local_sha256": LOCAL}
+        if all(self._is_whole(files[h].format(number), entry[h]) for h in files if h in entry):
             self.shards[number] = entry
 
     def _collect(self) -> None:

@@ -150,7 +150,7 @@ def load_features(
     shots : int, optional
         Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
-        K, for a sparse prior that does not tell it; by default that of the other arrays.
+        K, for a sparse prior that does not name it; by default that of the other arrays.
     local : bool
         Load local features, too, if there are any: they are large, and few heads need them.
 

@@ -21,10 +21,10 @@ elkhouryk/RS-TransCLIP. A sparse prior is two arrays, `prior_indices` (N, m) and
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from collections.abc import Collection, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +61,15 @@ def read_cache(
     """
     The arrays of a folder by the names in `transclip_fast.store.features.ARRAYS`, and their files.
 
-    Parameters
-    ----------
-    shots : int, optional
-        Which support; 0 for none. Not needed if there is one at most.
-    without : collection of str, optional
-        Arrays that come from other files; these and what they replace are not read.
-
-    Raises
-    ------
-    InputError
-        Several files for one array, no support of that many shots or half of one, or a file that
-        cannot be read.
+    `shots` chooses the support, 0 none; it is needed if there are several. Arrays `without`, and
+    what they replace, come from other files and are not read. InputError if there are several
+    files for one array, no support of that many shots or half of one, or a damaged file.
     """
-    files = {}
+    files, present = {}, sorted(os.listdir(folder))
     for name, patterns in FILES.items():
         if name in without or (name in PRIORS and PRIORS & set(without)):
             continue
-        found = [file for pattern in patterns for file in _matching(folder, pattern)]
+        found = [file for pattern in patterns for file in fnmatch.filter(present, pattern)]
         if len(found) > 1:
             flag = "as FEATURES" if name == "image_features" else f"with --{name.replace('_', '-')}"
             raise InputError(f"{folder}: has {' and '.join(found)}; name one {flag}")
@@ -104,13 +95,8 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
 
     Keys and texts have the columns of the image features (N, d), several views become their unit
     mean, one-hot labels become class indices.
-
-    Raises
-    ------
-    InputError
-        Labels that are not one-hot.
     """
-    if fnmatch(path.name, SUPPORT["support_labels"]) and array.ndim == 2:
+    if fnmatch.fnmatch(path.name, SUPPORT["support_labels"]) and array.ndim == 2:
         hot = array == 1
         wrong = (hot.sum(1) != 1) | ((array != 0).sum(1) != 1)
         if wrong.any():
@@ -118,7 +104,7 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
             raise InputError(f"{path}: row {row} is not one-hot; give class indices (M,)")
         return hot.float().argmax(1)
     turned = SUPPORT["support_features"], *FILES["text_features"]
-    if not any(fnmatch(path.name, pattern) for pattern in turned):
+    if not any(fnmatch.fnmatch(path.name, pattern) for pattern in turned):
         return array
     if array.ndim == 3 and len(array):
         several = len(array) > 1
@@ -130,14 +116,7 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
 
 
 def read_prior(path: str | Path) -> Any:
-    """
-    The prior in a file: an array (N, K), what `listed_prior` finds, or a scipy CSR array.
-
-    Raises
-    ------
-    InputError
-        As `read_arrays`, `one_array` and `listed_prior`, and another sparse format of scipy.
-    """
+    """The prior in a file: an array (N, K), what `listed_prior` finds, or a scipy CSR array."""
     arrays = read_arrays(path)
     if all(name in arrays for name in CSR):
         return _csr(arrays, str(path))
@@ -150,12 +129,7 @@ def listed_prior(arrays: Mapping[str, Any], origin: str) -> ListedPrior | None:
     The sparse prior among the arrays of a file, or None.
 
     `prior_indices` (N, m) are the classes that a row lists, `prior_values` (N, m) their
-    probabilities.
-
-    Raises
-    ------
-    InputError
-        One array without the other, shapes that differ, or a whole prior beside them.
+    probabilities. InputError if one is missing, their shapes differ, or a whole prior is there too.
     """
     if not any(name in arrays for name in LISTS):
         return None
@@ -200,10 +174,6 @@ def _support(folder: Path, shots: int | None) -> dict[str, str]:
         if not os.path.isfile(folder / file):
             raise InputError(f"{folder}: has no {file}")
     return files
-
-
-def _matching(folder: Path, pattern: str) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if fnmatch(name, pattern))
 
 
 def _sums_to_one(array: torch.Tensor) -> bool:

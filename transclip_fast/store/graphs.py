@@ -23,14 +23,7 @@ def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> 
 
 
 def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
-    """
-    The graph in a folder, whose manifest must name the hash of the features.
-
-    Raises
-    ------
-    InputError
-        Not a graph folder, damaged, or built from other features.
-    """
+    """The graph in a folder; InputError if it was built from other features, or is damaged."""
     folder, manifest = Path(path), load_manifest(path)
     if manifest.get("features_sha256") != features_sha256:
         raise InputError(f"{path}: was built from other features; build it again")
@@ -46,14 +39,7 @@ def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
 
 
 def load_manifest(path: str | Path) -> dict[str, Any]:
-    """
-    The manifest of a graph folder.
-
-    Raises
-    ------
-    InputError
-        Not a graph folder, or damaged.
-    """
+    """The manifest of a graph folder."""
     folder = Path(path)
     if not (folder / "manifest.json").is_file():
         raise InputError(f"{path}: is not a graph folder (no manifest.json)")

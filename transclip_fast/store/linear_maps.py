@@ -78,17 +78,8 @@ def map_features(features: Features, **files: str | None) -> None:
     """
     Replace the embeddings x in `features` by unit(A x + b), and note the maps' hashes.
 
-    Parameters
-    ----------
-    features : Features
-    **files : path, optional
-        `text`, a map of the text features, and `image`, of queries, support and validation rows:
-        a file with the matrix A (e, d), or a `torch.nn.Linear`'s `weight` and `bias`.
-
-    Raises
-    ------
-    InputError
-        A file that cannot be read or holds something else, or a map that does not fit.
+    The files are `text`, a map of the text features, and `image`, of queries, support and
+    validation rows: the matrix A (e, d), or a `torch.nn.Linear`'s `weight` and `bias`.
     """
     for kind, file in files.items():
         if file is None:

@@ -37,14 +37,7 @@ class Result:
     predictions: pa.Table
 
     def labels(self, name: str) -> np.ndarray:
-        """
-        A column of class indices, (N,) int64.
-
-        Raises
-        ------
-        InputError
-            No column of that name, or one of other values.
-        """
+        """A column of class indices, (N,) int64; InputError if it is missing or holds others."""
         file = self.folder / "predictions.parquet"
         if name not in self.predictions.column_names:
             raise InputError(f"{file}: has no column {name!r}; solve again")
@@ -66,16 +59,8 @@ def prediction_tables(
     The table of predictions in blocks: each query's label and most likely classes, and its
     zero-shot label.
 
-    Parameters
-    ----------
-    distributions : ndarray or csr_array (N, K) float32
-        Of a sparse row only the stored classes are listed.
-    zero_shot : ndarray (N,), ndarray (N,)
-        Labels and confidences.
-    features : Features
-        Its source rows, keys and class names.
-    labels : ndarray (N,), optional
-        The truth, written as `true_label`.
+    Of a sparse row of `distributions` (N, K) float32 only the stored classes are listed.
+    `zero_shot` are labels and confidences (N,) each, `labels` (N,) the truth, if it is known.
     """
     n_rows, n_classes = distributions.shape
     names = np.asarray(features.class_names or [str(k) for k in range(n_classes)])
@@ -120,28 +105,14 @@ def save_result(
 
 
 def load_result(path: str | Path) -> Result:
-    """
-    A result folder.
-
-    Raises
-    ------
-    InputError
-        Missing, not a result folder, or damaged.
-    """
+    """A result folder; InputError if it is missing, something else, or damaged."""
     run = load_run(path)
     file = inside(Path(path), "predictions.parquet")
     return Result(Path(path), run, read_table(file))
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """
-    run.json of a result folder, with `n_classes`, `class_names` (or None) and `config`.
-
-    Raises
-    ------
-    InputError
-        Missing, not a result folder, or damaged.
-    """
+    """run.json of a result folder, with `n_classes`, `class_names` (or None) and `config`."""
     folder = Path(path)
     if not os.path.isfile(folder / "run.json"):
         raise InputError(f"{path}: is not a result folder (no run.json); name one that solve wrote")
@@ -160,14 +131,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
 
 
 def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
-    """
-    The fitted mixture of a result folder, and the tensors saved beside it.
-
-    Raises
-    ------
-    InputError
-        Missing, or damaged.
-    """
+    """The fitted mixture of a result folder, and the tensors saved beside it."""
     file = inside(Path(path), "mixture.safetensors")
     tensors = read_arrays(file)
     shape = tensors["means"].shape if "means" in tensors else ()

@@ -40,21 +40,9 @@ def write_tensors(
     Write tensors as a .safetensors file that appears whole or not at all; its number of bytes.
 
     `safetensors.torch.save_file` holds all tensors in their final type; here one chunk is in
-    memory at a time, so that a mapped checkpoint larger than memory can be converted.
-
-    Parameters
-    ----------
-    dtype : torch.dtype, optional
-        Type that floating tensors are converted to; by default each keeps its own.
-    step : callable
-        Called after each tensor with the bytes written and the bytes in all.
-    metadata : mapping, optional
-        Strings that `read_tensors` returns.
-
-    Raises
-    ------
-    InputError
-        The file cannot be written (permissions, full disk).
+    memory at a time, so that a mapped checkpoint larger than memory can be converted. Floating
+    tensors are converted to `dtype`, or keep their own if it is None. `step` is called after each
+    tensor with the bytes written and the bytes in all; `metadata` is what `read_tensors` returns.
     """
     path = Path(path)
     types = {
@@ -85,14 +73,7 @@ def write_tensors(
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """
-    Read the tensors of a .safetensors file by name, and its metadata.
-
-    Raises
-    ------
-    InputError
-        Missing, of another type, truncated or damaged.
-    """
+    """Read the tensors of a .safetensors file by name, and its metadata."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a file ending in .safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -20,65 +19,28 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.text_tower import Prompts, TextTower
+from transclip_fast.heads.training import first_weights
 
 CONTEXT = ContextSettings(n_ctx=4, start="a photo of a")
 SCHEDULE = Schedule(epochs=20, batch_size=4, rate=4e-3)
 REDUCTION = 16  # d / width of the network's hidden layer
-TENSORS = ("context", "down", "down_bias", "up", "up_bias")  # fields of `Conditional`
+# Of heads and learners, with their shapes in head files.
+TENSORS = {"context": "nv", "down": "wd", "down_bias": "w", "up": "vw", "up_bias": "v"}
 
 
-@dataclass(frozen=True)
-class Conditional:
+def shifted_contexts(weights: Any, rows: torch.Tensor) -> torch.Tensor:
     """
-    Contexts V + pi(f) with pi(f) = up relu(down f + down_bias) + up_bias, of images f.
+    Contexts (n, n_ctx, width) of unit rows (n, d): V + up relu(down f + down_bias) + up_bias.
 
-    Parameters
-    ----------
-    context : Tensor (n_ctx, width)
-        V.
-    down, down_bias : Tensor (d/16, d), (d/16,)
-    up, up_bias : Tensor (width, d/16), (width,)
+    `weights` has the `TENSORS`: V (n_ctx, width), down (d/16, d), up (width, d/16) and biases.
     """
-
-    context: torch.Tensor
-    down: torch.Tensor
-    down_bias: torch.Tensor
-    up: torch.Tensor
-    up_bias: torch.Tensor
-
-    @classmethod
-    def begin(cls, context: torch.Tensor, d: int, seed: int) -> Conditional:
-        """Untrained, with layers initialised as in torch: uniform up to 1 / sqrt(inputs)."""
-        draw = torch.Generator().manual_seed(seed)
-        hidden, width = max(1, d // REDUCTION), context.shape[1]
-
-        def drawn(inputs: int, *shape: int) -> torch.Tensor:
-            return ((2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(inputs)).to(context)
-
-        return cls(
-            context,
-            drawn(d, hidden, d),
-            drawn(d, hidden),
-            drawn(hidden, width, hidden),
-            drawn(hidden, width),
-        )
-
-    @classmethod
-    def of(cls, holder: Any) -> Conditional:
-        """The tensors of a head or learner that has all of them."""
-        return cls(*(getattr(holder, name) for name in TENSORS))
-
-    def to(self, device: torch.device) -> Conditional:
-        """The same on a device, without gradients."""
-        return Conditional(*(getattr(self, name).detach().to(device) for name in TENSORS))
-
-    def contexts(self, rows: torch.Tensor) -> torch.Tensor:
-        """Contexts (n, n_ctx, width) of unit rows (n, d)."""
-        hidden = torch.relu(F.linear(rows, self.down, self.down_bias))
-        return self.context + F.linear(hidden, self.up, self.up_bias)[:, None]
+    hidden = torch.relu(F.linear(rows, weights.down, weights.down_bias))
+    contexts: torch.Tensor = (
+        weights.context + F.linear(hidden, weights.up, weights.up_bias)[:, None]
+    )
+    return contexts
 
 
 @dataclass(frozen=True)
@@ -93,11 +55,13 @@ class Reader:
         """Number of images whose prompts the tower encodes at once."""
         return max(1, self.tower.chunk(self.prompts.tokens.shape[1]) // len(self.prompts))
 
-    def logits(self, conditional: Conditional, rows: torch.Tensor, scale: float) -> torch.Tensor:
+    def logits(self, weights: Any, rows: torch.Tensor, scale: float) -> torch.Tensor:
         """Logits (n, K) of unit rows (n, d), each with prototypes (K, d) of its own context."""
         n_rows, n_classes = len(rows), len(self.prompts)
         each = torch.arange(n_classes, device=self.tower.device).repeat(n_rows)
-        contexts = conditional.contexts(rows).repeat_interleave(n_classes, 0)  # (n K, n_ctx, width)
+        contexts = shifted_contexts(weights, rows).repeat_interleave(
+            n_classes, 0
+        )  # (n K, n_ctx, width)
         text = self.tower.encode(self.prompts.rows(each), contexts).view(n_rows, n_classes, -1)
         return scale * torch.einsum("nd,nkd->nk", rows, text)
 
@@ -108,22 +72,23 @@ class Reader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditionalHead(Conditional, ContextHead):
+class ConditionalHead(ContextHead):
     """
     A head whose prototypes differ for each image: logits of N rows take N K runs of the text tower.
 
-    Parameters
-    ----------
-    text : Tensor (K, d)
-        Prototypes in the context that no image shifts.
-    reader : Reader, optional
-        Needed to predict; head files do not have it, see `for_classes`.
+    `text` has the prototypes in the context that no image shifts.
     """
 
     kind: ClassVar[str] = "conditional"
+    stored_tensors: ClassVar = {"text": "Kd", **TENSORS}
     runs_tower: ClassVar[bool] = True
 
-    reader: Reader | None = None
+    context: torch.Tensor  # this and the next four as in `shifted_contexts`
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    reader: Reader | None = None  # needed to predict; not in head files, see `for_classes`
 
     @property
     def block_rows(self) -> int:
@@ -131,9 +96,10 @@ class ConditionalHead(Conditional, ContextHead):
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         reader = self._reader()
-        conditional = self.to(reader.tower.device)
-        there = rows.to(conditional.context)
-        return reader.logits(conditional, there, self.logit_scale).to(rows)
+        device = reader.tower.device
+        weights = replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+        there = rows.to(weights.context)
+        return reader.logits(weights, there, self.logit_scale).to(rows)
 
     def restrict(self, classes: torch.Tensor) -> ConditionalHead:
         reader = self._reader()
@@ -144,24 +110,6 @@ class ConditionalHead(Conditional, ContextHead):
         prompts = class_prompts(tower, class_names, len(self.context), self.position)
         reader = Reader(tower, prompts)
         return replace(self, text=reader.without_image(self.context), reader=reader)
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {name: getattr(self, name) for name in TENSORS}
-        return {"text": self.text, **tensors}, {"position": self.position, "words": self.words}
-
-    @classmethod
-    def from_state(cls, state: StoredState) -> ConditionalHead:
-        common, context = state.common(), state.tensor("context", "nv")
-        return cls(
-            **common,
-            context=context,
-            down=state.tensor("down", "wd"),
-            down_bias=state.tensor("down_bias", "w"),
-            up=state.tensor("up", "vw"),
-            up_bias=state.tensor("up_bias", "v"),
-            position=state.setting("position", str),
-            words=state.words(context),
-        )
 
     def _reader(self) -> Reader:
         if self.reader is None:
@@ -182,22 +130,25 @@ class CoCoOp(Learner):
     rate, and learn the demo's digits as well; 10 epochs at four times the rate fail for some draws.
     """
 
-    context: torch.nn.Parameter
-
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         if self.settings.class_specific:
             raise InputError("cocoop: its context is shared by all classes, not class-specific")
         context = first_context(self.tower, self.settings, len(task.text), task.seed)
         self.reader = Reader(self.tower, self.class_prompts(len(context)))
-        begun = Conditional.begin(context, task.text.shape[1], task.seed)
-        for name in TENSORS:
-            setattr(self, name, torch.nn.Parameter(getattr(begun, name)))
+        d, width = task.text.shape[1], context.shape[1]
+        hidden = max(1, d // REDUCTION)
+        draw = torch.Generator().manual_seed(task.seed)
+
+        def drawn(inputs: int, *shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(first_weights(draw, inputs, *shape).to(context))
+
+        self.context = torch.nn.Parameter(context)
+        self.down, self.down_bias = drawn(d, hidden, d), drawn(d, hidden)
+        self.up, self.up_bias = drawn(hidden, width, hidden), drawn(hidden, width)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        conditional = Conditional.of(self)
-        there = rows.to(conditional.context.dtype)
-        return self.reader.logits(conditional, there, self.logit_scale)
+        return self.reader.logits(self, rows.to(self.context.dtype), self.logit_scale)
 
     def descend(self, rows: torch.Tensor, labels: torch.Tensor) -> float:
         size, total = self.reader.images, 0.0
@@ -209,12 +160,11 @@ class CoCoOp(Learner):
 
     @torch.no_grad()
     def head(self, *, words: bool = True) -> ConditionalHead:
-        conditional = Conditional.of(self).to(torch.device("cpu"))
         return ConditionalHead(
-            text=self.reader.without_image(conditional.context),
+            text=self.reader.without_image(self.context),
             logit_scale=self.logit_scale,
-            parameters={"n_ctx": len(conditional.context)},
-            **{name: getattr(conditional, name).float().clone() for name in TENSORS},
+            parameters={"n_ctx": len(self.context)},
+            **{name: getattr(self, name).detach().float().cpu().clone() for name in TENSORS},
             position=self.settings.position,
             words=nearest_words(self.tower, self.context) if words else [],
             reader=self.reader,

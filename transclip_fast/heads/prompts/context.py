@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +22,9 @@ VOCABULARY_BLOCK = 8192  # words compared at a time
 class ContextHead(Head):
     """A head that a text tower made of class names in learned contexts."""
 
+    stored_settings: ClassVar = {"position": str, "words": list}
+    vectors: ClassVar[str] = "context"  # the field of the contexts (..., width)
+
     position: str  # of the class name: "end", "middle" or "front"
     words: list[str]  # nearest word of each vector of the contexts, flat
 
@@ -28,6 +32,13 @@ class ContextHead(Head):
         n_ctx = int(self.parameters["n_ctx"])
         groups = [self.words[start : start + n_ctx] for start in range(0, len(self.words), n_ctx)]
         return dict(zip(self.context_names(class_names), groups, strict=True))
+
+    @classmethod
+    def from_stored(cls, **fields: Any) -> Head:
+        words, n_vectors = fields["words"], fields[cls.vectors].shape[:-1].numel()
+        if not words or len(words) != n_vectors or not all(isinstance(word, str) for word in words):
+            raise InputError("damaged: words are not one for each vector of the context")
+        return cls(**fields)
 
     def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
         """Names of the contexts, in their order."""
@@ -43,11 +54,6 @@ def class_prompts(
     Source: Zhou et al. 2022, Learning to Prompt for Vision-Language Models, equations 2 and 4:
     [V]_1 .. [V]_M [CLASS]. at the end, [V]_1 .. [V]_M/2 [CLASS] [V]_M/2+1 .. [V]_M. in the middle;
     at the front as in the authors' repository (KaiyangZhou/CoOp).
-
-    Raises
-    ------
-    InputError
-        A prompt is longer than the tower reads.
     """
     # open_clip's class names have underscores for blanks.
     names = [name.replace("_", " ") for name in class_names]
@@ -80,14 +86,7 @@ def class_prompts(
 def first_context(
     tower: TextTower, settings: ContextSettings, n_classes: int, seed: int
 ) -> torch.Tensor:
-    """
-    Initial vectors (n_ctx, width), or (K, n_ctx, width) if they are class-specific.
-
-    Raises
-    ------
-    InputError
-        `start` has no word in it.
-    """
+    """Initial vectors (n_ctx, width), or (K, n_ctx, width) if they are class-specific."""
     if settings.start is not None:
         (words,) = _Frame(tower).contents([settings.start])
         if not words:
@@ -111,7 +110,7 @@ def nearest_words(tower: TextTower, context: torch.Tensor) -> list[str]:
     al. 2022, section 4.4.
     """
     special = set(_Frame(tower).empty)
-    ids = torch.tensor([k for k in range(tower.vocabulary_size) if k not in special])
+    ids = torch.tensor([k for k in range(tower.embedding.num_embeddings) if k not in special])
     vectors = context.detach().reshape(-1, context.shape[-1]).to(tower.device)
     nearest = torch.full((len(vectors),), torch.inf, device=tower.device, dtype=vectors.dtype)
     found = torch.zeros(len(vectors), dtype=torch.int64, device=tower.device)
@@ -120,13 +119,9 @@ def nearest_words(tower: TextTower, context: torch.Tensor) -> list[str]:
         closest, place = distances.min(1)
         found = torch.where(closest < nearest, block.to(tower.device)[place], found)
         nearest = torch.minimum(nearest, closest)
-    return [_word(tower, int(k)) for k in found]
-
-
-def _word(tower: TextTower, token: int) -> str:
-    tokenizer = tower.backbone.tokenizer
-    decode = getattr(tokenizer, "decode", None) or tokenizer.tokenizer.decode  # type: ignore[attr-defined]
-    return str(decode([token])).strip()
+    tokenizer: Any = tower.backbone.tokenizer
+    decode = getattr(tokenizer, "decode", None) or tokenizer.tokenizer.decode
+    return [str(decode([token])).strip() for token in found.tolist()]
 
 
 class _Frame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -17,25 +17,18 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.text_tower import TextTower
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptHead(ContextHead, PrototypeHead):
-    """
-    Prototypes from a text tower: class names in a learned context.
-
-    Parameters
-    ----------
-    context : Tensor (n_ctx, width) or (K, n_ctx, width)
-        Shared by all classes, or one for each.
-    """
+    """Prototypes from a text tower: class names in a learned context."""
 
     kind: ClassVar[str] = "prompts"
+    stored_tensors: ClassVar = {"text": "Kd", "context": "nv Knv"}
 
-    context: torch.Tensor
+    context: torch.Tensor  # (n_ctx, width), or (K, n_ctx, width) with one for each class
 
     def restrict(self, classes: torch.Tensor) -> PromptHead:
         head = replace(self, text=self.text[classes])
@@ -55,16 +48,6 @@ class PromptHead(ContextHead, PrototypeHead):
 
     def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
         return class_names if self.context.ndim == 3 else ["all"]
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        settings = {"position": self.position, "words": self.words}
-        return {"text": self.text, "context": self.context}, settings
-
-    @classmethod
-    def from_state(cls, state: StoredState) -> PromptHead:
-        common, context = state.common(), state.tensor("context", "nv", "Knv")
-        position, words = state.setting("position", str), state.words(context)
-        return cls(**common, context=context, position=position, words=words)
 
 
 class CoOp(Learner):

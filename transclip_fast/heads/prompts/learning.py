@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -30,11 +30,6 @@ class Learner(torch.nn.Module, ABC):
 
     Its parameters are what is trained and checkpointed. They are on the tower's device, and so are
     the rows that it is called with.
-
-    Raises
-    ------
-    InputError
-        The task has no prompting, or one that does not fit its classes.
     """
 
     def __init__(self, task: Task) -> None:
@@ -81,11 +76,6 @@ def train(learner: Learner, task: Task) -> Head:
     Source: Zhou et al. 2022, section 4.1 and the authors' repository (KaiyangZhou/CoOp,
     configs/trainers/CoOp): SGD at 0.002, one epoch of warm-up at 1e-5, a cosine by epochs, batches
     of 32; momentum 0.9 and weight decay 5e-4 are the defaults of its toolbox, Dassl.
-
-    Raises
-    ------
-    InputError
-        The loss is not finite.
     """
     prompting = learner.prompting
     optimizer = torch.optim.SGD(
@@ -111,34 +101,26 @@ def _steps(learner: Learner, optimizer: torch.optim.Optimizer, task: Task, done:
     features, labels = shots.features.to(device), shots.labels.to(device)
     epochs = schedule.of(task.n_shots)
     rates = schedule.rates(epochs)
-    batches = -(-len(shots) // schedule.batch_size)
+    size = schedule.batch_size
+    batches = -(-len(shots) // size)
     steps, figures = epochs * batches, dict[str, str]()
-    for step, rows in _batches(len(shots), schedule.batch_size, task.seed, done, steps):
-        optimizer.param_groups[0]["lr"] = rates[step // batches]
+    order = np.arange(0)
+    for step in range(done, steps):
+        epoch, batch = divmod(step, batches)
+        if batch == 0 or step == done:
+            order = np.random.default_rng([task.seed, epoch]).permutation(len(shots))
+        rows = torch.from_numpy(order[batch * size : (batch + 1) * size]).to(device)
+        optimizer.param_groups[0]["lr"] = rates[epoch]
         optimizer.zero_grad()
-        rows = rows.to(device)
         loss = learner.descend(features[rows], labels[rows])
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} after {step} steps; train with a lower rate")
         optimizer.step()
         figures["loss"] = f"{loss:.4f}"
-        if task.validation is not None and (step + 1) % batches == 0:
+        if task.validation is not None and batch + 1 == batches:
             figures["validation"] = f"{learner.validate(task.validation):.2f} %"
         task.progress(step + 1, steps, **figures)
         prompting.checkpoint.keep(partial(_state, learner, optimizer, step + 1))
-
-
-def _batches(
-    n_rows: int, size: int, seed: int, done: int, steps: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each step from `done` on, with the rows of its batch."""
-    batches = -(-n_rows // size)
-    order = np.arange(0)
-    for step in range(done, steps):
-        epoch, batch = divmod(step, batches)
-        if batch == 0 or step == done:
-            order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        yield step, torch.from_numpy(order[batch * size : (batch + 1) * size])
 
 
 def _state(learner: Learner, optimizer: torch.optim.Optimizer, done: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -26,7 +26,6 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.state import StoredState
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.text_tower import Prompts, TextTower
 
@@ -48,7 +47,7 @@ def transport(
 ) -> torch.Tensor:
     """
     Plans (B, L, P) that move the weight 1/L of each of L rows to the weight 1/P of each of P
-    columns, for B problems of cost 1 - S.
+    columns, for B problems of cost 1 - S, with S (B, L, P) cosines.
 
     T = diag(r) A diag(c) with A = exp(-(1 - S) / epsilon), where Sinkhorn's iterations alternate
     r = (1/L) / (A c) and c = (1/P) / (A^T r) from c = 1 on. A problem ends when the mean change of
@@ -58,11 +57,6 @@ def transport(
 
     Source: Cuturi 2013, Sinkhorn Distances; Chen et al. 2023, PLOT, algorithm 1; epsilon,
     iterations and threshold as in the authors' repository (CHENGY12/PLOT).
-
-    Parameters
-    ----------
-    similarities : Tensor (B, L, P)
-        S, cosines, float32 or float64; plans have the same type.
     """
     kernel = torch.exp((similarities - 1) / epsilon)
     n_problems, rows, columns = kernel.shape
@@ -83,16 +77,10 @@ def transported_logits(rows: torch.Tensor, texts: torch.Tensor, scale: float) ->
     """
     Logits (n, K): scale <T, S>, with S the cosines of patches and prompts and T their plan.
 
-    An image without patches is a single row: its only plan weighs all prompts equally.
+    Rows are (n, 1 + L, d), of which the first, the image, is not used; or (n, d) without patches,
+    where the only plan weighs all prompts equally. Texts are unit rows (K, P, d).
 
     Source: Chen et al. 2023, PLOT, equations 5 to 7.
-
-    Parameters
-    ----------
-    rows : Tensor (n, 1 + L, d), or (n, d) without patches
-        The image comes first; with patches it is not used.
-    texts : Tensor (K, P, d)
-        Unit rows.
     """
     if rows.ndim == 2:
         return scale * rows @ texts.mean(1).T
@@ -103,25 +91,16 @@ def transported_logits(rows: torch.Tensor, texts: torch.Tensor, scale: float) ->
 
 @dataclass(frozen=True, kw_only=True)
 class TransportHead(ContextHead):
-    """
-    P prototypes a class, with the logits of `transported_logits`.
-
-    Parameters
-    ----------
-    text : Tensor (K, d)
-        Unit mean of a class's prototypes.
-    texts : Tensor (K, P, d)
-        Unit rows.
-    contexts : Tensor (P, n_ctx, width)
-    patches : int
-        L of the training; 0 without patches.
-    """
+    """P prototypes a class, with the logits of `transported_logits`; `text` is their unit mean."""
 
     kind: ClassVar[str] = "transport"
+    stored_tensors: ClassVar = {"text": "Kd", "texts": "KPd", "contexts": "Pnv"}
+    stored_settings: ClassVar = {**ContextHead.stored_settings, "patches": int}
+    vectors: ClassVar[str] = "contexts"
 
-    texts: torch.Tensor
-    contexts: torch.Tensor
-    patches: int
+    texts: torch.Tensor  # (K, P, d), unit rows
+    contexts: torch.Tensor  # (P, n_ctx, width)
+    patches: int  # L of the training; 0 without patches
 
     @property
     def wants_patches(self) -> bool:
@@ -154,24 +133,6 @@ class TransportHead(ContextHead):
 
     def context_names(self, class_names: Sequence[str]) -> Sequence[str]:
         return [f"prompt {number}" for number in range(1, len(self.contexts) + 1)]
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {"text": self.text, "texts": self.texts, "contexts": self.contexts}
-        settings = {"position": self.position, "words": self.words, "patches": self.patches}
-        return tensors, settings
-
-    @classmethod
-    def from_state(cls, state: StoredState) -> TransportHead:
-        common, texts = state.common(), state.tensor("texts", "KPd")
-        contexts = state.tensor("contexts", "Pnv")
-        return cls(
-            **common,
-            texts=texts,
-            contexts=contexts,
-            position=state.setting("position", str),
-            words=state.words(contexts),
-            patches=state.setting("patches", int),
-        )
 
 
 class Plot(Learner):
