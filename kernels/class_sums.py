@@ -24,7 +24,9 @@ import triton.language as tl
 from transclip_fast.types import Assignments
 
 MOST_PIECES = 16384  # of all classes together, and one a class: fills a GPU many times over
-PIECE_ENTRIES = 256  # of a piece at least: fewer would be more launches than sums
+PIECE_ENTRIES = (
+    256  # of a piece at least: with fewer, starting a program would cost more than its sums
+)
 BLOCK_DIMS, BLOCK_ENTRIES, WARPS = 256, 8, 4
 
 

@@ -20,8 +20,8 @@ more, some 60 at C = 16 and K = 1024. One that might outgrow its room is cut to 
 second kernel cuts each list to the candidates and writes them in the order of their classes.
 
 Shapes: F (N, d) and P (K, d) float16, c (K,) float32; values, classes (N, C). Cost:
-2 N K d operations; N K d (1 / M + 1 / N) entries read from the cache for tiles of M x N. Method:
-Zanella et al., NeurIPS 2024, equation 5.
+2 N K d operations; N K d (1 / A + 1 / B) entries read from the cache for tiles of A rows and B
+classes. Method: Zanella et al., NeurIPS 2024, equation 5.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Base scores b = F P^T + c, cut to each row's candidates without ever holding N x
 The product of a chunk of rows is cuBLAS's, into a buffer that stays in the L2 cache; one program a
 row then finds
 
-    x_k = (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
+    x_k = s (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
     b_k = x_k - log sum_k e^(x_k)
     candidates: b_k >= min(log_threshold, max b), the C largest of them
     tail = sum of e^(b_k) of all others

@@ -8,8 +8,8 @@ For each row i with candidates c and the mass t of all other classes:
 
 Shapes: b, candidates (N, C); z, its classes (N, R); affinity in CSR with E entries. A row of z is
 written in the order of its candidates, its unused end is 0. `bound` (N,) is t (e^u - 1), u the
-largest message of either sign to a class that is no candidate and t at least float32's rounding:
-the mass that the sweep may have misplaced.
+largest message of either sign to a class that is no candidate and t at least K times float32's
+rounding: the mass that the sweep may have misplaced, at most 1.
 
 A row reads its own C scores and, of each neighbour, the entries in use: bytes are the cost, see
 `messages.py` for how they are kept in flight. Method: Zanella et al., NeurIPS 2024, equation 5, on
