@@ -73,7 +73,7 @@ def _random_rows(rows: Rows, size: int) -> torch.Tensor:
 
 
 def _spherical_kmeans(centres: torch.Tensor, sample: torch.Tensor, steps: int) -> torch.Tensor:
-    """Centres (L, d) after some steps."""
+    """Centres (L, d) after some steps of k-means."""
     for _ in range(steps):
         centres, _ = _kmeans_step(centres, sample)
     return centres

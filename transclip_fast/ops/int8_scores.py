@@ -64,18 +64,10 @@ class Int8Scores:
         centre = features.mean(0)
         codes, steps, norms = _to_int8(features, centre)
         torch._int_mm(codes, self._codes.T, out=products)
-        topk.select_int8(
-            products.numpy(),
-            steps,
-            self._steps,
-            torch.addmv(self._offset, self._weights, centre).numpy(),
-            topk.score_errors(steps, norms, *self._largest),
-            features.numpy(),
-            self._weights.numpy(),
-            self._offset.numpy(),
-            first,
-            *lists,
-        )
+        centre_scores = torch.addmv(self._offset, self._weights, centre).numpy()
+        terms = steps, self._steps, centre_scores, topk.score_errors(steps, norms, *self._largest)
+        operands = features.numpy(), self._weights.numpy(), self._offset.numpy()
+        topk.select_int8(products.numpy(), *terms, *operands, first, *lists)
 
 
 def int8_scores(weights: torch.Tensor, offset: torch.Tensor) -> Int8Scores | None:
