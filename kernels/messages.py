@@ -68,14 +68,6 @@ class SegmentedAffinity:
         return self.affinity.offsets, self.affinity.columns, self.affinity.weights
 
 
-def launch(n_rows: int, n_slots: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and options of a kernel on so many rows, or segments, of so many slots."""
-    slots = max(16, triton.next_power_of_2(n_slots))
-    rows, warps = LAUNCHES.get(slots, (1, 8))
-    blocks = {"BLOCK_ROWS": rows, "BLOCK_SLOTS": slots, "BLOCK_OUTSIDE": OUTSIDE_CLASSES}
-    return (triton.cdiv(n_rows, rows),), {**blocks, "num_warps": warps}
-
-
 @triton.jit
 def zero_messages(slots, BLOCK_OUTSIDE: tl.constexpr):
     """
@@ -203,6 +195,14 @@ def segment_kernel(
     tl.store(part_classes_ptr + h, outside_classes, inside[:, None])
     tl.store(part_sums_ptr + h, outside_sums, inside[:, None])
     tl.store(part_overflow_ptr + segment, outside_overflow, inside)
+
+
+def launch(n_rows: int, n_slots: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and options of a kernel on so many rows, or segments, of so many slots."""
+    slots = max(16, triton.next_power_of_2(n_slots))
+    rows, warps = LAUNCHES.get(slots, (1, 8))
+    blocks = {"BLOCK_ROWS": rows, "BLOCK_SLOTS": slots, "BLOCK_OUTSIDE": OUTSIDE_CLASSES}
+    return (triton.cdiv(n_rows, rows),), {**blocks, "num_warps": warps}
 
 
 def segment_messages(
