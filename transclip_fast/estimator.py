@@ -206,6 +206,7 @@ class TransCLIP(Parameters):
         """
         if text_features is None and _ndim(y) == 2:
             text_features = y
+        self.check()
         problem = Problem.check(
             X,
             text_features,
