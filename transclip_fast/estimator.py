@@ -380,7 +380,10 @@ class TransCLIP(Parameters):
 
 def _ndim(array: Any) -> int:
     """Number of dimensions of an array, a tensor on any device, nested lists or None."""
-    return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
+    try:
+        return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
+    except ValueError:  # lists of different lengths, which the check of text features refuses
+        return 2
 
 
 def _solutions(

@@ -114,3 +114,9 @@ def test_warnings_are_a_line_and_name_the_file(save, arrays, cli):
     assert ran.code == 0
     assert ran.err.startswith(f"warning: {file}: text_features: ")
     assert ran.err.count("\n") == 1
+
+
+def test_errors_about_the_queries_name_the_file(save, arrays, refused):
+    words = np.full(arrays["image_features"].shape, "a")
+    file = save(arrays | {"image_features": words})
+    assert f"error: {file}: image_features: expected numbers" in refused("plan", file)
