@@ -56,10 +56,10 @@ def parallel_map(
 
 
 @contextmanager
-def single_threaded_torch() -> Iterator[None]:
+def single_threaded_torch(device: torch.device = CPU) -> Iterator[None]:
     """Keep torch's own operations on the calling thread, and the pool at its size."""
     threads = torch.get_num_threads()
-    if threads == 1:  # also within another one
+    if threads == 1 or device.type != "cpu":  # one thread also within another such block
         yield
         return
     _caller.threads = threads

@@ -55,7 +55,7 @@ def solve(
         Saves the state after every outer step; a saved state is where the run resumes.
     """
     checkpoint = checkpoint or NoCheckpoint()
-    with exact_float32(), single_threaded_torch():
+    with exact_float32(), single_threaded_torch(inputs.features.device):
         state = start(inputs, graph, settings, gamma)
         history = restore(state, checkpoint.load())
         report = _reporter(state, history, progress)
