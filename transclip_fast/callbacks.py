@@ -9,27 +9,27 @@ from typing import Protocol
 
 import numpy as np
 
-State = Mapping[str, np.ndarray]
+SavedState = Mapping[str, np.ndarray]
 Count = Callable[[int, int], None]  # (done, total)
 
 
 class Checkpoint(Protocol):
     """Where a state is saved; `transclip_fast.store.checkpoint` has one on disk."""
 
-    def load(self) -> State | None:
+    def load(self) -> SavedState | None:
         """The last saved state of this very work, or None."""
 
-    def keep(self, state: Callable[[], State]) -> None:
+    def keep(self, state: Callable[[], SavedState]) -> None:
         """Save a state, unless the last one is too recent to be worth the time."""
 
 
 class NoCheckpoint:
     """Saves nothing."""
 
-    def load(self) -> State | None:
+    def load(self) -> SavedState | None:
         return None
 
-    def keep(self, state: Callable[[], State]) -> None:
+    def keep(self, state: Callable[[], SavedState]) -> None:
         pass
 
 

@@ -9,7 +9,7 @@ import torch
 
 from transclip_fast.errors import InputError
 
-MOST_BYTES = 1 << 17
+MAX_INT8_DIM = 1 << 17
 
 
 def resolve_device(name: str) -> torch.device:
@@ -37,11 +37,11 @@ def multiplies_bytes(dim: int) -> bool:
     Whether torch multiplies rows of `dim` bytes several times faster than float32 on this CPU.
 
     It does so only with AVX512-VNNI, by oneDNN. That leaves rows of a single byte alone, and sums
-    of more bytes than `MOST_BYTES` may overflow.
+    of more bytes than `MAX_INT8_DIM` may overflow.
     """
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[no-untyped-call]
     vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
-    return bool(onednn and vnni and 1 < dim <= MOST_BYTES)
+    return bool(onednn and vnni and 1 < dim <= MAX_INT8_DIM)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
 # What speaks for another order: rows enough, accuracy that renaming the classes multiplies and
 # raises by some points, and a class for each label, by some deviations more than by chance.
-LEAST_ROWS, ORDER_FACTOR, ORDER_GAIN, ORDER_DEVIATIONS = 16, 3, 30.0, 1.5
+ORDER_ROWS, ORDER_FACTOR, ORDER_GAIN, ORDER_DEVIATIONS = 16, 3, 30.0, 1.5
 
 
 def accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
@@ -128,7 +128,7 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
             taken.add(true)
             renamed += int(counts[i])
     better = 100 * renamed / len(labels)
-    if len(truth) < LEAST_ROWS or len(taken) < 3:
+    if len(truth) < ORDER_ROWS or len(taken) < 3:
         return []
     if better - as_is < ORDER_GAIN or ORDER_FACTOR * as_is > better:
         return []

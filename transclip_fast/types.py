@@ -293,8 +293,8 @@ class Assignments:
         largest = self.values.max(1)
         if self.classes is None:
             return largest.indices, largest.values
-        others = torch.where(self.values == largest.values[:, None], self.classes, self.n_classes)
-        return others.amin(1).long(), largest.values
+        tied = torch.where(self.values == largest.values[:, None], self.classes, self.n_classes)
+        return tied.amin(1).long(), largest.values
 
     def empty_like(self) -> Assignments:
         """Room for another z of the same form."""

@@ -1,4 +1,4 @@
-"""What is kept in memory, for how much memory there is."""
+"""The layout that is chosen for the memory there is."""
 
 import numpy as np
 import pytest
@@ -115,7 +115,7 @@ def test_a_layout_never_takes_more_than_is_allowed(limit, candidates):
 
 
 def test_what_else_takes_memory():
-    """Copies of what is held, a given prior, and the best run so far where several are tried."""
+    """Copies of held features, a prior (N, K), and the best run so far if several are tried."""
     layout = Layout(64, held=True)
 
     def total(**values):

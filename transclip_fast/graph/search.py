@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from transclip_fast.callbacks import Checkpoint, Count, State
+from transclip_fast.callbacks import Checkpoint, Count, SavedState
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.exact import Pair, all_pairs, compare, int8_products
 from transclip_fast.graph.rerank import BestLists
@@ -133,7 +133,7 @@ def search_lists(
             torch.from_numpy(state[name]).to(rows.device) for name in ("centres", "ranked")
         )
 
-    def current_state() -> State:
+    def current_state() -> SavedState:
         place = [probes, rounds, blocks]
         return best.state(place=place, centres=centres.cpu(), ranked=ranked.cpu())
 

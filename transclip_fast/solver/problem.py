@@ -31,7 +31,7 @@ from transclip_fast.solver.support import Support
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import NeighborGraph, Truncation
 
-Labelled = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
+LabelledRows = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
 PRIOR_SAMPLE_ROWS = 512  # enough to know the mean mass of the largest classes to about 1 %
 
 
@@ -52,8 +52,8 @@ class Problem:
         That of the text features where there are any, else `prior`.
     anchors : array_like (K, d), optional
         Prototypes or text features: where the centres of an approximate graph search start.
-    support, validation : Labelled, optional
-        Labelled rows that take part, and that choose gamma.
+    support, validation : LabelledRows, optional
+        LabelledRows rows that take part, and that choose gamma.
     """
 
     features: torch.Tensor | StoredRows
@@ -61,8 +61,8 @@ class Problem:
     prior: Prior
     zero_shot: Prior
     anchors: Any
-    support: Labelled | None
-    validation: Labelled | None
+    support: LabelledRows | None
+    validation: LabelledRows | None
 
     @classmethod
     def check(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from transclip_fast import callbacks
+from transclip_fast.callbacks import SavedState
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.torch_backend import TorchOps
@@ -144,7 +144,7 @@ def saved(state: State, history: list[float]) -> dict[str, np.ndarray]:
     return {"objective": np.array(history), **arrays, **state.z.state()}
 
 
-def restore(state: State, arrays: callbacks.State | None) -> list[float]:
+def restore(state: State, arrays: SavedState | None) -> list[float]:
     """Resume from `saved` arrays, if there are any; returns the objective after each step taken."""
     if arrays is None:
         return []
