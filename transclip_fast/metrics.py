@@ -1,4 +1,4 @@
-"""How good a labelling is, and signs that its input was wrong."""
+"""Accuracies of a labelling, and warnings that its input looks wrong."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
-# What speaks for another order: rows enough, accuracy that renaming the classes multiplies and
-# raises by some points, and a class for each label, by some deviations more than by chance.
+# Classes seem to be in another order if there are enough rows, if renaming them multiplies the
+# accuracy and raises it by so many points, and if true classes have more distinct labels than
+# random ones would, by so many standard deviations.
 ORDER_ROWS, ORDER_FACTOR, ORDER_GAIN, ORDER_DEVIATIONS = 16, 3, 30.0, 1.5
 
 
@@ -108,14 +109,13 @@ def check_assignments(
 
 def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
     """
-    A warning where zero-shot labels (N,) would fit the truth (N,) far better with other names.
+    A warning if zero-shot labels (N,) would fit the truth (N,) far better with classes renamed.
 
-    Poor labels are not in another order: `bench.accuracy.class_order` counts how often this is
-    right.
+    Poor labels alone raise no warning; `bench.accuracy.class_order` counts right and wrong ones.
     """
     as_is = accuracy(labels, truth)
     pairs, counts = np.unique(np.stack([labels, truth]), axis=1, return_counts=True)
-    # The largest groups first, each class once on either side: at least half of the best renaming.
+    # Greedy matching of labels and classes: it finds at least half of the best renaming.
     renamed = 0
     used: set[int] = set()
     taken: set[int] = set()
@@ -142,9 +142,9 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
 
 def _distinct_by_chance(draws: int, n_classes: int) -> float:
     """
-    As many different classes as some draws of a class at random hardly bring.
+    A number of distinct classes that so many random draws of a class rarely exceed.
 
-    Texts that know nothing of the images still give each class a label of its own that often.
+    Even texts unrelated to the images give that many true classes a label of their own.
     """
     missed = (1 - 1 / n_classes) ** draws  # by all draws
     both_missed = (1 - 2 / n_classes) ** draws
