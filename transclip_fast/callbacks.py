@@ -98,7 +98,7 @@ class FitProgress:
     def rows(self, number: int) -> None:
         """Count rows that were read."""
         with self._lock:
-            # A pass may read a row twice: the count stops at the end of the pass.
+            # A pass may read a row twice: the count stops at the end of the step.
             rows = min(self._state.rows + number, self._limit)
             self._state = replace(self._state, rows=rows)
             self._report(self._state)

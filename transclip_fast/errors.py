@@ -22,7 +22,7 @@ class InputError(ValueError):
     ...     build_graph([[3.0, 4.0], [0.0, 0.0]])
     ... except InputError as error:
     ...     print(error)
-    features: row 1 is all zero and has no direction
+    features: row 1 is all zero; remove or recompute that row
     """
 
 
