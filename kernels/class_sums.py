@@ -21,8 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_PIECES = 16384  # of all classes together, beside one a class: they fill a GPU many times over
-PIECE_ENTRIES = 256  # of a piece, at least: a shorter one costs more to launch than to sum
+from transclip_fast.types import Assignments
+
+MOST_PIECES = 16384  # of all classes together, and one a class: fills a GPU many times over
+PIECE_ENTRIES = (
+    256  # of a piece at least: with fewer, starting a program would cost more than its sums
+)
 BLOCK_DIMS, BLOCK_ENTRIES, WARPS = 256, 8, 4
 
 
@@ -76,39 +80,26 @@ def total_kernel(
         tl.store(counts_ptr + k, tl.sum(count, 0))
 
 
-def class_sums(
-    z: torch.Tensor, classes: torch.Tensor, n_classes: int, features: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Sums and masses of the classes.
-
-    Parameters
-    ----------
-    z, classes : Tensor (N, R) float32, int32
-    features : Tensor (N, d) float32 or float16
-
-    Returns
-    -------
-    sums, counts : Tensor (K + 1, d), (K + 1,) float64
-        The last row is that of class K, the mass that rows dropped.
-    """
-    n_rows, width = z.shape[0], z.shape[1] + 1
+def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums (K + 1, d) and masses (K + 1,) of the classes; the last one is of what rows dropped."""
+    n_rows, width, n_classes = len(z), z.values.shape[1] + 1, z.n_classes
     key_type = torch.int16 if n_classes + 1 < 2**15 else torch.int32
-    keys = torch.full((n_rows, width), n_classes, dtype=key_type, device=z.device)
-    keys[:, :-1] = torch.where(z > 0, classes, n_classes + 1)  # unused entries come last
-    values = torch.cat([z, 1 - z.sum(1, keepdim=True)], 1)
+    keys = torch.full((n_rows, width), n_classes, dtype=key_type, device=features.device)
+    used = z.values > 0
+    keys[:, :-1] = torch.where(used, z.classes, n_classes + 1)  # unused ones come last
+    values = torch.cat([z.values, 1 - z.values.sum(1, keepdim=True)], 1)
     keys, order = keys.flatten().sort(stable=True)
-    every = torch.arange(n_classes + 2, dtype=key_type, device=z.device)
+    every = torch.arange(n_classes + 2, dtype=key_type, device=keys.device)
     bounds = torch.searchsorted(keys, every)  # (K + 2,) of the classes' entries
     length = max(PIECE_ENTRIES, triton.cdiv(len(keys), MAX_PIECES))
     pieces = torch.nn.functional.pad(((bounds.diff() + length - 1) // length).cumsum(0), (1, 0))
     n_pieces = len(keys) // length + n_classes + 1  # at most: the number stays on the device
-    places = torch.arange(n_pieces, device=z.device)
+    places = torch.arange(n_pieces, device=keys.device)
     class_of = torch.searchsorted(pieces, places, right=True) - 1
 
     d = features.shape[1]
-    part = z.new_empty(n_pieces, d, dtype=torch.float64)
-    part_counts = z.new_empty(n_pieces, dtype=torch.float64)
+    part = values.new_empty(n_pieces, d, dtype=torch.float64)
+    part_counts = part.new_empty(n_pieces)
     sums = part.new_empty(n_classes + 1, d)
     counts = part.new_empty(n_classes + 1)
     blocks = triton.cdiv(d, BLOCK_DIMS)

@@ -15,7 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from transclip_fast.kernels.messages import Launch, Segments, row_messages, segment_messages
+from transclip_fast.kernels.messages import (
+    SegmentedAffinity,
+    launch,
+    row_messages,
+    segment_messages,
+)
+from transclip_fast.types import Assignments
 
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32: 0 log 0 = 0
 
@@ -45,28 +51,13 @@ def energy_kernel(
     tl.store(terms_ptr + 2 * row + 1, entropy, inside)
 
 
-def energies(
-    graph: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    segments: Segments,
-    z: torch.Tensor,
-    z_classes: torch.Tensor,
-) -> torch.Tensor:
-    """
-    Pairwise term and entropy, (2,) float64.
-
-    Parameters
-    ----------
-    graph : Tensor (N + 1,) int64, (E,) int64, (E,) float32
-        Offsets, columns and weights of the affinity.
-    z, z_classes : Tensor (N, R) float32, int32
-    """
-    n_rows, width = z.shape
-    terms = z.new_empty(n_rows, 2)
-    parts = segment_messages(segments, *graph[1:], z, z_classes, z, z_classes, 0.0)
-    launch = Launch.of(width)
-    energy_kernel[(triton.cdiv(n_rows, launch.rows),)](
-        *graph, z, z_classes, width, segments.offsets, *parts, terms, n_rows,
-        BLOCK_ROWS=launch.rows, BLOCK_SLOTS=launch.slots, BLOCK_OUTSIDE=parts[1].shape[1],
-        num_warps=launch.warps,
-    )  # fmt: skip
+def energies(graph: SegmentedAffinity, z: Assignments) -> torch.Tensor:
+    """Pairwise term and entropy, (2,) float64, of sparse assignments."""
+    n_rows, width = z.values.shape
+    terms = z.values.new_empty(n_rows, 2)
+    parts = segment_messages(graph, z, z.values, z.classes, 0.0)
+    grid, options = launch(n_rows, width)
+    energy_kernel[grid](
+        *graph.arrays, z.values, z.classes, width, graph.bounds, *parts, terms, n_rows, **options
+    )
     return terms.sum(0, dtype=torch.float64)

@@ -26,78 +26,54 @@ import torch
 import triton
 import triton.language as tl
 
-SEGMENT_NEIGHBORS = 64  # neighbours of a segment, at most: bounds the time of a block
+from transclip_fast.types import Affinity, Assignments
+
+SEGMENT_NEIGHBORS = 64  # neighbours of a segment: one warp's work on a row takes no longer
 OUTSIDE_CLASSES = 16  # classes outside a row's slots whose messages are summed one by one
+# Slots, a power of two: rows of a block, warps. Two or four slots a thread: a warp shares what it
+# loads, and many rows are under way.
+LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (1, 4), 256: (1, 4), 512: (1, 8), 1024: (1, 4)}
 
 
 @dataclass(frozen=True)
-class Segments:
+class SegmentedAffinity:
     """
-    The hubs of an affinity in segments.
+    An affinity of N rows, its hubs cut into S segments.
 
-    Parameters
-    ----------
-    offsets : Tensor (N + 1,) int64
-        Bounds each row's segments; a row that is no hub has none.
-    rows, first, last : Tensor (S,) int64
-        Row of each segment, and its part of the affinity's entries.
+    `bounds` (N + 1,) int64 bounds each row's segments, of which a row that is no hub has none;
+    `rows`, `first`, `last` (S,) int64 are each segment's row and its part of the entries.
     """
 
-    offsets: torch.Tensor
+    affinity: Affinity
+    bounds: torch.Tensor
     rows: torch.Tensor
     first: torch.Tensor
     last: torch.Tensor
 
     @classmethod
-    def of(cls, offsets: torch.Tensor) -> Segments:
-        """The segments of an affinity with these offsets (N + 1,); reads their number back."""
+    def of(cls, affinity: Affinity) -> SegmentedAffinity:
+        """Cut the hubs; this reads their number of segments back from the device."""
+        offsets, size = affinity.offsets, SEGMENT_NEIGHBORS
         degrees = offsets.diff()
-        size = SEGMENT_NEIGHBORS
         counts = torch.where(degrees > size, (degrees + size - 1) // size, 0)
         bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         rows = torch.repeat_interleave(counts)
         places = torch.arange(len(rows), device=rows.device) - bounds[rows]
         first = offsets[rows] + size * places
-        return cls(bounds, rows, first, torch.minimum(first + size, offsets[rows + 1]))
+        return cls(affinity, bounds, rows, first, torch.minimum(first + size, offsets[rows + 1]))
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Rows of a block, slots rounded up to a power of two, warps."""
-
-    rows: int
-    slots: int
-    warps: int
-
-    @classmethod
-    def of(cls, n_slots: int) -> Launch:
-        """
-        The launch for rows of so many slots: two or four slots a thread, so that a warp shares its
-        loads, many rows are in flight, and nothing spills on sm_80, sm_90, sm_100 or gfx942.
-        """
-        slots = max(16, triton.next_power_of_2(n_slots))
-        rows, warps = LAUNCHES.get(slots, (1, 8))
-        return cls(rows, slots, warps)
-
-
-# Slots: rows of a block, warps.
-LAUNCHES = {
-    16: (8, 1),
-    32: (8, 2),
-    64: (2, 2),
-    128: (1, 4),
-    256: (1, 4),
-    512: (1, 8),
-    1024: (1, 4),
-}
+    @property
+    def arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Offsets, columns and weights of the affinity."""
+        return self.affinity.offsets, self.affinity.columns, self.affinity.weights
 
 
 @triton.jit
 def zero_messages(slots, BLOCK_OUTSIDE: tl.constexpr):
-    """The sums before any message, in the order of `accumulate_message`."""
+    """
+    The sums before any message: of the slots (B, C), the other classes, -1 where free, and their
+    sums (B, H), and the overflow (B,).
+    """
     BLOCK_ROWS: tl.constexpr = slots.shape[0]
     return (
         tl.zeros((BLOCK_ROWS, slots.shape[1]), tl.float32),
@@ -108,15 +84,9 @@ def zero_messages(slots, BLOCK_OUTSIDE: tl.constexpr):
 
 
 @triton.jit
-def accumulate_message(
-    classes, message, slots, messages, outside_classes, outside_sums, outside_overflow
-):
-    """
-    Add one message a row: `classes` (B,), `message` (B,).
-
-    `slots`, `messages` (B, C): classes of the slots and their sums; `outside_classes`,
-    `outside_sums` (B, H): other classes, -1 where free, and their sums; `outside_overflow` (B,).
-    """
+def accumulate_message(classes, message, slots, sums):
+    """Add one message a row, `message` (B,) to `classes` (B,); `slots` (B, C) are classes too."""
+    messages, outside_classes, outside_sums, outside_overflow = sums
     in_slot = slots == classes[:, None]  # (B, C)
     messages += tl.where(in_slot, message[:, None], 0.0)
     listed = outside_classes == classes[:, None]  # (B, H)
@@ -134,9 +104,8 @@ def accumulate_message(
 
 @triton.jit
 def gather_messages(
-    first, last, columns_ptr, weights_ptr, z_ptr, z_classes_ptr, width,
-    slots, messages, outside_classes, outside_sums, outside_overflow,
-):  # fmt: skip
+    first, last, columns_ptr, weights_ptr, z_ptr, z_classes_ptr, width, slots, sums
+):
     """Add the entries `first` to `last` (B,) of the affinity, each a list (width,) of z."""
     longest = tl.max((last - first).to(tl.int32), 0)
     for step in range(longest):
@@ -148,20 +117,16 @@ def gather_messages(
         value = tl.load(z_ptr + place, own, other=0.0)
         while tl.max(value, 0) > 0:  # at 0 the rest of a list is unused
             classes = tl.load(z_classes_ptr + place, value > 0, other=-2)
-            messages, outside_classes, outside_sums, outside_overflow = accumulate_message(
-                classes, weight * value,
-                slots, messages, outside_classes, outside_sums, outside_overflow,
-            )  # fmt: skip
+            sums = accumulate_message(classes, weight * value, slots, sums)
             place += 1
             value = tl.load(z_ptr + place, own & (place < stop), other=0.0)
-    return messages, outside_classes, outside_sums, outside_overflow
+    return sums
 
 
 @triton.jit
 def gather_segments(
-    first, last, part_ptr, part_classes_ptr, part_sums_ptr, part_overflow_ptr, n_slots,
-    slots, messages, outside_classes, outside_sums, outside_overflow,
-):  # fmt: skip
+    first, last, part_ptr, part_classes_ptr, part_sums_ptr, part_overflow_ptr, n_slots, slots, sums
+):
     """Add the sums of the segments `first` to `last` (B,) of each row, in order."""
     longest = tl.max((last - first).to(tl.int32), 0)
     for step in range(longest):
@@ -169,17 +134,16 @@ def gather_segments(
         own = segment < last
         c = tl.arange(0, slots.shape[1])[None, :]
         mask = own[:, None] & (c < n_slots)
+        messages, outside_classes, outside_sums, outside_overflow = sums
         messages += tl.load(part_ptr + segment[:, None] * n_slots + c, mask, other=0.0)
         outside_overflow += tl.load(part_overflow_ptr + segment, own, other=0.0)
+        sums = messages, outside_classes, outside_sums, outside_overflow
         for h in range(outside_classes.shape[1]):
             place = segment * outside_classes.shape[1] + h
             classes = tl.load(part_classes_ptr + place, own, other=-1)
             message = tl.load(part_sums_ptr + place, own & (classes >= 0), other=0.0)
-            classes = tl.where(classes >= 0, classes, -2)
-            messages, outside_classes, outside_sums, outside_overflow = accumulate_message(
-                classes, message, slots, messages, outside_classes, outside_sums, outside_overflow
-            )
-    return messages, outside_classes, outside_sums, outside_overflow
+            sums = accumulate_message(tl.where(classes >= 0, classes, -2), message, slots, sums)
+    return sums
 
 
 @triton.jit
@@ -194,14 +158,13 @@ def row_messages(
     segment = tl.load(segments_ptr + row, inside, other=0)
     stop = tl.load(segments_ptr + row + 1, inside, other=0)
     last = tl.where(segment == stop, last, first)
-    messages, outside_classes, outside_sums, outside_overflow = zero_messages(slots, BLOCK_OUTSIDE)
-    messages, outside_classes, outside_sums, outside_overflow = gather_messages(
+    sums = gather_messages(
         first, last, columns_ptr, weights_ptr, z_ptr, z_classes_ptr, width,
-        slots, messages, outside_classes, outside_sums, outside_overflow,
+        slots, zero_messages(slots, BLOCK_OUTSIDE),
     )  # fmt: skip
     return gather_segments(
         segment, stop, part_ptr, part_classes_ptr, part_sums_ptr, part_overflow_ptr, n_slots,
-        slots, messages, outside_classes, outside_sums, outside_overflow,
+        slots, sums,
     )  # fmt: skip
 
 
@@ -223,10 +186,9 @@ def segment_kernel(
     slots = tl.where(used, tl.load(classes_ptr + place, mask, other=-1), -1)  # (B, C)
     start = tl.load(first_ptr + segment, inside, other=0)
     stop = tl.load(last_ptr + segment, inside, other=0)
-    messages, outside_classes, outside_sums, outside_overflow = zero_messages(slots, BLOCK_OUTSIDE)
     messages, outside_classes, outside_sums, outside_overflow = gather_messages(
         start, stop, columns_ptr, weights_ptr, z_ptr, z_classes_ptr, width,
-        slots, messages, outside_classes, outside_sums, outside_overflow,
+        slots, zero_messages(slots, BLOCK_OUTSIDE),
     )  # fmt: skip
     tl.store(part_ptr + segment[:, None] * n_slots + c, messages, mask)
     h = segment[:, None] * BLOCK_OUTSIDE + tl.arange(0, BLOCK_OUTSIDE)[None, :]
@@ -235,14 +197,19 @@ def segment_kernel(
     tl.store(part_overflow_ptr + segment, outside_overflow, inside)
 
 
+def launch(n_rows: int, n_slots: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and options of a kernel on so many rows, or segments, of so many slots."""
+    slots = max(16, triton.next_power_of_2(n_slots))
+    rows, warps = LAUNCHES.get(slots, (1, 8))
+    blocks = {"BLOCK_ROWS": rows, "BLOCK_SLOTS": slots, "BLOCK_OUTSIDE": OUTSIDE_CLASSES}
+    return (triton.cdiv(n_rows, rows),), {**blocks, "num_warps": warps}
+
+
 def segment_messages(
-    segments: Segments,
-    columns: torch.Tensor,
-    weights: torch.Tensor,
-    z: torch.Tensor,
-    z_classes: torch.Tensor,
+    graph: SegmentedAffinity,
+    z: Assignments,
     scores: torch.Tensor,
-    classes: torch.Tensor,
+    classes: torch.Tensor | None,
     unused: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
@@ -253,19 +220,18 @@ def segment_messages(
     tuple of Tensor (S, C) float32, (S, H) int32, (S, H) float32, (S,) float32
         Sums at the slots; other classes and their sums; the overflow.
     """
-    size, n_slots = len(segments), scores.shape[1]
+    size, n_slots = len(graph.rows), scores.shape[1]
+    grid, options = launch(size, n_slots)
+    outside = size, options["BLOCK_OUTSIDE"]
     parts = (
         scores.new_empty(size, n_slots),
-        classes.new_empty(size, OUTSIDE_CLASSES),
-        scores.new_empty(size, OUTSIDE_CLASSES),
+        scores.new_empty(outside, dtype=torch.int32),
+        scores.new_empty(outside),
         scores.new_empty(size),
     )
     if size:
-        launch = Launch.of(n_slots)
-        segment_kernel[(triton.cdiv(size, launch.rows),)](
-            segments.rows, segments.first, segments.last, columns, weights,
-            z, z_classes, z.shape[1], scores, classes, n_slots, unused, *parts, size,
-            BLOCK_ROWS=launch.rows, BLOCK_SLOTS=launch.slots, BLOCK_OUTSIDE=OUTSIDE_CLASSES,
-            num_warps=launch.warps,
+        segment_kernel[grid](
+            graph.rows, graph.first, graph.last, *graph.arrays[1:], z.values, z.classes,
+            z.values.shape[1], scores, classes, n_slots, unused, *parts, size, **options,
         )  # fmt: skip
     return parts

@@ -14,8 +14,7 @@ its own neighbour, and of equal products the lower id wins.
 so if the k-th best exact product is above that bound, the candidates hold the k nearest rows.
 
 Shapes: F (N, d) float16 or float32; ids (N, KEPT) int64, similarities (N, KEPT) float32. Cost:
-2 N^2 d operations on the matrix units; N^2 d (1 / M + 1 / N) entries read from the cache for tiles
-of M x N.
+2 N^2 d operations on the matrix units; 2 N^2 d / B entries read from the cache for tiles of B x B.
 """
 
 from __future__ import annotations
@@ -83,12 +82,7 @@ def candidates(
     features: torch.Tensor, first: int = 0, stop: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The KEPT rows with the largest products with each of the rows `first` to `stop`, in any order.
-
-    Parameters
-    ----------
-    features : Tensor (N, d) float16 or float32
-        Fewer than 2^31 rows.
+    The KEPT rows with the largest products with each of the n rows `first` to `stop`, in any order.
 
     Returns
     -------
@@ -96,6 +90,11 @@ def candidates(
         -1 where N has fewer other rows.
     similarities : Tensor (n, KEPT) float32
         Their products, -inf where there is none.
+
+    Raises
+    ------
+    ValueError
+        Features that are not contiguous, or of 2^31 rows or more.
     """
     n_rows, d = features.shape
     stop = n_rows if stop is None else stop
@@ -120,18 +119,10 @@ def certified(
     d: int,
 ) -> torch.Tensor:
     """
-    Whether the candidates of each row are proven to hold its nearest rows.
+    Whether the candidates of each row are proven to hold its k nearest rows, (n,) bool.
 
-    Parameters
-    ----------
-    nearest : Tensor (n,)
-        Exact product with the k-th nearest candidate.
-    similarities : Tensor (n, KEPT) float32
-        From `candidates`.
-    errors : Tensor (n,)
-        |f_i - fl16 f_i|.
-    worst : Tensor ()
-        The largest of it over all N rows.
+    `nearest` (n,) is the exact product with the k-th nearest candidate, `similarities` (n, KEPT)
+    are those of `candidates`, `errors` (n,) |f_i - fl16 f_i|, and `worst` () the largest of all N.
     """
     rest = similarities.amin(1)
     margin = LARGEST_NORM * (errors + worst) + LARGEST_NORM**2 * d * SUM_ROUNDING

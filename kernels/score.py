@@ -19,8 +19,8 @@ C = 16 and K = 1024. A list that might outgrow its room is cut to its C largest.
 cuts each list to the candidates and writes them in the order of their classes.
 
 Shapes: F (N, d) and P (K, d) float16, c (K,) float32; values, classes (N, C). Cost:
-2 N K d operations; N K d (1 / M + 1 / N) entries read from the cache for tiles of M x N. Method:
-Zanella et al., NeurIPS 2024, equation 5.
+2 N K d operations; N K d (1 / A + 1 / B) entries read from the cache for tiles of A rows and B
+classes. Method: Zanella et al., NeurIPS 2024, equation 5.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from transclip_fast.kernels.select import ordered, selected, threshold_of, write_candidates
+from transclip_fast.types import Scores
 
 MAX_CANDIDATES = 32  # C at most: with more, the partial maxima hardly bound the C-th largest score
 CHUNK_ROWS = 1 << 16  # rows of a launch: their lists take 134 MB, of which little is touched
@@ -241,15 +242,12 @@ def score(
     weights: torch.Tensor,
     scale: torch.Tensor,
     offset: torch.Tensor,
-    log_threshold: torch.Tensor,
     nodes: torch.Tensor,
     *,
-    values: torch.Tensor,
-    classes: torch.Tensor,
-    tail: torch.Tensor,
+    out: Scores,
 ) -> None:
     """
-    Enter the candidates of all rows.
+    Write the candidates of all rows to their nodes in sparse scores.
 
     Parameters
     ----------
@@ -257,39 +255,33 @@ def score(
     scale : Tensor () float32
         Factor of the products.
     offset : Tensor (K,) float32
-    log_threshold : Tensor (N,) float32
-        A class is a candidate if b is at least this, or its row's largest.
     nodes : Tensor (N,) int64
-        Row of `log_threshold`, `values`, `classes` and `tail` of each row of the features.
-    values, classes : Tensor (N, C) float32, int32
-        C at most MAX_CANDIDATES.
-    tail : Tensor (N,) float32
-        Receives the mass of the other classes.
+        Row of `out` of each row of the features.
 
     Raises
     ------
     ValueError
         Operands that are not contiguous, or C above MAX_CANDIDATES.
     """
-    (n_rows, d), (n_classes, width) = features.shape, (len(weights), values.shape[1])
+    (n_rows, d), (n_classes, width) = features.shape, (len(weights), out.values.shape[1])
     if not features.is_contiguous() or not weights.is_contiguous() or width > MAX_CANDIDATES:
         raise ValueError(f"operands must be contiguous, candidates at most {MAX_CANDIDATES}")
     chunk = min(n_rows, CHUNK_ROWS)
     entries = nodes.new_empty(chunk, LIST_ENTRIES)
-    lengths = classes.new_empty(chunk)
-    totals, unlisted = tail.new_empty(chunk), tail.new_empty(chunk)
+    lengths = nodes.new_empty(chunk, dtype=torch.int32)
+    totals, unlisted = out.tail.new_empty(chunk), out.tail.new_empty(chunk)
     size, block, depth, warps, stages = launch(features.device)
     for first in range(0, n_rows, chunk):
         stop = min(first + chunk, n_rows)
         score_kernel[(triton.cdiv(stop - first, size),)](
-            features, weights, scale, offset, log_threshold, nodes,
+            features, weights, scale, offset, out.log_threshold, nodes,
             entries, lengths, totals, unlisted, first, stop, n_classes, d, width,
             BLOCK_ROWS=size, BLOCK_CLASSES=block, BLOCK_DIMS=depth,
             PARTIAL_MAXIMA=PARTIAL_MAXIMA, LIST_ENTRIES=LIST_ENTRIES,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         finish_kernel[(stop - first,)](
-            entries, lengths, totals, unlisted, log_threshold, nodes,
-            values, classes, tail, first, width,
+            entries, lengths, totals, unlisted, out.log_threshold, nodes,
+            out.values, out.classes, out.tail, first, width,
             LIST_ENTRIES=LIST_ENTRIES, num_warps=FINISH_WARPS,
         )  # fmt: skip

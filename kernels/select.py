@@ -4,7 +4,7 @@ Base scores b = F P^T + c, cut to each row's candidates without ever holding N x
 The product of a chunk of rows is cuBLAS's, into a buffer that stays in the L2 cache; one program a
 row then finds
 
-    x_k = (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
+    x_k = s (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
     b_k = x_k - log sum_k e^(x_k)
     candidates: b_k >= min(log_threshold, max b), the C largest of them
     tail = sum of e^(b_k) of all others
@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from transclip_fast.types import Messages
+from transclip_fast.types import Messages, Scores
 
 CHUNK_BYTES = 24 << 20  # of products: half of an H200's L2 cache
 BLOCK_CLASSES = 2048  # at most: as many as the registers of 16 warps hold
@@ -37,18 +37,8 @@ BLOCK_CLASSES = 2048  # at most: as many as the registers of 16 warps hold
 @dataclass(frozen=True)
 class ScoreTerms:
     """
-    The terms of x beside the products, for all rows.
-
-    Parameters
-    ----------
-    scale : Tensor () float32, optional
-        Factor of the products.
-    offset : Tensor (K,) float32, optional
-        c.
-    log_prior : Tensor (N, K) float32, optional
-        log y_hat, times `prior_weight`.
-    messages : Messages, optional
-        By rows of the features.
+    The terms of x: a factor () of the products, c (K,), log y_hat (N, K), and messages of the
+    support, by rows of the features.
     """
 
     scale: torch.Tensor | None = None
@@ -265,31 +255,26 @@ def select(
     products: torch.Tensor,
     terms: ScoreTerms,
     first: int,
-    log_threshold: torch.Tensor,
     *,
-    values: torch.Tensor,
-    classes: torch.Tensor,
-    tail: torch.Tensor,
+    out: Scores,
     normaliser: torch.Tensor,
     nodes: torch.Tensor | None = None,
 ) -> None:
     """
-    Write the candidates of a chunk whose first row is row `first` of F; overwrite `products`.
+    Write the candidates of a chunk of rows, `first` and on, to their nodes in sparse scores.
 
     Parameters
     ----------
     products : Tensor (n, K) float32
-    log_threshold : Tensor (N,) float32
-        A class is a candidate if b is at least this, or its row's largest.
-    values, classes : Tensor (N, C) float32, int32
-    tail, normaliser : Tensor (N,) float32
-        Receive the mass of the other classes, and log sum_k e^(x_k) in the order of the features.
+        Overwritten.
+    normaliser : Tensor (N,) float32
+        Receives log sum_k e^(x_k), in the order of the features.
     nodes : Tensor (N,) int64, optional
-        Row of `log_threshold`, `values`, `classes` and `tail` of each row of the features.
+        Row of `out` of each row of the features; without it they are the same.
     """
     n, n_classes = products.shape
-    if not products.is_contiguous() or values.shape != classes.shape:
-        raise ValueError("products must be contiguous, values and classes of one shape")
+    if not products.is_contiguous():
+        raise ValueError("products must be contiguous")
     nothing = normaliser
     messages = terms.messages or Messages(nothing, nothing, nothing)
     block, warps = launch(n_classes)
@@ -300,7 +285,8 @@ def select(
         nothing if terms.log_prior is None else terms.log_prior,
         terms.prior_weight, messages.offsets, messages.classes, messages.weights,
         nothing if nodes is None else nodes,
-        log_threshold, values, classes, tail, normaliser, first, n_classes, values.shape[1],
+        out.log_threshold, out.values, out.classes, out.tail, normaliser,
+        first, n_classes, out.values.shape[1],
         SCALE=terms.scale is not None, OFFSET=terms.offset is not None,
         PRIOR=terms.log_prior is not None, MESSAGES=terms.messages is not None,
         NODES=nodes is not None, BLOCK_CLASSES=block, num_warps=warps,

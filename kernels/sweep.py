@@ -8,8 +8,8 @@ For each row i with candidates c and the mass t of all other classes:
 
 Shapes: b, candidates (N, C); z, its classes (N, R); affinity in CSR with E entries. A row of z is
 written in the order of its candidates, its unused end is 0. `bound` (N,) is t (e^u - 1), u the
-largest message of either sign to a class that is no candidate and t at least float32's rounding:
-the mass that the sweep may have misplaced.
+largest message of either sign to a class that is no candidate and t at least K times float32's
+rounding: the mass that the sweep may have misplaced, at most 1.
 
 A row reads its own C scores and the used entries of each neighbour. Memory traffic is the cost;
 `messages.py` describes how loads are kept in flight. Method: Zanella et al., NeurIPS 2024, equation
@@ -18,11 +18,16 @@ A row reads its own C scores and the used entries of each neighbour. Memory traf
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from transclip_fast.kernels.messages import Launch, Segments, row_messages, segment_messages
+from transclip_fast.kernels.messages import (
+    SegmentedAffinity,
+    launch,
+    row_messages,
+    segment_messages,
+)
+from transclip_fast.types import Assignments, Scores
 
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
 FLOAT32_ROUNDING = tl.constexpr(2.0**-24)  # half of float32's eps
@@ -98,55 +103,25 @@ def sweep_kernel(
     tl.store(bound_ptr + row, tl.minimum(tail * expm1(outside_max), 1.0), inside)
 
 
-def sweep(
-    scores: torch.Tensor,
-    candidates: torch.Tensor,
-    tail: torch.Tensor,
-    graph: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    segments: Segments,
-    z: torch.Tensor,
-    z_classes: torch.Tensor,
-    floor: float,
-    n_classes: int,
-    *,
-    out: torch.Tensor,
-    out_classes: torch.Tensor,
-    bound: torch.Tensor,
-) -> None:
+def sweep(base: Scores, graph: SegmentedAffinity, z: Assignments, *, out: Assignments) -> None:
     """
-    Sweep all rows once.
-
-    Parameters
-    ----------
-    scores, candidates : Tensor (N, C) float32, int32
-        Base scores less the row's log-sum-exp, -inf where unused.
-    tail : Tensor (N,) float32
-        Mass of the other classes.
-    graph : Tensor (N + 1,) int64, (E,) int64, (E,) float32
-        Offsets, columns and weights of the affinity.
-    z, z_classes : Tensor (N, R) float32, int32
-    floor : float
-        z below it is dropped, except a row's largest.
-    n_classes : int
-        K.
-    out, out_classes, bound : Tensor (N, R), (N, R), (N,)
-        Receive the result; not z itself.
+    Sweep all rows of sparse assignments once, into `out`.
 
     Raises
     ------
     ValueError
         R above C, or `out` is z.
     """
-    (n_rows, n_slots), width = scores.shape, z.shape[1]
-    if width > n_slots or out.shape != z.shape or out.data_ptr() == z.data_ptr():
+    (n_rows, n_slots), width = base.values.shape, z.values.shape[1]
+    same = out.values.data_ptr() == z.values.data_ptr()
+    if width > n_slots or out.values.shape != z.values.shape or same:
         raise ValueError("z has at most C entries a row, and a sweep does not write where it reads")
-    offsets, columns, weights = graph
     unused = float("-inf")
-    parts = segment_messages(segments, columns, weights, z, z_classes, scores, candidates, unused)
-    launch = Launch.of(n_slots)
-    sweep_kernel[(triton.cdiv(n_rows, launch.rows),)](
-        scores, candidates, tail, n_slots, unused, offsets, columns, weights, z, z_classes, width,
-        segments.offsets, *parts, out, out_classes, bound, floor, n_rows, n_classes,
-        CUT=width < n_slots, BLOCK_ROWS=launch.rows, BLOCK_SLOTS=launch.slots,
-        BLOCK_OUTSIDE=parts[1].shape[1], num_warps=launch.warps,
+    parts = segment_messages(graph, z, base.values, base.classes, unused)
+    grid, options = launch(n_rows, n_slots)
+    sweep_kernel[grid](
+        base.values, base.classes, base.tail, n_slots, unused,
+        *graph.arrays, z.values, z.classes, width, graph.bounds, *parts,
+        out.values, out.classes, out.bound, out.floor, n_rows, z.n_classes,
+        CUT=width < n_slots, **options,
     )  # fmt: skip

@@ -59,15 +59,8 @@ def empty_keys(n_classes: int, device: torch.device) -> torch.Tensor:
 
 def top_rows(x: torch.Tensor, normaliser: torch.Tensor, first: int, *, out: torch.Tensor) -> None:
     """
-    Merge a chunk of rows, whose first is row `first`, into the largest of each class.
-
-    Parameters
-    ----------
-    x : Tensor (n, K) float32
-    normaliser : Tensor (N,) float32
-        Subtracted from each row.
-    out : Tensor (S, 8, K) int64
-        Keys, from `empty_keys` at the start.
+    Enter a chunk of rows x (n, K), `first` and on, into the keys (S, 8, K) of the largest of each
+    class, at the start `empty_keys`; `normaliser` (N,) is subtracted from all rows.
 
     Raises
     ------

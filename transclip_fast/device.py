@@ -9,7 +9,7 @@ import torch
 
 from transclip_fast.errors import InputError
 
-MAX_INT8_DIM = 1 << 17  # sums of more int8 products may overflow int32
+MOST_BYTES = 1 << 17  # of a row: so many products of two int8 fit in an int32
 
 
 def resolve_device(name: str) -> torch.device:

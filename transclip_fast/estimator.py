@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -28,7 +28,7 @@ from transclip_fast.types import NeighborGraph
 GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class TransCLIP(Parameters):
     """
     Transductive classification of the features of a CLIP-like model.
@@ -237,7 +237,7 @@ class TransCLIP(Parameters):
         with progress_bar("solve", "rows") if self.verbose else nullcontext() as show:
             report = progress if show is None else shown_on(show, progress)
             solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
-            solution = _best_on_validation(solutions, inputs.validation)
+            solution = max(solutions, key=lambda run: run.accuracy(inputs.validation))
         return self._keep(solution, inputs, settings, graph)
 
     def _graph(self, graph: GraphSource, features: Rows, anchors: Any) -> NeighborGraph:
@@ -363,6 +363,10 @@ class TransCLIP(Parameters):
             setattr(self, name, value)
         return self
 
+    def __repr__(self) -> str:
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"TransCLIP({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
 
@@ -403,18 +407,3 @@ def _solutions(
         step = None if meter is None else meter.run(run)
         yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
     features.on_read = None
-
-
-def _best_on_validation(
-    solutions: Iterable[Solution], validation: tuple[np.ndarray, np.ndarray] | None
-) -> Solution:
-    """The first solution that labels the validation rows' most similar queries best."""
-
-    def right(solution: Solution) -> float:
-        if validation is None:
-            return 0.0
-        queries, labels = validation
-        predicted = solution.assignments.best()[0].cpu().numpy()
-        return float((predicted[queries] == labels).mean())
-
-    return max(solutions, key=right)

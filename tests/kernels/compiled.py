@@ -78,10 +78,9 @@ class Case:
 
 def lists(kernel, slots, **constants):
     """A kernel whose rows have so many slots."""
-    launch = messages.Launch.of(slots)
-    constants |= {"BLOCK_ROWS": launch.rows, "BLOCK_SLOTS": launch.slots}
-    constants |= {"BLOCK_OUTSIDE": messages.OUTSIDE_CLASSES}
-    return Case(kernel, constants, {"num_warps": launch.warps})
+    _, options = messages.launch(1, slots)
+    warps = options.pop("num_warps")
+    return Case(kernel, {**constants, **options}, {"num_warps": warps})
 
 
 def selection(n_classes, *, terms):

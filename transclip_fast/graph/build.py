@@ -153,20 +153,11 @@ def build_graph(
 
 @dataclass(frozen=True)
 class RecallSample:
-    """
-    Random rows with their exact neighbours, on which the recall of a search is measured.
+    """Random rows with their exact neighbours, on which the recall of a search is measured."""
 
-    Parameters
-    ----------
-    ids : Tensor (S,) int64
-    rows : Tensor (S, d)
-    similarities : Tensor (S, k) float64
-        Of the k most similar other rows, best first; k is cut to N - 1.
-    """
-
-    ids: torch.Tensor
-    rows: torch.Tensor
-    similarities: torch.Tensor
+    ids: torch.Tensor  # (S,) int64
+    rows: torch.Tensor  # (S, d)
+    similarities: torch.Tensor  # (S, k) float64 of the nearest other rows; k is cut to N - 1
 
     @classmethod
     def draw(cls, rows: Rows, k: int) -> RecallSample:

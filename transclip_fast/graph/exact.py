@@ -68,16 +68,8 @@ def compare(
     """
     Merge the products of blocks of pairs into `best`; yields the number of blocks done so far.
 
-    Parameters
-    ----------
-    rows : Rows (N, d)
-    pairs : iterable of (Tensor (R,), Tensor (C,)) int64
-        Ids of the rows of each block. A product counts for both its rows; a block with the same
-        tensor twice leaves out each row's product with itself.
-    best : BestLists
-        Of the N rows.
-    int8 : Int8Products, optional
-        Takes over the large blocks.
+    A product counts for both its rows; a block with the same tensor twice leaves out each row's
+    product with itself. `int8` takes over the large blocks.
     """
 
     def find(pair: Pair) -> list[Finds]:
@@ -102,16 +94,11 @@ def compare(
     best.merge()
 
 
-def allows_int8(n_rows: int, dim: int, device: torch.device, *, held: bool) -> bool:
-    """Whether a search among `n_rows` rows may use int8 products on this machine."""
-    enough = n_rows * n_rows // 2 >= INT8_PRODUCTS
-    return held and device.type == "cpu" and enough and multiplies_bytes(dim)
-
-
 def int8_products(rows: Rows, pairs: Iterable[Pair]) -> Int8Products | None:
     """Int8 products of the rows if they make these blocks faster, else None."""
     n_rows, dim = rows.shape
-    if not allows_int8(n_rows, dim, rows.device, held=rows.held):
+    possible = rows.held and rows.device.type == "cpu" and multiplies_bytes(dim)
+    if not possible or n_rows * n_rows // 2 < INT8_PRODUCTS:
         return None
     sizes = (len(ids) * len(others) for ids, others in pairs)
     if sum(size for size in sizes if size >= INT8_BLOCK_PRODUCTS) < INT8_PRODUCTS:
@@ -124,19 +111,10 @@ def nearest(
     rows: torch.Tensor, queries: Rows | torch.Tensor, k: int, *, own: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k most similar queries of each row, best first; k is cut to the number of queries.
+    The k most similar queries (N, d) of each row (M, d), best first: their ids (M, k) int64, and
+    similarities (M, k) float64; k is cut to the number of queries.
 
-    Parameters
-    ----------
-    rows : Tensor (M, d)
-    queries : (N, d)
-    own : Tensor (M,) int64, optional
-        The query that each row is; it is not its own neighbour.
-
-    Returns
-    -------
-    ids : Tensor (M, k) int64
-    similarities : Tensor (M, k) float64
+    `own` (M,) int64 is the query that each row itself is, which is not its own neighbour.
     """
     size = min(k + SPARE_CANDIDATES + 1, len(queries))  # with the row itself
     tile = TILE_ROWS["cuda" if rows.is_cuda else "cpu"]
@@ -170,10 +148,8 @@ def search_certified(
     """
     Fill `best` on a GPU; the k nearest other rows of every row are proven to be in it.
 
-    Returns
-    -------
-    int
-        Rows whose candidates were not proven, and that were searched again in float32.
+    Returns the number of rows whose candidates were not proven and that were searched again in
+    float32.
     """
     from transclip_fast.kernels.neighbors import candidates, certified  # needs Triton
 

@@ -27,14 +27,7 @@ SIDE = "Tuple((int64[::1], float32[:, ::1], float32[::1], float32[::1]))"
 
 
 class Int8Products:
-    """
-    Finds among held rows, as `BestLists.find` and `BestLists.top` return them.
-
-    Parameters
-    ----------
-    rows : Rows (N, d)
-        A copy in int8 is made of them.
-    """
+    """Finds among held rows, of which it makes a copy in int8, as those of `BestLists.find`."""
 
     def __init__(self, rows: Rows) -> None:
         centre = rows[evenly_spaced_rows(len(rows), CENTRE_ROWS)].mean(0).numpy()
@@ -151,10 +144,8 @@ def enter_above(products, first, features, side, other_side, n, pairs, values): 
     ids, terms, limits, lows = side
     others, other_terms, other_limits, other_lows = other_side
     row = np.empty(len(others), np.float32)
-    maxima, where = (
-        np.empty(-(-len(row) // CHUNK_ENTRIES), np.float32),
-        np.empty(len(row) + 1, np.int32),
-    )
+    maxima = np.empty(-(-len(row) // CHUNK_ENTRIES), np.float32)
+    where = np.empty(len(row) + 1, np.int32)
     for r in range(len(products)):
         i = first + r
         excess(products[r], terms, i, other_terms, lows[i], other_lows, row)

@@ -18,18 +18,8 @@ Finds = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, candidates, pro
 
 class BestLists:
     """
-    The `size` largest products of each row found so far, in float32.
-
-    Parameters
-    ----------
-    n_rows, size : int
-
-    Attributes
-    ----------
-    values : Tensor (n_rows, size) float32
-        Largest first, -inf for empty entries.
-    ids : Tensor (n_rows, size) int64
-        The other row of each product, -1 for empty entries.
+    The `size` largest products of each row found so far, `values` (N, size) float32, largest
+    first, and the other row of each, `ids` (N, size) int64; -inf and -1 for empty entries.
     """
 
     def __init__(self, n_rows: int, size: int, device: torch.device | str = "cpu") -> None:
@@ -134,22 +124,10 @@ def rerank_float64(
     rows: torch.Tensor, queries: Rows | torch.Tensor, candidates: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The k best candidates of each row by float64 products; of equal ones the lower ids.
+    The k best candidates of each row by float64 products, best first; of equal ones the lower ids.
 
-    Parameters
-    ----------
-    rows : Tensor (B, d)
-    queries : (N, d)
-        What the candidates are rows of.
-    candidates : Tensor (B, C) int64
-        In any order, -1 for none.
-
-    Returns
-    -------
-    ids : Tensor (B, k) int64
-        Best first, -1 for none.
-    similarities : Tensor (B, k) float64
-        0 for none.
+    `candidates` (B, C) int64 are ids of queries (N, d) for each of rows (B, d), in any order, -1
+    for none. Returns ids (B, k) int64, -1 for none, and similarities (B, k) float64, 0 for none.
     """
     ids = candidates.sort(dim=1).values
     similarity = products_float64(rows, queries, ids)

@@ -73,7 +73,7 @@ def _random_rows(rows: Rows, size: int) -> torch.Tensor:
 
 
 def _spherical_kmeans(centres: torch.Tensor, sample: torch.Tensor, steps: int) -> torch.Tensor:
-    """Centres (L, d) after some steps of spherical k-means."""
+    """Centres (L, d) after some steps of k-means."""
     for _ in range(steps):
         centres, _ = _kmeans_step(centres, sample)
     return centres
@@ -105,21 +105,10 @@ def search_lists(
     checkpoint: Checkpoint,
 ) -> tuple[int, int]:
     """
-    Fill `best` with candidates from the lists nearest to each row.
+    Fill `best` with candidates from the lists nearest to each row, until it is `good_enough`.
 
-    Parameters
-    ----------
-    train_centres : callable
-        Returns the centres (L, d); not called if the checkpoint has them.
-    good_enough : callable
-        Whether `best` needs no more probes; called after every round.
-
-    Returns
-    -------
-    probes : int
-        Lists with which each row was compared.
-    n_lists : int
-        L.
+    `train_centres` returns the centres (L, d), unless the checkpoint has them. Returns the number
+    of lists with which each row was compared, and L.
     """
     state = checkpoint.load()
     if state is None:

@@ -22,15 +22,8 @@ BACKENDS = ("auto", "torch", "triton", "numba")
 
 def choose_backend(name: str, device: torch.device, truncation: Truncation | None) -> str:
     """
-    The backend of a run: for sparse assignments triton on a GPU and numba on a CPU, where they are
-    installed; else torch.
-
-    Parameters
-    ----------
-    name : str
-        One of `BACKENDS`.
-    truncation : Truncation or None
-        None for dense assignments.
+    The backend of a run, from one of `BACKENDS`. "auto" is torch for dense assignments, for which
+    `truncation` is None; for sparse ones triton on a GPU and numba on a CPU, if installed.
 
     Raises
     ------
@@ -57,10 +50,8 @@ def choose_backend(name: str, device: torch.device, truncation: Truncation | Non
     except ImportError as error:
         if name == wanted:
             raise InputError(f"backend={name!r}: {error}; pip install {name}") from error
-        warnings.warn(
-            f"computed in torch, slower: {error}; pip install {wanted}",
-            stacklevel=3,
-        )
+        message = f"computed in torch, slower: {error}; pip install {wanted}"
+        warnings.warn(message, stacklevel=3)
         return "torch"
     return wanted
 

@@ -27,13 +27,9 @@ class Int8Scores:
     """
     F P^T + c from int8 products, and from float32 products for the classes that matter.
 
-    The mean of a block is subtracted from its rows, because real features share a large mean; each
-    row then has a scale of its own, because their lengths differ.
-
-    Parameters
-    ----------
-    weights, offset : Tensor (K, d), (K,) float32
-        P and c.
+    Rows are taken less the mean of their block, and each has a scale of its own: real features
+    share a large mean, and are not equally long without it. `weights` P (K, d) are expected
+    centred: what they share would be an error that all classes of a row share.
     """
 
     def __init__(self, weights: torch.Tensor, offset: torch.Tensor) -> None:
@@ -44,22 +40,23 @@ class Int8Scores:
 
     def is_faster(self, features: UnitRows, log_threshold: np.ndarray) -> bool:
         """
-        Whether int8 products are faster than float32 ones, estimated on some of the rows.
+        Whether int8 products are faster than float32 ones, estimated on some rows of (N, d).
 
-        Parameters
-        ----------
-        features : Tensor or Rows (N, d)
-        log_threshold : ndarray (N,) float32
-            A class is a candidate of a row if its log-softmax is at least this.
+        A class is a candidate of a row if its log-softmax is at least `log_threshold` (N,).
         """
         places = evenly_spaced_rows(len(features), COST_ROWS)
         rows = features[places]
-        _, steps, norms = _to_int8(rows, rows.mean(0))
-        errors = topk.score_errors(steps, norms, *self._largest)
+        errors = self.errors(rows)
         log_p = torch.addmm(self._offset, rows, self._weights.T).log_softmax(1).numpy()
         rescored = (log_p >= (log_threshold[places] - np.log(errors))[:, None]).sum(1).mean()
         cost = ROW_COST + RESCORED_COST * rescored
         return bool(errors.max() < topk.LARGEST_ERROR and cost < len(self._offset))
+
+    def errors(self, rows: torch.Tensor) -> np.ndarray:
+        """Errors in nats (n,), at four standard errors, of the int8 scores of rows (n, d)."""
+        _, steps, norms = _to_int8(rows, rows.mean(0))
+        errors: np.ndarray = topk.score_errors(steps, norms, *self._largest)
+        return errors
 
     def select(self, features: torch.Tensor, first: int, *lists: np.ndarray) -> None:
         """Candidates of a block of rows (n, d): see `numba_topk.select`."""
@@ -67,18 +64,10 @@ class Int8Scores:
         centre = features.mean(0)
         codes, steps, norms = _to_int8(features, centre)
         torch._int_mm(codes, self._codes.T, out=products)
-        topk.select_int8(
-            products.numpy(),
-            steps,
-            self._steps,
-            torch.addmv(self._offset, self._weights, centre).numpy(),
-            topk.score_errors(steps, norms, *self._largest),
-            features.numpy(),
-            self._weights.numpy(),
-            self._offset.numpy(),
-            first,
-            *lists,
-        )
+        centre_scores = torch.addmv(self._offset, self._weights, centre).numpy()
+        terms = steps, self._steps, centre_scores, topk.score_errors(steps, norms, *self._largest)
+        operands = features.numpy(), self._weights.numpy(), self._offset.numpy()
+        topk.select_int8(products.numpy(), *terms, *operands, first, *lists)
 
 
 def int8_scores(weights: torch.Tensor, offset: torch.Tensor) -> Int8Scores | None:

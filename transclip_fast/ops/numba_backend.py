@@ -27,7 +27,6 @@ from transclip_fast.ops.torch_backend import (
     block_scores,
     prior_scores,
     share_dropped,
-    sparse_entries,
 )
 from transclip_fast.parallel import CPU, ThreadBuffer, n_threads, parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
@@ -223,5 +222,6 @@ def equal_classes(z: Assignments, number: int) -> list[slice]:
 
 def _arrays(entries: Scores | Assignments) -> tuple[np.ndarray, np.ndarray]:
     """Values and classes of sparse scores or assignments."""
-    values, classes = sparse_entries(entries)
-    return values.numpy(), classes.numpy()
+    if entries.classes is None:
+        raise TypeError("this backend has no dense assignments")
+    return entries.values.numpy(), entries.classes.numpy()

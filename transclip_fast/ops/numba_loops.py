@@ -303,12 +303,8 @@ def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
     """Add rows (n,) of the features times their weights to `out` (d,)."""
     e = 0
     while e + 4 <= len(rows):
-        f0, f1, f2, f3 = (
-            features[rows[e]],
-            features[rows[e + 1]],
-            features[rows[e + 2]],
-            features[rows[e + 3]],
-        )
+        f0, f1 = features[rows[e]], features[rows[e + 1]]
+        f2, f3 = features[rows[e + 2]], features[rows[e + 3]]
         w0, w1, w2, w3 = weights[e], weights[e + 1], weights[e + 2], weights[e + 3]
         for x in range(len(out)):
             first = w0 * f0[x] + w1 * f1[x]

@@ -27,14 +27,9 @@ class TorchOps:
     """
     The operations of a run, and their definition; other backends override what they do faster.
 
-    Features are (N, d) unit rows, z, scores and affinity are indexed by node.
-
-    Parameters
-    ----------
-    affinity : Affinity
-        A (N, N).
-    nodes : Tensor (N,) int64, optional
-        Node of each row of the features; by default its own number.
+    Features (N, d) are unit rows; a prior, and messages of the support, are in their order. z,
+    scores and the affinity A (N, N) are indexed by node: `nodes` (N,) int64 has the node of each
+    row of the features; without it they are the same.
     """
 
     def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
@@ -49,7 +44,7 @@ class TorchOps:
         out: Assignments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Set z = y_hat, in the order of the features, and find the rows where the means start.
+        Set z = y_hat in `out`, in the order of the features, and find where the means start.
 
         Parameters
         ----------
@@ -58,8 +53,6 @@ class TorchOps:
             V, prototypes times the logit scale: log y_hat is the log_softmax of F V^T; or
         log_prior : Tensor (N, K) float32, optional
             log y_hat itself; -inf excludes a class.
-        out : Assignments
-            Receives z.
 
         Returns
         -------
@@ -107,15 +100,8 @@ class TorchOps:
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
         """
-        Base scores b of all nodes; sparse, of the candidates, less the log-sum-exp over K classes.
-
-        Parameters
-        ----------
-        features : Tensor or Rows (N, d)
-        score : LinearScore
-            `log_prior` and `messages` are indexed by rows of the features.
-        out : Scores
-            Receives the result, and is returned.
+        Base scores b of all nodes, in `out`, which is returned; sparse, those of the candidates,
+        less the log-sum-exp over K classes.
         """
 
         def part(rows: slice) -> None:
@@ -136,17 +122,10 @@ class TorchOps:
 
     def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
         """
-        z <- softmax_k(b + A z), every row from the same z (Jacobi).
+        z <- softmax_k(b + A z), every row from the same z (Jacobi), in `out`, which is returned.
 
         Sparse, z is updated at the candidates, and the mass of all other classes enters the
         normaliser as if no message reached them; `out.bound` is the mass this may misplace.
-
-        Parameters
-        ----------
-        base : Scores
-        z : Assignments
-        out : Assignments
-            Receives the result, and is returned; must not be `z`.
         """
 
         def part(rows: slice) -> None:
@@ -180,11 +159,6 @@ class TorchOps:
 
         The mass that sparse rows dropped, m_i of each row and M of all, is shared among the
         classes as the kept mass is, pi_k: pi (sum_i m_i f_i)^T and pi_k M are added.
-
-        Parameters
-        ----------
-        z : Assignments
-        features : Tensor or Rows (N, d)
         """
         device, n_classes = features.device, z.n_classes
         # The last row is of the mass that the rows dropped.
@@ -221,15 +195,7 @@ class TorchOps:
         return pairwise, entropy
 
     def expectation(self, z: Assignments, log_prior: torch.Tensor) -> torch.Tensor:
-        """
-        sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar.
-
-        Parameters
-        ----------
-        z : Assignments
-        log_prior : Tensor (N, K) float32
-            log y_hat, by rows of the features.
-        """
+        """sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar; `log_prior` is log y_hat."""
 
         def part(rows: slice) -> torch.Tensor:
             kept, terms = z.take(self._nodes_of(rows)), log_prior[rows]
@@ -277,32 +243,13 @@ def prior_scores(
 def block_scores(
     features: UnitRows, score: LinearScore, rows: slice, *, out: torch.Tensor
 ) -> torch.Tensor:
-    """
-    Base scores of a block of rows.
-
-    Parameters
-    ----------
-    features : Tensor or Rows (N, d)
-    score : LinearScore
-    rows : slice
-        n rows of the features.
-    out : Tensor (m, K) float32
-        Its first n rows receive the result, and are returned.
-    """
-    out = out[: rows.stop - rows.start]
+    """Base scores of a block of rows, in `out` (n, K)."""
     torch.addmm(score.offset, features[rows], score.weights.T, out=out)
     if score.log_prior is not None:
         out.add_(score.log_prior[rows], alpha=score.prior_weight)
     if score.messages is not None:
         score.messages.add_to(out, rows)
     return out
-
-
-def sparse_entries(entries: Scores | Assignments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and classes of sparse scores or assignments, for backends that have no dense ones."""
-    if entries.classes is None:
-        raise TypeError("this backend has no dense assignments")
-    return entries.values, entries.classes
 
 
 def share_dropped(sums: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

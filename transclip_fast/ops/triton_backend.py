@@ -14,9 +14,9 @@ import torch
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.kernels import class_sums, energies, select, sweep, top_rows
 from transclip_fast.kernels import score as fused
-from transclip_fast.kernels.messages import Segments
+from transclip_fast.kernels.messages import SegmentedAffinity
 from transclip_fast.ops.blocks import blocks, read_rows
-from transclip_fast.ops.torch_backend import TorchOps, share_dropped, sparse_entries
+from transclip_fast.ops.torch_backend import TorchOps, share_dropped
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 
@@ -25,8 +25,7 @@ class TritonOps(TorchOps):
 
     def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
         super().__init__(affinity, nodes)
-        self._graph = affinity.offsets, affinity.columns, affinity.weights
-        self._segments = Segments.of(affinity.offsets)
+        self._graph = SegmentedAffinity.of(affinity)
 
     @staticmethod
     def start(
@@ -37,10 +36,9 @@ class TritonOps(TorchOps):
         out: Assignments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n_rows, n_classes = len(features), out.n_classes
-        values, classes = sparse_entries(out)
-        normaliser = values.new_empty(n_rows)
+        normaliser, tail = out.values.new_empty(n_rows), out.values.new_empty(n_rows)
         log_threshold = torch.full_like(normaliser, out.floor).log_()
-        tail = torch.empty_like(normaliser)
+        lists = Scores(out.values, out.classes, n_classes, tail, log_threshold)
         top = top_rows.empty_keys(n_classes, features.device)
         chunk = select.chunk_rows(n_classes, n_rows)
         # No product is needed for a prior in memory.
@@ -55,29 +53,23 @@ class TritonOps(TorchOps):
                 products = select.product(features[rows], weights, buffer)
                 if scale is not None:
                     products *= scale
-            select.select(
-                products, select.ScoreTerms(), rows.start, log_threshold,
-                values=values, classes=classes, tail=tail, normaliser=normaliser,
-            )  # fmt: skip
+            terms = select.ScoreTerms()
+            select.select(products, terms, rows.start, out=lists, normaliser=normaliser)
             top_rows.top_rows(products, normaliser, rows.start, out=top)
-        # A list ends at its first 0, so no entry in use may underflow.
-        mass = values.exp().clamp_(min=torch.finfo(torch.float32).tiny)
-        values.copy_(mass.masked_fill_(values == -torch.inf, 0))
+        # A list ends at its first 0: none may underflow in it.
+        mass = out.values.exp().clamp_(min=torch.finfo(torch.float32).tiny)
+        out.values.copy_(mass.masked_fill_(out.values == -torch.inf, 0))
         return normaliser, *top_rows.decode(top, n_rows)
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
-        values, classes = sparse_entries(out)
         weights, scale = select.scaled_weights(features.dtype, score.weights)
         linear = score.log_prior is None and score.messages is None
-        if linear and scale is not None and values.shape[1] <= fused.MAX_CANDIDATES:
+        if linear and scale is not None and out.values.shape[1] <= fused.MAX_CANDIDATES:
             nodes = self._nodes
             if nodes is None:
                 nodes = torch.arange(len(features), device=features.device)
             for rows in blocks(len(features), read_rows(features.device)):
-                fused.score(
-                    features[rows], weights, scale, score.offset, out.log_threshold, nodes[rows],
-                    values=values, classes=classes, tail=out.tail,
-                )  # fmt: skip
+                fused.score(features[rows], weights, scale, score.offset, nodes[rows], out=out)
             return out
         terms = select.ScoreTerms(
             scale, score.offset, score.log_prior, score.prior_weight, score.messages
@@ -88,24 +80,17 @@ class TritonOps(TorchOps):
         for rows in blocks(len(features), chunk):
             products = select.product(features[rows], weights, buffer)
             select.select(
-                products, terms, rows.start, out.log_threshold, nodes=self._nodes,
-                values=values, classes=classes, tail=out.tail, normaliser=normaliser,
-            )  # fmt: skip
+                products, terms, rows.start, out=out, normaliser=normaliser, nodes=self._nodes
+            )
         return out
 
     def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
-        out_values, out_classes = sparse_entries(out)
-        sweep.sweep(
-            *sparse_entries(base), base.tail, self._graph, self._segments, *sparse_entries(z),
-            out.floor, z.n_classes, out=out_values, out_classes=out_classes, bound=out.bound,
-        )  # fmt: skip
+        sweep.sweep(base, self._graph, z, out=out)
         return out
 
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         parts = (
-            class_sums.class_sums(
-                *sparse_entries(z.take(self._nodes_of(rows))), z.n_classes, features[rows]
-            )
+            class_sums.class_sums(z.take(self._nodes_of(rows)), features[rows])
             for rows in blocks(len(z), read_rows(features.device))
         )
         sums, counts = next(parts)
@@ -115,5 +100,5 @@ class TritonOps(TorchOps):
         return share_dropped(sums, counts)
 
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = energies.energies(self._graph, self._segments, *sparse_entries(z))
-        return terms[0], terms[1]
+        pairwise, entropy = energies.energies(self._graph, z)
+        return pairwise, entropy

@@ -92,6 +92,14 @@ class Solution:
         tail_mass = float(state.base.tail.max())
         return cls(gamma, z, state.mixture, n_iter, objective, tail_mass, *state.prior_best)
 
+    def accuracy(self, validation: tuple[np.ndarray, np.ndarray] | None) -> float:
+        """Share of queries (V,) that have their labels (V,); 0 without any."""
+        if validation is None:
+            return 0.0
+        queries, labels = validation
+        predicted = self.assignments.best()[0].cpu().numpy()
+        return float((predicted[queries] == labels).mean())
+
 
 def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float) -> State:
     """z = y_hat; mu of the 8 most confident rows of a class, or its shots; sigma^2 = 1 / d."""

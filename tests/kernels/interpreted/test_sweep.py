@@ -58,7 +58,7 @@ def test_sweep(rng, k, candidates, rank):
 def test_a_hub_is_summed_in_segments(rng, monkeypatch):
     affinity, weights = difficult_graph(rng, 33, hub=150)
     found, same, bound = run_sweep(rng, 33, 21, 5, 3, affinity, weights)
-    assert len(messages.Segments.of(affinity.offsets)) == 3
+    assert len(messages.SegmentedAffinity.of(affinity).rows) == 3
     # Messages to the hub overflow the list of other classes: its bound may only be larger.
     assert_no_worse(found.bound[1:], same.bound[1:], bound[1:], 1e-6)
     assert found.bound[0] >= bound[0] - 1e-6
