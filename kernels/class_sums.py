@@ -23,10 +23,8 @@ import triton.language as tl
 
 from transclip_fast.types import Assignments
 
-MOST_PIECES = 16384  # of all classes together, and one a class: fills a GPU many times over
-PIECE_ENTRIES = (
-    256  # of a piece at least: with fewer, starting a program would cost more than its sums
-)
+MAX_PIECES = 16384  # of all classes together, beside one a class: they fill a GPU many times over
+PIECE_ENTRIES = 256  # of a piece, at least: a shorter one costs more to launch than to sum
 BLOCK_DIMS, BLOCK_ENTRIES, WARPS = 256, 8, 4
 
 
@@ -86,7 +84,7 @@ def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, to
     key_type = torch.int16 if n_classes + 1 < 2**15 else torch.int32
     keys = torch.full((n_rows, width), n_classes, dtype=key_type, device=features.device)
     used = z.values > 0
-    keys[:, :-1] = torch.where(used, z.classes, n_classes + 1)  # unused ones come last
+    keys[:, :-1] = torch.where(used, z.classes, n_classes + 1)  # unused entries come last
     values = torch.cat([z.values, 1 - z.values.sum(1, keepdim=True)], 1)
     keys, order = keys.flatten().sort(stable=True)
     every = torch.arange(n_classes + 2, dtype=key_type, device=keys.device)

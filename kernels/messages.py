@@ -28,10 +28,10 @@ import triton.language as tl
 
 from transclip_fast.types import Affinity, Assignments
 
-SEGMENT_NEIGHBORS = 64  # neighbours of a segment: one warp's work on a row takes no longer
+SEGMENT_NEIGHBORS = 64  # of a segment, at most: bounds the time of a block
 OUTSIDE_CLASSES = 16  # classes outside a row's slots whose messages are summed one by one
-# Slots, a power of two: rows of a block, warps. Two or four slots a thread: a warp shares what it
-# loads, and many rows are under way.
+# Slots, a power of two: rows of a block, warps. With two or four slots a thread, a warp shares its
+# loads and many rows are in flight.
 LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (1, 4), 256: (1, 4), 512: (1, 8), 1024: (1, 4)}
 
 
@@ -52,7 +52,7 @@ class SegmentedAffinity:
 
     @classmethod
     def of(cls, affinity: Affinity) -> SegmentedAffinity:
-        """Cut the hubs; this reads their number of segments back from the device."""
+        """Cut the hubs into segments, whose number is read back from the device."""
         offsets, size = affinity.offsets, SEGMENT_NEIGHBORS
         degrees = offsets.diff()
         counts = torch.where(degrees > size, (degrees + size - 1) // size, 0)

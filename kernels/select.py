@@ -14,10 +14,9 @@ written in the order of their classes, the unused end is -inf.
 
 The C-th largest score is found exactly by bisection over the scores' bits, read as integers: 32
 halvings at most, and none after a threshold leaves C scores. Of equal scores the first classes are
-taken. Rows of up
-to BLOCK_CLASSES classes stay in registers; the rest of longer rows is read again from the cache.
-Cost: a GEMM of 2 N K d operations, and 4 N K bytes to and from the cache. Method: Zanella et al.,
-NeurIPS 2024, equation 5.
+taken. Rows of up to BLOCK_CLASSES classes stay in registers; the rest of longer rows is read again
+from the cache. Cost: a GEMM of 2 N K d operations, and 4 N K bytes to and from the cache. Method:
+Zanella et al., NeurIPS 2024, equation 5.
 """
 
 from __future__ import annotations

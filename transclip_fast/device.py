@@ -9,7 +9,7 @@ import torch
 
 from transclip_fast.errors import InputError
 
-MOST_BYTES = 1 << 17  # of a row: so many products of two int8 fit in an int32
+MAX_INT8_DIM = 1 << 17  # of a row: so many products of two int8 fit in an int32
 
 
 def resolve_device(name: str) -> torch.device:

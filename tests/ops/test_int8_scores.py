@@ -36,8 +36,8 @@ def problem(n=N, k=K, d=D, scale=100.0):
     return exact, (normal(rows), weights, offset)
 
 
-def room(n=N, width=K, reach=0.7):
-    return Scores.empty(torch.full((n,), reach), K, Truncation(width, width, FLOOR))
+def room(n=N, width=K, max_message=0.7):
+    return Scores.empty(torch.full((n,), max_message), K, Truncation(width, width, FLOOR))
 
 
 def listed(scores):

@@ -99,12 +99,12 @@ def case(rng, n=N, k=K, spread=4.0):
 @pytest.mark.parametrize("nodes", [False, True])
 def test_score(ops, blocks, rng, width, nodes):
     score, operands = case(rng)
-    reach = rng.uniform(0, 3, N).astype(np.float32)
-    out = Scores.empty(torch.from_numpy(reach), K, Truncation(width, width, 0.05))
+    max_message = rng.uniform(0, 3, N).astype(np.float32)
+    out = Scores.empty(torch.from_numpy(max_message), K, Truncation(width, width, 0.05))
     out.values.fill_(1), out.tail.fill_(np.nan)
     order = torch.from_numpy(rng.permutation(N)) if nodes else torch.arange(N)
     assert ops(NO_EDGES, order if nodes else None).score(*operands, out=out) is out
-    log_p, tail = reference.sparse_score(score, width, np.log(0.05) - reach[order])
+    log_p, tail = reference.sparse_score(score, width, np.log(0.05) - max_message[order])
     np.testing.assert_allclose(dense(out)[order], log_p, atol=2e-5)
     np.testing.assert_allclose(out.tail[order], tail, atol=2e-6)
     assert_lists(out, -np.inf)

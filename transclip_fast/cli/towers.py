@@ -1,4 +1,4 @@
-"""The text tower of the model that encoded features, and what prompt learners need beside it."""
+"""The text tower of the model that encoded features, and the input of prompt learners."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-Approximate search: rows are grouped into lists, and compared with the lists nearest to them.
+Approximate search: rows are grouped into lists and compared with the lists nearest to them.
 
 A list holds the rows whose nearest centre is the same. All rows that probe a list are multiplied
 with it at once, and each product counts for both its rows. Rounds of probes are added until the
@@ -25,8 +25,8 @@ ANCHORS_SAMPLE_ROWS_PER_LIST, ANCHORS_STEPS = 16, 2  # the anchors are near the 
 MAX_LISTS_RATIO, MAX_LENGTH_RATIO = 4, 4  # to the usual number of lists, and rows in a list
 KMEANS_BLOCK_ROWS = 1024
 SAMPLE_SEED = 0
-RANKED_CENTRES = 16  # of each row, at first
-BLOCK_PRODUCTS = 1 << 22  # of the rows that probe a list with its members, 16 MB in float32
+RANKED_CENTRES = 16  # of each row, ranked before the first round
+BLOCK_PRODUCTS = 1 << 22  # of rows with the members of a list they probe, 16 MB in float32
 
 
 def default_n_lists(n_rows: int) -> int:
@@ -145,7 +145,7 @@ def search_lists(
 
 def _next_probes(probes: int) -> int:
     """Probes after the next round: 1, 5, 6, 7, 8, 10, ..."""
-    # First each row's own list alone: its finds rule out most of the other products.
+    # The first round has each row's own list alone: its finds rule out most other products.
     return {0: 1, 1: 5}.get(probes, probes + probes // 4)
 
 

@@ -50,7 +50,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Method:
-    """A few-shot method, and what is known of its heads before they are fitted."""
+    """A few-shot method, and the properties of its heads that are known before a fit."""
 
     fit: Callable[[Task], Head]
     needs_shots: bool = True

@@ -25,13 +25,13 @@ from transclip_fast.version import __version__
 MANIFEST = "manifest.json"
 FAILURES = "failures.csv"
 PROTOTYPES = "prototypes.npy"
-# Files of a shard, by its number; its record lists it until the manifest does.
+# Files of a shard, by its number. RECORD lists a written shard until the manifest does.
 IMAGES = "img_emb/img_emb_{:05}.npy"
 LOCAL = "local_emb/local_emb_{:05}.npy"
 METADATA = "metadata/metadata_{:05}.parquet"
 RECORD = "records/{:05}.json"
 FOLDERS = ("img_emb", "local_emb", "metadata", "records")
-# Decided by the first run for those that continue it: other values change some last bits.
+# Settings of the first run, which resumed runs keep: other values change some last bits.
 SETTLED = ("batch_size", "threads", "shard_rows")
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
 
