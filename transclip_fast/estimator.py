@@ -65,7 +65,7 @@ class TransCLIP(Parameters):
         Few-shot only: weight of the labelled rows; by default the best of 0.002, 0.01, 0.02 and
         0.2 on a validation set.
     device : str
-        "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
         Keep z whole, or of each row only the largest entries: memory and time of a sweep then do
         not grow with K. "auto" takes the faster one that fits into memory.
@@ -91,7 +91,7 @@ class TransCLIP(Parameters):
     transduction_ : ndarray (N,) int64
         Label of each query.
     label_distributions_ : ndarray or scipy.sparse.csr_array (N, K) float32
-        Assignments z; in CSR when sparse, rows then sum to 1 less what was dropped.
+        Assignments z; in CSR when sparse; rows then sum to 1 less the dropped mass.
     classes_ : ndarray (K,) int64
         0 .. K - 1, the labels: positions in the list of classes.
     n_features_in_ : int
@@ -116,7 +116,7 @@ class TransCLIP(Parameters):
     backend_ : str
         The backend used.
     layout_ : transclip_fast.solver.layout.Layout
-        What was held in memory.
+        The memory layout of the solve.
     graph_ : NeighborGraph
         The graph used.
     zero_shot_labels_ : ndarray (N,) int64

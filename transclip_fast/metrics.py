@@ -23,7 +23,7 @@ def accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Evaluation:
     """
-    Accuracies in percent, what the joint solution changed, and where the errors are.
+    Accuracies in percent, changes by the joint solution, and the errors by class.
 
     `per_class` is (class, rows, zero-shot accuracy, accuracy) for each class that occurs, worst
     first; `confusions` is (true class, predicted class, rows), most frequent first; `corrected`

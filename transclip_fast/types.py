@@ -251,7 +251,7 @@ class Scores:
 @dataclass(frozen=True)
 class Assignments:
     """
-    Soft assignments z (N, K); rows sum to 1, sparse ones to 1 less what was dropped.
+    Soft assignments z (N, K); rows sum to 1, sparse ones to 1 less the dropped mass.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ class EncodeProgress:
 
 @dataclass(frozen=True)
 class Throughput:
-    """How fast images were encoded, and what the loop waited for."""
+    """The speed of encoding, and the seconds that the loop waited for each stage."""
 
     images: int  # encoded, or failed
     seconds: float

@@ -83,7 +83,7 @@ def _kmeans_step(centres: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Ten
     """
     Mean directions (L, d) of the lists, and the list (S,) of each row of the sample.
 
-    A centre without rows stays where it is.
+    A centre without rows does not move.
     """
 
     def nearest(block: torch.Tensor) -> torch.Tensor:

@@ -142,8 +142,8 @@ def fit_head(
     -------
     Head
         With `logits(features)`, `predict(features)` and `prior(features)`: the last gives the
-        arguments that make the head the prior of TransCLIP, `fit(X, text_features=T, **head.prior(X))`
-        with X a tensor of unit rows.
+        arguments that make the head the prior of TransCLIP, as in
+        `fit(X, text_features=T, **head.prior(X))` with X a tensor of unit rows.
 
     Raises
     ------

@@ -27,9 +27,9 @@ class Int8Scores:
     """
     F P^T + c from int8 products, and from float32 products for the classes that matter.
 
-    Rows are taken less the mean of their block, and each has a scale of its own: real features
-    share a large mean, and are not equally long without it. `weights` P (K, d) are expected
-    centred: what they share would be an error that all classes of a row share.
+    The mean of a block is subtracted from its rows, because real features share a large mean; each
+    row then has a scale of its own. `weights` P (K, d) are centred over the classes: a common part
+    would give all scores of a row a common error.
     """
 
     def __init__(self, weights: torch.Tensor, offset: torch.Tensor) -> None:

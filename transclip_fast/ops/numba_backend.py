@@ -1,5 +1,5 @@
 """
-The operations on sparse assignments on a CPU: torch's GEMM, compiled loops for what follows it.
+The operations on sparse assignments on a CPU: torch's GEMM, then compiled loops.
 
 Blocks of rows go to threads, each of which runs its own GEMMs: a core reads a block of scores from
 its cache, and no pool of OpenMP threads spins while the loops run. The grouping of sums depends on

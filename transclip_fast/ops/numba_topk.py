@@ -148,7 +148,7 @@ def dot(a, b):  # type: ignore[no-untyped-def]
 
 @compiled("float32(float32[::1], float32[::1], float32[::1])", fastmath=FAST)
 def subtract(row, centre, out):  # type: ignore[no-untyped-def]
-    """A row (d,) less the centre, into `out`; the largest magnitude of what is left."""
+    """A row (d,) less the centre, into `out`; returns the largest magnitude of the difference."""
     for x in range(len(out)):
         out[x] = row[x] - centre[x]
     bits, largest = out.view(np.int32), np.int32(0)

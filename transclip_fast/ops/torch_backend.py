@@ -25,7 +25,7 @@ LARGEST_MESSAGE = 64.0  # nats: e^64 moves all of a row's mass
 
 class TorchOps:
     """
-    The operations of a run, and their definition; other backends override what they do faster.
+    The operations of a run, and their definition; other backends override those they do faster.
 
     Features (N, d) are unit rows; a prior, and messages of the support, are in their order. z,
     scores and the affinity A (N, N) are indexed by node: `nodes` (N,) int64 has the node of each

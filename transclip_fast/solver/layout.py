@@ -27,7 +27,7 @@ ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
 PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
 SEARCH_ROW_BYTES = 2500  # candidates of a row in some 30 lists, and the copies of sorting them
 INT8_ROW_BYTES = 16  # step and norms of a row beside its int8 features
-CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
+CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights and temporaries of computing them
 
 
 def parse_memory(value: str | int | None) -> int | None:
@@ -190,7 +190,7 @@ def choose_layout(
     Parameters
     ----------
     form : {"auto", "dense", "sparse"}
-        "auto" is dense where that is faster and fits into memory.
+        "auto" is dense if that is faster and fits into memory.
     candidates : int, optional
         C, set by the user.
     memory : int, optional

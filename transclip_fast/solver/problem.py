@@ -196,7 +196,7 @@ class Settings:
     kl_weight : float
         lambda.
     layout : Layout
-        What is held in memory.
+        The memory layout.
     truncation : Truncation or None
         Entries kept of a row; None where z is dense.
     backend : str

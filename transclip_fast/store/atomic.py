@@ -97,7 +97,7 @@ def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str])
     """
     Refuse a file, or a folder that holds anything but `contents`.
 
-    `shown` is what the user called it, for the InputError.
+    `shown` is the user's name for it, for the InputError.
     """
     if not target.exists():
         above = next(folder for folder in target.parents if folder.exists())

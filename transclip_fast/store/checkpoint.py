@@ -74,7 +74,7 @@ class FileCheckpoint:
 
 
 class TensorCheckpoint(FileCheckpoint):
-    """The same in a .safetensors file, for what is trained."""
+    """The same in a .safetensors file, for a training."""
 
     suffix = "safetensors"
 

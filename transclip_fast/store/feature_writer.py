@@ -82,7 +82,7 @@ class FeatureWriter:
     path : path
         The folder; one that was begun with the same `config` is continued.
     config : mapping
-        What decides the features: model, preprocessing, source, and the entries of `SETTLED`,
+        All that decides the features: model, preprocessing, source, and the entries of `SETTLED`,
         which those of an existing folder replace.
     table : RowTable
     leads : bool
