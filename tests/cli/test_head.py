@@ -86,7 +86,7 @@ def test_several_templates(arrays, save, done, tmp_path):
     np.testing.assert_array_equal(table["zero_shot_label"], model.zero_shot_labels_)
 
 
-def test_rows_that_are_no_unit_vectors_are_told_of_once(shots, save, cli, tmp_path):
+def test_rows_that_are_no_unit_vectors_are_reported_once(shots, save, cli, tmp_path):
     scaled = {**shots, "image_features": 3 * shots["image_features"]}
     ran = cli("solve", save(scaled), "--head", "tip-adapter", "--out", tmp_path / "result")
     assert (ran.code, ran.err.count("were not unit vectors")) == (0, 1)

@@ -1,4 +1,4 @@
-"""`protocol`: its tables are those of the library, and a killed one goes on."""
+"""`protocol`: its tables are those of the library, and a killed one resumes."""
 
 from __future__ import annotations
 

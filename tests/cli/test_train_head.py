@@ -197,7 +197,7 @@ def test_folders_of_splits(backbone, digits, done, refused, tmp_path):
     assert "was encoded with demo (000000000000), not with demo (" in message
 
 
-def test_fewer_rows_than_shots_are_told(save, digits, cli, tmp_path):
+def test_fewer_rows_than_shots_are_reported(save, digits, cli, tmp_path):
     ran = cli(
         "train-head", "taskres", save(digits), "--shots", 9, "--out", tmp_path / "h.safetensors"
     )

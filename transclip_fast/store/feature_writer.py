@@ -123,7 +123,7 @@ class FeatureWriter:
 
     @property
     def batch_size(self) -> int:
-        """The configured one, or the smallest that a shard had to be encoded with."""
+        """The configured batch size, or a smaller one if a shard had to be encoded with that."""
         used = [int(entry["batch_size"]) for entry in self.shards.values()]
         return min([int(self.config["batch_size"]), *used])
 
@@ -177,7 +177,7 @@ class FeatureWriter:
             self._collect()
 
     def has_prototypes(self, identity: Mapping[str, Any]) -> bool:
-        """Whether prototypes.npy is there, whole, and of this identity."""
+        """Whether prototypes.npy exists, is whole, and has this identity."""
         return all(self.text.get(name) == value for name, value in identity.items()) and (
             self._is_whole(PROTOTYPES, self.text.get("prototypes_sha256"))
         )
@@ -217,7 +217,7 @@ class FeatureWriter:
             self._count(number, entry)
 
     def _checked(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """An entry of the manifest with all that this class reads; any error if it lacks some."""
+        """A manifest entry with every field that this class reads; any error if one is missing."""
         return {
             **entry,
             "features_sha256": str(entry["features_sha256"]),
@@ -288,7 +288,7 @@ class FeatureWriter:
         self._save(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
     def _save(self, name: str, content: bytes) -> str:
-        """Write a file that appears whole; its sha256."""
+        """Write a file that appears whole; returns its sha256."""
         target = self.folder / name
         target.parent.mkdir(exist_ok=True)
         with new_file(target) as partial:
