@@ -1,15 +1,15 @@
 """
 Class sums: Z^T F (K, d), the mass n_k of each class, and the sum of what rows dropped.
 
-The entries of z, with the mass each row dropped as one entry more of a class K, are sorted by
-class; equal ones stay in the order of the rows. A program sums a piece of one class,
+The entries of z are sorted by class, in the order of the rows within a class; the mass that a row
+dropped is one more entry, of an extra class K. A program sums a piece of one class,
 
     part_p = sum_e z_e f_(row of e),
 
 and a second kernel adds a class's pieces in their order: no atomics, so the same bits every time.
 
-float32 sums of thousands of similar rows lose the digits that the variance is made of. Products and
-sums are float64 (an H200 or A100 does them at half rate, the gather of F is what costs).
+Products and sums are float64, since float32 sums of thousands of similar rows lose the digits that
+the variance needs. An H200 or A100 does float64 at half rate; the gather of F dominates the time.
 
 Shapes: z (N, R) float32; F (N, d) float32 or float16; sums float64. Bytes: d entries of F for each
 entry in use, and a sort of N (R + 1) keys of 2 or 4 bytes.
@@ -23,10 +23,8 @@ import triton.language as tl
 
 from transclip_fast.types import Assignments
 
-MOST_PIECES = 16384  # of all classes together, and one a class: fills a GPU many times over
-PIECE_ENTRIES = (
-    256  # of a piece at least: with fewer, starting a program would cost more than its sums
-)
+MAX_PIECES = 16384  # of all classes together, beside one a class: they fill a GPU many times over
+PIECE_ENTRIES = 256  # of a piece, at least: a shorter one costs more to launch than to sum
 BLOCK_DIMS, BLOCK_ENTRIES, WARPS = 256, 8, 4
 
 
@@ -86,12 +84,12 @@ def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, to
     key_type = torch.int16 if n_classes + 1 < 2**15 else torch.int32
     keys = torch.full((n_rows, width), n_classes, dtype=key_type, device=features.device)
     used = z.values > 0
-    keys[:, :-1] = torch.where(used, z.classes, n_classes + 1)  # unused ones come last
+    keys[:, :-1] = torch.where(used, z.classes, n_classes + 1)  # unused entries come last
     values = torch.cat([z.values, 1 - z.values.sum(1, keepdim=True)], 1)
     keys, order = keys.flatten().sort(stable=True)
     every = torch.arange(n_classes + 2, dtype=key_type, device=keys.device)
     bounds = torch.searchsorted(keys, every)  # (K + 2,) of the classes' entries
-    length = max(PIECE_ENTRIES, triton.cdiv(len(keys), MOST_PIECES))
+    length = max(PIECE_ENTRIES, triton.cdiv(len(keys), MAX_PIECES))
     pieces = torch.nn.functional.pad(((bounds.diff() + length - 1) // length).cumsum(0), (1, 0))
     n_pieces = len(keys) // length + n_classes + 1  # at most: the number stays on the device
     places = torch.arange(n_pieces, device=keys.device)

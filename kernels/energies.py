@@ -1,8 +1,9 @@
 """
 Terms of the objective that need the graph: sum_ij A_ij z_i.z_j and sum_ik z_ik log z_ik.
 
-A row's slots are its own classes: the messages to them, times z, are the pairwise term of the mass
-that is kept. Each row's two terms go to an (N, 2) float32 buffer, which torch sums in float64.
+The slots of a row are the classes of its own z. The messages to them, times z, sum to the pairwise
+term of the kept mass. A row writes its two terms to an (N, 2) float32 buffer, which torch sums in
+float64.
 
 Shapes: z and its classes (N, R); affinity in CSR with E entries. Bytes: those of one sweep without
 its scores.

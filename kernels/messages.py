@@ -7,13 +7,13 @@ SEGMENT_NEIGHBORS neighbours. All segments are summed first, in parallel, and th
 adds their sums in order.
 
 A row has slots, the classes whose messages it needs (its candidates). Messages to other classes are
-summed in a list of up to OUTSIDE_CLASSES classes, which fills as they come. Sizes of messages to
-any further class are added to one overflow, so that the largest sum is exact or, beyond that many
-classes, an upper bound.
+summed in a list of the first OUTSIDE_CLASSES of them. The sizes of messages to any further class
+are added to one overflow, so the largest sum is exact up to that many classes, and an upper bound
+beyond.
 
 Layout: rows run over lanes and slots over registers, so that an entry of a neighbour is loaded once
-for all slots. Messages are scattered by comparison: Triton has no scatter to registers, and a table
-of each entry's slot would be as many bytes as the class it replaces.
+for all slots. Each entry is compared with all slots, because Triton cannot scatter to registers,
+and a table of the entries' slots would have as many bytes as their classes.
 
 Shapes: z and its classes (N, R); affinity in CSR with E entries; slots (B, C) of a block of B rows.
 """
@@ -28,10 +28,10 @@ import triton.language as tl
 
 from transclip_fast.types import Affinity, Assignments
 
-SEGMENT_NEIGHBORS = 64  # neighbours of a segment: one warp's work on a row takes no longer
+SEGMENT_NEIGHBORS = 64  # of a segment, at most: bounds the time of a block
 OUTSIDE_CLASSES = 16  # classes outside a row's slots whose messages are summed one by one
-# Slots, a power of two: rows of a block, warps. Two or four slots a thread: a warp shares what it
-# loads, and many rows are under way.
+# Slots, a power of two: rows of a block, warps. With two or four slots a thread, a warp shares its
+# loads and many rows are in flight.
 LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (1, 4), 256: (1, 4), 512: (1, 8), 1024: (1, 4)}
 
 
@@ -52,7 +52,7 @@ class SegmentedAffinity:
 
     @classmethod
     def of(cls, affinity: Affinity) -> SegmentedAffinity:
-        """Cut the hubs; this reads their number of segments back from the device."""
+        """Cut the hubs into segments, whose number is read back from the device."""
         offsets, size = affinity.offsets, SEGMENT_NEIGHBORS
         degrees = offsets.diff()
         counts = torch.where(degrees > size, (degrees + size - 1) // size, 0)
@@ -115,7 +115,7 @@ def gather_messages(
         stop = place + width
         weight = tl.load(weights_ptr + entry, own, other=0.0)
         value = tl.load(z_ptr + place, own, other=0.0)
-        while tl.max(value, 0) > 0:  # the rest of all lists is unused
+        while tl.max(value, 0) > 0:  # at 0 the rest of a list is unused
             classes = tl.load(z_classes_ptr + place, value > 0, other=-2)
             sums = accumulate_message(classes, weight * value, slots, sums)
             place += 1
@@ -152,7 +152,7 @@ def row_messages(
     segments_ptr, part_ptr, part_classes_ptr, part_sums_ptr, part_overflow_ptr, n_slots,
     slots, BLOCK_OUTSIDE: tl.constexpr,
 ):  # fmt: skip
-    """All messages to rows (B,), at their slots (B, C) and outside; a hub's from its segments."""
+    """All messages to rows (B,), at their slots (B, C) and outside; hubs add up their segments."""
     first = tl.load(offsets_ptr + row, inside, other=0)
     last = tl.load(offsets_ptr + row + 1, inside, other=0)
     segment = tl.load(segments_ptr + row, inside, other=0)

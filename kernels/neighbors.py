@@ -1,16 +1,17 @@
 """
 The most similar other rows of each row, by inner product, without N x N.
 
-A program owns BLOCK_ROWS rows and goes through all columns: a tile of F F^T at a time in 16 bits
-with float32 sums, of which only what beats a row's `KEPT`-th best so far is looked at. Most tiles
-hold nothing new. Self is excluded by its id, equal products by the lower id.
+A program owns BLOCK_ROWS rows and computes F F^T a tile at a time, in 16 bits with float32 sums.
+Only products above a row's KEPT-th best so far enter its list; most tiles have none. A row is not
+its own neighbour, and of equal products the lower id wins.
 
     s~_ij = fl16(f_i) . fl16(f_j),  kept: the KEPT largest of j != i,  rest_i: the smallest of them
 
-These are candidates, which `transclip_fast.graph.exact` ranks by exact products. The
-certificate: for j not kept
-s_ij <= rest_i + |f_i - fl16 f_i| |f_j| + |fl16 f_i| |f_j - fl16 f_j| + rounding of d float32 sums,
-so if the k-th best exact product among the kept is above that bound, the k nearest are proven.
+`transclip_fast.graph.exact` ranks these candidates by exact products. For j not kept,
+
+    s_ij <= rest_i + |f_i - fl16 f_i| |f_j| + |fl16 f_i| |f_j - fl16 f_j| + rounding of d sums,
+
+so if the k-th best exact product is above that bound, the candidates hold the k nearest rows.
 
 Shapes: F (N, d) float16 or float32; ids (N, KEPT) int64, similarities (N, KEPT) float32. Cost:
 2 N^2 d operations on the matrix units; 2 N^2 d / B entries read from the cache for tiles of B x B.

@@ -5,19 +5,18 @@ Base scores b = F P^T + c cut to each row's candidates, fused with the product: 
     candidates: b_k >= min(log_threshold, max b), the C largest of them
     tail = sum of e^(b_k) of all others
 
-A program owns a block of rows and goes through the classes in blocks: a tile of F P^T at a time on
-the matrix units, in 16 bits with float32 sums, of which only what may still be a candidate is
-appended to its row's list. That is what passes two bars, both of which only rise:
+A program owns a block of rows and computes F P^T a tile at a time on the matrix units, in 16 bits
+with float32 sums. It appends to a row's list the scores that may still be candidates, those that
+pass two bars, which only rise:
 
-- min(log_threshold + log-sum-exp so far, largest so far), a little below it for the rounding of
-  the sum;
-- the C-th largest of G partial maxima, each of the classes that are equal modulo G: so many
-  entries are at least as large. A few halvings bracket it. An entry must reach the bar that counts
-  its own block, and be above the one before its block: of equal ones the first classes count.
+- min(log_threshold + log-sum-exp so far, largest so far), less a slack for the rounding of the sum;
+- the C-th largest of G partial maxima, where maximum g is over the classes k = g modulo G: at least
+  C scores reach it. A few halvings bracket it. A score must reach this bar as raised by its own
+  block, and exceed the bar before its block, so that of equal scores the first classes are taken.
 
-If the largest come in no particular order, a list so grows to C (1 + log(K / G)) entries or a few
-more, some 60 at C = 16 and K = 1024. One that might outgrow its room is cut to its C largest. A
-second kernel cuts each list to the candidates and writes them in the order of their classes.
+If scores come in random order, a list grows to C (1 + log(K / G)) entries or a few more, some 60 at
+C = 16 and K = 1024. A list that might outgrow its room is cut to its C largest. A second kernel
+cuts each list to the candidates and writes them in the order of their classes.
 
 Shapes: F (N, d) and P (K, d) float16, c (K,) float32; values, classes (N, C). Cost:
 2 N K d operations; N K d (1 / A + 1 / B) entries read from the cache for tiles of A rows and B
@@ -33,9 +32,9 @@ import triton.language as tl
 from transclip_fast.kernels.select import ordered, selected, threshold_of, write_candidates
 from transclip_fast.types import Scores
 
-MAX_CANDIDATES = 32  # with more, partial maxima are no bar
-CHUNK_ROWS = 1 << 16  # whose lists there is room for: 134 MB, of which little is touched
-LIST_ENTRIES = 256  # room of a row's list: four times what it grows to at C = 16
+MAX_CANDIDATES = 32  # C at most: with more, the partial maxima hardly bound the C-th largest score
+CHUNK_ROWS = 1 << 16  # rows of a launch: their lists take 134 MB, of which little is touched
+LIST_ENTRIES = 256  # room of a row's list: four times its usual length at C = 16
 PARTIAL_MAXIMA = 64  # G, of a row
 # Rows and classes of a tile, dimensions of a step, warps, stages of the pipeline: the largest tiles
 # that spill nothing. AMD's 64 KB hold one stage.
@@ -45,9 +44,9 @@ LAUNCHES = {
     "hip": (64, 64, 32, 8, 1),
 }
 FINISH_WARPS = 1
-TILE_PARTS = tl.constexpr(4)  # of a tile, which are appended one after the other
+TILE_PARTS = tl.constexpr(4)  # of a tile, appended one after the other
 BAR_HALVINGS = tl.constexpr(4)  # bring the bar within 1/16 of the range of the partial maxima
-SUM_SLACK = tl.constexpr(1e-3)  # nats: far more than a sum of exponentials is rounded by
+SUM_SLACK = tl.constexpr(1e-3)  # nats: far above the rounding of a sum of exponentials
 
 
 @triton.jit
@@ -92,7 +91,7 @@ def cut(entries_ptr, length, width, pivot, unused_ptr, LIST_ENTRIES: tl.constexp
     high = ordered(tl.max(x, 0)) + 1
     low, high, taken = threshold_of(x, unused_ptr, LIST_ENTRIES, low, high, width)
     own = selected(x, low, high, width - taken)
-    tl.debug_barrier()  # all is read before any of it is written over
+    tl.debug_barrier()  # every thread has read its entries before they are overwritten
     tl.store(entries_ptr + tl.cumsum(own.to(tl.int32), 0) - 1, entry_of(x, k), own)
     smallest = tl.min(tl.where(own, x, float("inf")), 0)
     return smallest, tl.sum(tl.where(own, 0.0, tl.exp(x - pivot)), 0)
@@ -103,10 +102,10 @@ def cut_all(
     entries_ptr, width, largest, bar, unlisted, length, unused_ptr, LIST_ENTRIES: tl.constexpr
 ):
     """Cut the lists (M, LIST_ENTRIES) of more than `width` entries."""
-    M: tl.constexpr = length.shape[0]
-    m = tl.arange(0, M)
+    BLOCK_ROWS: tl.constexpr = length.shape[0]
+    m = tl.arange(0, BLOCK_ROWS)
     tl.debug_barrier()  # a thread may read back what another wrote
-    for i in range(M):
+    for i in range(BLOCK_ROWS):
         size = tl.sum(tl.where(m == i, length, 0), 0)
         if size > width:
             pivot = tl.max(tl.where(m == i, largest, float("-inf")), 0)
@@ -123,17 +122,17 @@ def cut_all(
 def append(
     x, start, entries_ptr, limit, largest, mass, unlisted, length, LIST_ENTRIES: tl.constexpr
 ):
-    """List those scores (M, P) of the classes `start` and on that are at least `limit` (M,)."""
-    M: tl.constexpr = x.shape[0]
-    P: tl.constexpr = x.shape[1]
-    p = tl.arange(0, P)
+    """List those scores (M, P), of the classes from `start` on, that are at least `limit` (M,)."""
+    BLOCK_ROWS: tl.constexpr = x.shape[0]
+    BLOCK_CLASSES: tl.constexpr = x.shape[1]
+    p = tl.arange(0, BLOCK_CLASSES)
     passes, terms = x >= limit[:, None], tl.exp(x - largest[:, None])
     mass += tl.sum(terms, 1)
     unlisted += tl.sum(tl.where(passes, 0.0, terms), 1)
     if tl.max(passes.to(tl.int32)) > 0:
         # Places by a product with a triangle of ones: a scan would leave the tile's layout.
         rank = tl.dot(passes.to(tl.float16), (p[:, None] <= p[None, :]).to(tl.float16))
-        place = (tl.arange(0, M) * LIST_ENTRIES + length - 1)[:, None] + rank.to(tl.int32)
+        place = (tl.arange(0, BLOCK_ROWS) * LIST_ENTRIES + length - 1)[:, None] + rank.to(tl.int32)
         tl.store(entries_ptr + place, entry_of(x, (p + start)[None, :]), passes)
         length += tl.max(rank, 1).to(tl.int32)
     return mass, unlisted, length
@@ -141,10 +140,10 @@ def append(
 
 @triton.jit
 def columns(x, part: tl.constexpr, PARTS: tl.constexpr):
-    """One of PARTS blocks of the columns: a column's register is known when this is compiled."""
-    M: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    bits = tl.reshape(x.to(tl.int32, bitcast=True), (M, PARTS, N // PARTS))
+    """One of PARTS blocks of the columns, by compile-time arithmetic on registers."""
+    BLOCK_ROWS: tl.constexpr = x.shape[0]
+    BLOCK_CLASSES: tl.constexpr = x.shape[1]
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), (BLOCK_ROWS, PARTS, BLOCK_CLASSES // PARTS))
     own = tl.arange(0, PARTS)[None, :, None] == part
     return tl.sum(tl.where(own, bits, 0), 1).to(tl.float32, bitcast=True)
 
@@ -161,7 +160,7 @@ def score_kernel(
     inside = first + local < stop
     row = tl.minimum(first + local, stop - 1)
     i = tl.arange(0, BLOCK_DIMS)
-    # Rows beyond the last copy it, and list nothing.
+    # Rows beyond the last one copy it, and append nothing.
     lowest = tl.load(log_threshold_ptr + tl.load(nodes_ptr + row))
     lowest = tl.where(inside, lowest, float("inf"))
     entries_ptr += tl.program_id(0).to(tl.int64) * BLOCK_ROWS * LIST_ENTRIES
@@ -170,7 +169,7 @@ def score_kernel(
     bar = tl.where(inside, float("-inf"), float("inf"))
     best = tl.full((BLOCK_ROWS, PARTIAL_MAXIMA), float("-inf"), tl.float32)
     unlisted = tl.zeros((BLOCK_ROWS,), tl.float32)
-    mass = unlisted + 1.0  # of nothing: shrunk to 0 by the first scores
+    mass = unlisted + 1.0  # a placeholder, which the first block scales to 0
     length = tl.zeros((BLOCK_ROWS,), tl.int32)
     for start in range(0, n_classes, BLOCK_CLASSES):
         if tl.max(length, 0) > LIST_ENTRIES - BLOCK_CLASSES:

@@ -12,11 +12,11 @@ row then finds
 Shapes: products (n, K) float32; values, classes (N, C); tail, normaliser (N,). Candidates are
 written in the order of their classes, the unused end is -inf.
 
-The C-th largest is found exactly, by halving the range of the scores' bits read as integers: 32
-halvings at most, fewer as soon as a threshold leaves C. Equal ones are taken by class. Rows of up
-to BLOCK_CLASSES classes stay in registers; of longer ones the rest is read again from the cache.
-Cost: a GEMM of 2 N K d operations, and 4 N K bytes to and from the cache. Method: Zanella et al.,
-NeurIPS 2024, equation 5.
+The C-th largest score is found exactly by bisection over the scores' bits, read as integers: 32
+halvings at most, and none after a threshold leaves C scores. Of equal scores the first classes are
+taken. Rows of up to BLOCK_CLASSES classes stay in registers; the rest of longer rows is read again
+from the cache. Cost: a GEMM of 2 N K d operations, and 4 N K bytes to and from the cache. Method:
+Zanella et al., NeurIPS 2024, equation 5.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import triton.language as tl
 from transclip_fast.types import Messages, Scores
 
 CHUNK_BYTES = 24 << 20  # of products: half of an H200's L2 cache
-BLOCK_CLASSES = 2048  # at most: what the registers of 16 warps hold
+BLOCK_CLASSES = 2048  # at most: as many as the registers of 16 warps hold
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ScoreTerms:
 
 @triton.jit
 def ordered(x):
-    """Integers that are ordered as the float32 x."""
+    """Integers in the same order as the float32 x."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -85,11 +85,11 @@ def complete_scores(
 
 @triton.jit
 def count_at_least(x, products_ptr, n_classes, threshold):
-    """Scores of a row whose integer is >= threshold: its first block x, the rest in memory."""
-    B: tl.constexpr = x.shape[0]
+    """Scores of a row whose integer is >= threshold: the first block is x, the rest in memory."""
+    BLOCK_CLASSES: tl.constexpr = x.shape[0]
     found = tl.sum(((ordered(x) >= threshold) & (x > float("-inf"))).to(tl.int32), 0)
-    for start in range(B, n_classes, B):
-        k = start + tl.arange(0, B)
+    for start in range(BLOCK_CLASSES, n_classes, BLOCK_CLASSES):
+        k = start + tl.arange(0, BLOCK_CLASSES)
         y = tl.load(products_ptr + k, k < n_classes, other=float("-inf"))
         found += tl.sum(((ordered(y) >= threshold) & (y > float("-inf"))).to(tl.int32), 0)
     return found
@@ -98,9 +98,9 @@ def count_at_least(x, products_ptr, n_classes, threshold):
 @triton.jit
 def threshold_of(x, products_ptr, n_classes, low, high, width):
     """
-    low and high: all entries >= high are kept, at most `width`, and of those >= low the first.
+    low and high: a row keeps its entries >= high, at most `width`, then the first of those >= low.
 
-    More than `width` entries are >= low, unless the two are equal.
+    More than `width` entries are >= low, unless low == high.
     """
     taken = count_at_least(x, products_ptr, n_classes, low)
     high = tl.where(taken <= width, low, high)
@@ -146,19 +146,19 @@ def write_candidates(
     The first block of scores is x, of the classes k (B,); those of later classes are in memory.
     `outside` is the mass of classes that are in neither.
     """
-    B: tl.constexpr = x.shape[0]
-    place = tl.arange(0, B)
+    BLOCK_CLASSES: tl.constexpr = x.shape[0]
+    place = tl.arange(0, BLOCK_CLASSES)
     low = ordered(tl.minimum(log_threshold + total, largest))
     low, high, taken = threshold_of(x, scores_ptr, n_scores, low, ordered(largest) + 1, width)
     spare, kept, outside = append_candidates(
         x, k, total, low, high, width - taken, 0, outside, values_ptr, classes_ptr
     )
-    for start in range(B, n_scores, B):
+    for start in range(BLOCK_CLASSES, n_scores, BLOCK_CLASSES):
         y = tl.load(scores_ptr + start + place, start + place < n_scores, other=float("-inf"))
         spare, kept, outside = append_candidates(
             y, start + place, total, low, high, spare, kept, outside, values_ptr, classes_ptr
         )
-    for start in range(0, width, B):
+    for start in range(0, width, BLOCK_CLASSES):
         c = start + place
         tl.store(values_ptr + c, float("-inf"), (c >= kept) & (c < width))
         tl.store(classes_ptr + c, 0, (c >= kept) & (c < width))
@@ -174,7 +174,7 @@ def select_kernel(
     SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
     NODES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """One row of a chunk of products, whose rows are `first` and on of F."""
+    """One row of a chunk of products, whose first row is row `first` of F."""
     local = tl.program_id(0).to(tl.int64)
     row, products_ptr = first + local, products_ptr + local * n_classes
     k = tl.arange(0, BLOCK_CLASSES)

@@ -11,9 +11,9 @@ written in the order of its candidates, its unused end is 0. `bound` (N,) is t (
 largest message of either sign to a class that is no candidate and t at least K times float32's
 rounding: the mass that the sweep may have misplaced, at most 1.
 
-A row reads its own C scores and, of each neighbour, the entries in use: bytes are the cost, see
-`messages.py` for how they are kept in flight. Method: Zanella et al., NeurIPS 2024, equation 5, on
-lists as `transclip_fast.types` has them.
+A row reads its own C scores and the used entries of each neighbour. Memory traffic is the cost;
+`messages.py` describes how loads are kept in flight. Method: Zanella et al., NeurIPS 2024, equation
+5, on lists as `transclip_fast.types` has them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def expm1(x):
 
 @triton.jit
 def rank_of(mass, n_slots):
-    """How many entries of its row (B, C) each one comes after; of equal ones the first is first."""
+    """Rank of each entry in its row (B, C), largest first; equal entries keep their order."""
     c = tl.arange(0, mass.shape[1])[None, :]
     rank = tl.zeros(mass.shape, tl.int32)
     for slot in range(n_slots):
@@ -60,7 +60,7 @@ def sweep_kernel(
     CUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OUTSIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows; CUT where z has room for fewer than all slots."""
+    """A block of rows; CUT if z has room for fewer entries than there are slots."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < n_rows
     c = tl.arange(0, BLOCK_SLOTS)[None, :]

@@ -3,9 +3,9 @@ The START_ROWS rows with the largest log y_hat of each class: where the means st
 
     key_ik = (x_ik - normaliser_i read as an ordered integer) * 2^32 + (2^32 - 1 - i)
 
-One integer orders by value, then by the first row, so the answer does not depend on how rows are
-split. A program scans its share of a chunk's rows for a block of columns and keeps the largest keys
-in `top` (S, 8, K), where the next chunk goes on; most tiles hold nothing new and cost one
+A key orders by value, then by the lower row, so the result does not depend on how rows are split. A
+program scans its share of a chunk's rows for a block of columns and keeps the largest keys in
+`top` (S, 8, K), from which the next chunk continues; most tiles hold nothing new and cost one
 comparison. Shapes: x (n, K) float32, normaliser (N,). Bytes: 4 n K, from the cache.
 """
 
@@ -29,7 +29,7 @@ def top_rows_kernel(
     x_ptr, normaliser_ptr, top_ptr, first, n_rows, n_classes, share,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOP: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of the rows that are one program's share."""
+    """One block of columns over one share of the rows."""
     k = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     split = tl.program_id(1).to(tl.int64)
     place = (split * BLOCK_TOP + tl.arange(0, BLOCK_TOP))[:, None] * n_classes + k[None, :]

@@ -12,8 +12,8 @@ def assert_agrees(model, run, distinct=True):
     """
     The fitted `model` is the reference `run` to float32 rounding.
 
-    Where most rows coincide (not `distinct`) nearly all of the squares cancel in the variance:
-    what is left of it, and of the objective, is rounding relative to 1/d. A hub hears messages of
+    Where most rows coincide (not `distinct`) nearly all of the squares cancel in the variance: what
+    is left of it, and of the objective, is rounding relative to 1/d. A hub receives messages of
     hundreds of nats, of which float32 keeps 3e-5.
     """
     z = model.label_distributions_

@@ -118,8 +118,8 @@ def solve(
     if support_graph is None:
         support_graph = knn_weights(s, f, p.n_neighbors, False, p.clamp_similarity)  # (M, N)
 
-    def hear(z):
-        """The messages (N, K) that reach the queries."""
+    def messages_to_queries(z):
+        """Messages (N, K) of neighbours and shots to the queries."""
         return a @ z + support_graph.T / (2 * p.n_neighbors) @ y
 
     if few_shot and p.published_support_rows:
@@ -128,9 +128,9 @@ def solve(
         more = knn_weights(s, f, p.n_neighbors + 1, False, p.clamp_similarity)
         stacked = np.concatenate([more - best, graph])  # W (M + N, N)
 
-        def hear(z):
-            heard = stacked.T @ np.concatenate([z, y]) + (stacked @ z)[:n]
-            return heard / (2 * p.n_neighbors)
+        def messages_to_queries(z):
+            sums = stacked.T @ np.concatenate([z, y]) + (stacked @ z)[:n]
+            return sums / (2 * p.n_neighbors)
 
     z = np.exp(log_y)
     means = start_means(f, z, support, labels)
@@ -140,7 +140,7 @@ def solve(
     for step in range(p.max_iter + 1):
         score = p.likelihood_weight * log_gaussian(f, means, variances) + kl_term
         for _ in range(p.inner_iter):
-            z = np.exp(log_softmax(score + hear(z)))
+            z = np.exp(log_softmax(score + messages_to_queries(z)))
         if step < p.max_iter:
             numerator = z.T @ f / n + w * y.T @ s  # (K, d)
             count = z.sum(0) / n + w * y.sum(0)  # (K,)
@@ -157,18 +157,20 @@ def solve(
                 variances = np.maximum(spread / (1 + w * len(s)), 1e-6 / d)
                 if p.covariance == "isotropic":
                     variances = np.full(d, variances.mean())
-        objective.append(_objective(f, z, means, variances, hear, kl_term, s, labels, w * n, p))
+        objective.append(
+            _objective(f, z, means, variances, messages_to_queries, kl_term, s, labels, w * n, p)
+        )
     return Solution(z, means, variances, objective, gamma if few_shot else None)
 
 
-def _objective(f, z, means, variances, hear, kl_term, s, labels, support_weight, p):
+def _objective(f, z, means, variances, messages_to_queries, kl_term, s, labels, support_weight, p):
     log_det = 0.5 * np.log(variances).sum()
     value = -p.likelihood_weight * (z * (log_gaussian(f, means, variances) - log_det)).sum()
     if len(s):
         own = log_gaussian(s, means, variances)[np.arange(len(s)), labels] - log_det
         value -= p.likelihood_weight * support_weight * own.sum()
-    of_support = hear(np.zeros_like(z))
-    value -= (z * (0.5 * (hear(z) - of_support) + of_support)).sum()
+    of_support = messages_to_queries(np.zeros_like(z))
+    value -= (z * (0.5 * (messages_to_queries(z) - of_support) + of_support)).sum()
     entropy = (z * np.log(np.where(z > 0, z, 1))).sum()
     return value + entropy - (z * np.where(z > 0, kl_term, 0)).sum()
 
@@ -202,37 +204,37 @@ def predict(features, solution, log_y, kl_weight, likelihood_weight=1 / 50):
     return np.exp(log_softmax(likelihood_weight * g + kl_weight * log_y))
 
 
-def largest(values, width, least):
-    """Entries kept of each row (N, K), bool: from `least` (N,) up, the largest always, not more."""
-    least = np.minimum(np.broadcast_to(least, len(values)), values.max(1))
+def largest(values, width, threshold):
+    """Bool (N, K): at most `width` entries a row, >= `threshold` (N,); the largest always stays."""
+    threshold = np.minimum(np.broadcast_to(threshold, len(values)), values.max(1))
     order = np.argsort(-values, axis=1, kind="stable")
     place = np.empty_like(order)
     np.put_along_axis(place, order, np.arange(values.shape[1])[None], 1)
-    return (values >= least[:, None]) & (place < width)
+    return (values >= threshold[:, None]) & (place < width)
 
 
-def short_score(score, width, least):
-    """Candidates' log p (N, K), -inf elsewhere, and the mass (N,) of all others."""
+def sparse_score(score, width, threshold):
+    """log p (N, K) of the candidates, -inf for other classes, and the mass (N,) of these."""
     log_p = log_softmax(score)
-    kept = largest(log_p, width, least)
+    kept = largest(log_p, width, threshold)
     return np.where(kept, log_p, -np.inf), np.where(kept, 0, np.exp(log_p)).sum(1)
 
 
-def short_sweep(log_p, tail, a, z, width, floor):
-    """z at the candidates, the others hearing nothing; and the mass that may misplace."""
-    heard = a @ z
+def sparse_sweep(log_p, tail, a, z, width, floor):
+    """z at the candidates, without messages to other classes, and the mass this may misplace."""
+    messages = a @ z
     candidate = np.isfinite(log_p)
-    logits = np.where(candidate, log_p + heard, -np.inf)
+    logits = np.where(candidate, log_p + messages, -np.inf)
     with np.errstate(divide="ignore"):
         logits = np.concatenate([logits, np.log(tail)[:, None]], axis=1)
     mass = np.exp(log_softmax(logits))[:, :-1]
-    unheard = np.where(candidate, 0, np.abs(heard)).max(1)
-    known = np.maximum(tail, log_p.shape[1] * 2.0**-24)  # float32 says no more of it
-    bound = np.minimum(known * np.expm1(np.minimum(unheard, 64)), 1)
+    outside_max = np.where(candidate, 0, np.abs(messages)).max(1)
+    known = np.maximum(tail, log_p.shape[1] * 2.0**-24)  # unknown below float32 rounding
+    bound = np.minimum(known * np.expm1(np.minimum(outside_max, 64)), 1)
     return np.where(largest(mass, width, floor), mass, 0), bound
 
 
-def short_sums(z, features):
-    """Z^T F (K, d) and n (K,), with what the rows dropped shared as what they kept."""
+def sparse_sums(z, features):
+    """Z^T F (K, d) and n (K,), with the dropped mass shared among classes like the kept mass."""
     dropped, share = 1 - z.sum(1), z.sum(0) / z.sum()
     return z.T @ features + np.outer(share, dropped @ features), z.sum(0) + share * dropped.sum()

@@ -1,4 +1,4 @@
-"""Progress as a bar on a terminal, as lines elsewhere."""
+"""Progress is a bar on a terminal, and lines in a file or pipe."""
 
 from __future__ import annotations
 

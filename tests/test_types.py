@@ -1,4 +1,4 @@
-"""Which neighbour lists are refused, and how they are cut."""
+"""Neighbour lists: which are refused, and how they are cut."""
 
 import numpy as np
 import pytest

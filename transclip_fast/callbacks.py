@@ -9,27 +9,27 @@ from typing import Protocol
 
 import numpy as np
 
-State = Mapping[str, np.ndarray]
+SavedState = Mapping[str, np.ndarray]
 Count = Callable[[int, int], None]  # (done, total)
 
 
 class Checkpoint(Protocol):
     """Where a state is saved; `transclip_fast.store.checkpoint` has one on disk."""
 
-    def load(self) -> State | None:
+    def load(self) -> SavedState | None:
         """The last saved state of this very work, or None."""
 
-    def keep(self, state: Callable[[], State]) -> None:
-        """Save a state, unless the last one is too recent to be worth the time."""
+    def keep(self, state: Callable[[], SavedState]) -> None:
+        """Save a state, unless the last one was saved a moment ago."""
 
 
 class NoCheckpoint:
     """Saves nothing."""
 
-    def load(self) -> State | None:
+    def load(self) -> SavedState | None:
         return None
 
-    def keep(self, state: Callable[[], State]) -> None:
+    def keep(self, state: Callable[[], SavedState]) -> None:
         pass
 
 
@@ -49,7 +49,7 @@ class Step:
 @dataclass(frozen=True)
 class Progress:
     """
-    How far a fit has come.
+    The progress of a fit.
 
     Parameters
     ----------
@@ -98,13 +98,13 @@ class FitProgress:
     def rows(self, number: int) -> None:
         """Count rows that were read."""
         with self._lock:
-            # A pass may read a row twice; the count stays below the next step's.
+            # A pass may read a row twice: the count stops at the end of the step.
             rows = min(self._state.rows + number, self._limit)
             self._state = replace(self._state, rows=rows)
             self._report(self._state)
 
     def run(self, number: int) -> Callable[[Step], None]:
-        """Start the run of that number; returns what to call after each of its steps."""
+        """Start run `number`; returns the function to call after each of its steps."""
         before = number * self._passes + self._first
         self._limit = (before + 2) * self._n_rows
 

@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, and what float32 means there."""
+"""The device of a computation, and true float32 on it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from transclip_fast.errors import InputError
 
-MOST_BYTES = 1 << 17  # of a row: so many products of two int8 fit in an int32
+MAX_INT8_DIM = 1 << 17  # of a row: so many products of two int8 fit in an int32
 
 
 def resolve_device(name: str) -> torch.device:
     """
-    The device of a name; "auto" is CUDA where there is one.
+    The device of that name; "auto" is CUDA if there is a GPU, else the CPU.
 
     Raises
     ------
@@ -36,12 +36,11 @@ def multiplies_bytes(dim: int) -> bool:
     """
     Whether torch multiplies rows of `dim` bytes several times faster than float32 on this CPU.
 
-    It does so only with AVX512-VNNI, by oneDNN. That leaves rows of a single byte alone, and sums
-    of more bytes than `MOST_BYTES` may overflow.
+    That needs oneDNN and a CPU with AVX512-VNNI; oneDNN does not take rows of a single byte.
     """
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[no-untyped-call]
     vnni = torch.cpu.get_capabilities().get("avx512_vnni", False)
-    return bool(onednn and vnni and 1 < dim <= MOST_BYTES)
+    return bool(onednn and vnni and 1 < dim <= MAX_INT8_DIM)
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def exact_float32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        # Inference mode is a thread's own: others could not write to tensors made in it.
+        # Inference mode belongs to a thread: no other one could write to tensors made in it.
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:

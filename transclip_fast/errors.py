@@ -12,7 +12,18 @@ REASON_CHARACTERS = 200  # of another library's message, which can hold a whole 
 
 
 class InputError(ValueError):
-    """Bad input, described in one line: what, where (file or row) and the remedy."""
+    """
+    Bad input, described in one line: what, where (file or row) and the remedy.
+
+    Examples
+    --------
+    >>> from transclip_fast import InputError, build_graph
+    >>> try:
+    ...     build_graph([[3.0, 4.0], [0.0, 0.0]])
+    ... except InputError as error:
+    ...     print(error)
+    features: row 1 is all zero; remove or recompute that row
+    """
 
 
 def one_line(error: Exception) -> str:
@@ -29,8 +40,8 @@ def reading(
     """
     Turn any error of reading or parsing the file `path` into one line.
 
-    Libraries raise anything on a damaged file, from `AssertionError` to `MemoryError`, so that
-    the block should hold nothing but the calls that read.
+    Libraries raise anything on a damaged file, from `AssertionError` to `MemoryError`, so the
+    block should contain only the calls that read.
 
     Raises
     ------

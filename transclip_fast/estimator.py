@@ -65,7 +65,7 @@ class TransCLIP(Parameters):
         Few-shot only: weight of the labelled rows; by default the best of 0.002, 0.01, 0.02 and
         0.2 on a validation set.
     device : str
-        "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+        "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
         Keep z whole, or of each row only the largest entries: memory and time of a sweep then do
         not grow with K. "auto" takes the faster one that fits into memory.
@@ -91,7 +91,7 @@ class TransCLIP(Parameters):
     transduction_ : ndarray (N,) int64
         Label of each query.
     label_distributions_ : ndarray or scipy.sparse.csr_array (N, K) float32
-        Assignments z; in CSR when sparse, rows then sum to 1 less what was dropped.
+        Assignments z; in CSR when sparse; rows then sum to 1 less the dropped mass.
     classes_ : ndarray (K,) int64
         0 .. K - 1, the labels: positions in the list of classes.
     n_features_in_ : int
@@ -116,7 +116,7 @@ class TransCLIP(Parameters):
     backend_ : str
         The backend used.
     layout_ : transclip_fast.solver.layout.Layout
-        What was held in memory.
+        The memory layout of the solve.
     graph_ : NeighborGraph
         The graph used.
     zero_shot_labels_ : ndarray (N,) int64
@@ -164,7 +164,7 @@ class TransCLIP(Parameters):
         checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None = None,
     ) -> TransCLIP:
         """
-        Classify the rows of X. Arrays are numpy or torch, of any float type, and never modified.
+        Label the rows of X jointly. Arrays are numpy or torch, of any float type, never modified.
 
         Parameters
         ----------
@@ -187,8 +187,8 @@ class TransCLIP(Parameters):
         support_features, support_labels : array_like (M, d), (M,), optional
             Labelled rows: few-shot.
         validation_features, validation_labels : array_like (V, d), (V,), optional
-            Labelled rows that choose gamma where it is not given: the value is taken with which
-            most of them have the label of their most similar query, the first of equal ones.
+            Labelled rows that choose gamma unless it is set: the value with which most of them
+            have the label of their most similar query, the first of equal ones.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or a function that makes them from its unit rows, a
             `transclip_fast.data.feature_rows.Rows`; by default `build_graph`.
@@ -196,8 +196,8 @@ class TransCLIP(Parameters):
             Called with a `transclip_fast.callbacks.Progress` after every block of rows that is
             read, from any thread, and after every outer step.
         checkpoint : callable, optional
-            Returns a `transclip_fast.callbacks.Checkpoint` for a run, from its name and from all
-            that its result depends on beside the arrays.
+            Returns a `transclip_fast.callbacks.Checkpoint` for a run, from its name and from the
+            settings that its result depends on.
 
         Raises
         ------
@@ -256,7 +256,7 @@ class TransCLIP(Parameters):
     ) -> TransCLIP:
         """Set the fitted attributes."""
         z, self._mixture = solution.assignments, solution.mixture
-        # A prior (N, K) is of these rows only.
+        # A prior (N, K) describes these rows only.
         self._prior = inputs.prior if isinstance(inputs.prior, LinearPrior) else None
         self._zero_shot = inputs.zero_shot if isinstance(inputs.zero_shot, LinearPrior) else None
         self.label_distributions_ = z.numpy()
@@ -297,7 +297,7 @@ class TransCLIP(Parameters):
         Raises
         ------
         InputError
-            As `fit`; a prior that is missing, or given where the fit was linear; no fit yet.
+            As `fit`; a prior that is missing, or superfluous after a fit from prototypes; no fit.
         """
         if not hasattr(self, "_mixture"):
             raise InputError("predict_proba: call fit first")
@@ -329,14 +329,14 @@ class TransCLIP(Parameters):
         return self.fit(X, y, **arrays).transduction_
 
     def score(self, X: Any, y: Any) -> float:
-        """Share of new rows (N, d) whose predicted class is y (N,), between 0 and 1."""
+        """Accuracy of `predict` on new rows X (N, d) of classes y (N,), between 0 and 1."""
         predicted = self.predict(X)
         labels = as_labels(y, "y", rows=len(predicted), n_classes=len(self.classes_))
         return float((predicted == labels.numpy()).mean())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """
-        All that labels new rows later, on the CPU.
+        The tensors that `predict_proba` needs later, on the CPU.
 
         `means` (K, d) and `variances` (d,) float64; `prior_weights` (K, d) float32, tau times the
         prototypes of a linear prior, centred; `zero_shot_weights`, the same of text features

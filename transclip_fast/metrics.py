@@ -1,4 +1,4 @@
-"""How good a labelling is, and signs that its input was wrong."""
+"""Accuracies of a labelling, and warnings that its input looks wrong."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
-# What speaks for another order: rows enough, accuracy that renaming the classes multiplies and
-# raises by some points, and a class for each label, by some deviations more than by chance.
-LEAST_ROWS, ORDER_FACTOR, ORDER_GAIN, ORDER_DEVIATIONS = 16, 3, 30.0, 1.5
+# Classes seem to be in another order if there are enough rows, if renaming them multiplies the
+# accuracy and raises it by so many points, and if true classes have more distinct labels than
+# random ones would, by so many standard deviations.
+ORDER_ROWS, ORDER_FACTOR, ORDER_GAIN, ORDER_DEVIATIONS = 16, 3, 30.0, 1.5
 
 
 def accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
@@ -22,7 +23,7 @@ def accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Evaluation:
     """
-    Accuracies in percent, what the joint solution changed, and where the errors are.
+    Accuracies in percent, changes by the joint solution, and the errors by class.
 
     `per_class` is (class, rows, zero-shot accuracy, accuracy) for each class that occurs, worst
     first; `confusions` is (true class, predicted class, rows), most frequent first; `corrected`
@@ -108,14 +109,13 @@ def check_assignments(
 
 def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
     """
-    A warning where zero-shot labels (N,) would fit the truth (N,) far better with other names.
+    A warning if zero-shot labels (N,) would fit the truth (N,) far better with classes renamed.
 
-    Poor labels are not in another order: `bench.accuracy.class_order` counts how often this is
-    right.
+    Poor labels alone raise no warning; `bench.accuracy.class_order` counts right and wrong ones.
     """
     as_is = accuracy(labels, truth)
     pairs, counts = np.unique(np.stack([labels, truth]), axis=1, return_counts=True)
-    # The largest groups first, each class once on either side: at least half of the best renaming.
+    # Greedy matching of labels and classes: it finds at least half of the best renaming.
     renamed = 0
     used: set[int] = set()
     taken: set[int] = set()
@@ -128,7 +128,7 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
             taken.add(true)
             renamed += int(counts[i])
     better = 100 * renamed / len(labels)
-    if len(truth) < LEAST_ROWS or len(taken) < 3:
+    if len(truth) < ORDER_ROWS or len(taken) < 3:
         return []
     if better - as_is < ORDER_GAIN or ORDER_FACTOR * as_is > better:
         return []
@@ -142,9 +142,9 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
 
 def _distinct_by_chance(draws: int, n_classes: int) -> float:
     """
-    As many different classes as some draws of a class at random hardly bring.
+    A number of distinct classes that so many random draws of a class rarely exceed.
 
-    Texts that know nothing of the images still give each class a label of its own that often.
+    Even texts unrelated to the images give that many true classes a label of their own.
     """
     missed = (1 - 1 / n_classes) ** draws  # by all draws
     both_missed = (1 - 2 / n_classes) ** draws

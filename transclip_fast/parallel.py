@@ -1,9 +1,9 @@
 """
-A pool of threads on which torch computes alone.
+A pool of threads, each of which runs torch single-threaded.
 
-Torch's own threads wait for each other in every operation. Where something else has the other's
-core, a wait takes a time slice, and of small operations there are thousands; and after each they
-spin for milliseconds on the cores where the next loop wants to run.
+Torch's own threads wait for each other in every operation: a solve has thousands of small ones, and
+if other work holds a core, each wait costs a time slice. After an operation they also spin for
+milliseconds on cores that the next compiled loop needs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-_caller = threading.local()  # `threads`: torch's number before `single_threaded_torch`
+_caller = threading.local()  # `threads`: of torch, before `single_threaded_torch`
 
 
 class ThreadBuffer(threading.local):
-    """Memory for one block at a time, of each thread its own; it grows to the largest block."""
+    """Memory for one block at a time, separate in each thread; it grows to the largest block."""
 
     def __init__(self, dtype: torch.dtype) -> None:  # runs in every thread
         self._entries = torch.empty(0, dtype=dtype)
@@ -73,7 +73,7 @@ def single_threaded_torch(device: torch.device = CPU) -> Iterator[None]:
 
 @contextmanager
 def fixed_threads(number: int) -> Iterator[None]:
-    """Set the number of CPU threads: it decides the last bits, and stays that of the first run."""
+    """Compute with `number` CPU threads, on which the last bits of a result depend."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -88,15 +88,15 @@ def _pool(process: int, size: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(size, "transclip_fast", _use_one_thread, (size,))
 
 
-def _use_one_thread(others: int) -> None:
+def _use_one_thread(default: int) -> None:
     """
-    Let torch use this thread only when called from it, and `others` threads on any new one.
+    Let torch use one thread when called from this thread, and `default` when from a new one.
 
     `set_num_threads` sets two numbers: the calling thread's, and the process's, which a thread
-    takes over at its first operation. A thread that ends at once sets the second one back.
+    takes over at its first operation. A short-lived thread restores the process's number.
     """
     torch.set_num_threads(1)
     torch.get_num_threads()  # counts as the first operation of this thread
-    helper = threading.Thread(target=torch.set_num_threads, args=(others,))
+    helper = threading.Thread(target=torch.set_num_threads, args=(default,))
     helper.start()
     helper.join()

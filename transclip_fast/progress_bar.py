@@ -26,8 +26,8 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
     Show the progress of long-running work on standard error.
 
     A terminal and a notebook show a bar, which disappears at the end; anything else gets a line
-    every 10 s. Rate and time left count from the first call, so that resumed work is not credited
-    with what an earlier process did.
+    every 10 s. Rate and time left count from the first call, without the work of an earlier process
+    that is resumed.
 
     `name` is the work, `unit` what is counted, in the plural. Call the yielded function with
     (done, total), both int, and any figures to show as keyword arguments.
@@ -58,7 +58,7 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
 def shown_on(
     show: Callable[..., None], also: Callable[[Progress], None] | None = None
 ) -> Callable[[Progress], None]:
-    """Return a report of a fit's progress that a bar shows, and that `also` receives."""
+    """Return a callback that shows the progress of a fit on a bar, and passes it on to `also`."""
 
     def report(state: Progress) -> None:
         figures: dict[str, Any] = {"step": f"{state.steps}/{state.all_steps}"}

@@ -2,9 +2,9 @@
 Plain data that travels between graph, solver and operations.
 
 The (N, K) arrays, z and its scores, are dense, or sparse: cut to each row's largest entries. Dense
-ones keep every class of every row, in class order; their `classes` is None. Sparse ones keep lists:
-row i holds class `classes[i, c]` with `values[i, c]`, the entries in use first. Only `ops` relies
-on the form.
+ones keep every class of every row, in class order; their `classes` is None. Sparse ones are lists:
+row i has class `classes[i, c]` with `values[i, c]`, and entries in use come first. Only `ops`
+depends on the form.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transclip_fast.errors import InputError
 if TYPE_CHECKING:
     from scipy import sparse
 
-# z below this is left out; the mass of what is left out is dealt with as a whole.
+# Entries of z below this are dropped; the solver accounts for their total mass.
 FLOOR = 1e-4
 
 
@@ -69,7 +69,7 @@ class NeighborGraph:
 
     def check(self, n_rows: int, n_neighbors: int, name: str = "graph") -> NeighborGraph:
         """
-        The graph cut to its `n_neighbors` best, once it is known to fit `n_rows` rows.
+        Check that the graph fits `n_rows` rows; returns it with the `n_neighbors` best only.
 
         Raises
         ------
@@ -112,7 +112,7 @@ class Affinity:
     weights: torch.Tensor
 
     def max_message(self) -> torch.Tensor:
-        """sum_j |A_ij| (N,) float32: z_j being a distribution, no message moves further."""
+        """sum_j |A_ij| (N,) float32, a bound on messages to row i, as z_j is a distribution."""
         lengths = self.offsets.diff()
         return torch.segment_reduce(self.weights.abs(), "sum", lengths=lengths, initial=0.0)
 
@@ -155,7 +155,7 @@ class Messages:
 @dataclass(frozen=True)
 class LinearScore:
     """
-    What every backend computes: b = F P^T + c + prior_weight log y_hat + messages.
+    The base score that every backend computes: b = F P^T + c + prior_weight log y_hat + messages.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ class Scores:
 @dataclass(frozen=True)
 class Assignments:
     """
-    Soft assignments z (N, K); rows sum to 1, sparse ones to 1 less what was dropped.
+    Soft assignments z (N, K); rows sum to 1, sparse ones to 1 less the dropped mass.
 
     Parameters
     ----------
@@ -293,8 +293,8 @@ class Assignments:
         largest = self.values.max(1)
         if self.classes is None:
             return largest.indices, largest.values
-        others = torch.where(self.values == largest.values[:, None], self.classes, self.n_classes)
-        return others.amin(1).long(), largest.values
+        tied = torch.where(self.values == largest.values[:, None], self.classes, self.n_classes)
+        return tied.amin(1).long(), largest.values
 
     def empty_like(self) -> Assignments:
         """Room for another z of the same form."""
@@ -357,7 +357,7 @@ class Assignments:
         """z (N, K) as an array, if sparse as scipy's CSR."""
         if self.classes is None:
             return self.values.cpu().numpy()
-        from scipy import sparse  # a GPU machine with numpy and torch alone never comes here
+        from scipy import sparse  # imported here: dense solves run without scipy
 
         values, classes = self.values.cpu().numpy(), self.classes.cpu().numpy()
         used = values > 0

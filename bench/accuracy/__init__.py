@@ -1,1 +1,1 @@
-"""What the parts of the method, heads and prompts do to labels."""
+"""Effects of parts of the method, of heads and of prompts on labels."""

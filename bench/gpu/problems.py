@@ -81,8 +81,8 @@ def score_error(
     x = features[sample].double() @ weights.double().T + offset.double()
     b = x - x.logsumexp(1, keepdim=True)
     best = b.topk(out.values.shape[1], dim=1).values
-    least = torch.minimum(out.log_threshold[sample, None].double(), best[:, :1])
-    best = best.exp().masked_fill_(best < least, 0)
+    threshold = torch.minimum(out.log_threshold[sample, None].double(), best[:, :1])
+    best = best.exp().masked_fill_(best < threshold, 0)
     found = out.values[sample].double().exp()
     off = (found.sort(1, descending=True).values - best).abs().max()
     if out.classes is None:

@@ -30,7 +30,7 @@ OTHER_LABELS = 1 - SAME_LABELS  # largest share of rows whose label may differ f
 STEPS = Parameters()  # 10 x 5
 
 
-class Problem:
+class GpuProblem:
     """A made problem of N rows, K classes and d dimensions with its graph, and its solvers."""
 
     def __init__(self, n: int, k: int, d: int, device: str) -> None:
@@ -66,7 +66,7 @@ def lists_on(graph: NeighborGraph, device: str) -> tuple[torch.Tensor, torch.Ten
 
 def repeated(suite: Suite, n: int = 20_000, k: int = 1000, d: int = 512) -> None:
     """Check that two solves of the same problem have the same bits."""
-    problem = Problem(n, k, d, suite.gpu.device)
+    problem = GpuProblem(n, k, d, suite.gpu.device)
     features = problem.features.half()
 
     def run() -> list[torch.Tensor]:
@@ -85,7 +85,7 @@ def solve(suite: Suite, n: int, k: int, d: int) -> None:
     marked, whichever arm is at fault.
     """
     name = f"solve {n} x {k} x {d}"
-    problem = Problem(n, k, d, suite.gpu.device)
+    problem = GpuProblem(n, k, d, suite.gpu.device)
     half = problem.features.half()
     arms: dict[str, Callable[[], torch.Tensor]] = {"float16": partial(problem.labels, half)}
     if 22.0 * n * k * d <= FLOAT32_OPERATIONS:

@@ -1,4 +1,4 @@
-"""The problems look like CLIP's, and what is measured and recorded is what is said."""
+"""Made problems look like CLIP's; measurements and recorded lines are right."""
 
 import json
 import os

@@ -51,7 +51,7 @@ def test_threads_of_a_process():
         assert process.call("torch:get_num_threads") == 1
 
 
-def test_a_process_that_has_ended_is_told(touch):
+def test_a_process_that_has_ended_is_reported(touch):
     process = Process()
     with pytest.raises(RuntimeError, match="TypeError"):
         process.call(touch, mib="none")

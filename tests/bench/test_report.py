@@ -1,4 +1,4 @@
-"""README says what was measured, and nothing else."""
+"""README states measured figures, and no others."""
 
 import json
 import shutil

@@ -52,12 +52,12 @@ BAD_FEATURES = {
 @pytest.mark.parametrize("kind", BAD_FEATURES)
 def test_features(kind, name, arrays, solve):
     arrays |= {"support_features": arrays["image_features"], "support_labels": arrays["labels"]}
-    spoil, told = BAD_FEATURES[kind]
+    spoil, expected = BAD_FEATURES[kind]
     if name == "text_features":  # (6, 33): another shape than the one above, if the last
-        told = told.replace("77", "6")
+        expected = expected.replace("77", "6")
     message = solve({**arrays, name: spoil(arrays[name])}, "--gamma", 0.02)
     assert f"features.npz: {name}: " in message
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("name", ["text_features", "support_features", "prototypes"])
@@ -82,16 +82,16 @@ BAD_LABELS = {
 @pytest.mark.parametrize("name", ["labels", "support_labels", "validation_labels"])
 @pytest.mark.parametrize("kind", BAD_LABELS)
 def test_labels(kind, name, arrays, solve):
-    spoil, told = BAD_LABELS[kind]
+    spoil, expected = BAD_LABELS[kind]
     for use in ("support", "validation"):
         arrays |= {f"{use}_features": arrays["image_features"], f"{use}_labels": arrays["labels"]}
     message = solve({**arrays, name: spoil(arrays["labels"])})
     assert f"features.npz: {name}: " in message
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"text_features": None}, "give text_features, prototypes, prior or prior_logits"),
         ({"support_features": np.ones((2, 33))}, "support_labels"),
@@ -107,14 +107,14 @@ def test_labels(kind, name, arrays, solve):
         ({"prior": np.full((77, 6), 1 / 6), "prior_logits": np.ones((77, 6))}, "not several"),
     ],
 )
-def test_what_does_not_go_together(change, told, arrays, solve):
+def test_what_does_not_go_together(change, expected, arrays, solve):
     message = solve({**arrays, **change})
     assert "features.npz" in message
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "expected"),
     [
         (("--labels", "none.npy"), "none.npy: no such file"),
         (("--class-names", "none.txt"), "none.txt: no such file"),
@@ -127,8 +127,8 @@ def test_what_does_not_go_together(change, told, arrays, solve):
         (("--gamma", "nan"), "gamma"),
     ],
 )
-def test_options(option, told, arrays, solve):
-    assert told in solve(arrays, *option)
+def test_options(option, expected, arrays, solve):
+    assert expected in solve(arrays, *option)
 
 
 @pytest.mark.parametrize("name", ["none.npz", "notes.txt", "", "x" * 300 + ".npz", "a/b.pt"])
@@ -194,7 +194,7 @@ def test_sparse_tensors(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("out", "told"),
+    ("out", "expected"),
     [
         ("features.npz", "is a file"),
         ("features.npz/below", "features.npz is a file"),
@@ -205,14 +205,14 @@ def test_sparse_tensors(refused, tmp_path):
         ("album", "holds other files (cat.jpg)"),
     ],
 )
-def test_where_nothing_can_be_written(out, told, arrays, save, refused, tmp_path):
+def test_where_nothing_can_be_written(out, expected, arrays, save, refused, tmp_path):
     (tmp_path / "album").mkdir()
     (tmp_path / "album" / "cat.jpg").write_bytes(b"cat")
     (tmp_path / "album" / "run.json").write_bytes(b"{}")
     (tmp_path / "loop").symlink_to("loop")
     message = refused("solve", save(arrays), "--out", tmp_path / out)
     assert str(tmp_path / out) in message
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(

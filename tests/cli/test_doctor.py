@@ -52,14 +52,14 @@ def test_no_faiss(distributions):
     assert "bench/" in finding.message
 
 
-@pytest.mark.parametrize(("cuda", "told"), [(None, "has no CUDA"), ("13.0", "finds no device")])
-def test_a_driver_that_torch_does_not_use(cuda, told, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("cuda", "expected"), [(None, "has no CUDA"), ("13.0", "finds no device")])
+def test_a_driver_that_torch_does_not_use(cuda, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     (tmp_path / "version").touch()
     finding = doctor.check_torch(tmp_path / "version")
     assert not finding.ok
-    assert told in finding.message
+    assert expected in finding.message
     assert doctor.check_torch(tmp_path / "none").ok
 
 

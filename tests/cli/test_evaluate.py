@@ -59,30 +59,30 @@ def test_warns_of_classes_in_another_order(solved, cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "expected"),
     [(np.zeros(5), "expected 77 labels"), (np.full(77, 6), "row 0 has label 6"),
      (np.full(77, 0.5), "row 0 has label 0.5")],
 )  # fmt: skip
-def test_bad_labels(labels, told, solved, refused, tmp_path):
+def test_bad_labels(labels, expected, solved, refused, tmp_path):
     np.save(tmp_path / "labels.npy", labels)
     message = refused("evaluate", solved, "--labels", tmp_path / "labels.npy")
     assert message.startswith(f"error: {tmp_path / 'labels.npy'}: ")
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda t: t.drop(["label"]), "has no column 'label'"),
         (lambda t: t.set_column(3, "label", pa.array([6] * 77)), "label: row 0 has label 6"),
         (lambda t: t.set_column(3, "label", pa.array(["cat"] * 77)), "label: expected numbers"),
     ],
 )
-def test_tampered_predictions(change, told, solved, refused):
+def test_tampered_predictions(change, expected, solved, refused):
     pq.write_table(change(table_of(solved)), solved / "predictions.parquet")
     message = refused("evaluate", solved)
     assert "predictions.parquet" in message
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize("end", [0, 3, 100, -1])

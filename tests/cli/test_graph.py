@@ -109,12 +109,12 @@ TAMPERED = {
 
 @pytest.mark.parametrize("kind", TAMPERED)
 def test_tampered(kind, graph, refused, tmp_path):
-    spoil, told = TAMPERED[kind]
+    spoil, expected = TAMPERED[kind]
     spoil(graph)
     file = tmp_path / "features.npz"
     message = refused("solve", file, "--graph", graph, "--out", tmp_path / "result")
     assert message.startswith(f"error: {graph}")
-    assert told in message
+    assert expected in message
 
 
 def test_short_lists(graph, refused, tmp_path):
@@ -124,12 +124,12 @@ def test_short_lists(graph, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"), [(np.nan, "row 2 contains NaN"), (0, "row 2 is all zero")]
+    ("row", "expected"), [(np.nan, "row 2 contains NaN"), (0, "row 2 is all zero")]
 )
-def test_bad_rows(row, told, arrays, save, refused, tmp_path):
+def test_bad_rows(row, expected, arrays, save, refused, tmp_path):
     arrays["image_features"][2] = row
     message = refused("graph", save(arrays), "--out", tmp_path / "graph")
-    assert f"features.npz: image_features: {told}" in message
+    assert f"features.npz: image_features: {expected}" in message
 
 
 @pytest.mark.parametrize("method", ["ivf", "anchored"])

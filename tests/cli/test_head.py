@@ -86,7 +86,7 @@ def test_several_templates(arrays, save, done, tmp_path):
     np.testing.assert_array_equal(table["zero_shot_label"], model.zero_shot_labels_)
 
 
-def test_rows_that_are_no_unit_vectors_are_told_of_once(shots, save, cli, tmp_path):
+def test_rows_that_are_no_unit_vectors_are_reported_once(shots, save, cli, tmp_path):
     scaled = {**shots, "image_features": 3 * shots["image_features"]}
     ran = cli("solve", save(scaled), "--head", "tip-adapter", "--out", tmp_path / "result")
     assert (ran.code, ran.err.count("were not unit vectors")) == (0, 1)
@@ -105,7 +105,7 @@ def test_new_rows_of_a_head_with_prototypes(shots, save, done, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "told"),
+    ("change", "options", "expected"),
     [
         ({}, ("--head", "lora"), "head 'lora' is not known; choose one of prompt-ensemble, tip"),
         ({"support_features": None, "support_labels": None}, (), "head taskres needs shots"),
@@ -118,9 +118,9 @@ def test_new_rows_of_a_head_with_prototypes(shots, save, done, tmp_path):
         ({"support_features": np.ones((40, 9))}, (), "has 9 columns, expected 33"),
     ],
 )
-def test_what_cannot_be_solved(change, options, told, shots, save, refused, tmp_path):
+def test_what_cannot_be_solved(change, options, expected, shots, save, refused, tmp_path):
     kept = {key: array for key, array in {**shots, **change}.items() if array is not None}
     message = refused(
         "solve", save(kept), "--out", tmp_path / "result", "--head", "taskres", *options
     )
-    assert told in message
+    assert expected in message

@@ -1,4 +1,4 @@
-"""`plan`: what it says, and that solving does as it said."""
+"""`plan`: its figures, and that `solve` keeps to them."""
 
 from __future__ import annotations
 
@@ -79,22 +79,22 @@ def test_solve_says_it_first(save, arrays, succeeds, tmp_path):
 
 def test_the_memory_of_a_search_counts(refused, succeeds):
     shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 64, "--candidates", 32)
-    told = refused("plan", *shape, "--memory", "3GiB")
-    assert "memory: searching the neighbours of 2,000,000 rows needs 5.49 GiB" in told
-    assert "what fits: --memory 6GiB, or --graph with neighbours" in told
+    message = refused("plan", *shape, "--memory", "3GiB")
+    assert "memory: searching the neighbours of 2,000,000 rows needs 5.49 GiB" in message
+    assert "what fits: --memory 6GiB, or --graph with neighbours" in message
     assert plan_of(succeeds, *shape, "--memory", "6GiB")["peak"] <= 6 << 30
 
 
 @pytest.mark.parametrize("command", ["plan", "solve"])
 def test_what_does_not_fit_is_refused(command, save, arrays, refused, tmp_path):
     args = [command, save(arrays), "--memory", "100MiB"]
-    told = refused(*args, *(("--out", tmp_path / "result") if command == "solve" else ()))
-    assert "memory: 77 rows and 6 classes, dense, need" in told
-    assert "there are 100 MiB" in told
+    message = refused(*args, *(("--out", tmp_path / "result") if command == "solve" else ()))
+    assert "memory: 77 rows and 6 classes, dense, need" in message
+    assert "there are 100 MiB" in message
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "expected"),
     [
         ((), "plan needs FEATURES, or --queries, --classes and --dim"),
         (("--queries", 5, "--dim", 3), "plan needs FEATURES, or --queries"),
@@ -104,8 +104,8 @@ def test_what_does_not_fit_is_refused(command, save, arrays, refused, tmp_path):
         (("--queries", 5, "--classes", 3, "--dim", 3, "--candidates", 0), "candidates must be"),
     ],
 )
-def test_bad_input(args, told, refused):
-    assert told in refused("plan", *args)
+def test_bad_input(args, expected, refused):
+    assert expected in refused("plan", *args)
 
 
 def test_warnings_are_a_line_and_name_the_file(save, arrays, cli):

@@ -117,8 +117,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_results(kind, solved, new, refused, tmp_path):
-    spoil, told = DAMAGE[kind]
+    spoil, expected = DAMAGE[kind]
     spoil(solved)
     message = refused("predict", solved, new[2], "--out", tmp_path / "more")
     assert str(solved) in message
-    assert told in message
+    assert expected in message

@@ -132,9 +132,9 @@ def test_maps(arrays, save, succeeds, refused, tmp_path):
         confidences(tmp_path / "b"), model.predict_proba(rows).max(1), atol=1e-6
     )
     other = ("predict", tmp_path / "a", file, "--out", tmp_path / "c")
-    told = "was solved with an image map; give the same --image-map"
-    assert told in refused(*other)
-    assert told in refused(*other, "--image-map", tmp_path / "text_map.npy")
+    expected = "was solved with an image map; give the same --image-map"
+    assert expected in refused(*other)
+    assert expected in refused(*other, "--image-map", tmp_path / "text_map.npy")
     succeeds("solve", file, *options[:2], "--out", tmp_path / "d")
     other = ("predict", tmp_path / "d", file, "--out", tmp_path / "c", *options[2:])
     assert "was solved without an image map; leave out --image-map" in refused(*other)

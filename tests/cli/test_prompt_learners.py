@@ -67,10 +67,10 @@ def test_cocoop_from_training_to_a_solve(save, digits, backbone, cli, tmp_path):
     assert json.loads(ran.out)["parameters"] == {"n_ctx": 4}
     ran = cli("solve", file, "--head", head, "--out", tmp_path / "result")
     assert ran.code == 0
-    told = (
+    warning = (
         "head cocoop: 55 images, each in the prompts of 5 classes, are 275 runs of the text tower"
     )
-    assert told in ran.err
+    assert warning in ran.err
     rows = torch.from_numpy(digits["image_features"])
     model = TransCLIP().fit(rows, digits["text_features"], **expected.prior(rows))
     run = run_of(tmp_path / "result")
@@ -262,7 +262,7 @@ def test_shots_with_patches_and_queries_without(save, patched, short, cli, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("protocol", "change", "options", "told"),
+    ("protocol", "change", "options", "expected"),
     [
         ("few-shot", {"class_names": None}, MODEL, "has no class_names, of which coop makes"),
         ("base-to-new", {"class_names": None}, MODEL, "features: has no class_names to make"),
@@ -270,10 +270,10 @@ def test_shots_with_patches_and_queries_without(save, patched, short, cli, tmp_p
         ("base-to-new", {}, ("--model", "nonsense"), "unknown model 'nonsense'"),
     ],
 )
-def test_what_cannot_be_run(protocol, change, options, told, save, digits, cli, tmp_path):  # noqa: F811
+def test_what_cannot_be_run(protocol, change, options, expected, save, digits, cli, tmp_path):  # noqa: F811
     kept = {k: a for k, a in {**digits, **change}.items() if a is not None}
     args = ("--head", "coop", "--shots", 1, "--seeds", 1, "--out", tmp_path / "t")
     ran = cli("protocol", protocol, save(kept), *args, *options)
     assert ran.code == 2
     assert ran.err.count("\n") == 1
-    assert told in ran.err
+    assert expected in ran.err

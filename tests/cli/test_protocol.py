@@ -1,4 +1,4 @@
-"""`protocol`: its tables are those of the library, and a killed one goes on."""
+"""`protocol`: its tables are those of the library, and a killed one resumes."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "expected"),
     [
         (("few-shot", "none.npz"), "none.npz: no such file"),
         (("few-shot", "pets.npz", "--head", "lora"), "head 'lora' is not known"),
@@ -251,7 +251,7 @@ def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
         (("domains", "pets.npz", "bare.npz"), "bare: has 4 classes, pets 6"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_run(command, told, pets, problem, cli, tmp_path, monkeypatch):
+def test_what_cannot_be_run(command, expected, pets, problem, cli, tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     pets("other/pets")
     pets("bold", validation_features=None, validation_labels=None)
@@ -269,5 +269,5 @@ def test_what_cannot_be_run(command, told, pets, problem, cli, tmp_path, monkeyp
     assert ran.code == 2
     assert ran.err.startswith("error: ")
     assert ran.err.count("\n") == 1
-    assert told in ran.err
+    assert expected in ran.err
     assert not (tmp_path / "table/table.md").exists()

@@ -1,4 +1,4 @@
-"""A solve that was killed goes on after its last outer step, and ends with the same bytes."""
+"""A killed solve resumes after its last outer step, and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -109,14 +109,14 @@ def test_what_was_kept_of_another_solve_is_not_used(
     ran = cli(*command)
     assert ran.code == 0
     assert len(steps) == 4
-    told = "result.solve-0.npz: is of other input or parameters; solve-0 begins anew"
-    assert told in ran.err
+    expected = "result.solve-0.npz: is of other input or parameters; solve-0 begins anew"
+    assert expected in ran.err
     after = results(tmp_path / "result")
     ran = cli(*command)
     assert ran.code == 0
     fresh = results(tmp_path / "result")
     assert after[0] == fresh[0]
-    assert [message for message in after[1]["warnings"] if told not in message] == []
+    assert [message for message in after[1]["warnings"] if expected not in message] == []
 
 
 def test_a_damaged_state_is_not_used(arrays, save, cli, killed, steps, tmp_path):

@@ -184,20 +184,20 @@ def test_folders_of_splits(backbone, digits, done, refused, tmp_path):
     content = json.loads(manifest.read_text())
     content["config"]["weights"] = "0" * 64
     manifest.write_text(json.dumps(content))
-    told = refused("solve", tmp_path / "sets/test", "--head", head, "--out", tmp_path / "more")
-    assert "is for features of demo (" in told
-    told = refused(*args, 4, "--out", head)
-    assert "sets/train: was not encoded with the model of" in told
+    message = refused("solve", tmp_path / "sets/test", "--head", head, "--out", tmp_path / "more")
+    assert "is for features of demo (" in message
+    message = refused(*args, 4, "--out", head)
+    assert "sets/train: was not encoded with the model of" in message
     (tmp_path / "sets/train").rename(tmp_path / "train")
     given = []
     for name in ("support_features", "support_labels"):
         np.save(tmp_path / f"{name}.npy", digits[name][:16])
         given += [f"--{name.replace('_', '-')}", tmp_path / f"{name}.npy"]
-    told = refused(*args, 4, "--out", head, *given)
-    assert "was encoded with demo (000000000000), not with demo (" in told
+    message = refused(*args, 4, "--out", head, *given)
+    assert "was encoded with demo (000000000000), not with demo (" in message
 
 
-def test_fewer_rows_than_shots_are_told(save, digits, cli, tmp_path):
+def test_fewer_rows_than_shots_are_reported(save, digits, cli, tmp_path):
     ran = cli(
         "train-head", "taskres", save(digits), "--shots", 9, "--out", tmp_path / "h.safetensors"
     )
@@ -261,7 +261,7 @@ def test_another_training_is_not_continued(save, digits, killed, cli, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "told"),
+    ("change", "options", "expected"),
     [
         ({}, ("--model", "demo", "--start", "the", "--context", 3), "leave --context out"),
         (
@@ -280,22 +280,22 @@ def test_another_training_is_not_continued(save, digits, killed, cli, monkeypatc
         ({"labels": np.full(55, 9)}, ("--model", "demo"), "labels: row 0 has label 9"),
     ],
 )
-def test_what_cannot_be_trained(change, options, told, save, digits, refused, tmp_path):
+def test_what_cannot_be_trained(change, options, expected, save, digits, refused, tmp_path):
     kept = {key: array for key, array in {**digits, **change}.items() if array is not None}
     out = ("--out", tmp_path / "head.safetensors")
-    assert told in refused("train-head", "coop", save(kept), "--epochs", 1, *out, *options)
+    assert expected in refused("train-head", "coop", save(kept), "--epochs", 1, *out, *options)
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "expected"),
     [
         (("lora", "--out", "h.safetensors"), "head 'lora' is not known; choose one of"),
         (("coop", "--out", "head.pt"), "head.pt: name a file that ends in .safetensors"),
         (("taskres", "--out", "h.safetensors", "--start", "a"), "taskres learns no prompts"),
     ],
 )
-def test_what_makes_no_sense(args, told, save, digits, refused):
-    assert told in refused("train-head", args[0], save(digits), *args[1:])
+def test_what_makes_no_sense(args, expected, save, digits, refused):
+    assert expected in refused("train-head", args[0], save(digits), *args[1:])
 
 
 def test_other_files_are_not_replaced(save, digits, refused, tmp_path):
@@ -305,7 +305,7 @@ def test_other_files_are_not_replaced(save, digits, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "told"),
+    ("change", "options", "expected"),
     [
         ({"image_features": np.ones((4, 9))}, (), "is for 512 dimensions, "),
         ({"class_names": np.array(["a", *NAMES[1:]])}, (), "its class 0 is 'photo', that of"),
@@ -315,17 +315,19 @@ def test_other_files_are_not_replaced(save, digits, refused, tmp_path):
         ({"prototypes": np.eye(5, 512)}, (), "is the prior; leave one of them out"),
     ],
 )
-def test_heads_that_do_not_fit(change, options, told, coop, save, digits, refused, tmp_path):
+def test_heads_that_do_not_fit(change, options, expected, coop, save, digits, refused, tmp_path):
     file = save({**digits, **change}, "other.npz")
     message = refused("solve", file, "--head", coop, "--out", tmp_path / "result", *options)
-    assert told in message
+    assert expected in message
     assert message.count("error: ") == 1
-    if "its class" in told or "is for 512" in told:
+    if "its class" in expected or "is for 512" in expected:
         assert message.startswith(f"error: {coop}: ")
 
 
 def test_solve_names_what_trains_prompts(save, digits, refused, tmp_path):
-    told = refused("solve", save(digits), "--head", "coop", "--out", tmp_path / "result")
-    assert "`transclip-fast train-head coop` does that and writes a file for --head" in told
-    told = refused("solve", save(digits), "--head", "no.safetensors", "--out", tmp_path / "result")
-    assert told == "error: no.safetensors: no such file\n"
+    message = refused("solve", save(digits), "--head", "coop", "--out", tmp_path / "result")
+    assert "`transclip-fast train-head coop` does that and writes a file for --head" in message
+    message = refused(
+        "solve", save(digits), "--head", "no.safetensors", "--out", tmp_path / "result"
+    )
+    assert message == "error: no.safetensors: no such file\n"

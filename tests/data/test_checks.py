@@ -1,4 +1,4 @@
-"""What is checked of a user's arrays, how an error reads, and what is left untouched."""
+"""Checks of a user's arrays: what they refuse, their messages, and that arrays stay untouched."""
 
 import warnings
 

@@ -115,11 +115,11 @@ def test_rows_are_unit_rows(dtype, held, off, stored, tmp_path, monkeypatch):
     array = features(dtype=dtype)
     if off:
         array[[5, 70]] *= 3
-    told = "2 of 77 rows were not unit vectors"
-    with pytest.warns(UserWarning, match=told) if off else nullcontext():
+    warning = "2 of 77 rows were not unit vectors"
+    with pytest.warns(UserWarning, match=warning) if off else nullcontext():
         expected = as_unit_rows(array, "x")
     for source in sources(array, stored, tmp_path).values():
-        with pytest.warns(UserWarning, match=told) if off else nullcontext():
+        with pytest.warns(UserWarning, match=warning) if off else nullcontext():
             found = Rows(source, held=held)
         assert (len(found), found.shape) == (77, (77, 33))
         ids = torch.tensor([[70, 5, 0], [1, 70, 76]])

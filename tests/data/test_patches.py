@@ -83,8 +83,8 @@ def test_by_their_names(parts):
 
 @pytest.mark.parametrize("shape", [(N - 1, L, D), (N, L, D + 1), (N, L * D + 1), (N, 0, D), (N,)])
 def test_shapes_that_do_not_fit(shape, parts):
-    told = rf"local_features: expected \({N}, L, {D}\), the patches of {N} rows, got \("
-    with pytest.raises(InputError, match=told):
+    expected = rf"local_features: expected \({N}, L, {D}\), the patches of {N} rows, got \("
+    with pytest.raises(InputError, match=expected):
         PatchedRows(parts[0], np.ones(shape), "local_features")
 
 

@@ -266,7 +266,7 @@ def test_a_changed_file_is_noticed_and_mended(images, backbone, tmp_path, name):
         name, "metadata/metadata_00000.parquet"
     )
     (tmp_path / "out" / name).write_bytes(before[other])
-    with pytest.raises(InputError, match="is not what the manifest says"):
+    with pytest.raises(InputError, match="differs from its manifest"):
         load_features(tmp_path / "out")
     encode(folder, backbone, tmp_path / "out")
     assert contents(tmp_path / "out") == before

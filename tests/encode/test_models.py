@@ -1,4 +1,4 @@
-"""What is known of a backbone before it is loaded, and how it is loaded."""
+"""Backbones: their identity before they are loaded, and their loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Too little memory, workers that hang or die, a full disk: the run goes on."""
+"""Too little memory, workers that hang or die, a full disk: the run recovers or can be resumed."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_workers_that_always_die_are_given_up(images, backbone, tmp_path, quick)
 
 
 @pytest.mark.parametrize("writes", range(0, 14, 2))
-def test_a_full_disk_is_told_and_continued(images, backbone, tmp_path, monkeypatch, writes):
+def test_a_full_disk_is_reported_and_continued(images, backbone, tmp_path, monkeypatch, writes):
     folder = images(7)
     encode(folder, backbone, tmp_path / "whole")
     fsync, left = os.fsync, [writes]

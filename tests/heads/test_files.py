@@ -1,4 +1,4 @@
-"""Head files: what is written is read, and anything else is told in one line."""
+"""Head files: a written head is read back, and any other file is refused in one line."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def changed(path, tensors=None, entry=None, raw=None):
     with safe_open(path, "pt") as stored:
         metadata = stored.metadata()
     kept = {**load_file(path), **(tensors or {})}
-    told = {**json.loads(metadata[ENTRY]), **(entry or {})}
-    text = raw if raw is not None else json.dumps({k: v for k, v in told.items() if v != "gone"})
+    entries = {**json.loads(metadata[ENTRY]), **(entry or {})}
+    text = raw if raw is not None else json.dumps({k: v for k, v in entries.items() if v != "gone"})
     kept = {name: tensor for name, tensor in kept.items() if tensor is not None}
     save_file(kept, path, {ENTRY: text})
 
@@ -132,7 +132,7 @@ def other_settings(head):
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "tensor", "told"),
+    ("place", "name", "tensor", "expected"),
     [
         (0, "up_bias", torch.zeros(9), "up_bias has shape .9,., expected .v. with .*v = 8"),
         (0, "down", None, "is no head of this version: its tensors lacks down"),
@@ -140,11 +140,11 @@ def other_settings(head):
         (1, "contexts", torch.zeros(5, 3, 8), "contexts has shape .5, 3, 8."),
     ],
 )
-def test_learners_whose_parts_do_not_fit(place, name, tensor, told, tmp_path):
+def test_learners_whose_parts_do_not_fit(place, name, tensor, expected, tmp_path):
     file = tmp_path / "head.safetensors"
     save_head(file, StoredHead(other_heads()[place], "x", NAMES, None))
     changed(file, {name: tensor})
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=expected):
         read_head(file)
 
 
@@ -191,7 +191,7 @@ def test_other_files(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "entry", "told"),
+    ("tensors", "entry", "expected"),
     [
         ({"context": None}, {}, "its tensors lacks? context"),
         ({"more": torch.ones(2)}, {}, "also has more"),
@@ -216,9 +216,9 @@ def test_other_files(file, tmp_path):
         ({}, {"settings": {"position": 3, "words": ["a"] * 3}}, "position is '3'"),
     ],
 )
-def test_what_a_head_cannot_be(file, tensors, entry, told):
+def test_what_a_head_cannot_be(file, tensors, entry, expected):
     changed(file, tensors, entry)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=expected) as error:
         read_head(file)
     assert str(error.value).startswith(f"{file}: ")
     assert "\n" not in str(error.value)

@@ -286,7 +286,7 @@ def test_progress_reaches_its_end(task, short):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "expected"),
     [
         ("nonsense", {}, "head 'nonsense' is not known; choose one of prompt-ensemble"),
         ("taskres", {"support_features": None, "support_labels": None}, "taskres needs shots"),
@@ -302,6 +302,6 @@ def test_progress_reaches_its_end(task, short):
         ),
     ],
 )
-def test_what_cannot_be_fitted(name, change, told, task):
-    with pytest.raises(InputError, match=told):
+def test_what_cannot_be_fitted(name, change, expected, task):
+    with pytest.raises(InputError, match=expected):
         fitted(name, {**task, **change})

@@ -195,7 +195,7 @@ def test_by_its_name(tower):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "expected"),
     [
         ("coop", {}, "support_local_features: the head coop takes none, only plot does"),
         ("plot", {"support_local_features": np.ones((11, L, DIM))}, "expected .12, L, 32., "),
@@ -216,6 +216,6 @@ def test_by_its_name(tower):
         ),
     ],
 )
-def test_what_cannot_be_fitted(name, changes, told, tower):
-    with pytest.raises(InputError, match=told):
+def test_what_cannot_be_fitted(name, changes, expected, tower):
+    with pytest.raises(InputError, match=expected):
         given(tower, name, **changes)

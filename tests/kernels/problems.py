@@ -76,7 +76,7 @@ def sweep_truth(base, messages, rank, floor):
     rows, places = np.nonzero(base.values.numpy() > -np.inf)
     log_p[rows, base.classes.numpy()[rows, places]] = base.values.numpy()[rows, places]
     tail = base.tail.numpy().astype(np.float64)
-    return reference.short_sweep(log_p, tail, np.eye(len(messages)), messages, rank, floor)
+    return reference.sparse_sweep(log_p, tail, np.eye(len(messages)), messages, rank, floor)
 
 
 def assert_no_worse(found, same_type, truth, atol):

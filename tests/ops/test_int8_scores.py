@@ -36,8 +36,8 @@ def problem(n=N, k=K, d=D, scale=100.0):
     return exact, (normal(rows), weights, offset)
 
 
-def room(n=N, width=K, reach=0.7):
-    return Scores.empty(torch.full((n,), reach), K, Truncation(width, width, FLOOR))
+def room(n=N, width=K, max_message=0.7):
+    return Scores.empty(torch.full((n,), max_message), K, Truncation(width, width, FLOOR))
 
 
 def listed(scores):
@@ -103,7 +103,7 @@ def test_full_lists_keep_the_largest():
     out = room(width=3)
     assert Int8Scores(*operands[1:]).is_faster(operands[0], out.log_threshold.numpy())
     score(operands, out)
-    log_p, tail = reference.short_score(exact, 3, np.log(FLOOR) - 0.7)
+    log_p, tail = reference.sparse_score(exact, 3, np.log(FLOOR) - 0.7)
     np.testing.assert_allclose(out.tail, tail, rtol=0.05, atol=2e-6)
     # Only of what errs in int8 another one may be taken.
     taken, meant = ~np.isnan(listed(out)), np.isfinite(log_p)
@@ -171,7 +171,7 @@ def test_a_row_unlike_the_others_is_scored_in_float32():
         np.empty((0, K), np.float32),
         np.empty((0, K), np.int64),
     )
-    log_p, _ = reference.short_score(exact, K, np.log(FLOOR) - 0.7)
+    log_p, _ = reference.sparse_score(exact, K, np.log(FLOOR) - 0.7)
     found = np.nan_to_num(listed(lists)[1], nan=-np.inf)
     np.testing.assert_allclose(found, log_p[1], atol=5e-3)
 

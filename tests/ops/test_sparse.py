@@ -99,12 +99,12 @@ def case(rng, n=N, k=K, spread=4.0):
 @pytest.mark.parametrize("nodes", [False, True])
 def test_score(ops, blocks, rng, width, nodes):
     score, operands = case(rng)
-    reach = rng.uniform(0, 3, N).astype(np.float32)
-    out = Scores.empty(torch.from_numpy(reach), K, Truncation(width, width, 0.05))
+    max_message = rng.uniform(0, 3, N).astype(np.float32)
+    out = Scores.empty(torch.from_numpy(max_message), K, Truncation(width, width, 0.05))
     out.values.fill_(1), out.tail.fill_(np.nan)
     order = torch.from_numpy(rng.permutation(N)) if nodes else torch.arange(N)
     assert ops(NO_EDGES, order if nodes else None).score(*operands, out=out) is out
-    log_p, tail = reference.short_score(score, width, np.log(0.05) - reach[order])
+    log_p, tail = reference.sparse_score(score, width, np.log(0.05) - max_message[order])
     np.testing.assert_allclose(dense(out)[order], log_p, atol=2e-5)
     np.testing.assert_allclose(out.tail[order], tail, atol=2e-6)
     assert_lists(out, -np.inf)
@@ -123,7 +123,7 @@ def test_score_with_a_given_prior_and_messages(ops, blocks, rng):
     features, linear = operands
     score_ = LinearScore(linear.weights, linear.offset, prior, 0.5, messages)
     ops(NO_EDGES).score(features, score_, out=out)
-    log_p, tail = reference.short_score(score, 6, np.log(1e-3))
+    log_p, tail = reference.sparse_score(score, 6, np.log(1e-3))
     np.testing.assert_allclose(dense(out), log_p, atol=2e-5)
     np.testing.assert_allclose(out.tail, tail, atol=2e-6)
 
@@ -145,7 +145,7 @@ def test_score_keeps_nothing_of_an_earlier_one(ops, rng):
     for spread in (0.1, 40.0, 1.0):
         score, operands = case(rng, spread=spread)
         ops(NO_EDGES).score(*operands, out=out)
-        log_p, _ = reference.short_score(score, 9, np.log(1e-3))
+        log_p, _ = reference.sparse_score(score, 9, np.log(1e-3))
         found = dense(out)
         certain = np.abs(log_p - np.log(1e-3)) > 1e-3
         np.testing.assert_allclose(found[certain], log_p[certain], atol=1e-4)
@@ -156,14 +156,14 @@ def test_score_keeps_nothing_of_an_earlier_one(ops, rng):
 @pytest.mark.parametrize("floor", [0.0, 0.02])
 def test_sweep_on_a_difficult_graph(ops, blocks, rng, width, floor):
     score, _ = case(rng)
-    log_p, tail = reference.short_score(score, 7, -4.0)
+    log_p, tail = reference.sparse_score(score, 7, -4.0)
     z = sparse_z(rng)
     affinity, a = affinity_of(difficult_edges(rng))
     before, out = assignments_of(z, 5), empty((N, K), width, floor)
     out.values.fill_(1), out.bound.fill_(np.nan)
     base = scores_of(log_p, tail, 7)
     assert ops(affinity).sweep(base, before, out=out) is out
-    expected, bound = reference.short_sweep(log_p, tail, a, z, width, floor)
+    expected, bound = reference.sparse_sweep(log_p, tail, a, z, width, floor)
     np.testing.assert_allclose(out.dense(), expected, atol=1e-6)
     np.testing.assert_allclose(out.bound, bound, rtol=2e-4, atol=1e-6)
     assert (bound > 1e-3).any()
@@ -174,12 +174,12 @@ def test_sweep_on_a_difficult_graph(ops, blocks, rng, width, floor):
 @pytest.mark.parametrize("weight", [600.0, -600.0])
 def test_sweep_does_not_overflow(ops, rng, weight):
     score, _ = case(rng)
-    log_p, tail = reference.short_score(score, 7, -9.0)
+    log_p, tail = reference.sparse_score(score, 7, -9.0)
     z = sparse_z(rng)
     affinity, a = affinity_of([(i, (i + 1) % N, weight) for i in range(N)])
     out = empty((N, K), 7, 1e-4)
     ops(affinity).sweep(scores_of(log_p, tail, 7), assignments_of(z, 5), out=out)
-    expected, bound = reference.short_sweep(log_p, tail, a, z, 7, 1e-4)
+    expected, bound = reference.sparse_sweep(log_p, tail, a, z, 7, 1e-4)
     # Messages of 600 nats carry float32's rounding of 6e-5.
     np.testing.assert_allclose(out.dense(), expected, rtol=1e-3, atol=2e-4)
     np.testing.assert_allclose(out.bound, bound, rtol=1e-2, atol=1e-6)
@@ -189,7 +189,7 @@ def test_sweep_does_not_overflow(ops, rng, weight):
 
 def test_sweep_and_energies_without_edges(ops, rng):
     score, _ = case(rng)
-    log_p, tail = reference.short_score(score, 7, -4.0)
+    log_p, tail = reference.sparse_score(score, 7, -4.0)
     affinity, _ = affinity_of([])
     before, out = assignments_of(sparse_z(rng), 5), empty((N, K), 7, 0.0)
     ops(affinity).sweep(scores_of(log_p, tail, 7), before, out=out)
@@ -207,7 +207,7 @@ def test_class_sums(ops, blocks, rng, nodes):
     run = ops(NO_EDGES, order if nodes else None)
     sums, counts = run.class_sums(assignments_of(z, 5), features)
     assert sums.dtype == counts.dtype == torch.float64
-    expected, mass = reference.short_sums(z[order], f)
+    expected, mass = reference.sparse_sums(z[order], f)
     np.testing.assert_allclose(sums, expected, atol=2e-5)
     np.testing.assert_allclose(counts, mass, atol=2e-5)
     assert counts[5] == 0
@@ -305,12 +305,12 @@ def test_random_graphs(backend, problem):
     n, k, width, rank, edges, seed = problem
     ops, rng = backend_class(backend), np.random.default_rng(seed)
     score, _ = case(rng, n, k)
-    log_p, tail = reference.short_score(score, width, -3.0)
+    log_p, tail = reference.sparse_score(score, width, -3.0)
     z = sparse_z(rng, n, k)
     affinity, a = affinity_of(edges, n)
     out = empty((n, k), rank, 0.01)
     ops(affinity).sweep(scores_of(log_p, tail, width), assignments_of(z, 5), out=out)
-    expected, bound = reference.short_sweep(log_p, tail, a, z, k, 0.0)
+    expected, bound = reference.sparse_sweep(log_p, tail, a, z, k, 0.0)
     scale = 1 + np.abs(a).sum(1).max()  # of the messages, and of their rounding
     found = out.dense().numpy()
     kept = found > 0
@@ -375,7 +375,7 @@ def test_candidates_where_messages_may_be_anything(ops, rng):
     score, operands = case(rng)
     out = Scores.empty(torch.full((N,), 1e9), K, Truncation(5, 5))
     ops(NO_EDGES).score(*operands, out=out)
-    log_p, _ = reference.short_score(score, 5, -np.inf)
+    log_p, _ = reference.sparse_score(score, 5, -np.inf)
     np.testing.assert_allclose(dense(out), log_p, atol=2e-5)
 
 

@@ -70,7 +70,7 @@ def affinity_of(edges, n=N):
 
 def difficult_edges(rng):
     """A hub, isolated rows, negative weights, duplicate edges and self-loops."""
-    edges = [(0, j, 0.3) for j in range(1, 60)]  # a hub that hears 59 rows
+    edges = [(0, j, 0.3) for j in range(1, 60)]  # a hub with 59 neighbours
     edges += [(i, 0, -0.2) for i in range(5, 70)]
     for _ in range(200):
         i, j = rng.integers(10, 70, 2)

@@ -46,7 +46,7 @@ def test_what_there_is_is_taken(pets):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"labels": None}, "pets.npz: has no labels, which the protocol needs"),
         ({"text_features": None}, "has no text_features"),
@@ -57,8 +57,8 @@ def test_what_there_is_is_taken(pets):
         ({"class_names": np.array(["a"])}, "1 class names for 6 text features"),
     ],
 )
-def test_what_is_missing(changes, told, pets):
-    with pytest.raises(InputError, match=told):
+def test_what_is_missing(changes, expected, pets):
+    with pytest.raises(InputError, match=expected):
         load_data([pets(**changes)], pools=True)
 
 

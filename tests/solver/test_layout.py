@@ -1,4 +1,4 @@
-"""What is kept in memory, for how much memory there is."""
+"""The layout that is chosen for the memory there is."""
 
 import numpy as np
 import pytest
@@ -115,7 +115,7 @@ def test_a_layout_never_takes_more_than_is_allowed(limit, candidates):
 
 
 def test_what_else_takes_memory():
-    """Copies of what is held, a given prior, and the best run so far where several are tried."""
+    """Copies of held features, a prior (N, K), and the best run so far if several are tried."""
     layout = Layout(64, held=True)
 
     def total(**values):
@@ -182,8 +182,8 @@ def test_a_fit_in_a_given_amount(problem):
     features, prototypes, _ = problem(n=177)
     free = TransCLIP(device="cpu", candidates=6).fit(features.astype("float16"), prototypes)
     size = Size(177, 6, 33, input_bytes=2 * 177 * 33)
-    least = size.used(CPU) + sum(Layout(6, held=False).bytes(size, CPU).values())
-    tight = TransCLIP(device="cpu", candidates=6, memory=least)
+    needed = size.used(CPU) + sum(Layout(6, held=False).bytes(size, CPU).values())
+    tight = TransCLIP(device="cpu", candidates=6, memory=needed)
     tight.fit(features.astype("float16"), prototypes)
     assert (free.layout_.held, tight.layout_.held) == (True, False)
     assert (free.transduction_ == tight.transduction_).all()

@@ -155,7 +155,7 @@ def test_what_truncation_lost_is_reported(soft):
     assert dense.truncation_ is None
 
 
-def test_much_dropped_is_told(soft):
+def test_much_dropped_is_reported(soft):
     with pytest.warns(UserWarning, match=r"sparse assignments keep \d+ % of the mass only; raise"):
         model = TransCLIP(device="cpu", candidates=5).fit(*soft)
     dropped = 1 - model.label_distributions_.sum(1).mean()

@@ -189,13 +189,13 @@ def test_json_there_and_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [(None, "no such file"), (b"{", "as JSON"), (b"\xff", "as JSON"), (b"[1]", "a JSON object")],
 )
-def test_bad_json(content, told, tmp_path):
+def test_bad_json(content, expected, tmp_path):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(InputError, match=f"x.json: .*{told}"):
+    with pytest.raises(InputError, match=f"x.json: .*{expected}"):
         read_json(tmp_path / "x.json")
 
 

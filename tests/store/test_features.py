@@ -141,9 +141,9 @@ SPOILT = {
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_damaged_folders(kind, folder):
-    spoil, told = SPOILT[kind]
+    spoil, expected = SPOILT[kind]
     spoil(folder)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=expected) as error:
         load_features(folder)
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
@@ -196,14 +196,14 @@ def test_names_from_arrays(array, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "expected"),
     [
         (lambda p: None, "no such file"),
         (lambda p: p.write_bytes(b"\xff\xfe\n"), "UTF-8"),
         (lambda p: p.mkdir(), "cannot be read"),
     ],
 )
-def test_bad_names(write, told, tmp_path):
+def test_bad_names(write, expected, tmp_path):
     write(tmp_path / "names.txt")
-    with pytest.raises(InputError, match=rf"names\.txt: .*{told}"):
+    with pytest.raises(InputError, match=rf"names\.txt: .*{expected}"):
         read_names(tmp_path / "names.txt")

@@ -189,13 +189,13 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_folders(kind, tip_adapter):
-    change, shots, told = BAD[kind]
+    change, shots, expected = BAD[kind]
     for name, array in change.items():
         if array is None:
             (tip_adapter / name).unlink()
         else:
             torch.save(array, tip_adapter / name)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=expected) as error:
         load_features(tip_adapter, shots=shots)
     assert "\n" not in str(error.value)
     assert str(tip_adapter) in str(error.value)

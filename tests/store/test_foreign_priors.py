@@ -170,7 +170,7 @@ BAD = {
 def test_bad_lists(kind, soft, tmp_path):
     features, prototypes, prior = soft
     arrays = dict(zip(("prior_indices", "prior_values"), largest(prior), strict=True))
-    change, told = BAD[kind]
+    change, expected = BAD[kind]
     for name, what in change.items():
         if what is ...:
             del arrays[name]
@@ -181,14 +181,14 @@ def test_bad_lists(kind, soft, tmp_path):
             arrays[name][what[0], what[1]] = what[2]
     np.savez(tmp_path / "features.npz", image_features=features, text_features=prototypes)
     np.savez(tmp_path / "prior.npz", **arrays)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=expected) as error:
         load_features(tmp_path / "features.npz", {"prior": tmp_path / "prior.npz"})
     assert str(error.value).startswith(f"{tmp_path / 'prior.npz'}: ")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"format": b"csc"}, "sparse array in another format"),
         ({"shape": np.array([N])}, r"shape must be \(rows, classes\)"),
@@ -198,12 +198,12 @@ def test_bad_lists(kind, soft, tmp_path):
         ({"data": np.array(["a"] * 3 * N)}, "expected numbers"),
     ],
 )
-def test_bad_csr(change, told, soft, tmp_path):
+def test_bad_csr(change, expected, soft, tmp_path):
     features, prototypes, prior = soft
     np.savez(tmp_path / "features.npz", image_features=features, text_features=prototypes)
     with np.load(written("csr npz", tmp_path, *largest(prior))) as file:
         np.savez(tmp_path / "prior.npz", **(dict(file) | change))
-    with pytest.raises(InputError, match=rf"prior\.npz: .*{told}"):
+    with pytest.raises(InputError, match=rf"prior\.npz: .*{expected}"):
         load_features(tmp_path / "features.npz", {"prior": tmp_path / "prior.npz"})
 
 

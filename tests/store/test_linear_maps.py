@@ -36,7 +36,7 @@ def test_a_layer_of_torch(problem):
 
 
 @pytest.mark.parametrize(
-    ("weight", "bias", "told"),
+    ("weight", "bias", "expected"),
     [
         (np.eye(5), None, "weight: has 5 columns, expected 33, those of rows"),
         (np.eye(33), np.ones(5), "weight: bias: has 5 columns, expected 33"),
@@ -45,8 +45,8 @@ def test_a_layer_of_torch(problem):
         (np.ones(33), None, "weight: expected a non-empty"),
     ],
 )
-def test_maps_that_do_not_fit(weight, bias, told, problem):
-    with pytest.raises(InputError, match=told):
+def test_maps_that_do_not_fit(weight, bias, expected, problem):
+    with pytest.raises(InputError, match=expected):
         linear_map(problem()[0], weight, bias)
 
 

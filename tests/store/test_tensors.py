@@ -37,11 +37,11 @@ arrays = st.dictionaries(
 def test_what_is_written_is_read(tmp_path_factory, made):
     tensors = {name: torch.from_numpy(array) for name, array in made.items()}
     file = tmp_path_factory.getbasetemp() / "made.safetensors"
-    told = []
-    size = write_tensors(file, tensors, torch.bfloat16, lambda *step: told.append(step))
+    reported = []
+    size = write_tensors(file, tensors, torch.bfloat16, lambda *step: reported.append(step))
     assert size == file.stat().st_size
-    assert len(told) == len(tensors)
-    assert not told or told[-1][0] == told[-1][1]
+    assert len(reported) == len(tensors)
+    assert not reported or reported[-1][0] == reported[-1][1]
     read = load_file(file)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -132,7 +132,7 @@ def encode_progress() -> Iterator[Callable[[EncodeProgress], None]]:
 
 
 def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
-    """What was encoded, what failed and how fast it went, as summary and as text."""
+    """Counts of encoded and failed images and the throughput, as summary and as text."""
     speed, failures = encoded.throughput, encoded.failures
     summary: dict[str, Any] = {
         "n_rows": encoded.n_rows,

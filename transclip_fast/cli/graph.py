@@ -163,7 +163,7 @@ def _anchors(features: Features) -> Any:
 
 
 def _identity(features: Features, search: GraphSearch) -> dict[str, Any]:
-    """What decides the neighbours."""
+    """All that decides the neighbours."""
     anchors = _anchors(features)
     return {
         "features_sha256": features.sha256(),

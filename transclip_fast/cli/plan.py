@@ -24,7 +24,7 @@ from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
 
 FIT_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
-CHECK_PASSES = 3  # over features in files: their hash, that of the manifest, norms
+CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 TABLE_ROW_BYTES = 90  # of predictions.parquet
 CHECKPOINT_ROW_BYTES = 40  # of a sparse state
@@ -32,7 +32,7 @@ CHECKPOINT_ROW_BYTES = 40  # of a sparse state
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a solve, and what it takes."""
+    """A stage of a solve: its work, disk traffic and memory."""
 
     name: str
     work: float  # floating-point operations
@@ -94,7 +94,9 @@ class Plan:
 
 @click.command("plan", cls=options.SectionedCommand)
 @click.argument("features", type=click.Path(), required=False)
-@click.option("--queries", type=options.POSITIVE, help="Rows, where there is no FEATURES yet.")
+@click.option(
+    "--queries", type=options.POSITIVE, help="Number of rows, if there are no FEATURES yet."
+)
 @click.option("--classes", type=options.POSITIVE, help="Classes.")
 @click.option("--dim", type=options.POSITIVE, help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=click.Path(), help="A graph folder: no search.")
@@ -104,11 +106,11 @@ class Plan:
 @options.array_options(*options.ARRAYS)
 @options.parameter_options
 def command(features: str | None, method: str, as_json: bool, **values: Any) -> None:
-    """Say what solving FEATURES will take: memory, disk and work.
+    """Show the memory, disk traffic and work of solving FEATURES.
 
-    Takes FEATURES and the options of `solve`; or, without FEATURES, numbers of rows, classes and
-    dimensions, which are then thought to be in float16 files. Memory is that of the process, at
-    most; what needs more than --memory is refused with what would fit, exit code 2.
+    The arguments are FEATURES and the options of `solve`; or, without FEATURES, numbers of rows,
+    classes and dimensions of features in float16 files. Memory is the peak of the process. A solve
+    that needs more than --memory is refused with exit code 2, and with options that would fit.
 
     \b
     Examples:

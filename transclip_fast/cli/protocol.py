@@ -131,7 +131,7 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
     """Train each head on the first half of the classes, and measure it on each half alone.
 
     Base classes are the first half (of an odd number one more), new ones the others; queries of
-    one half are told apart among its own classes only, and TransCLIP goes on top of each. The
+    one half are classified among its own classes only, and TransCLIP runs on top of each head. The
     table has base, new and their harmonic mean. Prompt learners go to the new classes with their
     names, clip-adapter with their texts; other heads are bound to the classes they were trained on.
 

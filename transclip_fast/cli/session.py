@@ -1,4 +1,4 @@
-"""What every command does around its work: time it, report warnings, errors and the summary."""
+"""The frame of every command: times, warnings, errors and the summary."""
 
 from __future__ import annotations
 

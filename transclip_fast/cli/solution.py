@@ -49,7 +49,7 @@ def solve_features(
     The same call resumes from the graph and the last checkpoint, which are hidden files next to
     `out` until the folder is complete.
 
-    `graph` is the neighbours, or how to search for them; `make_head` fits or reads the head that
+    `graph` has the neighbours, or the search for them; `make_head` fits or reads the head that
     becomes the prior; `quiet` does not print the plan.
     """
     checkpoints = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]

@@ -1,4 +1,4 @@
-"""The text tower of the model that encoded features, and what prompt learners need beside it."""
+"""The text tower of the model that encoded features, and the input of prompt learners."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Prompter:
         return Prompting(self._towers[key], features.class_names, context, schedule)
 
     def _settings(self, head: str) -> tuple[ContextSettings, Schedule]:
-        """The published settings, with what the options change."""
+        """The published settings with the options applied."""
         changed = {name: value for name, value in self._options.items() if value is not None}
         if {"n_ctx", "start"} <= changed.keys():
             raise InputError("--start determines the length of the context; leave --context out")

@@ -1,4 +1,4 @@
-"""Checks of the arrays that a user passes, each failing with one line that names the row."""
+"""Checks of a user's arrays; each failure is one line that names the row."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def unit_sample(matrix: torch.Tensor | StoredRows, ids: torch.Tensor) -> torch.T
     """
     Some rows of an `unread_matrix` as unit rows, with the bits of `Rows(matrix)[ids]`.
 
-    Nothing is checked and nothing warned of: that is done when all rows are read. The result
+    Checks and warnings come later, when all rows are read. The result
     (n, d) float32 is where the matrix is; rows in files come to the CPU.
     """
     if isinstance(matrix, StoredRows):

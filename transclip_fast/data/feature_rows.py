@@ -126,7 +126,7 @@ class Rows:
             rows = torch.from_numpy(self._source[where])
         if self._divisors is not None:
             return (rows.float().double() / self._divisors[ids, None]).float()
-        # Into memory of torch's: the order of a BLAS library's sums depends on the alignment.
+        # Copied into torch's memory, since the order of a BLAS library's sums depends on alignment.
         return torch.empty(rows.shape, dtype=torch.float32).copy_(rows)
 
     def _whole(self) -> torch.Tensor:

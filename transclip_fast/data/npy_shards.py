@@ -52,8 +52,8 @@ class Shard:
         """Rows by index (n,); errors as `read`."""
         with reading(self.path, "cannot be read", "write it again"):
             self._check(os.stat(self.path))
-            # Mapped anew each time: each row that is touched brings 64 KiB of its neighbours
-            # into memory, where they stay as long as the map.
+            # Mapped anew each time: a row that is read brings 64 KiB around it into memory, which
+            # stay there as long as the map.
             mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
         taken: np.ndarray = mapped[rows]
         return taken
@@ -64,7 +64,7 @@ class Shard:
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
-    """What differs if a file was written or replaced, even by one of the same time and size."""
+    """A fingerprint that changes if a file is written or replaced, even by one of the same size."""
     return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 

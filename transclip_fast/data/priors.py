@@ -11,7 +11,7 @@ from transclip_fast.data.checks import as_matrix, as_tensor, check_rows, first_r
 from transclip_fast.errors import InputError
 
 PROBABILITY_TOLERANCE = 1e-2  # of the sum of a row
-UNLISTED_MASS = 1e-6  # least mass that a row of a sparse prior leaves to the classes it omits
+UNLISTED_MASS = 1e-6  # at least, that a row of a sparse prior leaves to the classes it omits
 
 
 def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How large a batch may be, and how fast the image tower alone is."""
+"""The batch size that fits into memory, and the rate of the image tower alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encode loop: workers decode, the model embeds, a thread writes; each ahead of the next."""
+"""The encode loop: workers decode, the model embeds and a thread writes, all at the same time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EncodeProgress:
 
 @dataclass(frozen=True)
 class Throughput:
-    """How fast images were encoded, and what the loop waited for."""
+    """The speed of encoding, and the seconds that the loop waited for each stage."""
 
     images: int  # encoded, or failed
     seconds: float
@@ -101,9 +101,9 @@ def encode_shards(
     Encode the images of some shards and write them.
 
     Features are unit rows in float16. Batches are cut by source row within a shard, so that the
-    same rows meet in one batch however often the run is interrupted, and whichever rank encodes
-    them. If memory does not suffice, the batch is halved and the shard begun again; if a worker
-    hangs or dies, the shard is begun again once. `plan` lists the shards to encode.
+    same rows share a batch after any interruption and on any rank. If memory does not suffice, the
+    batch is halved and the shard begun again; if a worker hangs or dies, the shard is begun again
+    once. `plan` lists the shards to encode.
 
     Raises
     ------

@@ -117,7 +117,7 @@ def encode_images(
     workers : int, optional
         Processes that decode, 0 to decode in this one; by default one a core, at most 16.
     shard_rows : int
-        Images a shard; a killed run loses at most the shard it was at.
+        Images of a shard; a killed run loses at most the shard in progress.
     device : str
         "auto", "cpu", "cuda" or "cuda:1".
     progress : callable, optional
@@ -244,7 +244,7 @@ def encode_source(
 def _config(
     identity: dict[str, Any], device: torch.device, source: Source, local_features: int | None
 ) -> dict[str, Any]:
-    """What decides the features; a folder of another configuration is refused."""
+    """All that decides the features; a folder of another configuration is refused."""
     return {
         **identity,
         "device": device.type,

@@ -35,7 +35,7 @@ class Backbone:
 
     `model` has `encode_image` (B, 3, H, W) -> (B, d) and `encode_text` (B, L) -> (B, d).
     `preprocess` turns a PIL image into a tensor (3, H, W) float32, `tokenizer` a list of strings
-    into token ids (B, L) int64. `identity` is what decides the features, as in the manifest.
+    into token ids (B, L) int64. `identity` has all that decides the features, as in the manifest.
     """
 
     model: Any

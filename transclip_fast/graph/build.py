@@ -32,7 +32,7 @@ METHODS = ("auto", "exact", "ivf", "anchored")
 EXACT_ROWS = 20_000  # up to which "auto" searches exactly
 RECALL_SAMPLE_ROWS, RECALL_SEED = 1000, 1
 CONFIDENCE_STANDARD_ERRORS = 1.645  # one-sided 95 %
-FLOAT64_ROUNDING = 1e-9  # generous, of two sums of one product of unit rows
+FLOAT64_ROUNDING = 1e-9  # a generous bound, for two sums of one product of unit rows
 
 
 def build_graph(
@@ -71,7 +71,7 @@ def build_graph(
         Called with (rows done, rows in all) after every block. Each round of probes of an
         approximate search counts all rows again.
     checkpoint : Checkpoint, optional
-        Stores the state of the search now and then, from which a later call resumes.
+        Saves the state of the search, from which a later call resumes.
 
     Returns
     -------

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 TILE_ROWS = {"cpu": 1024, "cuda": 16384}  # of a square block of products
 BATCH_BLOCKS = 32  # at most, between two merges: results do not depend on the number of cores
-WAITING_FINDS_PER_ROW, WAITING_FINDS = 8, 1 << 20  # before a merge, which takes ~100 bytes a find
-# int8 needs extra work for each block, and most of a second to load compiled code.
+WAITING_FINDS_PER_ROW, WAITING_FINDS = 8, 1 << 20  # before a merge, which needs ~100 bytes a find
+# int8 costs extra work for each block, and most of a second to load compiled code.
 INT8_BLOCK_PRODUCTS, INT8_PRODUCTS = 1 << 17, 1 << 27  # at least, in a block and in all of them
 GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
 GPU_CANDIDATES = 8  # of each row: KEPT of `transclip_fast.kernels.neighbors`
@@ -57,7 +57,7 @@ def search_exact(
 def all_pairs(ids: torch.Tensor) -> list[Pair]:
     """Blocks of the rows `ids` (n,) that together hold every pair of them once."""
     tiles = torch.split(ids, TILE_ROWS["cuda" if ids.is_cuda else "cpu"])
-    # The diagonal first: its finds rule out most of the other products.
+    # The diagonal comes first, since its finds rule out most other products.
     diagonal = [(tile, tile) for tile in tiles]
     return diagonal + [(tile, other) for i, tile in enumerate(tiles) for other in tiles[i + 1 :]]
 

@@ -1,8 +1,8 @@
 """
 Products of rows in int8 on a CPU, and in float32 of the pairs that may be neighbours.
 
-An int8 product takes a quarter of the time of a float32 one. Its error has a bound that is known
-for every row, |a.b - a'.b'| <= |a - a'| |b| + |a'| |b - b'|, so no pair is missed.
+An int8 product takes a quarter of the time of a float32 one. Its error is bounded,
+|a.b - a'.b'| <= |a - a'| |b| + |a'| |b - b'|, by terms known for every row, so no pair is missed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from transclip_fast.ops.numba_loops import FAST, LOWEST_SCORE, F, compiled, ente
 from transclip_fast.ops.numba_topk import CHUNK_ENTRIES, at_least, chunk_maxima, dot, to_int8
 from transclip_fast.parallel import parallel_map
 
-CENTRE_ROWS = 512  # whose mean is subtracted from all rows
-CACHED_PRODUCTS = 1 << 17  # int32, computed at a time: they stay in a core's cache
-FINDS_PER_ENTRY = 4  # of a block, for each entry of its lists; more are copies of one row
+CENTRE_ROWS = 512  # sampled rows, whose mean is subtracted from all
+CACHED_PRODUCTS = 1 << 17  # int32, at a time: they fit a core's cache
+FINDS_PER_ENTRY = (
+    4  # of a block, at most, for each entry of its lists; only copies of one row have more
+)
 EPSILON = np.finfo(np.float32).eps
 STEP, ALONG, NORM, LOST = range(4)  # terms of a row
 SIDE = "Tuple((int64[::1], float32[:, ::1], float32[::1], float32[::1]))"
@@ -33,8 +35,8 @@ class Int8Products:
         centre = rows[evenly_spaced_rows(len(rows), CENTRE_ROWS)].mean(0).numpy()
         self._rows = rows[:].numpy()
         self._codes = torch.empty(rows.shape, dtype=torch.int8)
-        # Of each row less the centre: the step of its codes, its norm, and the norm of their
-        # error; and row . centre - |centre|^2 / 2, its share of what the products leave out.
+        # Terms of each row less the centre: STEP of its codes, NORM, and LOST, the norm of their
+        # error; and ALONG, row . centre - |centre|^2 / 2, which completes its products.
         self._terms = np.empty((4, len(rows)), np.float32)
 
         def encode(block: slice) -> None:
@@ -94,7 +96,7 @@ class Int8Products:
     def _products(
         self, ids: torch.Tensor, others: torch.Tensor
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Int8 products (n, C) of a part of the rows `ids` at a time, after the part's start."""
+        """Yield the start of each part of the rows `ids`, and its int8 products (n, C)."""
         codes, other_codes = (self._codes.index_select(0, some) for some in (ids, others))
         size = max(1, CACHED_PRODUCTS // len(others))
         buffer = torch.empty(min(size, len(ids)), len(others), dtype=torch.int32)
@@ -123,7 +125,7 @@ def measure(rows, centre, codes, steps, along, lost):  # type: ignore[no-untyped
     fastmath=FAST,
 )
 def excess(products, terms, i, other_terms, low, lows, out):  # type: ignore[no-untyped-def]
-    """By how much the int8 products (C,) of row i exceed the lower of two limits."""
+    """Int8 products (C,) of row i less the lower of the two rows' limits."""
     step, along = terms[STEP, i], terms[ALONG, i]
     steps, others_along = other_terms[STEP], other_terms[ALONG]
     for j in range(len(out)):

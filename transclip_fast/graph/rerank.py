@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch.nn.functional import pad
 
-from transclip_fast.callbacks import State
+from transclip_fast.callbacks import SavedState
 from transclip_fast.data.feature_rows import Rows
 
 SPARE_CANDIDATES = 4  # entries beyond the k neighbours, since float32 may misorder the last ones
@@ -108,13 +108,13 @@ class BestLists:
         rounding = dim * torch.finfo(torch.float32).eps  # of two sums of `dim` products
         return (~(gaps > rounding)).any(1).nonzero()[:, 0]  # the gap of two -inf is NaN
 
-    def state(self, **more: ArrayLike) -> State:
+    def state(self, **more: ArrayLike) -> SavedState:
         """The lists as arrays for `restore`, and more arrays of the search beside them."""
         self.merge()
         arrays = {name: np.asarray(array) for name, array in more.items()}
         return arrays | {"values": self.values.cpu().numpy(), "ids": self.ids.cpu().numpy()}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: SavedState) -> None:
         """Take over the lists of an earlier `state`."""
         self.values.copy_(torch.from_numpy(state["values"]))
         self.ids.copy_(torch.from_numpy(state["ids"]))

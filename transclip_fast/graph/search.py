@@ -1,5 +1,5 @@
 """
-Approximate search: rows are grouped into lists, and compared with the lists nearest to them.
+Approximate search: rows are grouped into lists and compared with the lists nearest to them.
 
 A list holds the rows whose nearest centre is the same. All rows that probe a list are multiplied
 with it at once, and each product counts for both its rows. Rounds of probes are added until the
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from transclip_fast.callbacks import Checkpoint, Count, State
+from transclip_fast.callbacks import Checkpoint, Count, SavedState
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.exact import Pair, all_pairs, compare, int8_products
 from transclip_fast.graph.rerank import BestLists
@@ -25,8 +25,8 @@ ANCHORS_SAMPLE_ROWS_PER_LIST, ANCHORS_STEPS = 16, 2  # the anchors are near the 
 MAX_LISTS_RATIO, MAX_LENGTH_RATIO = 4, 4  # to the usual number of lists, and rows in a list
 KMEANS_BLOCK_ROWS = 1024
 SAMPLE_SEED = 0
-RANKED_CENTRES = 16  # of each row, at first
-BLOCK_PRODUCTS = 1 << 22  # of the rows that probe a list with its members, 16 MB in float32
+RANKED_CENTRES = 16  # of each row, ranked before the first round
+BLOCK_PRODUCTS = 1 << 22  # of rows with the members of a list they probe, 16 MB in float32
 
 
 def default_n_lists(n_rows: int) -> int:
@@ -83,7 +83,7 @@ def _kmeans_step(centres: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Ten
     """
     Mean directions (L, d) of the lists, and the list (S,) of each row of the sample.
 
-    A centre without rows stays where it is.
+    A centre without rows does not move.
     """
 
     def nearest(block: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ def search_lists(
             torch.from_numpy(state[name]).to(rows.device) for name in ("centres", "ranked")
         )
 
-    def current_state() -> State:
+    def current_state() -> SavedState:
         place = [probes, rounds, blocks]
         return best.state(place=place, centres=centres.cpu(), ranked=ranked.cpu())
 
@@ -145,7 +145,7 @@ def search_lists(
 
 def _next_probes(probes: int) -> int:
     """Probes after the next round: 1, 5, 6, 7, 8, 10, ..."""
-    # First each row's own list alone: its finds rule out most of the other products.
+    # The first round has each row's own list alone: its finds rule out most other products.
     return {0: 1, 1: 5}.get(probes, probes + probes // 4)
 
 

@@ -50,7 +50,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Method:
-    """A few-shot method, and what is known of its heads before they are fitted."""
+    """A few-shot method, and the properties of its heads that are known before a fit."""
 
     fit: Callable[[Task], Head]
     needs_shots: bool = True
@@ -142,8 +142,8 @@ def fit_head(
     -------
     Head
         With `logits(features)`, `predict(features)` and `prior(features)`: the last gives the
-        arguments that make the head the prior of TransCLIP, `model.fit(X, T, **head.prior(X))`
-        with X a tensor of unit rows.
+        arguments that make the head the prior of TransCLIP, as in
+        `fit(X, text_features=T, **head.prior(X))` with X a tensor of unit rows.
 
     Raises
     ------
@@ -162,7 +162,8 @@ def fit_head(
     {'alpha': 1.17, 'beta': 1.0}
     >>> head.predict(images[6:]).tolist()
     [0, 1, 2, 0, 1, 2]
-    >>> TransCLIP().fit(images[6:], text, **head.prior(images[6:])).transduction_.tolist()
+    >>> model = TransCLIP().fit(images[6:], text_features=text, **head.prior(images[6:]))
+    >>> model.transduction_.tolist()
     [0, 1, 2, 0, 1, 2]
     """
     method, text = method_named(name), ensemble(text_features)

@@ -1,4 +1,4 @@
-"""Fitted heads: the interface, and the head that is nothing but prototypes."""
+"""Fitted heads: the interface, and the head that has only prototypes."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def ensemble(text_features: Any) -> torch.Tensor:
 
 
 def prompt_texts(text_features: Any) -> list[Any]:
-    """The P arrays (K, d) of `text_features`, see `ensemble`; one where it is (K, d) itself."""
+    """The P arrays (K, d) of `text_features`, see `ensemble`; one array if it is (K, d)."""
     if isinstance(text_features, np.ndarray | torch.Tensor):
         return list(text_features) if text_features.ndim == 3 else [text_features]
     parts = list(text_features)

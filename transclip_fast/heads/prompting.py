@@ -1,4 +1,4 @@
-"""What the prompt learners need beside labelled features: a text tower, class names, settings."""
+"""Input of the prompt learners beside labelled features: text tower, class names, settings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Prompting:
-    """What a prompt learner needs beside labelled features."""
+    """Input of a prompt learner beside labelled features."""
 
     tower: TextTower
     class_names: Sequence[str]  # in the order of the labels
@@ -56,7 +56,7 @@ class Prompting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything here that the result of a training depends on."""
+        """The entries on which the result of a training depends."""
         return {
             "tower": self.tower.identity,
             "context": asdict(self.context),

@@ -1,4 +1,4 @@
-"""The few operations on all N rows that the solver is made of, and which backend does them."""
+"""The solver's operations on all N rows, and the choice of their backend."""
 
 from __future__ import annotations
 

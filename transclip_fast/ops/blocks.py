@@ -1,4 +1,4 @@
-"""How many rows an operation takes at a time."""
+"""Numbers of rows that an operation takes at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-# One block of one (rows, K) float32 operand: a core's cache, or enough to fill a GPU.
+# Of a (rows, K) float32 operand: it fits the cache of a core, or fills a GPU.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 GEMM_ROWS = {"cpu": (512, 512), "cuda": (4096, 1 << 20)}  # at least and at most
 READ_ROWS = {"cpu": 1 << 14, "cuda": 1 << 18}
@@ -19,20 +19,20 @@ def blocks(stop: int, size: int, start: int = 0) -> Iterator[slice]:
 
 
 def block_rows(device: torch.device, n_classes: int) -> int:
-    """Rows of which one (rows, K) operand makes one block."""
+    """Rows of a (rows, K) float32 operand that make one block."""
     size = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
     return max(1, size // (4 * n_classes))
 
 
 def gemm_rows(device: torch.device, n_classes: int) -> int:
-    """Rows of one GEMM with K columns: two blocks, but what it needs to run at full speed."""
+    """Rows of one GEMM with K columns: two blocks, within the bounds that keep it at full speed."""
     fewest, most = GEMM_ROWS.get(device.type, GEMM_ROWS["cuda"])
     rows = min(max(fewest, 2 * block_rows(device, n_classes)), most)
     rows = min(rows, 16 * block_rows(device, n_classes))
-    # A multiple of 16 float32 rows of any length is aligned as a block of its own would be.
+    # 16 float32 rows of any length fill whole cache lines: blocks stay aligned.
     return rows // 16 * 16 or max(1, rows)
 
 
 def read_rows(device: torch.device) -> int:
-    """Rows that are read at a time, once for all classes."""
+    """Rows of the features that are read at a time."""
     return READ_ROWS.get(device.type, READ_ROWS["cuda"])

@@ -1,10 +1,10 @@
 """
-Scores from int8 products: they shortlist the candidate classes, and the few that matter are scored
-again in float32.
+Scores from int8 products: these shortlist the candidate classes, and the few that matter are
+rescored in float32.
 
-On a CPU with AVX512-VNNI int8 products take a quarter of the time. Their error is known, a standard
-deviation a row; a class whose error, at four standard deviations, could move z by more than 1e-4 is
-rescored in float32. With many such classes a row, or large errors, float32 throughout is faster.
+On a CPU with AVX512-VNNI int8 products take a quarter of the time. The standard deviation of their
+error is known for each row; a class whose error, at four standard deviations, could move z by more
+than 1e-4 is rescored. With many such classes, or large errors, float32 throughout is faster.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transclip_fast.ops import numba_topk as topk
 from transclip_fast.parallel import ThreadBuffer
 
 COST_ROWS = 64  # rows on which the cost is estimated
-# Costs in float32 products of one class, measured: of a class scored again, and of the rest of the
-# work on a row.
+# Measured costs, in float32 products of one class: of rescoring a class, and of the other work on a
+# row.
 RESCORED_COST, ROW_COST = 6, 64
 
 
@@ -27,9 +27,9 @@ class Int8Scores:
     """
     F P^T + c from int8 products, and from float32 products for the classes that matter.
 
-    Rows are taken less the mean of their block, and each has a scale of its own: real features
-    share a large mean, and are not equally long without it. `weights` P (K, d) are expected
-    centred: what they share would be an error that all classes of a row share.
+    The mean of a block is subtracted from its rows, because real features share a large mean; each
+    row then has a scale of its own. `weights` P (K, d) are centred over the classes: a common part
+    would give all scores of a row a common error.
     """
 
     def __init__(self, weights: torch.Tensor, offset: torch.Tensor) -> None:

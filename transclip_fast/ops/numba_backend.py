@@ -1,10 +1,9 @@
 """
-The operations on sparse assignments on a CPU: torch's GEMM, compiled loops for what follows it.
+The operations on sparse assignments on a CPU: torch's GEMM, then compiled loops.
 
-Blocks of rows go to threads, each of which runs its GEMMs alone: a block of scores is read where
-it was made, in that core's cache, and no pool of OpenMP threads spins while the loops run. What is
-summed together depends on blocks and classes, never on the number of threads, so results are the
-same bit for bit.
+Blocks of rows go to threads, each of which runs its own GEMMs: a core reads a block of scores from
+its cache, and no pool of OpenMP threads spins while the loops run. The grouping of sums depends on
+blocks and classes, never on the number of threads, so results are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end togethe
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
 SQUARE_ROWS = 2048  # rows of a block of squares
 CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
-# Writes the candidates of a block of rows to their lists, and of each class the largest scores less
-# the row's log-sum-exp, and their rows, to two arrays (8, K); to none if they are (0, K).
+# Writes the candidates of a block of rows to their lists. Two arrays (8, K) receive the largest
+# scores of each class, less the row's log-sum-exp, and their rows; arrays (0, K) receive none.
 Select = Callable[[slice, np.ndarray, np.ndarray], None]
 
 
 class Lists(NamedTuple):
-    """Where the candidates of all rows go: arrays by node, but `nodes` and `normaliser` by row."""
+    """Output lists of the candidates, indexed by node; `nodes` and `normaliser` go by row."""
 
     nodes: np.ndarray
     log_threshold: np.ndarray
@@ -174,7 +173,7 @@ class NumbaOps(TorchOps):
 
 
 def _score_selector(features: UnitRows, score: LinearScore, lists: Lists) -> Select:
-    """Select by base scores, those linear in the features from int8 products if that is faster."""
+    """Select by base scores; linear ones come from int8 products if that is faster."""
     linear = score.log_prior is None and score.messages is None
     quick = int8_scores(score.weights, score.offset) if linear else None
     if quick is not None and quick.is_faster(features, lists.log_threshold[lists.nodes]):
@@ -204,14 +203,14 @@ def _float32_selector(
 
 
 def equal_rows(n_rows: int, most: int) -> int:
-    """Rows of a block, at most so many: of equal blocks that 2 or 4 threads end together with."""
+    """Rows of a block, at most `most`, so that 2 or 4 threads get equally many equal blocks."""
     number = EQUAL_BLOCKS * -(-n_rows // (EQUAL_BLOCKS * most))
-    # 16 rows of any length are aligned as a block of its own would be.
+    # 16 float32 rows of any length fill whole cache lines: blocks stay aligned.
     return min(most, 16 * max(1, -(-n_rows // (16 * number))))
 
 
 def equal_classes(z: Assignments, number: int) -> list[slice]:
-    """At most `number` slices of K + 1 classes, the last of dropped mass, with as many entries."""
+    """At most `number` slices of the K + 1 classes with about equally many entries of z each."""
     some = z.take(slice(None, None, max(1, len(z) // CLASS_SIZE_ROWS)))
     values, classes = _arrays(some)
     entries = np.bincount(classes[values > 0], minlength=z.n_classes + 1)

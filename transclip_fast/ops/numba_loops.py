@@ -1,10 +1,10 @@
 """
 Compiled loops of the sparse operations on a CPU; `torch_backend` defines what they compute.
 
-In order: tools, lists cut to their largest entries, messages, sweep and energies, class sums. The
-entries in use of a list come first; the others are -inf in scores and 0 in assignments. Types are
-spelled out, so that numba compiles when this is first imported, some seconds, and from then on
-loads its cache.
+The file has, in this order, tools, the cut of a list to its largest entries, messages, sweep and
+energies, class sums. Entries in use of a list come first; the others are -inf in scores and 0 in
+assignments. The loops have explicit types: numba compiles them at the first import, which takes
+some seconds, and loads its cache at later ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transclip_fast.ops import torch_backend
 
 CUT_HALVINGS = 24  # of the range in which a row is cut: as many as a float32 has bits
 LINE_ENTRIES = 16  # of a cache line
-AHEAD_ROWS = 8  # by which lists are prefetched: a read from memory takes as long as some rows
+AHEAD_ROWS = 8  # between a prefetch and its use: a read from memory takes as long as some rows
 SUM_ROWS = 512  # whose features a core's cache holds
 
 F = np.float32
@@ -64,7 +64,7 @@ def prefetch(_, lists, row, entry):  # type: ignore[no-untyped-def]
     """
     Prefetch the cache line of an entry of `lists` (N, R), whether or not it exists.
 
-    Lists of neighbours lie anywhere: without it a sweep waits for each of them.
+    Neighbours' lists are scattered in memory: without prefetching a sweep waits for each.
     """
 
     def code(context, builder, signature, values):  # type: ignore[no-untyped-def]
@@ -138,7 +138,7 @@ def cut(values, low, high, limit):  # type: ignore[no-untyped-def]
     """
     Halve [low, high] until at most `limit` of `values` are >= high, but more than that >= low.
 
-    Only used where more than `limit` are >= low.
+    The caller has found more than `limit` of them >= low.
     """
     for _ in range(CUT_HALVINGS):
         middle = F(0.5) * (low + high)
@@ -201,7 +201,7 @@ def accumulate_messages(weight, values, classes, messages):  # type: ignore[no-u
 
 @compiled("float32(float32[::1], int32[::1], float32[::1])")
 def clear_entries(values, classes, messages):  # type: ignore[no-untyped-def]
-    """Set `messages` (K,) to 0 at the classes of a list (R,); the largest size that was there."""
+    """Set `messages` (K,) to 0 at the classes of a list (R,); returns their largest magnitude."""
     largest, r = F(0), 0
     while r + 4 <= len(values) and values[r] != 0:
         k0, k1, k2, k3 = four_classes(classes, r)
@@ -229,7 +229,7 @@ def gather_messages(i, offsets, columns, weights, values, classes, messages):  #
 
 @compiled("float32(int64, int64[::1], int64[::1], float32[:, ::1], int32[:, ::1], float32[::1])")
 def clear_messages(i, offsets, columns, values, classes, messages):  # type: ignore[no-untyped-def]
-    """Set what `gather_messages` wrote to 0; the largest size that was left of it."""
+    """Set the entries that `gather_messages` wrote to 0; returns their largest magnitude."""
     largest = F(0)
     for entry in range(offsets[i], offsets[i + 1]):
         j = columns[entry]

@@ -1,8 +1,8 @@
 """
 Compiled loops that choose the candidates of a row from its scores, for `numba_backend`.
 
-The scores are float32, or come from int8 products, see `int8_scores`: these are good enough for the
-many classes far behind, and the few that matter are scored again in float32.
+The scores are float32, or come from int8 products (see `int8_scores`): these suffice for the many
+classes far behind, and the few that matter are rescored in float32.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from transclip_fast.ops.numba_loops import (
     prefetch_list,
 )
 
-CHUNK_ENTRIES = 16  # of a row that share a maximum: chunks without candidates are skipped
+CHUNK_ENTRIES = 16  # of a row, with one maximum: chunks without candidates are skipped
 LARGEST_INT8 = F(127)
 SMALLEST_MAGNITUDE = F(1e-30)  # of a row: a step of 0 could not be divided by
-STANDARD_ERRORS = F(4)  # that an error is taken to reach: one product in 16,000 exceeds it
+STANDARD_ERRORS = F(4)  # assumed bound of an error: one product in 16,000 exceeds it
 LARGEST_ERROR = F(1)  # nats: a row with a larger one is scored in float32 throughout
-SMALLEST_ERROR = F(1e-6)  # nats, float32 rounding: a logarithm is taken
+SMALLEST_ERROR = F(1e-6)  # nats, float32 rounding: keeps its logarithm finite
 MAGNITUDE_BITS = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
 
 
@@ -148,7 +148,7 @@ def dot(a, b):  # type: ignore[no-untyped-def]
 
 @compiled("float32(float32[::1], float32[::1], float32[::1])", fastmath=FAST)
 def subtract(row, centre, out):  # type: ignore[no-untyped-def]
-    """A row (d,) less the centre, into `out`; the largest magnitude of what is left."""
+    """A row (d,) less the centre, into `out`; returns the largest magnitude of the difference."""
     for x in range(len(out)):
         out[x] = row[x] - centre[x]
     bits, largest = out.view(np.int32), np.int32(0)

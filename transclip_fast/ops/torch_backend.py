@@ -1,9 +1,8 @@
 """
 The solver's operations in torch, on any device, for dense and sparse z.
 
-Each goes through the rows in blocks: no temporary is ever N x K, and sums over rows are taken in
-float64 across blocks. On a CPU the blocks stay in a core's cache and go to threads, each of which
-works alone.
+Each operation goes through the rows in blocks: no temporary is N x K, and sums over blocks are
+float64. On a CPU each block fits a core's cache and goes to a thread that works alone.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from transclip_fast.ops.blocks import GEMM_ROWS, block_rows, blocks, gemm_rows, 
 from transclip_fast.parallel import parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
-SUM_ROWS = 256  # float64 sums of more rows than the cache holds are several times slower
+SUM_ROWS = 256  # of a float64 sum: more do not fit the cache, which is several times slower
 SUM_CLASSES = 256  # classes that one thread sums
 START_ROWS = 8  # rows that the mean of a class starts from
 MERGED_BLOCKS = 64  # blocks whose top rows are held at a time
@@ -26,7 +25,7 @@ LARGEST_MESSAGE = 64.0  # nats: e^64 moves all of a row's mass
 
 class TorchOps:
     """
-    The operations of a run, and their definition; other backends override what they do faster.
+    The operations of a run, and their definition; other backends override those they do faster.
 
     Features (N, d) are unit rows; a prior, and messages of the support, are in their order. z,
     scores and the affinity A (N, N) are indexed by node: `nodes` (N,) int64 has the node of each
@@ -285,7 +284,7 @@ def _top_rows(values: torch.Tensor) -> torch.Tensor:
     """Positions (8, K) of the largest values of each column, equal ones from the top."""
     n = min(START_ROWS, len(values))
     top = values.topk(n, dim=0)
-    tied = (values >= top.values[-1]).sum(0) > n  # topk breaks ties as it likes
+    tied = (values >= top.values[-1]).sum(0) > n  # topk breaks ties in any order
     tied |= (top.values[1:] == top.values[:-1]).any(0)
     if tied.any():
         ordered = values[:, tied].sort(dim=0, descending=True, stable=True)

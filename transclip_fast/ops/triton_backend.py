@@ -1,10 +1,10 @@
 """
 The operations on sparse assignments on a GPU: a launcher of `transclip_fast.kernels` for each.
 
-Nothing here waits for the GPU, except the number of a graph's hub segments, which is read once a
-run. Scores of float16 features are fused with their product; in float32, where a prior or messages
-are added, and at the start, products are cuBLAS's, a chunk at a time. Sums are taken in a fixed
-order, so two runs give the same bits.
+Nothing here waits for the GPU, except to read the number of a graph's hub segments once a run.
+Scores of float16 features are fused with their product. In float32, with a prior or messages, and
+at the start, cuBLAS computes the products, a chunk at a time. Sums have a fixed order, so two runs
+give the same bits.
 """
 
 from __future__ import annotations

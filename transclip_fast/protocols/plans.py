@@ -1,4 +1,4 @@
-"""The protocols: which runs each of them has."""
+"""The protocols, and the runs of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRANSCLIP_FS = "transclip-fs"
 
 @dataclass(frozen=True)
 class Trials:
-    """What is tried on every data set."""
+    """The heads, shots and seeds that are tried on every data set."""
 
     heads: Sequence[str]
     shots: Sequence[int]  # of each class

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 Row = Mapping[str, Any]
 
-KEYS = ("source", "data", "classes", "head", "shots")  # what a row of the table is about
+KEYS = ("source", "data", "classes", "head", "shots")  # columns that identify a row
 MEASURES = ("zero_shot_accuracy", "head_accuracy", "accuracy")
 AVERAGE = "(average)"
 BASE, NEW, HARMONIC = "base", "new", "harmonic mean"

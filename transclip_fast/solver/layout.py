@@ -15,19 +15,19 @@ from transclip_fast.parallel import n_threads
 FORMS = ("auto", "dense", "sparse")  # of the assignments
 CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Up to so many classes a dense solve is faster, whatever N is: measured on a CPU; on a GPU by the
-# bytes that a sweep moves.
+# Up to so many classes a dense solve is faster, whatever N is: measured on a CPU, and estimated for
+# a GPU from the bytes that a sweep moves.
 DENSE_CLASSES = {"cpu": 128, "cuda": 64}
-DENSE_ENTRIES = 1 << 18  # entries of z that are faster than loading the compiled loops
+DENSE_ENTRIES = 1 << 18  # of z: with fewer, a dense solve is faster than loading compiled loops
 FEWEST_CANDIDATES, USUAL_CANDIDATES = 32, 128  # of a row
-# Lists are held in scores, in z and in the next z: an int32 and a float32 each time.
+# bytes: an int32 and a float32 in each of scores, z and the next z
 ENTRY_BYTES = 24
-FREE_LIST_BYTES = 1 << 24  # lists of this size cost nothing, however few candidates would do
+FREE_LIST_BYTES = 1 << 24  # lists up to this size are always affordable
 ROW_BYTES = 64  # normalisers, tails, bounds, labels and numbers of a row
 PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
 SEARCH_ROW_BYTES = 2500  # candidates of a row in some 30 lists, and the copies of sorting them
 INT8_ROW_BYTES = 16  # step and norms of a row beside its int8 features
-CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights, and what they are computed from
+CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights and temporaries of computing them
 
 
 def parse_memory(value: str | int | None) -> int | None:
@@ -51,7 +51,7 @@ def parse_memory(value: str | int | None) -> int | None:
 
 
 def show_bytes(number: float) -> str:
-    """A size for a reader."""
+    """A size as text, "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
@@ -60,12 +60,12 @@ def show_bytes(number: float) -> str:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now."""
+    """Resident memory of this process, now."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had."""
+    """Peak resident memory of this process."""
     return _status("VmHWM")
 
 
@@ -75,7 +75,7 @@ def _status(field: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on the CPU, with what the cache of files gives back."""
+    """Free memory of a device; on the CPU including the reclaimable file cache."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -88,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def limit_of(device: torch.device, memory: int | None) -> int:
-    """Most bytes of the process, or of its part of a GPU: `memory`, by default what is free."""
+    """Most bytes that the process may use, or its part of a GPU: `memory`, else what is free."""
     if memory is not None:
         return memory
     return free_bytes(device) + (resident_bytes() if device.type == "cpu" else 0)
@@ -97,20 +97,20 @@ def limit_of(device: torch.device, memory: int | None) -> int:
 @dataclass(frozen=True)
 class Size:
     """
-    Of a problem.
+    The size of a problem.
 
     Parameters
     ----------
     n_rows, n_classes, dim, n_neighbors : int
         N, K, d, k.
     file_bytes : int
-        Of the features in files; 0 where they are in memory.
+        Of features in files; 0 if they are in memory.
     input_bytes : int
         In memory before a solve: the features, and a prior (N, K).
     copied : bool
         Whether features held on the device are a copy of the input.
     linear : bool
-        Whether the prior is one of prototypes.
+        Whether the prior is that of prototypes.
     runs : int
         Values of gamma that are tried.
     """
@@ -126,21 +126,21 @@ class Size:
     runs: int = 1
 
     def used(self, device: torch.device) -> int:
-        """Bytes in use before a solve: a constant, so that a resumed solve decides the same."""
+        """Bytes in use before a solve: a constant, so that a resumed solve has the same layout."""
         return PROCESS_BYTES + self.input_bytes if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)
 class Layout:
     """
-    How a solve is laid out in memory.
+    The memory layout of a solve.
 
     Parameters
     ----------
     candidates : int or None
-        Classes of a row that are kept at most; None where all are (dense).
+        Most classes kept of a row; None if all are kept (dense).
     held : bool
-        Features are held on the device; otherwise each pass reads them from where they are.
+        Features stay on the device; otherwise each pass reads them from memory or files.
     """
 
     candidates: int | None
@@ -190,7 +190,7 @@ def choose_layout(
     Parameters
     ----------
     form : {"auto", "dense", "sparse"}
-        "auto" is dense where that is faster and fits into memory.
+        "auto" is dense if that is faster and fits into memory.
     candidates : int, optional
         C, set by the user.
     memory : int, optional

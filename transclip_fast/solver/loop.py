@@ -36,9 +36,9 @@ def solve(
     """
     Classify all queries jointly.
 
-    The features are read `passes_before(prior)` times before the first step, twice in every outer
-    step and twice at the end: new means need the assignments of all rows, and those the scores of
-    all rows under the means before.
+    The features are read `passes_before(prior)` times before the first step, and twice in every
+    outer step and at the end: once for the scores, and once for the class sums, which need z of all
+    rows.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def objective(state: State) -> float:
     if kl_weight and inputs.prior.log_probabilities is not None:
         value = value - kl_weight * state.ops.expectation(state.z, inputs.prior.log_probabilities)
     elif kl_weight and inputs.prior.weights is not None:
-        # Linear in the features: the moments have the sum, no row is read.
+        # Linear in the features, so the moments suffice and no row is read.
         log_prior = (inputs.prior.weights * state.moments.sums).sum()
         value = value - kl_weight * (log_prior - state.prior_normaliser.double().sum())
     likelihood = mixture.log_likelihood(state.moments)
@@ -153,7 +153,7 @@ def linear_score(
     if prior.weights is not None:
         weights = weights + kl_weight * prior.weights
     return LinearScore(
-        # What all classes share cancels in the softmax; without it float32 keeps more digits.
+        # Terms that all classes share cancel in the softmax; without them float32 is more exact.
         (weights - weights.mean(0)).float(),
         (offset - offset.mean()).float(),
         prior.log_probabilities if kl_weight else None,

@@ -11,7 +11,7 @@ from transclip_fast.data.feature_rows import UnitRows
 COVARIANCES = ("diagonal", "isotropic")
 # Times 1/d. One real backbone reaches a variance of 4.5e-7; a larger floor changes labels.
 VARIANCE_FLOOR = 1e-6
-# Below this the float32 entries of z are so close to underflow that their mean is noise.
+# Below this mass, float32 entries of z are so close to underflow that their mean is noise.
 MASS_FLOOR = 1e-30
 
 
@@ -68,8 +68,8 @@ class Mixture:
         shots : Moments, optional
             Of the support rows; a class without shots starts as in zero-shot.
         """
-        # A unit mean does not depend on the scale of its weights: the largest becomes 1, so that
-        # they cannot all underflow. A class excluded everywhere weighs its rows alike.
+        # A unit mean does not depend on the scale of its weights: the largest is set to 1, so that
+        # they cannot all underflow. A class excluded from all rows weighs its rows equally.
         largest = log_weights[:1]
         relative = torch.where(largest.isfinite(), log_weights - largest, 0)
         weights = relative.double().exp()

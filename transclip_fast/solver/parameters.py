@@ -15,7 +15,7 @@ from transclip_fast.solver.mixture import COVARIANCES
 
 PRECISIONS = ("float32", "float16")
 GAMMAS = (0.002, 0.01, 0.02, 0.2)  # the published grid
-LEAST = {"n_neighbors": 1, "max_iter": 0, "inner_iter": 1, "candidates": 1, "rank": 1}
+MINIMUMS = {"n_neighbors": 1, "max_iter": 0, "inner_iter": 1, "candidates": 1, "rank": 1}
 WEIGHTS = ("tol", "logit_scale", "likelihood_weight", "kl_weight", "gamma")
 OPTIONAL = ("candidates", "rank", "kl_weight", "gamma")  # None leaves them open
 FLAGS = ("unit_means", "update_means", "update_variance", "clamp_similarity", "verbose")
@@ -57,9 +57,9 @@ class Parameters:
 
     def check(self) -> None:
         """Raise InputError for a value outside its range."""
-        for name, least in LEAST.items():
+        for name, minimum in MINIMUMS.items():
             if name not in OPTIONAL or getattr(self, name) is not None:
-                check_number(name, getattr(self, name), least)
+                check_number(name, getattr(self, name), minimum)
         for name in WEIGHTS:
             if name not in OPTIONAL or getattr(self, name) is not None:
                 check_weight(name, getattr(self, name))
@@ -83,10 +83,10 @@ class Parameters:
         return "sparse" if compiled or self.candidates or self.rank else "auto"
 
 
-def check_number(name: str, value: object, least: int) -> None:
-    """Raise InputError unless a parameter is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InputError(f"{name} must be a whole number >= {least}, got {value!r}")
+def check_number(name: str, value: object, minimum: int) -> None:
+    """Raise InputError unless a parameter is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise InputError(f"{name} must be a whole number >= {minimum}, got {value!r}")
 
 
 def check_weight(name: str, value: object) -> None:

@@ -31,14 +31,14 @@ from transclip_fast.solver.support import Support
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import NeighborGraph, Truncation
 
-Labelled = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
+LabelledRows = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
 PRIOR_SAMPLE_ROWS = 512  # enough to know the mean mass of the largest classes to about 1 %
 
 
 @dataclass(frozen=True)
 class Problem:
     """
-    What a fit is given, checked, on the CPU; the features are not read yet.
+    The checked input of a fit, on the CPU; the features are not read yet.
 
     Parameters
     ----------
@@ -49,11 +49,11 @@ class Problem:
     prior : Prior
         y_hat.
     zero_shot : Prior
-        That of the text features where there are any, else `prior`.
+        The prior of the text features if there are any, else `prior`.
     anchors : array_like (K, d), optional
-        Prototypes or text features: where the centres of an approximate graph search start.
-    support, validation : Labelled, optional
-        Labelled rows that take part, and that choose gamma.
+        Prototypes or text features, from which the centres of an approximate search start.
+    support, validation : LabelledRows, optional
+        LabelledRows rows that take part, and that choose gamma.
     """
 
     features: torch.Tensor | StoredRows
@@ -61,8 +61,8 @@ class Problem:
     prior: Prior
     zero_shot: Prior
     anchors: Any
-    support: Labelled | None
-    validation: Labelled | None
+    support: LabelledRows | None
+    validation: LabelledRows | None
 
     @classmethod
     def check(
@@ -132,12 +132,12 @@ class Problem:
         return GAMMAS
 
     def size(self, parameters: Parameters, device: torch.device) -> Size:
-        """The size of the problem, as far as memory is concerned."""
+        """The sizes on which memory depends."""
         n_rows, dim = self.features.shape
         own = n_rows * dim * self.features.dtype.itemsize
         linear = isinstance(self.prior, LinearPrior)
-        # A given prior, its logarithm, and the temporaries of computing that.
-        given = 0 if linear else 16 * n_rows * self.prior.n_classes
+        # A prior (N, K), its logarithm, and the temporaries of computing it.
+        table = 0 if linear else 16 * n_rows * self.prior.n_classes
         in_place = isinstance(self.features, torch.Tensor) and is_aligned(self.features)
         return Size(
             n_rows,
@@ -145,7 +145,7 @@ class Problem:
             dim,
             parameters.n_neighbors,
             file_bytes=own if self.in_file else 0,
-            input_bytes=given if self.in_file else given + own,
+            input_bytes=table if self.in_file else table + own,
             copied=self.in_file or not in_place or device.type != "cpu",
             linear=linear,
             runs=len(self.gammas(parameters)),
@@ -186,7 +186,7 @@ class Problem:
 @dataclass(frozen=True)
 class Settings:
     """
-    How a problem is solved: the parameters, and what they leave open resolved.
+    The parameters of a solve, with everything that they leave open resolved.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ class Settings:
     kl_weight : float
         lambda.
     layout : Layout
-        What is held in memory.
+        The memory layout.
     truncation : Truncation or None
         Entries kept of a row; None where z is dense.
     backend : str
@@ -213,7 +213,7 @@ class Settings:
     @classmethod
     def resolve(cls, parameters: Parameters, problem: Problem) -> Settings:
         """
-        Decide what the parameters leave open.
+        Resolve the parameters that are None or "auto".
 
         Raises
         ------
@@ -252,7 +252,7 @@ class Settings:
         return cls(Parameters(**own), device, kl_weight, layout, truncation, backend)
 
     def identity(self, gamma: float, graph: NeighborGraph) -> dict[str, Any]:
-        """What the result of a run depends on beside the arrays of the problem."""
+        """All that the result of a run depends on, except the arrays of the problem."""
         irrelevant = ("memory", "verbose")
         parameters = {k: v for k, v in asdict(self.parameters).items() if k not in irrelevant}
         return parameters | {

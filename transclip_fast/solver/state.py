@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from transclip_fast import callbacks
+from transclip_fast.callbacks import SavedState
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.torch_backend import TorchOps
@@ -45,8 +45,8 @@ class State:
     mixture : Mixture
         mu and sigma^2.
     moments, pooled : Moments
-        Of z over the queries, and with the support's, where the queries' mass is 1; zero before
-        the first update.
+        Moments of z over the queries; and the same scaled to a mass of 1, plus the support's. Both
+        are zero before the first update.
     """
 
     inputs: Inputs
@@ -114,7 +114,7 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
     if settings.truncation is not None:
-        # Most neighbours share a label: side by side, their lists are read from the cache.
+        # Neighbours mostly share a label: sorted by label, their lists are close in memory.
         order = prior_best[0].argsort(stable=True)
         nodes = torch.empty_like(order)
         nodes[order] = torch.arange(n_rows, device=device)
@@ -152,8 +152,8 @@ def saved(state: State, history: list[float]) -> dict[str, np.ndarray]:
     return {"objective": np.array(history), **arrays, **state.z.state()}
 
 
-def restore(state: State, arrays: callbacks.State | None) -> list[float]:
-    """Resume from `saved` arrays, if there are any; returns the objective after each step taken."""
+def restore(state: State, arrays: SavedState | None) -> list[float]:
+    """Resume from `saved` arrays, if there are any; returns the objective of each step taken."""
     if arrays is None:
         return []
     state.z.restore(arrays)

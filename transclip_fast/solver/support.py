@@ -71,7 +71,7 @@ def support_messages(
     n_queries, n_classes = shape
     cells = ids * n_classes + labels[:, None]
     present = ids >= 0
-    # Summed here: a query may be the neighbour of many shots of one class.
+    # A query may be the neighbour of many shots of one class: sum their messages.
     cells, cell_of = torch.unique(cells[present], return_inverse=True)
     totals = torch.bincount(cell_of, weights[present], len(cells))
     return Messages.of(cells // n_classes, cells % n_classes, totals.float(), n_queries)

@@ -1,4 +1,4 @@
-"""How many entries of each row sparse scores and assignments keep."""
+"""The number of entries that sparse scores and assignments keep of a row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transclip_fast.errors import InputError
 from transclip_fast.solver.layout import ENTRY_BYTES, FEWEST_CANDIDATES, FREE_LIST_BYTES
 from transclip_fast.types import FLOOR, Assignments, Truncation
 
-# Mass of y_hat^lambda outside the candidates, mean over the rows: the mixture and the neighbours
-# make z sharper than that.
+# Mean mass of y_hat^lambda outside the candidates. That of z is smaller: the mixture and the
+# neighbours sharpen it.
 MAX_MISSED_MASS = 5e-2
 LARGE_DROPPED_MASS = 0.1  # of z, worth a warning
 
@@ -26,7 +26,7 @@ def choose_truncation(
     rank: int | None = None,
 ) -> Truncation:
     """
-    Choose the entries to keep of the rows of a problem.
+    Choose how many entries of a row to keep.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def choose_truncation(
 
 def needed_candidates(log_p: torch.Tensor, n_rows: int, most: int) -> int:
     """
-    The candidates that hold nearly all of the prior's mass: a power of two times the fewest.
+    The number of candidates that hold nearly all of the prior's mass, doubled from the fewest.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""On-disk formats: what is read is checked, what is written appears whole or not at all."""
+"""On-disk formats: input is checked, and output appears whole or not at all."""

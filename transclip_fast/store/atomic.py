@@ -97,7 +97,7 @@ def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str])
     """
     Refuse a file, or a folder that holds anything but `contents`.
 
-    `shown` is what the user called it, for the InputError.
+    `shown` is the user's name for it, for the InputError.
     """
     if not target.exists():
         above = next(folder for folder in target.parents if folder.exists())
@@ -106,10 +106,10 @@ def check_replaceable(target: Path, shown: str | Path, contents: frozenset[str])
         return
     if not target.is_dir():
         raise InputError(f"{shown}: is a file; name a folder")
-    others = sorted({entry.name for entry in target.iterdir()} - contents)
-    if others:
+    unknown = sorted({entry.name for entry in target.iterdir()} - contents)
+    if unknown:
         raise InputError(
-            f"{shown}: holds other files ({others[0]}); name a new folder or an earlier result"
+            f"{shown}: holds other files ({unknown[0]}); name a new folder or an earlier result"
         )
 
 
@@ -147,7 +147,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def _recover(target: Path, partial: Path, replaced: Path) -> None:
-    """Undo what a killed run left behind."""
+    """Clean up after a killed run."""
     if replaced.exists() and not target.exists():  # killed between the two renames
         replaced.rename(target)
     for folder in (replaced, partial):

@@ -22,9 +22,9 @@ class FileCheckpoint:
     """
     The state of a piece of work in a .npz file, to resume from after a crash.
 
-    The caller has locked `path`, the folder to fill; `name` is that of the work. `identity` is
-    what decides the result: input, method, parameters. The state of another is not used. A crash
-    may cost `seconds` of work: a state younger than that is not replaced.
+    The caller has locked `path`, the folder to fill; `name` is that of the work. `identity` has all
+    that decides the result, input, method and parameters; a state of another identity is not used.
+    A state younger than `seconds` is not replaced, so a crash costs that much work.
     """
 
     suffix = "npz"
@@ -74,7 +74,7 @@ class FileCheckpoint:
 
 
 class TensorCheckpoint(FileCheckpoint):
-    """The same in a .safetensors file, for what is trained."""
+    """The same in a .safetensors file, for a training."""
 
     suffix = "safetensors"
 

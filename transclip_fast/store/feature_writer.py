@@ -25,13 +25,13 @@ from transclip_fast.version import __version__
 MANIFEST = "manifest.json"
 FAILURES = "failures.csv"
 PROTOTYPES = "prototypes.npy"
-# Files of a shard, by its number; its record lists it until the manifest does.
+# Files of a shard, by its number. RECORD lists a written shard until the manifest does.
 IMAGES = "img_emb/img_emb_{:05}.npy"
 LOCAL = "local_emb/local_emb_{:05}.npy"
 METADATA = "metadata/metadata_{:05}.parquet"
 RECORD = "records/{:05}.json"
 FOLDERS = ("img_emb", "local_emb", "metadata", "records")
-# Decided by the first run for those that continue it: other values change some last bits.
+# Settings of the first run, which resumed runs keep: other values change some last bits.
 SETTLED = ("batch_size", "threads", "shard_rows")
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
 
@@ -82,7 +82,7 @@ class FeatureWriter:
     path : path
         The folder; one that was begun with the same `config` is continued.
     config : mapping
-        What decides the features: model, preprocessing, source, and the entries of `SETTLED`,
+        All that decides the features: model, preprocessing, source, and the entries of `SETTLED`,
         which those of an existing folder replace.
     table : RowTable
     leads : bool
@@ -123,7 +123,7 @@ class FeatureWriter:
 
     @property
     def batch_size(self) -> int:
-        """The configured one, or the smallest that a shard had to be encoded with."""
+        """The configured batch size, or a smaller one if a shard had to be encoded with that."""
         used = [int(entry["batch_size"]) for entry in self.shards.values()]
         return min([int(self.config["batch_size"]), *used])
 
@@ -177,7 +177,7 @@ class FeatureWriter:
             self._collect()
 
     def has_prototypes(self, identity: Mapping[str, Any]) -> bool:
-        """Whether prototypes.npy is there, whole, and of this identity."""
+        """Whether prototypes.npy exists, is whole, and has this identity."""
         return all(self.text.get(name) == value for name, value in identity.items()) and (
             self._is_whole(PROTOTYPES, self.text.get("prototypes_sha256"))
         )
@@ -217,7 +217,7 @@ class FeatureWriter:
             self._count(number, entry)
 
     def _checked(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """An entry of the manifest with all that this class reads; any error if it lacks some."""
+        """A manifest entry with every field that this class reads; any error if one is missing."""
         return {
             **entry,
             "features_sha256": str(entry["features_sha256"]),
@@ -288,7 +288,7 @@ class FeatureWriter:
         self._save(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
     def _save(self, name: str, content: bytes) -> str:
-        """Write a file that appears whole; its sha256."""
+        """Write a file that appears whole; returns its sha256."""
         target = self.folder / name
         target.parent.mkdir(exist_ok=True)
         with new_file(target) as partial:

@@ -328,7 +328,7 @@ def _check_hashes(
             expected[found.get(int(number), folder / name)] = sha256
     for file, sha256 in expected.items():
         if (file.exists() or sha256) and not (file.exists() and file_sha256(file) == sha256):
-            raise InputError(f"{file}: is not what the manifest says; encode it again")
+            raise InputError(f"{file}: differs from its manifest; encode it again")
 
 
 def _encoder(manifest: Mapping[str, Any]) -> dict[str, Any] | None:

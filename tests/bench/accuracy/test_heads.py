@@ -1,4 +1,4 @@
-"""What `bench.accuracy.heads` measures: real problems whose parts are disjoint."""
+"""The problems of `bench.accuracy.heads`: real features, whose parts are disjoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `bench.accuracy.prompt_learners` measures: unseen images, under names that say nothing."""
+"""The data of `bench.accuracy.prompt_learners`: unseen images under meaningless names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No time is told of an arm that gives other labels."""
+"""An arm that gives other labels gets no time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""No time is told of a sparse solve that gives other labels."""
+"""A sparse solve that gives other labels gets no time."""
 
 import json
 from functools import partial

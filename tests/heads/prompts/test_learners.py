@@ -259,15 +259,15 @@ def test_small_towers_train_on_one_thread(tower, monkeypatch):
 
 
 def test_progress_tells_loss_and_validation(tower):
-    told = []
-    task = task_of(tower, progress=lambda done, of, **figures: told.append((done, of, figures)))
+    reported = []
+    task = task_of(tower, progress=lambda done, of, **figures: reported.append((done, of, figures)))
     learner = CoOp(task)
     train(learner, task)
-    assert [entry[:2] for entry in told] == [(step + 1, 9) for step in range(9)]
-    assert told[0][2].keys() == {"loss"}
+    assert [entry[:2] for entry in reported] == [(step + 1, 9) for step in range(9)]
+    assert reported[0][2].keys() == {"loss"}
     held_out = task.validation
     right = 100 * (learner(held_out.features).argmax(1) == held_out.labels).double().mean()
-    assert told[-1][2]["validation"] == f"{right:.2f} %"
+    assert reported[-1][2]["validation"] == f"{right:.2f} %"
 
 
 def fitted(tower, name="coop", **more):
@@ -324,15 +324,15 @@ def test_seeds(tower):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"prompting": {"class_names": NAMES[:3]}}, "class_names: 3 names for 4 classes"),
         ({"prompting": {"context": ContextSettings(position="up")}}, "choose one of end"),
         ({"logit_scale": 1e39}, r"the loss is \w+ after \d+ steps; train with a lower rate"),
     ],
 )
-def test_what_cannot_be_trained(tower, change, told):
-    with pytest.raises(InputError, match=told):
+def test_what_cannot_be_trained(tower, change, expected):
+    with pytest.raises(InputError, match=expected):
         fitted(tower, **change)
 
 

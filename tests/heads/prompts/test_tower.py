@@ -98,7 +98,7 @@ def test_chunks_change_nothing(tower, each, monkeypatch):
 
 
 def test_a_chunk_is_as_large_as_its_activations_allow(tower, monkeypatch):
-    """What autograd keeps of n prompts grows by what `chunk` says a prompt takes."""
+    """Memory that autograd saves for n prompts grows by the size that `chunk` assumes."""
     length = prompted(tower)[0].tokens.shape[1]
     a_row = tower_module.ACTIVATION_BYTES // tower.chunk(length)
     kept = [tower._saved_bytes(rows, length) for rows in (5, 25)]
@@ -169,8 +169,8 @@ def test_underscores_are_blanks(tower):
 
 def test_a_prompt_may_be_as_long_as_the_tower_reads(tower):
     assert class_prompts(tower, ["cat"], 12, "end").tokens.shape == (1, 16)
-    told = "class 'cat': its prompt has 15 tokens with 13 of context, the model reads 14"
-    with pytest.raises(InputError, match=told):
+    expected = "class 'cat': its prompt has 15 tokens with 13 of context, the model reads 14"
+    with pytest.raises(InputError, match=expected):
         class_prompts(tower, ["cat"], 13, "end")
     with pytest.raises(InputError, match="the model reads 14"):
         class_prompts(tower, ["cat " * 40], 4, "end")
@@ -211,9 +211,9 @@ def test_nearest_words(tower):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "expected"),
     [({"position": "back"}, "choose one of end, middle, front"), ({"n_ctx": 0}, "at least one")],
 )
-def test_settings_that_make_no_sense(settings, told):
-    with pytest.raises(InputError, match=told):
+def test_settings_that_make_no_sense(settings, expected):
+    with pytest.raises(InputError, match=expected):
         Prompting(None, NAMES, ContextSettings(**settings)).check(len(NAMES))

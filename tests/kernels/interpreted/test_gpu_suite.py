@@ -114,8 +114,8 @@ def test_a_tower(suite):
 
 
 def test_other_labels_are_wrong(suite, monkeypatch):
-    rival = solves.Problem.rival
-    monkeypatch.setattr(solves.Problem, "rival", lambda *args: (rival(*args) + 1) % 5)
+    rival = solves.GpuProblem.rival
+    monkeypatch.setattr(solves.GpuProblem, "rival", lambda *args: (rival(*args) + 1) % 5)
     solves.solve(suite, 12, 5, 16)
     assert [line.arm for line in suite.lines if line.wrong] == [
         "baseline",

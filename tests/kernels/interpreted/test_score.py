@@ -42,9 +42,9 @@ def normal(rng, *shape, dtype=torch.float32):
     return torch.from_numpy(rng.normal(size=shape)).to(dtype)
 
 
-def nan_scores(reach, k, candidates, floor=1e-4):
+def nan_scores(max_message, k, candidates, floor=1e-4):
     """Room for scores, filled with NaN."""
-    out = Scores.empty(reach, k, Truncation(candidates, candidates, floor))
+    out = Scores.empty(max_message, k, Truncation(candidates, candidates, floor))
     out.values.fill_(NAN)
     out.tail.fill_(NAN)
     return out
@@ -84,11 +84,11 @@ def terms_of(rng, n, k, by_prior, with_messages):
 def test_candidates(rng, dtype, n, k, candidates, by_prior, with_messages):
     features, weights = normal(rng, n, 96, dtype=dtype), 0.3 * normal(rng, k, 96)
     weights = weights.to(dtype).float()  # the operation makes it float16 again
-    offset, reach = normal(rng, k), torch.from_numpy(rng.random(n).astype(np.float32))
+    offset, max_message = normal(rng, k), torch.from_numpy(rng.random(n).astype(np.float32))
     nodes = torch.from_numpy(rng.permutation(n))
     terms, added = terms_of(rng, n, k, by_prior, with_messages)
     score = LinearScore(weights, offset, **terms)
-    found, again, same = (nan_scores(reach, k, candidates) for _ in range(3))
+    found, again, same = (nan_scores(max_message, k, candidates) for _ in range(3))
     scores((features, score), found, nodes)
     x = features.double().numpy() @ weights.double().numpy().T + offset.double().numpy() + added
     b = np.empty((n, k))
@@ -184,14 +184,14 @@ def test_a_list_is_cut_to_its_largest(rng, length, width):
     st.integers(1, 5), st.integers(1, 200), st.integers(1, 8), st.sampled_from([1, 5, 16]),
     st.sampled_from([0.0, 3.0, 30.0]), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_whole_numbers_are_selected_exactly(n, k, spread, candidates, reach, seed):
+def test_whole_numbers_are_selected_exactly(n, k, spread, candidates, max_message, seed):
     """Products of small whole numbers are exact in 16 bits, and many are equal."""
     draw = torch.Generator().manual_seed(seed)
     features = torch.randint(-2, 3, (n, 4), generator=draw).half()
     weights = torch.randint(-spread, spread + 1, (k, 4), generator=draw).float()
     offset = torch.randint(-spread, spread + 1, (k,), generator=draw).float()
     candidates = min(candidates, k)
-    out = nan_scores(torch.full((n,), reach), k, candidates)
+    out = nan_scores(torch.full((n,), max_message), k, candidates)
     scores((features, weights, offset), out)
     x = features.double() @ weights.double().T + offset.double()
     b = x - x.logsumexp(1, keepdim=True)

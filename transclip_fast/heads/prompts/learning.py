@@ -28,8 +28,8 @@ class Learner(torch.nn.Module, ABC):
     """
     A model that is trained on cached features through the text tower of the task's `prompting`.
 
-    Its parameters are what is trained and checkpointed. They are on the tower's device, and so are
-    the rows that it is called with.
+    Its parameters are trained and checkpointed. They are on the tower's device, like the rows that
+    it is called with.
     """
 
     def __init__(self, task: Task) -> None:

@@ -165,8 +165,8 @@ class Plot(Learner):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         texts = self.texts()
-        there = (rows if self.patches else images(rows)).to(texts.dtype)
-        return transported_logits(there, texts, self.logit_scale)
+        used = (rows if self.patches else images(rows)).to(texts.dtype)
+        return transported_logits(used, texts, self.logit_scale)
 
     @torch.no_grad()
     def head(self, *, words: bool = True) -> TransportHead:
@@ -186,9 +186,9 @@ class Plot(Learner):
 def encode_each(tower: TextTower, prompts: Prompts, contexts: torch.Tensor) -> torch.Tensor:
     """Unit rows (K, P, d) of K prompts in each of P contexts (P, n_ctx, width)."""
     n_classes, number = len(prompts), len(contexts)
-    each = torch.arange(n_classes, device=tower.device).repeat_interleave(number)
+    rows = torch.arange(n_classes, device=tower.device).repeat_interleave(number)
     repeated = contexts.repeat(n_classes, 1, 1)
-    return tower.encode(prompts.rows(each), repeated).view(n_classes, number, -1)
+    return tower.encode(prompts.rows(rows), repeated).view(n_classes, number, -1)
 
 
 def fit(task: Task) -> Head:

@@ -1,4 +1,4 @@
-"""ProGrad: CoOp that learns only what does not contradict zero-shot."""
+"""ProGrad: CoOp without the gradients that contradict zero-shot."""
 
 from __future__ import annotations
 
