@@ -305,6 +305,19 @@ def test_incomplete_or_contradicting_arguments(problem, arguments, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("scale", ["100", None, [1.0]])
+def test_parameters_are_checked_before_arrays(problem, scale):
+    features, prototypes, _ = problem()
+    with pytest.raises(InputError, match="logit_scale must be a finite number >= 0"):
+        TransCLIP(device="cpu", logit_scale=scale).fit(features, prototypes)
+
+
+def test_text_features_of_different_lengths(problem):
+    features, _, _ = problem()
+    with pytest.raises(InputError, match="^text_features: .* rows of different lengths"):
+        TransCLIP(device="cpu").fit(features, [[1.0, 0.0], [1.0]])
+
+
 @pytest.mark.parametrize("gamma", [-0.1, float("nan"), float("inf")])
 def test_gamma_out_of_range(gamma):
     with pytest.raises(InputError, match="gamma must be a finite number >= 0"):

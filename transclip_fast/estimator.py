@@ -206,6 +206,7 @@ class TransCLIP(Parameters):
         """
         if text_features is None and _ndim(y) == 2:
             text_features = y
+        self.check()
         problem = Problem.check(
             X,
             text_features,
@@ -383,7 +384,10 @@ class TransCLIP(Parameters):
 
 def _ndim(array: Any) -> int:
     """Number of dimensions of an array, a tensor on any device, nested lists or None."""
-    return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
+    try:
+        return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
+    except ValueError:  # lists of different lengths, which the check of text features refuses
+        return 2
 
 
 def _solutions(

@@ -48,7 +48,9 @@ def parallel_map(
     task: Callable[[Part], Result], parts: Iterable[Part], device: torch.device = CPU
 ) -> list[Result]:
     """The results of `task` on every part, in order: in threads on a CPU, else one by one."""
-    if device.type != "cpu" or n_threads() == 1:  # as it is on the pool's own threads
+    parts = list(parts)
+    # A pool's own threads have one thread each; handing over a single part only costs time.
+    if device.type != "cpu" or len(parts) == 1 or n_threads() == 1:
         return [task(part) for part in parts]
     return list(_pool(os.getpid(), n_threads()).map(task, parts))
 

@@ -106,3 +106,17 @@ def test_what_does_not_fit_is_refused(command, save, arrays, refused, tmp_path):
 )
 def test_bad_input(args, expected, refused):
     assert expected in refused("plan", *args)
+
+
+def test_warnings_are_a_line_and_name_the_file(save, arrays, cli):
+    file = save(arrays | {"text_features": 3 * arrays["text_features"]})
+    ran = cli("plan", file)
+    assert ran.code == 0
+    assert ran.err.startswith(f"warning: {file}: text_features: ")
+    assert ran.err.count("\n") == 1
+
+
+def test_errors_about_the_queries_name_the_file(save, arrays, refused):
+    words = np.full(arrays["image_features"].shape, "a")
+    file = save(arrays | {"image_features": words})
+    assert f"error: {file}: image_features: expected numbers" in refused("plan", file)

@@ -174,6 +174,11 @@ def test_matmul_precision_is_highest_and_then_restored(problem):
         ("likelihood_weight", float("nan")),
         ("covariance", "full"),
         ("graph_mode", "undirected"),
+        ("n_neighbors", None),
+        ("max_iter", None),
+        ("tol", None),
+        ("logit_scale", None),
+        ("likelihood_weight", None),
     ],
 )
 def test_check_names_the_parameter_and_its_value(name, value):

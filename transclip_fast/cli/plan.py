@@ -124,7 +124,8 @@ def command(features: str | None, method: str, as_json: bool, **values: Any) -> 
         if sizes != [None] * 3:
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
         stored = load_features(features, {name: values[name] for name in options.ARRAYS})
-        with session.errors_about(stored.origins, stored.path):
+        origins = stored.origins | {"X": stored.origins["image_features"]}
+        with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
             plan = plan_of(problem, Settings.resolve(model, problem), search)
     elif None in sizes:

@@ -17,6 +17,7 @@ PRECISIONS = ("float32", "float16")
 GAMMAS = (0.002, 0.01, 0.02, 0.2)  # the published grid
 MINIMUMS = {"n_neighbors": 1, "max_iter": 0, "inner_iter": 1, "candidates": 1, "rank": 1}
 WEIGHTS = ("tol", "logit_scale", "likelihood_weight", "kl_weight", "gamma")
+OPTIONAL = ("candidates", "rank", "kl_weight", "gamma")  # None leaves them open
 FLAGS = ("unit_means", "update_means", "update_variance", "clamp_similarity", "verbose")
 CHOICES: dict[str, tuple[str, ...]] = {
     "covariance": COVARIANCES,
@@ -57,10 +58,10 @@ class Parameters:
     def check(self) -> None:
         """Raise InputError for a value outside its range."""
         for name, minimum in MINIMUMS.items():
-            if getattr(self, name) is not None:
+            if name not in OPTIONAL or getattr(self, name) is not None:
                 check_number(name, getattr(self, name), minimum)
         for name in WEIGHTS:
-            if getattr(self, name) is not None:
+            if name not in OPTIONAL or getattr(self, name) is not None:
                 check_weight(name, getattr(self, name))
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):

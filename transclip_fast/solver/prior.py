@@ -43,7 +43,7 @@ class LinearPrior:
 
     def at(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """log y_hat (n, K) of the rows `ids` (n,), which are `rows` (n, d)."""
-        return linear_log_prior(rows, self.weights)
+        return linear_log_prior(rows.to(self.weights.device), self.weights)
 
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
