@@ -157,7 +157,10 @@ def test_a_damaged_shard_is_encoded_again(images, towers, tmp_path):
         (lambda f: (f / "local_emb_00001.npy").unlink(), "shard 1 has no local_emb file"),
         (lambda f: np.save(f / "local_emb_00001.npy", np.ones((2, 48))), "has shape"),
         (lambda f: np.save(f / "local_emb_00001.npy", np.ones((3, 47))), "has shape"),
-        (lambda f: np.save(f / "local_emb_00001.npy", np.ones((3, 48))), "not what the manifest"),
+        (
+            lambda f: np.save(f / "local_emb_00001.npy", np.ones((3, 48))),
+            "differs from its manifest",
+        ),
     ],
 )
 def test_patches_that_do_not_fit(change, message, images, towers, tmp_path):
