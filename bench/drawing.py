@@ -133,24 +133,23 @@ def draw_graph(figure: Figure, rows: Rows) -> None:
 
 
 def draw_stream(figure: Figure, rows: Rows) -> None:
-    """Draw time and peak memory against N, beside the plan."""
+    """Draw time and peak memory against N, the memory beside the plan."""
     row = max(rows, key=lambda row: len(row["queries"]))
     left, right = figure.subplots(1, 2)
     n = row["queries"]
-    for axes, what, name, unit in (
+    for axes, what, key, unit in (
         (left, "seconds", "seconds", 1),
-        (right, "peak memory, GB", "bytes", 1e9),
+        (right, "peak memory, GB", "peak_bytes", 1e9),
     ):
-        peak = "peak_bytes" if name == "bytes" else name
-        for key, label, line in (
-            (peak, "measured", {"color": OURS, "marker": "o"}),
-            (f"planned_{name}", "planned", {"color": BASELINE, "linestyle": "--"}),
-        ):
-            axes.plot(n, [done[key] / unit for done in row["sizes"]], label=label, **line)
+        measured = [done[key] / unit for done in row["sizes"]]
+        axes.plot(n, measured, label="measured", color=OURS, marker="o")
+        if key == "peak_bytes":
+            planned = [done["planned_bytes"] / unit for done in row["sizes"]]
+            axes.plot(n, planned, label="planned", color=BASELINE, linestyle="--")
         axes.set(xlabel="images N", ylabel=what, xlim=(0, None), ylim=(0, None))
         axes.set_xticks([x for x in n if x >= max(n) / 5])  # the others are too close for text
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
-    left.legend()
+    right.legend()
     sizes = f"K = {row['classes']:,}, d = {row['dim']}"
     figure.suptitle(
         f"Features read from files, graph given; {sizes} ({machine(rows)})", fontsize=10

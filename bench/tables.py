@@ -256,14 +256,12 @@ def stream(folder: Path) -> str:
     rows = newest("stream", "classes", "dim", folder=folder)
     if not rows:
         return "Not recorded yet: `python -m bench.speed.stream`."
-    head = ["N", "K", "d", "time", "planned", "time a row", "peak", "planned"]
-    head += ["features", "read"]
+    head = ["N", "K", "d", "time", "time a row", "peak", "planned", "features", "read"]
     cells = []
     for row in rows:
         for n, done in zip(row["queries"], row["sizes"], strict=True):
             line = [f"{n:,}", f"{row['classes']:,}", str(row["dim"])]
-            line += [seconds(done["seconds"]), seconds(done["planned_seconds"])]
-            line += [f"{1e6 * done['seconds'] / n:.0f} µs"]
+            line += [seconds(done["seconds"]), f"{1e6 * done['seconds'] / n:.0f} µs"]
             line += [size(done["peak_bytes"]), size(done["planned_bytes"])]
             times = done["read_bytes"] / done["feature_bytes"]
             cells.append([*line, size(done["feature_bytes"]), f"{times:.1f} times"])

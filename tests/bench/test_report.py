@@ -119,7 +119,7 @@ def test_an_unknown_name_is_an_error(tmp_path):
 
 
 def stream_line(classes):
-    done = {"seconds": 50.0, "planned_seconds": 60.0, "peak_bytes": 2e9, "planned_bytes": 2.5e9}
+    done = {"seconds": 50.0, "peak_bytes": 2e9, "planned_bytes": 2.5e9}
     done |= {"read_bytes": 3e9, "feature_bytes": 1e9}
     sizes = [done, done | {"seconds": 101.0}]
     return line(queries=[100_000, 200_000], classes=classes, dim=512, sizes=sizes)

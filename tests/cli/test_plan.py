@@ -79,7 +79,7 @@ def test_solve_says_it_first(save, arrays, succeeds, tmp_path):
 
 def test_the_memory_of_a_search_counts(refused, succeeds):
     shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 64, "--candidates", 32)
-    message = refused("plan", *shape, "--memory", "3GiB")
+    message = refused("plan", *shape, "--memory", "4GiB")
     assert "memory: searching the neighbours of 2,000,000 rows needs 5.49 GiB" in message
     assert "what fits: --memory 6GiB, or --graph with neighbours" in message
     assert plan_of(succeeds, *shape, "--memory", "6GiB")["peak"] <= 6 << 30

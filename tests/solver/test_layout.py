@@ -68,7 +68,7 @@ def test_lists_first_then_held_features_then_shorter_lists(limit, expected):
 
 
 def test_what_does_not_fit():
-    with pytest.raises(InputError, match=r"need at least 1\.98 GiB, there are 1\.5 GiB; allow"):
+    with pytest.raises(InputError, match=r"need at least 2\.22 GiB, there are 1\.5 GiB; allow"):
         choose_layout(MILLION, CPU, form="sparse", memory=3 << 29)
     with pytest.raises(InputError, match="there are 4 GiB; choose assignments='sparse'"):
         choose_layout(MILLION, CPU, form="dense", memory=4 << 30)
