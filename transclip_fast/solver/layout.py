@@ -23,8 +23,8 @@ FEWEST_CANDIDATES, USUAL_CANDIDATES = 32, 128  # of a row
 # bytes: an int32 and a float32 in each of scores, z and the next z
 ENTRY_BYTES = 24
 FREE_LIST_BYTES = 1 << 24  # lists up to this size are always affordable
-# Normalisers, tails, bounds and numbers of a row, and the copies of sorting rows and edges: measured
-# on 125,000 to 500,000 streamed rows.
+# Normalisers, tails, bounds and numbers of a row, and the copies of sorting rows and edges:
+# measured on 125,000 to 1,000,000 streamed rows.
 ROW_BYTES = 320
 PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
 SEARCH_ROW_BYTES = 2500  # candidates of a row in some 30 lists, and the copies of sorting them
