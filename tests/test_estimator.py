@@ -1,5 +1,7 @@
 """The estimator against the float64 reference: priors, few-shot, gamma, predict_proba, arrays."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -364,3 +366,23 @@ def test_inference_mode_and_another_default_type(problem, assignments):
     for other in (inside, double):
         np.testing.assert_array_equal(other.transduction_, model.transduction_)
         np.testing.assert_allclose(other.means_, model.means_, atol=1e-6)
+
+
+def test_verbose_shows_a_bar_and_still_reports(problem, monkeypatch):
+    shown, reported = [], []
+
+    @contextmanager
+    def bar(name, unit):
+        yield lambda done, total, **figures: shown.append((name, unit, done, total, figures))
+
+    monkeypatch.setattr("transclip_fast.estimator.progress_bar", bar)
+    features, prototypes, _ = problem()
+    model = TransCLIP(device="cpu", verbose=True)
+    model.fit(features, text_features=prototypes, progress=reported.append)
+    assert len(shown) == len(reported) > 10
+    name, unit, done, total, figures = shown[-1]
+    assert (name, unit, done) == ("solve", "rows", total)
+    assert figures["step"] == "10/10"
+    shown.clear()
+    TransCLIP(device="cpu").fit(features, text_features=prototypes)
+    assert shown == []
