@@ -35,7 +35,10 @@ def running(save, arrays, tmp_path):
         "--max-iter",
         "100000000",
     ]
+    # A background job of a shell ignores Ctrl-C, and its children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     checkpoint = tmp_path / ".result.solve-0.npz"
     try:
         wait_until(lambda: checkpoint.exists() or process.poll() is not None)
