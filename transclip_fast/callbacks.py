@@ -33,10 +33,6 @@ class NoCheckpoint:
         pass
 
 
-def ignore(done: int, total: int) -> None:
-    """A `Count` that does nothing."""
-
-
 @dataclass(frozen=True)
 class Step:
     """A completed outer step: its number, the objective per query, labels that it changed."""
