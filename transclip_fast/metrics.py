@@ -76,9 +76,18 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
 
 
 def check_assignments(
-    labels: np.ndarray, zero_shot: np.ndarray, n_classes: int, names: Sequence[str] | None = None
+    labels: np.ndarray,
+    zero_shot: np.ndarray,
+    n_classes: int,
+    names: Sequence[str] | None = None,
+    *,
+    charged: bool = False,
 ) -> list[str]:
-    """Warnings about labels (N,) in which one class swallows the others or classes are empty."""
+    """
+    Warnings about labels (N,) in which one class swallows the others or classes are empty.
+
+    Where classes are `charged`, by the class cost, they are meant to be empty: no warning.
+    """
 
     def name(k: int) -> str:
         return f"class {k}" + (f" ({names[k]})" if names else "")
@@ -93,6 +102,8 @@ def check_assignments(
             "by zero-shot alone: it may be swallowing the others; check its prompt, or raise "
             "kl_weight"
         )
+    if charged:
+        return warnings
     lost = np.flatnonzero((counts == 0) & (before > 0))
     empty = np.flatnonzero((counts == 0) & (before == 0))
     if len(lost):

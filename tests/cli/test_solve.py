@@ -231,7 +231,7 @@ def test_warns_of_one_class_that_swallows_the_others(save, problem, cli, tmp_pat
 def test_warns_of_empty_classes(save, arrays, cli, tmp_path):
     arrays |= {"prior_logits": 20 * np.eye(6)[arrays["labels"] % 3]}
     file = save({**arrays, "class_names": np.array(list("uvwxyz"))})
-    ran = cli("solve", file, "--out", tmp_path / "result", "--json")
+    ran = cli("solve", file, "--out", tmp_path / "result", "--class-cost", "off", "--json")
     run, table = read(tmp_path / "result")
     empty = set("uvwxyz") - set(table["label_name"].to_pylist())
     assert ran.code == 0

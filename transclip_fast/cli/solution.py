@@ -13,6 +13,13 @@ from transclip_fast.cli import session
 from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.options import requested
+from transclip_fast.cli.outlook import (
+    describe_changes,
+    describe_outlook,
+    outlook,
+    size_changes,
+    use_of_classes,
+)
 from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import as_labels
@@ -71,7 +78,9 @@ def solve_features(
             check_class_names(features, n_classes)
             truth = true_labels(features, n_classes)
             if not quiet:
-                click.echo(plan.line())
+                found = outlook(problem, model)
+                text = describe_outlook(found, n_classes, features.class_names)
+                click.echo(f"{plan.line()}\n{text}")
             source: GraphSource = (
                 graph
                 if isinstance(graph, NeighborGraph)
@@ -88,7 +97,9 @@ def solve_features(
                 )
         zero_shot = (model.zero_shot_labels_, model.zero_shot_confidences_)
         labels = model.transduction_
-        signs = check_assignments(labels, zero_shot[0], n_classes, features.class_names)
+        charged = model.class_costs_ is not None
+        names = features.class_names
+        signs = check_assignments(labels, zero_shot[0], n_classes, names, charged=charged)
         if truth is not None:
             signs += check_class_order(zero_shot[0], truth)
         for sign in signs:
@@ -163,6 +174,7 @@ def run_summary(
         "n_classes": means_shape[0],
         "dim": means_shape[1],
         "n_flipped": int((labels != zero_shot).sum()),
+        "size_changes": size_changes(labels, zero_shot, means_shape[0]),
         "inputs_sha256": features.inputs_sha256(),
         "maps": features.maps,
         "class_names": features.class_names,
@@ -177,9 +189,8 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        f"the prior uses about {run['n_effective_classes']:.0f} of "
-        f"{counted(run['n_classes'], 'class')}: class cost "
-        f"{'on' if run['config']['class_cost'] else 'off'}",
+        use_of_classes(run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]),
+        *describe_changes(run["size_changes"], run["class_names"]),
     ]
     if truncation is not None:
         lines.append(

@@ -29,6 +29,13 @@ def effective_classes(counts: torch.Tensor) -> float:
     return float(torch.special.entr(counts / counts.sum()).sum().exp())
 
 
+def is_charged(class_cost: bool | str, effective: float, n_classes: int, *, few_shot: bool) -> bool:
+    """Whether classes in use cost something: the parameter, and what "auto" stands for."""
+    if class_cost == "auto":
+        return not few_shot and effective < FEW_CLASSES * n_classes
+    return bool(class_cost)
+
+
 @dataclass(frozen=True)
 class ClassCost:
     """

@@ -152,9 +152,9 @@ class Problem:
         )
 
     @exact_float32()
-    def prior_sample(self) -> torch.Tensor:
-        """log y_hat (n, K) of some rows, evenly spaced."""
-        ids = evenly_spaced_rows(len(self.features), PRIOR_SAMPLE_ROWS)
+    def prior_sample(self, rows: int = PRIOR_SAMPLE_ROWS) -> torch.Tensor:
+        """log y_hat (n, K) of at most so many rows, evenly spaced."""
+        ids = evenly_spaced_rows(len(self.features), rows)
         return self.prior.at(ids, unit_sample(self.features, ids))
 
     def load(self, settings: Settings) -> Inputs:

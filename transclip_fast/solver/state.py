@@ -12,7 +12,7 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.torch_backend import TorchOps
-from transclip_fast.solver.class_cost import FEW_CLASSES, ClassCost, effective_classes
+from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import LinearPrior, Prior
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
@@ -169,9 +169,9 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
     n_effective = effective_classes(_prior_counts(z, features, prior))
-    charged = parameters.class_cost
-    if charged == "auto":
-        charged = support is None and n_effective < FEW_CLASSES * n_classes
+    charged = is_charged(
+        parameters.class_cost, n_effective, n_classes, few_shot=support is not None
+    )
     if settings.truncation is not None:
         # Neighbours mostly share a label: sorted by label, their lists are close in memory.
         order = prior_best[0].argsort(stable=True)
