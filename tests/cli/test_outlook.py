@@ -33,9 +33,10 @@ def test_plan_tells_how_many_classes_are_in_use(few, succeeds):
     rare = np.flatnonzero(20 * prior.mean(0) < 0.05)
     assert found["rare_classes"] == rare.tolist()
     line = succeeds("plan", file).splitlines()[-1]
+    some = ", ".join(NAMES[k] for k in rare[:3]) + ", ..." * (len(rare) > 3)
     assert line == (
         f"plan: by {len(prior)} rows the prior uses about {effective:.0f} of 20 classes: "
-        f"class cost on; {len(rare)} hardly occur: {', '.join(NAMES[k] for k in rare[:3])}{', ...' * (len(rare) > 3)}"
+        f"class cost on; {len(rare)} hardly occur: {some}"
     )
 
 
