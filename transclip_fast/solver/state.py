@@ -13,6 +13,7 @@ from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.solver.class_cost import FEW_CLASSES, ClassCost, effective_classes
+from transclip_fast.solver.known import KNOWN_WEIGHT
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
@@ -31,8 +32,9 @@ class State:
     ----------
     inputs, settings, ops
         The problem, how it is solved, and the backend that computes.
-    support_weight : float
-        w = 50 gamma / M; 0 without support.
+    labelled : list of (Moments, float)
+        Moments that join those of the queries, and their weights: of the support, 50 gamma / M
+        each; of queries of known class, (w - 1) / N as these count w times.
     squares : Tensor (d,) float64
         sum_i f_i^2.
     prior_normaliser : Tensor (N,) float32
@@ -59,7 +61,7 @@ class State:
     inputs: Inputs
     settings: Settings
     ops: TorchOps
-    support_weight: float
+    labelled: list[tuple[Moments, float]]
     squares: torch.Tensor
     prior_normaliser: torch.Tensor
     prior_best: tuple[torch.Tensor, torch.Tensor]
@@ -107,6 +109,8 @@ class Solution:
         z = state.z
         if state.nodes is not None:
             z = z.take_into(state.nodes, out=state.spare)
+        if state.inputs.known is not None:
+            z.bound[state.inputs.known.rows] = 0  # nothing there is misplaced
         tail_mass = float(state.base.tail.max())
         return cls(
             gamma,
@@ -151,6 +155,8 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         nodes = torch.empty_like(order)
         nodes[order] = torch.arange(n_rows, device=device)
         z = z.take(order)
+    if inputs.known is not None:
+        inputs.known.clamp(z, nodes)
     weights = affinity(
         graph,
         mode=parameters.graph_mode,
@@ -163,7 +169,7 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         inputs=inputs,
         settings=settings,
         ops=backend(weights, nodes),
-        support_weight=SUPPORT_SCALE * gamma / len(support) if support else 0.0,
+        labelled=_labelled(inputs, gamma),
         squares=backend.sum_of_squares(features),
         prior_normaliser=normaliser,
         prior_best=prior_best,
@@ -177,6 +183,16 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         moments=zero,
         pooled=zero,
     )
+
+
+def _labelled(inputs: Inputs, gamma: float) -> list[tuple[Moments, float]]:
+    """Moments of labelled rows and their weights, as in `State`."""
+    found, support, known = [], inputs.support, inputs.known
+    if support is not None:
+        found.append((support.moments, SUPPORT_SCALE * gamma / len(support)))
+    if known is not None:
+        found.append((known.moments, (KNOWN_WEIGHT - 1) / len(inputs.features)))
+    return found
 
 
 def _prior_counts(z: Assignments, features: Rows, prior: Prior) -> torch.Tensor:
