@@ -167,6 +167,7 @@ class TransCLIP(Parameters):
         support_labels: Any = None,
         validation_features: Any = None,
         validation_labels: Any = None,
+        known_labels: Any = None,
         graph: GraphSource = None,
         progress: Callable[[Progress], None] | None = None,
         checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None = None,
@@ -197,6 +198,10 @@ class TransCLIP(Parameters):
         validation_features, validation_labels : array_like (V, d), (V,), optional
             Labelled rows that choose gamma unless it is set: the value with which most of them
             have the label of their most similar query, the first of equal ones.
+        known_labels : array_like (N,), optional
+            Class of each query where it is known, -1 elsewhere: z is one-hot there, and the row
+            counts three times in the means and the variance. Unlike shots, such rows may be few and
+            of some classes only.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or a function that makes them from its unit rows, a
             `transclip_fast.data.feature_rows.Rows`; by default `build_graph`.
@@ -226,6 +231,7 @@ class TransCLIP(Parameters):
             support_labels=support_labels,
             validation_features=validation_features,
             validation_labels=validation_labels,
+            known_labels=known_labels,
         )
         settings = Settings.resolve(self, problem)
         return self.fit_problem(problem, settings, graph, progress=progress, checkpoint=checkpoint)

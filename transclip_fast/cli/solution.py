@@ -29,7 +29,7 @@ from transclip_fast.metrics import accuracy, check_assignments, check_class_orde
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.parameters import GAMMAS
-from transclip_fast.solver.problem import Settings
+from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features
@@ -107,6 +107,7 @@ def solve_features(
         shape = model.means_.shape
         run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
         run |= _solver_summary(model) | {
+            "known_labels": _known_summary(problem, labels, zero_shot[0], truth),
             "head": head and head.summary(truth),
             "memory": {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()},
             "seconds": stages.seconds,
@@ -135,6 +136,26 @@ def _solver_summary(model: TransCLIP) -> dict[str, Any]:
             "gamma": model.gamma_,
             "class_cost": model.class_costs_ is not None,
         },
+    }
+
+
+def _known_summary(
+    problem: Problem, labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray | None
+) -> dict[str, Any] | None:
+    """Number of queries of known class, and what is right of the others; None without any."""
+    if problem.known is None:
+        return None
+    others = problem.known.numpy() < 0
+
+    def right(found: np.ndarray) -> float | None:
+        if truth is None or not others.any():
+            return None
+        return accuracy(found[others], truth[others])
+
+    return {
+        "n_known": int((~others).sum()),
+        "accuracy_of_others": right(labels),
+        "zero_shot_accuracy_of_others": right(zero_shot),
     }
 
 
@@ -208,6 +229,14 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
             f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot{alone} -> "
             f"{run['accuracy']:.2f} %"
         )
+    if (known := run.get("known_labels")) is not None:
+        line = f"{counted(known['n_known'], 'label')} known"
+        if known["accuracy_of_others"] is not None:
+            line += (
+                f"; of the others {known['zero_shot_accuracy_of_others']:.2f} % zero-shot -> "
+                f"{known['accuracy_of_others']:.2f} %"
+            )
+        lines.append(line)
     built = f"{seconds['graph']:.1f} s" if "graph" in seconds else "reused"
     graph = f"{describe(run['graph'])}, {built}"
     lines += [

@@ -195,13 +195,17 @@ class TorchOps:
         return pairwise, entropy
 
     def expectation(self, z: Assignments, log_prior: torch.Tensor) -> torch.Tensor:
-        """sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar; `log_prior` is log y_hat."""
+        """
+        sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar; `log_prior` is log y_hat.
+
+        Classes that the prior excludes are left out: only rows of known class have mass there.
+        """
 
         def part(rows: slice) -> torch.Tensor:
             kept, terms = z.take(self._nodes_of(rows)), log_prior[rows]
             if kept.classes is not None:
                 terms = terms.gather(1, kept.classes.long())
-            return torch.where(kept.values > 0, kept.values * terms, 0).sum(dtype=torch.float64)
+            return torch.where(terms > -torch.inf, kept.values * terms, 0).sum(dtype=torch.float64)
 
         device = z.values.device
         size = block_rows(device, z.n_classes)

@@ -34,6 +34,15 @@ class Moments:
         counts = torch.zeros(n_classes, dtype=torch.float64, device=device)
         return cls(counts, counts.new_zeros(n_classes, dim), counts.new_zeros(dim))
 
+    @classmethod
+    def of(cls, rows: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Moments:
+        """Moments of rows (M, d) with one-hot labels, of classes (M,)."""
+        order = labels.argsort(stable=True)
+        counts = torch.bincount(labels, minlength=n_classes)
+        rows = rows[order].double()
+        sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)  # (K, d)
+        return cls(counts.double(), sums, rows.square().sum(0))
+
     def take(self, classes: torch.Tensor) -> Moments:
         """Of some classes (K',), the only ones with mass."""
         return Moments(self.counts[classes], self.sums[classes], self.squares)
