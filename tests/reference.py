@@ -94,12 +94,12 @@ def effective_classes(y_hat):
 
 
 def class_cost(y_hat, dim):
-    """f kappa and beta: a class of mass n costs f kappa beta n / (n + beta)."""
+    """w and beta: a class of mass n costs w beta n / (n + beta)."""
     n, n_classes = y_hat.shape
     effective = effective_classes(y_hat)
-    f = (1 - effective / n_classes) ** 2
-    kappa = (60 + 60 * min(1, n / (8 * effective))) * dim / 512
-    return f * kappa, max(1, 0.05 * n / effective)
+    full = min(1, n / (8 * effective))
+    f = max(0, 1 - effective / (0.8 * n_classes)) ** (2 - full)
+    return f * (60 + 60 * full) * dim / 512, max(1, 0.05 * n / effective)
 
 
 def solve(
