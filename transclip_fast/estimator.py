@@ -16,6 +16,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
+from transclip_fast.metrics import outlier_scores
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.loop import passes_before, predict, solve
 from transclip_fast.solver.parameters import Parameters
@@ -127,6 +128,9 @@ class TransCLIP(Parameters):
         The memory layout of the solve.
     graph_ : NeighborGraph
         The graph used.
+    outlier_score_ : ndarray (N,) float32
+        How little each query and its neighbours look like any class of the list, from 0 to 1: what
+        zero-shot leaves of their probability beside their first class.
     zero_shot_labels_ : ndarray (N,) int64
     zero_shot_confidences_ : ndarray (N,) float32
         Prediction of the text features alone; without text features, that of the prior.
@@ -293,6 +297,7 @@ class TransCLIP(Parameters):
         else:
             predicted = inputs.zero_shot.predict(inputs.features)
             self.zero_shot_labels_, self.zero_shot_confidences_ = predicted
+        self.outlier_score_ = outlier_scores(self.zero_shot_confidences_, graph.neighbors)
         return self
 
     @exact_float32()

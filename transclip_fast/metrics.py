@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+AVERAGES = 3  # over neighbours, of an outlier score
 SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
 # Classes seem to be in another order if there are enough rows, if renaming them multiplies the
 # accuracy and raises it by so many points, and if true classes have more distinct labels than
@@ -73,6 +74,23 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
         confusions=[(*divmod(int(pairs[i]), base), int(counts[i])) for i in frequent],
         warnings=check_class_order(zero_shot, truth),
     )
+
+
+def outlier_scores(confidences: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+    """
+    How little each row looks like any class of the list, (N,) float32 between 0 and 1.
+
+    What zero-shot leaves of a row's probability beside its first class, averaged three times over
+    the row and its `neighbors` (N, k), -1 where there is none. `bench.accuracy.outliers` holds it
+    against `confidences` (N,) alone.
+    """
+    scores = 1 - confidences.astype(np.float32)
+    present = neighbors >= 0
+    for _ in range(AVERAGES):
+        heard = np.where(present, scores[neighbors], 0)
+        scores = (scores + heard.sum(1)) / (1 + present.sum(1))
+    found: np.ndarray = scores.astype(np.float32)
+    return found
 
 
 def check_assignments(
