@@ -12,7 +12,8 @@ from transclip_fast.data.feature_rows import Rows
 
 SPARE_CANDIDATES = 4  # entries beyond the k neighbours, since float32 may misorder the last ones
 MERGE_ROWS = 1 << 16  # lists that are rewritten at a time, to bound memory
-RERANK_ROWS = 512  # rows whose candidates are gathered at a time, (512, C, d) float64
+# Rows whose candidates are gathered at a time, (n, C, d) float64: they fit the cache of a core.
+RERANK_ROWS = {"cpu": 128, "cuda": 512}
 Finds = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, candidates, products: (F,) each
 
 
@@ -141,7 +142,8 @@ def products_float64(
     rows: torch.Tensor, queries: Rows | torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
     """Products (B, C) float64 of rows (B, d) with queries[ids], ids (B, C); undefined for id -1."""
-    blocks = zip(torch.split(rows, RERANK_ROWS), torch.split(ids, RERANK_ROWS), strict=True)
+    size = RERANK_ROWS["cuda" if rows.is_cuda else "cpu"]
+    blocks = zip(torch.split(rows, size), torch.split(ids, size), strict=True)
     return torch.cat(
         [
             (queries[some.clamp_min(0)].double() @ block.double()[:, :, None])[:, :, 0]
