@@ -200,8 +200,7 @@ def _final_lists(rows: Rows, best: BestLists, k: int) -> tuple[np.ndarray, np.nd
         similarities[block] = products_float64(rows[block], rows, neighbors[block]).float()
 
     ambiguous = best.ambiguous_rows(k, rows.shape[1])
-    size = RERANK_ROWS["cuda" if ambiguous.is_cuda else "cpu"]
-    parallel_map(rerank, torch.split(ambiguous, size), rows.device)
+    parallel_map(rerank, torch.split(ambiguous, RERANK_ROWS), rows.device)
     parallel_map(weigh, rows.blocks(), rows.device)
     similarities[neighbors < 0] = 0
     missing = (0, k - neighbors.shape[1])  # if N < k

@@ -12,8 +12,7 @@ from transclip_fast.data.feature_rows import Rows
 
 SPARE_CANDIDATES = 4  # entries beyond the k neighbours, since float32 may misorder the last ones
 MERGE_ROWS = 1 << 16  # lists that are rewritten at a time, to bound memory
-# Rows whose candidates are gathered at a time, (n, C, d) float64: they fit the cache of a core.
-RERANK_ROWS = {"cpu": 128, "cuda": 512}
+RERANK_ROWS = 512  # rows whose candidates are gathered at a time, (512, C, d)
 Finds = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, candidates, products: (F,) each
 
 
@@ -142,11 +141,14 @@ def products_float64(
     rows: torch.Tensor, queries: Rows | torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
     """Products (B, C) float64 of rows (B, d) with queries[ids], ids (B, C); undefined for id -1."""
-    size = RERANK_ROWS["cuda" if rows.is_cuda else "cpu"]
-    blocks = zip(torch.split(rows, size), torch.split(ids, size), strict=True)
-    return torch.cat(
-        [
-            (queries[some.clamp_min(0)].double() @ block.double()[:, :, None])[:, :, 0]
-            for block, some in blocks
-        ]
-    )
+    blocks = zip(torch.split(rows, RERANK_ROWS), torch.split(ids, RERANK_ROWS), strict=True)
+    return torch.cat([_products(block, queries[some.clamp_min(0)]) for block, some in blocks])
+
+
+def _products(rows: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Products (n, C) float64 of rows (n, d) with candidates (n, C, d)."""
+    if rows.is_cuda:
+        return (candidates.double() @ rows.double()[:, :, None])[:, :, 0]
+    # On a CPU einsum converts its operands piece by piece, in cache.
+    operands = candidates.numpy(), rows.numpy()
+    return torch.from_numpy(np.einsum("ncd,nd->nc", *operands, dtype=np.float64))
