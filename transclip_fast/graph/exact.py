@@ -10,6 +10,7 @@ them; a row whose bound fails is searched again in float32 (`transclip_fast.kern
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 TILE_ROWS = {"cpu": 1024, "cuda": 16384}  # of a square block of products
 # Up to so many rows, computing each product twice costs less than merging lists.
 FEW_ROWS, PANEL_ROWS = 6144, 512
+GROUP_COLUMNS = 16  # of a panel, whose maximum is taken first
 BATCH_BLOCKS = 32  # at most, between two merges: results do not depend on the number of cores
 WAITING_FINDS_PER_ROW, WAITING_FINDS = 8, 1 << 20  # before a merge, which needs ~100 bytes a find
 # int8 costs extra work for each block, and most of a second to load compiled code.
@@ -64,15 +66,23 @@ def search_exact(
 def search_few(rows: Rows, best: BestLists) -> None:
     """Fill the empty lists `best`, each from all products of its row."""
     features = rows[:]
+    n_rows, size = len(features), best.size
+    n_groups = max(size, math.ceil(n_rows / GROUP_COLUMNS))
 
     def fill(panel: slice) -> None:
-        products = features[panel] @ features.T  # (n, N)
+        products = features.new_empty(panel.stop - panel.start, GROUP_COLUMNS * n_groups)
+        products[:, n_rows:] = -torch.inf
+        torch.mm(features[panel], features.T, out=products[:, :n_rows])
         products.diagonal(offset=panel.start).fill_(-torch.inf)  # no row is its own neighbour
-        values, ids = products.topk(min(best.size, len(features)), dim=1)
-        best.values[panel, : values.shape[1]] = values
-        best.ids[panel, : ids.shape[1]] = ids.where(values > -torch.inf, -1)
+        # The largest products are in the groups of the largest maxima, which are found sooner.
+        grouped = products.view(len(products), GROUP_COLUMNS, n_groups)
+        groups = grouped.amax(1).topk(size, dim=1).indices
+        among = grouped.gather(2, groups[:, None].expand(-1, GROUP_COLUMNS, -1)).flatten(1)
+        values, places = among.topk(size, dim=1)
+        columns = places // size * n_groups + groups.gather(1, places % size)
+        best.values[panel], best.ids[panel] = values, columns.where(values > -torch.inf, -1)
 
-    parallel_map(fill, blocks(len(features), PANEL_ROWS), rows.device)
+    parallel_map(fill, blocks(n_rows, PANEL_ROWS), rows.device)
 
 
 def all_pairs(ids: torch.Tensor) -> list[Pair]:

@@ -18,6 +18,7 @@ from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 SUM_ROWS = 256  # of a float64 sum: more do not fit the cache, which is several times slower
 SUM_CLASSES = 256  # classes that one thread sums
 CENTRE_ROWS = 64  # whose mean is near that of all rows
+KEPT_ENTRIES = 1 << 22  # of features: so few are centred once, and kept, 16 MiB
 START_ROWS = 8  # rows that the mean of a class starts from
 MERGED_BLOCKS = 64  # blocks whose top rows are held at a time
 FLOAT32_ROUNDING = 2.0**-24  # half of float32's eps
@@ -31,14 +32,15 @@ class TorchOps:
     """
     The operations of a run, and their definition; other backends override those they do faster.
 
-    Features (N, d) are unit rows; a prior, and messages of the support, are in their order. z,
-    scores and the affinity A (N, N) are indexed by node: `nodes` (N,) int64 has the node of each
-    row of the features; without it they are the same.
+    Features (N, d) are unit rows, the same in every step; a prior, and messages of the support,
+    are in their order. z, scores and the affinity A (N, N) are indexed by node: `nodes` (N,) int64
+    has the node of each row of the features; without it they are the same.
     """
 
     def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
         self._affinity, self._nodes = affinity, nodes
         self._cut: list[tuple[slice, Affinity]] = []
+        self._centred: dict[int, torch.Tensor] = {}  # blocks of few features, by their first row
 
     @staticmethod
     def start(
@@ -175,7 +177,13 @@ class TorchOps:
         for rows in blocks(len(z), read_rows(device)):
             read, kept = features[rows], z.take(self._nodes_of(rows))
             for block in blocks(len(read), gemm_rows(device, n_classes)):
-                _add_class_sums(kept.take(block), read[block] - centre, sums, counts)
+                first = rows.start + block.start
+                centred = self._centred.get(first)
+                if centred is None:
+                    centred = read[block] - centre
+                    if len(z) * len(centre) <= KEPT_ENTRIES:
+                        self._centred[first] = centred
+                _add_class_sums(kept.take(block), centred, sums, counts)
         sums.addr_(counts, centre.double())
         return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)
 

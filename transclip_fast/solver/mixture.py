@@ -126,8 +126,8 @@ class Mixture:
 
     def _spread(self, moments: Moments) -> torch.Tensor:
         """sum_ik z_ik (f_id - mu_kd)^2, (d,)."""
-        terms = self.means * (self.means * moments.counts[:, None] - 2 * moments.sums)  # (K, d)
-        return moments.squares + terms.sum(0)
+        halves = torch.addcmul(moments.sums, self.means, moments.counts[:, None], value=-0.5)
+        return moments.squares - 2 * (self.means * halves).sum(0)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
