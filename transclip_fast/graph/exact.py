@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TILE_ROWS = {"cpu": 1024, "cuda": 16384}  # of a square block of products
 # Up to so many rows, computing each product twice costs less than merging lists.
-FEW_ROWS, PANEL_ROWS = 6144, 512
+FEW_ROWS, PANEL_ROWS = 8192, 512
 GROUP_COLUMNS = 16  # of a panel, whose maximum is taken first
 BATCH_BLOCKS = 32  # at most, between two merges: results do not depend on the number of cores
 WAITING_FINDS_PER_ROW, WAITING_FINDS = 8, 1 << 20  # before a merge, which needs ~100 bytes a find
