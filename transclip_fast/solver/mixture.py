@@ -139,9 +139,8 @@ class Mixture:
 
     def _spread(self, moments: Moments) -> torch.Tensor:
         """sum_ik z_ik (f_id - mu_kd)^2, (d,)."""
-        cross = (self.means * moments.sums).sum(0)
-        own = torch.mv(self.means.square().T, moments.counts)
-        return moments.squares - 2 * cross + own
+        halves = torch.addcmul(moments.sums, self.means, moments.counts[:, None], value=-0.5)
+        return moments.squares - 2 * (self.means * halves).sum(0)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
