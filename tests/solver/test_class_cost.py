@@ -255,3 +255,15 @@ def test_new_rows_are_charged_too(few):
 def test_bad_values(value):
     with pytest.raises(InputError, match="class_cost must be 'auto', True or False"):
         TransCLIP(class_cost=value).check()
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_lists_of_few_classes_drop_nothing(few, backend):
+    """Rare classes live on masses below the floor: with lists of all 20 they keep them."""
+    features, prototypes, _ = few(n=64, noise=0.2)
+    values = {"device": "cpu", "class_cost": True}
+    dense = TransCLIP(**values, assignments="dense").fit(features, prototypes)
+    model = TransCLIP(**values, assignments="sparse", backend=backend).fit(features, prototypes)
+    assert model.truncation_["floor"] == 0
+    found = model.label_distributions_.toarray()
+    np.testing.assert_allclose(found, dense.label_distributions_, atol=1e-5)

@@ -11,6 +11,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.solver.layout import ENTRY_BYTES, FEWEST_CANDIDATES, FREE_LIST_BYTES
 from transclip_fast.types import FLOOR, Assignments, Truncation
 
+WHOLE_CLASSES = 64  # of lists that drop nothing
 # Mean mass of y_hat^lambda outside the candidates. That of z is smaller: the mixture and the
 # neighbours sharpen it.
 MAX_MISSED_MASS = 5e-2
@@ -52,7 +53,9 @@ def choose_truncation(
         candidates = max(needed, rank or 1)
     elif rank is not None and rank > candidates:
         raise InputError(f"rank={rank} is more than candidates={candidates}")
-    return Truncation(candidates, rank or candidates, 0.0 if rank == n_classes else FLOOR)
+    # Lists of few classes are short: there is nothing to gain by dropping some of them.
+    whole = rank == n_classes or (rank is None and candidates == n_classes <= WHOLE_CLASSES)
+    return Truncation(candidates, rank or candidates, 0.0 if whole else FLOOR)
 
 
 def needed_candidates(log_p: torch.Tensor, n_rows: int, most: int) -> int:
