@@ -17,7 +17,7 @@ def test_of_sizes(succeeds):
     found = plan_of(succeeds, *shape)
     assert found["size"]["n_rows"] == 50_000
     assert found["layout"] == {"candidates": 128, "held": True}
-    assert found["passes"] == 24
+    assert found["passes"] == 25
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert list(stages) == ["load", "graph", "solve", "write"]
     assert stages["load"]["disk"] == 3 * 2 * 50_000 * 64
@@ -35,11 +35,11 @@ def test_streamed_features_are_read_in_every_pass(succeeds):
     shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 512, "--graph", "somewhere")
     found = plan_of(succeeds, *shape, "--candidates", 32, "--max-iter", 2, "--memory", "4GiB")
     assert found["layout"] == {"candidates": 32, "held": False}
-    assert found["passes"] == 8
+    assert found["passes"] == 9
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert list(stages) == ["load", "solve", "write"]
     rows = 2 * 2_000_000 * 512
-    assert stages["solve"]["disk"] == 8 * rows + 3 * 40 * 2_000_000
+    assert stages["solve"]["disk"] == 9 * rows + 3 * 40 * 2_000_000
     assert found["graph"] == "given"
 
 
@@ -49,13 +49,13 @@ def test_runs_of_gamma_and_given_priors_count(save, arrays, succeeds, refused):
     shots = {"support_features": features[:20], "support_labels": labels[:20]}
     held_out = {"validation_features": features[20:30], "validation_labels": labels[20:30]}
     few_shot = plan_of(succeeds, save(arrays | shots | held_out))
-    assert (plain["passes"], few_shot["passes"]) == (24, 4 * 24)
+    assert (plain["passes"], few_shot["passes"]) == (25, 4 * 25)
     assert few_shot["stages"][2]["work"] == 4 * plain["stages"][2]["work"]
-    assert plan_of(succeeds, save(arrays | shots), "--gamma", 0.02)["passes"] == 24
+    assert plan_of(succeeds, save(arrays | shots), "--gamma", 0.02)["passes"] == 25
     assert "few-shot needs gamma" in refused("plan", save(arrays | shots))  # as solve does
     prior = {"prior": np.full((77, 6), 1 / 6, np.float32)}
     given = plan_of(succeeds, save(arrays | prior))
-    assert given["passes"] == 23
+    assert given["passes"] == 24
     assert given["size"]["input_bytes"] == plain["size"]["input_bytes"] + 16 * 77 * 6
 
 
@@ -123,3 +123,9 @@ def test_errors_about_the_queries_name_the_file(save, arrays, refused):
     words = np.full(arrays["image_features"].shape, "a")
     file = save(arrays | {"image_features": words})
     assert f"error: {file}: image_features: expected numbers" in refused("plan", file)
+
+
+def test_the_class_cost_may_read_once_more(succeeds):
+    shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 512, "--memory", "16GiB")
+    assert plan_of(succeeds, *shape)["passes"] == 25
+    assert plan_of(succeeds, *shape, "--class-cost", "off")["passes"] == 24

@@ -177,6 +177,8 @@ def make_plan(
         method = "exact" if size.n_rows <= EXACT_ROWS else "anchored"
     steps = parameters.max_iter + 1
     passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
+    if parameters.class_cost is not False:  # the start may read them once more
+        passes += size.runs
     stages = _stages(size, layout, device, method, steps, passes)
     block = gemm_rows(device, size.n_classes)
     limit = layouts.limit_of(device, parse_memory(parameters.memory))
