@@ -27,6 +27,7 @@ class Parameters:
     covariance: str = "diagonal"
     graph_mode: str = "symmetric"
     clamp_similarity: bool = False
+    class_cost: bool | str = "auto"  # not in the paper; "auto" where few of the classes occur
     published_support_rows: bool = False  # the published code's few-shot graph, errors and all
 
 
@@ -83,6 +84,21 @@ def start_means(features, z, support, labels):
     return unit(means)
 
 
+def effective_classes(y_hat):
+    """exp of the entropy of the mean of y_hat (N, K): how many classes it spreads over."""
+    mean = y_hat.mean(0)
+    return np.exp(-(mean * np.log(np.where(mean > 0, mean, 1))).sum())
+
+
+def class_cost(y_hat, dim):
+    """f kappa and beta: a class of mass n costs f kappa beta n / (n + beta)."""
+    n, n_classes = y_hat.shape
+    effective = effective_classes(y_hat)
+    f = (1 - effective / n_classes) ** 2
+    kappa = (60 + 60 * min(1, n / (8 * effective))) * dim / 512
+    return f * kappa, max(1, 0.05 * n / effective)
+
+
 def solve(
     features,
     log_y,
@@ -136,9 +152,19 @@ def solve(
     means = start_means(f, z, support, labels)
     variances = np.full(d, 1 / d)
     kl_term = lam * log_y if lam else np.zeros_like(log_y)
+    weight, beta = 0.0, 1.0
+    charged = p.class_cost
+    if charged == "auto":
+        charged = not few_shot and effective_classes(z) < 0.8 * n_classes
+    if charged:
+        weight, beta = class_cost(z, d)
+        for _ in range(p.inner_iter):
+            z = np.exp(log_softmax(log_y + messages_to_queries(z)))
+        means = np.where(z.sum(0)[:, None] > 0, unit(z.T @ f), means)
     objective = []
     for step in range(p.max_iter + 1):
         score = p.likelihood_weight * log_gaussian(f, means, variances) + kl_term
+        score = score - weight * (beta / (z.sum(0) + beta)) ** 2
         for _ in range(p.inner_iter):
             z = np.exp(log_softmax(score + messages_to_queries(z)))
         if step < p.max_iter:
@@ -159,6 +185,7 @@ def solve(
                     variances = np.full(d, variances.mean())
         objective.append(
             _objective(f, z, means, variances, messages_to_queries, kl_term, s, labels, w * n, p)
+            + weight * beta * (z.sum(0) / (z.sum(0) + beta)).sum()
         )
     return Solution(z, means, variances, objective, gamma if few_shot else None)
 

@@ -64,6 +64,10 @@ class TransCLIP(Parameters):
     gamma : float, optional
         Few-shot only: weight of the labelled rows; by default the best of 0.002, 0.01, 0.02 and
         0.2 on a validation set.
+    class_cost : {"auto", True, False}
+        Charge for each class in use, which keeps absent classes from taking rows; "auto" does so
+        where the prior spreads over less than 0.8 of the classes, and is otherwise, as False, the
+        published method. Few-shot, "auto" is False.
     device : str
         "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
@@ -111,6 +115,10 @@ class TransCLIP(Parameters):
         The gamma used; None in zero-shot.
     kl_weight_ : float
         The lambda used.
+    n_effective_classes_ : float
+        Classes over which the prior spreads: exp of the entropy of its mean over the queries.
+    class_costs_ : ndarray (K,) float64 or None
+        Nats by which the class cost lowered the score of each class; None in the published method.
     device_ : torch.device
         The device used.
     backend_ : str
@@ -269,6 +277,8 @@ class TransCLIP(Parameters):
         self.n_iter_, self.objective_ = solution.n_iter, np.array(solution.objective)
         self.classes_, self.n_features_in_ = np.arange(z.n_classes), self.means_.shape[1]
         self.gamma_ = None if inputs.support is None else solution.gamma
+        self.n_effective_classes_, self._class_costs = solution.n_effective, solution.class_costs
+        self.class_costs_ = None if self._class_costs is None else self._class_costs.cpu().numpy()
         self.kl_weight_, self.layout_ = settings.kl_weight, settings.layout
         self.device_, self.backend_, self.graph_ = settings.device, settings.backend, graph
         if inputs.zero_shot is inputs.prior:
@@ -315,8 +325,14 @@ class TransCLIP(Parameters):
             new_prior = given_prior(prior, prior_logits, rows=len(features)).to(device)
         if new_prior.n_classes != n_classes:
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
-        weights = {"likelihood_weight": self.likelihood_weight, "kl_weight": self.kl_weight_}
-        z = predict(features, self._mixture, new_prior, **weights)
+        z = predict(
+            features,
+            self._mixture,
+            new_prior,
+            likelihood_weight=self.likelihood_weight,
+            kl_weight=self.kl_weight_,
+            class_costs=self._class_costs,
+        )
         return z.cpu().numpy()
 
     def predict(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
@@ -340,13 +356,15 @@ class TransCLIP(Parameters):
 
         `means` (K, d) and `variances` (d,) float64; `prior_weights` (K, d) float32, tau times the
         prototypes of a linear prior, centred; `zero_shot_weights`, the same of text features
-        beside another prior.
+        beside another prior; `class_costs` (K,) float64, if classes in use were charged.
         """
         found = {"means": self._mixture.means, "variances": self._mixture.variances}
         if self._prior is not None:
             found["prior_weights"] = self._prior.weights
         if self._zero_shot is not None and self._zero_shot is not self._prior:
             found["zero_shot_weights"] = self._zero_shot.weights
+        if self._class_costs is not None:
+            found["class_costs"] = self._class_costs
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
     # The interface of scikit-learn, which is not a dependency.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Entries of z below this are dropped; the solver accounts for their total mass.
 FLOOR = 1e-4
+MASS_UNITS = 2**30  # of a row: 2^33 rows can be counted
+COUNTED_ROWS = 1 << 14  # at a time
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,17 @@ class Scores:
         values = torch.full_like(classes, -torch.inf, dtype=dtype)
         return cls(values, classes, n_classes, tail, threshold)
 
+    def set_log(self, z: Assignments) -> None:
+        """Scores of which `z`, of these rows, is the softmax."""
+        if self.classes is None or z.classes is None:
+            torch.log(z.values, out=self.values)
+            return
+        width = z.values.shape[1]
+        torch.log(z.values, out=self.values[:, :width])
+        self.classes[:, :width] = z.classes
+        self.values[:, width:] = -torch.inf
+        torch.clamp(1 - z.values.sum(1), min=0, out=self.tail)
+
 
 @dataclass(frozen=True)
 class Assignments:
@@ -287,6 +300,23 @@ class Assignments:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return len(self.values), self.n_classes
+
+    def counts(self) -> torch.Tensor:
+        """The mass kept of each class, (K,) float64: the same bits however rows are split."""
+        if self.classes is None:
+            return self.values.sum(0, dtype=torch.float64)
+        total = torch.zeros(self.n_classes, dtype=torch.int64, device=self.values.device)
+        # Sums of integers do not depend on their order, which a GPU leaves open.
+        for start in range(0, len(self), COUNTED_ROWS):
+            rows = slice(start, start + COUNTED_ROWS)
+            units = (self.values[rows] * MASS_UNITS).long()
+            total.scatter_add_(0, self.classes[rows].long().flatten(), units.flatten())
+        return total.double() / MASS_UNITS
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Most likely class of each row (N,) int64, the lowest of equal ones, and its z (N,)."""

@@ -129,7 +129,17 @@ def test_mixtures(kind, v0):
 @pytest.mark.parametrize(("kind", "options"), [("dense", ()), ("sparse", SPARSE)])
 def test_the_old_features_and_graph_are_solved(kind, options, v0, cli, tmp_path):
     out = tmp_path / "out"
-    ran = cli("solve", v0 / "features", "--graph", v0 / "graph", "--out", out, *options)
+    ran = cli(
+        "solve",
+        v0 / "features",
+        "--graph",
+        v0 / "graph",
+        "--class-cost",
+        "off",
+        "--out",
+        out,
+        *options,
+    )
     assert ran.code == 0
     assert load_result(out).run["warnings"] == load_result(v0 / kind).run["warnings"]
     same_predictions(table_of(out), table_of(v0 / kind))

@@ -43,6 +43,7 @@ PARAMETERS = {
     "graph_mode": "Messages both ways along an edge, or only towards its start.",
     "clamp_similarity": "Edge weights are max(0, cosine).",
     "gamma": "Few-shot: weight of the support.  [default: chosen on the validation rows]",
+    "class_cost": "Charge for each class in use: auto where few of the classes occur.",
 }
 COMPUTATION = {
     "assignments": "Keep all classes of a row, or only its largest.",
@@ -58,6 +59,19 @@ SECTIONS = {
     "Parameters of the method": PARAMETERS,
     "Computation": {"device", *COMPUTATION},
 }
+
+
+class AutoSwitch(click.Choice):  # type: ignore[type-arg]
+    """A parameter that is "auto", True or False."""
+
+    def __init__(self) -> None:
+        super().__init__(["auto", "on", "off"])
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> bool | str:
+        choice: str = super().convert(value, param, ctx)
+        return choice if choice == "auto" else choice == "on"
 
 
 def options_of(*options: Callable[..., Any]) -> Callable[[Command], Command]:
@@ -96,7 +110,9 @@ def parameter_option(name: str) -> Callable[[Command], Command]:
     """A parameter of TransCLIP, with its default."""
     default, flag = inspect.signature(TransCLIP).parameters[name].default, flag_of(name)
     kind: Any = TYPES[name] if default is None else type(default)
-    if name in CHOICES:
+    if default == "auto" and name not in CHOICES:
+        kind = AutoSwitch()
+    elif name in CHOICES:
         kind = click.Choice(CHOICES[name])
     elif kind is bool:
         flag, kind = f"{flag}/--no-{flag[2:]}", None

@@ -73,7 +73,10 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         with stages.time("predict"):
             rows = rows.to(device)
             strengths = {name: _weight(solved, result, name) for name in WEIGHTS}
-            distributions = predict(rows, mixture.to(device), row_prior, **strengths).cpu().numpy()
+            costs = weights.get("class_costs")
+            costs = None if costs is None else costs.to(device)
+            found = predict(rows, mixture.to(device), row_prior, class_costs=costs, **strengths)
+            distributions = found.cpu().numpy()
             zero_shot = zero_shot_prior.predict(rows)
         labels = distributions.argmax(1)
         run = run_summary("predict", features, labels, zero_shot[0], truth, (n_classes, dim))

@@ -117,7 +117,13 @@ def _solver_summary(model: TransCLIP) -> dict[str, Any]:
         "backend": model.backend_,
         "truncation": model.truncation_,
         "parameters": parameters,
-        "config": {**parameters, "kl_weight": model.kl_weight_, "gamma": model.gamma_},
+        "n_effective_classes": model.n_effective_classes_,
+        "config": {
+            **parameters,
+            "kl_weight": model.kl_weight_,
+            "gamma": model.gamma_,
+            "class_cost": model.class_costs_ is not None,
+        },
     }
 
 
@@ -171,6 +177,9 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
+        f"the prior uses about {run['n_effective_classes']:.0f} of "
+        f"{counted(run['n_classes'], 'class')}: class cost "
+        f"{'on' if run['config']['class_cost'] else 'off'}",
     ]
     if truncation is not None:
         lines.append(

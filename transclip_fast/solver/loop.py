@@ -58,6 +58,8 @@ def solve(
     with exact_float32(), single_threaded_torch(inputs.features.device):
         state = start(inputs, graph, settings, gamma)
         history = restore(state, checkpoint.load())
+        if state.class_cost is not None and not history:
+            start_from_neighbors(state)
         report = _reporter(state, history, progress)
         while not _finished(history, settings, len(inputs.features)):
             update_assignments(state)
@@ -72,20 +74,41 @@ def solve(
     return Solution.of(state, gamma, n_iter, history)
 
 
+def start_from_neighbors(state: State) -> None:
+    """
+    z <- softmax_k(log y_hat + A z), some sweeps; mu <- unit(Z^T F).
+
+    Where few classes occur, the 8 rows that are most confident of an absent class are not its own.
+    """
+    state.base.set_log(state.z)
+    _sweeps(state)
+    update_moments(state)
+    state.mixture = state.mixture.update_means(state.moments)
+
+
 def update_assignments(state: State) -> None:
-    """z <- softmax_k(likelihood_weight g + A z + lambda log y_hat), some sweeps (equation 5)."""
+    """
+    z <- softmax_k(likelihood_weight g + A z + lambda log y_hat - class costs), some sweeps.
+
+    Equation 5; the class costs (`class_cost`) are not in the paper.
+    """
     features, support = state.inputs.features, state.inputs.support
     score = linear_score(
         state.mixture,
         state.inputs.prior,
         likelihood_weight=state.settings.parameters.likelihood_weight,
         kl_weight=state.settings.kl_weight,
+        class_costs=state.class_costs,
         messages=None if support is None else support.messages,
     )
     state.ops.score(features, score, out=state.base)
-    for _ in range(state.settings.parameters.inner_iter):
-        state.ops.sweep(state.base, state.z, out=state.spare)
-        state.z, state.spare = state.spare, state.z
+    _sweeps(state)
+    update_moments(state)
+
+
+def update_moments(state: State) -> None:
+    """n = Z^T 1 and Z^T F of the queries; and of all rows, scaled to a mass of 1."""
+    features, support = state.inputs.features, state.inputs.support
     sums, counts = state.ops.class_sums(state.z, features)
     state.moments = Moments(counts, sums, state.squares)
     state.pooled = state.moments * (1 / len(features))
@@ -115,7 +138,7 @@ def objective(state: State) -> float:
 
     L = KL - 1/2 sum_ij A_ij z_i.z_j - likelihood_weight * mixture, where KL is sum_ik z_ik
     (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log sigma_d^2).
-    Few-shot adds w N times the support's mixture term, and its messages.
+    Few-shot adds w N times the support's mixture term, and its messages; the class cost its own.
     """
     inputs, kl_weight, mixture = state.inputs, state.settings.kl_weight, state.mixture
     pairwise, entropy = state.ops.energies(state.z)
@@ -131,6 +154,8 @@ def objective(state: State) -> float:
         shots = mixture.log_likelihood(inputs.support.moments)
         likelihood = likelihood + state.support_weight * len(inputs.features) * shots
         value = value - inputs.support.received(state.z, state.nodes)
+    if state.class_cost is not None:
+        value = value + state.class_cost.total(state.moments.counts)
     return float(value - state.settings.parameters.likelihood_weight * likelihood)
 
 
@@ -140,10 +165,11 @@ def linear_score(
     *,
     likelihood_weight: float,
     kl_weight: float,
+    class_costs: torch.Tensor | None = None,
     messages: Messages | None = None,
 ) -> LinearScore:
     """
-    likelihood_weight g + lambda log y_hat = F P^T + c, up to a constant per row.
+    likelihood_weight g + lambda log y_hat - costs = F P^T + c, up to a constant per row.
 
     P = likelihood_weight mu / sigma^2 + lambda tau V for a linear prior, V its prototypes; a prior
     (N, K) is added to the scores.
@@ -152,6 +178,8 @@ def linear_score(
     weights, offset = likelihood_weight * weights, likelihood_weight * offset
     if prior.weights is not None:
         weights = weights + kl_weight * prior.weights
+    if class_costs is not None:
+        offset = offset - class_costs
     return LinearScore(
         # Terms that all classes share cancel in the softmax; without them float32 is more exact.
         (weights - weights.mean(0)).float(),
@@ -169,11 +197,16 @@ def predict(
     *,
     likelihood_weight: float,
     kl_weight: float,
+    class_costs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """z (N, K) of rows outside the graph: the mixture and the prior, no messages."""
+    """z (N, K) of rows outside the graph: the mixture, the prior and class costs, no messages."""
     with exact_float32():
         score = linear_score(
-            mixture, prior, likelihood_weight=likelihood_weight, kl_weight=kl_weight
+            mixture,
+            prior,
+            likelihood_weight=likelihood_weight,
+            kl_weight=kl_weight,
+            class_costs=class_costs,
         )
         out = torch.addmm(score.offset, features[:], score.weights.T)
         if score.log_prior is not None:
@@ -184,6 +217,13 @@ def predict(
 def passes_before(prior: Prior) -> int:
     """Passes over the features before the first step: for squares, and a linear prior."""
     return 1 if prior.weights is None else 2
+
+
+def _sweeps(state: State) -> None:
+    """Sweep the assignments `inner_iter` times, all rows at once (Jacobi)."""
+    for _ in range(state.settings.parameters.inner_iter):
+        state.ops.sweep(state.base, state.z, out=state.spare)
+        state.z, state.spare = state.spare, state.z
 
 
 def _finished(history: list[float], settings: Settings, n_rows: int) -> bool:

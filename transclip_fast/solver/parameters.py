@@ -46,6 +46,7 @@ class Parameters:
     graph_mode: str = "symmetric"
     clamp_similarity: bool = False
     gamma: float | None = None
+    class_cost: bool | str = "auto"
     device: str = "auto"
     assignments: str = "auto"
     candidates: int | None = None
@@ -69,6 +70,8 @@ class Parameters:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.class_cost != "auto" and not isinstance(self.class_cost, bool):
+            raise InputError(f"class_cost must be 'auto', True or False, got {self.class_cost!r}")
         parse_memory(self.memory)
         for name in ("candidates", "rank"):
             if getattr(self, name) is not None and self.assignments == "dense":

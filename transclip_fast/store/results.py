@@ -136,7 +136,7 @@ def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
     tensors = read_arrays(file)
     shape = tensors["means"].shape if "means" in tensors else ()
     for name, tensor in tensors.items():
-        expected = shape[1:] if name == "variances" else shape
+        expected = {"variances": shape[1:], "class_costs": shape[:1]}.get(name, shape)
         if len(shape) != 2 or tensor.shape != expected or not tensor.isfinite().all():
             raise InputError(f"{file}: {name} is damaged; solve again")
     if "variances" not in tensors or not (tensors["variances"] > 0).all():

@@ -53,6 +53,15 @@ def test_zero_shot(problem):
     np.testing.assert_array_equal(whole(model), whole(again))
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_class_cost(problem, precision):
+    features, prototypes, _ = problem(n=40)
+    run = reference.zero_shot(features, prototypes, reference.Parameters(class_cost=True, **STEPS))
+    model = on_kernels(class_cost=True, precision=precision).fit(features, prototypes)
+    atol = 2e-4 if precision == "float32" else 0.02
+    np.testing.assert_allclose(whole(model), run.z, atol=atol)
+
+
 def test_few_shot(problem):
     features, prototypes, labels = problem(n=40)
     queries, shots, classes = features[10:], features[:10], labels[:10]

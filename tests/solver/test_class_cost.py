@@ -1,0 +1,218 @@
+"""Few of the classes present: the class cost against the float64 reference."""
+
+from math import exp, log
+
+import numpy as np
+import pytest
+import torch
+
+from tests import reference
+from tests.agreement import assert_agrees
+from tests.conftest import unit
+from transclip_fast import InputError, TransCLIP
+from transclip_fast.data.npy_shards import Shard, StoredRows
+from transclip_fast.solver.class_cost import ClassCost, effective_classes
+from transclip_fast.store.checkpoint import FileCheckpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def few():
+    """Maker of rows of 3 of 20 classes: features (N, d), prototypes (K, d), labels (N,)."""
+
+    def make(n=90, seed=0, noise=0.1):
+        draw = np.random.default_rng(seed)
+        prototypes = unit(0.5 * draw.normal(size=(20, 24)) + 1)
+        labels = draw.integers(3, size=n)
+        centres = unit(prototypes + 0.3 * unit(draw.normal(size=(20, 24))))
+        features = unit(centres[labels] + noise * draw.normal(size=(n, 24)))
+        return features.astype(np.float32), prototypes.astype(np.float32), labels
+
+    return make
+
+
+def everything(backend, **values):
+    """A model that keeps all 20 classes, with dense assignments where no backend is named."""
+    if backend is None:
+        return TransCLIP(device="cpu", assignments="dense", **values)
+    return TransCLIP(device="cpu", candidates=20, rank=20, backend=backend, **values)
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "numba"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"max_iter": 0},
+        {"logit_scale": 30.0, "inner_iter": 2},
+        {"kl_weight": 0.5, "unit_means": False, "likelihood_weight": 0.1},
+        {"update_means": False, "covariance": "isotropic", "graph_mode": "directed"},
+    ],
+    ids=str,
+)
+def test_is_the_reference(few, backend, values):
+    features, prototypes, _ = few()
+    model = everything(backend, class_cost=True, **values).fit(features, prototypes)
+    run = reference.zero_shot(features, prototypes, reference.Parameters(class_cost=True, **values))
+    assert_agrees(model, run)
+    other = reference.zero_shot(
+        features, prototypes, reference.Parameters(class_cost=False, **values)
+    )
+    assert np.abs(run.z - other.z).max() > 1e-4
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "numba"])
+def test_priors_of_other_methods(few, backend):
+    features, prototypes, _ = few()
+    log_y = reference.log_prior(features.astype(float), prototypes.astype(float))
+    log_y[7, 4:] = -np.inf
+    log_y = reference.log_softmax(log_y)
+    model = everything(backend, class_cost=True).fit(features, prior=np.exp(log_y))
+    run = reference.solve(features, log_y, parameters=reference.Parameters(class_cost=True))
+    assert_agrees(model, run)
+
+
+def test_auto_charges_below_four_fifths_of_the_classes(few, problem):
+    model = TransCLIP(device="cpu")
+    features, prototypes, _ = few()
+    model.fit(features, prototypes)
+    y_hat = np.exp(reference.log_prior(features.astype(float), prototypes.astype(float)))
+    effective = reference.effective_classes(y_hat)
+    assert effective < 0.8 * 20
+    assert model.n_effective_classes_ == pytest.approx(effective, rel=1e-5)
+    assert model.class_costs_.shape == (20,)
+    for other in (TransCLIP(device="cpu", class_cost=True), TransCLIP(device="cpu")):
+        other.fit(features, prototypes)
+        np.testing.assert_array_equal(other.label_distributions_, model.label_distributions_)
+
+    features, prototypes, _ = problem(n=200, noise=0.01)
+    model.fit(features, prototypes)
+    assert model.n_effective_classes_ > 0.8 * 6
+    assert model.class_costs_ is None
+    off = TransCLIP(device="cpu", class_cost=False).fit(features, prototypes)
+    np.testing.assert_array_equal(off.label_distributions_, model.label_distributions_)
+
+
+def test_constants_by_hand():
+    """64 rows over 4 of 20 classes at d = 256: beta is 1 row, and 64 / 32 rows a class are full."""
+    cost = ClassCost.of(4.0, 64, 20, 256)
+    assert cost.beta == pytest.approx(1)
+    assert cost.weight == pytest.approx(0.8**2 * 120 / 2)
+    half = ClassCost.of(4.0, 16, 20, 256)  # 16 / 32 of the second 60
+    assert half.weight == pytest.approx(0.8**2 * 90 / 2)
+    many = ClassCost.of(4.0, 8000, 20, 256)
+    assert many.beta == pytest.approx(0.05 * 2000)
+
+
+def test_effective_classes_by_hand():
+    assert effective_classes(torch.tensor([3.0, 3.0, 0.0]).double()) == pytest.approx(2)
+    entropy = -(0.75 * log(0.75) + 0.25 * log(0.25))
+    assert effective_classes(torch.tensor([6.0, 2.0]).double()) == pytest.approx(exp(entropy))
+
+
+def test_the_tangent_bounds_the_cost():
+    """The cost is concave in the masses: where the bound falls, so does the cost."""
+    draw = torch.Generator().manual_seed(0)
+    cost = ClassCost(50.0, 3.0)
+    for _ in range(20):
+        here, there = 10 * torch.rand(2, 7, generator=draw, dtype=torch.float64)
+        bound = cost.total(here) + (cost.tangent(here) * (there - here)).sum()
+        assert cost.total(there) <= bound + 1e-9
+    here = torch.rand(7, generator=draw, dtype=torch.float64).requires_grad_()
+    cost.total(here).backward()
+    torch.testing.assert_close(here.grad, cost.tangent(here.detach()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_objective_does_not_rise(few, seed):
+    features, prototypes, _ = few(seed=seed)
+    model = TransCLIP(device="cpu", class_cost=True, unit_means=False, clamp_similarity=True)
+    model.fit(features, prototypes)
+    assert np.diff(model.objective_).max() <= 1e-6 * len(features)
+    assert model.objective_[0] - model.objective_[-1] > 0.1
+
+
+@pytest.mark.parametrize("logit_scale", [30.0, 100.0])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_short_lists_count_what_they_leave_out(problem, backend, logit_scale):
+    """K_eff of lists of 8 of 60 classes is that of the whole prior, within its sample."""
+    features, prototypes, _ = problem(n=700, k=60, d=40)
+    model = TransCLIP(
+        device="cpu", candidates=8, backend=backend, logit_scale=logit_scale, max_iter=1
+    )
+    with pytest.warns(UserWarning, match="raise candidates"):
+        model.fit(features, prototypes)
+    log_y = reference.log_prior(features.astype(float), prototypes.astype(float), logit_scale)
+    expected = reference.effective_classes(np.exp(log_y))
+    assert model.n_effective_classes_ == pytest.approx(expected, rel=0.01)
+
+
+def test_real_rows_sparse_and_dense(golden):
+    """Five of nineteen classes: the same labels, and they gain where the published method loses."""
+    labels, text = golden["labels"], golden["text_features"]
+    rows = np.isin(labels, [0, 4, 9, 13, 17])
+    features = golden["image_features"][rows].astype(np.float32)
+    dense = TransCLIP(device="cpu").fit(features, text)
+    model = TransCLIP(device="cpu", assignments="sparse").fit(features, text)
+    assert dense.class_costs_ is not None
+    assert (model.transduction_ == dense.transduction_).mean() >= 0.999
+    published = TransCLIP(device="cpu", class_cost=False).fit(features, text)
+    right = {
+        name: np.mean(found == labels[rows])
+        for name, found in (
+            ("zero-shot", dense.zero_shot_labels_),
+            ("published", published.transduction_),
+            ("charged", dense.transduction_),
+        )
+    }
+    assert right["published"] < right["zero-shot"] < right["charged"]
+
+
+def test_streamed_and_resumed_runs_have_the_same_bits(few, tmp_path):
+    features, prototypes, _ = few(n=120)
+    np.save(tmp_path / "rows.npy", features)
+    values = {"assignments": "sparse", "class_cost": True, "device": "cpu"}
+    expected = TransCLIP(**values).fit(features, prototypes)
+    streamed = TransCLIP(**values)
+    streamed.fit(StoredRows([Shard.find(tmp_path / "rows.npy")]), prototypes)
+    assert_same_run(streamed, expected)
+
+    class Killed(Exception):
+        pass
+
+    def checkpoint(name, identity):
+        return FileCheckpoint(tmp_path / "out", name, identity, 0.0)
+
+    def kill(seen):
+        if seen.steps == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        TransCLIP(**values).fit(features, prototypes, progress=kill, checkpoint=checkpoint)
+    steps = []
+    resumed = TransCLIP(**values).fit(
+        features, prototypes, checkpoint=checkpoint, progress=lambda seen: steps.append(seen.steps)
+    )
+    assert min(step for step in steps if step) >= 3
+    assert_same_run(resumed, expected)
+
+
+def assert_same_run(model, expected):
+    for name in ("transduction_", "means_", "variances_", "objective_", "class_costs_"):
+        np.testing.assert_array_equal(getattr(model, name), getattr(expected, name))
+
+
+def test_new_rows_are_charged_too(few):
+    features, prototypes, _ = few()
+    model = TransCLIP(device="cpu", class_cost=True).fit(features[:60], prototypes)
+    log_y = reference.log_prior(features[60:].astype(float), prototypes.astype(float))
+    g = reference.log_gaussian(features[60:].astype(float), model.means_, model.variances_)
+    expected = np.exp(reference.log_softmax(g / 50 + log_y - model.class_costs_))
+    np.testing.assert_allclose(model.predict_proba(features[60:]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", ["on", 1, None, 0.5])
+def test_bad_values(value):
+    with pytest.raises(InputError, match="class_cost must be 'auto', True or False"):
+        TransCLIP(class_cost=value).check()

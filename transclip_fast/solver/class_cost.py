@@ -1,0 +1,62 @@
+"""
+The class cost: what a class in use costs where few of the K classes occur.
+
+TransCLIP takes all classes to be about equally frequent. Where few of them occur, the others take
+rows away from these. Here each class of mass n_k = sum_i z_ik adds w beta n_k / (n_k + beta) to L,
+a soft count of the classes in use. It is concave in n, so its tangent at the n of the step before
+bounds it from above (majorise-minimise): a constant per class in the score.
+
+Of the zero-shot prediction alone: K_eff = exp(H(mean_i y_hat_i)), the classes over which it
+spreads; w = (1 - K_eff / K)^2 (60 + 60 min(1, N / 8 K_eff)) d / 512 nats and beta = max(1,
+0.05 N / K_eff) rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FEW_CLASSES = 0.8  # share of the classes over which y_hat spreads where "auto" begins to charge
+CLASS_SHARE = 0.05  # of the rows of a mean class: beta, which costs half the most
+NATS, NATS_OF_FULL_CLASSES = 60.0, 60.0  # of an unused class at d = 512
+FULL_CLASS_ROWS = 8  # rows of a mean class from which it costs the most
+DIM = 512
+
+
+def effective_classes(counts: torch.Tensor) -> float:
+    """K_eff, exp of the entropy of the shares of the classes; `counts` (K,) >= 0."""
+    return float(torch.special.entr(counts / counts.sum()).sum().exp())
+
+
+@dataclass(frozen=True)
+class ClassCost:
+    """
+    L gets sum_k weight beta n_k / (n_k + beta), for the mass n_k of each class.
+
+    Parameters
+    ----------
+    weight : float
+        w, nats by which the score of a class without mass is lowered.
+    beta : float
+        Rows.
+    """
+
+    weight: float
+    beta: float
+
+    @classmethod
+    def of(cls, effective: float, n_rows: int, n_classes: int, dim: int) -> ClassCost:
+        """The cost for N rows of d dimensions whose y_hat spreads over `effective` classes."""
+        full = min(1.0, n_rows / (FULL_CLASS_ROWS * effective))
+        nats = (NATS + NATS_OF_FULL_CLASSES * full) * dim / DIM
+        beta = max(1.0, CLASS_SHARE * n_rows / effective)
+        return cls((1 - effective / n_classes) ** 2 * nats, beta)
+
+    def total(self, counts: torch.Tensor) -> torch.Tensor:
+        """The term of L, a float64 scalar, at the masses (K,)."""
+        return self.weight * self.beta * (counts / (counts + self.beta)).sum()
+
+    def tangent(self, counts: torch.Tensor) -> torch.Tensor:
+        """Its derivative (K,): what each class's score loses."""
+        return self.weight * (self.beta / (counts + self.beta)).square()
