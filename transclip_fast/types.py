@@ -238,16 +238,20 @@ class Scores:
         max_message : Tensor (N,) float32
             The most nats by which messages can move a class of a row against another.
         """
-        n_rows, dtype, device = len(max_message), max_message.dtype, max_message.device
+        n_rows, dtype = len(max_message), max_message.dtype
         floor = torch.tensor(0.0 if truncation is None else truncation.floor, dtype=dtype)
-        threshold, tail = floor.log().to(device) - max_message, torch.zeros_like(max_message)
-        if truncation is None:
-            values = max_message.new_empty(n_rows, n_classes)
-            return cls(values, None, n_classes, tail, threshold)
-        shape = n_rows, truncation.candidates
-        classes = torch.zeros(shape, dtype=torch.int32, device=device)
-        values = torch.full_like(classes, -torch.inf, dtype=dtype)
-        return cls(values, classes, n_classes, tail, threshold)
+        threshold = floor.log().to(max_message.device) - max_message
+        tail = torch.zeros_like(max_message)
+        values = max_message.new_empty(n_rows, n_classes if truncation is None else 0)
+        scores = cls(values, None, n_classes, tail, threshold)
+        return scores if truncation is None else scores.lists(n_classes, truncation.candidates)
+
+    def lists(self, n_classes: int, candidates: int) -> Scores:
+        """Room for lists of the same rows, among `n_classes` classes."""
+        shape = len(self.values), candidates
+        classes = torch.zeros(shape, dtype=torch.int32, device=self.values.device)
+        values = torch.full_like(classes, -torch.inf, dtype=self.values.dtype)
+        return replace(self, values=values, classes=classes, n_classes=n_classes)
 
     def set_log(self, z: Assignments) -> None:
         """Scores of which `z`, of these rows, is the softmax."""
@@ -336,6 +340,19 @@ class Assignments:
         """The rows `rows` (n,) int64, in that order."""
         classes = None if self.classes is None else self.classes[rows]
         return replace(self, values=self.values[rows], classes=classes, bound=self.bound[rows])
+
+    def of_classes(self, classes: torch.Tensor, rank: int) -> Assignments:
+        """
+        Sparse lists of the `rank` largest entries; `classes` (K',), the ones with mass, are
+        numbered anew in their order.
+        """
+        if self.classes is None:
+            raise TypeError("only lists leave classes out")
+        number = torch.zeros(self.n_classes, dtype=torch.int32, device=classes.device)
+        number[classes] = torch.arange(len(classes), dtype=torch.int32, device=classes.device)
+        values, places = self.values.topk(rank, dim=1)
+        kept = number[self.classes.gather(1, places).long()]
+        return replace(self, values=values, classes=kept, n_classes=len(classes))
 
     def take_into(self, rows: torch.Tensor, out: Assignments) -> Assignments:
         """As `take` of all rows in another order, in the memory of `out`."""

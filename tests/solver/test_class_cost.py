@@ -1,5 +1,6 @@
 """Few of the classes present: the class cost against the float64 reference."""
 
+from itertools import pairwise
 from math import exp, log
 
 import numpy as np
@@ -11,6 +12,9 @@ from tests.agreement import assert_agrees
 from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.data.npy_shards import Shard, StoredRows
+from transclip_fast.ops.numba_backend import NumbaOps
+from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.solver import loop
 from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -21,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def few():
     """Maker of rows of 3 of 20 classes: features (N, d), prototypes (K, d), labels (N,)."""
 
-    def make(n=90, seed=0, noise=0.1):
+    def make(n=90, k=20, seed=0, noise=0.1):
         draw = np.random.default_rng(seed)
-        prototypes = unit(0.5 * draw.normal(size=(20, 24)) + 1)
+        prototypes = unit(0.5 * draw.normal(size=(k, 24)) + 1)
         labels = draw.integers(3, size=n)
-        centres = unit(prototypes + 0.3 * unit(draw.normal(size=(20, 24))))
+        centres = unit(prototypes + 0.3 * unit(draw.normal(size=(k, 24))))
         features = unit(centres[labels] + noise * draw.normal(size=(n, 24)))
         return features.astype(np.float32), prototypes.astype(np.float32), labels
 
@@ -169,8 +173,42 @@ def test_real_rows_sparse_and_dense(golden):
     assert right["published"] < right["zero-shot"] < right["charged"]
 
 
-def test_streamed_and_resumed_runs_have_the_same_bits(few, tmp_path):
-    features, prototypes, _ = few(n=120)
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_absent_classes_leave_the_lists(few, backend, monkeypatch):
+    """From some step on only a few of 200 classes are scored, with the result of scoring all."""
+    features, prototypes, _ = few(n=300, k=200, noise=0.02)
+    scored = []
+    own = TorchOps.score if backend == "torch" else NumbaOps.score
+
+    def score(self, features, score, *, out):
+        scored.append((len(score.offset), out.values.shape[1]))
+        return own(self, features, score, out=out)
+
+    monkeypatch.setattr(TorchOps if backend == "torch" else NumbaOps, "score", score)
+    values = {"device": "cpu", "class_cost": True, "backend": backend, "candidates": 64}
+    model = TransCLIP(**values).fit(features, prototypes)
+    assert scored[0] == (200, 64)
+    assert scored[-1][0] < 40
+    assert scored[-1][1] == min(scored[-1][0], 64)
+    assert all(2 * new <= old for (old, _), (new, _) in pairwise(scored) if new != old)
+
+    monkeypatch.setattr(loop, "drop_absent_classes", lambda state: None)
+    whole = TransCLIP(**values).fit(features, prototypes)
+    assert scored[-1] == (200, 64)
+    z, expected = (run.label_distributions_.toarray() for run in (model, whole))
+    assert z.shape == (300, 200)
+    # Of each row an absent class holds less than 1e-4, all of them together a little more.
+    np.testing.assert_allclose(z, expected, atol=1e-3)
+    np.testing.assert_array_equal(model.transduction_, whole.transduction_)
+    used = np.unique(whole.transduction_)
+    np.testing.assert_allclose(model.means_[used], whole.means_[used], atol=1e-3)
+    np.testing.assert_allclose(model.class_costs_, whole.class_costs_, atol=0.1)
+    np.testing.assert_allclose(model.objective_, whole.objective_, rtol=1e-3)
+
+
+@pytest.mark.parametrize("k", [20, 200])
+def test_streamed_and_resumed_runs_have_the_same_bits(few, tmp_path, k):
+    features, prototypes, _ = few(n=120, k=k, noise=0.02)
     np.save(tmp_path / "rows.npy", features)
     values = {"assignments": "sparse", "class_cost": True, "device": "cpu"}
     expected = TransCLIP(**values).fit(features, prototypes)

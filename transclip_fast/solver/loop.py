@@ -20,7 +20,7 @@ from transclip_fast.parallel import single_threaded_torch
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
-from transclip_fast.solver.state import Solution, State, restore, saved, start
+from transclip_fast.solver.state import Solution, State, drop_absent_classes, restore, saved, start
 from transclip_fast.types import LinearScore, Messages, NeighborGraph
 
 
@@ -66,6 +66,7 @@ def solve(
             update_means(state)
             update_variance(state)
             history.append(objective(state))
+            drop_absent_classes(state)
             checkpoint.keep(partial(saved, state, history))
             report()
         n_iter = len(history)
@@ -240,11 +241,11 @@ def _reporter(
     """Return a function that reports the last step of the history."""
     if progress is None:
         return lambda: None
-    labels = state.z.best()[0]
+    labels = state.labels()
 
     def report() -> None:
         nonlocal labels
-        before, labels = labels, state.z.best()[0]
+        before, labels = labels, state.labels()
         changed = int((labels != before).sum())
         progress(Step(len(history), history[-1] / len(labels), changed))
 

@@ -34,6 +34,10 @@ class Moments:
         counts = torch.zeros(n_classes, dtype=torch.float64, device=device)
         return cls(counts, counts.new_zeros(n_classes, dim), counts.new_zeros(dim))
 
+    def take(self, classes: torch.Tensor) -> Moments:
+        """Of some classes (K',), the only ones with mass."""
+        return Moments(self.counts[classes], self.sums[classes], self.squares)
+
     def __add__(self, other: Moments) -> Moments:
         return Moments(
             self.counts + other.counts, self.sums + other.sums, self.squares + other.squares

@@ -14,8 +14,9 @@ from transclip_fast.ops import backend_class
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.solver.class_cost import FEW_CLASSES, ClassCost, effective_classes
 from transclip_fast.solver.mixture import Mixture, Moments
-from transclip_fast.solver.prior import Prior
+from transclip_fast.solver.prior import LinearPrior, Prior
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
+from transclip_fast.solver.truncation import needed_candidates
 from transclip_fast.types import Assignments, NeighborGraph, Scores
 
 # The likelihood term of M shots weighs 50 gamma N / M times that of N queries.
@@ -54,6 +55,10 @@ class State:
     moments, pooled : Moments
         Moments of z over the queries; and the same scaled to a mass of 1, plus the support's. Both
         are zero before the first update, or start.
+    in_use : Tensor (K',) int64, optional
+        The classes that all of the above is about, where absent ones were dropped.
+    all_means : Tensor (K, d) float64, optional
+        Means of all classes when some were dropped last.
     """
 
     inputs: Inputs
@@ -72,6 +77,26 @@ class State:
     mixture: Mixture
     moments: Moments
     pooled: Moments
+    in_use: torch.Tensor | None = None
+    all_means: torch.Tensor | None = None
+
+    def labels(self) -> torch.Tensor:
+        """Most likely class of each node, (N,) int64."""
+        labels = self.z.best()[0]
+        return labels if self.in_use is None else self.in_use[labels]
+
+    def means(self) -> torch.Tensor:
+        """mu of all classes, (K, d)."""
+        if self.in_use is None or self.all_means is None:
+            return self.mixture.means
+        return self.all_means.index_copy(0, self.in_use, self.mixture.means)
+
+    def counts(self) -> torch.Tensor:
+        """n of all classes, (K,)."""
+        counts = self.moments.counts
+        if self.in_use is None or self.all_means is None:
+            return counts
+        return counts.new_zeros(len(self.all_means)).index_copy(0, self.in_use, counts)
 
     @property
     def class_costs(self) -> torch.Tensor | None:
@@ -104,20 +129,22 @@ class Solution:
     @classmethod
     def of(cls, state: State, gamma: float, n_iter: int, objective: list[float]) -> Solution:
         """The result at a state, which is not used again; z in the order of the features."""
-        z = state.z
+        z, cost = state.z, state.class_cost
         if state.nodes is not None:
             z = z.take_into(state.nodes, out=state.spare)
-        tail_mass = float(state.base.tail.max())
+        if state.in_use is not None and z.classes is not None:
+            classes = state.in_use[z.classes.long()].int()
+            z = replace(z, classes=classes, n_classes=len(state.means()))
         return cls(
             gamma,
             z,
-            state.mixture,
+            replace(state.mixture, means=state.means()),
             n_iter,
             objective,
-            tail_mass,
+            float(state.base.tail.max()),
             *state.prior_best,
             state.n_effective,
-            state.class_costs,
+            None if cost is None else cost.tangent(state.counts()),
         )
 
     def accuracy(self, validation: tuple[np.ndarray, np.ndarray] | None) -> float:
@@ -192,11 +219,52 @@ def _prior_counts(z: Assignments, features: Rows, prior: Prior) -> torch.Tensor:
     return counts + (len(z) - counts.sum()).clamp_min(0) * share
 
 
+def drop_absent_classes(state: State) -> None:
+    """
+    Leave out the classes without mass once they are half of all: products and lists get smaller.
+
+    The class cost holds them down by tens of nats, so they do not come back.
+    """
+    linear = isinstance(state.inputs.prior, LinearPrior) and state.inputs.support is None
+    if state.class_cost is None or state.z.classes is None or not linear:
+        return
+    counts = state.moments.counts
+    classes = counts.nonzero()[:, 0]
+    if 2 * len(classes) <= len(counts):
+        some = state.base.values[evenly_spaced_rows(len(state.z), PRIOR_SAMPLE_ROWS, counts.device)]
+        most = min(state.base.values.shape[1], len(classes))
+        keep_classes(state, classes, needed_candidates(some, len(state.z), most))
+
+
+def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
+    """Go on with some classes (K',) of those in use, and so many candidates of a row."""
+    prior, settings = state.inputs.prior, state.settings
+    if not isinstance(prior, LinearPrior) or settings.truncation is None:
+        raise TypeError("classes are dropped from lists, under a linear prior")
+    state.all_means = state.means()
+    state.mixture = replace(state.mixture, means=state.mixture.means[classes])
+    state.moments, state.pooled = state.moments.take(classes), state.pooled.take(classes)
+    state.inputs = replace(state.inputs, prior=LinearPrior(prior.weights[classes]))
+    rank = min(settings.truncation.rank, candidates)
+    truncation = replace(settings.truncation, candidates=candidates, rank=rank)
+    state.settings = replace(settings, truncation=truncation)
+    state.z = state.z.of_classes(classes, rank)
+    state.spare = state.z.empty_like()
+    state.base = state.base.lists(len(classes), candidates)
+    state.in_use = classes if state.in_use is None else state.in_use[classes]
+
+
 def saved(state: State, history: list[float]) -> dict[str, np.ndarray]:
     """The arrays from which `restore` resumes after the last step of the history."""
-    mixture = {"means": state.mixture.means, "variances": state.mixture.variances}
-    arrays = {name: tensor.cpu().numpy() for name, tensor in mixture.items()}
-    arrays["counts"] = state.moments.counts.cpu().numpy()
+    tensors = {
+        "means": state.means(),
+        "variances": state.mixture.variances,
+        "counts": state.counts(),
+    }
+    if state.in_use is not None:
+        tensors["in_use"] = state.in_use
+        tensors["candidates"] = torch.tensor(state.base.values.shape[1])
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     return {"objective": np.array(history), **arrays, **state.z.state()}
 
 
@@ -204,10 +272,15 @@ def restore(state: State, arrays: SavedState | None) -> list[float]:
     """Resume from `saved` arrays, if there are any; returns the objective of each step taken."""
     if arrays is None:
         return []
-    state.z.restore(arrays)
-    means, variances = (torch.from_numpy(arrays[name]) for name in ("means", "variances"))
-    state.mixture = Mixture(means, variances).to(state.inputs.features.device)
-    counts = torch.from_numpy(arrays["counts"]).to(state.inputs.features.device)
+    device = state.inputs.features.device
+    means, variances, counts = (
+        torch.from_numpy(arrays[name]).to(device) for name in ("means", "variances", "counts")
+    )
+    state.mixture = Mixture(means, variances)
     state.moments = replace(state.moments, counts=counts)
+    if "in_use" in arrays:
+        classes = torch.from_numpy(arrays["in_use"]).to(device)
+        keep_classes(state, classes, int(arrays["candidates"]))
+    state.z.restore(arrays)
     history: list[float] = arrays["objective"].tolist()
     return history
