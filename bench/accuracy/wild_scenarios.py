@@ -171,8 +171,7 @@ MADE = {
     for n_classes, present in ((100, 5), (1000, 20), (1000, 200), (1000, 1000))
     for law in LAWS
 }
-MADE_DRAWS = 2
-ROWS_MADE, ROWS_LARGE = 20_000, 200_000
+MADE_DRAWS = {20_000: 2, 200_000: 1}  # by the number of rows
 
 
 def made_family(queries: int) -> str:
@@ -182,5 +181,5 @@ def made_family(queries: int) -> str:
 
 FAMILIES: dict[str, list[str]] = {
     **{family: list(scenarios) for family, scenarios in SCENARIOS.items()},
-    **{made_family(queries): list(MADE) for queries in (ROWS_MADE, ROWS_LARGE)},
+    **{made_family(queries): list(MADE) for queries in MADE_DRAWS},
 }

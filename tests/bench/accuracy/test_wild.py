@@ -141,13 +141,14 @@ def test_made_problems(law):
 def test_measured_recorded_and_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(wild, "record", partial(record, folder=tmp_path))
     monkeypatch.setattr(wild, "SCENARIOS", {})
-    monkeypatch.setattr(wild, "ROWS_MADE", 300)
+    monkeypatch.setattr(wild, "MADE_DRAWS", {300: 2})
     monkeypatch.setattr(wild, "MADE", {"3 of 12": (12, 3, "power law")})
     assert wild.main([]) == 0
     row = json.loads((tmp_path / "wild.jsonl").read_text())
     assert row["family"] == "Made problems, 300 rows"
     assert row["queries"] == [300, 300]
     assert row["present"] == [3, 3]
+    assert row["charged"] == [x < 0.8 * 12 for x in row["effective_classes"]]
     assert all(1 <= x <= 12 for x in row["effective_classes"])
     assert row["accuracy"].keys() == {"zero_shot", *wild_tables.METHODS}
     assert "3 of 12" in capsys.readouterr().out
