@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ METHODS = {
     "stata": "StatA",
 }
 WORSE = 1.0  # points below zero-shot from which on a draw counts as worse
+SHOWN = ("published", "default", "stata")  # for the families
+TEXT = (
+    "Accuracy of zero-shot in percent, and of each method the mean change in points; then the "
+    "share of draws that lose more than a point, and the worst draw."
+)
 NOTHING = "Not recorded yet: `python -m bench.accuracy.wild`."
 
 
@@ -57,13 +63,16 @@ def zero_shot(rows: list[Row]) -> str:
     return f"{np.mean([np.mean(row['accuracy']['zero_shot']) for row in rows]):.1f}"
 
 
-def line(name: str, rows: list[Row]) -> list[str]:
-    """Return a line of the tables: each method's mean change, then its losses."""
-    means = [mean_changes(rows, method) for method in METHODS]
-    return [name, zero_shot(rows), *means, *(losses(rows, method) for method in METHODS)]
+def head(methods: Iterable[str] = METHODS) -> list[str]:
+    """Return the names of the columns of `line`."""
+    names = [METHODS[method] for method in methods]
+    return ["zero-shot", *names, *(f"{name}: worse, worst" for name in names)]
 
 
-HEAD = ["zero-shot", *METHODS.values(), *(f"{name}: worse, worst" for name in METHODS.values())]
+def line(rows: list[Row], methods: Iterable[str] = METHODS) -> list[str]:
+    """Return the figures of some scenarios: each method's mean change, then its losses."""
+    means = [mean_changes(rows, method) for method in methods]
+    return [zero_shot(rows), *means, *(losses(rows, method) for method in methods)]
 
 
 def families(folder: Path) -> str:
@@ -72,14 +81,10 @@ def families(folder: Path) -> str:
     if not found:
         return NOTHING
     lines = [
-        [*line(name, rows)[:1], str(sum(len(row["pool"]) for row in rows)), *line(name, rows)[1:]]
-        for name, rows in found.items()
+        [family, str(sum(len(row["pool"]) for row in rows)), *line(rows, SHOWN)]
+        for family, rows in found.items()
     ]
-    text = (
-        "Accuracy of zero-shot in percent, and of each method the mean change in points; then the "
-        "share of draws that lose more than a point, and the worst draw."
-    )
-    parts = [text, table(["family", "draws", *HEAD], lines)]
+    parts = [TEXT, table(["family", "draws", *head(SHOWN)], lines)]
     return "\n\n".join([*parts, source([row for rows in found.values() for row in rows])])
 
 
@@ -88,11 +93,11 @@ def scenarios(folder: Path) -> str:
     found = recorded(folder)
     if not found:
         return NOTHING
-    parts = []
+    parts = [TEXT]
     for family, rows in found.items():
-        lines = [line(row["scenario"], [row]) for row in rows]
-        lines.append([f"**{x}**" if x else x for x in line("mean", rows)])
-        parts.append(table([family, *HEAD], lines))
+        lines = [[row["scenario"], *line([row])] for row in rows]
+        lines.append([f"**{x}**" if x else x for x in ["mean", *line(rows)]])
+        parts.append(table([family, *head()], lines))
     return "\n\n".join([*parts, source([row for rows in found.values() for row in rows])])
 
 

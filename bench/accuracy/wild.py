@@ -28,7 +28,7 @@ from bench.accuracy.wild_scenarios import (
 )
 from bench.common import command_line, print_table, record
 from bench.rivals import stata
-from bench.wild_tables import HEAD, line
+from bench.wild_tables import head, line
 from transclip_fast import TransCLIP
 from transclip_fast.graph.build import build_graph
 from transclip_fast.types import NeighborGraph
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None, say: Callable[[str], None] = print)
         record("wild", row)
         rows.append(row)
         say(f"{family}: {name}")
-    print_table(["scenario", *HEAD], [line(row["scenario"], [row]) for row in rows])
+    print_table(["scenario", *head()], [[row["scenario"], *line([row])] for row in rows])
     return 0
 
 
