@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
+KNOWN_WEIGHT = 3  # a query of known class counts as so many in the mixture
 
 
 @dataclass
@@ -80,7 +81,9 @@ def start_means(features, z, support, labels):
             means[c] = shots.sum(0)
         else:
             top = np.argsort(-z[:, c], kind="stable")[:8]
-            means[c] = z[top, c] @ features[top]
+            # A class that the prior excludes everywhere starts at the plain mean.
+            weights = z[top, c] if z[top, c].any() else np.ones(len(top))
+            means[c] = weights @ features[top]
     return unit(means)
 
 
@@ -91,12 +94,12 @@ def effective_classes(y_hat):
 
 
 def class_cost(y_hat, dim):
-    """f kappa and beta: a class of mass n costs f kappa beta n / (n + beta)."""
+    """w and beta: a class of mass n costs w beta n / (n + beta)."""
     n, n_classes = y_hat.shape
     effective = effective_classes(y_hat)
-    f = (1 - effective / n_classes) ** 2
-    kappa = (60 + 60 * min(1, n / (8 * effective))) * dim / 512
-    return f * kappa, max(1, 0.05 * n / effective)
+    full = min(1, n / (8 * effective))
+    f = max(0, 1 - effective / (0.8 * n_classes)) ** (2 - full)
+    return f * (60 + 60 * full) * dim / 512, max(1, 0.05 * n / effective)
 
 
 def solve(
@@ -106,6 +109,7 @@ def solve(
     support=None,
     labels=None,
     gamma=0.0,
+    known=None,
     parameters=None,
     graph=None,
     support_graph=None,
@@ -113,6 +117,7 @@ def solve(
     """
     One run at one gamma; `support` (M, d) and `labels` (M,) make it few-shot.
 
+    `known` (N,) has the class of a query where it is known and -1 elsewhere: z is fixed there.
     `graph` (N, N) and `support_graph` (M, N) are W where duplicates leave the neighbours open.
     """
     p = parameters or Parameters()
@@ -124,6 +129,12 @@ def solve(
     s = np.asarray(support, np.float64) if few_shot else np.zeros((0, d))
     y = np.eye(n_classes)[labels] if few_shot else np.zeros((0, n_classes))  # (M, K)
     w = 50 * gamma / len(s) if few_shot else 0.0
+    known = np.full(n, -1) if known is None else np.asarray(known)
+    counted = np.where(known >= 0, KNOWN_WEIGHT, 1)[:, None]  # (N, 1)
+
+    def fixed(z):
+        """z with the rows of known queries at their class."""
+        return np.where(known[:, None] >= 0, known[:, None] == np.arange(n_classes), z)
 
     if graph is None:
         graph = knn_weights(f, f, p.n_neighbors, True, p.clamp_similarity)  # W (N, N)
@@ -148,28 +159,29 @@ def solve(
             sums = stacked.T @ np.concatenate([z, y]) + (stacked @ z)[:n]
             return sums / (2 * p.n_neighbors)
 
-    z = np.exp(log_y)
-    means = start_means(f, z, support, labels)
+    y_hat = np.exp(log_y)
+    means = start_means(f, y_hat, support, labels)
     variances = np.full(d, 1 / d)
     kl_term = lam * log_y if lam else np.zeros_like(log_y)
     weight, beta = 0.0, 1.0
     charged = p.class_cost
     if charged == "auto":
-        charged = not few_shot and effective_classes(z) < 0.8 * n_classes
+        charged = not few_shot and effective_classes(y_hat) < 0.8 * n_classes
+    z = fixed(y_hat)
     if charged:
-        weight, beta = class_cost(z, d)
+        weight, beta = class_cost(y_hat, d)
         for _ in range(p.inner_iter):
-            z = np.exp(log_softmax(log_y + messages_to_queries(z)))
+            z = fixed(np.exp(log_softmax(log_y + messages_to_queries(z))))
         means = np.where(z.sum(0)[:, None] > 0, unit(z.T @ f), means)
     objective = []
     for step in range(p.max_iter + 1):
         score = p.likelihood_weight * log_gaussian(f, means, variances) + kl_term
         score = score - weight * (beta / (z.sum(0) + beta)) ** 2
         for _ in range(p.inner_iter):
-            z = np.exp(log_softmax(score + messages_to_queries(z)))
+            z = fixed(np.exp(log_softmax(score + messages_to_queries(z))))
         if step < p.max_iter:
-            numerator = z.T @ f / n + w * y.T @ s  # (K, d)
-            count = z.sum(0) / n + w * y.sum(0)  # (K,)
+            numerator = (counted * z).T @ f / n + w * y.T @ s  # (K, d)
+            count = (counted * z).sum(0) / n + w * y.sum(0)  # (K,)
             if p.update_means:
                 has_mass = count > 0
                 means = means.copy()
@@ -177,35 +189,44 @@ def solve(
                 if p.unit_means:
                     means[has_mass] = unit(means[has_mass])
             if p.update_variance:
-                spread = sum(((f - m) ** 2 * z[:, [c]]).sum(0) for c, m in enumerate(means)) / n
+                mass = counted * z
+                spread = sum(((f - m) ** 2 * mass[:, [c]]).sum(0) for c, m in enumerate(means)) / n
                 if few_shot:
                     spread = spread + w * ((s - means[labels]) ** 2).sum(0)
-                variances = np.maximum(spread / (1 + w * len(s)), 1e-6 / d)
+                variances = np.maximum(spread / (counted.mean() + w * len(s)), 1e-6 / d)
                 if p.covariance == "isotropic":
                     variances = np.full(d, variances.mean())
         objective.append(
-            _objective(f, z, means, variances, messages_to_queries, kl_term, s, labels, w * n, p)
+            _objective(
+                f, z, counted, means, variances, messages_to_queries, kl_term, s, labels, w * n, p
+            )
             + weight * beta * (z.sum(0) / (z.sum(0) + beta)).sum()
         )
     return Solution(z, means, variances, objective, gamma if few_shot else None)
 
 
-def _objective(f, z, means, variances, messages_to_queries, kl_term, s, labels, support_weight, p):
+def _objective(
+    f, z, counted, means, variances, messages_to_queries, kl_term, s, labels, support_weight, p
+):
     log_det = 0.5 * np.log(variances).sum()
-    value = -p.likelihood_weight * (z * (log_gaussian(f, means, variances) - log_det)).sum()
+    value = (
+        -p.likelihood_weight * (counted * z * (log_gaussian(f, means, variances) - log_det)).sum()
+    )
     if len(s):
         own = log_gaussian(s, means, variances)[np.arange(len(s)), labels] - log_det
         value -= p.likelihood_weight * support_weight * own.sum()
     of_support = messages_to_queries(np.zeros_like(z))
     value -= (z * (0.5 * (messages_to_queries(z) - of_support) + of_support)).sum()
     entropy = (z * np.log(np.where(z > 0, z, 1))).sum()
-    return value + entropy - (z * np.where(z > 0, kl_term, 0)).sum()
+    # Of classes that the prior excludes only known queries have mass, a constant that is left out.
+    return value + entropy - (z * np.where(kl_term > -np.inf, kl_term, 0)).sum()
 
 
-def zero_shot(features, prototypes, parameters=None):
+def zero_shot(features, prototypes, parameters=None, known=None):
     f = np.asarray(features, np.float64)
     p = parameters or Parameters()
-    return solve(f, log_prior(f, np.asarray(prototypes, np.float64), p.logit_scale), parameters=p)
+    log_y = log_prior(f, np.asarray(prototypes, np.float64), p.logit_scale)
+    return solve(f, log_y, known=known, parameters=p)
 
 
 def few_shot(features, prototypes, support, labels, gamma=None, validation=None, parameters=None):

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from transclip_fast.metrics import accuracy, check_assignments, check_class_order, evaluate
+from transclip_fast.metrics import (
+    accuracy,
+    check_assignments,
+    check_class_order,
+    evaluate,
+    outlier_scores,
+)
 
 TRUTH = np.array([0, 0, 0, 0, 2, 2, 3])
 ZERO_SHOT = np.array([0, 1, 1, 2, 2, 0, 2])
@@ -123,3 +129,18 @@ def test_some_classes_of_many():
     truth = np.repeat(np.arange(10), 20)
     labels = np.random.default_rng(0).permutation(1000)[truth]
     assert check_class_order(np.r_[labels, 999], np.r_[truth, 999]) == []
+
+
+def test_outlier_scores_average_over_neighbors():
+    """Row 0 hears rows 1 and 2, row 1 row 0, row 2 nobody; three times."""
+    neighbors = np.array([[1, 2], [0, -1], [-1, -1]])
+    average = np.array([[1, 1, 1], [1.5, 1.5, 0], [0, 0, 3]]) / 3
+    confidences = np.array([0.9, 0.5, 0.2], np.float32)
+    expected = np.linalg.matrix_power(average, 3) @ (1 - confidences.astype(float))
+    found = outlier_scores(confidences, neighbors)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_outlier_scores_of_one_row():
+    np.testing.assert_allclose(outlier_scores(np.array([0.25]), np.full((1, 3), -1)), 0.75)

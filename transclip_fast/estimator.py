@@ -16,6 +16,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
+from transclip_fast.metrics import outlier_scores
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.loop import passes_before, predict, solve
 from transclip_fast.solver.parameters import Parameters
@@ -127,6 +128,9 @@ class TransCLIP(Parameters):
         The memory layout of the solve.
     graph_ : NeighborGraph
         The graph used.
+    outlier_score_ : ndarray (N,) float32
+        How little each query and its neighbours look like any class of the list, from 0 to 1: what
+        zero-shot leaves of their probability beside their first class.
     zero_shot_labels_ : ndarray (N,) int64
     zero_shot_confidences_ : ndarray (N,) float32
         Prediction of the text features alone; without text features, that of the prior.
@@ -167,6 +171,7 @@ class TransCLIP(Parameters):
         support_labels: Any = None,
         validation_features: Any = None,
         validation_labels: Any = None,
+        known_labels: Any = None,
         graph: GraphSource = None,
         progress: Callable[[Progress], None] | None = None,
         checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None = None,
@@ -197,6 +202,10 @@ class TransCLIP(Parameters):
         validation_features, validation_labels : array_like (V, d), (V,), optional
             Labelled rows that choose gamma unless it is set: the value with which most of them
             have the label of their most similar query, the first of equal ones.
+        known_labels : array_like (N,), optional
+            Class of each query where it is known, -1 elsewhere: z is one-hot there, and the row
+            counts three times in the means and the variance. Unlike shots, such rows may be few and
+            of some classes only.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or a function that makes them from its unit rows, a
             `transclip_fast.data.feature_rows.Rows`; by default `build_graph`.
@@ -226,6 +235,7 @@ class TransCLIP(Parameters):
             support_labels=support_labels,
             validation_features=validation_features,
             validation_labels=validation_labels,
+            known_labels=known_labels,
         )
         settings = Settings.resolve(self, problem)
         return self.fit_problem(problem, settings, graph, progress=progress, checkpoint=checkpoint)
@@ -287,6 +297,7 @@ class TransCLIP(Parameters):
         else:
             predicted = inputs.zero_shot.predict(inputs.features)
             self.zero_shot_labels_, self.zero_shot_confidences_ = predicted
+        self.outlier_score_ = outlier_scores(self.zero_shot_confidences_, graph.neighbors)
         return self
 
     @exact_float32()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+AVERAGES = 3  # over neighbours, of an outlier score
 SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
 # Classes seem to be in another order if there are enough rows, if renaming them multiplies the
 # accuracy and raises it by so many points, and if true classes have more distinct labels than
@@ -75,10 +76,36 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
     )
 
 
+def outlier_scores(confidences: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+    """
+    How little each row looks like any class of the list, (N,) float32 between 0 and 1.
+
+    What zero-shot leaves of a row's probability beside its first class, averaged three times over
+    the row and its `neighbors` (N, k), -1 where there is none. `bench.accuracy.outliers` holds it
+    against `confidences` (N,) alone.
+    """
+    scores = 1 - confidences.astype(np.float32)
+    present = neighbors >= 0
+    for _ in range(AVERAGES):
+        heard = np.where(present, scores[neighbors], 0)
+        scores = (scores + heard.sum(1)) / (1 + present.sum(1))
+    found: np.ndarray = scores.astype(np.float32)
+    return found
+
+
 def check_assignments(
-    labels: np.ndarray, zero_shot: np.ndarray, n_classes: int, names: Sequence[str] | None = None
+    labels: np.ndarray,
+    zero_shot: np.ndarray,
+    n_classes: int,
+    names: Sequence[str] | None = None,
+    *,
+    charged: bool = False,
 ) -> list[str]:
-    """Warnings about labels (N,) in which one class swallows the others or classes are empty."""
+    """
+    Warnings about labels (N,) in which one class swallows the others or classes are empty.
+
+    Where classes are `charged`, by the class cost, they are meant to be empty: no warning.
+    """
 
     def name(k: int) -> str:
         return f"class {k}" + (f" ({names[k]})" if names else "")
@@ -93,6 +120,8 @@ def check_assignments(
             "by zero-shot alone: it may be swallowing the others; check its prompt, or raise "
             "kl_weight"
         )
+    if charged:
+        return warnings
     lost = np.flatnonzero((counts == 0) & (before > 0))
     empty = np.flatnonzero((counts == 0) & (before == 0))
     if len(lost):

@@ -113,6 +113,12 @@ class Affinity:
     columns: torch.Tensor
     weights: torch.Tensor
 
+    def take(self, rows: slice) -> Affinity:
+        """The consecutive rows `rows`; entries are views of these."""
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        return Affinity(offsets - offsets[0], self.columns[entries], self.weights[entries])
+
     def max_message(self) -> torch.Tensor:
         """sum_j |A_ij| (N,) float32, a bound on messages to row i, as z_j is a distribution."""
         lengths = self.offsets.diff()

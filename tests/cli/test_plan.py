@@ -71,10 +71,13 @@ def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
 
 def test_solve_says_it_first(save, arrays, succeeds, tmp_path):
     file = save(arrays)
-    line = succeeds("plan", file).splitlines()[-1]
-    first = succeeds("solve", file, "--out", tmp_path / "result").splitlines()[0]
+    line, classes = succeeds("plan", file).splitlines()[-2:]
+    first, second = succeeds("solve", file, "--out", tmp_path / "result").splitlines()[:2]
     assert first.startswith("plan: dense, features held, exact graph, at most ")
     assert line.startswith(first.partition(" at most")[0])
+    assert (
+        second == classes == "plan: by 77 rows the prior uses about 6 of 6 classes: class cost off"
+    )
 
 
 def test_the_memory_of_a_search_counts(refused, succeeds):

@@ -130,3 +130,15 @@ def test_a_damaged_state_is_not_used(arrays, save, cli, killed, steps, tmp_path)
     assert "damaged or truncated" in ran.err
     assert ran.err.endswith("solve-0 begins anew\n")
     assert len(steps) == 4
+
+
+def test_other_known_labels_begin_anew(arrays, save, cli, killed, steps, tmp_path):
+    def command(shift):
+        known = np.where(np.arange(77) < 9, (arrays["labels"] + shift) % 6, -1)
+        path = save(arrays | {"known_labels": known})
+        return "solve", path, "--max-iter", 3, "--out", tmp_path / "result"
+
+    killed(3, *command(1))
+    steps.clear()
+    assert "is of other input or parameters" in cli(*command(2)).err
+    assert len(steps) == 4

@@ -231,7 +231,7 @@ def test_warns_of_one_class_that_swallows_the_others(save, problem, cli, tmp_pat
 def test_warns_of_empty_classes(save, arrays, cli, tmp_path):
     arrays |= {"prior_logits": 20 * np.eye(6)[arrays["labels"] % 3]}
     file = save({**arrays, "class_names": np.array(list("uvwxyz"))})
-    ran = cli("solve", file, "--out", tmp_path / "result", "--json")
+    ran = cli("solve", file, "--out", tmp_path / "result", "--class-cost", "off", "--json")
     run, table = read(tmp_path / "result")
     empty = set("uvwxyz") - set(table["label_name"].to_pylist())
     assert ran.code == 0
@@ -264,3 +264,47 @@ def fit(arrays, **parameters):
 def read(folder):
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     return run, pq.read_table(folder / "predictions.parquet")
+
+
+def test_known_labels(save, arrays, done, tmp_path):
+    """In the file or beside it: the labels stay, and the others' accuracy is reported, too."""
+    labels = arrays["labels"]
+    known = np.where(np.arange(77) < 9, (labels + 1) % 6, -1)
+    np.save(tmp_path / "known.npy", known)
+    beside = ("--known-labels", tmp_path / "known.npy")
+    out = done("solve", save(arrays), *beside, "--out", tmp_path / "beside")
+    done("solve", save(arrays | {"known_labels": known}), "--out", tmp_path / "result")
+    run, table = read(tmp_path / "result")
+    assert table.equals(read(tmp_path / "beside")[1])
+    model = TransCLIP(device="cpu").fit(
+        arrays["image_features"], arrays["text_features"], known_labels=known
+    )
+    np.testing.assert_array_equal(table["label"], model.transduction_)
+    right, zero_shot = model.transduction_ == labels, model.zero_shot_labels_ == labels
+    assert run["accuracy"] == round(100 * right.mean(), 4)
+    assert run["known_labels"] == {
+        "n_known": 9,
+        "accuracy_of_others": round(100 * right[9:].mean(), 4),
+        "zero_shot_accuracy_of_others": round(100 * zero_shot[9:].mean(), 4),
+    }
+    expected = 100 * zero_shot[9:].mean(), 100 * right[9:].mean()
+    assert "9 labels known; of the others {:.2f} % zero-shot -> {:.2f} %".format(*expected) in out
+
+
+def test_all_labels_known(save, arrays, done, tmp_path):
+    arrays["known_labels"] = arrays["labels"]
+    out = done("solve", save(arrays), "--out", tmp_path / "result")
+    assert "\n77 labels known\n" in out
+    run = read(tmp_path / "result")[0]
+    assert run["accuracy"] == 100
+    assert run["known_labels"]["accuracy_of_others"] is None
+
+
+def test_heads_beside_known_labels(save, arrays, done, tmp_path):
+    """The head is trained on the shots; the known rows stay as they are."""
+    features, labels = arrays["image_features"], arrays["labels"]
+    known = np.where(np.arange(77) < 9, (labels + 1) % 6, -1)
+    arrays |= {"support_features": features, "support_labels": labels, "known_labels": known}
+    command = ("solve", save(arrays), "--head", "tip-adapter", "--out")
+    done(*command, tmp_path / "result")
+    np.testing.assert_array_equal(read(tmp_path / "result")[1]["label"][:9], known[:9])

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("products")
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
+    monkeypatch.setattr(exact, "FEW_ROWS", 0)
     monkeypatch.setattr(search, "BLOCK_PRODUCTS", 512)
 
 

@@ -13,10 +13,14 @@ from transclip_fast.graph.exact import nearest
 pytestmark = pytest.mark.usefixtures("products")
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
+@pytest.fixture(autouse=True, params=["tiles", "panels"])
+def search(request, monkeypatch):
     """Blocks that do not divide the number of rows."""
     monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
+    monkeypatch.setattr(exact, "PANEL_ROWS", 64)
+    if request.param == "tiles":
+        monkeypatch.setattr(exact, "FEW_ROWS", 0)
+    return request.param
 
 
 def brute_force(rows, queries, k, same=True):
@@ -55,6 +59,7 @@ def test_lists(problem, k, dtype):
     assert graph.info["method"] == "exact"
 
 
+@pytest.mark.parametrize("search", ["tiles"], indirect=True)
 def test_progress_counts_rows(problem):
     seen = []
     build_graph(problem(n=203)[0], 3, progress=lambda done, total: seen.append((done, total)))
@@ -62,6 +67,18 @@ def test_progress_counts_rows(problem):
     assert sorted(seen) == seen
     assert len(set(seen)) > 2
     assert seen[-1] == (203, 203)
+
+
+def test_any_number_of_threads_finds_the_same(problem):
+    features, before, graphs = problem(n=203)[0], torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            graphs.append(build_graph(features, 3))
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(graphs[0].neighbors, graphs[1].neighbors)
+    np.testing.assert_array_equal(graphs[0].similarities, graphs[1].similarities)
 
 
 def test_exact_duplicates(problem):

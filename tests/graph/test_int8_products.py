@@ -20,6 +20,7 @@ from transclip_fast.graph.rerank import BestLists
 def fast(monkeypatch):
     monkeypatch.setattr(exact, "multiplies_bytes", lambda dim: True)
     monkeypatch.setattr(exact, "INT8_PRODUCTS", 1)
+    monkeypatch.setattr(exact, "FEW_ROWS", 0)
 
 
 def rows_of(kind, n, d, seed):

@@ -209,11 +209,16 @@ def test_expectation(blocks, rng):
     np.testing.assert_allclose(found, (z * p).sum(), rtol=1e-6, atol=1e-5)
 
 
-def test_class_sums(blocks, rng):
+@pytest.mark.parametrize("kept", [False, True])
+def test_class_sums(blocks, rng, monkeypatch, kept):
+    monkeypatch.setattr(torch_backend, "KEPT_ENTRIES", N * D if kept else N * D - 1)
     z, assignments = simplex(rng)
     z[:, 5] = assignments.values[:, 5] = 0
     f, features = normal(rng, N, D)
-    sums, counts = TorchOps(affinity_of([])[0]).class_sums(assignments, features)
+    ops = TorchOps(affinity_of([])[0])
+    first_z, first = simplex(rng)
+    np.testing.assert_allclose(ops.class_sums(first, features)[0], first_z.T @ f, atol=1e-5)
+    sums, counts = ops.class_sums(assignments, features)
     assert sums.dtype == counts.dtype == torch.float64
     np.testing.assert_allclose(sums, z.T @ f, atol=1e-5)
     np.testing.assert_allclose(counts, z.sum(0), atol=1e-5)

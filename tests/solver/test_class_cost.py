@@ -102,9 +102,10 @@ def test_constants_by_hand():
     """64 rows over 4 of 20 classes at d = 256: beta is 1 row, and 64 / 32 rows a class are full."""
     cost = ClassCost.of(4.0, 64, 20, 256)
     assert cost.beta == pytest.approx(1)
-    assert cost.weight == pytest.approx(0.8**2 * 120 / 2)
-    half = ClassCost.of(4.0, 16, 20, 256)  # 16 / 32 of the second 60
-    assert half.weight == pytest.approx(0.8**2 * 90 / 2)
+    assert cost.weight == pytest.approx(0.75 * 120 / 2)
+    half = ClassCost.of(4.0, 16, 20, 256)  # half of 32 rows: half of the second 60
+    assert half.weight == pytest.approx(0.75**1.5 * 90 / 2)
+    assert ClassCost.of(16.0, 64, 20, 256).weight == 0  # nothing where "auto" begins
     many = ClassCost.of(4.0, 8000, 20, 256)
     assert many.beta == pytest.approx(0.05 * 2000)
 

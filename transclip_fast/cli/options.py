@@ -24,6 +24,7 @@ ARRAYS = {
     "support_labels": "Their labels (M,).",
     "validation_features": "Labelled rows (V, d) that choose hyperparameters.",
     "validation_labels": "Their labels (V,).",
+    "known_labels": "Classes (N,) of FEATURES' rows where they are known, -1 elsewhere.",
     "prior": "Probabilities (N, K) of another method.",
     "prior_logits": "Logits (N, K) of another method.",
     "prototypes": "Class prototypes (K, d) of another method.",

@@ -11,6 +11,7 @@ import click
 import torch
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -128,10 +129,14 @@ def command(features: str | None, method: str, as_json: bool, **values: Any) -> 
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
             plan = plan_of(problem, Settings.resolve(model, problem), search)
-    elif None in sizes:
+            found = outlook(problem, model)
+        text = describe_outlook(found, problem.prior.n_classes, stored.class_names)
+        summary = plan.summary() | {"outlook": found}
+        session.print_summary(summary, f"{plan.table()}\n{text}", as_json)
+        return
+    if None in sizes:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
-    else:
-        plan = plan_of_size(sizes, model, search)
+    plan = plan_of_size(sizes, model, search)
     session.print_summary(plan.summary(), plan.table(), as_json)
 
 

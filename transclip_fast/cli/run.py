@@ -13,7 +13,7 @@ from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import GraphSearch, kept_graph, search_of
-from transclip_fast.cli.plan import plan_of_size
+from transclip_fast.cli.plan import Plan, plan_of_size
 from transclip_fast.cli.solution import describe_solution, solve_features
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
@@ -29,11 +29,18 @@ from transclip_fast.store.results import load_mixture, load_result
 @encode_options
 @options.method_option("--graph-method")
 @options.recall_option
+@options.parameter_option("class_cost")
 @options.parameter_option("memory")
 @options.device_option
 @options.json_option
 def command(
-    images: str, out: str, memory: str | None, strict: bool, as_json: bool, **values: Any
+    images: str,
+    out: str,
+    class_cost: bool | str,
+    memory: str | None,
+    strict: bool,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Label IMAGES with the class names in --classes: encode, graph, solve, report.
 
@@ -51,7 +58,8 @@ def command(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
-    model, planned = TransCLIP(device=values["device"], memory=memory), []
+    model = TransCLIP(device=values["device"], memory=memory, class_cost=class_cost)
+    planned: list[Plan] = []
     search = search_of(values, model.n_neighbors)
     encoding = {k: value for k, value in values.items() if k not in ("method", "recall")}
 

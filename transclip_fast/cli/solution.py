@@ -13,6 +13,13 @@ from transclip_fast.cli import session
 from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.options import requested
+from transclip_fast.cli.outlook import (
+    describe_changes,
+    describe_outlook,
+    outlook,
+    size_changes,
+    use_of_classes,
+)
 from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import as_labels
@@ -22,7 +29,7 @@ from transclip_fast.metrics import accuracy, check_assignments, check_class_orde
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.parameters import GAMMAS
-from transclip_fast.solver.problem import Settings
+from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features
@@ -71,7 +78,9 @@ def solve_features(
             check_class_names(features, n_classes)
             truth = true_labels(features, n_classes)
             if not quiet:
-                click.echo(plan.line())
+                found = outlook(problem, model)
+                text = describe_outlook(found, n_classes, features.class_names)
+                click.echo(f"{plan.line()}\n{text}")
             source: GraphSource = (
                 graph
                 if isinstance(graph, NeighborGraph)
@@ -88,7 +97,9 @@ def solve_features(
                 )
         zero_shot = (model.zero_shot_labels_, model.zero_shot_confidences_)
         labels = model.transduction_
-        signs = check_assignments(labels, zero_shot[0], n_classes, features.class_names)
+        charged = model.class_costs_ is not None
+        names = features.class_names
+        signs = check_assignments(labels, zero_shot[0], n_classes, names, charged=charged)
         if truth is not None:
             signs += check_class_order(zero_shot[0], truth)
         for sign in signs:
@@ -96,6 +107,7 @@ def solve_features(
         shape = model.means_.shape
         run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
         run |= _solver_summary(model) | {
+            "known_labels": _known_summary(problem, labels, zero_shot[0], truth),
             "head": head and head.summary(truth),
             "memory": {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()},
             "seconds": stages.seconds,
@@ -124,6 +136,26 @@ def _solver_summary(model: TransCLIP) -> dict[str, Any]:
             "gamma": model.gamma_,
             "class_cost": model.class_costs_ is not None,
         },
+    }
+
+
+def _known_summary(
+    problem: Problem, labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray | None
+) -> dict[str, Any] | None:
+    """Number of queries of known class, and what is right of the others; None without any."""
+    if problem.known is None:
+        return None
+    others = problem.known.numpy() < 0
+
+    def right(found: np.ndarray) -> float | None:
+        if truth is None or not others.any():
+            return None
+        return accuracy(found[others], truth[others])
+
+    return {
+        "n_known": int((~others).sum()),
+        "accuracy_of_others": right(labels),
+        "zero_shot_accuracy_of_others": right(zero_shot),
     }
 
 
@@ -163,6 +195,7 @@ def run_summary(
         "n_classes": means_shape[0],
         "dim": means_shape[1],
         "n_flipped": int((labels != zero_shot).sum()),
+        "size_changes": size_changes(labels, zero_shot, means_shape[0]),
         "inputs_sha256": features.inputs_sha256(),
         "maps": features.maps,
         "class_names": features.class_names,
@@ -177,9 +210,8 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        f"the prior uses about {run['n_effective_classes']:.0f} of "
-        f"{counted(run['n_classes'], 'class')}: class cost "
-        f"{'on' if run['config']['class_cost'] else 'off'}",
+        use_of_classes(run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]),
+        *describe_changes(run["size_changes"], run["class_names"]),
     ]
     if truncation is not None:
         lines.append(
@@ -197,6 +229,14 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
             f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot{alone} -> "
             f"{run['accuracy']:.2f} %"
         )
+    if (known := run.get("known_labels")) is not None:
+        line = f"{counted(known['n_known'], 'label')} known"
+        if known["accuracy_of_others"] is not None:
+            line += (
+                f"; of the others {known['zero_shot_accuracy_of_others']:.2f} % zero-shot -> "
+                f"{known['accuracy_of_others']:.2f} %"
+            )
+        lines.append(line)
     built = f"{seconds['graph']:.1f} s" if "graph" in seconds else "reused"
     graph = f"{describe(run['graph'])}, {built}"
     lines += [

@@ -45,10 +45,10 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
 
     FEATURES is a feature folder; or a file (.npz, .pt, .safetensors) with image_features (N, d),
     text_features (K, d) and any of labels (N,), class_names (K,), support_features (M, d),
-    support_labels (M,), validation_features (V, d), validation_labels (V,), and of another method
-    one of prior (N, K), prior_logits (N, K) and prototypes (K, d); or a folder of few-shot caches
-    (test_f.pt, keys_16shots.pt, ...). A sparse prior is a scipy CSR file, or prior_indices (N, m)
-    and prior_values (N, m) with the largest classes of each row.
+    support_labels (M,), validation_features (V, d), validation_labels (V,), known_labels (N,), and
+    of another method one of prior (N, K), prior_logits (N, K) and prototypes (K, d); or a folder of
+    few-shot caches (test_f.pt, keys_16shots.pt, ...). A sparse prior is a scipy CSR file, or
+    prior_indices (N, m) and prior_values (N, m) with the largest classes of each row.
 
     The folder --out receives predictions.parquet, mixture.safetensors and run.json. Run the same
     command again after a crash: it resumes from the last checkpoint and gives bit-identical
@@ -60,6 +60,7 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
       transclip-fast solve images.npy --text-features text.npy --class-names names.txt --out result
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
+      transclip-fast solve features.npz --known-labels checked.npy --out result
       transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
       transclip-fast solve features.npz --head taskres --out result
       transclip-fast solve features --head coop.safetensors --out result

@@ -122,14 +122,14 @@ def unit_sample(matrix: torch.Tensor | StoredRows, ids: torch.Tensor) -> torch.T
     return rows
 
 
-def as_labels(array: Any, name: str, *, rows: int, n_classes: int) -> torch.Tensor:
+def as_labels(array: Any, name: str, *, rows: int, n_classes: int, lowest: int = 0) -> torch.Tensor:
     """
-    Class indices (rows,) as int64.
+    Class indices (rows,) as int64; `lowest` -1 allows rows of unknown class.
 
     Raises
     ------
     InputError
-        Wrong length, not whole numbers, or outside 0 .. n_classes - 1.
+        Wrong length, not whole numbers, or outside lowest .. n_classes - 1.
     """
     tensor = as_tensor(array, name)
     if tensor.shape != (rows,):
@@ -142,10 +142,11 @@ def as_labels(array: Any, name: str, *, rows: int, n_classes: int) -> torch.Tens
             f"{name}: row {row} has label {tensor[row]:.4g}; labels are whole numbers, positions "
             "in the list of classes"
         )
-    if (row := first_row((labels < 0) | (labels >= n_classes))) is not None:
+    if (row := first_row((labels < lowest) | (labels >= n_classes))) is not None:
         raise InputError(
-            f"{name}: row {row} has label {int(labels[row])}, outside 0 .. {n_classes - 1}; "
+            f"{name}: row {row} has label {int(labels[row])}, outside {lowest} .. {n_classes - 1}; "
             "labels are positions in the list of classes"
+            + (", -1 where unknown" if lowest == -1 else "")
         )
     return labels
 

@@ -7,6 +7,7 @@ from copy import copy
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding
 
 from transclip_fast.data.checks import as_unit_rows, unit_divisors, unread_matrix
 from transclip_fast.data.npy_shards import StoredRows
@@ -77,7 +78,7 @@ class Rows:
     def __getitem__(self, ids: torch.Tensor | slice) -> torch.Tensor:
         if isinstance(ids, torch.Tensor):
             if self._held is not None:
-                return self._held[ids]
+                return embedding(ids, self._held)  # copies whole rows, unlike an index
             flat = self._host(ids.flatten().cpu())
             return flat.to(self.device, self.dtype).view(*ids.shape, self.shape[1])
         start, stop, _ = ids.indices(len(self))

@@ -1,5 +1,5 @@
 """
-Exact search: all pairs of rows, each product used for both its rows.
+Exact search: all pairs of rows, each product used for both its rows unless there are few rows.
 
 Products in float32, or int8 with a certificate, find the candidates; float64 decides among them,
 and of equal products the lower ids win. If more rows are equal than a list has entries, any of
@@ -10,6 +10,7 @@ them; a row whose bound fails is searched again in float32 (`transclip_fast.kern
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -22,12 +23,16 @@ from transclip_fast.callbacks import Checkpoint, Count
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32, multiplies_bytes
 from transclip_fast.graph.rerank import SPARE_CANDIDATES, BestLists, Finds, rerank_float64
+from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 
 if TYPE_CHECKING:
     from transclip_fast.graph.int8_products import Int8Products
 
 TILE_ROWS = {"cpu": 1024, "cuda": 16384}  # of a square block of products
+# Up to so many rows, computing each product twice costs less than merging lists.
+FEW_ROWS, PANEL_ROWS = 8192, 512
+GROUP_COLUMNS = 16  # of a panel, whose maximum is taken first
 BATCH_BLOCKS = 32  # at most, between two merges: results do not depend on the number of cores
 WAITING_FINDS_PER_ROW, WAITING_FINDS = 8, 1 << 20  # before a merge, which needs ~100 bytes a find
 # int8 costs extra work for each block, and most of a second to load compiled code.
@@ -44,6 +49,10 @@ def search_exact(
     if certifiable(rows, best.size):
         search_certified(rows, best, k, progress, checkpoint)
         return
+    if len(rows) <= FEW_ROWS:
+        search_few(rows, best)
+        progress(len(rows), len(rows))
+        return
     pairs = all_pairs(torch.arange(len(rows), device=rows.device))
     state, start = checkpoint.load(), 0
     if state is not None:
@@ -52,6 +61,28 @@ def search_exact(
     for done in compare(rows, pairs[start:], best, int8_products(rows, pairs)):
         progress(len(rows) * (start + done) // len(pairs), len(rows))
         checkpoint.keep(partial(best.state, blocks=start + done))
+
+
+def search_few(rows: Rows, best: BestLists) -> None:
+    """Fill the empty lists `best`, each from all products of its row."""
+    features = rows[:]
+    n_rows, size = len(features), best.size
+    n_groups = max(size, math.ceil(n_rows / GROUP_COLUMNS))
+
+    def fill(panel: slice) -> None:
+        products = features.new_empty(panel.stop - panel.start, GROUP_COLUMNS * n_groups)
+        products[:, n_rows:] = -torch.inf
+        torch.mm(features[panel], features.T, out=products[:, :n_rows])
+        products.diagonal(offset=panel.start).fill_(-torch.inf)  # no row is its own neighbour
+        # The largest products are in the groups of the largest maxima, which are found sooner.
+        grouped = products.view(len(products), GROUP_COLUMNS, n_groups)
+        groups = grouped.amax(1).topk(size, dim=1).indices
+        among = grouped.gather(2, groups[:, None].expand(-1, GROUP_COLUMNS, -1)).flatten(1)
+        values, places = among.topk(size, dim=1)
+        columns = places // size * n_groups + groups.gather(1, places % size)
+        best.values[panel], best.ids[panel] = values, columns.where(values > -torch.inf, -1)
+
+    parallel_map(fill, blocks(n_rows, PANEL_ROWS), rows.device)
 
 
 def all_pairs(ids: torch.Tensor) -> list[Pair]:

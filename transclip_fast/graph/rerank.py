@@ -12,7 +12,7 @@ from transclip_fast.data.feature_rows import Rows
 
 SPARE_CANDIDATES = 4  # entries beyond the k neighbours, since float32 may misorder the last ones
 MERGE_ROWS = 1 << 16  # lists that are rewritten at a time, to bound memory
-RERANK_ROWS = 512  # rows whose candidates are gathered at a time, (512, C, d) float64
+RERANK_ROWS = 512  # rows whose candidates are gathered at a time, (512, C, d)
 Finds = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, candidates, products: (F,) each
 
 
@@ -142,9 +142,13 @@ def products_float64(
 ) -> torch.Tensor:
     """Products (B, C) float64 of rows (B, d) with queries[ids], ids (B, C); undefined for id -1."""
     blocks = zip(torch.split(rows, RERANK_ROWS), torch.split(ids, RERANK_ROWS), strict=True)
-    return torch.cat(
-        [
-            (queries[some.clamp_min(0)].double() @ block.double()[:, :, None])[:, :, 0]
-            for block, some in blocks
-        ]
-    )
+    return torch.cat([_products(block, queries[some.clamp_min(0)]) for block, some in blocks])
+
+
+def _products(rows: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Products (n, C) float64 of rows (n, d) with candidates (n, C, d)."""
+    if rows.is_cuda:
+        return (candidates.double() @ rows.double()[:, :, None])[:, :, 0]
+    # On a CPU einsum converts its operands piece by piece, in cache.
+    operands = candidates.numpy(), rows.numpy()
+    return torch.from_numpy(np.einsum("ncd,nd->nc", *operands, dtype=np.float64))

@@ -17,9 +17,14 @@ from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 SUM_ROWS = 256  # of a float64 sum: more do not fit the cache, which is several times slower
 SUM_CLASSES = 256  # classes that one thread sums
+CENTRE_ROWS = 64  # whose mean is near that of all rows
+KEPT_ENTRIES = 1 << 22  # of features: so few are centred once, and kept, 16 MiB
 START_ROWS = 8  # rows that the mean of a class starts from
 MERGED_BLOCKS = 64  # blocks whose top rows are held at a time
 FLOAT32_ROUNDING = 2.0**-24  # half of float32's eps
+# Of factors: smaller ones have products that float32 sums do not notice, and that are slow to
+# compute where they are below float32's range.
+SMALLEST = 1e-19
 LARGEST_MESSAGE = 64.0  # nats: e^64 moves all of a row's mass
 
 
@@ -27,13 +32,15 @@ class TorchOps:
     """
     The operations of a run, and their definition; other backends override those they do faster.
 
-    Features (N, d) are unit rows; a prior, and messages of the support, are in their order. z,
-    scores and the affinity A (N, N) are indexed by node: `nodes` (N,) int64 has the node of each
-    row of the features; without it they are the same.
+    Features (N, d) are unit rows, the same in every step; a prior, and messages of the support,
+    are in their order. z, scores and the affinity A (N, N) are indexed by node: `nodes` (N,) int64
+    has the node of each row of the features; without it they are the same.
     """
 
     def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
         self._affinity, self._nodes = affinity, nodes
+        self._cut: list[tuple[slice, Affinity]] = []
+        self._centred: dict[int, torch.Tensor] = {}  # blocks of few features, by their first row
 
     @staticmethod
     def start(
@@ -128,8 +135,9 @@ class TorchOps:
         normaliser as if no message reached them; `out.bound` is the mass this may misplace.
         """
 
-        def part(rows: slice) -> None:
-            messages = _messages(self._affinity, z, rows)
+        def part(block: tuple[slice, Affinity]) -> None:
+            rows, edges = block
+            messages = _messages(edges, z)
             if base.classes is None or out.classes is None:
                 messages += base.values[rows]
                 torch.softmax(messages, 1, out=out.values[rows])
@@ -149,8 +157,7 @@ class TorchOps:
             tail = tail.clamp(min=z.n_classes * FLOAT32_ROUNDING)
             out.bound[rows] = (tail * outside_max.expm1()).clamp_(max=1)
 
-        device = z.values.device
-        parallel_map(part, blocks(len(z), block_rows(device, z.n_classes)), device)
+        parallel_map(part, self._edges(z.n_classes), z.values.device)
         return out
 
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,46 +173,62 @@ class TorchOps:
         counts = torch.zeros(n_classes + 1, dtype=torch.float64, device=device)
         # The variance is the difference of the squares and the squared means: sums of centred
         # rows keep its digits, where float32 sums of thousands of similar rows lose them.
-        centre = features[: gemm_rows(device, n_classes)].mean(0)
+        centre = features[:CENTRE_ROWS].mean(0)
         for rows in blocks(len(z), read_rows(device)):
-            read, kept = features[rows] - centre, z.take(self._nodes_of(rows))
-            _add_class_sums(kept, read, sums[:-1], counts[:-1])
-            if z.classes is not None:
-                dropped = 1 - kept.values.sum(1)
-                sums[-1] += dropped @ read
-                counts[-1] += dropped.sum(dtype=torch.float64)
+            read, kept = features[rows], z.take(self._nodes_of(rows))
+            for block in blocks(len(read), gemm_rows(device, n_classes)):
+                first = rows.start + block.start
+                centred = self._centred.get(first)
+                if centred is None:
+                    centred = read[block] - centre
+                    if len(z) * len(centre) <= KEPT_ENTRIES:
+                        self._centred[first] = centred
+                _add_class_sums(kept.take(block), centred, sums, counts)
         sums.addr_(counts, centre.double())
-        return share_dropped(sums, counts)
+        return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)
 
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
         """sum_ij A_ij z_i.z_j and sum_ik z_ik log z_ik of the mass kept, float64 scalars."""
-        smallest = torch.finfo(z.values.dtype).tiny
 
-        def part(rows: slice) -> torch.Tensor:
-            values, messages = z.values[rows], _messages(self._affinity, z, rows)
+        def part(block: tuple[slice, Affinity]) -> torch.Tensor:
+            rows, edges = block
+            values, messages = z.values[rows], _messages(edges, z)
             if z.classes is not None:
                 messages = messages.gather(1, z.classes[rows].long())
-            pairwise = (values * messages).sum(dtype=torch.float64)
-            entropy = (values * values.clamp_min(smallest).log_()).sum(dtype=torch.float64)
+            values, messages = values.clamp_min(SMALLEST), F.hardshrink(messages, SMALLEST)
+            pairwise = torch.linalg.vecdot(values, messages).sum(dtype=torch.float64)
+            entropy = torch.linalg.vecdot(values, values.log()).sum(dtype=torch.float64)
             return torch.stack([pairwise, entropy])
 
-        device = z.values.device
-        terms = parallel_map(part, blocks(len(z), block_rows(device, z.n_classes)), device)
+        terms = parallel_map(part, self._edges(z.n_classes), z.values.device)
         pairwise, entropy = torch.stack(terms).sum(0)
         return pairwise, entropy
 
     def expectation(self, z: Assignments, log_prior: torch.Tensor) -> torch.Tensor:
-        """sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar; `log_prior` is log y_hat."""
+        """
+        sum_ik z_ik log y_hat_ik of the mass kept, float64 scalar; `log_prior` is log y_hat.
+
+        Classes that the prior excludes are left out: only rows of known class have mass there.
+        """
 
         def part(rows: slice) -> torch.Tensor:
             kept, terms = z.take(self._nodes_of(rows)), log_prior[rows]
             if kept.classes is not None:
                 terms = terms.gather(1, kept.classes.long())
-            return torch.where(kept.values > 0, kept.values * terms, 0).sum(dtype=torch.float64)
+            return torch.where(terms > -torch.inf, kept.values * terms, 0).sum(dtype=torch.float64)
 
         device = z.values.device
         size = block_rows(device, z.n_classes)
         return torch.stack(parallel_map(part, blocks(len(z), size), device)).sum()
+
+    def _edges(self, n_classes: int) -> list[tuple[slice, Affinity]]:
+        """Blocks of nodes with their rows of A, cut once: sweeps would spend a third on it."""
+        if not self._cut:
+            offsets = self._affinity.offsets
+            size = block_rows(offsets.device, n_classes)
+            parts = blocks(len(offsets) - 1, size)
+            self._cut = [(rows, self._affinity.take(rows)) for rows in parts]
+        return self._cut
 
     def _nodes_of(self, rows: slice) -> torch.Tensor | slice:
         """Nodes of consecutive rows of the features."""
@@ -267,17 +290,18 @@ def share_dropped(sums: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tenso
 def _add_class_sums(
     z: Assignments, features: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor
 ) -> None:
-    """Add a block of rows to the sums and counts."""
-    size = gemm_rows(features.device, z.n_classes)
+    """Add a block of rows to the sums (K + 1, d) and counts (K + 1,), dropped mass to the last."""
 
     def part(classes: slice) -> None:
-        for rows in blocks(len(z), size):
-            values = z.take(rows).dense(classes)
-            sums[classes] += values.T @ features[rows]
-            for piece in torch.split(values, SUM_ROWS):
-                counts[classes] += piece.sum(0, dtype=torch.float64)
+        values = z.dense(classes)
+        sums[classes].add_(values.T @ features)
+        counts[classes].add_(values.sum(0, dtype=torch.float64))
 
     parallel_map(part, blocks(z.n_classes, SUM_CLASSES), features.device)
+    if z.classes is not None:
+        dropped = 1 - z.values.sum(1)
+        sums[-1] += dropped @ features
+        counts[-1] += dropped.sum(dtype=torch.float64)
 
 
 def _top_rows(values: torch.Tensor) -> torch.Tensor:
@@ -321,14 +345,18 @@ def _largest(mass: torch.Tensor, width: int, floor: float) -> tuple[torch.Tensor
     return values.masked_fill_(values < values[:, :1].clamp(max=floor), 0), places
 
 
-def _messages(affinity: Affinity, z: Assignments, rows: slice) -> torch.Tensor:
+def _messages(edges: Affinity, z: Assignments) -> torch.Tensor:
     """(A z) of a block of rows, (rows, K): a weighted sum of the neighbours' rows of z."""
-    offsets = affinity.offsets[rows.start : rows.stop + 1]
-    entries = slice(int(offsets[0]), int(offsets[-1]))
-    columns, weights = affinity.columns[entries], affinity.weights[entries]
+    offsets, columns, weights = edges.offsets, edges.columns, edges.weights
     if z.classes is None:
-        starts = offsets[:-1] - offsets[0]
-        return F.embedding_bag(columns, z.values, starts, per_sample_weights=weights, mode="sum")
+        return F.embedding_bag(
+            columns,
+            z.values,
+            offsets,
+            per_sample_weights=weights,
+            mode="sum",
+            include_last_offset=True,
+        )
     local = torch.repeat_interleave(offsets.diff())
     cells = local[:, None] * z.n_classes + z.classes[columns]  # (entries, R)
     messages = z.values.new_zeros(len(offsets) - 1, z.n_classes)

@@ -7,8 +7,11 @@ a soft count of the classes in use. It is concave in n, so its tangent at the n 
 bounds it from above (majorise-minimise): a constant per class in the score.
 
 Of the zero-shot prediction alone: K_eff = exp(H(mean_i y_hat_i)), the classes over which it
-spreads; w = (1 - K_eff / K)^2 (60 + 60 min(1, N / 8 K_eff)) d / 512 nats and beta = max(1,
-0.05 N / K_eff) rows.
+spreads. With r = min(1, N / 8 K_eff), 1 where a class in use has 8 rows or more:
+
+    w = (1 - K_eff / 0.8 K)^(2 - r) (60 + 60 r) d / 512 nats,  beta = max(1, 0.05 N / K_eff) rows.
+
+`bench.accuracy.wild` measures it where few of the classes occur, and where all of them do.
 """
 
 from __future__ import annotations
@@ -27,6 +30,13 @@ DIM = 512
 def effective_classes(counts: torch.Tensor) -> float:
     """K_eff, exp of the entropy of the shares of the classes; `counts` (K,) >= 0."""
     return float(torch.special.entr(counts / counts.sum()).sum().exp())
+
+
+def is_charged(class_cost: bool | str, effective: float, n_classes: int, *, few_shot: bool) -> bool:
+    """Whether classes in use cost something: the parameter, and what "auto" stands for."""
+    if class_cost == "auto":
+        return not few_shot and effective < FEW_CLASSES * n_classes
+    return bool(class_cost)
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,9 @@ class ClassCost:
     def of(cls, effective: float, n_rows: int, n_classes: int, dim: int) -> ClassCost:
         """The cost for N rows of d dimensions whose y_hat spreads over `effective` classes."""
         full = min(1.0, n_rows / (FULL_CLASS_ROWS * effective))
+        few = max(0.0, 1 - effective / (FEW_CLASSES * n_classes)) ** (2 - full)
         nats = (NATS + NATS_OF_FULL_CLASSES * full) * dim / DIM
-        beta = max(1.0, CLASS_SHARE * n_rows / effective)
-        return cls((1 - effective / n_classes) ** 2 * nats, beta)
+        return cls(few * nats, max(1.0, CLASS_SHARE * n_rows / effective))
 
     def total(self, counts: torch.Tensor) -> torch.Tensor:
         """The term of L, a float64 scalar, at the masses (K,)."""

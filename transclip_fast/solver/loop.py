@@ -103,18 +103,20 @@ def update_assignments(state: State) -> None:
         messages=None if support is None else support.messages,
     )
     state.ops.score(features, score, out=state.base)
+    if state.inputs.known is not None:
+        state.inputs.known.clamp(state.base, state.nodes)
     _sweeps(state)
     update_moments(state)
 
 
 def update_moments(state: State) -> None:
-    """n = Z^T 1 and Z^T F of the queries; and of all rows, scaled to a mass of 1."""
-    features, support = state.inputs.features, state.inputs.support
+    """n = Z^T 1 and Z^T F of the queries; and of all rows, queries scaled to a mass of 1."""
+    features = state.inputs.features
     sums, counts = state.ops.class_sums(state.z, features)
     state.moments = Moments(counts, sums, state.squares)
     state.pooled = state.moments * (1 / len(features))
-    if support is not None:
-        state.pooled = state.pooled + support.moments * state.support_weight
+    for moments, weight in state.labelled:
+        state.pooled = state.pooled + moments * weight
 
 
 def update_means(state: State) -> None:
@@ -139,7 +141,8 @@ def objective(state: State) -> float:
 
     L = KL - 1/2 sum_ij A_ij z_i.z_j - likelihood_weight * mixture, where KL is sum_ik z_ik
     (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log sigma_d^2).
-    Few-shot adds w N times the support's mixture term, and its messages; the class cost its own.
+    Labelled rows add w N times their mixture term, the support also its messages, the class cost
+    its own. Queries of known class have a constant KL, of which an infinite one is left out.
     """
     inputs, kl_weight, mixture = state.inputs, state.settings.kl_weight, state.mixture
     pairwise, entropy = state.ops.energies(state.z)
@@ -151,9 +154,10 @@ def objective(state: State) -> float:
         log_prior = (inputs.prior.weights * state.moments.sums).sum()
         value = value - kl_weight * (log_prior - state.prior_normaliser.double().sum())
     likelihood = mixture.log_likelihood(state.moments)
+    for moments, weight in state.labelled:
+        shots = mixture.log_likelihood(moments)
+        likelihood = likelihood + weight * len(inputs.features) * shots
     if inputs.support is not None:
-        shots = mixture.log_likelihood(inputs.support.moments)
-        likelihood = likelihood + state.support_weight * len(inputs.features) * shots
         value = value - inputs.support.received(state.z, state.nodes)
     if state.class_cost is not None:
         value = value + state.class_cost.total(state.moments.counts)

@@ -34,6 +34,15 @@ class Moments:
         counts = torch.zeros(n_classes, dtype=torch.float64, device=device)
         return cls(counts, counts.new_zeros(n_classes, dim), counts.new_zeros(dim))
 
+    @classmethod
+    def of(cls, rows: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Moments:
+        """Moments of rows (M, d) with one-hot labels, of classes (M,)."""
+        order = labels.argsort(stable=True)
+        counts = torch.bincount(labels, minlength=n_classes)
+        rows = rows[order].double()
+        sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)  # (K, d)
+        return cls(counts.double(), sums, rows.square().sum(0))
+
     def take(self, classes: torch.Tensor) -> Moments:
         """Of some classes (K',), the only ones with mass."""
         return Moments(self.counts[classes], self.sums[classes], self.squares)
@@ -130,9 +139,8 @@ class Mixture:
 
     def _spread(self, moments: Moments) -> torch.Tensor:
         """sum_ik z_ik (f_id - mu_kd)^2, (d,)."""
-        cross = (self.means * moments.sums).sum(0)
-        own = torch.mv(self.means.square().T, moments.counts)
-        return moments.squares - 2 * cross + own
+        halves = torch.addcmul(moments.sums, self.means, moments.counts[:, None], value=-0.5)
+        return moments.squares - 2 * (self.means * halves).sum(0)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:

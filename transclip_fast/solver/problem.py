@@ -12,6 +12,7 @@ import torch
 
 from transclip_fast.data.checks import (
     as_labelled_rows,
+    as_labels,
     as_unit_rows,
     is_aligned,
     unit_sample,
@@ -24,6 +25,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.exact import nearest
 from transclip_fast.metrics import check_class_order
 from transclip_fast.ops import choose_backend
+from transclip_fast.solver.known import KnownRows
 from transclip_fast.solver.layout import Layout, Size, choose_layout, parse_memory
 from transclip_fast.solver.parameters import GAMMAS, Parameters
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
@@ -33,6 +35,7 @@ from transclip_fast.types import NeighborGraph, Truncation
 
 LabelledRows = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
 PRIOR_SAMPLE_ROWS = 512  # enough to know the mean mass of the largest classes to about 1 %
+ORDER_SAMPLE_ROWS = 4096  # of known class, enough to see that the classes are in another order
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ class Problem:
     anchors : array_like (K, d), optional
         Prototypes or text features, from which the centres of an approximate search start.
     support, validation : LabelledRows, optional
-        LabelledRows rows that take part, and that choose gamma.
+        Labelled rows that take part, and that choose gamma.
+    known : Tensor (N,) int64, optional
+        Class of each query, -1 where it is unknown.
     """
 
     features: torch.Tensor | StoredRows
@@ -63,6 +68,7 @@ class Problem:
     anchors: Any
     support: LabelledRows | None
     validation: LabelledRows | None
+    known: torch.Tensor | None
 
     @classmethod
     def check(
@@ -78,6 +84,7 @@ class Problem:
         support_labels: Any = None,
         validation_features: Any = None,
         validation_labels: Any = None,
+        known_labels: Any = None,
     ) -> Problem:
         """
         Check the arrays of `TransCLIP.fit`, which documents them.
@@ -117,6 +124,7 @@ class Problem:
             text_features if prototypes is None else prototypes,
             as_labelled_rows("support", support_features, support_labels, d, n_classes),
             as_labelled_rows("validation", validation_features, validation_labels, d, n_classes),
+            _known(known_labels, n_rows, n_classes),
         )
 
     def gammas(self, parameters: Parameters) -> Sequence[float]:
@@ -152,9 +160,9 @@ class Problem:
         )
 
     @exact_float32()
-    def prior_sample(self) -> torch.Tensor:
-        """log y_hat (n, K) of some rows, evenly spaced."""
-        ids = evenly_spaced_rows(len(self.features), PRIOR_SAMPLE_ROWS)
+    def prior_sample(self, rows: int = PRIOR_SAMPLE_ROWS) -> torch.Tensor:
+        """log y_hat (n, K) of at most so many rows, evenly spaced."""
+        ids = evenly_spaced_rows(len(self.features), rows)
         return self.prior.at(ids, unit_sample(self.features, ids))
 
     def load(self, settings: Settings) -> Inputs:
@@ -163,7 +171,7 @@ class Problem:
         features = Rows(self.features, "X", device, held=settings.layout.held)
         prior = self.prior.to(device)
         zero_shot = prior if self.zero_shot is self.prior else self.zero_shot.to(device)
-        support = validation = None
+        support = validation = known = None
         if self.support is not None:
             rows, labels = (tensor.to(device) for tensor in self.support)
             support = Support.build(
@@ -180,7 +188,12 @@ class Problem:
             queries = nearest(rows, features, 1)[0][:, 0]
             _warn_of_order("validation", labels, prior, rows, queries)
             validation = queries.cpu().numpy(), labels.cpu().numpy()
-        return Inputs(features, prior, zero_shot, support, validation)
+        if self.known is not None:
+            known = KnownRows.of(self.known.to(device), features, prior.n_classes)
+            some = evenly_spaced_rows(len(known.rows), ORDER_SAMPLE_ROWS, device)
+            rows, labels = known.rows[some], known.labels[some]
+            _warn_of_order("known", labels, prior, features[rows], rows)
+        return Inputs(features, prior, zero_shot, support, validation, known)
 
 
 @dataclass(frozen=True)
@@ -278,6 +291,7 @@ class Inputs:
     support : Support, optional
     validation : tuple of ndarray (V,), (V,), optional
         The most similar query of each validation row, and the labels.
+    known : KnownRows, optional
     """
 
     features: Rows
@@ -285,6 +299,15 @@ class Inputs:
     zero_shot: Prior
     support: Support | None = None
     validation: tuple[np.ndarray, np.ndarray] | None = None
+    known: KnownRows | None = None
+
+
+def _known(labels: Any, n_rows: int, n_classes: int) -> torch.Tensor | None:
+    """Classes (N,) int64 on the CPU, -1 where unknown; None if they all are."""
+    if labels is None:
+        return None
+    known = as_labels(labels, "known_labels", rows=n_rows, n_classes=n_classes, lowest=-1).cpu()
+    return known if (known >= 0).any() else None
 
 
 def _warn_of_order(

@@ -12,7 +12,8 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.torch_backend import TorchOps
-from transclip_fast.solver.class_cost import FEW_CLASSES, ClassCost, effective_classes
+from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
+from transclip_fast.solver.known import KNOWN_WEIGHT
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import LinearPrior, Prior
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
@@ -32,8 +33,9 @@ class State:
     ----------
     inputs, settings, ops
         The problem, how it is solved, and the backend that computes.
-    support_weight : float
-        w = 50 gamma / M; 0 without support.
+    labelled : list of (Moments, float)
+        Moments that join those of the queries, and their weights: of the support, 50 gamma / M
+        each; of queries of known class, (w - 1) / N as these count w times.
     squares : Tensor (d,) float64
         sum_i f_i^2.
     prior_normaliser : Tensor (N,) float32
@@ -64,7 +66,7 @@ class State:
     inputs: Inputs
     settings: Settings
     ops: TorchOps
-    support_weight: float
+    labelled: list[tuple[Moments, float]]
     squares: torch.Tensor
     prior_normaliser: torch.Tensor
     prior_best: tuple[torch.Tensor, torch.Tensor]
@@ -135,6 +137,8 @@ class Solution:
         if state.in_use is not None and z.classes is not None:
             classes = state.in_use[z.classes.long()].int()
             z = replace(z, classes=classes, n_classes=len(state.means()))
+        if state.inputs.known is not None:
+            z.bound[state.inputs.known.rows] = 0  # nothing there is misplaced
         return cls(
             gamma,
             z,
@@ -169,15 +173,17 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
     n_effective = effective_classes(_prior_counts(z, features, prior))
-    charged = parameters.class_cost
-    if charged == "auto":
-        charged = support is None and n_effective < FEW_CLASSES * n_classes
+    charged = is_charged(
+        parameters.class_cost, n_effective, n_classes, few_shot=support is not None
+    )
     if settings.truncation is not None:
         # Neighbours mostly share a label: sorted by label, their lists are close in memory.
         order = prior_best[0].argsort(stable=True)
         nodes = torch.empty_like(order)
         nodes[order] = torch.arange(n_rows, device=device)
         z = z.take(order)
+    if inputs.known is not None:
+        inputs.known.clamp(z, nodes)
     weights = affinity(
         graph,
         mode=parameters.graph_mode,
@@ -190,7 +196,7 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         inputs=inputs,
         settings=settings,
         ops=backend(weights, nodes),
-        support_weight=SUPPORT_SCALE * gamma / len(support) if support else 0.0,
+        labelled=_labelled(inputs, gamma),
         squares=backend.sum_of_squares(features),
         prior_normaliser=normaliser,
         prior_best=prior_best,
@@ -204,6 +210,16 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         moments=zero,
         pooled=zero,
     )
+
+
+def _labelled(inputs: Inputs, gamma: float) -> list[tuple[Moments, float]]:
+    """Moments of labelled rows and their weights, as in `State`."""
+    found, support, known = [], inputs.support, inputs.known
+    if support is not None:
+        found.append((support.moments, SUPPORT_SCALE * gamma / len(support)))
+    if known is not None:
+        found.append((known.moments, (KNOWN_WEIGHT - 1) / len(inputs.features)))
+    return found
 
 
 def _prior_counts(z: Assignments, features: Rows, prior: Prior) -> torch.Tensor:
@@ -238,13 +254,18 @@ def drop_absent_classes(state: State) -> None:
 
 def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
     """Go on with some classes (K',) of those in use, and so many candidates of a row."""
-    prior, settings = state.inputs.prior, state.settings
+    prior, known, settings = state.inputs.prior, state.inputs.known, state.settings
     if not isinstance(prior, LinearPrior) or settings.truncation is None:
         raise TypeError("classes are dropped from lists, under a linear prior")
     state.all_means = state.means()
     state.mixture = replace(state.mixture, means=state.mixture.means[classes])
     state.moments, state.pooled = state.moments.take(classes), state.pooled.take(classes)
-    state.inputs = replace(state.inputs, prior=LinearPrior(prior.weights[classes]))
+    state.labelled = [(moments.take(classes), weight) for moments, weight in state.labelled]
+    state.inputs = replace(
+        state.inputs,
+        prior=LinearPrior(prior.weights[classes]),
+        known=None if known is None else known.of_classes(classes),
+    )
     rank = min(settings.truncation.rank, candidates)
     truncation = replace(settings.truncation, candidates=candidates, rank=rank)
     state.settings = replace(settings, truncation=truncation)

@@ -52,7 +52,7 @@ class Support:
         weights = similarities[:, :n_neighbors] / (2 * n_neighbors)
         shape = (len(features), n_classes)
         messages = support_messages(ids[:, :n_neighbors], weights, labels, shape)
-        return cls(labels, _moments(support, labels, n_classes), ids, similarities, messages)
+        return cls(labels, Moments.of(support, labels, n_classes), ids, similarities, messages)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,11 +75,3 @@ def support_messages(
     cells, cell_of = torch.unique(cells[present], return_inverse=True)
     totals = torch.bincount(cell_of, weights[present], len(cells))
     return Messages.of(cells // n_classes, cells % n_classes, totals.float(), n_queries)
-
-
-def _moments(support: torch.Tensor, labels: torch.Tensor, n_classes: int) -> Moments:
-    order = labels.argsort(stable=True)
-    counts = torch.bincount(labels, minlength=n_classes)
-    rows = support[order].double()
-    sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)  # (K, d)
-    return Moments(counts.double(), sums, rows.square().sum(0))

@@ -38,6 +38,7 @@ ARRAYS = (
     "support_labels",
     "validation_features",
     "validation_labels",
+    "known_labels",
     "prior",
     "prior_logits",
     "prototypes",

@@ -54,13 +54,15 @@ def prediction_tables(
     zero_shot: tuple[np.ndarray, np.ndarray],
     features: Features,
     labels: np.ndarray | None = None,
+    **more: np.ndarray,
 ) -> Iterator[pa.Table]:
     """
     The table of predictions in blocks: each query's label and most likely classes, and its
     zero-shot label.
 
     Of a sparse row of `distributions` (N, K) float32 only the stored classes are listed.
-    `zero_shot` are labels and confidences (N,) each, `labels` (N,) the truth, if it is known.
+    `zero_shot` are labels and confidences (N,) each, `labels` (N,) the truth, if it is known,
+    `more` further columns (N,).
     """
     n_rows, n_classes = distributions.shape
     names = np.asarray(features.class_names or [str(k) for k in range(n_classes)])
@@ -82,6 +84,7 @@ def prediction_tables(
             "top5_labels": _lists(classes, values >= 0),
             "top5_confidences": _lists(values, values >= 0),
         }
+        columns |= {name: column[block] for name, column in more.items()}
         if labels is not None:
             columns["true_label"] = labels[block]
         yield pa.table(columns)

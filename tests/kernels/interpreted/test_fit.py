@@ -62,6 +62,16 @@ def test_class_cost(problem, precision):
     np.testing.assert_allclose(whole(model), run.z, atol=atol)
 
 
+def test_known_labels(problem):
+    features, prototypes, labels = problem(n=40)
+    known = np.where(np.arange(40) < 6, (labels + 1) % 6, -1)
+    parameters = reference.Parameters(class_cost=True, **STEPS)
+    run = reference.zero_shot(features, prototypes, parameters, known)
+    model = on_kernels(class_cost=True).fit(features, prototypes, known_labels=known)
+    np.testing.assert_allclose(whole(model), run.z, atol=2e-4)
+    np.testing.assert_array_equal(whole(model)[:6], np.eye(6)[known[:6]])
+
+
 def test_few_shot(problem):
     features, prototypes, labels = problem(n=40)
     queries, shots, classes = features[10:], features[:10], labels[:10]

@@ -1,0 +1,75 @@
+"""What is told about few classes: beforehand by `plan` and `solve`, and after a solve."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests import reference
+from tests.cli.test_solve import read
+
+NAMES = [f"name{k}" for k in range(20)]
+
+
+@pytest.fixture
+def few(save, problem):
+    """A file of rows of 3 of 20 classes, and their prior (N, K)."""
+    features, text, labels = problem(n=600, k=20)
+    chosen = labels < 3
+    log_prior = reference.log_prior(features[chosen].astype(float), text.astype(float), 300.0)
+    prior = np.exp(log_prior)
+    names = np.array(NAMES)
+    return save({"image_features": features[chosen], "prior": prior, "class_names": names}), prior
+
+
+def test_plan_tells_how_many_classes_are_in_use(few, succeeds):
+    file, prior = few
+    effective = reference.effective_classes(prior)
+    assert effective < 0.8 * 20
+    found = json.loads(succeeds("plan", file, "--json"))["outlook"]
+    assert found["n_effective_classes"] == pytest.approx(effective, rel=1e-4)
+    assert found["rows"] == len(prior)
+    assert found["class_cost"] is True
+    rare = np.flatnonzero(20 * prior.mean(0) < 0.05)
+    assert found["rare_classes"] == rare.tolist()
+    line = succeeds("plan", file).splitlines()[-1]
+    some = ", ".join(NAMES[k] for k in rare[:3]) + ", ..." * (len(rare) > 3)
+    assert line == (
+        f"plan: by {len(prior)} rows the prior uses about {effective:.0f} of 20 classes: "
+        f"class cost on; {len(rare)} hardly occur: {some}"
+    )
+
+
+def test_few_rows_stand_for_many(few, succeeds, monkeypatch):
+    """The rest is not read twice: with 2^10 entries of 20 classes to compute, 51 rows suffice."""
+    monkeypatch.setattr("transclip_fast.cli.outlook.SAMPLE_ENTRIES", 1 << 10)
+    monkeypatch.setattr("transclip_fast.cli.outlook.PRIOR_SAMPLE_ROWS", 5)
+    file, prior = few
+    found = json.loads(succeeds("plan", file, "--json"))["outlook"]
+    assert found["rows"] == 51 < len(prior)
+
+
+@pytest.mark.parametrize(("options", "charged"), [((), True), (("--class-cost", "off"), False)])
+def test_solve_tells_what_it_did(few, cli, tmp_path, options, charged):
+    file, prior = few
+    ran = cli("solve", file, "--out", tmp_path / "result", *options)
+    run, table = read(tmp_path / "result")
+    assert run["config"]["class_cost"] is charged
+    assert run["n_effective_classes"] == pytest.approx(reference.effective_classes(prior), 1e-4)
+    assert f"classes: class cost {'on' if charged else 'off'}\n" in ran.out
+    labels, before = (np.array(table[name].to_pylist()) for name in ("label", "zero_shot_label"))
+    changes = np.bincount(labels, minlength=20) - np.bincount(before, minlength=20)
+    assert [now - was for _, was, now in run["size_changes"]] == [
+        changes[k] for k, _, _ in run["size_changes"]
+    ]
+    assert len(run["size_changes"]) == min(6, np.count_nonzero(changes))
+    k, was, now = next(change for change in run["size_changes"] if change[2] > change[1])
+    assert f"grew most: {NAMES[k]} {was} -> {now}" in ran.out
+    # Classes are meant to be empty where they cost something.
+    assert charged != any("lost all their queries" in warning for warning in run["warnings"])
+
+
+def test_class_cost_takes_three_values(few, cli, tmp_path):
+    file, _ = few
+    for value, code in (("on", 0), ("auto", 0), ("off", 0), ("yes", 2)):
+        assert cli("solve", file, "--out", tmp_path / value, "--class-cost", value).code == code

@@ -1,0 +1,77 @@
+"""What `plan` and `solve` tell about the classes: before a solve, and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from transclip_fast.cli.session import counted
+from transclip_fast.solver.class_cost import effective_classes, is_charged
+from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Problem
+
+SAMPLE_ENTRIES = 1 << 22  # of the prior, worth computing twice
+RARE = 0.05  # of a fair share of the rows
+NAMED = 3  # classes of a line
+
+
+def class_name(k: int, names: Sequence[str] | None) -> str:
+    """The name of a class, or its number."""
+    return str(names[k]) if names else f"class {k}"
+
+
+def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
+    """What the prior of some rows says about the classes, as JSON."""
+    n_classes = problem.prior.n_classes
+    log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // n_classes))
+    shares = log_prior.double().exp().mean(0)
+    effective = effective_classes(shares)
+    few_shot = problem.support is not None
+    return {
+        "rows": len(log_prior),
+        "n_effective_classes": effective,
+        "class_cost": is_charged(parameters.class_cost, effective, n_classes, few_shot=few_shot),
+        "rare_classes": (n_classes * shares < RARE).nonzero()[:, 0].tolist(),
+    }
+
+
+def describe_outlook(found: dict[str, Any], n_classes: int, names: Sequence[str] | None) -> str:
+    """An outlook in one line."""
+    effective, rare = found["n_effective_classes"], found["rare_classes"]
+    line = use_of_classes(effective, n_classes, found["class_cost"])
+    if rare:
+        some = ", ".join(class_name(k, names) for k in rare[:NAMED])
+        more = ", ..." if len(rare) > NAMED else ""
+        line += f"; {len(rare):,} hardly occur: {some}{more}"
+    return f"plan: by {counted(found['rows'], 'row')} {line}"
+
+
+def use_of_classes(effective: float, n_classes: int, charged: bool) -> str:
+    """K_eff, and what follows from it, as text."""
+    return (
+        f"the prior uses about {effective:.0f} of {counted(n_classes, 'class')}: class cost "
+        f"{'on' if charged else 'off'}"
+    )
+
+
+def size_changes(labels: np.ndarray, zero_shot: np.ndarray, n_classes: int) -> list[list[int]]:
+    """Class, size by zero-shot and size now of those that changed most, as JSON."""
+    now, before = (np.bincount(found, minlength=n_classes) for found in (labels, zero_shot))
+    most = np.argsort(-np.abs(now - before), kind="stable")[: 2 * NAMED]
+    return [[int(k), int(before[k]), int(now[k])] for k in most if now[k] != before[k]]
+
+
+def describe_changes(changes: list[list[int]], names: Sequence[str] | None) -> list[str]:
+    """Lines of the classes that grew and that shrank most."""
+    lines = []
+    for verb, sign in (("grew", 1), ("shrank", -1)):
+        some = [
+            f"{class_name(k, names)} {before:,} -> {now:,}"
+            for k, before, now in changes
+            if sign * (now - before) > 0
+        ]
+        if some:
+            lines.append(f"{verb} most: {', '.join(some[:NAMED])}")
+    return lines

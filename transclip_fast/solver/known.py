@@ -1,0 +1,69 @@
+"""
+Queries whose class is known: z stays at it, and they count more than others in the mixture.
+
+They are not support rows: they remain queries, so lambda and the start are those of zero-shot, and
+their neighbours receive their messages through the graph of the queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.solver.mixture import Moments
+from transclip_fast.types import Assignments, Scores
+
+# Rows that each counts as in means and variance: `bench.accuracy.known_labels`.
+KNOWN_WEIGHT = 3.0
+READ_ROWS = 1 << 14  # at a time, for their moments
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """
+    The queries of known class.
+
+    Parameters
+    ----------
+    rows, labels : Tensor (m,) int64
+        Their numbers among the queries, and their classes.
+    moments : Moments
+        Of these rows with their one-hot labels.
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+    moments: Moments
+
+    @classmethod
+    def of(cls, known: torch.Tensor, features: UnitRows, n_classes: int) -> KnownRows:
+        """The rows of features (N, d) with known >= 0, of `known` (N,) int64."""
+        rows = (known >= 0).nonzero()[:, 0]
+        moments = Moments.zero(n_classes, features.shape[1], known.device)
+        for some in torch.split(rows, READ_ROWS):
+            moments = moments + Moments.of(features[some], known[some], n_classes)
+        return cls(rows, known[rows], moments)
+
+    def of_classes(self, classes: torch.Tensor) -> KnownRows:
+        """The same with the classes (K',), sorted, numbered anew; no other one is known."""
+        labels = torch.searchsorted(classes, self.labels)
+        return KnownRows(self.rows, labels, self.moments.take(classes))
+
+    def clamp(self, entries: Assignments | Scores, nodes: torch.Tensor | None) -> None:
+        """
+        Make z of the known rows one-hot, or their scores so that no message makes z anything else.
+
+        `nodes` (N,) are the rows of the entries, if they are not in the order of the features.
+        """
+        rows = self.rows if nodes is None else nodes[self.rows]
+        sure, impossible = (1.0, 0.0) if isinstance(entries, Assignments) else (0.0, -torch.inf)
+        entries.values[rows] = impossible
+        if entries.classes is None:
+            entries.values[rows, self.labels] = sure
+        else:
+            entries.values[rows, 0] = sure
+            entries.classes[rows, 0] = self.labels.int()
+        if isinstance(entries, Scores):
+            entries.tail[rows] = 0
