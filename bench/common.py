@@ -93,15 +93,21 @@ def _offsets(
 
 
 def make_problem(
-    n: int, k: int, d: int, *, seed: int = 0, dtype: type[np.floating] = np.float32
+    n: int,
+    k: int,
+    d: int,
+    *,
+    seed: int = 0,
+    dtype: type[np.floating] = np.float32,
+    shares: np.ndarray | None = None,
 ) -> Problem:
     """Make a problem whose features look like CLIP's.
 
     Images and texts lie in two narrow cones, a few dimensions dominate, classes come in groups of
     similar ones, variation is of low rank plus a little isotropic noise, texts are imperfect
     pictures of the class means, and class sizes fall like a shifted power law (the largest has
-    about eleven times the rows of the median one; a class may have none when N is small). The same
-    seed and sizes give the same problem.
+    about eleven times the rows of the median one; a class may have none when N is small), or are
+    drawn with the `shares` (K,) of the rows. The same seed and sizes give the same problem.
     """
     rng = np.random.default_rng(seed)
     basis = _basis(rng, d)
@@ -115,7 +121,7 @@ def make_problem(
     means = IMAGE_CONE * image_cone + IMAGE_GROUP * image_group[group] + IMAGE_CLASS * image_class
     texts = TEXT_CONE * text_cone + TEXT_GROUP * text_group[group] + TEXT_CLASS * text_class
     sizes = rng.permutation(1 / (np.arange(k) + k / 20))
-    labels = rng.choice(k, n, p=sizes / sizes.sum())
+    labels = rng.choice(k, n, p=sizes / sizes.sum() if shares is None else shares)
 
     features = np.empty((n, d), dtype)
     means, basis = means.astype(np.float32), basis.astype(np.float32)

@@ -14,9 +14,11 @@ import json
 import re
 from pathlib import Path
 
+from bench import tables, wild_tables
 from bench.common import ROOT
-from bench.tables import BLOCKS, Row, compared, newest
+from bench.tables import Row, compared, newest
 
+BLOCKS = tables.BLOCKS | wild_tables.BLOCKS
 DOCUMENTS = ("README.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)

@@ -34,7 +34,7 @@ def nearest(
     return neighbors, similarities
 
 
-def _affinity(neighbors: torch.Tensor, similarities: torch.Tensor) -> torch.Tensor:
+def affinity_matrix(neighbors: torch.Tensor, similarities: torch.Tensor) -> torch.Tensor:
     """Return A = (W + W^T) / (2k) as a CSR matrix (N, N)."""
     n, k = neighbors.shape
     sources = torch.arange(n, device=neighbors.device).repeat_interleave(k)
@@ -65,7 +65,7 @@ def solve(
     product, which it does not compile.
     """
     n, d = features.shape
-    affinity = _affinity(*graph)
+    affinity = affinity_matrix(*graph)
     logits = logit_scale * prototypes
     z = torch.softmax(features @ logits.T, dim=1)
     confidence, rows = z.topk(min(8, n), dim=0)  # (8, K)

@@ -1,0 +1,104 @@
+"""The tables of `bench.accuracy.wild`: changes against zero-shot, by scenario and by family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bench.accuracy.wild_scenarios import FAMILIES
+from bench.tables import Row, newest, source, table
+
+METHODS = {
+    "published": "published method",
+    "default": "default",
+    "class_cost": "class cost throughout",
+    "stata": "StatA",
+}
+WORSE = 1.0  # points below zero-shot from which on a draw counts as worse
+SHOWN = ("published", "default", "stata")  # for the families
+TEXT = (
+    "Accuracy of zero-shot in percent, and of each method the mean change in points; then the "
+    "share of draws that lose more than a point, and the worst draw."
+)
+NOTHING = "Not recorded yet: `python -m bench.accuracy.wild`."
+
+
+def changes(row: Row, method: str) -> np.ndarray:
+    """Return the change against zero-shot of each draw, in points."""
+    of_method, before = (np.asarray(row["accuracy"][x]) for x in (method, "zero_shot"))
+    difference: np.ndarray = of_method - before
+    return difference
+
+
+def recorded(folder: Path) -> dict[str, list[Row]]:
+    """Return the newest line of each scenario by family, in the order of `FAMILIES`."""
+    rows = newest("wild", "family", "scenario", folder=folder)
+    found = {(row["family"], row["scenario"]): row for row in rows}
+    families = {
+        family: [found[family, name] for name in names if (family, name) in found]
+        for family, names in FAMILIES.items()
+    }
+    return {family: rows for family, rows in families.items() if rows}
+
+
+def mean_changes(rows: list[Row], method: str) -> str:
+    """Format the mean over scenarios of their mean change."""
+    if not all(method in row["accuracy"] for row in rows):
+        return ""
+    return f"{np.mean([changes(row, method).mean() for row in rows]):+.1f}"
+
+
+def losses(rows: list[Row], method: str) -> str:
+    """Format the share of draws that are worse than zero-shot, and the worst draw."""
+    if not all(method in row["accuracy"] for row in rows):
+        return ""
+    found = np.concatenate([changes(row, method) for row in rows])
+    return f"{100 * (found < -WORSE).mean():.0f} %, {found.min():+.1f}"
+
+
+def zero_shot(rows: list[Row]) -> str:
+    """Format the mean over scenarios of zero-shot's mean accuracy."""
+    return f"{np.mean([np.mean(row['accuracy']['zero_shot']) for row in rows]):.1f}"
+
+
+def head(methods: Iterable[str] = METHODS) -> list[str]:
+    """Return the names of the columns of `line`."""
+    names = [METHODS[method] for method in methods]
+    return ["zero-shot", *names, *(f"{name}: worse, worst" for name in names)]
+
+
+def line(rows: list[Row], methods: Iterable[str] = METHODS) -> list[str]:
+    """Return the figures of some scenarios: each method's mean change, then its losses."""
+    means = [mean_changes(rows, method) for method in methods]
+    return [zero_shot(rows), *means, *(losses(rows, method) for method in methods)]
+
+
+def families(folder: Path) -> str:
+    """Tabulate the families of scenarios."""
+    found = recorded(folder)
+    if not found:
+        return NOTHING
+    lines = [
+        [family, str(sum(len(row["pool"]) for row in rows)), *line(rows, SHOWN)]
+        for family, rows in found.items()
+    ]
+    parts = [TEXT, table(["family", "draws", *head(SHOWN)], lines)]
+    return "\n\n".join([*parts, source([row for rows in found.values() for row in rows])])
+
+
+def scenarios(folder: Path) -> str:
+    """Tabulate every scenario of every family."""
+    found = recorded(folder)
+    if not found:
+        return NOTHING
+    parts = [TEXT]
+    for family, rows in found.items():
+        lines = [[row["scenario"], *line([row])] for row in rows]
+        lines.append([f"**{x}**" if x else x for x in ["mean", *line(rows)]])
+        parts.append(table([family, *head()], lines))
+    return "\n\n".join([*parts, source([row for rows in found.values() for row in rows])])
+
+
+BLOCKS = {"wild": families, "wild-scenarios": scenarios}
