@@ -1,4 +1,4 @@
-"""The tables of `bench.accuracy.wild`: changes against zero-shot, by scenario and by family."""
+"""The tables of `bench.accuracy.wild` and `bench.accuracy.outliers`."""
 
 from __future__ import annotations
 
@@ -101,4 +101,20 @@ def scenarios(folder: Path) -> str:
     return "\n\n".join([*parts, source([row for rows in found.values() for row in rows])])
 
 
-BLOCKS = {"wild": families, "wild-scenarios": scenarios}
+def outliers(folder: Path) -> str:
+    """Tabulate the area under the ROC curve of each pool."""
+    rows = newest("outliers", "pool", "logit_scale", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.accuracy.outliers`."
+    names = ["zero_shot", "outlier_score"]
+    lines = [
+        [row["pool"], f"{row['logit_scale']:g}", *(f"{np.mean(row['area'][x]):.3f}" for x in names)]
+        for row in rows
+    ]
+    means = [np.mean([np.mean(row["area"][x]) for row in rows]) for x in names]
+    lines.append(["**mean**", "", *(f"**{x:.3f}**" for x in means)])
+    head = ["classes without a name found by", "tau", "zero-shot's confidence", "`outlier_score_`"]
+    return "\n\n".join([table(head, lines), source(rows)])
+
+
+BLOCKS = {"wild": families, "wild-scenarios": scenarios, "outliers": outliers}
