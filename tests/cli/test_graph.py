@@ -9,6 +9,7 @@ import pytest
 
 from tests.cli.test_solve import read
 from transclip_fast.cli import graph as graph_command
+from transclip_fast.graph import exact
 from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -167,6 +168,7 @@ def test_anchors_from_a_file(save, arrays, succeeds, refused, tmp_path):
 @pytest.mark.parametrize("method", ["exact", "ivf"])
 def test_a_killed_search_goes_on(method, save, arrays, cli, succeeds, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_command, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(exact, "FEW_ROWS", 0)  # a search of few rows keeps no state
     command = ("graph", save(arrays), "--method", method, "--out")
     succeeds(*command, tmp_path / "whole")
     keep, kept = FileCheckpoint.keep, []

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transclip_fast.graph.int8_products import Int8Products
 
 TILE_ROWS = {"cpu": 1024, "cuda": 16384}  # of a square block of products
-# Up to so many rows, computing each product twice costs less than merging lists.
+# Up to so many rows, computing each product twice costs less than merging lists, and the search
+# takes too little time to be resumed.
 FEW_ROWS, PANEL_ROWS = 8192, 512
 GROUP_COLUMNS = 16  # of a panel, whose maximum is taken first
 BATCH_BLOCKS = 32  # at most, between two merges: results do not depend on the number of cores
