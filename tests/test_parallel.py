@@ -9,6 +9,8 @@ import torch
 
 from transclip_fast.parallel import (
     ThreadBuffer,
+    fixed_threads,
+    flushed_denormals,
     n_threads,
     parallel_map,
     single_threaded_torch,
@@ -91,3 +93,18 @@ def test_after_a_fork(two_threads):
     if child == 0:
         os._exit(parallel_map(int, range(3)) != [0, 1, 2])
     assert os.waitpid(child, 0)[1] == 0
+
+
+def flushes():
+    return bool(torch.full((1,), 1e-40).mul(1.0) == 0)
+
+
+def test_denormals_are_flushed_and_then_as_before():
+    assert not flushes()
+    with flushed_denormals(), fixed_threads(2):
+        assert flushes()
+        assert all(parallel_map(lambda _: flushes(), range(4)))
+        with flushed_denormals():
+            assert flushes()
+        assert flushes()
+    assert not flushes()

@@ -27,7 +27,7 @@ STREAMED_ENTRIES = 2_000_000_000  # largest features that are also read from hos
 FLOAT32_OPERATIONS = 2e15  # of all scores: a longer solve is not repeated in float32
 WIDTH = 16  # candidates, and entries of z
 OTHER_LABELS = 1 - SAME_LABELS  # largest share of rows whose label may differ from the first arm's
-STEPS = Parameters()  # 10 x 5
+STEPS = Parameters(class_cost=False)  # 10 x 5; the rivals have no class cost
 
 
 class GpuProblem:

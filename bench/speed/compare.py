@@ -90,7 +90,11 @@ def solve(
         graph = build_graph(features, N_NEIGHBORS, device=device)
     with _timed(stages, "solve"):
         model = TransCLIP(
-            n_neighbors=N_NEIGHBORS, device=device, assignments=assignments, backend=backend
+            n_neighbors=N_NEIGHBORS,
+            class_cost=False,  # the rivals have none
+            device=device,
+            assignments=assignments,
+            backend=backend,
         )
         labels = model.fit(features, text_features=prototypes, graph=graph).transduction_
     return np.asarray(labels), stages

@@ -56,7 +56,7 @@ def labels_of(sizes: Sizes, options: list[dict[str, Any]]) -> list[dict[str, Any
     """Agreement with the dense default, accuracy and truncation of each option."""
     problem = make_problem(sizes["queries"], sizes["classes"], sizes["dim"])
     graph = build_graph(problem.features)
-    dense: dict[str, Any] = {"assignments": "dense", "device": "cpu"}
+    dense: dict[str, Any] = {"assignments": "dense", "device": "cpu", "class_cost": False}
     shared: dict[str, Any] = {"text_features": problem.prototypes, "graph": graph}
     expected = TransCLIP(**dense).fit(problem.features, **shared).transduction_
     found = []

@@ -74,7 +74,7 @@ def solve_arm(
         z = baseline.solve(features, prototypes, (neighbors, similarities), logit_scale=logit_scale)
         return z.argmax(1).numpy(), {}
     graph = NeighborGraph(neighbors.numpy(), similarities.numpy())
-    model = TransCLIP(assignments=arm, device="cpu", logit_scale=logit_scale)
+    model = TransCLIP(assignments=arm, device="cpu", logit_scale=logit_scale, class_cost=False)
     model.fit(features, text_features=prototypes, graph=graph)
     facts = {"backend": model.backend_, "truncation": model.truncation_}
     return np.asarray(model.transduction_), facts

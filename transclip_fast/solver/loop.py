@@ -16,7 +16,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
-from transclip_fast.parallel import single_threaded_torch
+from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
@@ -55,7 +55,8 @@ def solve(
         Saves the state after every outer step; a saved state is where the run resumes.
     """
     checkpoint = checkpoint or NoCheckpoint()
-    with exact_float32(), single_threaded_torch(inputs.features.device):
+    device = inputs.features.device
+    with exact_float32(), flushed_denormals(), single_threaded_torch(device):
         state = start(inputs, graph, settings, gamma)
         history = restore(state, checkpoint.load())
         if state.class_cost is not None and not history:
