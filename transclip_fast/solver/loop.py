@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def solve(
     inputs: Inputs,
     graph: NeighborGraph,
     settings: Settings,
-    gamma: float = 0.0,
+    gamma: float | None = None,
     *,
     progress: Callable[[Step], None] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -47,8 +48,8 @@ def solve(
     graph : NeighborGraph
         Lists of k neighbours of the N rows.
     settings : Settings
-    gamma : float
-        Weight of the support.
+    gamma : float, optional
+        Weight of the support in few-shot; without it shots weigh as queries of known class.
     progress : callable, optional
         Called after every outer step.
     checkpoint : Checkpoint, optional
@@ -76,11 +77,14 @@ def solve(
 
 def start_from_neighbors(state: State) -> None:
     """
-    z <- softmax_k(log y_hat + A z), some sweeps; mu <- unit(Z^T F).
+    z <- softmax_k(log y_hat + A z + messages of the support), some sweeps; mu <- unit(Z^T F).
 
     Where few classes occur, the 8 rows that are most confident of an absent class are not its own.
     """
-    state.base.set_log(state.z)
+    if state.inputs.support is None:
+        state.base.set_log(state.z)
+    else:
+        _score(state, likelihood_weight=0.0, kl_weight=1.0)
     _sweeps(state)
     update_moments(state)
     state.mixture = state.mixture.update_means(state.moments)
@@ -92,18 +96,12 @@ def update_assignments(state: State) -> None:
 
     Equation 5; the class costs (`class_cost`) are not in the paper.
     """
-    features, support = state.inputs.features, state.inputs.support
-    score = linear_score(
-        state.mixture,
-        state.inputs.prior,
+    _score(
+        state,
         likelihood_weight=state.settings.parameters.likelihood_weight,
         kl_weight=state.settings.kl_weight,
         class_costs=state.class_costs,
-        messages=None if support is None else support.messages,
     )
-    state.ops.score(features, score, out=state.base)
-    if state.inputs.known is not None:
-        state.inputs.known.clamp(state.base, state.nodes)
     _sweeps(state)
     update_moments(state)
 
@@ -221,6 +219,16 @@ def predict(
 def passes_before(prior: Prior) -> int:
     """Passes over the features before the first step: for squares, and a linear prior."""
     return 1 if prior.weights is None else 2
+
+
+def _score(state: State, **weights: Any) -> None:
+    """Set the base scores: `linear_score` with these weights, and z of known rows one-hot."""
+    inputs, support = state.inputs, state.inputs.support
+    messages = None if support is None else support.messages
+    score = linear_score(state.mixture, inputs.prior, messages=messages, **weights)
+    state.ops.score(inputs.features, score, out=state.base)
+    if inputs.known is not None:
+        inputs.known.clamp(state.base, state.nodes)
 
 
 def _sweeps(state: State) -> None:
