@@ -172,9 +172,16 @@ def solve(
     z = fixed(y_hat)
     if charged:
         weight, beta = class_cost(y_hat, d)
+        score = log_y
+        if few_shot:
+            score = kl_term + p.likelihood_weight * log_gaussian(f, means, variances)
         for _ in range(p.inner_iter):
-            z = fixed(np.exp(log_softmax(log_y + messages_to_queries(z))))
-        means = np.where(z.sum(0)[:, None] > 0, unit(z.T @ f), means)
+            z = fixed(np.exp(log_softmax(score + messages_to_queries(z))))
+        if few_shot:  # the shots decide which classes are in use, and remain the means
+            weight, beta = class_cost(z, d)
+            weight *= lam
+        else:
+            means = np.where(z.sum(0)[:, None] > 0, unit(z.T @ f), means)
     objective = []
     for step in range(p.max_iter + 1):
         score = p.likelihood_weight * log_gaussian(f, means, variances) + kl_term

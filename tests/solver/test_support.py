@@ -18,6 +18,11 @@ from transclip_fast import TransCLIP
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.graph.build import build_graph
 from transclip_fast.solver.support import enough
+from transclip_fast.store.checkpoint import FileCheckpoint
+
+FORMS = [{"assignments": "dense"}] + [
+    {"candidates": 6, "rank": 6, "backend": backend} for backend in ("torch", "numba")
+]
 
 
 def split(problem, shots, n=90, k=6, **options):
@@ -85,11 +90,27 @@ def test_shots_that_are_queries_too(problem):
     assert_agrees(model, run)
 
 
-# -- few or uneven shots
+def test_a_cost_of_the_shots_is_resumed(problem, tmp_path):
+    features, prototypes, support, labels = split(problem, (4,) * 6)
+    shots = {"support_features": support, "support_labels": labels}
+    values = {"device": "cpu", "gamma": 0.02, "class_cost": True}
+    expected = TransCLIP(**values).fit(features, prototypes, **shots)
 
-FORMS = [{"assignments": "dense"}] + [
-    {"candidates": 6, "rank": 6, "backend": backend} for backend in ("torch", "numba")
-]
+    def checkpoint(name, identity):
+        return FileCheckpoint(tmp_path / "out", name, identity, 0.0)
+
+    def stop(seen):
+        if seen.steps == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TransCLIP(**values).fit(features, prototypes, **shots, progress=stop, checkpoint=checkpoint)
+    resumed = TransCLIP(**values).fit(features, prototypes, **shots, checkpoint=checkpoint)
+    for name in ("transduction_", "objective_", "class_costs_"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(expected, name))
+
+
+# -- few or uneven shots
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -9,6 +9,7 @@ sigma^2 (7). The operations on all N rows are in `transclip_fast.ops`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
 from transclip_fast.parallel import single_threaded_torch
+from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
@@ -58,9 +60,11 @@ def solve(
     checkpoint = checkpoint or NoCheckpoint()
     with exact_float32(), single_threaded_torch(inputs.features.device):
         state = start(inputs, graph, settings, gamma)
-        history = restore(state, checkpoint.load())
-        if state.class_cost is not None and not history:
+        if state.class_cost is not None and gamma is None:
             start_from_neighbors(state)
+        elif state.class_cost is not None:
+            start_from_shots(state)
+        history = restore(state, checkpoint.load())
         report = _reporter(state, history, progress)
         while not _finished(history, settings, len(inputs.features)):
             update_assignments(state)
@@ -88,6 +92,24 @@ def start_from_neighbors(state: State) -> None:
     _sweeps(state)
     update_moments(state)
     state.mixture = state.mixture.update_means(state.moments)
+
+
+def start_from_shots(state: State) -> None:
+    """
+    Few-shot: z after some sweeps without a cost, and the cost of the classes over which it spreads.
+
+    The means stay at the shots. The cost is scaled as the prior is, by lambda.
+    """
+    _score(
+        state,
+        likelihood_weight=state.settings.parameters.likelihood_weight,
+        kl_weight=state.settings.kl_weight,
+    )
+    _sweeps(state)
+    update_moments(state)
+    (n_rows, n_classes), dim = state.z.shape, state.inputs.features.shape[1]
+    cost = ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
+    state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
 
 
 def update_assignments(state: State) -> None:
