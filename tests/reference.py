@@ -231,6 +231,12 @@ def _objective(
     return value + entropy - (z * np.where(kl_term > -np.inf, kl_term, 0)).sum()
 
 
+def enough_shots(labels, n_classes):
+    """Whether shots without a gamma are few-shot: equally many of each class, or enough."""
+    shots = np.bincount(labels, minlength=n_classes)
+    return shots.min() >= min(ENOUGH_SHOTS, shots.max())
+
+
 def zero_shot(features, prototypes, parameters=None, known=None):
     f = np.asarray(features, np.float64)
     p = parameters or Parameters()
@@ -247,8 +253,7 @@ def few_shot(features, prototypes, support, labels, gamma=None, validation=None,
     f = np.asarray(features, np.float64)
     p = parameters or Parameters()
     log_y = log_prior(f, np.asarray(prototypes, np.float64), p.logit_scale)
-    shots = np.bincount(labels, minlength=log_y.shape[1])
-    enough = shots.min() >= min(ENOUGH_SHOTS, shots.max())
+    enough = enough_shots(labels, log_y.shape[1])
     runs = [
         solve(f, log_y, support=support, labels=labels, gamma=g, parameters=p)
         for g in (GAMMAS if gamma is None and enough else (gamma,))
