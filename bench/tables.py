@@ -346,6 +346,34 @@ def gpu(folder: Path) -> str:
     return table(head, cells) + "\n\n" + source(rows)
 
 
+def known_labels(folder: Path) -> str:
+    """Tabulate what few labels change."""
+    rows = newest("known_labels", "part", "queries", "classes", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.accuracy.known_labels`."
+    texts = {
+        "known": "Known queries against none: accuracy of the others.",
+        "shots": "Uneven shots against none; a gamma is TransCLIP-FS.",
+        "cost": "Balanced shots with the class cost against TransCLIP-FS.",
+        "made": "Known queries of made problems against none: accuracy of the others.",
+    }
+    chosen = {row["chosen"] for row in rows if "chosen" in row}
+    parts = [f"Weight that is best on the choosing half: {', '.join(map(str, chosen))}."]
+    for part, text in texts.items():
+        lines = [row for row in rows if row["part"] == part]
+        if not lines:
+            continue
+        names = list(next(iter(lines[0]["means"]["held out"].values())))
+        cells = [
+            [f"N = {row['queries']:,}, K = {row['classes']:,}, {what}" if part == "made" else what]
+            + [f"{change[name]:+.2f}" for name in names]
+            for row in lines
+            for what, change in row["means"]["held out"].items()
+        ]
+        parts += [text, table(["points", *names], cells)]
+    return "\n\n".join([*parts, source(rows)])
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy,
     "speed": speed,
@@ -353,6 +381,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "sparse": sparse,
     "graph": graph,
     "graph-labels": graph_labels,
+    "known-labels": known_labels,
     "prompt-learners": prompt_learners,
     "stream": stream,
     "encode": encode,

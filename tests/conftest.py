@@ -57,6 +57,11 @@ def make_problem(n=77, k=6, d=33, seed=0, noise=0.03):
     return features.astype(np.float32), prototypes.astype(np.float32), labels
 
 
+def balanced(labels, shots):
+    """Rows with so many of each class, classes in turn."""
+    return np.concatenate([np.flatnonzero(labels == k)[:shots] for k in range(labels.max() + 1)])
+
+
 def unit(rows):
     """Rows scaled to unit norm."""
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

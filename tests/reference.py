@@ -12,6 +12,7 @@ import numpy as np
 
 GAMMAS = (0.002, 0.01, 0.02, 0.2)
 KNOWN_WEIGHT = 3  # a query of known class counts as so many in the mixture
+ENOUGH_SHOTS = 4  # of every class; fewer are few-shot only where all classes have the same number
 
 
 @dataclass
@@ -108,7 +109,7 @@ def solve(
     *,
     support=None,
     labels=None,
-    gamma=0.0,
+    gamma=None,
     known=None,
     parameters=None,
     graph=None,
@@ -117,6 +118,7 @@ def solve(
     """
     One run at one gamma; `support` (M, d) and `labels` (M,) make it few-shot.
 
+    Without gamma the support leaves all else as in zero-shot, and its rows weigh as known ones do.
     `known` (N,) has the class of a query where it is known and -1 elsewhere: z is fixed there.
     `graph` (N, N) and `support_graph` (M, N) are W where duplicates leave the neighbours open.
     """
@@ -124,11 +126,11 @@ def solve(
     f = np.asarray(features, np.float64)
     n, d = f.shape
     n_classes = log_y.shape[1]
-    few_shot = support is not None
+    few_shot = gamma is not None
     lam = p.kl_weight if p.kl_weight is not None else (0.5 if few_shot else 1.0)
-    s = np.asarray(support, np.float64) if few_shot else np.zeros((0, d))
-    y = np.eye(n_classes)[labels] if few_shot else np.zeros((0, n_classes))  # (M, K)
-    w = 50 * gamma / len(s) if few_shot else 0.0
+    s = np.zeros((0, d)) if support is None else np.asarray(support, np.float64)
+    y = np.zeros((0, n_classes)) if support is None else np.eye(n_classes)[labels]  # (M, K)
+    w = 50 * gamma / len(s) if few_shot else KNOWN_WEIGHT / n
     known = np.full(n, -1) if known is None else np.asarray(known)
     counted = np.where(known >= 0, KNOWN_WEIGHT, 1)[:, None]  # (N, 1)
 
@@ -160,7 +162,7 @@ def solve(
             return sums / (2 * p.n_neighbors)
 
     y_hat = np.exp(log_y)
-    means = start_means(f, y_hat, support, labels)
+    means = start_means(f, y_hat, support if few_shot else None, labels)
     variances = np.full(d, 1 / d)
     kl_term = lam * log_y if lam else np.zeros_like(log_y)
     weight, beta = 0.0, 1.0
@@ -170,9 +172,16 @@ def solve(
     z = fixed(y_hat)
     if charged:
         weight, beta = class_cost(y_hat, d)
+        score = log_y
+        if few_shot:
+            score = kl_term + p.likelihood_weight * log_gaussian(f, means, variances)
         for _ in range(p.inner_iter):
-            z = fixed(np.exp(log_softmax(log_y + messages_to_queries(z))))
-        means = np.where(z.sum(0)[:, None] > 0, unit(z.T @ f), means)
+            z = fixed(np.exp(log_softmax(score + messages_to_queries(z))))
+        if few_shot:  # the shots decide which classes are in use, and remain the means
+            weight, beta = class_cost(z, d)
+            weight *= lam
+        else:
+            means = np.where(z.sum(0)[:, None] > 0, unit(z.T @ f), means)
     objective = []
     for step in range(p.max_iter + 1):
         score = p.likelihood_weight * log_gaussian(f, means, variances) + kl_term
@@ -191,7 +200,7 @@ def solve(
             if p.update_variance:
                 mass = counted * z
                 spread = sum(((f - m) ** 2 * mass[:, [c]]).sum(0) for c, m in enumerate(means)) / n
-                if few_shot:
+                if len(s):
                     spread = spread + w * ((s - means[labels]) ** 2).sum(0)
                 variances = np.maximum(spread / (counted.mean() + w * len(s)), 1e-6 / d)
                 if p.covariance == "isotropic":
@@ -202,7 +211,7 @@ def solve(
             )
             + weight * beta * (z.sum(0) / (z.sum(0) + beta)).sum()
         )
-    return Solution(z, means, variances, objective, gamma if few_shot else None)
+    return Solution(z, means, variances, objective, gamma)
 
 
 def _objective(
@@ -222,6 +231,12 @@ def _objective(
     return value + entropy - (z * np.where(kl_term > -np.inf, kl_term, 0)).sum()
 
 
+def enough_shots(labels, n_classes):
+    """Whether shots without a gamma are few-shot: equally many of each class, or enough."""
+    shots = np.bincount(labels, minlength=n_classes)
+    return shots.min() >= min(ENOUGH_SHOTS, shots.max())
+
+
 def zero_shot(features, prototypes, parameters=None, known=None):
     f = np.asarray(features, np.float64)
     p = parameters or Parameters()
@@ -230,15 +245,20 @@ def zero_shot(features, prototypes, parameters=None, known=None):
 
 
 def few_shot(features, prototypes, support, labels, gamma=None, validation=None, parameters=None):
-    """Few-shot with a given gamma, or the best of GAMMAS on `validation` (rows, labels)."""
+    """
+    Few-shot with a given gamma, or the best of GAMMAS on `validation` (rows, labels).
+
+    Uneven shots, too few of some class, are not few-shot unless gamma is given.
+    """
     f = np.asarray(features, np.float64)
     p = parameters or Parameters()
     log_y = log_prior(f, np.asarray(prototypes, np.float64), p.logit_scale)
+    enough = enough_shots(labels, log_y.shape[1])
     runs = [
         solve(f, log_y, support=support, labels=labels, gamma=g, parameters=p)
-        for g in (GAMMAS if gamma is None else (gamma,))
+        for g in (GAMMAS if gamma is None and enough else (gamma,))
     ]
-    if gamma is not None:
+    if len(runs) == 1:
         return runs[0]
     rows, truth = validation
     nearest = (np.asarray(rows, np.float64) @ f.T).argmax(1)

@@ -8,7 +8,7 @@ import torch
 
 from tests import reference
 from tests.agreement import assert_agrees, zero_shot_log_prior
-from tests.conftest import unit
+from tests.conftest import balanced, unit
 from tests.solver.test_loop import few_shot_problem
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.graph.build import build_graph
@@ -125,7 +125,9 @@ def test_gamma_is_the_best_on_the_validation_rows(problem):
     chosen = set()
     for seed in range(12):
         features, prototypes, labels = problem(n=120, k=12, d=16, seed=seed, noise=0.05)
-        shots, held, queries = np.split(np.random.default_rng(seed).permutation(120), [24, 60])
+        shots = balanced(labels, 2)
+        others = np.setdiff1d(np.random.default_rng(seed).permutation(120), shots)
+        held, queries = np.split(np.random.default_rng(seed).permutation(others), [36])
         validation = features[held], labels[held].copy()
         if seed % 2:  # wrong shots: the less weight the better
             labels[shots] = np.roll(labels[shots], 1)
@@ -296,7 +298,7 @@ def test_incomplete_or_contradicting_arguments(problem, arguments, message):
         "prior": probabilities(len(features), 6),
         "prototypes": prototypes,
         "support_features": support,
-        "support_labels": labels,
+        "support_labels": np.arange(len(support)) % 6,
         "validation_labels": labels,
         "graph": build_graph(features, 2),
     }

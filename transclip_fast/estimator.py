@@ -51,7 +51,7 @@ class TransCLIP(Parameters):
     logit_scale : float
         tau, the temperature of the text prediction.
     kl_weight : float, optional
-        lambda, the tie to the prior; by default 1 zero-shot and 0.5 few-shot.
+        lambda, the tie to the prior; by default 0.5 few-shot, where there is a gamma, and else 1.
     likelihood_weight : float
         Weight of the mixture term.
     unit_means, update_means, update_variance : bool
@@ -64,11 +64,11 @@ class TransCLIP(Parameters):
         Edge weights are max(0, cosine).
     gamma : float, optional
         Few-shot only: weight of the labelled rows; by default the best of 0.002, 0.01, 0.02 and
-        0.2 on a validation set.
+        0.2 on a validation set, or none: see `support_features` of `fit`.
     class_cost : {"auto", True, False}
         Charge for each class in use, which keeps absent classes from taking rows; "auto" does so
         where the prior spreads over less than 0.8 of the classes, and is otherwise, as False, the
-        published method. Few-shot, "auto" is False.
+        published method. With a gamma, "auto" is False.
     device : str
         "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
@@ -113,7 +113,7 @@ class TransCLIP(Parameters):
     objective_ : ndarray (n_iter_ + 1,) float64
         L after each outer step, and at the end.
     gamma_ : float or None
-        The gamma used; None in zero-shot.
+        The gamma used; None in zero-shot, also with few or uneven shots.
     kl_weight_ : float
         The lambda used.
     n_effective_classes_ : float
@@ -198,7 +198,9 @@ class TransCLIP(Parameters):
         prototypes : array_like (K, d), optional
             its class prototypes, used like text features.
         support_features, support_labels : array_like (M, d), (M,), optional
-            Labelled rows: few-shot.
+            Labelled rows. Few-shot, if gamma is set, or if all classes have equally many shots or
+            at least four. Otherwise they leave all else as in zero-shot: each counts three times,
+            as known labels do, and joins its most similar queries.
         validation_features, validation_labels : array_like (V, d), (V,), optional
             Labelled rows that choose gamma unless it is set: the value with which most of them
             have the label of their most similar query, the first of equal ones.
@@ -286,7 +288,7 @@ class TransCLIP(Parameters):
         self.variances_ = self._mixture.variances.float().cpu().numpy()
         self.n_iter_, self.objective_ = solution.n_iter, np.array(solution.objective)
         self.classes_, self.n_features_in_ = np.arange(z.n_classes), self.means_.shape[1]
-        self.gamma_ = None if inputs.support is None else solution.gamma
+        self.gamma_ = solution.gamma
         self.n_effective_classes_, self._class_costs = solution.n_effective, solution.class_costs
         self.class_costs_ = None if self._class_costs is None else self._class_costs.cpu().numpy()
         self.kl_weight_, self.layout_ = settings.kl_weight, settings.layout
@@ -423,7 +425,7 @@ def _solutions(
     inputs: Inputs,
     graph: NeighborGraph,
     settings: Settings,
-    gammas: Sequence[float],
+    gammas: Sequence[float | None],
     report: Callable[[Progress], None] | None,
     checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None,
 ) -> Iterator[Solution]:

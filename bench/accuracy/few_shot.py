@@ -1,10 +1,11 @@
 """Few-shot against the float64 reference, and against the published code where it is available.
 
 On golden data (`TRANSCLIP_GOLDEN`): balanced shots, unbalanced ones, and classes without any; every
-gamma, and the one chosen on validation rows. With `TRANSCLIP_OFFICIAL` (see
-`bench.rivals.published`) also the published code with one gamma, beside ours with its errors
-(`bench.rivals.support_rows`) and without, where every class has as many shots, which it needs. The
-exit code is 1 if a run agrees on fewer than 99.9 % of labels, or another gamma is chosen.
+gamma, and the one chosen on validation rows where there are enough shots. With
+`TRANSCLIP_OFFICIAL` (see `bench.rivals.published`) also the published code with one gamma, beside
+ours with its errors (`bench.rivals.support_rows`) and without, where every class has as many
+shots, which it needs. The exit code is 1 if a run agrees on fewer than 99.9 % of labels, or
+another gamma is chosen.
 """
 
 from __future__ import annotations
@@ -81,10 +82,12 @@ def against_reference(
         equal.append(float((model.transduction_ == z.argmax(1)).mean()))
         difference.append(float(np.abs(model.label_distributions_ - z).max()))
         right.append(accuracy(z[nearest].argmax(1), labels[rows["validation"]]))
+    chosen = GAMMAS[int(np.argmax(right))]
+    enough = reference.enough_shots(labels[rows["support"]], len(texts))
     return {
         "equal": min(equal),
         "difference": max(difference),
-        "reference_gamma": GAMMAS[int(np.argmax(right))],
+        "reference_gamma": chosen if enough else None,
         "gamma": ours(features, texts, labels, rows).gamma_,
     }
 

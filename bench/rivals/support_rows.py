@@ -29,7 +29,7 @@ def fit_published_rows(model: TransCLIP, X: Any, text_features: Any, **arrays: A
     settings = Settings.resolve(model, problem)
     inputs = problem.load(settings)
     own = build_graph(inputs.features, model.n_neighbors, device=settings.device)
-    graph, support, gamma = own, inputs.support, 0.0
+    graph, support, gamma = own, inputs.support, None
     if support is not None:
         graph, support = shifted(own, support, clamp_similarity=model.clamp_similarity)
         (gamma,) = problem.gammas(model)

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from tests.conftest import balanced
+
 
 def plan_of(succeeds, *command):
     return json.loads(succeeds("plan", *command, "--json"))
@@ -46,7 +48,8 @@ def test_streamed_features_are_read_in_every_pass(succeeds):
 def test_runs_of_gamma_and_given_priors_count(save, arrays, succeeds, refused):
     plain = plan_of(succeeds, save(arrays))
     features, labels = arrays["image_features"], arrays["labels"]
-    shots = {"support_features": features[:20], "support_labels": labels[:20]}
+    rows = balanced(labels, 3)
+    shots = {"support_features": features[rows], "support_labels": labels[rows]}
     held_out = {"validation_features": features[20:30], "validation_labels": labels[20:30]}
     few_shot = plan_of(succeeds, save(arrays | shots | held_out))
     assert (plain["passes"], few_shot["passes"]) == (25, 4 * 25)

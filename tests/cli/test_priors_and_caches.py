@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.conftest import balanced
 from transclip_fast import TransCLIP
 from transclip_fast.store.linear_maps import linear_map
 
@@ -68,7 +69,7 @@ def caches(problem, tmp_path):
     features, prototypes, labels = problem(n=130)
     folder = tmp_path / "caches"
     folder.mkdir()
-    parts = np.split(np.arange(130), [80, 100, 110])
+    parts = [np.arange(80), np.arange(80, 100), balanced(labels, 1), balanced(labels, 2)]
     for split, rows in zip(("test", "val"), parts, strict=False):
         torch.save(torch.from_numpy(features[rows]).half(), folder / f"{split}_f.pt")
         torch.save(torch.from_numpy(labels[rows]), folder / f"{split}_l.pt")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cli.conftest import contents
+from tests.conftest import balanced
 from transclip_fast.cli import solution
 from transclip_fast.graph import exact
 from transclip_fast.solver import loop
@@ -23,9 +24,10 @@ def after_every_step(monkeypatch):
 def few_shot(arrays):
     """Four values of gamma to choose from: four runs."""
     features, labels = arrays["image_features"], arrays["labels"]
+    shots = balanced(labels, 3)
     return arrays | {
-        "support_features": features[:20],
-        "support_labels": labels[:20],
+        "support_features": features[shots],
+        "support_labels": labels[shots],
         "validation_features": features[20:40],
         "validation_labels": labels[20:40],
     }

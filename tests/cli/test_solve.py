@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.conftest import balanced
 from transclip_fast import TransCLIP
 
 ACCURACIES = {"rn50": 95.9204, "vit-b-32": 90.3483, "vit-l-14": 99.1045}
@@ -167,7 +168,8 @@ def test_on_top_of_another_method(kind, save, arrays, succeeds, tmp_path):
 
 def test_few_shot(save, arrays, problem, succeeds, tmp_path):
     shots, _, classes = problem(n=30)
-    arrays |= {"support_features": shots[:20], "support_labels": classes[:20]}
+    rows = balanced(classes, 2)
+    arrays |= {"support_features": shots[rows], "support_labels": classes[rows]}
     succeeds("solve", save(arrays), "--out", tmp_path / "given", "--gamma", 0.02)
     arrays |= {"validation_features": shots[20:], "validation_labels": classes[20:]}
     succeeds("solve", save(arrays), "--out", tmp_path / "chosen")
@@ -176,6 +178,14 @@ def test_few_shot(save, arrays, problem, succeeds, tmp_path):
         np.testing.assert_array_equal(table["confidence"], model.label_distributions_.max(1))
         assert run["config"]["gamma"] == model.gamma_
         assert run["config"]["kl_weight"] == 0.5
+
+
+def test_too_few_shots(save, arrays, done, tmp_path):
+    arrays |= {"support_features": arrays["image_features"][:4], "support_labels": np.arange(4)}
+    out = done("solve", save(arrays), "--out", tmp_path / "result")
+    assert "\nzero-shot with 4 shots: too few of some class for few-shot\n" in out
+    run = read(tmp_path / "result")[0]
+    assert (run["n_shots"], run["config"]["gamma"], run["config"]["kl_weight"]) == (4, None, 1)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".safetensors"])

@@ -77,6 +77,30 @@ def test_priors_of_other_methods(few, backend):
     assert_agrees(model, run)
 
 
+def test_few_shot(few):
+    """Two shots of each of 20 classes, queries of three: charged only if asked for."""
+    features, prototypes, _ = few()
+    labels = np.repeat(np.arange(20), 2)
+    noise = np.random.default_rng(0).normal(size=(40, 24))
+    support = unit(prototypes[labels] + 0.05 * noise).astype(np.float32)
+    shots, runs = {"support_features": support, "support_labels": labels}, {}
+    for charged in (True, False):
+        runs[charged] = reference.few_shot(
+            features,
+            prototypes,
+            support,
+            labels,
+            0.02,
+            parameters=reference.Parameters(class_cost=charged),
+        )
+        for backend in (None, "torch", "numba"):
+            model = everything(backend, class_cost=charged, gamma=0.02)
+            assert_agrees(model.fit(features, prototypes, **shots), runs[charged])
+    assert np.abs(runs[True].z - runs[False].z).max() > 0.01
+    auto = TransCLIP(device="cpu", gamma=0.02).fit(features, prototypes, **shots)
+    assert auto.class_costs_ is None
+
+
 def test_auto_charges_below_four_fifths_of_the_classes(few, problem):
     model = TransCLIP(device="cpu")
     features, prototypes, _ = few()

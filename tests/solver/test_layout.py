@@ -156,8 +156,8 @@ def test_size_of_what_is_given(tmp_path):
     found = size_of(in_file, prior_logits=np.zeros((30, 5)))
     assert found == Size(30, 5, 8, 4, file_bytes=480, input_bytes=16 * 30 * 5, linear=False)
     parameters.gamma = None
-    shots = {name: np.eye(2, 8) for name in ("support_features", "validation_features")}
-    labels = {name: np.arange(2) for name in ("support_labels", "validation_labels")}
+    shots = {name: np.eye(5, 8) for name in ("support_features", "validation_features")}
+    labels = {name: np.arange(5) for name in ("support_labels", "validation_labels")}
     found = size_of(in_file, text_features=np.eye(5, 8), **shots, **labels)
     assert found == Size(30, 5, 8, 4, file_bytes=480, runs=4)
 

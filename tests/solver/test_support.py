@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,14 @@ from tests.agreement import assert_agrees
 from tests.conftest import make_problem
 from tests.solver.test_loop import few_shot_problem
 from transclip_fast import TransCLIP
+from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.graph.build import build_graph
+from transclip_fast.solver.support import enough
+from transclip_fast.store.checkpoint import FileCheckpoint
+
+FORMS = [{"assignments": "dense"}] + [
+    {"candidates": 6, "rank": 6, "backend": backend} for backend in ("torch", "numba")
+]
 
 
 def split(problem, shots, n=90, k=6, **options):
@@ -41,7 +49,7 @@ def test_unbalanced_shots_and_classes_without(shots, gamma, seed):
     assert_agrees(model, reference.few_shot(features, prototypes, support, labels, gamma))
 
 
-@pytest.mark.parametrize("shots", [(1, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 9), (3, 0, 1, 0, 2, 0)])
+@pytest.mark.parametrize("shots", [(1, 1, 1, 1, 1, 1), (4, 4, 4, 4, 4, 9), (5, 4, 6, 4, 7, 4)])
 def test_the_best_gamma_s_own_run_is_returned(problem, shots):
     features, prototypes, support, labels = split(problem, shots, noise=0.05)
     held = reference.unit(features[::2] + 0.01).astype(np.float32)
@@ -59,7 +67,7 @@ def test_the_best_gamma_s_own_run_is_returned(problem, shots):
 
 
 def test_equally_good_gammas_the_first(problem):
-    features, prototypes, support, labels = few_shot_problem(problem)
+    features, prototypes, support, labels = split(problem, (2,) * 6)
     model = TransCLIP(device="cpu").fit(
         features,
         prototypes,
@@ -80,6 +88,104 @@ def test_shots_that_are_queries_too(problem):
     model.fit(features, prototypes, **shots)
     run = reference.few_shot(features, prototypes, features[:9], labels[:9], 0.02)
     assert_agrees(model, run)
+
+
+def test_a_cost_of_the_shots_is_resumed(problem, tmp_path):
+    features, prototypes, support, labels = split(problem, (4,) * 6)
+    shots = {"support_features": support, "support_labels": labels}
+    values = {"device": "cpu", "gamma": 0.02, "class_cost": True}
+    expected = TransCLIP(**values).fit(features, prototypes, **shots)
+
+    def checkpoint(name, identity):
+        return FileCheckpoint(tmp_path / "out", name, identity, 0.0)
+
+    def stop(seen):
+        if seen.steps == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TransCLIP(**values).fit(features, prototypes, **shots, progress=stop, checkpoint=checkpoint)
+    resumed = TransCLIP(**values).fit(features, prototypes, **shots, checkpoint=checkpoint)
+    for name in ("transduction_", "objective_", "class_costs_"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(expected, name))
+
+
+# -- few or uneven shots
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("class_cost", ["auto", True, False])
+@pytest.mark.parametrize("shots", [(1, 0, 0, 0, 0, 0), (3, 0, 1, 0, 2, 0), (3, 9, 9, 9, 9, 9)])
+def test_too_few_shots_are_zero_shot(problem, form, class_cost, shots):
+    """Validation rows or not; each shot weighs as a query of known class."""
+    features, prototypes, support, labels = split(problem, shots)
+    model = TransCLIP(device="cpu", class_cost=class_cost, **form)
+    given = {"support_features": support, "support_labels": labels}
+    model.fit(features, prototypes, **given)
+    parameters = reference.Parameters(class_cost=class_cost)
+    run = reference.few_shot(features, prototypes, support, labels, parameters=parameters)
+    assert (model.gamma_, run.gamma, model.kl_weight_) == (None, None, 1.0)
+    assert_agrees(model, run)
+    none = reference.zero_shot(features, prototypes, parameters)
+    assert np.abs(run.z - none.z).max() > 1e-4
+    again = TransCLIP(device="cpu", class_cost=class_cost, **form)
+    validation = {"validation_features": features[:9], "validation_labels": np.arange(9) % 6}
+    again.fit(features, prototypes, **given, **validation)
+    np.testing.assert_array_equal(again.objective_, model.objective_)
+
+
+@pytest.mark.parametrize("class_cost", [True, False])
+def test_too_few_shots_of_a_given_prior(problem, class_cost):
+    features, prototypes, support, labels = split(problem, (3, 0, 1, 0, 2, 0))
+    log_y = reference.log_prior(features.astype(float), prototypes.astype(float))
+    log_y[:30, 2] = -np.inf
+    log_y = reference.log_softmax(log_y)
+    known = np.where(np.arange(len(features)) < 5, 2, -1)
+    run = reference.solve(
+        features,
+        log_y,
+        support=support,
+        labels=labels,
+        known=known,
+        parameters=reference.Parameters(class_cost=class_cost),
+    )
+    for form in FORMS:
+        model = TransCLIP(device="cpu", class_cost=class_cost, **form).fit(
+            features,
+            prior=np.exp(log_y),
+            support_features=support,
+            support_labels=labels,
+            known_labels=known,
+        )
+        assert_agrees(model, run)
+
+
+def test_too_few_shots_streamed_and_with_a_kl_weight(problem, tmp_path):
+    features, prototypes, support, labels = split(problem, (3, 0, 1, 0, 2, 0))
+    np.save(tmp_path / "rows.npy", features)
+    values = {"device": "cpu", "assignments": "sparse", "class_cost": True, "kl_weight": 0.7}
+    shots = {"support_features": support, "support_labels": labels}
+    held = TransCLIP(**values).fit(features, prototypes, **shots)
+    rows = StoredRows([Shard.find(tmp_path / "rows.npy")])
+    streamed = TransCLIP(**values).fit(rows, prototypes, **shots)
+    assert held.kl_weight_ == 0.7
+    np.testing.assert_array_equal(streamed.objective_, held.objective_)
+    np.testing.assert_array_equal(streamed.transduction_, held.transduction_)
+
+
+@pytest.mark.parametrize(
+    ("shots", "expected"),
+    [
+        ((1, 1, 1), True),
+        ((4, 4, 9), True),
+        ((3, 3, 9), False),
+        ((0, 0, 9), False),
+        ((0, 0, 1), False),
+    ],
+)
+def test_enough(shots, expected):
+    labels = torch.repeat_interleave(torch.tensor(shots))
+    assert enough(labels, 3) == expected
 
 
 # -- priors and arrays
@@ -174,9 +280,9 @@ def test_a_given_prior_in_another_order(golden):
 # -- golden features
 
 
-@pytest.mark.parametrize("shots", [(2, 2), (5, 0)])
+@pytest.mark.parametrize("shots", [(2, 2), (5, 4), (5, 0)])
 def test_golden_few_shot(golden, shots):
-    """Balanced shots, and none of every other class; gamma chosen on validation rows."""
+    """Enough shots of which validation rows choose gamma, and none of every other class."""
     features, labels = golden["image_features"].astype(np.float32), golden["labels"]
     texts, rng = golden["text_features"].astype(np.float32), np.random.default_rng(shots[0])
     order = rng.permutation(len(features))

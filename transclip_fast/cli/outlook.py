@@ -28,7 +28,7 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // n_classes))
     shares = log_prior.double().exp().mean(0)
     effective = effective_classes(shares)
-    few_shot = problem.support is not None
+    few_shot = None not in problem.gammas(parameters)
     return {
         "rows": len(log_prior),
         "n_effective_classes": effective,

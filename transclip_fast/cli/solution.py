@@ -108,6 +108,7 @@ def solve_features(
         run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
         run |= _solver_summary(model) | {
             "known_labels": _known_summary(problem, labels, zero_shot[0], truth),
+            "n_shots": 0 if problem.support is None else len(problem.support[1]),
             "head": head and head.summary(truth),
             "memory": {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()},
             "seconds": stages.seconds,
@@ -222,6 +223,10 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
     if run["config"]["gamma"] is not None:
         source = "as set" if run["parameters"]["gamma"] is not None else "chosen"
         lines.append(f"few-shot, gamma {run['config']['gamma']} {source}")
+    elif run.get("n_shots"):
+        lines.append(
+            f"zero-shot with {counted(run['n_shots'], 'shot')}: too few of some class for few-shot"
+        )
     if run["accuracy"] is not None:
         head = run.get("head")
         alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""

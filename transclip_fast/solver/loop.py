@@ -9,7 +9,9 @@ sigma^2 (7). The operations on all N rows are in `transclip_fast.ops`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
+from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
@@ -28,7 +31,7 @@ def solve(
     inputs: Inputs,
     graph: NeighborGraph,
     settings: Settings,
-    gamma: float = 0.0,
+    gamma: float | None = None,
     *,
     progress: Callable[[Step], None] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -47,8 +50,8 @@ def solve(
     graph : NeighborGraph
         Lists of k neighbours of the N rows.
     settings : Settings
-    gamma : float
-        Weight of the support.
+    gamma : float, optional
+        Weight of the support in few-shot; without it shots weigh as queries of known class.
     progress : callable, optional
         Called after every outer step.
     checkpoint : Checkpoint, optional
@@ -58,9 +61,11 @@ def solve(
     device = inputs.features.device
     with exact_float32(), flushed_denormals(), single_threaded_torch(device):
         state = start(inputs, graph, settings, gamma)
-        history = restore(state, checkpoint.load())
-        if state.class_cost is not None and not history:
+        if state.class_cost is not None and gamma is None:
             start_from_neighbors(state)
+        elif state.class_cost is not None:
+            start_from_shots(state)
+        history = restore(state, checkpoint.load())
         report = _reporter(state, history, progress)
         while not _finished(history, settings, len(inputs.features)):
             update_assignments(state)
@@ -78,14 +83,35 @@ def solve(
 
 def start_from_neighbors(state: State) -> None:
     """
-    z <- softmax_k(log y_hat + A z), some sweeps; mu <- unit(Z^T F).
+    z <- softmax_k(log y_hat + A z + messages of the support), some sweeps; mu <- unit(Z^T F).
 
     Where few classes occur, the 8 rows that are most confident of an absent class are not its own.
     """
-    state.base.set_log(state.z)
+    if state.inputs.support is None:
+        state.base.set_log(state.z)
+    else:
+        _score(state, likelihood_weight=0.0, kl_weight=1.0)
     _sweeps(state)
     update_moments(state)
     state.mixture = state.mixture.update_means(state.moments)
+
+
+def start_from_shots(state: State) -> None:
+    """
+    Few-shot: z after some sweeps without a cost, and the cost of the classes over which it spreads.
+
+    The means stay at the shots. The cost is scaled as the prior is, by lambda.
+    """
+    _score(
+        state,
+        likelihood_weight=state.settings.parameters.likelihood_weight,
+        kl_weight=state.settings.kl_weight,
+    )
+    _sweeps(state)
+    update_moments(state)
+    (n_rows, n_classes), dim = state.z.shape, state.inputs.features.shape[1]
+    cost = ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
+    state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
 
 
 def update_assignments(state: State) -> None:
@@ -94,18 +120,12 @@ def update_assignments(state: State) -> None:
 
     Equation 5; the class costs (`class_cost`) are not in the paper.
     """
-    features, support = state.inputs.features, state.inputs.support
-    score = linear_score(
-        state.mixture,
-        state.inputs.prior,
+    _score(
+        state,
         likelihood_weight=state.settings.parameters.likelihood_weight,
         kl_weight=state.settings.kl_weight,
         class_costs=state.class_costs,
-        messages=None if support is None else support.messages,
     )
-    state.ops.score(features, score, out=state.base)
-    if state.inputs.known is not None:
-        state.inputs.known.clamp(state.base, state.nodes)
     _sweeps(state)
     update_moments(state)
 
@@ -223,6 +243,16 @@ def predict(
 def passes_before(prior: Prior) -> int:
     """Passes over the features before the first step: for squares, and a linear prior."""
     return 1 if prior.weights is None else 2
+
+
+def _score(state: State, **weights: Any) -> None:
+    """Set the base scores: `linear_score` with these weights, and z of known rows one-hot."""
+    inputs, support = state.inputs, state.inputs.support
+    messages = None if support is None else support.messages
+    score = linear_score(state.mixture, inputs.prior, messages=messages, **weights)
+    state.ops.score(inputs.features, score, out=state.base)
+    if inputs.known is not None:
+        inputs.known.clamp(state.base, state.nodes)
 
 
 def _sweeps(state: State) -> None:

@@ -29,7 +29,7 @@ from transclip_fast.solver.known import KnownRows
 from transclip_fast.solver.layout import Layout, Size, choose_layout, parse_memory
 from transclip_fast.solver.parameters import GAMMAS, Parameters
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
-from transclip_fast.solver.support import Support
+from transclip_fast.solver.support import Support, enough
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import NeighborGraph, Truncation
 
@@ -127,12 +127,14 @@ class Problem:
             _known(known_labels, n_rows, n_classes),
         )
 
-    def gammas(self, parameters: Parameters) -> Sequence[float]:
-        """The weights of the support to try; (0,) in zero-shot."""
+    def gammas(self, parameters: Parameters) -> Sequence[float | None]:
+        """The weights of the support to try; (None,) in zero-shot, with few or uneven shots too."""
         if self.support is None:
-            return (0.0,)
+            return (None,)
         if parameters.gamma is not None:
             return (parameters.gamma,)
+        if not enough(self.support[1], self.prior.n_classes):
+            return (None,)
         if self.validation is None:
             raise InputError(
                 "few-shot needs gamma, or validation_features and validation_labels to choose it"
@@ -245,7 +247,7 @@ class Settings:
         )
         kl_weight = parameters.kl_weight
         if kl_weight is None:
-            kl_weight = 1.0 if problem.support is None else 0.5
+            kl_weight = 1.0 if None in problem.gammas(parameters) else 0.5
         truncation = None
         if layout.candidates is not None:
             truncation = choose_truncation(
@@ -264,7 +266,7 @@ class Settings:
         own = {field.name: getattr(parameters, field.name) for field in fields(Parameters)}
         return cls(Parameters(**own), device, kl_weight, layout, truncation, backend)
 
-    def identity(self, gamma: float, graph: NeighborGraph) -> dict[str, Any]:
+    def identity(self, gamma: float | None, graph: NeighborGraph) -> dict[str, Any]:
         """All that the result of a run depends on, except the arrays of the problem."""
         irrelevant = ("memory", "verbose")
         parameters = {k: v for k, v in asdict(self.parameters).items() if k not in irrelevant}

@@ -34,8 +34,7 @@ class State:
     inputs, settings, ops
         The problem, how it is solved, and the backend that computes.
     labelled : list of (Moments, float)
-        Moments that join those of the queries, and their weights: of the support, 50 gamma / M
-        each; of queries of known class, (w - 1) / N as these count w times.
+        Moments that join those of the queries, and their weights.
     squares : Tensor (d,) float64
         sum_i f_i^2.
     prior_normaliser : Tensor (N,) float32
@@ -117,7 +116,7 @@ class Solution:
     method.
     """
 
-    gamma: float
+    gamma: float | None
     assignments: Assignments
     mixture: Mixture
     n_iter: int
@@ -129,7 +128,7 @@ class Solution:
     class_costs: torch.Tensor | None
 
     @classmethod
-    def of(cls, state: State, gamma: float, n_iter: int, objective: list[float]) -> Solution:
+    def of(cls, state: State, gamma: float | None, n_iter: int, objective: list[float]) -> Solution:
         """The result at a state, which is not used again; z in the order of the features."""
         z, cost = state.z, state.class_cost
         if state.nodes is not None:
@@ -160,8 +159,12 @@ class Solution:
         return float((predicted[queries] == labels).mean())
 
 
-def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float) -> State:
-    """z = y_hat; mu of the 8 most confident rows of a class, or its shots; sigma^2 = 1 / d."""
+def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float | None) -> State:
+    """
+    z = y_hat; mu of the 8 most confident rows of a class, few-shot its shots; sigma^2 = 1 / d.
+
+    Few-shot is with gamma; without, the support joins all else as it is in zero-shot.
+    """
     features, prior, support = inputs.features, inputs.prior, inputs.support
     n_rows, n_classes, device = len(features), prior.n_classes, features.device
     backend, parameters = backend_class(settings.backend), settings.parameters
@@ -169,13 +172,11 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     normaliser, log_weights, rows = backend.start(
         features, prior.weights, prior.log_probabilities, out=z
     )
-    shots = None if support is None else support.moments
+    shots = None if support is None or gamma is None else support.moments
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
     n_effective = effective_classes(_prior_counts(z, features, prior))
-    charged = is_charged(
-        parameters.class_cost, n_effective, n_classes, few_shot=support is not None
-    )
+    charged = is_charged(parameters.class_cost, n_effective, n_classes, few_shot=gamma is not None)
     if settings.truncation is not None:
         # Neighbours mostly share a label: sorted by label, their lists are close in memory.
         order = prior_best[0].argsort(stable=True)
@@ -212,13 +213,14 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     )
 
 
-def _labelled(inputs: Inputs, gamma: float) -> list[tuple[Moments, float]]:
-    """Moments of labelled rows and their weights, as in `State`."""
-    found, support, known = [], inputs.support, inputs.known
-    if support is not None:
-        found.append((support.moments, SUPPORT_SCALE * gamma / len(support)))
-    if known is not None:
-        found.append((known.moments, (KNOWN_WEIGHT - 1) / len(inputs.features)))
+def _labelled(inputs: Inputs, gamma: float | None) -> list[tuple[Moments, float]]:
+    """Moments of labelled rows and their weights, where a query has weight 1 / N."""
+    found, n_rows = [], len(inputs.features)
+    if (support := inputs.support) is not None:
+        weight = KNOWN_WEIGHT / n_rows if gamma is None else SUPPORT_SCALE * gamma / len(support)
+        found.append((support.moments, weight))
+    if inputs.known is not None:  # which are among the queries already
+        found.append((inputs.known.moments, (KNOWN_WEIGHT - 1) / n_rows))
     return found
 
 

@@ -11,6 +11,16 @@ from transclip_fast.graph.exact import nearest
 from transclip_fast.solver.mixture import Moments
 from transclip_fast.types import Assignments, Messages
 
+# Shots of every class: with fewer of some class than of another, `bench.accuracy.known_labels`
+# measures that the few-shot form can be worse than no shots.
+ENOUGH_SHOTS = 4
+
+
+def enough(labels: torch.Tensor, n_classes: int) -> bool:
+    """Whether shots (M,) make up a few-shot problem: equally many of each class, or enough."""
+    counts = torch.bincount(labels, minlength=n_classes)
+    return int(counts.min()) >= min(ENOUGH_SHOTS, int(counts.max()))
+
 
 @dataclass(frozen=True)
 class Support:
