@@ -11,6 +11,7 @@ from transclip_fast.metrics import (
     check_class_order,
     evaluate,
     outlier_scores,
+    rejected_rows,
 )
 
 TRUTH = np.array([0, 0, 0, 0, 2, 2, 3])
@@ -144,3 +145,10 @@ def test_outlier_scores_average_over_neighbors():
 
 def test_outlier_scores_of_one_row():
     np.testing.assert_allclose(outlier_scores(np.array([0.25]), np.full((1, 3), -1)), 0.75)
+
+
+def test_rejected_rows_score_highest():
+    scores = np.array([0.2, 0.9, 0.5, 0.9, 0.9])
+    assert rejected_rows(scores, 0.4).tolist() == [False, True, False, True, False]
+    assert not rejected_rows(scores, 0.0).any()
+    assert rejected_rows(scores, 1.0).all()

@@ -130,7 +130,7 @@ class TransCLIP(Parameters):
         The graph used.
     outlier_score_ : ndarray (N,) float32
         How little each query and its neighbours look like any class of the list, from 0 to 1: what
-        zero-shot leaves of their probability beside their first class.
+        zero-shot leaves of their probability beside their first class. 0 for known labels.
     zero_shot_labels_ : ndarray (N,) int64
     zero_shot_confidences_ : ndarray (N,) float32
         Prediction of the text features alone; without text features, that of the prior.
@@ -300,6 +300,8 @@ class TransCLIP(Parameters):
             predicted = inputs.zero_shot.predict(inputs.features)
             self.zero_shot_labels_, self.zero_shot_confidences_ = predicted
         self.outlier_score_ = outlier_scores(self.zero_shot_confidences_, graph.neighbors)
+        if inputs.known is not None:
+            self.outlier_score_[inputs.known.rows.cpu().numpy()] = 0
         return self
 
     @exact_float32()

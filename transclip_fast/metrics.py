@@ -93,6 +93,13 @@ def outlier_scores(confidences: np.ndarray, neighbors: np.ndarray) -> np.ndarray
     return found
 
 
+def rejected_rows(scores: np.ndarray, share: float) -> np.ndarray:
+    """The `share` of rows, bool (N,), with the highest scores (N,), of equal ones the first."""
+    rejected = np.zeros(len(scores), bool)
+    rejected[np.argsort(-scores, kind="stable")[: round(share * len(scores))]] = True
+    return rejected
+
+
 def check_assignments(
     labels: np.ndarray,
     zero_shot: np.ndarray,

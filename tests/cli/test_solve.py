@@ -318,3 +318,42 @@ def test_heads_beside_known_labels(save, arrays, done, tmp_path):
     command = ("solve", save(arrays), "--head", "tip-adapter", "--out")
     done(*command, tmp_path / "result")
     np.testing.assert_array_equal(read(tmp_path / "result")[1]["label"][:9], known[:9])
+
+
+def test_rejected_rows_are_marked(save, arrays, cli, tmp_path):
+    file, out = save(arrays), tmp_path / "result"
+    ran = cli(
+        "solve",
+        file,
+        "--out",
+        out,
+        "--reject",
+        "0.1",
+        "--known-labels",
+        known_file(arrays, tmp_path),
+    )
+    run, table = read(out)
+    scores, rejected, labels, truth = (
+        table[name].to_numpy() for name in ("outlier_score", "rejected", "label", "true_label")
+    )
+    assert rejected.sum() == 8 == run["rejected"]["n_rejected"]
+    assert scores[rejected].min() >= scores[~rejected].max()
+    assert scores.min() >= 0 and scores.max() <= 1
+    assert (scores[:5] == 0).all()  # their labels are known
+    right = round(100 * float(np.mean(labels[~rejected] == truth[~rejected])), 4)
+    assert run["rejected"]["accuracy_of_others"] == right
+    assert "8 labels rejected; of the others" in ran.out
+
+    assert cli("solve", file, "--out", out).code == 0
+    run, table = read(out)
+    assert run["rejected"] is None
+    assert "rejected" not in table.column_names
+    assert cli("solve", file, "--out", out, "--reject", "1.5").code == 2
+
+
+def known_file(arrays, folder):
+    """Labels of the first five rows."""
+    known = np.full(len(arrays["labels"]), -1)
+    known[:5] = arrays["labels"][:5]
+    np.save(folder / "known.npy", known)
+    return folder / "known.npy"

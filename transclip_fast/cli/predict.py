@@ -10,7 +10,8 @@ import torch
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
-from transclip_fast.cli.solution import run_summary, true_labels
+from transclip_fast.cli.solution import true_labels
+from transclip_fast.cli.summary import run_summary
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError

@@ -14,7 +14,8 @@ from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import GraphSearch, kept_graph, search_of
 from transclip_fast.cli.plan import Plan, plan_of_size
-from transclip_fast.cli.solution import describe_solution, solve_features
+from transclip_fast.cli.solution import solve_features
+from transclip_fast.cli.summary import describe_solution
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError

@@ -1,4 +1,4 @@
-"""Solving features into a result folder: checks, fit, run.json and its text."""
+"""Solving features into a result folder: checks, fit and files."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ import click
 import numpy as np
 
 from transclip_fast.cli import session
-from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
+from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
-from transclip_fast.cli.options import requested
-from transclip_fast.cli.outlook import (
-    describe_changes,
-    describe_outlook,
-    outlook,
-    size_changes,
-    use_of_classes,
-)
+from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
+from transclip_fast.cli.summary import of_others, run_summary, solver_summary
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import GraphSource, TransCLIP
-from transclip_fast.metrics import accuracy, check_assignments, check_class_order
+from transclip_fast.metrics import check_assignments, check_class_order, rejected_rows
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.parameters import GAMMAS
-from transclip_fast.solver.problem import Problem, Settings
+from transclip_fast.solver.problem import Settings
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features
@@ -48,6 +42,7 @@ def solve_features(
     stages: session.Stages,
     *,
     make_head: Callable[[Features], FittedHead] | None = None,
+    reject: float | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """
@@ -57,7 +52,8 @@ def solve_features(
     `out` until the folder is complete.
 
     `graph` has the neighbours, or the search for them; `make_head` fits or reads the head that
-    becomes the prior; `quiet` does not print the plan.
+    becomes the prior; `reject` is the share of rows to mark as none of the classes; `quiet` does
+    not print the plan.
     """
     checkpoints = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
     own_graph = beside(out, "graph")
@@ -106,58 +102,24 @@ def solve_features(
             session.warn(warnings, sign)
         shape = model.means_.shape
         run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
-        run |= _solver_summary(model) | {
-            "known_labels": _known_summary(problem, labels, zero_shot[0], truth),
+        known = None if problem.known is None else problem.known.numpy() >= 0
+        columns = {"outlier_score": model.outlier_score_}
+        if reject is not None:
+            columns["rejected"] = rejected_rows(model.outlier_score_, reject)
+        run |= solver_summary(model) | {
+            "known_labels": of_others("known", known, labels, zero_shot[0], truth),
+            "rejected": of_others("rejected", columns.get("rejected"), labels, zero_shot[0], truth),
             "n_shots": 0 if problem.support is None else len(problem.support[1]),
             "head": head and head.summary(truth),
             "memory": {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()},
             "seconds": stages.seconds,
             "warnings": warnings,
         }
-        tables = prediction_tables(model.label_distributions_, zero_shot, features, truth)
+        z = model.label_distributions_
+        tables = prediction_tables(z, zero_shot, features, truth, **columns)
         with writing(out):
             save_result(folder, tables, run, model.tensors())
     return run
-
-
-def _solver_summary(model: TransCLIP) -> dict[str, Any]:
-    parameters = requested(model)
-    return {
-        "device": str(model.device_),
-        "n_iter": model.n_iter_,
-        "objective": model.objective_.tolist(),
-        "graph": {"n_neighbors": model.n_neighbors, **model.graph_.info},
-        "backend": model.backend_,
-        "truncation": model.truncation_,
-        "parameters": parameters,
-        "n_effective_classes": model.n_effective_classes_,
-        "config": {
-            **parameters,
-            "kl_weight": model.kl_weight_,
-            "gamma": model.gamma_,
-            "class_cost": model.class_costs_ is not None,
-        },
-    }
-
-
-def _known_summary(
-    problem: Problem, labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray | None
-) -> dict[str, Any] | None:
-    """Number of queries of known class, and what is right of the others; None without any."""
-    if problem.known is None:
-        return None
-    others = problem.known.numpy() < 0
-
-    def right(found: np.ndarray) -> float | None:
-        if truth is None or not others.any():
-            return None
-        return accuracy(found[others], truth[others])
-
-    return {
-        "n_known": int((~others).sum()),
-        "accuracy_of_others": right(labels),
-        "zero_shot_accuracy_of_others": right(zero_shot),
-    }
 
 
 def true_labels(features: Features, n_classes: int) -> np.ndarray | None:
@@ -177,75 +139,3 @@ def check_class_names(features: Features, n_classes: int) -> None:
             f"class_names: {counted(len(names), 'name')} for {counted(n_classes, 'class')}; give "
             "one name a class"
         )
-
-
-def run_summary(
-    kind: str,
-    features: Features,
-    labels: np.ndarray,
-    zero_shot: np.ndarray,
-    truth: np.ndarray | None,
-    means_shape: tuple[int, ...],
-) -> dict[str, Any]:
-    """The part of run.json that all commands share which label rows: labels are (N,) int64."""
-    return {
-        "kind": kind,
-        "accuracy": None if truth is None else accuracy(labels, truth),
-        "zero_shot_accuracy": None if truth is None else accuracy(zero_shot, truth),
-        "n_queries": len(labels),
-        "n_classes": means_shape[0],
-        "dim": means_shape[1],
-        "n_flipped": int((labels != zero_shot).sum()),
-        "size_changes": size_changes(labels, zero_shot, means_shape[0]),
-        "inputs_sha256": features.inputs_sha256(),
-        "maps": features.maps,
-        "class_names": features.class_names,
-        "versions": session.versions(),
-    }
-
-
-def describe_solution(run: dict[str, Any], out: str) -> str:
-    """The run.json of a solve as text."""
-    seconds, truncation = run["seconds"], run["truncation"]
-    lines = [
-        f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
-        f"{counted(run['dim'], 'dimension')}",
-        f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        use_of_classes(run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]),
-        *describe_changes(run["size_changes"], run["class_names"]),
-    ]
-    if truncation is not None:
-        lines.append(
-            f"sparse: {counted(truncation['candidates'], 'candidate')} a row, "
-            f"{truncation['rank']} kept; mass misplaced at most {truncation['mean_bound']:.1e} "
-            f"on average, {truncation['largest_bound']:.1e} in a row"
-        )
-    if run["config"]["gamma"] is not None:
-        source = "as set" if run["parameters"]["gamma"] is not None else "chosen"
-        lines.append(f"few-shot, gamma {run['config']['gamma']} {source}")
-    elif run.get("n_shots"):
-        lines.append(
-            f"zero-shot with {counted(run['n_shots'], 'shot')}: too few of some class for few-shot"
-        )
-    if run["accuracy"] is not None:
-        head = run.get("head")
-        alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""
-        lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot{alone} -> "
-            f"{run['accuracy']:.2f} %"
-        )
-    if (known := run.get("known_labels")) is not None:
-        line = f"{counted(known['n_known'], 'label')} known"
-        if known["accuracy_of_others"] is not None:
-            line += (
-                f"; of the others {known['zero_shot_accuracy_of_others']:.2f} % zero-shot -> "
-                f"{known['accuracy_of_others']:.2f} %"
-            )
-        lines.append(line)
-    built = f"{seconds['graph']:.1f} s" if "graph" in seconds else "reused"
-    graph = f"{describe(run['graph'])}, {built}"
-    lines += [
-        f"graph {graph}, solve {seconds['solve']:.1f} s on {run['device']}",
-        f"written to {out}: predictions.parquet, mixture.safetensors, run.json",
-    ]
-    return "\n".join(lines)

@@ -10,7 +10,8 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch, search_of
 from transclip_fast.cli.head import apply_head, read_choice
-from transclip_fast.cli.solution import describe_solution, solve_features
+from transclip_fast.cli.solution import solve_features
+from transclip_fast.cli.summary import describe_solution
 from transclip_fast.cli.towers import tower_options
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS
@@ -39,6 +40,11 @@ from transclip_fast.types import NeighborGraph
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
 @click.option("--text-map", type=click.Path(), help="Matrix (d, d) that maps the text features.")
 @options.image_map_option
+@click.option(
+    "--reject",
+    type=click.FloatRange(0, 1),
+    help="Share of the rows to mark as none of the classes: those with the highest outlier score.",
+)
 @options.parameter_options
 def command(path: str, out: str, head: str | None, as_json: bool, **values: Any) -> None:
     """Label all rows of FEATURES jointly.
@@ -85,5 +91,14 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
     if head is not None:
         features.origins[head] = head  # if it is a file
         make_head = partial(apply_head, head, stored, values, model, stages)
-    run = solve_features(features, out, model, graph, stages, make_head=make_head, quiet=as_json)
+    run = solve_features(
+        features,
+        out,
+        model,
+        graph,
+        stages,
+        make_head=make_head,
+        reject=values["reject"],
+        quiet=as_json,
+    )
     session.print_summary(run, describe_solution(run, out), as_json)

@@ -1,0 +1,139 @@
+"""run.json of the commands that label rows, and the same as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from transclip_fast.cli import session
+from transclip_fast.cli.graph import describe
+from transclip_fast.cli.options import requested
+from transclip_fast.cli.outlook import describe_changes, size_changes, use_of_classes
+from transclip_fast.cli.session import counted
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.metrics import accuracy
+from transclip_fast.store.features import Features
+
+
+def run_summary(
+    kind: str,
+    features: Features,
+    labels: np.ndarray,
+    zero_shot: np.ndarray,
+    truth: np.ndarray | None,
+    means_shape: tuple[int, ...],
+) -> dict[str, Any]:
+    """The part of run.json that all commands share which label rows: labels are (N,) int64."""
+    return {
+        "kind": kind,
+        "accuracy": None if truth is None else accuracy(labels, truth),
+        "zero_shot_accuracy": None if truth is None else accuracy(zero_shot, truth),
+        "n_queries": len(labels),
+        "n_classes": means_shape[0],
+        "dim": means_shape[1],
+        "n_flipped": int((labels != zero_shot).sum()),
+        "size_changes": size_changes(labels, zero_shot, means_shape[0]),
+        "inputs_sha256": features.inputs_sha256(),
+        "maps": features.maps,
+        "class_names": features.class_names,
+        "versions": session.versions(),
+    }
+
+
+def solver_summary(model: TransCLIP) -> dict[str, Any]:
+    """The part of run.json about how it was solved."""
+    parameters = requested(model)
+    return {
+        "device": str(model.device_),
+        "n_iter": model.n_iter_,
+        "objective": model.objective_.tolist(),
+        "graph": {"n_neighbors": model.n_neighbors, **model.graph_.info},
+        "backend": model.backend_,
+        "truncation": model.truncation_,
+        "parameters": parameters,
+        "n_effective_classes": model.n_effective_classes_,
+        "config": {
+            **parameters,
+            "kl_weight": model.kl_weight_,
+            "gamma": model.gamma_,
+            "class_cost": model.class_costs_ is not None,
+        },
+    }
+
+
+def of_others(
+    name: str,
+    left_out: np.ndarray | None,
+    labels: np.ndarray,
+    zero_shot: np.ndarray,
+    truth: np.ndarray | None,
+) -> dict[str, Any] | None:
+    """How many rows are `left_out` (N,) bool, and the accuracy of the others; None without any."""
+    if left_out is None:
+        return None
+    others = ~left_out
+
+    def right(found: np.ndarray) -> float | None:
+        if truth is None or not others.any():
+            return None
+        return accuracy(found[others], truth[others])
+
+    return {
+        f"n_{name}": int(left_out.sum()),
+        "accuracy_of_others": right(labels),
+        "zero_shot_accuracy_of_others": right(zero_shot),
+    }
+
+
+def describe_solution(run: dict[str, Any], out: str) -> str:
+    """The run.json of a solve as text."""
+    seconds, truncation = run["seconds"], run["truncation"]
+    lines = [
+        f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
+        f"{counted(run['dim'], 'dimension')}",
+        f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
+        use_of_classes(run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]),
+        *describe_changes(run["size_changes"], run["class_names"]),
+    ]
+    if truncation is not None:
+        lines.append(
+            f"sparse: {counted(truncation['candidates'], 'candidate')} a row, "
+            f"{truncation['rank']} kept; mass misplaced at most {truncation['mean_bound']:.1e} "
+            f"on average, {truncation['largest_bound']:.1e} in a row"
+        )
+    if run["config"]["gamma"] is not None:
+        source = "as set" if run["parameters"]["gamma"] is not None else "chosen"
+        lines.append(f"few-shot, gamma {run['config']['gamma']} {source}")
+    elif run.get("n_shots"):
+        lines.append(
+            f"zero-shot with {counted(run['n_shots'], 'shot')}: too few of some class for few-shot"
+        )
+    if run["accuracy"] is not None:
+        head = run.get("head")
+        alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""
+        lines.append(
+            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot{alone} -> "
+            f"{run['accuracy']:.2f} %"
+        )
+    for name, found in (("known", run["known_labels"]), ("rejected", run["rejected"])):
+        if found is not None:
+            lines.append(_describe_others(name, found))
+    built = f"{seconds['graph']:.1f} s" if "graph" in seconds else "reused"
+    graph = f"{describe(run['graph'])}, {built}"
+    lines += [
+        f"graph {graph}, solve {seconds['solve']:.1f} s on {run['device']}",
+        f"written to {out}: predictions.parquet, mixture.safetensors, run.json",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_others(name: str, found: dict[str, Any]) -> str:
+    """What `of_others` found, as text."""
+    line = f"{counted(found[f'n_{name}'], 'label')} {name}"
+    if found["accuracy_of_others"] is None:
+        return line
+    return (
+        f"{line}; of the others {found['zero_shot_accuracy_of_others']:.2f} % zero-shot -> "
+        f"{found['accuracy_of_others']:.2f} %"
+    )
