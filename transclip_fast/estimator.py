@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
-from transclip_fast.data.checks import as_labels, as_unit_rows
+from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
@@ -129,8 +129,8 @@ class TransCLIP(Parameters):
     graph_ : NeighborGraph
         The graph used.
     outlier_score_ : ndarray (N,) float32
-        How little each query and its neighbours look like any class of the list, from 0 to 1: what
-        zero-shot leaves of their probability beside their first class. 0 for known labels.
+        How little each query and its neighbours look like any class, from 0 to 1: what zero-shot
+        leaves of their probability beside the first class. 0 for known labels.
     zero_shot_labels_ : ndarray (N,) int64
     zero_shot_confidences_ : ndarray (N,) float32
         Prediction of the text features alone; without text features, that of the prior.
@@ -223,7 +223,7 @@ class TransCLIP(Parameters):
         InputError
             Input that cannot be used: which, where, and the remedy.
         """
-        if text_features is None and _ndim(y) == 2:
+        if text_features is None and n_dimensions(y) == 2:
             text_features = y
         self.check()
         problem = Problem.check(
@@ -382,24 +382,7 @@ class TransCLIP(Parameters):
             found["class_costs"] = self._class_costs
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
-    # The interface of scikit-learn, which is not a dependency.
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Parameters by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def set_params(self, **params: Any) -> TransCLIP:
-        """Set parameters by name."""
-        known = self.get_params()
-        for name, value in params.items():
-            if name not in known:
-                raise ValueError(f"TransCLIP has no parameter {name!r}; it has {', '.join(known)}")
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"TransCLIP({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+    # Of the interface of scikit-learn, which is not a dependency; the rest is in `Parameters`.
 
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
@@ -413,14 +396,6 @@ class TransCLIP(Parameters):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_mixture")
-
-
-def _ndim(array: Any) -> int:
-    """Number of dimensions of an array, a tensor on any device, nested lists or None."""
-    try:
-        return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
-    except ValueError:  # lists of different lengths, which the check of text features refuses
-        return 2
 
 
 def _solutions(

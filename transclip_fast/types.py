@@ -348,10 +348,7 @@ class Assignments:
         return replace(self, values=self.values[rows], classes=classes, bound=self.bound[rows])
 
     def of_classes(self, classes: torch.Tensor, rank: int) -> Assignments:
-        """
-        Sparse lists of the `rank` largest entries; `classes` (K',), the ones with mass, are
-        numbered anew in their order.
-        """
+        """Lists of the `rank` largest entries, of the `classes` (K',) with mass, numbered anew."""
         if self.classes is None:
             raise TypeError("only lists leave classes out")
         number = torch.zeros(self.n_classes, dtype=torch.int32, device=classes.device)

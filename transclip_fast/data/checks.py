@@ -244,3 +244,11 @@ def _norms(block: torch.Tensor | np.ndarray) -> torch.Tensor:
 def _divided(rows: torch.Tensor, divisors: torch.Tensor) -> torch.Tensor:
     """Rows (n, d) float32 over their divisors (n,), in float64."""
     return (rows.double() / divisors[:, None].to(rows.device)).float()
+
+
+def n_dimensions(array: Any) -> int:
+    """Number of dimensions of an array, a tensor on any device, nested lists or None."""
+    try:
+        return int(array.ndim if hasattr(array, "ndim") else np.asarray(array).ndim)
+    except ValueError:  # lists of different lengths, which the check of text features refuses
+        return 2

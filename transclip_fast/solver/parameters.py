@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.ops import BACKENDS
 from transclip_fast.solver.layout import FORMS, parse_memory
 from transclip_fast.solver.mixture import COVARIANCES
+
+Model = TypeVar("Model", bound="Parameters")
 
 PRECISIONS = ("float32", "float16")
 GAMMAS = (0.002, 0.01, 0.02, 0.2)  # the published grid
@@ -28,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Parameters:
     """The parameters of `transclip_fast.TransCLIP`, which documents each of them."""
 
@@ -84,6 +87,25 @@ class Parameters:
             return self.assignments
         compiled = self.backend in ("numba", "triton") or self.precision == "float16"
         return "sparse" if compiled or self.candidates or self.rank else "auto"
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Parameters by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def set_params(self: Model, **params: Any) -> Model:
+        """Set parameters by name."""
+        known = self.get_params()
+        for name, value in params.items():
+            if name not in known:
+                own = type(self).__name__
+                raise ValueError(f"{own} has no parameter {name!r}; it has {', '.join(known)}")
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        values = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
+        return f"{type(self).__name__}({values})"
 
 
 def check_number(name: str, value: object, minimum: int) -> None:
