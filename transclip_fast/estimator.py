@@ -35,8 +35,8 @@ class TransCLIP(Parameters):
     Transductive classification of the features of a CLIP-like model.
 
     All queries are classified jointly: a Gaussian mixture over the image features, messages
-    between nearest neighbours, and a KL term that ties the assignments to the text prediction. The
-    defaults reproduce the published results.
+    between nearest neighbours, and a KL term that ties the assignments to the text prediction. By
+    default this is the published method, but where few of the classes occur: see `class_cost`.
 
     Parameters
     ----------
@@ -66,9 +66,8 @@ class TransCLIP(Parameters):
         Few-shot only: weight of the labelled rows; by default the best of 0.002, 0.01, 0.02 and
         0.2 on a validation set, or none: see `support_features` of `fit`.
     class_cost : {"auto", True, False}
-        Charge for each class in use, which keeps absent classes from taking rows; "auto" does so
-        where the prior spreads over less than 0.8 of the classes, and is otherwise, as False, the
-        published method. With a gamma, "auto" is False.
+        Charge for each class in use, so that absent classes take no rows; "auto" does so where the
+        prior spreads over less than 0.8 of the classes, and with a gamma never.
     device : str
         "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
