@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Entries of z below this are dropped; the solver accounts for their total mass.
 FLOOR = 1e-4
 MASS_UNITS = 2**30  # of a row: 2^33 rows can be counted
-COUNTED_ROWS = 1 << 14  # at a time
+BLOCK_ROWS = 1 << 14  # of lists that are counted or cut at a time
 
 
 @dataclass(frozen=True)
@@ -311,19 +311,14 @@ class Assignments:
     def __len__(self) -> int:
         return len(self.values)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return len(self.values), self.n_classes
-
     def counts(self) -> torch.Tensor:
         """The mass kept of each class, (K,) float64: the same bits however rows are split."""
         if self.classes is None:
             return self.values.sum(0, dtype=torch.float64)
         total = torch.zeros(self.n_classes, dtype=torch.int64, device=self.values.device)
         # Sums of integers do not depend on their order, which a GPU leaves open.
-        for start in range(0, len(self), COUNTED_ROWS):
-            rows = slice(start, start + COUNTED_ROWS)
+        for start in range(0, len(self), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
             units = (self.values[rows] * MASS_UNITS).long()
             total.scatter_add_(0, self.classes[rows].long().flatten(), units.flatten())
         return total.double() / MASS_UNITS
@@ -353,8 +348,12 @@ class Assignments:
             raise TypeError("only lists leave classes out")
         number = torch.zeros(self.n_classes, dtype=torch.int32, device=classes.device)
         number[classes] = torch.arange(len(classes), dtype=torch.int32, device=classes.device)
-        values, places = self.values.topk(rank, dim=1)
-        kept = number[self.classes.gather(1, places).long()]
+        values = self.values.new_empty(len(self), rank)
+        kept = torch.empty_like(values, dtype=torch.int32)
+        for start in range(0, len(self), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            values[rows], places = self.values[rows].topk(rank, dim=1)
+            kept[rows] = number[self.classes[rows].gather(1, places).long()]
         return replace(self, values=values, classes=kept, n_classes=len(classes))
 
     def take_into(self, rows: torch.Tensor, out: Assignments) -> Assignments:

@@ -109,7 +109,7 @@ def start_from_shots(state: State) -> None:
     )
     _sweeps(state)
     update_moments(state)
-    (n_rows, n_classes), dim = state.z.shape, state.inputs.features.shape[1]
+    n_classes, (n_rows, dim) = state.z.n_classes, state.inputs.features.shape
     cost = ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
     state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
 

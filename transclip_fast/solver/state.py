@@ -134,8 +134,8 @@ class Solution:
         if state.nodes is not None:
             z = z.take_into(state.nodes, out=state.spare)
         if state.in_use is not None and z.classes is not None:
-            classes = state.in_use[z.classes.long()].int()
-            z = replace(z, classes=classes, n_classes=len(state.means()))
+            names = state.in_use.int().index_select(0, z.classes.flatten())
+            z = replace(z, classes=names.view_as(z.classes), n_classes=len(state.means()))
         if state.inputs.known is not None:
             z.bound[state.inputs.known.rows] = 0  # nothing there is misplaced
         return cls(
@@ -192,7 +192,8 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         nodes=nodes,
         device=device,
     )
-    zero = Moments.zero(n_classes, features.shape[1], device)
+    dim = features.shape[1]
+    zero = Moments.zero(n_classes, dim, device)
     return State(
         inputs=inputs,
         settings=settings,
@@ -202,7 +203,7 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         prior_normaliser=normaliser,
         prior_best=prior_best,
         n_effective=n_effective,
-        class_cost=ClassCost.of(n_effective, *z.shape, features.shape[1]) if charged else None,
+        class_cost=ClassCost.of(n_effective, n_rows, n_classes, dim) if charged else None,
         nodes=nodes,
         z=z,
         spare=z.empty_like(),
@@ -271,9 +272,10 @@ def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
     rank = min(settings.truncation.rank, candidates)
     truncation = replace(settings.truncation, candidates=candidates, rank=rank)
     state.settings = replace(settings, truncation=truncation)
+    state.spare = state.z  # so that there are never more than three lists
+    state.base = state.base.lists(len(classes), candidates)
     state.z = state.z.of_classes(classes, rank)
     state.spare = state.z.empty_like()
-    state.base = state.base.lists(len(classes), candidates)
     state.in_use = classes if state.in_use is None else state.in_use[classes]
 
 
