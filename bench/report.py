@@ -58,7 +58,7 @@ def drawn_from(folder: Path) -> dict[str, list[Row]]:
         "graph": [
             row for row in newest("graph", "case", "queries", "dim", folder=folder) if "arms" in row
         ],
-        "stream": newest("stream", "classes", "dim", folder=folder),
+        "stream": newest("stream", "classes", "dim", "present", "published", folder=folder),
     }
 
 

@@ -253,14 +253,28 @@ def prompt_learners(folder: Path) -> str:
 
 def stream(folder: Path) -> str:
     """Tabulate solves of features that stay on disk."""
-    rows = newest("stream", "classes", "dim", folder=folder)
+    rows = newest("stream", "classes", "dim", "present", "published", folder=folder)
     if not rows:
         return "Not recorded yet: `python -m bench.speed.stream`."
-    head = ["N", "K", "d", "time", "time a row", "peak", "planned", "features", "read"]
+    head = [
+        "N",
+        "K",
+        "classes that occur",
+        "d",
+        "class cost",
+        "time",
+        "time a row",
+        "peak",
+        "planned",
+        "features",
+        "read",
+    ]
     cells = []
     for row in rows:
         for n, done in zip(row["queries"], row["sizes"], strict=True):
-            line = [f"{n:,}", f"{row['classes']:,}", str(row["dim"])]
+            present = f"{row['present']:,}" if row.get("present") else "all"
+            cost = {True: "on", False: "off", None: ""}[done.get("class_cost")]
+            line = [f"{n:,}", f"{row['classes']:,}", present, str(row["dim"]), cost]
             line += [seconds(done["seconds"]), f"{1e6 * done['seconds'] / n:.0f} µs"]
             line += [size(done["peak_bytes"]), size(done["planned_bytes"])]
             times = done["read_bytes"] / done["feature_bytes"]

@@ -31,9 +31,16 @@ N_NEIGHBORS = 3
 OWN_CLASS = 0.65  # of neighbours; on real features 62 to 71 % share the zero-shot label
 
 
-def write_problem(queries: int, classes: int, dim: int, folder: Path) -> None:
-    """Write a made problem to `folder`: features in float16 shards, a graph, true labels."""
-    problem = make_problem(queries, classes, dim, dtype=np.float16)
+def write_problem(queries: int, classes: int, dim: int, present: int, folder: Path) -> None:
+    """Write a made problem to `folder`: features in float16 shards, a graph, true labels.
+
+    Only `present` of the classes occur, equally often, if that is not 0.
+    """
+    shares = None
+    if present:
+        chosen = np.random.default_rng(present).permutation(classes)[:present]
+        shares = np.bincount(chosen, minlength=classes) / present
+    problem = make_problem(queries, classes, dim, dtype=np.float16, shares=shares)
     (folder / "img_emb").mkdir(parents=True)
     for number, part in enumerate(np.array_split(problem.features, SHARDS)):
         np.save(folder / "img_emb" / f"img_emb_{number:05}.npy", part)
@@ -56,13 +63,14 @@ def write_problem(queries: int, classes: int, dim: int, folder: Path) -> None:
     np.save(folder / "similarities.npy", similarities)
 
 
-def run_size(folder: str, held: bool) -> dict[str, Any]:
+def run_size(folder: str, held: bool, published: bool) -> dict[str, Any]:
     """Plan and solve the problem in `folder` in this process."""
     place = Path(folder)
     arrays = load_features(place)
     features = arrays.get("image_features")
     graph = NeighborGraph(np.load(place / "neighbors.npy"), np.load(place / "similarities.npy"))
-    model = TransCLIP(device="cpu", assignments="sparse")
+    class_cost = False if published else "auto"
+    model = TransCLIP(device="cpu", assignments="sparse", class_cost=class_cost)
     problem = problem_of(arrays, model)
     if not held:  # exactly the memory of streaming with lists of the usual length
         device = resolve_device("cpu")
@@ -88,6 +96,8 @@ def run_size(folder: str, held: bool) -> dict[str, Any]:
         "feature_bytes": len(features) * features.shape[1] * features.dtype.itemsize,
         "planned_bytes": solve.host,
         "planned_passes": plan.passes,
+        "effective_classes": model.n_effective_classes_,
+        "class_cost": model.class_costs_ is not None,
         "truncation": model.truncation_,
         "accuracy": float((model.transduction_ == labels).mean()),
         "zero_shot_accuracy": float((model.zero_shot_labels_ == labels).mean()),
@@ -104,19 +114,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure every size and return the exit code."""
     sizes = [125_000, 250_000, 500_000, 1_000_000]
     parser = command_line(__spec__, __doc__, queries=sizes, classes=1000, dim=512)
+    parser.add_argument("--present", type=int, default=0, metavar="P", help="classes that occur")
+    parser.add_argument("--published", action="store_true", help="without the class cost")
     options = parser.parse_args(arguments)
     found: list[dict[str, Any]] = []
     for queries in options.queries:
         with tempfile.TemporaryDirectory() as folder:
-            write_problem(queries, options.classes, options.dim, Path(folder))
+            write_problem(queries, options.classes, options.dim, options.present, Path(folder))
 
             def run(held: bool, folder: str = folder) -> Any:
-                return run_isolated("bench.speed.stream:run_size", folder=folder, held=held)
+                given = {"folder": folder, "held": held, "published": options.published}
+                return run_isolated("bench.speed.stream:run_size", **given)
 
             found.append(run(held=False))
             same = queries != options.queries[0] or run(held=True)["sha256"] == found[0]["sha256"]
         last = found[-1]
-        if last["held"] or not same or last["accuracy"] <= last["zero_shot_accuracy"]:
+        worse = last["accuracy"] <= last["zero_shot_accuracy"] and not options.published
+        if last["held"] or not same or worse:
             print(f"not a result to time: {last}, the same bits as held: {same}")
             return 1
         print_row(queries, last)
