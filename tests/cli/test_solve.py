@@ -321,17 +321,8 @@ def test_heads_beside_known_labels(save, arrays, done, tmp_path):
 
 
 def test_rejected_rows_are_marked(save, arrays, cli, tmp_path):
-    file, out = save(arrays), tmp_path / "result"
-    ran = cli(
-        "solve",
-        file,
-        "--out",
-        out,
-        "--reject",
-        "0.1",
-        "--known-labels",
-        known_file(arrays, tmp_path),
-    )
+    file, out, known = save(arrays), tmp_path / "result", known_file(arrays, tmp_path)
+    ran = cli("solve", file, "--out", out, "--reject", "0.1", "--known-labels", known)
     run, table = read(out)
     scores, rejected, labels, truth = (
         table[name].to_numpy() for name in ("outlier_score", "rejected", "label", "true_label")
@@ -349,6 +340,10 @@ def test_rejected_rows_are_marked(save, arrays, cli, tmp_path):
     assert run["rejected"] is None
     assert "rejected" not in table.column_names
     assert cli("solve", file, "--out", out, "--reject", "1.5").code == 2
+    ran = cli("solve", file, "--out", out, "--reject", "nan")
+    assert (ran.code, ran.err) == (2, "error: --reject: must be a share between 0 and 1, got nan\n")
+    assert cli("solve", file, "--out", out, "--reject", "1", "--known-labels", known).code == 0
+    assert read(out)[0]["rejected"]["n_rejected"] == 72  # not those that are known
 
 
 def known_file(arrays, folder):

@@ -14,7 +14,7 @@ from transclip_fast import InputError, TransCLIP
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.ops.numba_backend import NumbaOps
 from transclip_fast.ops.torch_backend import TorchOps
-from transclip_fast.solver import loop
+from transclip_fast.solver import loop, state
 from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -229,6 +229,30 @@ def test_absent_classes_leave_the_lists(few, backend, monkeypatch):
     np.testing.assert_allclose(model.means_[used], whole.means_[used], atol=1e-3)
     np.testing.assert_allclose(model.class_costs_, whole.class_costs_, atol=0.1)
     np.testing.assert_allclose(model.objective_, whole.objective_, rtol=1e-3)
+
+
+def test_a_cost_of_few_nats_drops_nothing(few, monkeypatch):
+    """Such a class may come back."""
+    features, prototypes, _ = few(n=300, k=200, noise=0.02)
+    monkeypatch.setattr(state, "ABSENT_NATS", 1e3)
+    monkeypatch.setattr(state, "keep_classes", None)
+    TransCLIP(device="cpu", class_cost=True, candidates=64).fit(features, prototypes)
+
+
+def test_many_classes_leave_a_long_list():
+    """Blocks of rows are longer after most of 12,000 classes have left."""
+    draw = np.random.default_rng(0)
+    prototypes = unit(draw.normal(size=(12_000, 64))).astype(np.float32)
+    labels = draw.integers(20, size=600)
+    features = unit(prototypes[labels] + 0.05 * draw.normal(size=(600, 64))).astype(np.float32)
+    values = {"device": "cpu", "assignments": "sparse", "max_iter": 3}
+    models = [
+        TransCLIP(**values, backend=backend).fit(features, prototypes)
+        for backend in ("torch", "numba")
+    ]
+    for model in models:
+        np.testing.assert_array_equal(model.transduction_, labels)
+    np.testing.assert_allclose(models[0].means_[:20], models[1].means_[:20], atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [20, 200])

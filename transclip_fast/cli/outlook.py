@@ -12,7 +12,7 @@ from transclip_fast.solver.class_cost import effective_classes, is_charged
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Problem
 
-SAMPLE_ENTRIES = 1 << 22  # of the prior, worth computing twice
+SAMPLE_ENTRIES = 1 << 22  # of the prior and of the rows that it is of, worth computing twice
 RARE = 0.05  # of a fair share of the rows
 NAMED = 3  # classes of a line
 
@@ -25,7 +25,8 @@ def class_name(k: int, names: Sequence[str] | None) -> str:
 def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     """What the prior of some rows says about the classes, as JSON."""
     n_classes = problem.prior.n_classes
-    log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // n_classes))
+    widest = max(n_classes, problem.features.shape[1])
+    log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // widest))
     shares = log_prior.double().exp().mean(0)
     effective = effective_classes(shares)
     few_shot = None not in problem.gammas(parameters)

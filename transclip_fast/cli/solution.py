@@ -106,6 +106,8 @@ def solve_features(
         columns = {"outlier_score": model.outlier_score_}
         if reject is not None:
             columns["rejected"] = rejected_rows(model.outlier_score_, reject)
+            if known is not None:
+                columns["rejected"] &= ~known
         run |= solver_summary(model) | {
             "known_labels": of_others("known", known, labels, zero_shot[0], truth),
             "rejected": of_others("rejected", columns.get("rejected"), labels, zero_shot[0], truth),

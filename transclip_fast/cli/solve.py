@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -72,6 +73,8 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
       transclip-fast solve features --head coop.safetensors --out result
     """
     stages, image_map = session.Stages(), values["image_map"]
+    if values["reject"] is not None and math.isnan(values["reject"]):  # in any range, for click
+        raise InputError("--reject: must be a share between 0 and 1, got nan")
     model = options.model_of(values)
     stored = None if head is None else read_choice(head)
     with stages.time("load"):

@@ -40,7 +40,7 @@ class TorchOps:
     def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
         self._affinity, self._nodes = affinity, nodes
         self._cut: list[tuple[slice, Affinity]] = []
-        self._centred: dict[int, torch.Tensor] = {}  # blocks of few features, by their first row
+        self._centred: dict[tuple[int, int], torch.Tensor] = {}  # blocks of few rows
 
     @staticmethod
     def start(
@@ -177,12 +177,12 @@ class TorchOps:
         for rows in blocks(len(z), read_rows(device)):
             read, kept = features[rows], z.take(self._nodes_of(rows))
             for block in blocks(len(read), gemm_rows(device, n_classes)):
-                first = rows.start + block.start
-                centred = self._centred.get(first)
+                ends = rows.start + block.start, rows.start + block.stop
+                centred = self._centred.get(ends)
                 if centred is None:
                     centred = read[block] - centre
                     if len(z) * len(centre) <= KEPT_ENTRIES:
-                        self._centred[first] = centred
+                        self._centred[ends] = centred
                 _add_class_sums(kept.take(block), centred, sums, counts)
         sums.addr_(counts, centre.double())
         return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)

@@ -22,6 +22,7 @@ from transclip_fast.types import Assignments, NeighborGraph, Scores
 
 # The likelihood term of M shots weighs 50 gamma N / M times that of N queries.
 SUPPORT_SCALE = 50.0
+ABSENT_NATS = 5.0  # cost from which a class without mass is left out
 
 
 @dataclass
@@ -242,17 +243,20 @@ def drop_absent_classes(state: State) -> None:
     """
     Leave out the classes without mass once they are half of all: products and lists get smaller.
 
-    The class cost holds them down by tens of nats, so they do not come back.
+    They are 9 nats below the best class of every row, and the class cost holds them down.
     """
+    cost, truncation = state.class_cost, state.settings.truncation
     linear = isinstance(state.inputs.prior, LinearPrior) and state.inputs.support is None
-    if state.class_cost is None or state.z.classes is None or not linear:
+    if cost is None or cost.weight < ABSENT_NATS or truncation is None or not linear:
         return
     counts = state.moments.counts
     classes = counts.nonzero()[:, 0]
     if 2 * len(classes) <= len(counts):
-        some = state.base.values[evenly_spaced_rows(len(state.z), PRIOR_SAMPLE_ROWS, counts.device)]
-        most = min(state.base.values.shape[1], len(classes))
-        keep_classes(state, classes, needed_candidates(some, len(state.z), most))
+        candidates = min(state.base.values.shape[1], len(classes))
+        if truncation.floor:  # else every entry is to stay
+            rows = evenly_spaced_rows(len(state.z), PRIOR_SAMPLE_ROWS, counts.device)
+            candidates = needed_candidates(state.base.values[rows], len(state.z), candidates)
+        keep_classes(state, classes, candidates)
 
 
 def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
