@@ -133,7 +133,7 @@ def test_some_classes_of_many():
 
 
 def test_outlier_scores_average_over_neighbors():
-    """Row 0 hears rows 1 and 2, row 1 row 0, row 2 nobody; three times."""
+    """Row 0 has the neighbours 1 and 2, row 1 has row 0, row 2 has none; three times."""
     neighbors = np.array([[1, 2], [0, -1], [-1, -1]])
     average = np.array([[1, 1, 1], [1.5, 1.5, 0], [0, 0, 3]]) / 3
     confidences = np.array([0.9, 0.5, 0.2], np.float32)

@@ -87,8 +87,8 @@ def outlier_scores(confidences: np.ndarray, neighbors: np.ndarray) -> np.ndarray
     scores = 1 - confidences.astype(np.float32)
     present = neighbors >= 0
     for _ in range(AVERAGES):
-        heard = np.where(present, scores[neighbors], 0)
-        scores = (scores + heard.sum(1)) / (1 + present.sum(1))
+        received = np.where(present, scores[neighbors], 0)
+        scores = (scores + received.sum(1)) / (1 + present.sum(1))
     found: np.ndarray = scores.astype(np.float32)
     return found
 

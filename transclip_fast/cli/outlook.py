@@ -23,7 +23,7 @@ def class_name(k: int, names: Sequence[str] | None) -> str:
 
 
 def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
-    """What the prior of some rows says about the classes, as JSON."""
+    """K_eff and the rare classes by the prior of some rows, as JSON."""
     n_classes = problem.prior.n_classes
     widest = max(n_classes, problem.features.shape[1])
     log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // widest))
