@@ -121,13 +121,13 @@ def draw_graph(figure: Figure, rows: Rows) -> None:
     names = [GRAPH_ARMS[arm].replace("`", "") for arm in row["arms"]]
     drawn = axes.barh(names, values)
     for bar, arm in zip(drawn, row["arms"], strict=True):
-        bar.set_color(OTHER if arm.startswith("faiss") else OURS)
-    texts = [f"{arm['median']:.2f} s, recall {arm['recall']:.4f}" for arm in row["arms"].values()]
+        bar.set_color(OTHER if arm.startswith("faiss_") else OURS)
+    texts = [f"{arm['median']:.2f}, recall {arm['recall']:.4f}" for arm in row["arms"].values()]
     axes.bar_label(drawn, texts, padding=3)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set_xlim(0, 1.45 * max(values))
-    axes.set_xlabel("seconds, median")
+    axes.set_xlabel("core-seconds, one thread, median")
     sizes = f"{row['queries']:,} images, d = {row['dim']}"
     figure.suptitle(f"Three neighbours of {sizes} ({machine(rows)})", fontsize=10)
 

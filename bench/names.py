@@ -21,12 +21,14 @@ SPARSE_ARMS = {
     "gemms": "the eleven products F P^T alone",
 }
 GRAPH_ARMS = {
-    "faiss_exact": "FAISS, exact",
-    "faiss_ivf": "FAISS, IVF",
-    "exact": "`--method exact`",
-    "ivf": "`--method ivf`",
-    "anchored_texts": "`--method anchored`, texts as anchors",
-    "anchored_means": "the same, class means as anchors",
+    "faiss_exact avx2": "FAISS `knn`, AVX2",
+    "faiss_exact avx512": "FAISS `knn`, AVX-512",
+    "faiss_ivf avx2": "FAISS `IndexIVFFlat`, AVX2",
+    "faiss_ivf avx512": "FAISS `IndexIVFFlat`, AVX-512",
+    "faiss_big_batch avx2": "FAISS `big_batch_search`, AVX2",
+    "faiss_big_batch avx512": "FAISS `big_batch_search`, AVX-512",
+    "exact": "`--search exact`",
+    "faiss": "`--search faiss`",
 }
 # Of `bench.accuracy.prompt_learners`.
 LEARNERS = {

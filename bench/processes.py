@@ -32,9 +32,13 @@ class Process:
     ----------
     threads : int, optional
         Threads of each of its libraries; None leaves the number to each library.
+    environment : dict, optional
+        More variables of its environment.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, environment: dict[str, str] | None = None
+    ) -> None:
         limits = {} if threads is None else dict.fromkeys(THREADS, str(threads))
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         answers, writing_end = os.pipe()
@@ -42,7 +46,7 @@ class Process:
         call = f"from bench.processes import answer_calls; answer_calls({writing_end})"
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter with arguments of ours
             [sys.executable, "-c", call],
-            env={**os.environ, "PYTHONPATH": path, **limits},
+            env={**os.environ, "PYTHONPATH": path, **limits, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,

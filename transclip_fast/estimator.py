@@ -253,17 +253,16 @@ class TransCLIP(Parameters):
     ) -> TransCLIP:
         """`fit`, with its arrays checked and its settings resolved."""
         inputs, gammas = problem.load(settings), problem.gammas(settings.parameters)
-        graph = self._graph(graph, inputs.features, problem.anchors)
+        graph = self._graph(graph, inputs.features)
         with progress_bar("solve", "rows") if self.verbose else nullcontext() as show:
             report = progress if show is None else shown_on(show, progress)
             solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
             solution = max(solutions, key=lambda run: run.accuracy(inputs.validation))
         return self._keep(solution, inputs, settings, graph)
 
-    def _graph(self, graph: GraphSource, features: Rows, anchors: Any) -> NeighborGraph:
+    def _graph(self, graph: GraphSource, features: Rows) -> NeighborGraph:
         if graph is None:
-            device = features.device
-            graph = build_graph(features, self.n_neighbors, anchors=anchors, device=device)
+            graph = build_graph(features, self.n_neighbors)
         elif not isinstance(graph, NeighborGraph):
             if not callable(graph):
                 raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")

@@ -40,7 +40,7 @@ class NeighborGraph:
     similarities : ndarray (N, k) float32
         Inner products with the neighbours.
     info : mapping
-        How the lists were made: at least `method` and `recall`.
+        How the lists were made: at least `search` and `recall`.
 
     Examples
     --------

@@ -68,7 +68,7 @@ def measure(
     features: np.ndarray, prototypes: np.ndarray, labels: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """Return accuracy in percent and share of changed labels of zero-shot and every variant."""
-    graph = build_graph(features.astype(np.float32), K, method="exact")
+    graph = build_graph(features.astype(np.float32), K, search="exact")
     found: dict[str, np.ndarray] = {}
     for name, (parameters, edges) in VARIANTS.items():
         model = TransCLIP(device="cpu", **parameters)

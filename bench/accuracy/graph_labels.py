@@ -43,7 +43,7 @@ def lossy(graph: NeighborGraph, wider: NeighborGraph, recall: float, seed: int) 
 
 def variants(features: np.ndarray) -> dict[str, tuple[dict[str, Any], NeighborGraph]]:
     """Return parameters and graph of every row of the table."""
-    graphs = {k: build_graph(features, k, method="exact") for k in (1, 2, 3, 5, 10, 20)}
+    graphs = {k: build_graph(features, k, search="exact") for k in (1, 2, 3, 5, 10, 20)}
     found: dict[str, tuple[dict[str, Any], NeighborGraph]] = {"default": ({}, graphs[K])}
     for k, graph in graphs.items():
         if k != K:
@@ -52,11 +52,8 @@ def variants(features: np.ndarray) -> dict[str, tuple[dict[str, Any], NeighborGr
             found[f"mutual of {k}"] = ({"n_neighbors": k}, mutual(graph))
     found["clamp_similarity"] = ({"clamp_similarity": True}, graphs[K])
     found["graph_mode directed"] = ({"graph_mode": "directed"}, graphs[K])
-    for method in ("ivf", "anchored"):
-        graph = build_graph(
-            features, K, method=method, recall=0.99, anchors=features[:: len(features) // 40]
-        )
-        found[f"{method}, recall {graph.info['recall']:.4f}"] = ({}, graph)
+    graph = build_graph(features, K, search="faiss", recall=0.99)
+    found[f"faiss, recall {graph.info['recall']:.4f}"] = ({}, graph)
     for seed in range(3):
         found[f"1 % missed, draw {seed}"] = ({}, lossy(graphs[K], graphs[10], 0.99, seed))
     return found

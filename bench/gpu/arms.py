@@ -25,7 +25,7 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph import exact as exact_search
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
-from transclip_fast.graph.rerank import SPARE_CANDIDATES, BestLists
+from transclip_fast.graph.candidates import SPARE_CANDIDATES, Candidates
 from transclip_fast.ops import backend_class
 from transclip_fast.types import LinearScore
 
@@ -151,17 +151,17 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
     (few, some, n), device = sizes, suite.gpu.device
     features = made_problem(n, max(2, min(1000, n // 8)), d, device)[0]
     own = Rows(features[evenly_spaced_rows(n, few, device)], device=device)
-    graph = build_graph(own, 3, method="exact")
+    graph = build_graph(own, 3, search="exact")
     with setting(exact_search, "certifiable", lambda rows, size: False):
-        exact = build_graph(own, 3, method="exact")
+        exact = build_graph(own, 3, search="exact")
     differ = float((graph.neighbors != exact.neighbors).mean())
     off = float(np.abs(graph.similarities - exact.similarities).max())
     suite.check("graph, other neighbours than exact search", differ, 0.0, rows=few, dim=d)
     suite.check("graph, their similarities", off, 0.0, rows=few, dim=d)
 
     def search(rows: Rows) -> int:
-        best = BestLists(len(rows), 3 + SPARE_CANDIDATES, rows.device)
-        return exact_search.search_certified(rows, best, 3, lambda *_: None, NoCheckpoint())
+        found = Candidates.empty(len(rows), 3 + SPARE_CANDIDATES, rows.device)
+        return exact_search.search_certified(rows, found, 3, lambda *_: None, NoCheckpoint())
 
     small = Rows(features[:some].contiguous(), device=device)
     half = small.half()[:]

@@ -79,7 +79,7 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     device = FORMS[request.param]
     problem = make_problem(N, K, D)
     truncation = Truncation(CANDIDATES, CANDIDATES) if form == "sparse" else None
-    graph = build_graph(problem.features, N_NEIGHBORS, method="exact")
+    graph = build_graph(problem.features, N_NEIGHBORS, search="exact")
     near = affinity(graph, device=device)
     ops = backend_class(backend)(near)
     features, prototypes = (
@@ -230,7 +230,7 @@ def test_neighbours(backend: str, benchmark: Any, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(exact, "certifiable", lambda *_: False)
 
     def run() -> Any:
-        return build_graph(rows, N_NEIGHBORS, method="exact", device=device).neighbors
+        return build_graph(rows, N_NEIGHBORS, search="exact", device=device).neighbors
 
     cosine = rows.double() @ rows.double().T
     cosine.fill_diagonal_(-torch.inf)

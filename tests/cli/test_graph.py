@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.test_solve import read
 from transclip_fast.cli import graph as graph_command
-from transclip_fast.graph import exact
+from transclip_fast.graph import approximate, exact
 from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -33,7 +33,7 @@ def test_contents(graph, arrays):
     manifest = json.loads((graph / "manifest.json").read_text())
     assert manifest["features_sha256"] == array_sha256(arrays["image_features"])
     assert (manifest["n_rows"], manifest["n_neighbors"], manifest["recall"]) == (77, 3, 1.0)
-    assert manifest["method"].startswith("exact")
+    assert manifest["search"] == "exact"
 
 
 def test_json(save, arrays, succeeds, tmp_path):
@@ -133,19 +133,21 @@ def test_bad_rows(row, expected, arrays, save, refused, tmp_path):
     assert f"features.npz: image_features: {expected}" in message
 
 
-@pytest.mark.parametrize("method", ["ivf", "anchored"])
-def test_approximate(method, save, arrays, succeeds, tmp_path):
-    """Its recall is in the manifest, in run.json and on screen; anchors are the text features."""
+@pytest.mark.parametrize("index", [None, "IVF8,Flat"])
+def test_approximate(index, save, arrays, succeeds, tmp_path):
+    """Its recall and index are in the manifest, in run.json and on screen."""
     features, folder = save(arrays), tmp_path / "graph"
-    shown = succeeds("graph", features, "--method", method, "--recall", 0.9, "--out", folder)
+    search = ("--search", "faiss", "--recall", 0.9, *(("--index", index) if index else ()))
+    shown = succeeds("graph", features, *search, "--out", folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["method"] == method
+    assert manifest["search"] == "faiss"
     assert manifest["recall"] >= 0.9
-    assert f"{method}, {manifest['probes']} of {manifest['lists']} lists a row" in shown
+    assert manifest["index"] == index or index is None
+    lists = f"{manifest['probes']} of {manifest['lists']} lists a row"
+    assert f"faiss, {manifest['index']}, {lists}" in shown
     assert f"recall {manifest['recall']:.4f} on 77 rows" in shown
     succeeds("solve", features, "--graph", folder, "--out", tmp_path / "given")
-    succeeds("solve", features, "--graph-method", method, "--recall", 0.9, "--out",
-             tmp_path / "made")  # fmt: skip
+    succeeds("solve", features, *search, "--out", tmp_path / "made")
     given, made = (
         json.loads((tmp_path / name / "run.json").read_text())["graph"]
         for name in ("given", "made")
@@ -156,20 +158,30 @@ def test_approximate(method, save, arrays, succeeds, tmp_path):
     }
 
 
-def test_anchors_from_a_file(save, arrays, succeeds, refused, tmp_path):
-    np.save(tmp_path / "images.npy", arrays["image_features"])
-    np.save(tmp_path / "text.npy", arrays["text_features"])
-    command = ("graph", tmp_path / "images.npy", "--method", "anchored", "--out", tmp_path / "g")
-    assert "anchored: needs anchors" in refused(*command)
-    shown = succeeds(*command, "--anchors", tmp_path / "text.npy", "--json")
-    assert json.loads(shown)["method"] == "anchored"
+def test_a_saved_index_is_searched_again(save, arrays, succeeds, refused, tmp_path):
+    features, index = save(arrays), tmp_path / "image.index"
+    search = ("--search", "faiss", "--save-index", index)
+    succeeds("graph", features, *search, "--out", tmp_path / "first")
+    succeeds("graph", features, "--index", index, "--out", tmp_path / "second")
+    for name in ("neighbors.npy", "similarities.npy"):
+        first, second = ((tmp_path / run / name).read_bytes() for run in ("first", "second"))
+        assert first == second
+    manifest = json.loads((tmp_path / "second" / "manifest.json").read_text())
+    assert manifest["index"] == str(index)
+    arrays["image_features"] = arrays["image_features"][::-1]
+    message = refused("graph", save(arrays), "--index", index, "--out", tmp_path / "third")
+    assert f"{index}: holds other rows than the features, or in another order" in message
+    missing = tmp_path / "none.index"
+    message = refused("graph", features, "--index", missing, "--out", tmp_path / "third")
+    assert f"{missing}: no such file" in message
 
 
-@pytest.mark.parametrize("method", ["exact", "ivf"])
-def test_a_killed_search_goes_on(method, save, arrays, cli, succeeds, tmp_path, monkeypatch):
+@pytest.mark.parametrize("search", ["exact", "faiss"])
+def test_a_killed_search_goes_on(search, save, arrays, cli, succeeds, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_command, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(exact, "FEW_ROWS", 0)  # a search of few rows keeps no state
-    command = ("graph", save(arrays), "--method", method, "--out")
+    monkeypatch.setattr(exact, "STEP_ROWS", 30)
+    monkeypatch.setattr(approximate, "BATCH_BLOCKS", 2)
+    command = ("graph", save(arrays), "--search", search, "--out")
     succeeds(*command, tmp_path / "whole")
     keep, kept = FileCheckpoint.keep, []
 

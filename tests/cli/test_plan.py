@@ -26,7 +26,7 @@ def test_of_sizes(succeeds):
     assert stages["graph"]["disk"] == 12 * 3 * 50_000
     assert stages["solve"]["disk"] == 2 * 50_000 * 64 + 11 * 40 * 50_000
     assert stages["solve"]["work"] == 12 * 2 * 50_000 * 300 * 64
-    assert found["graph"] == "anchored"
+    assert found["graph"] == "faiss"
     assert found["peak"] == max(stage["host"] for stage in found["stages"]) <= found["limit"]
     text = succeeds("plan", *shape)
     assert "50,000 rows, 300 classes, 64 dimensions, 3 neighbours" in text
@@ -84,11 +84,11 @@ def test_solve_says_it_first(save, arrays, succeeds, tmp_path):
 
 
 def test_the_memory_of_a_search_counts(refused, succeeds):
-    shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 64, "--candidates", 32)
+    shape = ("--queries", 2_000_000, "--classes", 4, "--dim", 512)
     message = refused("plan", *shape, "--memory", "4GiB")
-    assert "memory: searching the neighbours of 2,000,000 rows needs 5.49 GiB" in message
-    assert "what fits: --memory 6GiB, or --graph with neighbours" in message
-    assert plan_of(succeeds, *shape, "--memory", "6GiB")["peak"] <= 6 << 30
+    assert "memory: searching the neighbours of 2,000,000 rows needs 4.23 GiB" in message
+    assert "what fits: --memory 5GiB, or --graph with neighbours" in message
+    assert plan_of(succeeds, *shape, "--memory", "5GiB")["peak"] <= 5 << 30
 
 
 @pytest.mark.parametrize("command", ["plan", "solve"])

@@ -64,7 +64,7 @@ def test_summary_and_predictions(solved, arrays):
     assert run["zero_shot_accuracy"] == round(100 * (model.zero_shot_labels_ == labels).mean(), 4)
     assert (run["n_queries"], run["n_classes"], run["dim"]) == (77, 6, 33)
     assert run["n_flipped"] == (model.transduction_ != model.zero_shot_labels_).sum() > 0
-    assert run["graph"].keys() >= {"method", "recall"}
+    assert run["graph"].keys() >= {"search", "recall"}
     assert run["seconds"].keys() >= {"load", "graph", "solve"}
     assert run["versions"]["torch"] == torch.__version__.split("+")[0]
     assert run["config"]["n_neighbors"] == 3

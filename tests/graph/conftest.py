@@ -1,4 +1,4 @@
-"""Searches run with both kinds of products, whatever this CPU is fast at."""
+"""Exact searches run with both kinds of products, whatever this CPU is fast at."""
 
 import pytest
 
@@ -8,4 +8,3 @@ def products(request, monkeypatch):
     int8 = request.param == "int8"
     monkeypatch.setattr("transclip_fast.graph.exact.multiplies_bytes", lambda dim: int8)
     monkeypatch.setattr("transclip_fast.graph.exact.INT8_PRODUCTS", 0)
-    monkeypatch.setattr("transclip_fast.graph.exact.INT8_BLOCK_PRODUCTS", 1)

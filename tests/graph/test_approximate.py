@@ -1,4 +1,4 @@
-"""Approximate search, and every method on awkward features, against a float64 sort of all pairs."""
+"""Approximate search, and every search on awkward features, against a float64 sort of all pairs."""
 
 import numpy as np
 import pytest
@@ -9,18 +9,24 @@ from hypothesis import strategies as st
 from tests.conftest import unit
 from tests.graph.test_exact import brute_force
 from transclip_fast import InputError
-from transclip_fast.graph import build, exact, search
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph import approximate, build, centres, exact, faiss_index, recall
 from transclip_fast.graph.build import build_graph
 
-METHODS = ("exact", "ivf", "anchored")
+SEARCHES = ("exact", "faiss")
 pytestmark = pytest.mark.usefixtures("products")
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
-    monkeypatch.setattr(exact, "FEW_ROWS", 0)
-    monkeypatch.setattr(search, "BLOCK_PRODUCTS", 512)
+    monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 50)
+    monkeypatch.setattr(exact, "STEP_ROWS", 100)
+    monkeypatch.setattr(approximate, "BLOCK_PRODUCTS", 512)
+    monkeypatch.setattr(approximate, "BATCH_BLOCKS", 9)
+    monkeypatch.setattr(approximate, "PANEL_ROWS", 60)
+    monkeypatch.setattr(approximate, "STEP_ROWS", 300)
+    monkeypatch.setattr(centres, "BLOCK_ROWS", 33)
 
 
 def clustered(n, k, d=16, noise=0.5, seed=0):
@@ -43,27 +49,31 @@ def true_recall(graph, features):
     return hits.mean(), (expected - found).mean()
 
 
-@pytest.mark.parametrize("method", ["ivf", "anchored"])
+@pytest.mark.parametrize("index", [None, "IVF16,Flat", "IVF16,SQfp16", "IVF16,SQ8", "HNSW8"])
 @pytest.mark.parametrize("target", [0.5, 0.9, 0.99, 1.0])
-def test_recall_is_reached_and_true_where_all_rows_are_sampled(method, target):
-    features, centres = clustered(700, 40)
-    graph = build_graph(features, 3, method=method, anchors=centres, recall=target)
+def test_recall_is_reached_and_true_where_all_rows_are_sampled(index, target):
+    features, _ = clustered(700, 40)
+    graph = build_graph(features, 3, search="faiss", index=index, recall=target)
     graph.check(700, 3)
     expected, shortfall = true_recall(graph, features)
     info = graph.info
-    assert info["method"] == method
+    assert info["search"] == "faiss"
     assert info["recall_target"] == target
     assert info["recall_rows"] == 700
     assert info["recall"] == pytest.approx(expected, abs=1e-12)
     assert info["recall"] >= target
     assert info["weight_error"] == pytest.approx(shortfall, abs=1e-9)
-    assert 1 <= info["probes"] <= info["lists"] < 700
+    if index is None:
+        assert info["index"] == f"IVF{info['lists']},Flat"
+        assert 1 <= info["probes"] <= info["lists"] < 700
+    else:
+        assert info["index"] == index
 
 
 def test_more_recall_takes_more_probes():
     features, _ = clustered(700, 40, noise=2)
     probes = [
-        build_graph(features, 3, method="ivf", recall=target).info["probes"]
+        build_graph(features, 3, search="faiss", recall=target).info["probes"]
         for target in (0, 0.95, 1)
     ]
     assert probes[0] == 1
@@ -71,37 +81,66 @@ def test_more_recall_takes_more_probes():
     assert probes[1] < probes[2]
 
 
+@pytest.mark.parametrize("target", [0.3, 0.9, 0.97, 1.0])
+def test_as_few_probes_as_reach_the_recall(target):
+    """The lower bound of their recall is above the target, and one list less would miss it."""
+    features, _ = clustered(600, 30, noise=1.5)
+    rows = Rows(features)
+    middles = centres.kmeans_centres(rows)
+    sample = recall.RecallSample.draw(rows, 3)
+    order = np.argsort(-features.astype(float) @ middles.numpy().T.astype(float), axis=1)
+    lists = order[:, 0]
+    truth, _ = brute_force(features, features, 3)
+
+    def lower_bound(probes):
+        found = (order[:, :probes, None] == lists[truth][:, None]).any(1).mean()
+        return found - 1.645 * np.sqrt(found * (1 - found) / truth.size)
+
+    probes = sample.probes(middles, torch.from_numpy(lists[sample.neighbors.numpy()]), target)
+    assert lower_bound(probes) >= target
+    assert probes == 1 or lower_bound(probes - 1) < target
+
+
 def test_a_sample_of_the_rows(monkeypatch):
-    monkeypatch.setattr(build, "RECALL_SAMPLE_ROWS", 200)
+    monkeypatch.setattr(recall, "SAMPLE_ROWS", 200)
     features, _ = clustered(900, 40)
-    graph = build_graph(features, 3, method="ivf", recall=0.95)
+    graph = build_graph(features, 3, search="faiss", recall=0.95)
     assert graph.info["recall_rows"] == 200
     assert abs(graph.info["recall"] - true_recall(graph, features)[0]) < 0.05
 
 
-def test_auto_goes_by_size(monkeypatch):
-    features, centres = clustered(300, 10)
-    assert build_graph(features).info == {"method": "exact", "recall": 1.0}
-    monkeypatch.setattr(build, "EXACT_ROWS", 299)
-    assert build_graph(features).info["method"] == "ivf"
-    assert build_graph(features, anchors=centres).info["method"] == "anchored"
+def test_auto_goes_by_size_and_by_what_is_installed(monkeypatch):
+    features, _ = clustered(300, 10)
+    assert build_graph(features).info == {"search": "exact", "recall": 1.0}
+    monkeypatch.setitem(build.EXACT_ROWS, "cpu", 299)
+    assert build_graph(features).info["search"] == "faiss"
+    monkeypatch.setattr(faiss_index, "faiss_installed", lambda: False)
+    with pytest.warns(UserWarning, match="FAISS is not installed: all pairs"):
+        assert build_graph(features).info["search"] == "exact"
 
 
-@pytest.mark.parametrize("n_anchors", [1, 3, 400])
-def test_any_number_of_anchors(n_anchors):
-    """One class swallows all, or most attract nothing."""
-    features, _ = clustered(800, 40)
-    anchors = unit(np.random.default_rng(1).normal(size=(n_anchors, 16)))
-    graph = build_graph(features, 3, method="anchored", anchors=anchors, recall=0.99)
-    assert true_recall(graph, features)[0] >= 0.99
+def test_the_nearest_centres_are_those_of_float64():
+    """Where float32 cannot tell two centres apart, too."""
+    rng = np.random.default_rng(0)
+    middles = unit(rng.normal(size=(30, 64)))
+    middles = unit(np.concatenate([middles, middles + 1e-7 * rng.normal(size=(30, 64))]))
+    features = unit(middles[rng.integers(60, size=500)] + 0.3 * rng.normal(size=(500, 64)))
+    features, middles = features.astype(np.float32), middles.astype(np.float32)
+    truth = np.argsort(-features.astype(float) @ middles.T.astype(float), axis=1, kind="stable")
+    for size in (1, 2, 7, 60, 99):
+        found = centres.nearest_centres(
+            torch.from_numpy(features), torch.from_numpy(middles), size
+        ).numpy()
+        np.testing.assert_array_equal(found[:, 0], truth[:, 0])
+        np.testing.assert_array_equal(np.sort(found, 1), np.sort(truth[:, :size], 1))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_thousands_of_copies(method):
+@pytest.mark.parametrize("search", SEARCHES)
+def test_thousands_of_copies(search):
     """Each has other copies as its neighbours, and the rest keeps its own."""
-    features, centres = clustered(300, 10)
+    features, _ = clustered(300, 10)
     features = np.concatenate([features, np.repeat(features[:1], 3000, axis=0)])
-    graph = build_graph(features, 3, method=method, anchors=centres)
+    graph = build_graph(features, 3, search=search)
     graph.check(3300, 3)
     copies = np.r_[0, 300:3300]
     assert np.isin(graph.neighbors[copies], copies).all()
@@ -110,11 +149,11 @@ def test_thousands_of_copies(method):
     assert true_recall(graph, features)[0] >= 0.99
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
-def test_no_more_rows_than_neighbours(method, n):
-    features, centres = clustered(n, 2)
-    graph = build_graph(features, 4, method=method, anchors=centres, recall=1.0)
+def test_no_more_rows_than_neighbours(search, n):
+    features, _ = clustered(n, 2)
+    graph = build_graph(features, 4, search=search, recall=1.0)
     found = min(n - 1, 4)
     for i, row in enumerate(graph.neighbors.tolist()):
         assert sorted(row[:found]) == [j for j in range(n) if j != i]
@@ -127,7 +166,7 @@ def test_rows_without_candidates():
     """A row alone in the lists that it probes has no neighbours, which counts as error."""
     features, _ = clustered(200, 4, noise=0.05)
     features[7] = -features[:4].mean(0) / np.linalg.norm(features[:4].mean(0))
-    graph = build_graph(features, 3, method="ivf", recall=0.0)
+    graph = build_graph(features, 3, search="faiss", recall=0.0)
     graph.check(200, 3)
     assert graph.info["probes"] == 1
     assert (graph.similarities[graph.neighbors < 0] == 0).all()
@@ -136,27 +175,27 @@ def test_rows_without_candidates():
     assert graph.info["weight_error"] == pytest.approx(shortfall, abs=1e-9)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_negative_similarities(method):
+@pytest.mark.parametrize("search", SEARCHES)
+def test_negative_similarities(search):
     """Orthants: all but a few rows of each point away from all others."""
     features = unit(np.concatenate([np.eye(6), -np.eye(6)]) - 0.05).astype(np.float32)
-    graph = build_graph(features, 11, method=method, anchors=features[:3], recall=1.0)
+    graph = build_graph(features, 11, search=search, recall=1.0)
     assert (graph.similarities[:, -1] < -0.9).all()
     assert true_recall(graph, features)[0] == 1.0
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_hub(method):
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_hub(search):
     """The middle of a cone is the nearest row of every other."""
     rng = np.random.default_rng(0)
     rest = np.concatenate([np.ones((300, 1)), unit(rng.normal(size=(300, 200)))], axis=1)
     features = unit(np.concatenate([np.eye(1, 201), rest])).astype(np.float32)
-    graph = build_graph(features, 2, method=method, anchors=features[1:4], recall=1.0)
+    graph = build_graph(features, 2, search=search, recall=1.0)
     assert (graph.neighbors[1:, 0] == 0).all()
     assert true_recall(graph, features)[0] == 1.0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("search", SEARCHES)
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -166,30 +205,28 @@ def test_a_hub(method):
     k=st.integers(1, 9),
     seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_structure(method, groups, k, seed):
+def test_any_structure(search, groups, k, seed):
     """Groups of any size, of copies or scattered: with all lists probed, nothing is missed."""
     rng = np.random.default_rng(seed)
     features = np.concatenate(
         [unit(rng.normal(size=(1, 5)) + s * rng.normal(size=(n, 5))) for n, s in groups]
     ).astype(np.float32)
-    graph = build_graph(
-        features, k, method=method, anchors=unit(rng.normal(size=(4, 5))), recall=1.0
-    )
+    graph = build_graph(features, k, search=search, recall=1.0)
     graph.check(len(features), k)
     assert graph.info["recall"] == 1.0
     assert true_recall(graph, features)[0] == 1.0
     assert (np.diff(graph.similarities[graph.neighbors[:, -1] >= 0], axis=1) <= 0).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("scale", [1, 3])
-def test_a_file_is_read_as_an_array_is(method, scale, tmp_path):
-    features, centres = clustered(500, 10)
+def test_a_file_is_read_as_an_array_is(search, scale, tmp_path):
+    features, _ = clustered(500, 10)
     np.save(tmp_path / "features.npy", (scale * features).astype(np.float16))
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
 
     def graph(rows):
-        return build_graph(rows, 3, method=method, anchors=centres)
+        return build_graph(rows, 3, search=search)
 
     with pytest.warns(UserWarning, match="500 of 500 rows") if scale > 1 else np.errstate():
         found, expected = graph(mapped), graph(np.array(mapped))
@@ -197,15 +234,15 @@ def test_a_file_is_read_as_an_array_is(method, scale, tmp_path):
     np.testing.assert_array_equal(found.similarities, expected.similarities)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_any_number_of_threads_finds_the_same(method):
-    features, centres = clustered(900, 30)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_any_number_of_threads_finds_the_same(search):
+    features, _ = clustered(900, 30)
     before = torch.get_num_threads()
     graphs = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            graphs.append(build_graph(features, 3, method=method, anchors=centres))
+            graphs.append(build_graph(features, 3, search=search))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -232,10 +269,10 @@ class Memory:
             raise Killed
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_killed_search_goes_on(method):
-    features, centres = clustered(900, 30)
-    how = {"method": method, "anchors": centres, "recall": 0.97}
+@pytest.mark.parametrize("search", SEARCHES)
+def test_a_killed_search_goes_on(search):
+    features, _ = clustered(900, 30)
+    how = {"search": search, "recall": 0.97}
     expected = build_graph(features, 3, **how)
     for lives in (1, 3, 5):
         memory = Memory(lives)
@@ -250,10 +287,8 @@ def test_a_killed_search_goes_on(method):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "hnsw"}, "method must be one of auto, exact"),
-        ({"method": "anchored"}, "anchored: needs anchors"),
-        ({"method": "anchored", "anchors": np.ones((2, 3))}, "anchors: has 3 columns"),
-        ({"method": "anchored", "anchors": np.zeros((2, 16))}, "anchors: row 0 is all zero"),
+        ({"search": "hnsw"}, "search must be one of auto, faiss, exact, cuvs"),
+        ({"search": "exact", "index": "Flat"}, "search 'exact' uses no FAISS index"),
         ({"recall": 1.1}, "recall must be between 0 and 1"),
         ({"recall": float("nan")}, "recall must be between 0 and 1"),
         ({"n_neighbors": 0}, "n_neighbors must be a whole number"),

@@ -6,21 +6,22 @@ import torch
 
 from tests.conftest import unit
 from transclip_fast import InputError
-from transclip_fast.graph import exact
+from transclip_fast.graph import exact, int8_products
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.exact import nearest
 
 pytestmark = pytest.mark.usefixtures("products")
 
 
-@pytest.fixture(autouse=True, params=["tiles", "panels"])
-def search(request, monkeypatch):
-    """Blocks that do not divide the number of rows."""
-    monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
-    monkeypatch.setattr(exact, "PANEL_ROWS", 64)
-    if request.param == "tiles":
-        monkeypatch.setattr(exact, "FEW_ROWS", 0)
-    return request.param
+@pytest.fixture(autouse=True, params=[64, 200])
+def _tiles(request, monkeypatch):
+    """Blocks that do not divide the number of rows, nor the groups of columns in them."""
+    monkeypatch.setitem(exact.TILE_ROWS, "cpu", request.param)
+    monkeypatch.setattr(int8_products, "TILE_ROWS", request.param)
+    monkeypatch.setattr(int8_products, "BLOCK_ROWS", 24)
+    monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 40)
+    monkeypatch.setattr(exact, "STEP_ROWS", 80)
+    monkeypatch.setattr(exact, "GROUP_COLUMNS", 16)
 
 
 def brute_force(rows, queries, k, same=True):
@@ -56,10 +57,9 @@ def test_lists(problem, k, dtype):
     assert (graph.neighbors != np.arange(203)[:, None]).all()
     assert_lists(graph.neighbors, graph.similarities, features, features)
     assert graph.info["recall"] == 1.0
-    assert graph.info["method"] == "exact"
+    assert graph.info["search"] == "exact"
 
 
-@pytest.mark.parametrize("search", ["tiles"], indirect=True)
 def test_progress_counts_rows(problem):
     seen = []
     build_graph(problem(n=203)[0], 3, progress=lambda done, total: seen.append((done, total)))
@@ -129,6 +129,18 @@ def test_nearest_of_other_rows(k):
     ids, values = map(np.asarray, found)
     assert ids.shape == values.shape == (150, k)
     assert_lists(ids, values, rows, queries, same=False)
+
+
+@pytest.mark.parametrize("n_columns", [1, 7, 16, 95, 96, 97, 400])
+@pytest.mark.parametrize("size", [1, 6])
+def test_largest(n_columns, size):
+    """Of rows with equal entries too."""
+    products = torch.from_numpy(np.random.default_rng(0).integers(40, size=(30, n_columns)))
+    values, columns = exact.largest(products.float(), size)
+    expected = np.sort(products.numpy(), axis=1)[:, ::-1][:, :size]
+    np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(products.float().gather(1, columns), values)
+    assert all(len(set(row)) == len(row) for row in columns.tolist())
 
 
 def test_nearest_cuts_k_and_keeps_the_row_itself():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import click
 
 from transclip_fast.cli import options, session
+from transclip_fast.graph.faiss_index import avx2_kernels, blas_kernel, old_kernel
 
 IMPORTED = (("numba", "numba"), ("torchvision", "torchvision"), ("open_clip", "open_clip_torch"))
 
@@ -67,15 +68,20 @@ def check_torch(driver: Path = Path("/proc/driver/nvidia/version")) -> Finding:
 
 
 def check_faiss() -> Finding:
-    """FAISS is optional, and must be installed only once."""
+    """FAISS is optional, and must be installed only once; with the kernels of its products."""
     installed = {(dist.metadata["Name"] or "").lower() for dist in metadata.distributions()}
     names = sorted(name for name in installed if name.startswith("faiss"))
     if not names:
-        return Finding("faiss", True, "not installed; only the benchmarks in bench/ need it")
+        return Finding("faiss", True, "not installed: graphs of more than 20,000 rows are slow")
     if len(names) > 1:
         message = f"{' and '.join(names)} overwrite each other; uninstall all, install one"
         return Finding("faiss", False, message)
-    return check_import("faiss", names[0])
+    with avx2_kernels():
+        finding = check_import("faiss", names[0])
+    kernel = blas_kernel()
+    if not finding.ok or kernel is None:
+        return finding
+    return replace(finding, message=f"{finding.message}, {old_kernel() or f'{kernel} kernels'}")
 
 
 def check_import(module: str, distribution: str) -> Finding:

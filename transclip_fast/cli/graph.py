@@ -17,14 +17,15 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.faiss_index import is_file
 from transclip_fast.progress_bar import progress_bar
-from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.atomic import HIDDEN, beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
 from transclip_fast.types import NeighborGraph
 
+SEARCH_OPTIONS = ("search", "recall", "index")  # of a `GraphSearch`
 CHECKPOINT = "search"  # name of the search's checkpoint
 CHECKPOINT_SECONDS = 30.0  # the most work that a crash costs
 
@@ -35,31 +36,27 @@ class GraphSearch:
 
     n_neighbors: int
     device: torch.device
-    method: str = "auto"
+    search: str = "auto"
     recall: float = 0.99
+    index: str | None = None
 
 
 def search_of(values: Mapping[str, Any], n_neighbors: int) -> GraphSearch:
-    """The search that the options --device, --method and --recall ask for."""
+    """The search that --device and the options of `options.search_options` ask for."""
     device = resolve_device(values["device"])
-    return GraphSearch(n_neighbors, device, values["method"], values["recall"])
+    return GraphSearch(n_neighbors, device, *(values[name] for name in SEARCH_OPTIONS))
 
 
 @click.command("graph")
 @click.argument("path", metavar="FEATURES", type=click.Path())
 @options.out_option
 @click.option("--n-neighbors", default=3, type=options.POSITIVE, help="Neighbours of each row.")
-@options.method_option("--method")
-@options.recall_option
-@click.option(
-    "--anchors",
-    type=click.Path(),
-    help="Class means or prototypes (K, d).  [default: the prototypes or texts in FEATURES]",
-)
+@options.search_options
+@click.option("--save-index", type=click.Path(), help="File to write the FAISS index to.")
 @options.device_option
 @options.json_option
 def command(
-    path: str, out: str, n_neighbors: int, anchors: str | None, as_json: bool, **values: Any
+    path: str, out: str, n_neighbors: int, save_index: str | None, as_json: bool, **values: Any
 ) -> None:
     """Find the nearest neighbours of every row of FEATURES.
 
@@ -70,13 +67,13 @@ def command(
     \b
     Examples:
       transclip-fast graph features.npz --out graph
-      transclip-fast graph images.npy --method anchored --anchors text.npy --recall 0.99 --out graph
+      transclip-fast graph images.npy --index image.index --recall 0.99 --out graph
     """
     stages = session.Stages()
     search = search_of(values, n_neighbors)
     with stages.time("load"):
-        features = load_features(path, {"prototypes": anchors}, shots=0)
-    graph, manifest = graph_features(features, out, search, stages)
+        features = load_features(path, shots=0)
+    graph, manifest = graph_features(features, out, search, stages, save_index=save_index)
     text = (
         f"{counted(len(graph), 'row')}, {counted(n_neighbors, 'neighbour')} each: "
         f"{describe(graph.info)}, {stages.seconds['graph']:.1f} s\nwritten to {out}"
@@ -85,14 +82,16 @@ def command(
 
 
 def describe(info: Mapping[str, Any]) -> str:
-    """The method of a graph and how good it is."""
-    if "probes" not in info:
-        return f"{info['method']}, recall {info['recall']:.4f}"
-    return (
-        f"{info['method']}, {info['probes']} of {counted(info['lists'], 'list')} a row, recall "
-        f"{info['recall']:.4f} on {counted(info['recall_rows'], 'row')}, weight error "
-        f"{info['weight_error']:.1e}"
-    )
+    """The search of a graph and how good it is."""
+    parts = [info["search"], f"recall {info['recall']:.4f}"]
+    if "recall_rows" in info:
+        parts[1] += f" on {counted(info['recall_rows'], 'row')}"
+        parts.append(f"weight error {info['weight_error']:.1e}")
+    if "probes" in info:
+        parts.insert(1, f"{info['probes']} of {counted(info['lists'], 'list')} a row")
+    if "index" in info:
+        parts.insert(1, info["index"])
+    return ", ".join(parts)
 
 
 def graph_features(
@@ -101,10 +100,11 @@ def graph_features(
     search: GraphSearch,
     stages: session.Stages,
     rows: Rows | None = None,  # unit rows of the features, if they are loaded already
+    save_index: str | None = None,
 ) -> tuple[NeighborGraph, dict[str, Any]]:
     """Search the neighbours of all rows and write the graph folder `out`; graph and manifest."""
     identity = _identity(features, search)
-    origins = {"features": features.origins["image_features"], "anchors": features.path}
+    origins = {"features": features.origins["image_features"]}
     with (
         session.collected_warnings(origins) as warnings,
         new_folder(out, CONTENTS, obsolete=files(out, CHECKPOINT)) as folder,
@@ -116,7 +116,7 @@ def graph_features(
         ):
             graph = build_graph(
                 features.get("image_features") if rows is None else rows,
-                anchors=_anchors(features),
+                save_index=save_index,
                 progress=show,
                 checkpoint=FileCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS),
                 **vars(search),
@@ -156,18 +156,15 @@ def leftovers(folder: Path) -> list[Path]:
     return [folder, *(beside(folder, name) for name in HIDDEN), *files(folder, CHECKPOINT)]
 
 
-def _anchors(features: Features) -> Any:
-    """The prototypes (K, d), else the text features, or None."""
-    prototypes = features.get("prototypes")
-    return features.get("text_features") if prototypes is None else prototypes
-
-
 def _identity(features: Features, search: GraphSearch) -> dict[str, Any]:
     """All that decides the neighbours."""
-    anchors = _anchors(features)
+    index = None
+    if search.index is not None and is_file(search.index):
+        status = Path(search.index).stat()
+        index = [status.st_size, status.st_mtime_ns]
     return {
         "features_sha256": features.sha256(),
-        "anchors_sha256": None if anchors is None else array_sha256(anchors),
         **vars(search),
+        "index_file": index,
         "device": search.device.type,
     }

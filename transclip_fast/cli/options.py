@@ -10,7 +10,7 @@ import click
 
 from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph.build import METHODS
+from transclip_fast.graph.build import SEARCHES
 from transclip_fast.solver.parameters import CHOICES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -86,17 +86,6 @@ def options_of(*options: Callable[..., Any]) -> Callable[[Command], Command]:
     return add
 
 
-def method_option(flag: str) -> Callable[[Command], Command]:
-    """The choice of a search, as `--method` of `graph` and `--graph-method` of other commands."""
-    return click.option(
-        flag,
-        "method",
-        default="auto",
-        type=click.Choice(METHODS),
-        help="How neighbours are searched; auto is exact up to 20,000 rows.",
-    )
-
-
 def array_options(*names: str) -> Callable[[Command], Command]:
     """A file for each of these arrays of FEATURES."""
     return options_of(
@@ -136,11 +125,25 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output."
 )
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-recall_option = click.option(
-    "--recall",
-    default=0.99,
-    type=click.FloatRange(0, 1),
-    help="Least recall of an approximate graph, measured on 1,000 rows.",
+search_option = click.option(
+    "--search",
+    default="auto",
+    type=click.Choice(SEARCHES),
+    help="How neighbours are searched; auto is exact up to 20,000 rows, on a GPU 1,500,000.",
+)
+search_options = options_of(
+    search_option,
+    click.option(
+        "--index",
+        metavar="FILE|FACTORY",
+        help="FAISS index of the same rows, or a factory string such as IVF1024,Flat.",
+    ),
+    click.option(
+        "--recall",
+        default=0.99,
+        type=click.FloatRange(0, 1),
+        help="Least recall of an approximate graph, measured on 1,000 rows.",
+    ),
 )
 image_map_option = click.option(
     "--image-map", type=click.Path(), help="Matrix (d, d) that maps the image features."

@@ -15,8 +15,9 @@ from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph.build import EXACT_ROWS, RECALL_SAMPLE_ROWS
-from transclip_fast.graph.search import default_n_lists
+from transclip_fast.graph.build import choose_search
+from transclip_fast.graph.centres import default_n_lists
+from transclip_fast.graph.recall import SAMPLE_ROWS
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.solver import layout as layouts
 from transclip_fast.solver.layout import PROCESS_BYTES, Layout, Size, parse_memory, show_bytes
@@ -55,7 +56,7 @@ class Plan:
     layout: Layout  # with as many candidates as there will be
     passes: int  # over the features
     block_rows: int  # of one matrix product
-    graph: str  # method of the neighbour search, or "given"
+    graph: str  # the neighbour search, or "given"
     limit: int  # bytes that may be used
     stages: tuple[Stage, ...]
 
@@ -101,12 +102,12 @@ class Plan:
 @click.option("--classes", type=options.POSITIVE, help="Classes.")
 @click.option("--dim", type=options.POSITIVE, help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=click.Path(), help="A graph folder: no search.")
-@options.method_option("--graph-method")
+@options.search_option
 @options.device_option
 @options.json_option
 @options.array_options(*options.ARRAYS)
 @options.parameter_options
-def command(features: str | None, method: str, as_json: bool, **values: Any) -> None:
+def command(features: str | None, search: str, as_json: bool, **values: Any) -> None:
     """Show the memory, disk traffic and work of solving FEATURES.
 
     The arguments are FEATURES and the options of `solve`; or, without FEATURES, numbers of rows,
@@ -120,7 +121,7 @@ def command(features: str | None, method: str, as_json: bool, **values: Any) -> 
     """
     model = options.model_of(values)
     sizes = [values[name] for name in ("queries", "classes", "dim")]
-    search = None if values["graph_folder"] else method
+    searched = None if values["graph_folder"] else search
     if features is not None:
         if sizes != [None] * 3:
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
@@ -128,7 +129,7 @@ def command(features: str | None, method: str, as_json: bool, **values: Any) -> 
         origins = stored.origins | {"X": stored.origins["image_features"]}
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
-            plan = plan_of(problem, Settings.resolve(model, problem), search)
+            plan = plan_of(problem, Settings.resolve(model, problem), searched)
             found = outlook(problem, model)
         text = describe_outlook(found, problem.prior.n_classes, stored.class_names)
         summary = plan.summary() | {"outlook": found}
@@ -136,7 +137,7 @@ def command(features: str | None, method: str, as_json: bool, **values: Any) -> 
         return
     if None in sizes:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
-    plan = plan_of_size(sizes, model, search)
+    plan = plan_of_size(sizes, model, searched)
     session.print_summary(plan.summary(), plan.table(), as_json)
 
 
@@ -147,15 +148,15 @@ def problem_of(features: Features, model: TransCLIP) -> Problem:
     return Problem.check(X, logit_scale=model.logit_scale, **arrays)
 
 
-def plan_of(problem: Problem, settings: Settings, method: str | None) -> Plan:
-    """The plan of a problem; `method` searches the neighbours, None where there is a graph."""
+def plan_of(problem: Problem, settings: Settings, search: str | None) -> Plan:
+    """The plan of a problem; `search` finds the neighbours, None where there is a graph."""
     parameters, device = settings.parameters, settings.device
     kept = None if settings.truncation is None else settings.truncation.candidates
     layout = replace(settings.layout, candidates=kept)
-    return make_plan(problem.size(parameters, device), layout, parameters, device, method)
+    return make_plan(problem.size(parameters, device), layout, parameters, device, search)
 
 
-def plan_of_size(shape: Sequence[int], model: TransCLIP, method: str | None) -> Plan:
+def plan_of_size(shape: Sequence[int], model: TransCLIP, search: str | None) -> Plan:
     """The plan of solving float16 files of (rows, classes, dimensions), with what fits of z."""
     (n_rows, n_classes, dim), device = shape, resolve_device(model.device)
     size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=2 * n_rows * dim)
@@ -166,23 +167,23 @@ def plan_of_size(shape: Sequence[int], model: TransCLIP, method: str | None) -> 
         candidates=model.candidates,
         memory=parse_memory(model.memory),
     )
-    return make_plan(size, layout, model, device, method)
+    return make_plan(size, layout, model, device, search)
 
 
 def make_plan(
-    size: Size, layout: Layout, parameters: Parameters, device: torch.device, method: str | None
+    size: Size, layout: Layout, parameters: Parameters, device: torch.device, search: str | None
 ) -> Plan:
-    """Plan a solve that is laid out; `method` searches the neighbours, None if there is a graph."""
-    if method == "auto":
-        method = "exact" if size.n_rows <= EXACT_ROWS else "anchored"
+    """Plan a solve that is laid out; `search` finds the neighbours, None if there is a graph."""
+    if search == "auto":
+        search = choose_search(size.n_rows, device, layout.held)
     steps = parameters.max_iter + 1
     passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
     if parameters.class_cost is not False:  # the start may read them once more
         passes += size.runs
-    stages = _stages(size, layout, device, method, steps, passes)
+    stages = _stages(size, layout, device, search, steps, passes)
     block = gemm_rows(device, size.n_classes)
     limit = layouts.limit_of(device, parse_memory(parameters.memory))
-    plan = Plan(size, layout, passes, block, method or "given", limit, stages)
+    plan = Plan(size, layout, passes, block, search or "given", limit, stages)
     if plan.peak <= limit:
         return plan
     remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
@@ -196,7 +197,7 @@ def make_plan(
 
 
 def _stages(
-    size: Size, layout: Layout, device: torch.device, method: str | None, steps: int, passes: int
+    size: Size, layout: Layout, device: torch.device, search: str | None, steps: int, passes: int
 ) -> tuple[Stage, ...]:
     n, n_classes, d = size.n_rows, size.n_classes, size.dim
     solving = sum(layout.bytes(size, device).values())
@@ -209,8 +210,8 @@ def _stages(
         return Stage(name, work, disk, size.used(device) + memory, 0)
 
     stages = [stage("load", 0, CHECK_PASSES * size.file_bytes, 0)]
-    if method is not None:
-        work, lists = 2.0 * d * _search_products(n, method), 12 * n * size.n_neighbors
+    if search is not None:
+        work, lists = 2.0 * d * _search_products(n, search), 12 * n * size.n_neighbors
         stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
     work = 2.0 * n * n_classes * d * (steps + 1) * size.runs
     stages.append(stage("solve", work, read + size.runs * steps * n * row_bytes, solving))
@@ -218,10 +219,10 @@ def _stages(
     return tuple(stages)
 
 
-def _search_products(n_rows: int, method: str) -> float:
+def _search_products(n_rows: int, search: str) -> float:
     """Products of two rows in a neighbour search."""
-    if method == "exact":
-        return n_rows * n_rows / 2
+    if search == "exact":
+        return float(n_rows) * n_rows
     lists = default_n_lists(n_rows)
-    sample = min(n_rows, RECALL_SAMPLE_ROWS)
+    sample = min(n_rows, SAMPLE_ROWS)
     return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + sample)

@@ -12,7 +12,7 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
-from transclip_fast.cli.graph import GraphSearch, kept_graph, search_of
+from transclip_fast.cli.graph import SEARCH_OPTIONS, GraphSearch, kept_graph, search_of
 from transclip_fast.cli.plan import Plan, plan_of_size
 from transclip_fast.cli.solution import solve_features
 from transclip_fast.cli.summary import describe_solution
@@ -28,8 +28,7 @@ from transclip_fast.store.results import load_mixture, load_result
 @click.argument("images", type=click.Path())
 @options.out_option
 @encode_options
-@options.method_option("--graph-method")
-@options.recall_option
+@options.search_options
 @options.parameter_option("class_cost")
 @options.parameter_option("memory")
 @options.device_option
@@ -62,10 +61,10 @@ def command(
     model = TransCLIP(device=values["device"], memory=memory, class_cost=class_cost)
     planned: list[Plan] = []
     search = search_of(values, model.n_neighbors)
-    encoding = {k: value for k, value in values.items() if k not in ("method", "recall")}
+    encoding = {k: value for k, value in values.items() if k not in SEARCH_OPTIONS}
 
     def print_plan(*shape: int) -> None:
-        planned.append(plan_of_size(shape, model, search.method))
+        planned.append(plan_of_size(shape, model, search.search))
         if not as_json:
             click.echo(planned[0].line())
 

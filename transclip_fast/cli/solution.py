@@ -68,8 +68,8 @@ def solve_features(
             solved = head.features if head else features
             problem = problem_of(solved, model)
             settings = Settings.resolve(model, problem)
-            method = graph.method if isinstance(graph, GraphSearch) else None
-            plan = plan_of(problem, settings, method)
+            search = graph.search if isinstance(graph, GraphSearch) else None
+            plan = plan_of(problem, settings, search)
             n_classes = problem.prior.n_classes
             check_class_names(features, n_classes)
             truth = true_labels(features, n_classes)

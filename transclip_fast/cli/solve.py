@@ -26,8 +26,7 @@ from transclip_fast.types import NeighborGraph
 @click.argument("path", metavar="FEATURES", type=click.Path())
 @options.out_option
 @click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
-@options.method_option("--graph-method")
-@options.recall_option
+@options.search_options
 @click.option(
     "--head",
     help="Few-shot method that makes the prior: a file of `train-head`, or a method to train on "

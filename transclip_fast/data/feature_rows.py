@@ -100,6 +100,16 @@ class Rows:
             other._held = self._held.half()
         return other
 
+    def on_cpu(self) -> Rows:
+        """These rows for a computation on the CPU."""
+        if self.device.type == "cpu":
+            return self
+        other = copy(self)
+        other.device, other._ahead = torch.device("cpu"), None
+        if self._held is not None:
+            other._held = self._held.cpu()
+        return other
+
     def blocks(self) -> list[slice]:
         """Slices that cover all rows, each of about `BLOCK_BYTES`."""
         step = self._block_rows

@@ -102,9 +102,7 @@ class DataSet:
     @cached_property
     def graph(self) -> NeighborGraph:
         """The neighbour graph of the queries, which all runs share."""
-        return build_graph(
-            self.features, Parameters.n_neighbors, anchors=self.text, device=self.device
-        )
+        return build_graph(self.features, Parameters.n_neighbors, device=self.device)
 
     @cached_property
     def halves(self) -> tuple[DataSet, DataSet]:

@@ -27,8 +27,7 @@ FREE_LIST_BYTES = 1 << 24  # lists up to this size are always affordable
 # measured on 125,000 to 1,000,000 streamed rows.
 ROW_BYTES = 320
 PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
-SEARCH_ROW_BYTES = 2500  # candidates of a row in some 30 lists, and the copies of sorting them
-INT8_ROW_BYTES = 16  # step and norms of a row beside its int8 features
+SEARCH_ROW_BYTES = 800  # candidates of a row and its lists, and the copies of sorting them
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights and temporaries of computing them
 
 
@@ -168,8 +167,8 @@ class Layout:
     def search_bytes(self, size: Size, device: torch.device) -> int:
         """Bytes of an approximate neighbour search; an exact one of few rows takes less."""
         features = self.bytes(size, device)["features"]
-        int8_rows = size.dim + INT8_ROW_BYTES if self.held and device.type == "cpu" else 0
-        return features + (SEARCH_ROW_BYTES + int8_rows) * size.n_rows
+        index = size.dim * (4 if self.held and device.type == "cpu" else 2)
+        return features + (SEARCH_ROW_BYTES + index) * size.n_rows
 
 
 def dense_is_faster(size: Size, device: torch.device) -> bool:

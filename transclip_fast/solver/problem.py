@@ -53,8 +53,6 @@ class Problem:
         y_hat.
     zero_shot : Prior
         The prior of the text features if there are any, else `prior`.
-    anchors : array_like (K, d), optional
-        Prototypes or text features, from which the centres of an approximate search start.
     support, validation : LabelledRows, optional
         Labelled rows that take part, and that choose gamma.
     known : Tensor (N,) int64, optional
@@ -65,7 +63,6 @@ class Problem:
     in_file: bool
     prior: Prior
     zero_shot: Prior
-    anchors: Any
     support: LabelledRows | None
     validation: LabelledRows | None
     known: torch.Tensor | None
@@ -121,7 +118,6 @@ class Problem:
             isinstance(X, np.memmap | StoredRows),
             chosen,
             text or chosen,
-            text_features if prototypes is None else prototypes,
             as_labelled_rows("support", support_features, support_labels, d, n_classes),
             as_labelled_rows("validation", validation_features, validation_labels, d, n_classes),
             _known(known_labels, n_rows, n_classes),

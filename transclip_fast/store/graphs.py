@@ -12,7 +12,10 @@ from transclip_fast.types import NeighborGraph
 
 CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
 # Entries of the manifest that describe the search.
-INFO = ("method", "recall", "recall_target", "recall_rows", "weight_error", "probes", "lists")
+INFO = (
+    "search", "index", "blas", "probes", "lists",
+    "recall", "recall_target", "recall_rows", "weight_error",
+)  # fmt: skip
 
 
 def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> None:
@@ -35,6 +38,7 @@ def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
             "build the graph again"
         )
     info = {name: manifest[name] for name in INFO if name in manifest}
+    info.setdefault("search", manifest.get("method", "unknown"))  # its name in earlier versions
     return NeighborGraph(neighbors, similarities, info)
 
 

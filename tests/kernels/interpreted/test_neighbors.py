@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transclip_fast.graph.rerank import BestLists
 
 from tests.conftest import unit
 from transclip_fast.callbacks import NoCheckpoint
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph import exact
 from transclip_fast.graph.build import build_graph
-from transclip_fast.graph.rerank import BestLists
 from transclip_fast.kernels import neighbors as kernels
 
 
@@ -75,7 +75,7 @@ def searched(features, k):
         patch.setattr(exact, "certifiable", lambda rows, size: size <= exact.GPU_CANDIDATES)
         patch.setattr(exact, "GPU_STEP_ROWS", 128)
         patch.setattr(exact, "search_certified", lambda *args: again.append(search(*args)))
-        graph = build_graph(features, k, method="exact")
+        graph = build_graph(features, k, search="exact")
     return graph, *again
 
 
@@ -88,7 +88,7 @@ def assert_same(found, expected):
 def test_graphs_of_golden_rows(golden):
     features = golden["image_features"][:200]
     found, _ = searched(features, 3)
-    assert_same(found, build_graph(features, 3, method="exact"))
+    assert_same(found, build_graph(features, 3, search="exact"))
 
 
 @settings(max_examples=10, deadline=None)
@@ -101,7 +101,7 @@ def test_graphs_are_those_of_the_exact_search(n, k, d, spread, copies, seed):
     features = rows_of(seed, n, d, spread).numpy()
     features[n // 3 : n // 3 + copies] = features[0]
     found, _ = searched(features, k)
-    assert_same(found, build_graph(features, k, method="exact"))
+    assert_same(found, build_graph(features, k, search="exact"))
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.05])

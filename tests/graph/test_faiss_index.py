@@ -1,0 +1,273 @@
+"""Indexes that others made: used where they hold the rows, refused where they do not."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import unit
+from tests.graph.test_exact import brute_force
+from transclip_fast import InputError
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph import faiss_index
+from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.faiss_index import lists_of, load_faiss, open_index, read_list
+
+faiss = load_faiss()
+N, D = 600, 16
+FACTORIES = "Flat HNSW32 IVF16,Flat IVF16_HNSW32,Flat IVF16,SQfp16 IVF16,SQ8 IDMap2,Flat"
+
+
+@pytest.fixture(scope="module")
+def features():
+    rng = np.random.default_rng(0)
+    centres = unit(rng.normal(size=(30, D)))
+    return unit(centres[rng.integers(30, size=N)] + 0.4 * rng.normal(size=(N, D))).astype("f4")
+
+
+def made(features, factory, metric=faiss.METRIC_INNER_PRODUCT):
+    """An index by FAISS alone."""
+    index = faiss.index_factory(features.shape[1], factory, metric)
+    index.train(features)
+    if factory.startswith("IDMap"):
+        index.add_with_ids(features, np.arange(len(features)))
+    else:
+        index.add(features)
+    return index
+
+
+def stored(index, folder):
+    file = folder / "image.index"
+    faiss.write_index(index, str(file))
+    return file
+
+
+def assert_exact(graph, features):
+    """All neighbours, best first, as in float64."""
+    expected_ids, expected = brute_force(features, features, 3)
+    np.testing.assert_array_equal(graph.neighbors, expected_ids)
+    np.testing.assert_allclose(graph.similarities, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "Flat",
+        "HNSW32",
+        "IVF16,Flat",
+        "IVF16_HNSW32,Flat",
+        "IVF16,SQfp16",
+        "IVF16,SQ8",
+        "IDMap2,Flat",
+    ],
+)
+def test_an_index_by_faiss_alone(factory, metric, features, tmp_path):
+    file = stored(made(features, factory, metric), tmp_path)
+    for index in (file, str(file), faiss.read_index(str(file))):
+        graph = build_graph(features, 3, index=index, recall=1.0)
+        assert_exact(graph, features)
+        assert graph.info["search"] == "faiss"
+        assert graph.info["recall"] == 1.0
+
+
+def test_one_of_compressed_rows(features):
+    """Few are found, which is measured and said; those that are have their true similarity."""
+    with pytest.warns(UserWarning, match=r"recall is 0\.\d+, below 0.99"):
+        graph = build_graph(features, 3, index="OPQ8_16,IVF4,PQ8x4np")
+    expected, _ = brute_force(features, features, 3)
+    found = (graph.neighbors[:, :, None] == expected[:, None, :]).any(1).mean()
+    assert graph.info["recall"] == pytest.approx(found, abs=0.01)
+    assert 0.3 < found < 0.99
+    at = np.einsum("nd,nkd->nk", features.astype(float), features.astype(float)[graph.neighbors])
+    np.testing.assert_allclose(graph.similarities, at, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_lists_hold_the_rows(kind, features):
+    index = made(features, "IVF16,Flat")
+    if kind == "float16":
+        half = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(D), D, 16, half, faiss.METRIC_INNER_PRODUCT, False
+        )
+        index.train(features)
+        index.add(features)
+    lists = lists_of(index).numpy()
+    seen = []
+    for number in range(16):
+        ids, rows = read_list(index, number)
+        np.testing.assert_array_equal(lists[ids], number)
+        np.testing.assert_allclose(rows, features[ids], atol=0 if kind == "float32" else 1e-3)
+        seen += ids.tolist()
+    assert sorted(seen) == list(range(N))
+
+
+@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "IVF16,PQ4x4", "Flat"])
+def test_lists_that_do_not_are_searched_by_faiss(factory, features):
+    """Residual codes among them: products with those are no products with the rows."""
+    assert lists_of(open_index(factory, Rows(features))) is None
+
+
+def test_half_precision_does_not_reorder(features, tmp_path):
+    """Neighbours that float16 cannot tell apart are told apart by float64."""
+    rng = np.random.default_rng(1)
+    close = unit(features[:60].repeat(5, axis=0) + 1e-4 * rng.normal(size=(300, D))).astype("f4")
+    np.save(tmp_path / "x.npy", close)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    graph = build_graph(mapped, 3, search="faiss", recall=1.0)
+    assert graph.info["index"].endswith(",SQfp16")
+    assert_exact(graph, close)
+
+
+def shifted(features):
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(D))
+    index.add_with_ids(features, np.arange(N) + 1000)
+    return index
+
+
+WRONG = {
+    "dimensions": (lambda x: made(x[:, :8].copy(), "Flat"), "holds 8 dimensions, .* have 16"),
+    "rows": (lambda x: made(x[1:], "Flat"), "holds 599 rows, the features have 600"),
+    "order": (
+        lambda x: made(x[::-1].copy(), "Flat"),
+        "other rows than the features, or in another",
+    ),
+    "norms": (
+        lambda x: made(x * np.linspace(0.1, 9, N, dtype="f4")[:, None], "Flat"),
+        "other (rows|norms) than",
+    ),
+    "metric": (lambda x: made(x, "Flat", faiss.METRIC_L1), "neither inner product nor L2"),
+    "ids": (shifted, "its ids are not the numbers of the rows"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_ones(kind, features, tmp_path):
+    make, expected = WRONG[kind]
+    file = stored(make(features), tmp_path)
+    with pytest.raises(InputError, match=rf"^{file}: .*{expected}"):
+        build_graph(features, 3, index=str(file))
+
+
+def test_files_that_are_none(features, tmp_path):
+    file = stored(made(features, "IVF16,Flat"), tmp_path)
+    whole = file.read_bytes()
+    for content in (b"", b"IxFI", whole[: len(whole) // 2], b"\x80\x04" + whole):
+        file.write_bytes(content)
+        with pytest.raises(
+            InputError, match=f"^{file}: is no FAISS index that can be read"
+        ) as found:
+            build_graph(features, 3, index=file)
+        assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["folder/IVF16", "image.index", "x.faiss"])
+def test_a_missing_file_is_no_factory_string(name, features):
+    with pytest.raises(InputError, match=f"^{name}: no such file"):
+        build_graph(features, 3, index=name)
+
+
+@pytest.mark.parametrize("factory", ["IVF", "Nonsense", "IVF16,PQ5", "IVF900,Flat"])
+def test_factory_strings_that_faiss_refuses(factory, features):
+    with pytest.raises(InputError, match=f"^index '{factory}': ") as found:
+        build_graph(features, 3, index=factory)
+    assert "\n" not in str(found.value)
+
+
+def test_lists_on_disk_lie_beside_the_index(features, tmp_path):
+    """Wherever the index says that they are."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    index = made(features, "IVF16,Flat")
+    lists = faiss.OnDiskInvertedLists(16, 4 * D, str(tmp_path / "a" / "lists.data"))
+    lists.merge_from_1(index.invlists)
+    index.replace_invlists(lists)
+    file = stored(index, tmp_path / "b")
+    with pytest.raises(InputError, match=f"^{file}: is no FAISS index that can be read"):
+        build_graph(features, 3, index=file)
+    (tmp_path / "a" / "lists.data").rename(tmp_path / "b" / "lists.data")
+    assert_exact(build_graph(features, 3, index=file, recall=1.0), features)
+
+
+def test_an_index_is_saved_whole_or_not_at_all(features, tmp_path):
+    file = tmp_path / "image.index"
+    graph = build_graph(features, 3, search="faiss", save_index=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["image.index"]
+    index = faiss.read_index(str(file))
+    assert (index.ntotal, index.nlist) == (N, graph.info["lists"])
+    again = build_graph(features, 3, index=file)
+    np.testing.assert_array_equal(again.neighbors, graph.neighbors)
+    with pytest.raises(InputError, match="its folder does not exist"):
+        build_graph(features, 3, search="faiss", save_index=tmp_path / "none" / "x.index")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder: cannot be written"):
+        build_graph(features, 3, search="faiss", save_index=tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "image.index"]
+
+
+SCRIPT = """
+import json, os, sys
+import numpy as np
+from transclip_fast import build_graph
+from transclip_fast.graph.faiss_index import blas_kernel
+rows = np.load(sys.argv[1])
+graphs = [build_graph(rows, 3, search="faiss"), build_graph(rows, 3, index="IVF16,Flat")]
+lists = [graph.neighbors.tolist() for graph in graphs]
+print(json.dumps([lists, blas_kernel(), os.environ.get("OPENBLAS_CORETYPE")]))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86's kernels")
+def test_any_kernel_finds_the_same(features, tmp_path):
+    np.save(tmp_path / "x.npy", features)
+    found = []
+    for kernel in (None, "Nehalem"):
+        environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
+        if kernel:
+            environment["OPENBLAS_CORETYPE"] = kernel
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "x.npy")]
+        ran = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
+        graphs, used, left = json.loads(ran.stdout)
+        assert left == kernel  # the environment is as it was
+        assert used in (kernel, None) or (kernel is None and used in faiss_index.AVX2_KERNELS)
+        found.append(graphs)
+    assert found[0] == found[1]
+
+
+def test_a_wrong_product_is_noticed():
+    def knn(rows, others, k, metric):
+        values = np.sort(rows @ others.T, axis=1)[:, ::-1].copy()
+        values[7, 3] += 0.1
+        return values, None
+
+    faiss_index._check_products(SimpleNamespace(knn=faiss.knn, METRIC_INNER_PRODUCT=0))
+    with pytest.raises(InputError, match="multiplies wrongly"):
+        faiss_index._check_products(SimpleNamespace(knn=knn, METRIC_INNER_PRODUCT=0))
+
+
+def test_old_kernels_are_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for kernel, expected in (("Prescott", True), ("SkylakeX", False), (None, False)):
+        monkeypatch.setattr(faiss_index, "blas_kernel", lambda kernel=kernel: kernel)
+        line = faiss_index.old_kernel()
+        assert bool(line) == expected
+        assert not expected or f"its {kernel} kernels" in line
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(faiss_index, "blas_kernel", lambda: "Prescott")
+    assert faiss_index.old_kernel() is None
+
+
+def test_without_faiss(features, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match="FAISS cannot be imported .*: pip install faiss-cpu"):
+        load_faiss()
+    with pytest.raises(InputError, match="FAISS cannot be imported"):
+        build_graph(features, 3, search="faiss")
+    assert build_graph(features, 3).info["search"] == "exact"

@@ -1,0 +1,256 @@
+"""FAISS indexes of the rows: made here, made from a factory string, or read from a file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
+from transclip_fast.errors import InputError
+from transclip_fast.graph.centres import random_rows
+from transclip_fast.ops.blocks import blocks
+from transclip_fast.parallel import n_threads
+
+ADD_ROWS = 1 << 14
+CHECKED_ROWS, CHECKED_NEIGHBORS, CHECKED_SHARE = 100, 8, 0.5
+LARGEST_ERROR = 0.3  # of a usual product: compressed rows are off by less
+COPY_SIMILARITY = 1 - 1e-6  # of two rows that are taken for one
+TRAIN_ROWS_PER_LIST, TRAIN_ROWS = 64, 1 << 16  # FAISS warns below 39 rows a list
+PATH_SUFFIXES = (".index", ".faiss", ".bin", ".ivf")
+AVX2_KERNELS = ("Haswell", "Excavator", "Zen", "SkylakeX", "Cooperlake", "Sapphirerapids")
+
+
+def faiss_installed() -> bool:
+    """Whether `import faiss` would find FAISS."""
+    return find_spec("faiss") is not None
+
+
+def load_faiss() -> Any:
+    """The module; InputError if it is not installed."""
+    try:
+        if "faiss" in sys.modules:
+            import faiss
+        else:
+            with avx2_kernels():
+                import faiss
+            _check_products(faiss)
+    except ImportError as error:
+        raise InputError(
+            f"FAISS cannot be imported ({error}): pip install faiss-cpu, or search exactly"
+        ) from None
+    return faiss
+
+
+@contextmanager
+def avx2_kernels() -> Iterator[None]:
+    """
+    Let an OpenBLAS that is loaded now use AVX2, where the user names no kernels.
+
+    The one in FAISS's wheels is of 2021, and takes kernels of 2004 on a CPU that it does not know.
+    """
+    name = "OPENBLAS_CORETYPE"
+    if name in os.environ or not _has_avx2():
+        yield
+        return
+    os.environ[name] = "Haswell"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _check_products(faiss: Any) -> None:
+    """InputError if FAISS multiplies wrongly, as an old OpenBLAS may on a new CPU."""
+    rows = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    found, _ = faiss.knn(rows, rows, 64, metric=faiss.METRIC_INNER_PRODUCT)
+    expected = -np.sort(-rows.astype(np.float64) @ rows.T.astype(np.float64), axis=1)
+    if not np.allclose(found, expected, atol=1e-3):
+        raise InputError(
+            f"FAISS's BLAS multiplies wrongly on this CPU ({blas_kernel()} kernels): set "
+            "OPENBLAS_CORETYPE to older ones, or search exactly"
+        )
+
+
+def _has_avx2() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def blas_kernel() -> str | None:
+    """The kernels of FAISS's OpenBLAS, such as "Haswell"; None if unknown, or not loaded."""
+    maps = Path("/proc/self/maps")
+    files = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else {}
+    for file in sorted(name for name in files if "faiss" in name and "openblas" in name):
+        core = getattr(ctypes.CDLL(file), "openblas_get_corename", None)
+        if core is not None:
+            core.restype = ctypes.c_char_p
+            return str(core().decode())
+    return None
+
+
+def old_kernel() -> str | None:
+    """A line on FAISS's kernels where they are older than this CPU, else None."""
+    kernel = blas_kernel()
+    if kernel is None or kernel in AVX2_KERNELS or not _has_avx2():
+        return None
+    return (
+        f"FAISS's BLAS runs its {kernel} kernels, which are older than this CPU: "
+        "OPENBLAS_CORETYPE=Haswell, set before the start, makes its products several times faster"
+    )
+
+
+def list_index(rows: Rows, centres: torch.Tensor, lists: torch.Tensor) -> tuple[Any, bool]:
+    """
+    An index of all rows in the lists (N,) of the centres (L, d), and whether it rounds none.
+
+    Rows in files are kept in float16, others in float32.
+    """
+    faiss = load_faiss()
+    d, n_lists = rows.shape[1], len(centres)
+    quantizer = faiss.IndexFlatIP(d)
+    quantizer.add(centres.numpy())
+    if rows.held:
+        index = faiss.IndexIVFFlat(quantizer, d, n_lists, faiss.METRIC_INNER_PRODUCT)
+    else:
+        kind = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexIVFScalarQuantizer(
+            quantizer, d, n_lists, kind, faiss.METRIC_INNER_PRODUCT, False
+        )
+    index.is_trained, unrounded = True, True
+    for block in blocks(len(rows), ADD_ROWS):
+        x, own = rows[block], lists[block].long().numpy()
+        index.add_core(len(x), faiss.swig_ptr(x.numpy()), None, faiss.swig_ptr(own))
+        unrounded &= rows.held or bool((x.half() == x).all())
+    return index, unrounded
+
+
+def open_index(source: Any, rows: Rows) -> Any:
+    """The index of the rows in a file, from a factory string, or given as an object; checked."""
+    faiss = load_faiss()
+    if isinstance(source, faiss.Index):
+        index, name = source, "index"
+    elif is_file(source):
+        index, name = _read(str(source)), str(source)
+    else:
+        index, name = _factory(str(source), rows), str(source)
+    _check(index, rows, name)
+    return index
+
+
+def is_file(source: Any) -> bool:
+    """Whether an index is a file; InputError if it looks like one and is none."""
+    path = Path(source)
+    if path.is_file():
+        return True
+    if isinstance(source, Path) or len(path.parts) > 1 or path.suffix in PATH_SUFFIXES:
+        raise InputError(f"{source}: no such file")
+    return False
+
+
+def save_index(index: Any, path: Path) -> None:
+    """Write an index into a file, whole or not at all; InputError if that fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        load_faiss().write_index(index, str(partial))
+        partial.replace(path)
+    except (RuntimeError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {_line(error)}") from None
+
+
+def _read(path: str) -> Any:
+    faiss = load_faiss()
+    try:
+        # Lists on disk are looked for beside the index, wherever it says they are.
+        return faiss.read_index(path, faiss.IO_FLAG_ONDISK_SAME_DIR)
+    except RuntimeError as error:
+        raise InputError(f"{path}: is no FAISS index that can be read: {_line(error)}") from None
+
+
+def _factory(description: str, rows: Rows) -> Any:
+    """A new index of all rows."""
+    faiss = load_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(n_threads())
+    try:
+        index = faiss.index_factory(rows.shape[1], description, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            ivf = faiss.try_extract_index_ivf(index)
+            size = TRAIN_ROWS if ivf is None else TRAIN_ROWS_PER_LIST * ivf.nlist
+            index.train(random_rows(rows, max(size, TRAIN_ROWS)).numpy())
+        for block in blocks(len(rows), ADD_ROWS):
+            index.add(rows[block].numpy())
+    except RuntimeError as error:
+        raise InputError(f"index {description!r}: {_line(error)}") from None
+    finally:
+        faiss.omp_set_num_threads(before)
+    return index
+
+
+def _check(index: Any, rows: Rows, name: str) -> None:
+    """InputError unless an index holds these rows, in their order."""
+    faiss = load_faiss()
+    if index.d != rows.shape[1]:
+        raise InputError(f"{name}: holds {index.d} dimensions, the features have {rows.shape[1]}")
+    if index.ntotal != len(rows):
+        raise InputError(f"{name}: holds {index.ntotal:,} rows, the features have {len(rows):,}")
+    if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
+        raise InputError(f"{name}: its metric is neither inner product nor L2")
+    ids = evenly_spaced_rows(len(rows), CHECKED_ROWS)
+    some = rows[ids]
+    values, found = map(torch.from_numpy, index.search(some.numpy(), CHECKED_NEIGHBORS))
+    if ((found < -1) | (found >= len(rows))).any():
+        raise InputError(f"{name}: its ids are not the numbers of the rows, 0 to {len(rows) - 1}")
+    similarity = torch.einsum("ncd,nd->nc", rows[found.clamp_min(0)], some)
+    itself = ((similarity >= COPY_SIMILARITY) & (found >= 0)).any(1)
+    if itself.double().mean() < CHECKED_SHARE:
+        raise InputError(
+            f"{name}: holds other rows than the features, or in another order: "
+            f"{int(itself.sum())} of {len(ids)} rows found themselves in it"
+        )
+    products = values if index.metric_type == faiss.METRIC_INNER_PRODUCT else 1 - values / 2
+    if (products - similarity)[found >= 0].abs().median() > LARGEST_ERROR:
+        raise InputError(f"{name}: its rows have other norms than 1: normalise them")
+
+
+def _line(error: Exception) -> str:
+    """What FAISS says, without the place in its source."""
+    return str(error).splitlines()[0].rsplit("Error: ", 1)[-1].strip()
+
+
+def lists_of(index: Any) -> torch.Tensor | None:
+    """
+    The list (N,) int64 that each row is in, if the lists hold the rows themselves, else None.
+
+    They do in float32 or, without residuals, in float16, for inner products.
+    """
+    faiss = load_faiss()
+    half = faiss.ScalarQuantizer.QT_fp16
+    plain = isinstance(index, faiss.IndexIVFFlat) or (
+        isinstance(index, faiss.IndexIVFScalarQuantizer)
+        and (index.sq.qtype, index.by_residual) == (half, False)
+    )
+    flat = isinstance(faiss.downcast_index(getattr(index, "quantizer", None)), faiss.IndexFlat)
+    if not (plain and flat and index.metric_type == faiss.METRIC_INNER_PRODUCT):
+        return None
+    lists = torch.full((index.ntotal,), -1)
+    for number in range(index.nlist):
+        lists[read_list(index, number)[0]] = number
+    return lists if (lists >= 0).all() else None
+
+
+def read_list(index: Any, number: int) -> tuple[np.ndarray, torch.Tensor]:
+    """The ids (n,) int64 and the rows (n, d) float32 of a list."""
+    from faiss.contrib.inspect_tools import get_invlist
+
+    ids, codes = get_invlist(index.invlists, number)
+    kind = np.float32 if codes.shape[1] == 4 * index.d else np.float16
+    return ids, torch.from_numpy(codes.view(kind)).float()

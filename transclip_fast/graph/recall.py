@@ -1,0 +1,74 @@
+"""The recall of a search, measured on random rows with exact neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph.candidates import rerank_float64
+from transclip_fast.graph.exact import nearest
+
+SAMPLE_ROWS, SAMPLE_SEED = 1000, 1
+CONFIDENCE_STANDARD_ERRORS = 1.645  # one-sided 95 %
+FLOAT64_ROUNDING = 1e-9  # a generous bound, for two sums of one product of unit rows
+
+
+@dataclass(frozen=True)
+class RecallSample:
+    """Random rows with their exact neighbours, on which the recall of a search is measured."""
+
+    ids: torch.Tensor  # (S,) int64
+    rows: torch.Tensor  # (S, d)
+    neighbors: torch.Tensor  # (S, k) int64, the nearest other rows; k is cut to N - 1
+    similarities: torch.Tensor  # (S, k) float64
+
+    @classmethod
+    def draw(cls, rows: Rows, k: int) -> RecallSample:
+        """At most 1,000 random rows, searched exactly."""
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SAMPLE_SEED))
+        ids = order[:SAMPLE_ROWS].sort().values.to(rows.device)
+        own = rows[ids]
+        return cls(ids, own, *nearest(own, rows, k, own=ids))
+
+    def measure(self, rows: Rows, candidates: torch.Tensor) -> tuple[float, float]:
+        """
+        Recall and weight error of candidates (S, C) of the sampled rows, -1 for none.
+
+        Recall is the share of the k exact neighbours that are found; a row as similar as the k-th
+        counts as one. Weight error is the mean shortfall of the found similarities.
+        """
+        k = self.similarities.shape[1]
+        if k == 0:
+            return 1.0, 0.0
+        ids, found = rerank_float64(self.rows, rows, candidates, k)
+        hits = (ids >= 0) & (found >= self.similarities[:, -1:] - FLOAT64_ROUNDING)
+        return float(hits.double().mean()), float((self.similarities - found).mean())
+
+    def probes(self, centres: torch.Tensor, lists: torch.Tensor, recall: float) -> int:
+        """
+        The fewest lists that a row probes for this recall, with 95 % confidence.
+
+        `centres` (L, d) are of the lists, and `lists` (S, k) those of the exact neighbours: a
+        neighbour is found if its list is among the row's nearest ones.
+        """
+        if self.neighbors.numel() == 0:
+            return 1
+        products = self.rows.double() @ centres.double().T  # (S, L)
+        found = torch.zeros(len(centres) + 1)
+        for own in lists.long().T:
+            low = products.gather(1, own[:, None]) - FLOAT64_ROUNDING
+            # Equal centres count as nearer ones.
+            found += (products >= low).sum(1).bincount(minlength=len(found))
+        share = found.double().cumsum(0) / self.neighbors.numel()
+        return int((self._at_least(share) >= recall)[1:].nonzero()[0, 0]) + 1
+
+    def confirms(self, recall: float, found: float) -> bool:
+        """Whether a measured recall means at least this one, with 95 % confidence."""
+        return bool(self._at_least(torch.tensor(found, dtype=torch.float64)) >= recall)
+
+    def _at_least(self, found: torch.Tensor) -> torch.Tensor:
+        """Lower bounds of measured recalls."""
+        error = (found * (1 - found) / max(1, self.similarities.numel())).sqrt()
+        return found - CONFIDENCE_STANDARD_ERRORS * error
