@@ -68,7 +68,8 @@ def faiss_big_batch(features: np.ndarray, probes: int = 1) -> Found:
     """The same index, searched list by list."""
     from faiss.contrib.big_batch_search import big_batch_search
 
-    _, ids = big_batch_search(ivf_index(features, probes), features, K + 1)
+    search: Any = big_batch_search
+    _, ids = search(ivf_index(features, probes), features, K + 1)
     return ids, {"probes": probes}
 
 
@@ -103,7 +104,7 @@ def run_arm(arm: str, folder: str, **options: Any) -> dict[str, Any]:
 
 
 def recall(ids: np.ndarray, features: np.ndarray) -> float:
-    """Share of the exact neighbours of 1,000 rows among `ids` (N, K or more), or as similar rows."""
+    """Share of the exact neighbours of 1,000 rows among `ids` (N, K or more), or of as similar."""
     rows = np.random.default_rng(0).permutation(len(ids))[:SAMPLE_ROWS]
     own = torch.from_numpy(rows)
     sample, x = torch.from_numpy(features[rows]), torch.from_numpy(features)

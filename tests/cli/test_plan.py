@@ -30,7 +30,7 @@ def test_of_sizes(succeeds):
     assert found["peak"] == max(stage["host"] for stage in found["stages"]) <= found["limit"]
     text = succeeds("plan", *shape)
     assert "50,000 rows, 300 classes, 64 dimensions, 3 neighbours" in text
-    assert "plan: sparse, 128 candidates a row, features held, anchored graph, at most" in text
+    assert "plan: sparse, 128 candidates a row, features held, faiss graph, at most" in text
 
 
 def test_streamed_features_are_read_in_every_pass(succeeds):

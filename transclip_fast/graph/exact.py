@@ -82,7 +82,7 @@ def largest(products: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tens
         return products.topk(min(size, n_columns), dim=1)
     # The largest entries are in the groups of the largest maxima, which are found sooner.
     n_grouped = n_groups * GROUP_COLUMNS
-    grouped = products[:, :n_grouped].unflatten(1, (GROUP_COLUMNS, n_groups))
+    grouped = products[:, :n_grouped].view(-1, GROUP_COLUMNS, n_groups)
     groups = grouped.amax(1).topk(size, dim=1).indices
     among = grouped.gather(2, groups[:, None].expand(-1, GROUP_COLUMNS, -1)).flatten(1)
     n_among = among.shape[1]

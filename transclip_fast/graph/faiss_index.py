@@ -251,6 +251,7 @@ def read_list(index: Any, number: int) -> tuple[np.ndarray, torch.Tensor]:
     """The ids (n,) int64 and the rows (n, d) float32 of a list."""
     from faiss.contrib.inspect_tools import get_invlist
 
-    ids, codes = get_invlist(index.invlists, number)
+    read: Any = get_invlist
+    ids, codes = read(index.invlists, number)
     kind = np.float32 if codes.shape[1] == 4 * index.d else np.float16
     return ids, torch.from_numpy(codes.view(kind)).float()
