@@ -10,14 +10,12 @@ import pytest
 from tests.cli.conftest import contents
 from tests.conftest import balanced
 from transclip_fast.cli import solution
-from transclip_fast.graph import exact
 from transclip_fast.solver import loop
 
 
 @pytest.fixture(autouse=True)
 def after_every_step(monkeypatch):
     monkeypatch.setattr(solution, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(exact, "FEW_ROWS", 0)  # a search of few rows keeps no state
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transclip_fast.graph.rerank import BestLists
+from transclip_fast.graph.candidates import Candidates
 
 from tests.conftest import unit
 from transclip_fast.callbacks import NoCheckpoint
@@ -125,7 +125,7 @@ def test_a_killed_search_goes_on():
 
     def search(checkpoint):
         rows = Rows(features)
-        best, seen = BestLists(300, 7), []
+        best, seen = Candidates.empty(300, 7), []
         count = lambda *rows: seen.append(rows)  # noqa: E731
         return best, exact.search_certified(rows, best, 3, count, checkpoint), seen
 
