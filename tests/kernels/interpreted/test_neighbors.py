@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transclip_fast.graph.candidates import Candidates
 
 from tests.conftest import unit
 from transclip_fast.callbacks import NoCheckpoint
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph import exact
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.candidates import Candidates
 from transclip_fast.kernels import neighbors as kernels
 
 
