@@ -36,8 +36,11 @@ COLUMNS = [
     "label_name",
     "confidence",
     "zero_shot_label",
+    "zero_shot_label_name",
     "zero_shot_confidence",
+    "changed",
     "top5_labels",
+    "top5_label_names",
     "top5_confidences",
 ]
 
@@ -79,8 +82,11 @@ def test_summary_and_predictions(solved, arrays):
     np.testing.assert_array_equal(table["zero_shot_label"], model.zero_shot_labels_)
     np.testing.assert_array_equal(table["zero_shot_confidence"], model.zero_shot_confidences_)
     assert table["label_name"].to_pylist() == [str(k) for k in model.transduction_]
+    assert table["zero_shot_label_name"].to_pylist() == [str(k) for k in model.zero_shot_labels_]
+    np.testing.assert_array_equal(table["changed"], model.transduction_ != model.zero_shot_labels_)
     top = np.array(table["top5_labels"].to_pylist())
     assert top.shape == (77, 5)
+    assert table["top5_label_names"].to_pylist() == [[str(k) for k in row] for row in top]
     np.testing.assert_array_equal(top[:, 0], model.transduction_)
     confidences = np.array(table["top5_confidences"].to_pylist(), np.float32)
     np.testing.assert_array_equal(confidences, -np.sort(-z, axis=1)[:, :5])
@@ -210,7 +216,8 @@ def test_separate_files(suffix, arrays, solved, succeeds, tmp_path):
     succeeds("solve", *options[1:])
     run, table = read(tmp_path / "separate")
     assert run["class_names"] == ["a", "b", "ç", "d", "e", "f"]
-    assert table.drop(["label_name"]).equals(read(solved)[1].drop(["label_name"]))
+    named = ["label_name", "zero_shot_label_name", "top5_label_names"]
+    assert table.drop(named).equals(read(solved)[1].drop(named))
     assert table["label_name"].to_pylist() == ["abçdef"[k] for k in table["label"].to_pylist()]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
 from scipy import sparse
 
 from transclip_fast.store import results
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import prediction_tables
+from transclip_fast.store.results import prediction_tables, save_result
 
 
 def table(distributions):
@@ -51,6 +56,45 @@ def test_blocks_are_the_whole_in_parts(monkeypatch):
     monkeypatch.setattr(results, "TABLE_ROWS", 7)
     assert table(draw).equals(whole)
     assert table(draw)["row"].to_pylist() == list(range(20))
+
+
+def test_names():
+    draw = np.random.default_rng(0).random((20, 7))
+    features = Features("x.npz", {"image_features": np.ones((20, 2))}, {})
+    features.class_names = [f"class {chr(97 + k)}" for k in range(7)]
+    before = np.random.default_rng(1).integers(7, size=20)
+    tables = prediction_tables(draw.astype("f4"), (before, np.ones(20, "f4")), features)
+    found = pa.concat_tables(tables)
+    names = np.array(features.class_names)
+    top = np.argsort(-draw, axis=1)[:, :5]
+    assert found["label_name"].to_pylist() == names[top[:, 0]].tolist()
+    assert found["zero_shot_label_name"].to_pylist() == names[before].tolist()
+    assert found["top5_label_names"].to_pylist() == names[top].tolist()
+    assert found["changed"].to_pylist() == (top[:, 0] != before).tolist()
+
+
+@pytest.mark.parametrize("block", [3, 100])
+def test_csv(block, monkeypatch, tmp_path):
+    """All columns of single values, of all blocks; no text that a spreadsheet would run."""
+    monkeypatch.setattr(results, "TABLE_ROWS", block)
+    hostile = ["=cmd()", "+1", "-1", "@x", "\tx", "plain", 'a "b", c', "two\nlines"]
+    features = Features("x.npz", {"image_features": np.ones((8, 2))}, {})
+    features.keys, features.class_names = hostile, ["=SUM(A1)", "b"]
+    draw = np.random.default_rng(0).random((8, 2), np.float32)
+    made = prediction_tables(draw, (np.zeros(8, np.int64), np.ones(8, "f4")), features)
+    save_result(tmp_path, made, {}, {"means": torch.zeros(2, 2)}, csv=True)
+    table = pq.read_table(tmp_path / "predictions.parquet")
+    assert table["key"].to_pylist() == hostile
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    flat = [name for name in table.column_names if not name.startswith("top5")]
+    assert [*rows[0]] == flat
+    assert [row["key"] for row in rows] == [f"'{x}" if x[0] in "=+-@\t" else x for x in hostile]
+    assert {row["label_name"] for row in rows} <= {"'=SUM(A1)", "b"}
+    assert [int(row["label"]) for row in rows] == table["label"].to_pylist()
+    assert [float(row["confidence"]) for row in rows] == pytest.approx(
+        table["confidence"].to_pylist()
+    )
 
 
 def test_sparse_rows():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import click
 
@@ -26,8 +27,19 @@ COMMANDS = {
 }
 
 
+RESUMED = ("demo", "run", "encode", "train-head", "solve", "graph", "protocol")
+
+
 class _Commands(click.Group):
     """Imports a command when it is called, so that --help does not wait for torch."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if ctx.invoked_subcommand in RESUMED:
+                click.echo("stopped: the same command goes on from here", err=True)
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

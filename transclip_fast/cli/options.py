@@ -124,6 +124,11 @@ out_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output."
 )
+csv_option = click.option(
+    "--csv",
+    is_flag=True,
+    help="Also write predictions.csv, without the lists; ' goes before what spreadsheets run.",
+)
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 search_option = click.option(
     "--search",

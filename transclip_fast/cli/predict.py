@@ -34,6 +34,7 @@ WEIGHTS = ("likelihood_weight", "kl_weight")  # of the solve
 @click.option("--labels", type=click.Path(), help="True labels (N,) of the new rows.")
 @options.image_map_option
 @options.device_option
+@options.csv_option
 @options.json_option
 def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> None:
     """Label the rows of NEW_FEATURES with the mixture that `solve` wrote to RESULT.
@@ -86,7 +87,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
         tables = results.prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):
-            results.save_result(folder, tables, run, tensors)
+            results.save_result(folder, tables, run, tensors, csv=values["csv"])
     text = f"{counted(len(rows), 'row')} labelled, {run['n_flipped']:,} unlike zero-shot"
     if truth is not None:
         text += f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"

@@ -14,14 +14,14 @@ from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import SEARCH_OPTIONS, GraphSearch, kept_graph, search_of
 from transclip_fast.cli.plan import Plan, plan_of_size
-from transclip_fast.cli.solution import solve_features
+from transclip_fast.cli.solution import Output, solve_features
 from transclip_fast.cli.summary import describe_solution
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.results import load_mixture, load_result
+from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
 
 
 @click.command("run")
@@ -32,6 +32,7 @@ from transclip_fast.store.results import load_mixture, load_result
 @options.parameter_option("class_cost")
 @options.parameter_option("memory")
 @options.device_option
+@options.csv_option
 @options.json_option
 def command(
     images: str,
@@ -39,6 +40,7 @@ def command(
     class_cost: bool | str,
     memory: str | None,
     strict: bool,
+    csv: bool,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -75,7 +77,7 @@ def command(
             )
         encode_summary, encode_text = report(encoded)
         quiet = as_json or bool(planned)
-        solve_summary, solve_text = solve_folder(folder, model, search, quiet=quiet)
+        solve_summary, solve_text = solve_folder(folder, model, search, csv=csv, quiet=quiet)
     summary = {
         **solve_summary,
         "failures": encode_summary["failures"],
@@ -89,17 +91,23 @@ def command(
 
 
 def solve_folder(
-    folder: Path, model: TransCLIP, search: GraphSearch | None = None, *, quiet: bool = True
+    folder: Path,
+    model: TransCLIP,
+    search: GraphSearch | None = None,
+    *,
+    csv: bool = False,
+    quiet: bool = True,
 ) -> tuple[dict[str, Any], str]:
     """Solve folder/features into folder/graph and folder/result; run.json, and the same as text."""
     stages = session.Stages()
     features = load_features(folder / "features")
     result = folder / "result"
     run = _finished_run(result, features, model)
-    if run is None:
+    if run is None or (csv and not (result / CSV_FILE).is_file()):
         search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
         graph = kept_graph(folder / "graph", features, search, stages)
-        run = solve_features(features, str(result), model, graph, stages, quiet=quiet)
+        output = Output(csv=csv)
+        run = solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
     text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
         text = f"{text}\n\n{describe_evaluation(*evaluate_result(str(result)))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,15 +35,24 @@ from transclip_fast.version import __version__
 CHECKPOINT_SECONDS = 1.0  # the most work that a crash costs
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a result has beside labels: `reject`, the share of rows to mark as none of the classes,
+    and `csv`, whether predictions are written as .csv, too."""
+
+    reject: float | None = None
+    csv: bool = False
+
+
 def solve_features(
     features: Features,
     out: str,
     model: TransCLIP,
     graph: NeighborGraph | GraphSearch,
     stages: session.Stages,
+    output: Output = Output(),
     *,
     make_head: Callable[[Features], FittedHead] | None = None,
-    reject: float | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """
@@ -52,8 +62,7 @@ def solve_features(
     `out` until the folder is complete.
 
     `graph` has the neighbours, or the search for them; `make_head` fits or reads the head that
-    becomes the prior; `reject` is the share of rows to mark as none of the classes; `quiet` does
-    not print the plan.
+    becomes the prior; `quiet` does not print the plan.
     """
     checkpoints = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
     own_graph = beside(out, "graph")
@@ -104,8 +113,8 @@ def solve_features(
         run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
         known = None if problem.known is None else problem.known.numpy() >= 0
         columns = {"outlier_score": model.outlier_score_}
-        if reject is not None:
-            columns["rejected"] = rejected_rows(model.outlier_score_, reject)
+        if output.reject is not None:
+            columns["rejected"] = rejected_rows(model.outlier_score_, output.reject)
             if known is not None:
                 columns["rejected"] &= ~known
         run |= solver_summary(model) | {
@@ -120,7 +129,7 @@ def solve_features(
         z = model.label_distributions_
         tables = prediction_tables(z, zero_shot, features, truth, **columns)
         with writing(out):
-            save_result(folder, tables, run, model.tensors())
+            save_result(folder, tables, run, model.tensors(), csv=output.csv)
     return run
 
 

@@ -11,7 +11,7 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch, search_of
 from transclip_fast.cli.head import apply_head, read_choice
-from transclip_fast.cli.solution import solve_features
+from transclip_fast.cli.solution import Output, solve_features
 from transclip_fast.cli.summary import describe_solution
 from transclip_fast.cli.towers import tower_options
 from transclip_fast.errors import InputError
@@ -35,6 +35,7 @@ from transclip_fast.types import NeighborGraph
 @click.option("--seed", default=0, help="Seed of the head's training.")
 @tower_options
 @options.device_option
+@options.csv_option
 @options.json_option
 @options.array_options(*options.ARRAYS)
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
@@ -99,8 +100,8 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         model,
         graph,
         stages,
+        Output(values["reject"], values["csv"]),
         make_head=make_head,
-        reject=values["reject"],
         quiet=as_json,
     )
     session.print_summary(run, describe_solution(run, out), as_json)

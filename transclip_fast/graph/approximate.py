@@ -28,7 +28,7 @@ from transclip_fast.graph.faiss_index import (
     open_index,
     read_list,
 )
-from transclip_fast.graph.recall import RecallSample
+from transclip_fast.graph.recall import RecallSample, confirms
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import parallel_map
 
@@ -207,7 +207,7 @@ class IndexSearch:
                 return  # the index has no such parameter, and nothing to choose
             ids, _ = self._top(self._sample.rows, self._sample.ids, size)
             reached, _ = self._sample.measure(self._rows, ids)
-            if effort == most or self._sample.confirms(self._recall, reached):
+            if effort == most or confirms(reached, self._recall):
                 self.info |= {"probes": effort, "lists": most} if ivf is not None else {}
                 return
             effort = min(2 * effort, most)

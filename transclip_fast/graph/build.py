@@ -170,7 +170,8 @@ def choose_search(n_rows: int, device: torch.device, held: bool) -> str:
 
 def _measured(rows: Rows, found: Candidates, sample: RecallSample, recall: float) -> dict[str, Any]:
     """What `info` says of an approximate search; warns if it missed the recall."""
-    reached, error = sample.measure(rows, found.ids[sample.ids])
+    shares, error = sample.measure(rows, found.ids[sample.ids])
+    reached = float(shares.mean())
     if reached < recall:
         warnings.warn(
             f"the graph's recall is {reached:.4f}, below {recall}: another index, or an exact "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +33,19 @@ class RecallSample:
         own = rows[ids]
         return cls(ids, own, *nearest(own, rows, k, own=ids))
 
-    def measure(self, rows: Rows, candidates: torch.Tensor) -> tuple[float, float]:
+    def measure(self, rows: Rows, candidates: torch.Tensor) -> tuple[torch.Tensor, float]:
         """
-        Recall and weight error of candidates (S, C) of the sampled rows, -1 for none.
+        Recall (S,) and weight error of candidates (S, C) of the sampled rows, -1 for none.
 
-        Recall is the share of the k exact neighbours that are found; a row as similar as the k-th
-        counts as one. Weight error is the mean shortfall of the found similarities.
+        Recall is the share of a row's k exact neighbours that are found; a row as similar as the
+        k-th counts as one. Weight error is the mean shortfall of the found similarities.
         """
         k = self.similarities.shape[1]
         if k == 0:
-            return 1.0, 0.0
+            return torch.ones(len(self.ids), dtype=torch.float64), 0.0
         ids, found = rerank_float64(self.rows, rows, candidates, k)
         hits = (ids >= 0) & (found >= self.similarities[:, -1:] - FLOAT64_ROUNDING)
-        return float(hits.double().mean()), float((self.similarities - found).mean())
+        return hits.double().mean(1), float((self.similarities - found).mean())
 
     def probes(self, centres: torch.Tensor, lists: torch.Tensor, recall: float) -> int:
         """
@@ -53,22 +54,24 @@ class RecallSample:
         `centres` (L, d) are of the lists, and `lists` (S, k) those of the exact neighbours: a
         neighbour is found if its list is among the row's nearest ones.
         """
-        if self.neighbors.numel() == 0:
-            return 1
         products = self.rows.double() @ centres.double().T  # (S, L)
-        found = torch.zeros(len(centres) + 1)
-        for own in lists.long().T:
-            low = products.gather(1, own[:, None]) - FLOAT64_ROUNDING
-            # Equal centres count as nearer ones.
-            found += (products >= low).sum(1).bincount(minlength=len(found))
-        share = found.double().cumsum(0) / self.neighbors.numel()
-        return int((self._at_least(share) >= recall)[1:].nonzero()[0, 0]) + 1
+        # Equal centres count as nearer ones.
+        nearer = [
+            (products >= products.gather(1, own[:, None]) - FLOAT64_ROUNDING).sum(1)
+            for own in lists.long().T
+        ]
+        needed = torch.stack(nearer, 1) if nearer else torch.ones(len(self.ids), 1)  # (S, k)
+        for probes in range(1, len(centres)):
+            if confirms((needed <= probes).double().mean(1), recall):
+                return probes
+        return len(centres)
 
-    def confirms(self, recall: float, found: float) -> bool:
-        """Whether a measured recall means at least this one, with 95 % confidence."""
-        return bool(self._at_least(torch.tensor(found, dtype=torch.float64)) >= recall)
 
-    def _at_least(self, found: torch.Tensor) -> torch.Tensor:
-        """Lower bounds of measured recalls."""
-        error = (found * (1 - found) / max(1, self.similarities.numel())).sqrt()
-        return found - CONFIDENCE_STANDARD_ERRORS * error
+def confirms(found: torch.Tensor, recall: float) -> bool:
+    """
+    Whether the recalls (S,) of random rows mean at least this one, with 95 % confidence.
+
+    The neighbours of one row are often found or missed together: a row is one observation.
+    """
+    error = found.std(correction=0) / math.sqrt(max(1, len(found)))
+    return bool(found.mean() - CONFIDENCE_STANDARD_ERRORS * error >= recall)

@@ -1,9 +1,10 @@
-"""Result folders: predictions.parquet, mixture.safetensors and run.json."""
+"""Result folders: predictions.parquet (or .csv too), mixture.safetensors and run.json."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save
@@ -23,7 +26,9 @@ from transclip_fast.store.arrays import inside, read_arrays, read_table
 from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.features import Features
 
-CONTENTS = frozenset({"predictions.parquet", "mixture.safetensors", "run.json"})
+CSV_FILE = "predictions.csv"
+CONTENTS = frozenset({"predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json"})
+FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
 TOP_CLASSES = 5  # listed for each row
 TABLE_ROWS = 1 << 16  # converted to a block of the table at a time
 
@@ -65,7 +70,7 @@ def prediction_tables(
     `more` further columns (N,).
     """
     n_rows, n_classes = distributions.shape
-    names = np.asarray(features.class_names or [str(k) for k in range(n_classes)])
+    names = pa.array(features.class_names or map(str, range(n_classes)), pa.string())
     for start in range(0, n_rows, TABLE_ROWS):
         block = slice(start, min(start + TABLE_ROWS, n_rows))
         rows = np.arange(block.start, block.stop)
@@ -77,11 +82,14 @@ def prediction_tables(
             "source_row": rows if features.source_rows is None else features.source_rows[block],
             "key": pa.array(keys or [None] * len(rows), pa.string()),
             "label": label,
-            "label_name": pa.array(names[label], pa.string()),
+            "label_name": names.take(pa.array(label)),
             "confidence": values[:, 0],
-            "zero_shot_label": zero_shot[0][block],
+            "zero_shot_label": (before := zero_shot[0][block]),
+            "zero_shot_label_name": names.take(pa.array(before)),
             "zero_shot_confidence": zero_shot[1][block],
-            "top5_labels": _lists(classes, values >= 0),
+            "changed": label != before,
+            "top5_labels": (top := _lists(classes, values >= 0)),
+            "top5_label_names": pa.ListArray.from_arrays(top.offsets, names.take(top.values)),
             "top5_confidences": _lists(values, values >= 0),
         }
         columns |= {name: column[block] for name, column in more.items()}
@@ -95,16 +103,35 @@ def save_result(
     tables: Iterable[pa.Table],
     run: dict[str, Any],
     tensors: dict[str, torch.Tensor],
+    *,
+    csv: bool = False,
 ) -> None:
-    """Write the files of a result into the folder of a `new_folder`."""
+    """Write the files of a result into the folder of a `new_folder`; `csv` adds predictions.csv."""
     blocks = iter(tables)
     first = next(blocks)
-    with pq.ParquetWriter(folder / "predictions.parquet", first.schema) as writer:
+    with ExitStack() as files:
+        writer = files.enter_context(pq.ParquetWriter(folder / "predictions.parquet", first.schema))
+        lines = None
+        if csv:
+            schema = _flat(first).schema
+            lines = files.enter_context(pa.csv.CSVWriter(folder / CSV_FILE, schema))
         for block in chain([first], blocks):
             writer.write_table(block)
+            if lines is not None:
+                lines.write_table(_flat(block))
     # As bytes: on a full disk safetensors raises an error of its own, not an OSError.
     (folder / "mixture.safetensors").write_bytes(save(tensors))
     write_json(folder / "run.json", run)
+
+
+def _flat(table: pa.Table) -> pa.Table:
+    """The columns of single values; ' goes before a text that a spreadsheet would run."""
+    flat = table.select([field.name for field in table.schema if not pa.types.is_list(field.type)])
+    for place, field in enumerate(flat.schema):
+        if pa.types.is_string(field.type):
+            safe = pc.replace_substring_regex(flat.column(place), FORMULA, r"'\1")
+            flat = flat.set_column(place, field, safe)
+    return flat
 
 
 def load_result(path: str | Path) -> Result:
