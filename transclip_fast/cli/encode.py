@@ -34,6 +34,7 @@ ENCODE = {  # parameters of `encode_images` that are options of every command th
     "classes": "Class names: a text file, one a line, or imagenet; a .json of splits has its own.",
     "templates": "Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
     "labels_from_folders": "Sub-folder names are the true labels.",
+    "follow_links": "Also encode the images behind links to folders.",
     "split": "Of a .json of splits.  [default: test]",
     "root": "Folder that the paths in a .json of splits start at.  [default: found]",
     "batch_size": "Images at a time.  [default: what fits a GPU, 64 on a CPU]",
@@ -120,6 +121,8 @@ def command(
         return
     summary, text = report(encoded)
     session.print_summary({**summary, "warnings": warnings}, text, as_json)
+    if not encoded.n_rows:
+        raise InputError(f"{images}: none of the images could be read, see {out}/failures.csv")
     if strict and encoded.failures:
         sys.exit(1)
 

@@ -16,6 +16,7 @@ from transclip_fast.encode import models
 from transclip_fast.encode.batch_size import fitting_batch_size
 from transclip_fast.encode.encoder import EncodeProgress, Throughput, encode_shards, merged, timed
 from transclip_fast.encode.patches import LocalEncoder
+from transclip_fast.encode.pixels import RULES
 from transclip_fast.encode.ranks import ALONE, Ranks, joined
 from transclip_fast.encode.sources import Source, open_source, resolve_labels
 from transclip_fast.encode.text import ClassPrompts, encode_text
@@ -67,6 +68,7 @@ def encode_images(
     classes: str | Path | Sequence[str] | None = None,
     templates: str = "simple",
     labels_from_folders: bool = False,
+    follow_links: bool = False,
     split: str | None = None,
     root: str | Path | None = None,
     precision: str = "fp32",
@@ -104,6 +106,8 @@ def encode_images(
         Prompts: "simple", "openai", a text file with {} in each line, or CuPL's JSON.
     labels_from_folders : bool
         The names of sub-folders are the true labels.
+    follow_links : bool
+        Also encode the images behind links to folders.
     split, root : str, path, optional
         Of a .json of splits, see `open_source`.
     precision : {"fp32", "bf16", "fp16"}
@@ -163,7 +167,11 @@ def encode_images(
             torch.cuda.set_device(torch_device)  # or each rank would also allocate on the first GPU
         with timed(seconds, "list"):
             source = open_source(
-                images, labels_from_folders=labels_from_folders, split=split, root=root
+                images,
+                labels_from_folders=labels_from_folders,
+                follow_links=follow_links,
+                split=split,
+                root=root,
             )
             names = classes or source.class_names
             text = ClassPrompts.read(names, templates) if names else None
@@ -249,6 +257,7 @@ def _config(
         **identity,
         "device": device.type,
         "source": source.identity(),
+        "pixels": RULES,
         "dtype": "float16",
         "local_features": local_features,
     }

@@ -4,13 +4,15 @@ Image files to pixels: the result of open_clip's preprocessing in a third of its
 simplejpeg, if installed, decodes JPEGs to exactly Pillow's pixels (both are libjpeg-turbo); Pillow
 decodes everything else, and what simplejpeg refuses. Torch resizes bytes, which differs from Pillow
 by at most one of 255 levels (`bench/speed/decoders.py` compares them), and pixels travel as bytes.
+Unlike open_clip, `decode` turns images upright and scales 16-bit and float images (`RULES`).
 """
 
 from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +22,21 @@ import numpy as np
 import torch
 from PIL import Image
 
+from transclip_fast.errors import InputError
+
 RESIZE = "torch, bytes"  # in the manifest of features that were made by `Pixels`
+# In every manifest; a change of the pixels that `decode` or `Pixels` return for a file changes it.
+RULES = "upright by EXIF; 16-bit and float scaled to 8 bits; strips cut before they are resized"
+# Formats that Pillow opens and that are not read: EPS starts Ghostscript on the file, and of the
+# others Pillow reads no more than the header.
+UNREAD_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+MAX_PIXELS = 178_956_970  # beyond, Pillow takes an image for a decompression bomb
+BAND_PIXELS = 2**24  # converted at a time, so that a large image is not in memory three times
+STRIP = 16  # long side by short side; resized whole, a longer image takes too much memory
+ORIENTATION = 0x112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to turn and mirror
+PHOTOMETRIC = 0x106  # TIFF tag: 0 stands for "zero is white"
+UNSIGNED_16_BITS = frozenset({"JPEG2000", "PNG", "PPM", "TIFF"})  # formats; others have a sign
+MIN_LEVELS = 16  # of 256, that the largest value of a 16-bit or float image reaches
 
 
 @dataclass(frozen=True)
@@ -43,9 +59,12 @@ class Pixels:
 
     def read(self, data: bytes) -> torch.Tensor:
         """An image file to (S, S, 3) uint8."""
-        pixels = decode(data)  # (3, H, W)
-        height, width = pixels.shape[1:]
+        array = decode(data)  # (H, W, 3)
+        height, width = array.shape[:2]
         short, long = min(height, width), max(height, width)
+        if long > STRIP * short:
+            return torch.from_numpy(self._middle(array))
+        pixels = torch.from_numpy(array).permute(2, 0, 1)  # channels last in memory
         other = int(self.size * long / short)
         target = (self.size, other) if height <= width else (other, self.size)
         if short != self.size:
@@ -55,6 +74,25 @@ class Pixels:
         top, left = (round((side - self.size) / 2) for side in pixels.shape[1:])
         square = pixels[:, top : top + self.size, left : left + self.size]
         return square.permute(1, 2, 0).contiguous()
+
+    def _middle(self, pixels: np.ndarray) -> np.ndarray:
+        """The square (S, S, 3) from the middle of a strip (H, W, 3), which alone is resized."""
+        height, width = pixels.shape[:2]
+        short, long = min(height, width), max(height, width)
+        other = int(self.size * long / short)
+        left = round((other - self.size) / 2)
+        start, stop = (edge * long / other for edge in (left, left + self.size))
+        # The filter reaches beyond the square: by two pixels, of the result or of the file.
+        first = max(int(start) - 2 * short - 2, 0)
+        middle = slice(first, int(stop) + 2 * short + 3)
+        box = (start - first, 0, stop - first, short)
+        cut = pixels[:, middle]
+        if height > width:
+            box, cut = (0, start - first, short, stop - first), pixels[middle]
+        resized = Image.fromarray(np.ascontiguousarray(cut)).resize(
+            (self.size, self.size), Image.Resampling[self.interpolation.upper()], box
+        )
+        return np.array(resized)
 
     def scale(self, images: torch.Tensor) -> torch.Tensor:
         """Standardize images (B, S, S, 3) uint8: (B, 3, S, S) float32, channels last in memory."""
@@ -75,26 +113,127 @@ def decoder() -> str:
     return "simplejpeg" if find_spec("simplejpeg") else "Pillow"
 
 
-def decode(data: bytes) -> torch.Tensor:
-    """
-    Decode an image file to its pixels (3, H, W) uint8, channels last in memory.
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats of image files that are read, as Pillow calls them, in its order."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in UNREAD_FORMATS)
 
-    Pillow raises any exception if the file is damaged or no image.
-    """
-    with Image.open(io.BytesIO(data)) as image:  # reads the header alone
-        pixels = None
-        if image.format == "JPEG" and image.mode in ("L", "RGB") and decoder() == "simplejpeg":
-            import simplejpeg
 
-            with suppress(ValueError):  # damage, too, is left to Pillow
-                pixels = simplejpeg.decode_jpeg(data, "RGB")  # (H, W, 3) uint8
-        if pixels is None:
-            pixels = np.array(image.convert("RGB"))
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The suffixes, as ".jpg", of the files that this Pillow reads."""
+    known = {*formats(), "MPO"}  # which Pillow opens as JPEG
+    return frozenset(s for s, name in Image.registered_extensions().items() if name in known)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """
+    Decode an image file to its pixels (H, W, 3) uint8, upright.
+
+    Of 16-bit images the upper 8 bits are taken, as Pillow does where they have colours. Floats and
+    32-bit integers are scaled from the least of the ranges 0 to 1 (floats), 0 to 255 and 0 to
+    65,535 that holds them.
+
+    Raises
+    ------
+    InputError
+        Too many pixels, or values that fit no range.
+    Exception
+        Pillow raises any if the file is damaged or no image.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata, and of images that are only large
+        try:
+            opened = Image.open(io.BytesIO(data), formats=formats())  # reads the header alone
+        except Image.DecompressionBombError as error:
+            raise InputError(
+                f"has more than {MAX_PIXELS:,} pixels; scale it down or cut it"
+            ) from error
+        with opened as image:
+            pixels = None
+            if image.format == "JPEG" and image.mode in ("L", "RGB") and decoder() == "simplejpeg":
+                import simplejpeg
+
+                with suppress(ValueError):  # damage, too, is left to Pillow
+                    pixels = simplejpeg.decode_jpeg(data, "RGB")  # (H, W, 3) uint8
+            if pixels is None:
+                image.load()  # turns a TIFF, and may change the size
+                pixels = _rgb_pixels(image)
+            orientation = _orientation(image)
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
 def rgb(data: bytes) -> Image.Image:
-    """Open an image file with Pillow, with three channels."""
-    with Image.open(io.BytesIO(data)) as image:
-        converted: Image.Image = image.convert("RGB")
-        return converted
+    """Decode an image file to a Pillow image with three channels, see `decode`."""
+    return Image.fromarray(decode(data))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation of an image in its metadata, 1 to 8; 1 if there is none."""
+    try:
+        found = image.getexif().get(ORIENTATION)
+    except Exception:  # noqa: BLE001 - of damaged metadata; viewers show such images as they are
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of an image (H, W, 3) uint8."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    if image.mode == "F" or image.mode.startswith("I"):
+        whole = _full_scale(image)
+        tags = getattr(image, "tag_v2", {})  # of a TIFF; Pillow minds this one in 8 bits alone
+        inverted = tags.get(PHOTOMETRIC) == 0
+        for rows, band in _bands(image):
+            levels = _levels(np.asarray(band), whole)[..., None]
+            pixels[rows] = 255 - levels if inverted else levels
+    else:
+        for rows, band in _bands(image):
+            pixels[rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return pixels
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Rows of an image, some at a time."""
+    step = max(1, BAND_PIXELS // image.width)
+    if step >= image.height:
+        yield slice(image.height), image
+        return
+    for top in range(0, image.height, step):
+        stop = min(top + step, image.height)
+        yield slice(top, stop), image.crop((0, top, image.width, stop))
+
+
+def _full_scale(image: Image.Image) -> int:
+    """The value of white in an image of floats or of 16-bit or 32-bit integers."""
+    bands = (np.asarray(band) for _, band in _bands(image))
+    extremes = np.array([(values.min(), values.max()) for values in bands])
+    low, high = float(extremes[:, 0].min()), float(extremes[:, 1].max())  # NaN if any value is
+    for whole in _ranges(image):
+        if low >= 0 and whole * MIN_LEVELS / 256 <= high <= whole:
+            return whole
+    raise InputError(
+        f"has values from {low:g} to {high:g}, which fit no range that is known ({image.mode}); "
+        "save it with 8 bits"
+    )
+
+
+def _ranges(image: Image.Image) -> tuple[int, ...]:
+    """The largest values that white may have in an image, ascending; none if it may be signed."""
+    if image.mode == "F":
+        return (1, 255, 65535)
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # theirs have 16 bits
+        return (255, 65535)
+    return (65535,) if image.format in UNSIGNED_16_BITS else ()
+
+
+def _levels(values: np.ndarray, whole: int) -> np.ndarray:
+    """Values in 0 .. `whole` as 8-bit levels."""
+    if values.dtype.kind != "f" and whole == 65535:
+        return (values >> 8).astype(np.uint8)
+    return np.rint(values * (255 / whole)).astype(np.uint8)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tarfile
+import stat
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from transclip_fast.encode.pixels import suffixes
+from transclip_fast.encode.tars import Sample, read_samples
+from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.feature_writer import RowTable
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-TAR_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
-LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has holds its label
+MAX_FILE_BYTES = 2**30  # of an image
 SPLITS = ("train", "val", "test")
 IMAGENET_CLASSES = 1000
 
@@ -40,22 +40,40 @@ class Source:
     spans: list[tuple[int, int]] | None = None  # its offset and size there; None: the whole file
     labels: Sequence[int | str | None] | None = None  # positions, class names or synsets
     class_names: list[str] | None = None  # of a source that defines them; labels are positions
+    refusals: dict[int, str] = field(default_factory=dict)  # why a row is known not to be readable
+    left_out: str = ""  # what is there besides and is not read, in words
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, row: int) -> bytes:
-        """The bytes of one image."""
+        """
+        The bytes of one image.
+
+        Raises
+        ------
+        InputError
+            The file is no regular one (a FIFO would wait, a device may never end), too large, or
+            shorter than it was; or the row is one of `refusals`.
+        """
+        if row in self.refusals:
+            raise InputError(self.refusals[row])
+        check_regular(self.files[row])
         with open(self.files[row], "rb") as file:
-            if self.spans is None:
-                return file.read()
-            offset, size = self.spans[row]
+            offset, size = (0, os.fstat(file.fileno()).st_size)
+            if self.spans is not None:
+                offset, size = self.spans[row]
+            if size > MAX_FILE_BYTES:
+                raise InputError(f"has {size:,} bytes, more than {MAX_FILE_BYTES:,}; compress it")
             file.seek(offset)
-            return file.read(size)
+            content = file.read(size)
+        if len(content) < size:
+            raise InputError("is shorter than it was when it was listed; copy it again")
+        return content
 
     def table(self, labels: np.ndarray | None) -> RowTable:
         """The metadata of each row in a feature folder."""
-        return RowTable(self.keys, [_printable(file) for file in self.files], labels)
+        return RowTable(self.keys, [printable(file) for file in self.files], labels)
 
     def identity(self) -> dict[str, Any]:
         """The manifest's entry: kind, rows, hash of names and sizes."""
@@ -63,7 +81,7 @@ class Source:
         for row, key in enumerate(self.keys):
             size = self.spans[row][1] if self.spans else -1
             if not self.spans:
-                with suppress(OSError):  # reading it fails later, and is reported
+                with suppress(OSError, ValueError):  # reading it fails later, and is reported
                     size = os.stat(self.files[row]).st_size
             digest.update(f"{key}\0{size}\0".encode())
         return {"kind": self.kind, "rows": len(self), "sha256": digest.hexdigest()}
@@ -73,21 +91,25 @@ def open_source(
     path: str | Path,
     *,
     labels_from_folders: bool = False,
+    follow_links: bool = False,
     split: str | None = None,
     root: str | Path | None = None,
 ) -> Source:
     """
-    List the images at a path.
+    List the images at a path, and warn about files that are left out.
 
     Parameters
     ----------
     path : path
-        A folder of images (with sub-folders, in order of their paths); a folder of .tar files or
-        one .tar file (webdataset); or a .txt, .csv or .parquet list with a column `path` (a .txt
-        has one path a line) and optionally `label` and `key`, paths relative to the list; or a
-        .json of splits as CoOp has them, lists of [path, label, class name].
+        A folder of images (with sub-folders, in order of their paths; all whose suffix Pillow
+        knows); a folder of .tar files or one .tar file (webdataset); or a .txt, .csv or .parquet
+        list with a column `path` (a .txt has one path a line) and optionally `label` and `key`,
+        paths relative to the list; or a .json of splits as CoOp has them, lists of
+        [path, label, class name].
     labels_from_folders : bool
         The name of an image's first sub-folder is its label.
+    follow_links : bool
+        Also list the images behind links to folders.
     split : {"train", "val", "test"}, optional
         Of a .json of splits; "test" by default.
     root : path, optional
@@ -106,24 +128,27 @@ def open_source(
     if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-        source = _webdataset(tars) if tars else _folder(path, labels_from_folders)
-        if tars and any(entry.suffix.lower() in SUFFIXES for entry in path.iterdir()):
-            raise InputError(f"{path}: holds images and .tar files; name one of the .tar files")
-    elif path.suffix == ".tar":
-        source = _webdataset([path])
-    elif path.suffix in (".txt", ".csv", ".parquet"):
-        source = _list(path)
-    elif path.suffix == ".json":
-        source = _split(path, split or "test", root)
+        tars = sorted(file for file in path.glob("*.tar") if not file.is_dir())
+        if tars:
+            source = _webdataset(tars, _beside_tars(path))
+        else:
+            source = _folder(path, labels_from_folders, follow_links)
     else:
-        raise InputError(
-            f"{path}: expected a folder, a .tar, a .txt, .csv or .parquet list, or a .json of "
-            "splits"
-        )
+        source = _file(path, split, root)
     if not len(source):
-        raise InputError(f"{path}: holds no images ({', '.join(sorted(SUFFIXES))})")
+        besides = f"; {source.left_out}" if source.left_out else ""
+        raise InputError(f"{path}: holds no images that can be read here{besides}")
+    if len(source.refusals) == len(source):
+        raise InputError(f"{path}: holds no image that can be read; {source.refusals[0]}")
+    if source.left_out:
+        warnings.warn(f"{path}: {source.left_out}", stacklevel=2)
     return source
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what is no regular file: reading a FIFO waits, and some devices have no end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError(f"{path}: is no regular file")
 
 
 def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
@@ -142,8 +167,10 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
         positions[plain_name(name)] = None if plain_name(name) in positions else k
     synsets = _synsets() if len(names) == IMAGENET_CLASSES else {}
     captions = any(isinstance(label, str) for label in source.labels)
-    found = np.empty(len(source), dtype=np.int64)
+    found = np.full(len(source), -1, dtype=np.int64)
     for row, label in enumerate(source.labels):
+        if row in source.refusals:
+            continue
         position = label
         if isinstance(label, str):
             position = positions.get(plain_name(label), synsets.get(label))
@@ -159,20 +186,22 @@ def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
     return found
 
 
-def _folder(root: Path, labels_from_folders: bool) -> Source:
-    found = []
-    for folder, subfolders, files in os.walk(root, onerror=_unreadable):
-        links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
-        if links:
-            warnings.warn(
-                f"{os.path.join(folder, links[0])}: is a link to a folder and is not followed",
-                stacklevel=2,
-            )
-        for name in files:
-            file = Path(folder, name)
-            if file.suffix.lower() in SUFFIXES:
-                found.append((_printable(file.relative_to(root).as_posix()), str(file)))
-    found.sort()
+def _file(path: Path, split: str | None, root: str | Path | None) -> Source:
+    with reading(path):
+        check_regular(path)
+    if path.suffix == ".tar":
+        return _webdataset([path], Counter())
+    if path.suffix in (".txt", ".csv", ".parquet"):
+        return _list(path)
+    if path.suffix == ".json":
+        return _split(path, split or "test", root)
+    raise InputError(
+        f"{path}: expected a folder, a .tar, a .txt, .csv or .parquet list, or a .json of splits"
+    )
+
+
+def _folder(root: Path, labels_from_folders: bool, follow_links: bool) -> Source:
+    found, left_out = walk_images(root, follow_links)
     keys = [key for key, _ in found]
     labels = None
     if labels_from_folders:
@@ -180,7 +209,8 @@ def _folder(root: Path, labels_from_folders: bool) -> Source:
             if "/" not in key:
                 raise InputError(f"{root / key}: is in no sub-folder, so it has no label")
         labels = [key.split("/", 1)[0] for key in keys]
-    return Source("folder", keys, [file for _, file in found], labels=labels)
+    files = [file for _, file in found]
+    return Source("folder", keys, files, labels=labels, left_out=left_out)
 
 
 def _list(path: Path) -> Source:
@@ -215,7 +245,7 @@ def _split(path: Path, split: str, root: str | Path | None) -> Source:
         raise InputError(f"{folder}: no such folder")
     files = [str(_below(folder, key, path)) for key in keys]
     labels = [int(entry[1]) for entry in lists[split]]
-    return Source("split", [_printable(key) for key in keys], files, None, labels, names)
+    return Source("split", [printable(key) for key in keys], files, None, labels, names)
 
 
 def _split_classes(path: Path, lists: Mapping[str, list[Any]]) -> list[str]:
@@ -261,70 +291,33 @@ def _below(folder: Path, key: str, path: Path) -> Path:
     return file
 
 
-def _webdataset(tars: Iterable[Path]) -> Source:
-    keys: list[str] = []
-    files: list[str] = []
-    spans: list[tuple[int, int]] = []
-    labels: list[int | str | None] = []
+def _webdataset(tars: Sequence[Path], left_out: Counter[str]) -> Source:
+    samples = list[tuple[Path, Sample]]()
     for tar in tars:
-        for key, sample in _samples(tar).items():
-            if sample.image is not None:
-                keys.append(_printable(f"{tar.name}/{key}"))
-                files.append(str(tar))
-                spans.append((sample.image.offset_data, sample.image.size))
-                labels.append(sample.label)
-    labelled = any(label is not None for label in labels)
-    return Source("webdataset", keys, files, spans, labels if labelled else None)
+        with reading(tar):
+            check_regular(tar)
+        samples += [(tar, sample) for sample in read_samples(tar, left_out)]
+    labels = [sample.label for _, sample in samples]
+    return Source(
+        "webdataset",
+        [printable(f"{tar.name}/{sample.key}") for tar, sample in samples],
+        [str(tar) for tar, _ in samples],
+        [sample.span for _, sample in samples],
+        labels if any(label is not None for label in labels) else None,
+        refusals={row: s.refusal for row, (_, s) in enumerate(samples) if s.refusal is not None},
+        left_out=left_out_words(left_out),
+    )
 
 
-@dataclass
-class _Sample:
-    """The files of a tar with one name up to its first dot."""
-
-    image: tarfile.TarInfo | None = None
-    label: int | str | None = None
-    rank: int = len(LABEL_SUFFIXES)  # of the label's suffix
-
-
-def _samples(tar: Path) -> dict[str, _Sample]:
-    samples: defaultdict[str, _Sample] = defaultdict(_Sample)
-    with (
-        reading(tar, "cannot be read as an uncompressed tar", "pack it again"),
-        tarfile.open(tar, "r:") as archive,
-    ):
-        for member in archive:
-            folder, _, name = member.name.rpartition("/")
-            stem, _, suffix = name.partition(".")
-            if not member.isreg() or not suffix:
-                continue
-            sample = samples[f"{folder}/{stem}" if folder else stem]
-            if suffix.lower() in TAR_SUFFIXES:
-                sample.image = member
-            elif suffix in LABEL_SUFFIXES and LABEL_SUFFIXES.index(suffix) < sample.rank:
-                content = archive.extractfile(member)
-                label = _label(suffix, content.read() if content else b"", f"{tar}: {member.name}")
-                if label is not None:
-                    sample.label, sample.rank = label, LABEL_SUFFIXES.index(suffix)
-    return samples
-
-
-def _label(suffix: str, content: bytes, origin: str) -> int | str | None:
-    with reading(origin, "is not a label", "pack it again"):
-        text = content.decode("utf-8").strip()
-        if suffix != "json":
-            return int(text) if suffix == "cls" else text
-        value = json.loads(text)
-    found = map(value.get, ("label", "cls", "class")) if isinstance(value, dict) else ()
-    return next((label for label in found if isinstance(label, int | str)), None)
-
-
-def _unreadable(error: OSError) -> None:
-    raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-
-def _printable(name: str) -> str:
-    """A file name as text, with backslash escapes for bytes that are not UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _beside_tars(folder: Path) -> Counter[str]:
+    """What a folder of tars holds besides, by suffix."""
+    left_out = Counter[str]()
+    for entry in folder.iterdir():
+        suffix = "folders" if entry.is_dir() else entry.suffix.lower() or NO_SUFFIX
+        if suffix in suffixes():
+            raise InputError(f"{folder}: holds images and .tar files; name one of the .tar files")
+        left_out[suffix] += suffix != ".tar"
+    return left_out
 
 
 def plain_name(name: str) -> str:

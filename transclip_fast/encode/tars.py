@@ -1,0 +1,209 @@
+"""Webdataset tars: the image and the label of each sample, or why the sample has none."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transclip_fast.encode.pixels import suffixes
+from transclip_fast.encode.walk import NO_SUFFIX
+from transclip_fast.errors import InputError, reading
+
+LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has holds its label
+MAX_LABEL_BYTES = 2**20  # a larger file holds no label
+MAX_HEADER_BYTES = 2**16  # of a name or attributes; a header that claims more is damaged
+EXTENSIONS = (  # headers that hold a name or attributes of the next
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+# Words for what is left out and not counted by its suffix.
+HIDDEN, UNPAIRED = "hidden", "labels without an image"
+SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The files of a tar with one name up to its first dot."""
+
+    key: str
+    span: tuple[int, int]  # offset and size of its image in the tar
+    label: int | str | None
+    refusal: str | None  # why it is no image that can be read
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file in a tar: where it is, or why it cannot be read."""
+
+    name: str
+    span: tuple[int, int] = (0, 0)  # offset and size
+    refusal: str | None = None
+
+
+def read_samples(tar: Path, left_out: Counter[str]) -> list[Sample]:
+    """
+    The samples of an uncompressed tar that have an image, in the order of their first files.
+
+    A sample with two images, a file twice or a file that is none has a refusal. Files that are
+    neither an image nor a label are counted in `left_out` by suffix.
+
+    Raises
+    ------
+    InputError
+        The tar is damaged, cut, or goes on after its end.
+    """
+    samples: dict[str, dict[str, _File]] = {}  # file by the rest of its name, by key
+    for file in _files(tar):
+        folder, _, name = file.name.rpartition("/")
+        stem, _, rest = name.partition(".")
+        if stem and rest:
+            samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[rest] = file
+        else:
+            left_out[NO_SUFFIX if stem else HIDDEN] += 1
+    with open(tar, "rb") as content:
+        found = (_sample(key, files, content, left_out) for key, files in samples.items())
+        return [sample for sample in found if sample is not None]
+
+
+def _sample(
+    key: str, files: dict[str, _File], content: io.BufferedReader, left_out: Counter[str]
+) -> Sample | None:
+    """The sample with these files, by the rest of their names; None without an image."""
+    pictures = [rest for rest in files if f".{_suffix(rest)}".lower() in suffixes()]
+    plain = [rest for rest in pictures if "." not in rest]  # x.jpg, where x.mask.png is no second
+    images = plain or pictures
+    prefix = images[0].removesuffix(_suffix(images[0])) if images else ""  # "0." of x.0.jpg
+    labels = {
+        suffix: prefix + suffix if prefix + suffix in files else suffix for suffix in LABEL_SUFFIXES
+    }
+    for rest in files.keys() - {*labels.values(), *images}:
+        left_out[f".{rest} beside an image" if rest in pictures else f".{_suffix(rest)}"] += 1
+    if not images:
+        left_out[UNPAIRED] += any(rest in files for rest in labels.values())
+        return None
+    try:
+        if len(images) > 1:
+            names = ", ".join([files[rest].name for rest in images][:SHOWN_NAMES])
+            more = ", ..." * (len(images) > SHOWN_NAMES)
+            raise InputError(
+                f"sample {key} has {len(images)} images ({names}{more}): "
+                "all names with the same start up to a dot; leave one of them"
+            )
+        image = files[images[0]]
+        if image.refusal:
+            raise InputError(image.refusal)
+        label = None
+        for suffix, rest in labels.items():
+            if rest in files and label is None:
+                label = _label(suffix, files[rest], content)
+    except InputError as error:
+        return Sample(key, (0, 0), None, str(error))
+    return Sample(key, image.span, label, None)
+
+
+def _suffix(rest: str) -> str:
+    """The last suffix of what follows a name's first dot."""
+    return rest.rpartition(".")[2]
+
+
+def _label(suffix: str, file: _File, content: io.BufferedReader) -> int | str | None:
+    offset, size = file.span
+    if file.refusal:
+        raise InputError(file.refusal)
+    if size > MAX_LABEL_BYTES:
+        raise InputError(f"{file.name}: is too long for a label ({size:,} bytes)")
+    content.seek(offset)
+    with reading(file.name, "is not a label", "pack it again"):
+        text = content.read(size).decode("utf-8").strip()
+        if suffix != "json":
+            return int(text) if suffix == "cls" else text
+        value = json.loads(text)
+    found: Any = map(value.get, ("label", "cls", "class")) if isinstance(value, dict) else ()
+    return next((label for label in found if isinstance(label, int | str)), None)
+
+
+def _files(tar: Path) -> list[_File]:
+    """The files of a tar, each name once."""
+    files: dict[str, _File] = {}
+    for member in _members(tar):
+        if not member.isdir():
+            file, name = _file(member, files), member.name
+            if name in files:
+                file = _File(name, refusal=f"{name} is in the tar twice; keep one")
+            files[name] = file
+    return list(files.values())
+
+
+def _file(member: tarfile.TarInfo, files: dict[str, _File]) -> _File:
+    """The file of a member; that of a hard link is the one before it that it names."""
+    name, target = member.name, files.get(member.linkname)
+    if member.isreg() and not member.issparse():
+        return _File(name, (member.offset_data, member.size))
+    if member.islnk() and target is not None:
+        return _File(name, target.span, target.refusal)
+    if member.islnk():
+        refusal = f"{name} is a hard link to {member.linkname}, which is not before it in the tar"
+    else:
+        kind = "a link" if member.issym() else "stored sparse" if member.issparse() else "no file"
+        refusal = f"{name} is {kind}"
+    return _File(name, refusal=f"{refusal}; pack the file itself")
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header, which must claim a size that can be."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in EXTENSIONS and header.size > MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"the header of {header.name} claims {header.size:,} bytes")
+        return header
+
+
+def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, which `tarfile` would end without a word at damage."""
+    with (
+        reading(tar, "cannot be read as an uncompressed tar", "pack it again"),
+        tarfile.open(tar, "r:", tarinfo=_Header) as archive,
+    ):
+        total = tar.stat().st_size
+        for member in archive:
+            room = archive.offset - member.offset_data  # up to where the next header is expected
+            whole = room <= total - member.offset_data
+            if member.isreg() and not member.issparse():
+                whole &= room == -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if not whole or not (member.name or member.isdir()):
+                raise InputError(
+                    f"{tar}: {member.name or 'a file without name'} claims {member.size:,} bytes "
+                    f"at byte {member.offset_data:,}, which cannot be; pack it again"
+                )
+            yield member
+    with reading(tar):
+        _check_end(tar, archive.offset)
+
+
+def _check_end(tar: Path, offset: int) -> None:
+    """Refuse a tar that does not end with two blocks of zeros, or with more than zeros."""
+    zeros = 0
+    with open(tar, "rb") as file:
+        file.seek(offset)
+        while block := file.read(io.DEFAULT_BUFFER_SIZE):
+            zeros += len(block)
+            if block.strip(b"\0"):
+                raise InputError(
+                    f"{tar}: is damaged or goes on after its end, at byte {offset:,}; pack it again"
+                )
+    if zeros < 2 * tarfile.BLOCKSIZE:
+        raise InputError(
+            f"{tar}: was cut at byte {offset + zeros:,} (a tar ends with two blocks of zeros); "
+            "pack or copy it again"
+        )

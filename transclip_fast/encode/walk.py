@@ -1,0 +1,79 @@
+"""The image files below a folder, and in words what else is there and left out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from transclip_fast.encode.pixels import suffixes
+from transclip_fast.errors import InputError
+
+NO_SUFFIX = "no suffix"
+SHOWN = 8  # kinds of files that are left out, the most frequent; links to folders
+
+
+def walk_images(root: Path, follow_links: bool) -> tuple[list[tuple[str, str]], str]:
+    """
+    Key and path of the image files below a folder, sorted, and what is left out.
+
+    Links to folders are not followed, or with `follow_links` all but those to a folder above.
+    """
+    found, left_out, links = [], Counter[str](), list[str]()
+    for folder, subfolders, files in os.walk(root, onerror=_unreadable, followlinks=follow_links):
+        paths = {name: os.path.join(folder, name) for name in subfolders}
+        skip = _leads_back if follow_links else os.path.islink
+        subfolders[:] = [name for name, path in paths.items() if not skip(path)]
+        links += [path for name, path in paths.items() if name not in subfolders]
+        for name in files:
+            file = Path(folder, name)
+            if file.suffix.lower() in suffixes():
+                found.append((printable(file.relative_to(root).as_posix()), str(file)))
+            else:
+                left_out[file.suffix.lower() or NO_SUFFIX] += 1
+    words = [left_out_words(left_out), _link_words(sorted(links), follow_links)]
+    return sorted(found), "; ".join(filter(None, words))
+
+
+def left_out_words(counts: Counter[str]) -> str:
+    """What is left out as "3 files are no images that can be read here: .heic 3"; "" if none."""
+    number = counts.total()
+    by_number = sorted((-n, suffix) for suffix, n in counts.items() if n)
+    shown = _shown([f"{suffix} {-n:,}" for n, suffix in by_number])
+    are = "files are no images" if number > 1 else "file is no image"
+    return f"{number:,} {are} that can be read here: {shown}" if number else ""
+
+
+def _link_words(links: Sequence[str], follow_links: bool) -> str:
+    """The links to folders that are not followed; "" if none."""
+    if not links:
+        return ""
+    number = f"{len(links):,} {'links' if len(links) > 1 else 'link'}"
+    if follow_links:
+        return f"{number} to a folder above, not followed: {_shown(links)}"
+    return f"{number} to folders, not followed without --follow-links: {_shown(links)}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first of some names, in one line."""
+    first = [name if name.isprintable() else ascii(name) for name in names[:SHOWN]]
+    return ", ".join(first) + ", ..." * (len(names) > SHOWN)
+
+
+def _leads_back(folder: str) -> bool:
+    """Whether a folder is one of those above it, as a link can be; it would have no end."""
+    with suppress(OSError):  # listing it fails next, and is reported
+        parents = Path(os.path.abspath(folder)).parents
+        return any(os.path.samefile(folder, above) for above in parents)
+    return False
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def printable(name: str) -> str:
+    """A file name as text, with backslash escapes for bytes that are not UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
