@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from transclip_fast.encode import pixels as module
 from transclip_fast.encode.pixels import Pixels, decode, rgb
+from transclip_fast.errors import InputError
 
 SIZE = 24
 
@@ -36,11 +38,19 @@ def file(image, kind="JPEG", **options):
     return content.getvalue()
 
 
+def plain(data):
+    """What Pillow alone makes of a file, with three channels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+
+
 def both(data, **config):
     """Our pixels and open_clip's, both scaled, (3, S, S)."""
     cfg = PreprocessCfg(size=SIZE, **config)
     pixels = Pixels.of(vars(cfg))
-    return pixels.scale(pixels.read(data)[None])[0], image_transform_v2(cfg, False)(rgb(data))
+    return pixels.scale(pixels.read(data)[None])[0], image_transform_v2(cfg, False)(plain(data))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -49,14 +59,14 @@ def both(data, **config):
 )
 def test_jpegs_are_pillows_to_the_last_bit(mode, options):
     data = file(made(61, 47, mode), **options)
-    np.testing.assert_array_equal(decode(data).permute(1, 2, 0), np.asarray(rgb(data)))
+    np.testing.assert_array_equal(decode(data), plain(data))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("mode", ["RGB", "P", "L"])
 def test_other_files_are_pillows(kind, mode):
     data = file(made(61, 47, mode), kind)
-    np.testing.assert_array_equal(decode(data).permute(1, 2, 0), np.asarray(rgb(data)))
+    np.testing.assert_array_equal(decode(data), plain(data))
 
 
 @pytest.mark.parametrize(
@@ -83,11 +93,154 @@ def test_scaling_is_torchvisions_to_the_last_bit():
     assert torch.equal(ours, theirs)
 
 
-def test_orientation_is_left_alone_as_pillow_does():
+# The sides of the picture that the first row and the first column of a file are, as in EXIF.
+SIDES = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
+@pytest.mark.parametrize("orientation", SIDES)
+def test_images_are_turned_upright(kind, orientation):
+    upright = np.asarray(made(61, 47))
+    first_row, first_column = SIDES[orientation]
+    taken = upright.transpose(1, 0, 2) if first_row in ("left", "right") else upright
+    taken = taken[::-1] if first_row in ("bottom", "right") else taken
+    taken = Image.fromarray(taken[:, ::-1] if first_column in ("bottom", "right") else taken)
     exif = Image.Exif()
-    exif[274] = 6  # turned by 90 degrees
-    ours, theirs = both(file(made(61, 47), exif=exif.tobytes()))
-    assert (ours - theirs).abs().max() < 0.1
+    exif[0x112] = orientation
+    options = {"save_all": True, "append_images": [taken]} if kind == "MPO" else {}
+    data = file(taken, kind, exif=exif, lossless=True, quality=98, **options)
+    found = decode(data)
+    assert found.shape == (47, 61, 3)
+    error = np.abs(found.astype(int) - upright).mean()
+    assert error < 10 if kind in ("JPEG", "MPO") else error == 0
+    np.testing.assert_array_equal(found, rgb(data))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nonsense", b"\0"])
+def test_damaged_exif_does_not_turn(exif):
+    data = file(made(61, 47), exif=exif)
+    np.testing.assert_array_equal(decode(data), plain(data))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_is_none_does_not_turn(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = file(made(61, 47), exif=exif)
+    np.testing.assert_array_equal(decode(data), plain(data))
+
+
+def pgm(values):
+    """A PGM of 16 bits."""
+    return b"P5 %d %d 65535\n" % values.shape[::-1] + values.astype(">u2").tobytes()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000", "PGM"])
+def test_16_bit_images_are_the_upper_8_bits(kind):
+    grey = np.asarray(made(61, 47, "L"))
+    values = grey.astype(np.uint16) * 256 + 255 - grey
+    data = pgm(values) if kind == "PGM" else file(Image.fromarray(values), kind)
+    np.testing.assert_array_equal(decode(data), np.repeat(grey[..., None], 3, 2))
+
+
+def test_white_may_be_zero():
+    grey = np.asarray(made(61, 47, "L"))
+    data = file(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF")
+    entry = b"\x06\x01\x03\0\1\0\0\0"  # photometric interpretation, one short
+    assert data.count(entry + b"\1\0") == 1
+    turned = data.replace(entry + b"\1\0", entry + b"\0\0")
+    np.testing.assert_array_equal(decode(turned)[..., 0], 255 - grey)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "white"),
+    [("f4", 1), ("f4", 255), ("f4", 65535), ("i4", 255), ("i4", 65535), ("u2", 65535)],
+)
+def test_floats_and_integers_are_scaled(dtype, white):
+    grey = np.asarray(made(61, 47, "L"))
+    data = file(Image.fromarray((grey * (white / 255)).astype(dtype)), "TIFF")
+    assert np.abs(decode(data)[..., 0].astype(int) - grey).max() <= (white == 65535)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("f4", [-1, 9]),
+        ("f4", [0, 1.3]),  # of 0 to 1, or nearly black in 0 to 255?
+        ("f4", [0, 1e6]),
+        ("f4", [0.5, np.nan]),
+        ("f4", [0, np.inf]),
+        ("i4", [-1, 200]),
+        ("i4", [0, 2550]),  # 12 bits, or nearly black in 16?
+        ("i4", [0, 10**6]),
+        ("u2", [0, 2550]),
+        ("u2", [0, 0]),
+    ],
+)
+def test_values_of_no_known_range_are_refused(dtype, values):
+    data = file(Image.fromarray(np.tile(np.array(values, dtype), (9, 5))), "TIFF")
+    with pytest.raises(InputError, match="has values from .* fit no range .* save it with 8 bits"):
+        decode(data)
+
+
+def test_large_images_are_converted_in_bands(monkeypatch):
+    files = [file(made(61, 47, mode), "PNG") for mode in ("RGB", "RGBA", "P", "LA", "1")]
+    clear = made(61, 47, "P")
+    files.append(file(clear, "PNG", transparency=3))
+    files.append(file(Image.fromarray(np.asarray(made(61, 47, "L")).astype("f4")), "TIFF"))
+    whole = [decode(data) for data in files]
+    monkeypatch.setattr(module, "BAND_PIXELS", 5 * 61 + 7)
+    for data, expected in zip(files, whole, strict=True):
+        np.testing.assert_array_equal(decode(data), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1", "YCbCr", "CMYK", "L"])
+def test_colours_are_pillows(mode):
+    data = file(made(61, 47, mode), "TIFF" if mode in ("YCbCr", "CMYK") else "PNG")
+    np.testing.assert_array_equal(decode(data), plain(data))
+
+
+@pytest.mark.parametrize("shape", [(900, 20), (20, 900), (1, 90), (90, 1), (24, 500), (40, 641)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_strips_are_open_clips(shape, interpolation):
+    ours, theirs = both(file(made(*shape), "PNG"), interpolation=interpolation)
+    std = torch.tensor(PreprocessCfg().std)[:, None, None]
+    assert ((ours - theirs).abs() * std * 255).max() < 1.001
+
+
+def test_a_strip_takes_the_memory_of_a_square(monkeypatch):
+    largest = []
+    interpolate, resize = torch.nn.functional.interpolate, Image.Image.resize
+
+    def counted(result):
+        largest.append(np.asarray(result).size)
+        return result
+
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda *a, **k: counted(interpolate(*a, **k))
+    )
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: counted(resize(*a, **k)))
+    pixels = Pixels(224, (0, 0, 0), (1, 1, 1), "bicubic")
+    for shape in ((20000, 1), (1, 20000), (16, 1), (17, 1), (65000, 3)):
+        assert pixels.read(file(made(*shape), "PNG")).shape == (224, 224, 3)
+    assert len(largest) == 5
+    assert max(largest) <= 3 * 224 * 224 * module.STRIP
+
+
+def test_too_many_pixels_are_refused_with_the_remedy():
+    content = io.BytesIO()
+    Image.new("1", (16000, 16000)).save(content, "PNG")
+    with pytest.raises(InputError, match="has more than 178,956,970 pixels; scale it down"):
+        decode(content.getvalue())
 
 
 def test_damage_raises_what_pillow_raises():
@@ -96,7 +249,7 @@ def test_damage_raises_what_pillow_raises():
         with pytest.raises(OSError) as ours:  # noqa: PT011 - Pillow's words
             decode(broken)
         with pytest.raises(OSError) as theirs:  # noqa: PT011
-            rgb(broken)
+            plain(broken)
         assert str(ours.value)[:20] == str(theirs.value)[:20]
 
 

@@ -116,19 +116,36 @@ def test_a_lost_worker_is_replaced(images, backbone, tmp_path, quick, trouble):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_workers_that_always_die_are_given_up(images, backbone, tmp_path, quick):
-    good = backbone.preprocess
-    folder = images(7)
+def test_an_image_that_always_loses_its_worker_is_a_failure(images, backbone, tmp_path, quick):
+    good, folder = backbone.preprocess, images(7)
+    with Image.open(folder / "dog/001.png") as image:
+        poison = np.asarray(image).sum()
 
     def deadly(image):
         if np.asarray(image).sum() == poison:
             die()
         return good(image)
 
-    with Image.open(folder / "dog/001.png") as image:
-        poison = np.asarray(image).sum()
     backbone.preprocess = deadly
-    message = r"dog/001.png to dog/005.png: workers hang or die twice .*--workers 0"
+    encoded = encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)
+    assert [(failure.key, failure.reason) for failure in encoded.failures] == [
+        ("dog/001.png", "makes its worker hang or die")
+    ]
+    stored = load_features(tmp_path / "out")
+    assert stored.source_rows.tolist() == [0, 1, 2, 3, 5, 6]
+    backbone.preprocess = good
+    encode(folder, backbone, tmp_path / "whole", shard_rows=4)
+    whole = load_features(tmp_path / "whole").get("image_features")
+    found = stored.get("image_features")
+    np.testing.assert_allclose(found, np.delete(whole, 4, 0), atol=2e-3)
+
+
+def test_a_machine_that_loses_every_worker_is_no_fault_of_the_images(
+    images, backbone, tmp_path, quick
+):
+    good, folder = backbone.preprocess, images(7)
+    backbone.preprocess = lambda _: die()
+    message = r"cat/000.png to cat/006.png: workers hang or die twice .*--workers 0"
     with pytest.raises(InputError, match=message):
         encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)
     backbone.preprocess = good

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.encode.feed import Batch, feed, is_worker_lost
+from transclip_fast.encode.feed import Batch, deadly_rows, feed, is_worker_lost
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import Source
@@ -103,13 +103,14 @@ def encode_shards(
     Features are unit rows in float16. Batches are cut by source row within a shard, so that the
     same rows share a batch after any interruption and on any rank. If memory does not suffice, the
     batch is halved and the shard begun again; if a worker hangs or dies, the shard is begun again
-    once. `plan` lists the shards to encode.
+    once, and then without the images that cost their worker alone, too; they count as failures.
+    `plan` lists the shards to encode.
 
     Raises
     ------
     InputError
-        Not even single images fit into memory; a shard loses its workers twice; the machine
-        fails; the folder cannot be written.
+        Not even single images fit into memory; a shard loses its workers twice, but not by single
+        images; the machine fails; the folder cannot be written.
     """
     pending, batch_size, lost_shard = deque(plan), writer.batch_size, None
     planned, missing = (
@@ -128,6 +129,8 @@ def encode_shards(
             except (RuntimeError, MemoryError) as error:
                 if is_worker_lost(error) and not retry:
                     lost_shard = pending[0]
+                elif is_worker_lost(error) and _refused(source, backbone, writer.rows(pending[0])):
+                    continue
                 elif _is_out_of_memory(error) and batch_size > 1:
                     batch_size //= 2
                 elif _is_out_of_memory(error):
@@ -234,6 +237,13 @@ def _launch(
         return array
 
     return result
+
+
+def _refused(source: Source, backbone: Backbone, rows: Sequence[int]) -> bool:
+    """Refuse the images of these rows that make a worker hang or die; whether there are any."""
+    deadly = deadly_rows(source, backbone, rows)
+    source.refusals.update(dict.fromkeys(deadly, "makes its worker hang or die"))
+    return bool(deadly)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from transclip_fast.store.feature_writer import Failure
 FATAL_ERRNOS = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
 PREFETCHED_BATCHES = 4  # of each worker
 HUNG_SECONDS = 300.0  # without a batch; slow storage takes less
+MACHINE_AT_FAULT = 4  # images, the first of all, that lose their worker one after the other
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,34 @@ def feed(
 def is_worker_lost(error: Exception) -> bool:
     """Whether torch's loader raised this error about its workers."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")
+
+
+def deadly_rows(source: Source, backbone: Backbone, rows: Sequence[int]) -> list[int]:
+    """The rows whose image alone makes a worker hang or die; none if all of the first few do."""
+    pending, deadly = deque(rows), list[int]()
+    while pending:
+        try:
+            for _ in feed(source, backbone, [[row] for row in pending], 1):
+                pending.popleft()
+        except RuntimeError as error:
+            if not is_worker_lost(error):
+                raise
+            row = pending.popleft()  # or one of the next, as a worker is ahead
+            if _is_deadly(source, backbone, row):
+                deadly.append(row)
+            if len(deadly) == MACHINE_AT_FAULT and deadly == [*rows[:MACHINE_AT_FAULT]]:
+                return []
+    return deadly
+
+
+def _is_deadly(source: Source, backbone: Backbone, row: int) -> bool:
+    try:
+        list(feed(source, backbone, [[row]], 1))
+    except RuntimeError as error:
+        if not is_worker_lost(error):
+            raise
+        return True
+    return False
 
 
 class _Images(Dataset[Any]):
