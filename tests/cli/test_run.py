@@ -238,6 +238,39 @@ def test_real_images_with_two_unreadable(golden_dir, tmp_path, cli, no_network):
     assert [row[0] for row in json.loads(strict.out)["failures"]] == [4, 30]
 
 
+@pytest.mark.parametrize("command", ["encode", "run"])
+def test_no_image_at_all_is_no_success(images, names, tiny, cli, tmp_path, command):
+    folder = images(2)
+    for file in folder.glob("*/*.png"):
+        file.write_text("no picture")
+    ran = cli(command, folder, "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1].startswith("error: ")
+    assert "none of the images could be read" in ran.err
+
+
+def test_what_is_left_out_is_one_line_and_links_are_followed_on_request(
+    images, names, tiny, cli, tmp_path
+):
+    folder = images(2)
+    (folder / "a.heic").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "cat/000.png").rename(tmp_path / "elsewhere/a.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    command = ("encode", folder, "--classes", names, *tiny)
+    ran = cli(*command, "--out", tmp_path / "out")
+    line = (
+        f"{folder}: 1 file is no image that can be read here: .heic 1; "
+        f"1 link to folders, not followed without --follow-links: {folder}/linked"
+    )
+    assert ran.code == 0
+    assert [text for text in ran.err.splitlines() if "warning" in text] == [f"warning: {line}"]
+    summary = json.loads(cli(*command, "--out", tmp_path / "out", "--json").out)
+    assert (summary["n_rows"], summary["warnings"]) == (1, [line])
+    assert cli(*command, "--follow-links", "--out", tmp_path / "more").code == 0
+    assert load_features(tmp_path / "more").keys == ["dog/001.png", "linked/a.png"]
+
+
 def test_demo(cli, tmp_path, no_network):
     ran = cli("demo", "--out", tmp_path / "demo", "--json")
     assert ran.code == 0

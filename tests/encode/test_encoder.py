@@ -181,6 +181,23 @@ def test_another_source_or_model_is_refused(images, backbone, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("rules", [None, "as they are"])
+def test_a_folder_of_other_rules_for_pixels_is_refused(images, backbone, tmp_path, rules):
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "out")
+    file = tmp_path / "out/manifest.json"
+    manifest = json.loads(file.read_text())
+    assert "upright" in manifest["config"]["pixels"]
+    if rules is None:  # as before images were turned
+        del manifest["config"]["pixels"]
+    else:
+        manifest["config"]["pixels"] = rules
+    file.write_text(json.dumps(manifest))
+    assert load_features(tmp_path / "out").get("image_features").shape == (7, 5)
+    with pytest.raises(InputError, match=f"was begun with pixels {rules!r}, now 'upright"):
+        encode(folder, backbone, tmp_path / "out")
+
+
 def test_a_folder_of_other_files_is_refused(images, backbone, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.doc").write_text("mine")

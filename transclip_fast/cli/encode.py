@@ -121,8 +121,6 @@ def command(
         return
     summary, text = report(encoded)
     session.print_summary({**summary, "warnings": warnings}, text, as_json)
-    if not encoded.n_rows:
-        raise InputError(f"{images}: none of the images could be read, see {out}/failures.csv")
     if strict and encoded.failures:
         sys.exit(1)
 
@@ -135,8 +133,17 @@ def encode_progress() -> Iterator[Callable[[EncodeProgress], None]]:
 
 
 def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
-    """Counts of encoded and failed images and the throughput, as summary and as text."""
+    """
+    Counts of encoded and failed images and the throughput, as summary and as text.
+
+    InputError if not one image could be read.
+    """
     speed, failures = encoded.throughput, encoded.failures
+    if not encoded.n_rows:
+        raise InputError(
+            f"{encoded.folder}/failures.csv: none of the images could be read, the first because: "
+            f"{failures[0].reason}"
+        )
     summary: dict[str, Any] = {
         "n_rows": encoded.n_rows,
         "failures": [[f.source_row, f.key, f.reason] for f in failures],

@@ -158,7 +158,7 @@ def decode(data: bytes) -> np.ndarray:
                 with suppress(ValueError):  # damage, too, is left to Pillow
                     pixels = simplejpeg.decode_jpeg(data, "RGB")  # (H, W, 3) uint8
             if pixels is None:
-                image.load()  # turns a TIFF, and may change the size
+                image.load()  # may change the size and the orientation
                 pixels = _rgb_pixels(image)
             orientation = _orientation(image)
     if orientation >= 5:
@@ -175,6 +175,8 @@ def rgb(data: bytes) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The orientation of an image in its metadata, 1 to 8; 1 if there is none."""
+    if image.format == "TIFF":  # Pillow has turned it
+        return 1
     try:
         found = image.getexif().get(ORIENTATION)
     except Exception:  # noqa: BLE001 - of damaged metadata; viewers show such images as they are

@@ -17,7 +17,7 @@ from transclip_fast.errors import InputError, reading
 
 LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has holds its label
 MAX_LABEL_BYTES = 2**20  # a larger file holds no label
-MAX_HEADER_BYTES = 2**16  # of a name or attributes; a header that claims more is damaged
+MAX_HEADER_BYTES = 2**14  # of a name or attributes, which tarfile parses in quadratic time
 EXTENSIONS = (  # headers that hold a name or attributes of the next
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
