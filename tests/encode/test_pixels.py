@@ -147,11 +147,17 @@ def pgm(values):
     return b"P5 %d %d 65535\n" % values.shape[::-1] + values.astype(">u2").tobytes()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000", "PGM"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "big-endian", "JPEG2000", "PGM"])
 def test_16_bit_images_are_the_upper_8_bits(kind):
     grey = np.asarray(made(61, 47, "L"))
     values = grey.astype(np.uint16) * 256 + 255 - grey
-    data = pgm(values) if kind == "PGM" else file(Image.fromarray(values), kind)
+    if kind == "PGM":
+        data = pgm(values)
+    elif kind == "big-endian":
+        data = file(Image.frombytes("I;16B", (61, 47), values.astype(">u2").tobytes()), "TIFF")
+        assert data.startswith(b"MM")
+    else:
+        data = file(Image.fromarray(values), kind)
     np.testing.assert_array_equal(decode(data), np.repeat(grey[..., None], 3, 2))
 
 
@@ -244,6 +250,15 @@ def test_too_many_pixels_are_refused_with_the_remedy():
     Image.new("1", (16000, 16000)).save(content, "PNG")
     with pytest.raises(InputError, match="has more than 178,956,970 pixels; scale it down"):
         decode(content.getvalue())
+
+
+def test_more_pixels_than_a_file_of_that_size_has_are_refused():
+    whole = file(made(61, 47), "BMP")
+    claimed = whole[:18] + (12000).to_bytes(4, "little") * 2 + whole[26:]  # width and height
+    with pytest.raises(InputError, match="claims 12,000 x 12,000 pixels in 8,7.. bytes"):
+        decode(claimed)
+    white = file(Image.new("L", (5000, 5000), 255), "PNG")
+    assert (decode(white) == 255).all()
 
 
 def test_damage_raises_what_pillow_raises():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from tests.encode.test_sources import write_tar
 from transclip_fast.encode import tars
+from transclip_fast.encode.folder import encode_source
+from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.sources import open_source, resolve_labels
 from transclip_fast.errors import InputError
+from transclip_fast.store.features import load_features
 
 BLOCK = 512
 
@@ -221,6 +226,19 @@ def test_two_images_in_one_sample_fail(tmp_path):
         open_source(tmp_path / "a.tar")
 
 
+def test_names_that_are_not_text(tar, backbone, tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(picture, "PNG")
+    odd = [member(os.fsdecode(b"caf\xe9.png"), picture.getvalue())] * 2
+    good = member(os.fsdecode(b"\xe8.png"), picture.getvalue())
+    source = open_source(tar(b"".join([*odd, good, END])))
+    failures = encode_source(source, backbone, tmp_path / "out", None, batch_size=2).failures
+    assert [(failure.key, failure.reason) for failure in failures] == [
+        ("a.tar/caf\\xe9", "caf\\udce9.png is in the tar twice; keep one")
+    ]
+    assert load_features(tmp_path / "out").keys == ["a.tar/\\xe8"]
+
+
 def test_labels_of_the_others_stay_where_they_are(tmp_path):
     files = [("x.jpg", b""), ("x.png", b""), ("y.cls", b"1"), ("y.jpg", b""), ("z.jpg", b"")]
     write_tar(tmp_path / "a.tar", [*files, ("z.cls", b"0"), ("z.jpg", b"again"), ("w.txt", b"dog")])
@@ -241,6 +259,14 @@ def test_dots_in_names(tmp_path):
     assert resolve_labels(source, ["cat", "dog"]).tolist() == [0, 1, 1]
     write_tar(tmp_path / "a.tar", [("v1.0.jpg", b"1"), ("v1.1.jpg", b"2"), ("w.jpg", b"3")])
     assert "v1 has 2 images (v1.0.jpg, v1.1.jpg)" in refusals(tmp_path / "a.tar")["a.tar/v1"]
+
+
+def test_every_suffix_that_is_read_in_folders_is_read_in_tars(tmp_path):
+    names = [f"x{i:03}{suffix}" for i, suffix in enumerate(sorted(suffixes()))]
+    assert {".jpg", ".jfif", ".jpe", ".jp2", ".bmp", ".gif", ".tif", ".mpo"} < suffixes()
+    write_tar(tmp_path / "a.tar", [(name, name.encode()) for name in names])
+    source = open_source(tmp_path / "a.tar")
+    assert [source.read(row).decode() for row in range(len(source))] == names
 
 
 def test_what_is_left_out_of_a_tar_is_counted(tmp_path):

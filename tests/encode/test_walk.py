@@ -100,6 +100,7 @@ def test_links_that_lead_back_end(images, tmp_path, target):
 def test_what_is_no_regular_file_fails_and_does_not_wait(images, backbone, tmp_path):
     folder = images(3)
     os.mkfifo(folder / "cat/pipe.jpg")
+    os.mkfifo(os.fsencode(folder / "cat") + b"/caf\xe9.jpg")
     (folder / "cat/zero.jpg").symlink_to("/dev/zero")
     (folder / "cat/loop.jpg").symlink_to(folder / "cat/loop.jpg")
     (folder / "cat/nothing.jpg").symlink_to(folder / "nothing")
@@ -107,6 +108,7 @@ def test_what_is_no_regular_file_fails_and_does_not_wait(images, backbone, tmp_p
         file.truncate(2**40)  # takes no space on the disk
     failures = encode(folder, backbone, tmp_path / "out").failures
     assert {failure.key: failure.reason.rpartition(": ")[2] for failure in failures} == {
+        "cat/caf\\xe9.jpg": "is no regular file",
         "cat/loop.jpg": f"'{folder}/cat/loop.jpg'",
         "cat/nothing.jpg": f"'{folder}/cat/nothing.jpg'",
         "cat/pipe.jpg": "is no regular file",

@@ -116,6 +116,7 @@ class _Images(Dataset[Any]):
         except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
             # The buffer's address differs from run to run, and the manifest must not.
             reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))
+            reason = reason.encode(errors="backslashreplace").decode()  # it may hold any file name
             fatal = isinstance(error, MemoryError) or getattr(error, "errno", None) in FATAL_ERRNOS
             return Failure(row, self.source.keys[row], reason, fatal)
 

@@ -31,6 +31,8 @@ RULES = "upright by EXIF; 16-bit and float scaled to 8 bits; strips cut before t
 # others Pillow reads no more than the header.
 UNREAD_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 MAX_PIXELS = 178_956_970  # beyond, Pillow takes an image for a decompression bomb
+SUSPECT_PIXELS = 2**24  # beyond, so is an image with more than PIXELS_PER_BYTE in its file,
+PIXELS_PER_BYTE = 1000  # as a damaged header claims; a large photograph has 10, one white page 500
 BAND_PIXELS = 2**24  # converted at a time, so that a large image is not in memory three times
 STRIP = 16  # long side by short side; resized whole, a longer image takes too much memory
 ORIENTATION = 0x112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to turn and mirror
@@ -144,13 +146,7 @@ def decode(data: bytes) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged metadata, and of images that are only large
-        try:
-            opened = Image.open(io.BytesIO(data), formats=formats())  # reads the header alone
-        except Image.DecompressionBombError as error:
-            raise InputError(
-                f"has more than {MAX_PIXELS:,} pixels; scale it down or cut it"
-            ) from error
-        with opened as image:
+        with _opened(data) as image:
             pixels = None
             if image.format == "JPEG" and image.mode in ("L", "RGB") and decoder() == "simplejpeg":
                 import simplejpeg
@@ -171,6 +167,20 @@ def decode(data: bytes) -> np.ndarray:
 def rgb(data: bytes) -> Image.Image:
     """Decode an image file to a Pillow image with three channels, see `decode`."""
     return Image.fromarray(decode(data))
+
+
+def _opened(data: bytes) -> Image.Image:
+    """An image whose header alone is read, and does not claim too many pixels."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats())
+    except Image.DecompressionBombError as error:
+        raise InputError(f"has more than {MAX_PIXELS:,} pixels; scale it down or cut it") from error
+    if image.width * image.height > max(SUSPECT_PIXELS, PIXELS_PER_BYTE * len(data)):
+        raise InputError(
+            f"claims {image.width:,} x {image.height:,} pixels in {len(data):,} bytes; scale it "
+            "down or save it again"
+        )
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
