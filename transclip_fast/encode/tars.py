@@ -196,12 +196,11 @@ def _check_end(tar: Path, offset: int) -> None:
     zeros = 0
     with open(tar, "rb") as file:
         file.seek(offset)
-        while block := file.read(io.DEFAULT_BUFFER_SIZE):
-            zeros += len(block)
+        while block := file.read(tarfile.BLOCKSIZE):
             if block.strip(b"\0"):
-                raise InputError(
-                    f"{tar}: is damaged or goes on after its end, at byte {offset:,}; pack it again"
-                )
+                what = "goes on after its end, as joined tars do," if zeros else "is damaged"
+                raise InputError(f"{tar}: {what} at byte {offset + zeros:,}; pack it again")
+            zeros += len(block)
     if zeros < 2 * tarfile.BLOCKSIZE:
         raise InputError(
             f"{tar}: was cut at byte {offset + zeros:,} (a tar ends with two blocks of zeros); "
