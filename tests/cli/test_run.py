@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import contents
+from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.store.features import load_features
 
 
@@ -23,6 +24,7 @@ def tiny(monkeypatch, backbone):
     """Every model name loads the tiny backbone."""
     monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_, **__: backbone)
     monkeypatch.setattr("transclip_fast.encode.models.identify", lambda *_: backbone.identity)
+    monkeypatch.setattr("transclip_fast.encode.models.watch_weights", lambda *_: WatchedFiles({}))
     return ("--model", "tiny", "--pretrained", "none", "--workers", "0")
 
 

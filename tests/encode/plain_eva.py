@@ -8,7 +8,7 @@ import math
 import torch
 
 from transclip_fast.encode import eva
-from transclip_fast.encode.models import network_config
+from transclip_fast.encode.architectures import network_config
 
 EPS = 1e-6
 HEADS, TEXT_HEADS = 3, 2

@@ -23,7 +23,8 @@ from tests.encode.plain_eva import (
     text_embedding,
 )
 from transclip_fast.encode import eva
-from transclip_fast.encode.models import load_backbone, network_config
+from transclip_fast.encode.architectures import network_config
+from transclip_fast.encode.models import load_backbone
 from transclip_fast.encode.networks import empty_network, match_weights
 from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError

@@ -7,6 +7,7 @@ import pytest
 
 import transclip_fast
 from tests.encode.test_encoder import contents
+from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
@@ -16,6 +17,7 @@ def tiny(monkeypatch, backbone):
     """Every model name loads the tiny backbone."""
     monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_: backbone)
     monkeypatch.setattr("transclip_fast.encode.models.identify", lambda *_: backbone.identity)
+    monkeypatch.setattr("transclip_fast.encode.models.watch_weights", lambda *_: WatchedFiles({}))
     return {"model": "tiny", "pretrained": "none", "workers": 0, "device": "cpu"}
 
 

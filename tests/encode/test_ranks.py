@@ -17,6 +17,7 @@ from transclip_fast.encode import encoder, models
 from transclip_fast.encode.encoder import Throughput, merged
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.encode.ranks import ALONE, Ranks
+from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
@@ -40,6 +41,7 @@ def process(rank, size, port, folder, out, dies_after):
     encoder._launch = dies
     models.load_backbone = lambda *_: tiny_backbone()
     models.identify = lambda *_: tiny_backbone().identity
+    models.watch_weights = lambda *_: WatchedFiles({})
     try:
         encoded = encode_images(
             folder, out, model="tiny", classes=["dog", "cat"], labels_from_folders=True,

@@ -6,7 +6,7 @@ import click
 
 from transclip_fast.cli import session
 from transclip_fast.cli.options import json_option
-from transclip_fast.encode.models import network_config
+from transclip_fast.encode.architectures import network_config
 from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weights
 from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError

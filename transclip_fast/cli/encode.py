@@ -29,6 +29,7 @@ ENCODE = {  # parameters of `encode_images` that are options of every command th
     "model": "open_clip model, e.g. ViT-B-32, or a folder with an open_clip_config.json.",
     "pretrained": "Weights: a tag open_clip knows, a checkpoint file, or none (random). A folder "
     "brings its own.",
+    "allow_hub": "Let a model folder's configuration name parts on the Hugging Face hub.",
     "precision": "Arithmetic of the model.",
     "compiled": "Let torch compile the image tower; pays for many images.",
     "classes": "Class names: a text file, one a line, or imagenet; a .json of splits has its own.",
@@ -172,7 +173,8 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
 def time_model(options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The rate of the image tower alone (--synthetic), as summary and as text."""
     named = {key: options[key] for key in ("model", "pretrained", "precision", "compiled")}
-    backbone = models.load_backbone(device=resolve_device(options["device"]), **named)
+    device, allow_hub = resolve_device(options["device"]), options["allow_hub"]
+    backbone = models.load_backbone(device=device, allow_hub=allow_hub, **named)
     size = options["batch_size"] or fitting_batch_size(backbone, options["shard_rows"])
     rate = forward_rate(backbone, size)
     summary = {

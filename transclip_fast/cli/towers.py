@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from transclip_fast.cli.encode import ENCODE
 from transclip_fast.cli.options import options_of
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.models import Backbone, load_backbone
@@ -31,6 +32,7 @@ tower_options = options_of(
     click.option(
         "--pretrained", help="Its weights, as for `encode`.  [default: what encoded FEATURES]"
     ),
+    click.option("--allow-hub", is_flag=True, help=ENCODE["allow_hub"]),
     click.option(
         "--precision",
         type=click.Choice([*AUTOCAST]),
@@ -48,8 +50,10 @@ def load_tower(features: Features | DataSet, options: Mapping[str, Any]) -> Text
         model, weights = _encoder_names(features)
         pretrained = pretrained or weights
     device = resolve_device(options["device"])
-    demo = model == DEMO
-    backbone = demo_backbone(device=device) if demo else load_backbone(model, pretrained, device)
+    if model == DEMO:
+        backbone = demo_backbone(device=device)
+    else:
+        backbone = load_backbone(model, pretrained, device, allow_hub=options["allow_hub"])
     expected, found = features.encoder, encoder_of(backbone)
     if expected not in (None, found):
         raise InputError(

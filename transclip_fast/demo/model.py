@@ -44,9 +44,11 @@ class TrimmedTokenizer:
         self.context_length = context_length
         self.vocab_size = len(ids)
 
-    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+    def __call__(
+        self, texts: str | Sequence[str], context_length: int | None = None
+    ) -> torch.Tensor:
         """
-        Return token ids (len(texts), context_length) int64.
+        Return token ids (len(texts), context_length) int64; by default in the model's length.
 
         Raises
         ------
@@ -54,7 +56,7 @@ class TrimmedTokenizer:
             A text has a word outside the vocabulary.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = self._tokenizer(texts).tolist()
+        rows = self._tokenizer(texts, context_length).tolist()
         for text, row in zip(texts, rows, strict=True):
             unknown = [token for token in row if token not in self._new_ids]
             if unknown:

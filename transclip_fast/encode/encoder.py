@@ -110,7 +110,8 @@ def encode_shards(
     ------
     InputError
         Not even single images fit into memory; a shard loses its workers twice, but not by single
-        images; the machine fails; the folder cannot be written.
+        images; the machine fails; the folder cannot be written; an embedding is not finite; the
+        weights change.
     """
     pending, batch_size, lost_shard = deque(plan), writer.batch_size, None
     planned, missing = (
@@ -175,13 +176,13 @@ class _Loop:
         ]
         with closing(feed(self.source, self.backbone, batches, self.workers)) as decoded:
             for _ in range(n_shards):
-                n_rows = len(self.writer.rows(pending[0]))
-                shard = self._encode(n_rows, batch_size, decoded)
+                rows = self.writer.rows(pending[0])
+                shard = self._encode(rows, batch_size, decoded)
                 self.wait_for_writing()  # so that at most one shard waits in memory
                 self.writing = self.thread.submit(
                     self.writer.write_shard, pending.popleft(), *shard, batch_size
                 )
-                self.done += n_rows
+                self.done += len(rows)
 
     def wait_for_writing(self) -> None:
         """Wait until the last shard is written."""
@@ -190,18 +191,19 @@ class _Loop:
                 self.writing.result()
 
     def _encode(
-        self, n_rows: int, batch_size: int, decoded: Iterator[Batch]
+        self, rows: Sequence[int], batch_size: int, decoded: Iterator[Batch]
     ) -> tuple[np.ndarray, list[Failure]]:
-        """Features (n_rows, *shape) float16 of a shard, and the images that could not be read."""
+        """Features (rows, *shape) float16 of a shard, and the images that could not be read."""
         features, failures, n_done = list[np.ndarray](), list[Failure](), 0
         in_flight: deque[Callable[[], np.ndarray]] = deque()
-        while n_done < n_rows:
+        while n_done < len(rows):
             with timed(self.waited, "images"):
                 batch = next(decoded)
             with timed(self.waited, "model"):
                 in_flight.append(_launch(self.backbone, batch.images, batch_size))
                 if len(in_flight) == BATCHES_IN_FLIGHT:
                     features.append(in_flight.popleft()())
+                self.backbone.weights.check()
             failures += batch.failures
             n_done += len(batch)
             if self.progress is not None:
@@ -209,7 +211,17 @@ class _Loop:
                 self.progress(EncodeProgress(self.done + n_done, self.total, waiting))
         with timed(self.waited, "model"):
             features += [result() for result in in_flight]
-        return np.concatenate(features), failures
+        encoded, failed = np.concatenate(features), {failure.source_row for failure in failures}
+        self._check_finite([row for row in rows if row not in failed], encoded)
+        return encoded, failures
+
+    def _check_finite(self, rows: Sequence[int], features: np.ndarray) -> None:
+        """Refuse an embedding that is not finite, or all zero, which is one that was infinite."""
+        good = np.isfinite(features).all(-1) & features.any(-1)  # (rows,), or (rows, 1 + L)
+        for row in np.argwhere(~good)[:1, 0]:
+            raise InputError(
+                f"{self.source.keys[rows[row]]}: its embedding is {self.backbone.not_finite}"
+            )
 
 
 def _launch(

@@ -65,6 +65,7 @@ def encode_images(
     *,
     model: str,
     pretrained: str | None = None,
+    allow_hub: bool = False,
     classes: str | Path | Sequence[str] | None = None,
     templates: str = "simple",
     labels_from_folders: bool = False,
@@ -100,6 +101,8 @@ def encode_images(
     pretrained : str, optional
         A tag that open_clip knows, a checkpoint file, or "none" (random weights). A folder has its
         own checkpoint.
+    allow_hub : bool
+        Let the configuration of a model folder name parts on the Hugging Face hub.
     classes : path or sequence of str, optional
         Class names, a text file with one a line, or "imagenet"; a .json of splits has its own.
     templates : str
@@ -175,6 +178,7 @@ def encode_images(
             )
             names = classes or source.class_names
             text = ClassPrompts.read(names, templates) if names else None
+            weights = models.watch_weights(model, pretrained)
             identity = models.identify(model, pretrained, precision, compiled)
         known = _config(identity, torch_device, source, local_features)
         finished = _finished(out, known, source, text) if ranks.leads else None
@@ -183,8 +187,9 @@ def encode_images(
             return replace(encoded, leads=ranks.leads)
         with timed(seconds, "load"):
             backbone = models.load_backbone(
-                model, pretrained, torch_device, precision, compiled, identity
+                model, pretrained, torch_device, precision, compiled, identity, allow_hub
             )
+            backbone.weights = weights
             if local_features is not None:
                 backbone.local = LocalEncoder.of(backbone.model, local_features, model)
         if on_sizes is not None and text is not None:

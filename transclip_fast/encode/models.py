@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,33 @@ from typing import Any
 import torch
 
 from transclip_fast.encode import eva, networks
+from transclip_fast.encode.architectures import (
+    FOLDER_CONFIG,
+    hub_remedy,
+    known_tags,
+    model_folder,
+    network_config,
+    preprocessing_of,
+    tokenizer_of,
+    unknown,
+)
 from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
-from transclip_fast.encode.weights import checkpoint_files, checkpoint_in, read_checkpoint
+from transclip_fast.encode.weights import (
+    WatchedFiles,
+    checkpoint_files,
+    checkpoint_in,
+    read_checkpoint,
+)
 from transclip_fast.errors import InputError, one_line
-from transclip_fast.store.arrays import file_sha256, inside
-from transclip_fast.store.atomic import read_json
+from transclip_fast.store.arrays import file_sha256
 
 RANDOM = "none"  # pretrained: random weights from a fixed seed
-FOLDER_CONFIG = "open_clip_config.json"
+NOT_FINITE_REMEDIES = {
+    "fp16": "give --precision bf16 or fp32",
+    "bf16": "give --precision fp32",
+    "fp32": "the weights are damaged, copy them again or take an earlier checkpoint",
+}
 
 
 @dataclass
@@ -46,6 +63,7 @@ class Backbone:
     pixels: Pixels | None = None  # replaces `preprocess` if it is of the usual kind, and is faster
     compiled: bool = False  # whether torch compiles `encode_image`
     local: LocalEncoder | None = None  # embeds patches as well as images
+    weights: WatchedFiles = field(default_factory=lambda: WatchedFiles({}))
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +88,12 @@ class Backbone:
         if self.pixels is not None:
             return self.pixels.read
         return functools.partial(_preprocessed, self.preprocess)
+
+    @property
+    def not_finite(self) -> str:
+        """How an error describes an embedding that is not finite, with the remedy."""
+        precision = self.identity.get("precision", "fp32")
+        return f"not finite in {precision}; {NOT_FINITE_REMEDIES[precision]}"
 
     def embed(self, images: torch.Tensor, batch_size: int) -> torch.Tensor:
         """
@@ -113,6 +137,7 @@ def load_backbone(
     precision: str = "fp32",
     compiled: bool = False,
     identity: Mapping[str, Any] | None = None,
+    allow_hub: bool = False,
 ) -> Backbone:
     """
     Load an open_clip model in evaluation mode; the parameters are those of `encode_images`.
@@ -122,21 +147,25 @@ def load_backbone(
     Raises
     ------
     InputError
-        Unknown model or tag (with the nearest names), or a checkpoint that does not load.
+        Unknown model or tag (with the nearest names); a checkpoint that does not load, or holds
+        NaN or what the precision cannot represent; a folder's configuration that names parts on
+        the hub without `allow_hub`.
     """
+    origin = f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
     identity = {**(identity or identify(model, pretrained, precision, compiled))}
-    ours = _folder(model) is not None or (eva.CONFIGS / f"{model}.json").is_file()
+    ours = model_folder(model) is not None or (eva.CONFIGS / f"{model}.json").is_file()
     try:
-        if pretrained in _tags(model) or (pretrained == RANDOM and not ours):
-            parts = _from_open_clip(model, str(pretrained), identity, precision, device)
-        else:
-            parts = _from_files(model, pretrained, precision, device)
+        with _without_log():
+            if pretrained in known_tags(model) or (pretrained == RANDOM and not ours):
+                parts = _from_open_clip(model, str(pretrained), identity, precision, device)
+            else:
+                parts = _from_files(model, pretrained, precision, device, allow_hub)
     except InputError:
         raise
     except Exception as error:  # of open_clip, its model hub, and what they load
-        origin = f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
         raise InputError(f"{origin}: does not load ({one_line(error)})") from error
     net, preprocess, tokenizer, preprocessing = parts
+    _check_finite(net, origin, precision)
     net.eval()
     identity["preprocessing"] = preprocessing
     pixels = Pixels.of(preprocessing)
@@ -150,41 +179,30 @@ def load_backbone(
     return Backbone(net, preprocess, tokenizer, identity, dtype, pixels, compiled)
 
 
-def network_config(model: str) -> dict[str, Any]:
-    """The configuration of a model by name or folder, as `networks.empty_network` takes it."""
-    import open_clip
-
-    folder = _folder(model)
-    if folder is None:
-        return dict(open_clip.get_model_config(model))
-    config = read_json(inside(folder, FOLDER_CONFIG))
-    config = config.get("model_cfg", config)
-    if not all(isinstance(config.get(part), dict) for part in ("vision_cfg", "text_cfg")):
-        raise InputError(f"{folder / FOLDER_CONFIG}: has no vision_cfg and text_cfg")
-    return dict(config)
+def _check_finite(net: Any, origin: str, precision: str) -> None:
+    """Refuse weights of a damaged checkpoint; those too large for fp16 show in the embeddings."""
+    for name, tensor in net.state_dict().items():
+        bad = tensor.isnan() if precision == "fp16" else ~tensor.isfinite()
+        if bad.any():
+            remedy = NOT_FINITE_REMEDIES["fp32"]
+            raise InputError(f"{origin}: weight {name} has values that are not finite; {remedy}")
 
 
 def _from_files(
-    model: str, pretrained: str | None, precision: str, device: torch.device
+    model: str, pretrained: str | None, precision: str, device: torch.device, allow_hub: bool
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Network, preprocessing, tokenizer, and the manifest's description of the preprocessing."""
-    import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+    from open_clip.transform import image_transform_v2
 
-    net = networks.empty_network(network_config(model), precision)
-    if pretrained == RANDOM:
+    file = None if pretrained == RANDOM else _weights_file(model, pretrained)
+    net = networks.empty_network(network_config(model, allow_hub), precision)
+    if file is None:
         networks.draw_weights(net, device)
     else:
-        file = _weights_file(model, pretrained)
         networks.load_weights(net, read_checkpoint(file), str(file), device)
-    own, tokens, folder = {}, model, _folder(model)
-    if folder is not None:
-        own = read_json(inside(folder, FOLDER_CONFIG)).get("preprocess_cfg", {})
-        tokens = f"local-dir:{folder}"
-    merged = merge_preprocess_dict(PreprocessCfg(), {**own, "size": net.visual.image_size})
-    cfg = PreprocessCfg(**merged)
+    cfg = preprocessing_of(model, file, net.visual.image_size)
     preprocess = image_transform_v2(cfg, is_train=False)
-    return net, preprocess, open_clip.get_tokenizer(tokens), asdict(cfg)
+    return net, preprocess, tokenizer_of(model), asdict(cfg)
 
 
 def _from_open_clip(
@@ -208,11 +226,19 @@ def _from_open_clip(
         preprocessing = open_clip.get_model_preprocess_cfg(net)
         return net, preprocess, open_clip.get_tokenizer(model), preprocessing
 
-    try:
-        with _hub_cache_only():
-            return create()
-    except (OSError, ValueError, RuntimeError):  # not in the cache; any other error comes again
+    # A file that is not in the cache is downloaded below, and any other error comes again there.
+    with suppress(OSError, ValueError, RuntimeError), _hub_cache_only():
         return create()
+    try:
+        return create()
+    except RuntimeError as error:
+        repository = open_clip.get_pretrained_cfg(model, pretrained).get("hf_hub")
+        if not repository or "download" not in str(error):
+            raise
+        raise InputError(
+            f"model {model}, pretrained {pretrained}: cannot be downloaded from here; "
+            f"{hub_remedy(repository)}"
+        ) from error
 
 
 @contextmanager
@@ -220,14 +246,30 @@ def _hub_cache_only() -> Iterator[None]:
     """Take files of the model hub from its cache, without asking it whether they are current."""
     from huggingface_hub import constants
 
-    before, level = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
-    logging.disable()  # of random weights, and of files that a second attempt will download
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Libraries log random weights, every retry of a download, and errors before they raise."""
+    level = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
         logging.disable(level)
+
+
+def watch_weights(model: str, pretrained: str | None) -> WatchedFiles:
+    """Watch the checkpoint files of a backbone; none of random weights or a tag."""
+    if pretrained == RANDOM or pretrained in known_tags(model):
+        return WatchedFiles({})
+    return WatchedFiles.of(checkpoint_files(_weights_file(model, pretrained)))
 
 
 def identify(
@@ -242,7 +284,7 @@ def identify(
     """
     import open_clip
 
-    folder, tags = _folder(model), _tags(model)
+    folder, tags = model_folder(model), known_tags(model)
     quick_gelu = False
     if pretrained == RANDOM or pretrained in tags:
         known = open_clip.get_pretrained_cfg(model, pretrained) if pretrained in tags else {}
@@ -262,7 +304,7 @@ def identify(
 
 
 def _weights_file(model: str, pretrained: str | None) -> Path:
-    folder = _folder(model)
+    folder = model_folder(model)
     if pretrained is None:
         if folder is None:
             raise InputError(f"model {model} needs --pretrained: a tag, a checkpoint file, or none")
@@ -271,29 +313,4 @@ def _weights_file(model: str, pretrained: str | None) -> Path:
         return Path(pretrained)
     if Path(pretrained).suffix or "/" in pretrained:
         raise InputError(f"{pretrained}: no such file")
-    raise _unknown(pretrained, [*_tags(model), RANDOM], f"weights for {model}")
-
-
-def _tags(model: str) -> list[str]:
-    import open_clip
-
-    return [] if _folder(model) else open_clip.list_pretrained_tags_by_model(model)
-
-
-def _folder(model: str) -> Path | None:
-    """The folder of a model; None for a name that open_clip knows."""
-    import open_clip
-
-    eva.register_shipped()
-    if model in open_clip.list_models():
-        return None
-    if not os.path.isdir(model):
-        raise _unknown(model, open_clip.list_models(), "model")
-    if not os.path.isfile(os.path.join(model, FOLDER_CONFIG)):
-        raise InputError(f"{model}: has no {FOLDER_CONFIG}")
-    return Path(model)
-
-
-def _unknown(name: str, names: Sequence[str], what: str) -> InputError:
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
-    return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
+    raise unknown(pretrained, [*known_tags(model), RANDOM], f"weights for {model}")

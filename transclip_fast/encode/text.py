@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.store.features import read_names
 
 PROMPTS_PER_BATCH = 256
+SHOWN_NAMES = 5  # of classes, in a warning
 Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
 
 
@@ -82,18 +84,71 @@ class ClassPrompts:
 
 
 def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
-    """Unit prototypes (K, d) float32, the normalized mean of each class's unit embeddings."""
+    """
+    Unit prototypes (K, d) float32, the normalized mean of each class's unit embeddings.
+
+    A warning counts the prompts that are cut at the context length, and names classes that are
+    equal then. InputError if a prototype is not finite.
+    """
     flat = [prompt for of_class in text.prompts for prompt in of_class]
-    rows = []
+    rows, cut = [], set[str]()
     with torch.inference_mode():
         for start in range(0, len(flat), PROMPTS_PER_BATCH):
-            tokens = backbone.tokenizer(flat[start : start + PROMPTS_PER_BATCH])
+            prompts = flat[start : start + PROMPTS_PER_BATCH]
+            tokens = backbone.tokenizer(prompts)
+            cut |= _cut_prompts(backbone.tokenizer, prompts, tokens)
             embedded = backbone.model.encode_text(tokens.to(backbone.device)).float()
             rows.append(torch.nn.functional.normalize(embedded, dim=1).cpu())
+    _warn_of_cuts(backbone.tokenizer, text, cut)
     parts = torch.split(torch.cat(rows), [len(of_class) for of_class in text.prompts])
     means = torch.stack([part.mean(0) for part in parts])
     unit: np.ndarray = torch.nn.functional.normalize(means, dim=1).numpy()
+    for name, row in zip(text.names, unit, strict=True):
+        if not np.isfinite(row).all():
+            raise InputError(f"class {name!r}: its text embedding is {backbone.not_finite}")
+    backbone.weights.check()
     return unit
+
+
+def _cut_prompts(tokenizer: Any, prompts: Sequence[str], tokens: torch.Tensor) -> set[str]:
+    """The prompts whose `tokens` (P, L) would go on in a longer context."""
+    length = getattr(tokenizer, "context_length", None)
+    if length is None:  # nothing is cut
+        return set()
+    empty, longer = tokenizer([""]), tokenizer([""], context_length=length + 1)
+    # Some tokenizers put a token at the end of the context, which moves with it.
+    columns = torch.nonzero(empty[0] == longer[0, :length])[:, 0]
+    ends = columns[-2:]  # of a prompt with room to spare, padding
+    full = torch.nonzero((tokens[:, ends] != empty[:, ends]).any(1))[:, 0].tolist()
+    cut = set()
+    for row in full:
+        longer = tokenizer([prompts[row]], context_length=length + 1)
+        if not torch.equal(longer[0, columns], tokens[row, columns]):
+            cut.add(prompts[row])
+    return cut
+
+
+def _warn_of_cuts(tokenizer: Any, text: ClassPrompts, cut: set[str]) -> None:
+    if not cut:
+        return
+    flat = [prompt for prompts in text.prompts for prompt in prompts]
+    names, equal = [], dict[bytes, list[str]]()
+    for name, prompts in zip(text.names, text.prompts, strict=True):
+        if cut.intersection(prompts):
+            names.append(name)
+            equal.setdefault(tokenizer(prompts).numpy().tobytes(), []).append(name)
+    message = (
+        f"{text.origin}: {sum(prompt in cut for prompt in flat):,} of {len(flat):,} prompts are "
+        f"longer than {tokenizer.context_length} tokens and were cut ({_listed(names)})"
+    )
+    for names in equal.values():
+        if len(names) > 1:
+            message += f"; the classes {_listed(names)} have the same prompts then"
+    warnings.warn(message, stacklevel=2)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def _from_lines(path: Path, content: str) -> Templates:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,35 @@ FOLDER_CHECKPOINTS = (  # of a folder, the first that exists
     "pytorch_model.bin.index.json",
 )
 NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})  # in OpenAI's files
+TORCHSCRIPT_RECORD = "constants.pkl"  # that archives of `torch.save` do not have
+
+
+@dataclass(frozen=True)
+class WatchedFiles:
+    """Files that must stay as they are while they are used, and their state at the start."""
+
+    states: Mapping[Path, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, files: Iterable[Path]) -> WatchedFiles:
+        """Watch these files from now on."""
+        return cls({file: _state(file) for file in files})
+
+    def check(self) -> None:
+        """Raise InputError if a file was written, replaced or removed since."""
+        for file, state in self.states.items():
+            if _state(file) != state:
+                raise InputError(
+                    f"{file}: changed while it was in use; put the former file back and run again, "
+                    "or name a new --out"
+                )
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    with suppress(OSError):
+        found = os.stat(file)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return ()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -99,6 +130,12 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
+        if mapped and _is_torchscript(path):
+            raise InputError(
+                f"{path}: is a TorchScript archive, as OpenAI's are, which holds code and is never "
+                "run; give --pretrained openai, or save its weights alone: "
+                "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)"
+            )
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         while inner := _wrapped(tensors):
             tensors = inner
@@ -108,6 +145,11 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
                 raise ValueError(f"{name!r} is not a dense tensor")
         return {str(name): tensor.detach() for name, tensor in tensors.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith(f"/{TORCHSCRIPT_RECORD}") for name in archive.namelist())
 
 
 def _wrapped(loaded: Any) -> Mapping[str, Any] | None:

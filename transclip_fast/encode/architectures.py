@@ -1,0 +1,133 @@
+"""Models by name or folder: network, preprocessing and tokenizer, without their weights."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transclip_fast.encode import eva
+from transclip_fast.errors import InputError
+from transclip_fast.store.arrays import inside
+from transclip_fast.store.atomic import read_json
+
+FOLDER_CONFIG = "open_clip_config.json"
+HUB_PREFIX = "hf-hub:"  # before the name of a repository of the Hugging Face hub
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # that weights decide
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder of a model; None for a name that open_clip knows."""
+    import open_clip
+
+    eva.register_shipped()
+    if model in open_clip.list_models():
+        return None
+    if model.startswith(HUB_PREFIX):
+        raise InputError(f"{model}: {hub_remedy(model.removeprefix(HUB_PREFIX))}")
+    if not os.path.isdir(model):
+        raise unknown(model, open_clip.list_models(), "model")
+    if not os.path.isfile(os.path.join(model, FOLDER_CONFIG)):
+        raise InputError(f"{model}: has no {FOLDER_CONFIG}")
+    return Path(model)
+
+
+def known_tags(model: str) -> list[str]:
+    """The weights that open_clip knows of a model."""
+    import open_clip
+
+    return [] if model_folder(model) else open_clip.list_pretrained_tags_by_model(model)
+
+
+def network_config(model: str, allow_hub: bool = False) -> dict[str, Any]:
+    """
+    The configuration of a model by name or folder, as `networks.empty_network` takes it.
+
+    InputError if a folder's configuration is none, or names parts on the Hugging Face hub or in
+    another folder and these are not allowed.
+    """
+    import open_clip
+
+    folder = model_folder(model)
+    if folder is None:
+        return dict(open_clip.get_model_config(model))
+    config = read_json(inside(folder, FOLDER_CONFIG))
+    config = config.get("model_cfg", config)
+    if not all(isinstance(config.get(part), dict) for part in ("vision_cfg", "text_cfg")):
+        raise InputError(f"{folder / FOLDER_CONFIG}: has no vision_cfg and text_cfg")
+    named = (config["text_cfg"].get("hf_model_name"), config["vision_cfg"].get("timm_model_name"))
+    foreign = [named[0]] if named[0] else []
+    foreign += [named[1]] if ":" in str(named[1]) else []  # as in "hf-hub:NAME"
+    if foreign and not allow_hub:
+        raise InputError(
+            f"{folder / FOLDER_CONFIG}: names {foreign[0]!r}, which would come from the Hugging "
+            "Face hub or another folder; give --allow-hub if you trust it"
+        )
+    return dict(config)
+
+
+def preprocessing_of(model: str, checkpoint: Path | None, image_size: Any) -> Any:
+    """
+    The preprocessing, a `PreprocessCfg`, of a model with weights from a file, or random ones.
+
+    A folder's configuration has its own. A checkpoint of a known model gets what all of
+    open_clip's weights of that model have; if they differ, open_clip's default, with a warning.
+    """
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    folder = model_folder(model)
+    if folder is not None:
+        own = read_json(inside(folder, FOLDER_CONFIG)).get("preprocess_cfg", {})
+    else:
+        own = _shared_preprocessing(model, checkpoint)
+    return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": image_size}))
+
+
+def _shared_preprocessing(model: str, checkpoint: Path | None) -> Mapping[str, Any]:
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    known = [open_clip.get_pretrained_cfg(model, tag) for tag in known_tags(model)]
+    own = [{name: cfg[name] for name in PREPROCESSING if name in cfg} for cfg in known]
+    if not own or all(cfg == own[0] for cfg in own):
+        return own[0] if own else {}
+    if checkpoint is not None:
+        default = asdict(PreprocessCfg())
+        used = ", ".join(f"{name} {default[name]}" for name in PREPROCESSING)
+        warnings.warn(
+            f"{checkpoint}: does not name its preprocessing, and weights of {model} differ in it; "
+            f"{used} is used, give a folder with an {FOLDER_CONFIG} if that is wrong",
+            stacklevel=2,
+        )
+    return {}
+
+
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a model by name or folder; a folder's never runs code of its own."""
+    import open_clip
+
+    folder = model_folder(model)
+    if folder is None:
+        return open_clip.get_tokenizer(model)
+    foreign = network_config(model, allow_hub=True)["text_cfg"].get("hf_tokenizer_name")
+    # open_clip passes on a folder's tokenizer_kwargs; these replace them.
+    safe = {"trust_remote_code": False} if foreign else {}
+    return open_clip.get_tokenizer(f"local-dir:{folder}", **safe)
+
+
+def hub_remedy(repository: str) -> str:
+    """What to do where a repository of the Hugging Face hub cannot be downloaded from here."""
+    return (
+        f"download the repository https://huggingface.co/{repository.strip('/')} and give its "
+        "folder as --model, without --pretrained"
+    )
+
+
+def unknown(name: str, names: Sequence[str], what: str) -> InputError:
+    """An error that lists the nearest of the known names."""
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
