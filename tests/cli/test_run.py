@@ -63,7 +63,7 @@ def test_encode_makes_a_folder_that_solve_opens(images, names, tiny, succeeds, c
 def test_encode_tells_what_it_waited_for(images, tiny, succeeds, tmp_path):
     command = ("encode", images(12), *tiny, "--out", tmp_path / "out", "--json")
     fast = json.loads(succeeds(*command))["throughput"]
-    assert (fast["images"], fast["batch_size"]) == (12, 64)
+    assert (fast["images"], fast["batch_size"]) == (12, 16)
     assert fast["images_per_second"] == pytest.approx(12 / fast["seconds"])
     assert list(fast["waiting"]) == ["images", "model", "writing"]
     assert 0 < sum(fast["waiting"].values()) <= 1
@@ -73,7 +73,7 @@ def test_encode_tells_what_it_waited_for(images, tiny, succeeds, tmp_path):
 
 def test_synthetic(tiny, succeeds, refused, monkeypatch):
     monkeypatch.setattr("transclip_fast.encode.batch_size.TIMED_SECONDS", 0)
-    assert "images a second in batches of 64, the model alone" in succeeds(
+    assert "images a second in batches of 16, the model alone" in succeeds(
         "encode", "--synthetic", *tiny
     )
     summary = json.loads(succeeds("encode", "--synthetic", *tiny, "--batch-size", 5, "--json"))
@@ -137,7 +137,7 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     lines = first.out.splitlines(keepends=True)
     assert (again.code, again.out) == (0, lines[1] + "".join(lines[3:]))
     assert lines[0].startswith("plan: dense, features held, exact graph, at most ")
-    assert "images a second in batches of 64; time spent waiting for images" in lines[2]
+    assert "images a second in batches of 16; time spent waiting for images" in lines[2]
     assert contents(tmp_path / "out") == before
 
 

@@ -112,7 +112,7 @@ def dying(monkeypatch, batches):
     return left
 
 
-@pytest.mark.parametrize(("batches", "repeated"), [(0, 5), (1, 5), (2, 3), (3, 3), (4, 1)])
+@pytest.mark.parametrize(("batches", "repeated"), [(0, 5), (1, 5), (2, 3), (3, 3), (4, 2)])
 def test_an_interrupted_run_ends_in_the_same_bytes(
     images, backbone, tmp_path, monkeypatch, batches, repeated
 ):
@@ -128,7 +128,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     left[0] = 99
     encode(folder, backbone, tmp_path / "resumed", batch_size=5)  # the first run's 2 is kept
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
-    assert 99 - left[0] == repeated  # of the 5 batches, those of unfinished shards
+    # Of the 5 batches, those of unfinished shards; and images that failed are tried again.
+    assert 99 - left[0] == repeated
 
 
 def test_finished_shards_are_not_encoded_again(images, backbone, tmp_path, monkeypatch):
@@ -167,16 +168,12 @@ def test_other_prompts_replace_only_the_prototypes(images, backbone, tmp_path, m
     }
 
 
-def test_another_source_or_model_is_refused(images, backbone, tmp_path):
+def test_another_model_is_refused(images, backbone, tmp_path):
     folder = images(7)
     encode(folder, backbone, tmp_path / "out")
     before = contents(tmp_path / "out")
     backbone.identity["weights"] = "laion"
     with pytest.raises(InputError, match="was begun with weights 'none', now 'laion'"):
-        encode(folder, backbone, tmp_path / "out")
-    backbone.identity["weights"] = "none"
-    (folder / "cat/000.png").unlink()
-    with pytest.raises(InputError, match="was begun with source"):
         encode(folder, backbone, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -343,7 +340,12 @@ def test_metadata_has_paths_and_keys(images, backbone, tmp_path):
     folder = images(2)
     encode(folder, backbone, tmp_path / "out")
     table = pq.read_table(tmp_path / "out/metadata/metadata_00000.parquet")
-    assert table.column_names == ["source_row", "key", "path", "label"]
+    names = ["source_row", "key", "path", "label", "size", "mtime_ns", "sha256"]
+    assert table.column_names == names
+    for row in table.to_pylist():
+        file = folder / row["key"]
+        assert (row["size"], row["mtime_ns"]) == (file.stat().st_size, file.stat().st_mtime_ns)
+        assert row["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert table.column("path").to_pylist() == [
         str(folder / key) for key in table["key"].to_pylist()
     ]

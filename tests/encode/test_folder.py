@@ -30,7 +30,8 @@ def test_encode_images(images, tiny, tmp_path):
         folder, out, **options, progress=lambda state: done.append(state.done),
         on_sizes=lambda *numbers: sizes.append(numbers),
     )  # fmt: skip
-    assert (encoded.folder, encoded.n_rows, encoded.leads) == (str(out), 6, True)
+    assert (encoded.folder, encoded.n_rows, encoded.n_kept) == (str(out), 6, 0)
+    assert encoded.leads
     assert [failure.key for failure in encoded.failures] == ["dog/001.png"]
     assert encoded.config["batch_size"] == 4
     assert list(encoded.seconds) == ["list", "load", "text", "images"]
@@ -41,7 +42,8 @@ def test_encode_images(images, tiny, tmp_path):
     assert np.linalg.norm(stored.get("image_features"), axis=1) == pytest.approx(1, abs=1e-3)
     before = contents(out)
     again = transclip_fast.encode_images(folder, out, **options)
-    assert (again.n_rows, again.failures, again.throughput) == (6, encoded.failures, None)
+    assert (again.n_rows, again.n_kept, again.failures) == (6, 6, encoded.failures)
+    assert again.throughput.images == 1  # what failed is tried again
     assert contents(out) == before
 
 

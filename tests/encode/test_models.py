@@ -206,5 +206,5 @@ def test_a_compiled_tower_sees_whole_batches(small, monkeypatch):
 
 def test_a_cpu_takes_the_usual_batch(small):
     backbone = load_backbone("small-clip", "none", torch.device("cpu"))
-    assert fitting_batch_size(backbone, 4096) == 64
+    assert fitting_batch_size(backbone, 4096) == 16
     assert fitting_batch_size(backbone, 10) == 10

@@ -11,10 +11,11 @@ import torch
 
 from tests.conftest import unit
 from transclip_fast.heads.files import read_head
-from transclip_fast.store.feature_writer import FeatureWriter, RowTable
+from transclip_fast.store.feature_writer import FeatureWriter
 from transclip_fast.store.features import load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import load_mixture, load_result
+from transclip_fast.store.row_table import RowTable
 from transclip_fast.store.tensors import read_tensors, write_tensors
 
 N, K, D, SHARD_ROWS = 12, 6, 384, 5

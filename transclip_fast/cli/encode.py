@@ -38,7 +38,8 @@ ENCODE = {  # parameters of `encode_images` that are options of every command th
     "follow_links": "Also encode the images behind links to folders.",
     "split": "Of a .json of splits.  [default: test]",
     "root": "Folder that the paths in a .json of splits start at.  [default: found]",
-    "batch_size": "Images at a time.  [default: what fits a GPU, 64 on a CPU]",
+    "by_content": "Compare images with those encoded before by content, not by size and time.",
+    "batch_size": "Images at a time.  [default: what fits a GPU, 16 on a CPU]",
     "workers": "Processes that decode images.  [default: one a core, at most 16]",
     "shard_rows": "Images a shard; a killed run loses at most the shard it was at.",
 }
@@ -147,13 +148,20 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
         )
     summary: dict[str, Any] = {
         "n_rows": encoded.n_rows,
+        "n_kept": encoded.n_kept,
         "failures": [[f.source_row, f.key, f.reason] for f in failures],
         "throughput": speed and speed.summary(),
         "config": encoded.config,
         "seconds": {stage: round(spent, 4) for stage, spent in encoded.seconds.items()},
         "versions": session.versions(),
     }
+    encoded_now = encoded.n_rows - encoded.n_kept
     lines = [f"{encoded.n_rows:,} images encoded into {encoded.folder}"]
+    if speed is not None and encoded.n_kept:
+        lines = [
+            f"{encoded_now:,} of {encoded.n_rows:,} images encoded, {encoded.n_kept:,} kept in "
+            f"{encoded.folder}"
+        ]
     if speed is not None:
         waits = ", ".join(f"{stage} {share:.0%}" for stage, share in speed.shares().items())
         lines.append(

@@ -11,7 +11,7 @@ from PIL import Image
 from transclip_fast.encode.models import Backbone
 from transclip_fast.solver.layout import free_bytes
 
-CPU_BATCH = 64  # images; larger batches are no faster on a CPU
+CPU_BATCH = 16  # images; larger batches are no faster on a CPU, and smaller ones are padded
 PROBE_BATCHES = (8, 32)  # images; the difference of their memory is that of 24 images
 MEMORY_SHARE = 0.8  # of the free GPU memory; the rest is room for fragmentation
 MAX_BATCH = 512  # images; a GPU is busy with fewer

@@ -100,8 +100,9 @@ def encode_shards(
     """
     Encode the images of some shards and write them.
 
-    Features are unit rows in float16. Batches are cut by source row within a shard, so that the
-    same rows share a batch after any interruption and on any rank. If memory does not suffice, the
+    Features are unit rows in float16. Every batch has the same size, if need be with empty images
+    at its end: then an image's features do not depend on those it shares a batch with, and a folder
+    that grew has the bytes of one encoded at once. If memory does not suffice, the
     batch is halved and the shard begun again; if a worker hangs or dies, the shard is begun again
     once, and then without the images that cost their worker alone, too; they count as failures.
     `plan` lists the shards to encode.
@@ -115,7 +116,8 @@ def encode_shards(
     """
     pending, batch_size, lost_shard = deque(plan), writer.batch_size, None
     planned, missing = (
-        sum(len(writer.rows(shard)) for shard in shards) for shards in (plan, writer.missing())
+        sum(len(writer.rows_to_encode(shard)) for shard in shards)
+        for shards in (plan, writer.missing())
     )
     done = int(writer.config["source"]["rows"]) - missing
     with torch.inference_mode(), ThreadPoolExecutor(1, "writing") as thread:
@@ -161,7 +163,7 @@ class _Loop:
     workers: int
     thread: ThreadPoolExecutor
     progress: Callable[[EncodeProgress], None] | None
-    done: int  # rows of whole shards
+    done: int  # rows that are kept, or of whole shards
     total: int
     writing: Future[None] | None = None
     start: float = field(default_factory=time.perf_counter)
@@ -170,19 +172,28 @@ class _Loop:
     def run(self, pending: deque[int], n_shards: int, batch_size: int) -> None:
         """Encode the first `n_shards` of `pending`, taking each off when it is done."""
         batches = [
-            list(rows[start : start + batch_size])
-            for rows in map(self.writer.rows, list(pending)[:n_shards])
+            rows[start : start + batch_size]
+            for rows in map(self.writer.rows_to_encode, list(pending)[:n_shards])
             for start in range(0, len(rows), batch_size)
         ]
         with closing(feed(self.source, self.backbone, batches, self.workers)) as decoded:
             for _ in range(n_shards):
-                rows = self.writer.rows(pending[0])
-                shard = self._encode(rows, batch_size, decoded)
+                rows = self.writer.rows_to_encode(pending[0])
+                features, hashes, failures = self._encode(rows, batch_size, decoded)
                 self.wait_for_writing()  # so that at most one shard waits in memory
                 self.writing = self.thread.submit(
-                    self.writer.write_shard, pending.popleft(), *shard, batch_size
+                    self.writer.write_shard,
+                    pending.popleft(),
+                    features,
+                    hashes,
+                    failures,
+                    batch_size,
                 )
                 self.done += len(rows)
+                for failure in failures:
+                    if failure.fatal:
+                        self.wait_for_writing()
+                        raise InputError(f"{failure.key}: {failure.reason}")
 
     def wait_for_writing(self) -> None:
         """Wait until the last shard is written."""
@@ -192,9 +203,10 @@ class _Loop:
 
     def _encode(
         self, rows: Sequence[int], batch_size: int, decoded: Iterator[Batch]
-    ) -> tuple[np.ndarray, list[Failure]]:
-        """Features (rows, *shape) float16 of a shard, and the images that could not be read."""
-        features, failures, n_done = list[np.ndarray](), list[Failure](), 0
+    ) -> tuple[np.ndarray, list[str], list[Failure]]:
+        """Features (rows, *shape) float16 of a shard, hashes of its images, those that failed."""
+        features = [np.empty((0, *self.backbone.shape), np.float16)]
+        hashes, failures, n_done = list[str](), list[Failure](), 0
         in_flight: deque[Callable[[], np.ndarray]] = deque()
         while n_done < len(rows):
             with timed(self.waited, "images"):
@@ -204,6 +216,7 @@ class _Loop:
                 if len(in_flight) == BATCHES_IN_FLIGHT:
                     features.append(in_flight.popleft()())
                 self.backbone.weights.check()
+            hashes += batch.hashes
             failures += batch.failures
             n_done += len(batch)
             if self.progress is not None:
@@ -211,17 +224,25 @@ class _Loop:
                 self.progress(EncodeProgress(self.done + n_done, self.total, waiting))
         with timed(self.waited, "model"):
             features += [result() for result in in_flight]
-        encoded, failed = np.concatenate(features), {failure.source_row for failure in failures}
-        self._check_finite([row for row in rows if row not in failed], encoded)
-        return encoded, failures
+        return self._finite(rows, np.concatenate(features), hashes, failures)
 
-    def _check_finite(self, rows: Sequence[int], features: np.ndarray) -> None:
-        """Refuse an embedding that is not finite, or all zero, which is one that was infinite."""
+    def _finite(
+        self, rows: Sequence[int], features: np.ndarray, hashes: list[str], failures: list[Failure]
+    ) -> tuple[np.ndarray, list[str], list[Failure]]:
+        """Turn rows that are not finite, or zero as they were divided by infinity, to failures."""
         good = np.isfinite(features).all(-1) & features.any(-1)  # (rows,), or (rows, 1 + L)
-        for row in np.argwhere(~good)[:1, 0]:
-            raise InputError(
-                f"{self.source.keys[rows[row]]}: its embedding is {self.backbone.not_finite}"
-            )
+        good = good.reshape(len(features), good[:1].size).all(1)
+        if good.all():
+            return features, hashes, failures
+        failed = {failure.source_row for failure in failures}
+        encoded = [row for row in rows if row not in failed]
+        reason = f"its embedding is {self.backbone.not_finite}"
+        found = [
+            Failure(encoded[place], self.source.keys[encoded[place]], reason, fatal=True)
+            for place in np.flatnonzero(~good)
+        ]
+        kept = [hashes[place] for place in np.flatnonzero(good)]
+        return features[good], kept, sorted([*failures, *found], key=lambda f: f.source_row)
 
 
 def _launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -29,14 +30,16 @@ class Batch:
     """Images (B, ...) as `Backbone.read` returns them, or None if all failed; and the failures."""
 
     images: torch.Tensor | None
+    hashes: list[str]  # sha256 of the images' files
     failures: list[Failure]
 
     def __len__(self) -> int:
-        return len(self.failures) + (0 if self.images is None else len(self.images))
+        return len(self.failures) + len(self.hashes)
 
     def pin_memory(self) -> Batch:
         """The batch in memory that a GPU can fetch from; torch's loader calls this."""
-        return Batch(None if self.images is None else self.images.pin_memory(), self.failures)
+        pinned = None if self.images is None else self.images.pin_memory()
+        return Batch(pinned, self.hashes, self.failures)
 
 
 def feed(
@@ -105,14 +108,15 @@ def _is_deadly(source: Source, backbone: Backbone, row: int) -> bool:
 
 
 class _Images(Dataset[Any]):
-    """The image of a row, or its Failure."""
+    """The image of a row with the hash of its file, or its Failure."""
 
     def __init__(self, source: Source, backbone: Backbone) -> None:
         self.source, self.read = source, backbone.read
 
-    def __getitem__(self, row: int) -> torch.Tensor | Failure:
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, str] | Failure:
         try:
-            return self.read(self.source.read(row))
+            data = self.source.read(row)
+            return self.read(data), hashlib.sha256(data).hexdigest()
         except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
             # The buffer's address differs from run to run, and the manifest must not.
             reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))
@@ -121,7 +125,8 @@ class _Images(Dataset[Any]):
             return Failure(row, self.source.keys[row], reason, fatal)
 
 
-def _collate(items: list[torch.Tensor | Failure]) -> Batch:
+def _collate(items: list[tuple[torch.Tensor, str] | Failure]) -> Batch:
     good = [item for item in items if not isinstance(item, Failure)]
     failures = [item for item in items if isinstance(item, Failure)]
-    return Batch(torch.stack(good) if good else None, failures)
+    images = torch.stack([image for image, _ in good]) if good else None
+    return Batch(images, [sha256 for _, sha256 in good], failures)

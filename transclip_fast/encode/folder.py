@@ -23,7 +23,9 @@ from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
 from transclip_fast.parallel import fixed_threads
 from transclip_fast.store.atomic import locked
-from transclip_fast.store.feature_writer import MANIFEST, Failure, FeatureWriter, RowTable
+from transclip_fast.store.feature_writer import MANIFEST, Failure, FeatureWriter
+from transclip_fast.store.kept_rows import KeptRows
+from transclip_fast.store.row_table import RowTable
 
 SHARD_ROWS = 4096  # images; 8 MiB of features in 1,024 dimensions
 
@@ -38,6 +40,8 @@ class Encoded:
     folder : str
     n_rows : int
         Images that have features.
+    n_kept : int
+        Those of them that had features before.
     failures : list of Failure
         Images that could not be read: `source_row`, `key`, `reason`.
     config : dict
@@ -52,6 +56,7 @@ class Encoded:
 
     folder: str
     n_rows: int
+    n_kept: int
     failures: list[Failure]
     config: dict[str, Any]
     seconds: dict[str, float]
@@ -72,6 +77,7 @@ def encode_images(
     follow_links: bool = False,
     split: str | None = None,
     root: str | Path | None = None,
+    by_content: bool = False,
     precision: str = "fp32",
     compiled: bool = False,
     local_features: int | None = None,
@@ -87,7 +93,9 @@ def encode_images(
 
     This is the command `transclip-fast encode`. The folder holds unit features in float16,
     metadata, manifest.json, failures.csv and, with classes, prototypes.npy; `load_features` opens
-    it. Call again after a crash: finished shards stay, and the files end in the same bytes.
+    it. Call again after a crash: finished shards stay, and the files end in the same bytes. Call
+    again after images were added, removed or replaced: those that are new or changed are encoded,
+    those that failed are tried again, and the folder ends in the bytes of one encoded at once.
     Processes that `torchrun` starts share the shards of one folder.
 
     Parameters
@@ -113,6 +121,8 @@ def encode_images(
         Also encode the images behind links to folders.
     split, root : str, path, optional
         Of a .json of splits, see `open_source`.
+    by_content : bool
+        Compare images with those encoded before by content, not by size and time; reads them all.
     precision : {"fp32", "bf16", "fp16"}
         Arithmetic of the model.
     compiled : bool
@@ -120,7 +130,7 @@ def encode_images(
     local_features : int, optional
         G: also write the features of at most G x G patches of each image.
     batch_size : int, optional
-        Images at a time; by default what fits a GPU, 64 on a CPU.
+        Images at a time; by default what fits a GPU, 16 on a CPU.
     workers : int, optional
         Processes that decode, 0 to decode in this one; by default one a core, at most 16.
     shard_rows : int
@@ -142,7 +152,8 @@ def encode_images(
     ------
     InputError
         Images, classes, templates or model that cannot be read or are not known; an existing
-        folder of other images or of another model; a device, memory or a disk that fails.
+        folder of another model; embeddings that are not finite; weights that change meanwhile; a
+        device, memory or a disk that fails.
 
     Examples
     --------
@@ -181,7 +192,8 @@ def encode_images(
             weights = models.watch_weights(model, pretrained)
             identity = models.identify(model, pretrained, precision, compiled)
         known = _config(identity, torch_device, source, local_features)
-        finished = _finished(out, known, source, text) if ranks.leads else None
+        table = _row_table(source, text, by_content)
+        finished = _finished(out, known, table, text) if ranks.leads else None
         found = None if finished is None else _encoded(finished, seconds, None)
         if (encoded := ranks.broadcast(found)) is not None:
             return replace(encoded, leads=ranks.leads)
@@ -200,6 +212,7 @@ def encode_images(
             out,
             text,
             ranks,
+            by_content=by_content,
             batch_size=batch_size,
             workers=ranks.cores() if workers is None else workers,
             shard_rows=shard_rows,
@@ -215,6 +228,7 @@ def encode_source(
     text: ClassPrompts | None,
     ranks: Ranks = ALONE,
     *,
+    by_content: bool = False,
     batch_size: int | None = None,
     workers: int = 0,
     shard_rows: int = SHARD_ROWS,
@@ -233,7 +247,7 @@ def encode_source(
         }
         if ranks.leads and batch_size is None:
             config["batch_size"] = fitting_batch_size(backbone, shard_rows)
-        writer, missing = _open_folder(out, config, _row_table(source, text), ranks)
+        writer, missing = _open_folder(out, config, _row_table(source, text, by_content), ranks)
         with fixed_threads(writer.config["threads"]):
             if ranks.leads and text is not None and not writer.has_prototypes(text.identity()):
                 with timed(seconds, "text"):
@@ -274,28 +288,34 @@ def _open_folder(
     """The folder as the first rank opens it, and the shards that are missing."""
     if ranks.leads:
         writer = FeatureWriter(out, config, table)
-        ranks.broadcast((writer.config, writer.missing()))
+        writer.set_aside()
+        kept = writer.kept
+        ranks.broadcast((writer.config, writer.missing(), kept.names, kept.shard, kept.position))
         return writer, writer.missing()
-    settled, missing = ranks.broadcast((config, list[int]()))
+    nothing = config, list[int](), list[str](), list[int](), list[int]()
+    settled, missing, names, shard, position = ranks.broadcast(nothing)
     if settled["source"] != config["source"]:
         raise InputError(f"rank {ranks.rank} does not see the images that the first rank sees")
-    return FeatureWriter(out, settled, table, leads=False), missing
+    writer = FeatureWriter(out, settled, table, leads=False)
+    writer.kept = KeptRows(writer.folder, names, shard, position)
+    return writer, missing
 
 
 def _finished(
-    out: str | Path, known: dict[str, Any], source: Source, text: ClassPrompts | None
+    out: str | Path, known: dict[str, Any], table: RowTable, text: ClassPrompts | None
 ) -> FeatureWriter | None:
-    """The folder if it is finished, so that no model needs to be loaded."""
+    """The folder if it is finished and no image failed, so that no model needs to be loaded."""
     if not os.path.isfile(os.path.join(out, MANIFEST)):
         return None
     with locked(out):
-        writer = FeatureWriter(out, known, _row_table(source, text))
-    whole = writer.complete and (text is None or writer.has_prototypes(text.identity()))
-    return writer if whole else None
+        writer = FeatureWriter(out, known, table)
+    whole = writer.complete and not any(writer.failures())
+    return writer if whole and (text is None or writer.has_prototypes(text.identity())) else None
 
 
-def _row_table(source: Source, text: ClassPrompts | None) -> RowTable:
-    return source.table(None if text is None else resolve_labels(source, text.names))
+def _row_table(source: Source, text: ClassPrompts | None, by_content: bool) -> RowTable:
+    labels = None if text is None else resolve_labels(source, text.names)
+    return source.table(labels, by_content)
 
 
 def _encoded(
@@ -303,4 +323,5 @@ def _encoded(
 ) -> Encoded:
     failures = list(writer.failures())
     n_rows = int(writer.config["source"]["rows"]) - len(failures)
-    return Encoded(str(writer.folder), n_rows, failures, writer.config, seconds, throughput)
+    n_kept = n_rows if throughput is None else n_rows - (throughput.images - len(failures))
+    return Encoded(str(writer.folder), n_rows, n_kept, failures, writer.config, seconds, throughput)

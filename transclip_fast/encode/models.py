@@ -39,8 +39,8 @@ from transclip_fast.store.arrays import file_sha256
 
 RANDOM = "none"  # pretrained: random weights from a fixed seed
 NOT_FINITE_REMEDIES = {
-    "fp16": "give --precision bf16 or fp32",
-    "bf16": "give --precision fp32",
+    "fp16": "give --precision bf16 or fp32, and a new --out",
+    "bf16": "give --precision fp32, and a new --out",
     "fp32": "the weights are damaged, copy them again or take an earlier checkpoint",
 }
 
@@ -99,10 +99,11 @@ class Backbone:
         """
         Embeddings (B, *shape) of images (B, ...) that `read` returned, computed asynchronously.
 
-        Smaller batches of a compiled tower are padded, as torch compiles anew for each size.
+        Smaller batches are padded: products of another size may differ in their last bits, and
+        torch compiles a tower anew for each size.
         """
         number, images = len(images), self._moved(images)
-        if self.compiled and number < batch_size:
+        if number < batch_size:
             images = torch.cat([images, images.new_zeros(batch_size - number, *images.shape[1:])])
         if self.pixels is not None:
             images = self.pixels.scale(images)

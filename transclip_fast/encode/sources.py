@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
@@ -22,12 +23,14 @@ from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.tars import Sample, read_samples
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
 from transclip_fast.errors import InputError, reading
+from transclip_fast.parallel import parallel_map
 from transclip_fast.store.atomic import read_json
-from transclip_fast.store.feature_writer import RowTable
+from transclip_fast.store.row_table import RowTable
 
 MAX_FILE_BYTES = 2**30  # of an image
 SPLITS = ("train", "val", "test")
 IMAGENET_CLASSES = 1000
+HASHED_ROWS = 1024  # at a time, by one thread
 
 
 @dataclass
@@ -71,18 +74,46 @@ class Source:
             raise InputError("is shorter than it was when it was listed; copy it again")
         return content
 
-    def table(self, labels: np.ndarray | None) -> RowTable:
+    @functools.cached_property
+    def stamps(self) -> np.ndarray:
+        """(rows, 2) int64: size of each image, time of its file in nanoseconds; -1 if unknown."""
+        found = {}
+        for file in dict.fromkeys(self.files):
+            found[file] = (-1, -1)
+            with suppress(OSError, ValueError):  # reading it fails later, and is reported
+                state = os.stat(file)
+                found[file] = (state.st_size, state.st_mtime_ns)
+        stamps = np.array([found[file] for file in self.files], np.int64).reshape(-1, 2)
+        if self.spans is not None:
+            stamps[:, 0] = [size for _, size in self.spans]
+        return stamps
+
+    @functools.cached_property
+    def contents(self) -> list[str]:
+        """The sha256 of each image; of one that cannot be read, nothing."""
+
+        def hashed(rows: Sequence[int]) -> list[str]:
+            found = []
+            for row in rows:
+                found.append("")
+                with suppress(OSError, ValueError, InputError):  # as above
+                    found[-1] = hashlib.sha256(self.read(row)).hexdigest()
+            return found
+
+        rows = range(len(self))
+        parts = [rows[start : start + HASHED_ROWS] for start in rows[::HASHED_ROWS]]
+        return [content for part in parallel_map(hashed, parts) for content in part]
+
+    def table(self, labels: np.ndarray | None, by_content: bool = False) -> RowTable:
         """The metadata of each row in a feature folder."""
-        return RowTable(self.keys, [printable(file) for file in self.files], labels)
+        paths = [printable(file) for file in self.files]
+        contents = (lambda: self.contents) if by_content else None
+        return RowTable(self.keys, paths, labels, self.stamps, contents)
 
     def identity(self) -> dict[str, Any]:
         """The manifest's entry: kind, rows, hash of names and sizes."""
         digest = hashlib.sha256()
-        for row, key in enumerate(self.keys):
-            size = self.spans[row][1] if self.spans else -1
-            if not self.spans:
-                with suppress(OSError, ValueError):  # reading it fails later, and is reported
-                    size = os.stat(self.files[row]).st_size
+        for key, size in zip(self.keys, self.stamps[:, 0].tolist(), strict=True):
             digest.update(f"{key}\0{size}\0".encode())
         return {"kind": self.kind, "rows": len(self), "sha256": digest.hexdigest()}
 

@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.arrays import file_sha256, inside, npy_bytes
+from transclip_fast.store.arrays import file_sha256, inside, npy_bytes, read_table
 from transclip_fast.store.atomic import new_file, read_json, writing
+from transclip_fast.store.kept_rows import EARLIER, KeptRows, earlier_entries, earlier_file
+from transclip_fast.store.row_table import RowTable
 from transclip_fast.version import __version__
 
 MANIFEST = "manifest.json"
@@ -30,42 +33,22 @@ IMAGES = "img_emb/img_emb_{:05}.npy"
 LOCAL = "local_emb/local_emb_{:05}.npy"
 METADATA = "metadata/metadata_{:05}.parquet"
 RECORD = "records/{:05}.json"
-FOLDERS = ("img_emb", "local_emb", "metadata", "records")
+SHARD_FILES = {"features_sha256": IMAGES, "local_sha256": LOCAL, "metadata_sha256": METADATA}
+FOLDERS = ("img_emb", "local_emb", "metadata", "records", EARLIER)
 # Settings of the first run, which resumed runs keep: other values change some last bits.
 SETTLED = ("batch_size", "threads", "shard_rows")
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
+SHOWN_KEYS = 3  # of images, in a warning
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that could not be read: its row in the source, its key, and why."""
+    """An image that could not be encoded: its row in the source, its key, and why."""
 
     source_row: int
     key: str
     reason: str
-    fatal: bool = False  # the machine failed, not the image: the run stops and can be continued
-
-
-@dataclass(frozen=True)
-class RowTable:
-    """Key and path of each row of the source, and its label if there are any."""
-
-    keys: Sequence[str]
-    paths: Sequence[str]
-    labels: np.ndarray | None
-
-    def parquet(self, rows: Sequence[int]) -> bytes:
-        """The metadata of some rows as a parquet file."""
-        columns: dict[str, Any] = {
-            "source_row": pa.array(rows, pa.int64()),
-            "key": pa.array([self.keys[row] for row in rows], pa.string()),
-            "path": pa.array([self.paths[row] for row in rows], pa.string()),
-        }
-        if self.labels is not None:
-            columns["label"] = pa.array(self.labels[list(rows)], pa.int64())
-        content = io.BytesIO()
-        pq.write_table(pa.table(columns), content)
-        return content.getvalue()
+    fatal: bool = False  # the machine or the precision failed, not the image: the run stops
 
 
 class FeatureWriter:
@@ -74,8 +57,9 @@ class FeatureWriter:
     manifest.json.
 
     Every file appears whole. A shard counts as written once the manifest, or a file of records/ on
-    the way to it, lists it with its hash. The metadata follows from the source alone: that of
-    finished shards is written again if labels changed.
+    the way to it, lists it with its hash. Where labels changed, only metadata are written again.
+    Where images changed, `set_aside` moves their shards, and those with failures, to earlier/;
+    the shards in their places take over the rows of images that are as before.
 
     Parameters
     ----------
@@ -83,7 +67,7 @@ class FeatureWriter:
         The folder; one that was begun with the same `config` is continued.
     config : mapping
         All that decides the features: model, preprocessing, source, and the entries of `SETTLED`,
-        which those of an existing folder replace.
+        which those of an existing folder replace. The source may have changed.
     table : RowTable
     leads : bool
         Whether this process writes the manifest; the others only write shards, with the
@@ -102,6 +86,8 @@ class FeatureWriter:
         self.folder, self.table = Path(path), table
         self.config = json.loads(json.dumps(config))
         self.shards: dict[int, dict[str, Any]] = {}  # entries of the manifest
+        self.stale: dict[int, dict[str, Any]] = {}  # those of images that changed since
+        self.kept = KeptRows.none(self.folder, int(self.config["source"]["rows"]))
         self.text: dict[str, Any] = {}
         if not leads:
             return
@@ -110,8 +96,7 @@ class FeatureWriter:
                 self._continue()
             else:
                 self._begin()
-            self._collect()
-            self._refresh_metadata()
+            self._clean()
 
     @property
     def n_shards(self) -> int:
@@ -119,7 +104,7 @@ class FeatureWriter:
 
     @property
     def complete(self) -> bool:
-        return len(self.shards) == self.n_shards
+        return not self.stale and len(self.shards) == self.n_shards
 
     @property
     def batch_size(self) -> int:
@@ -132,6 +117,10 @@ class FeatureWriter:
         size = self.config["shard_rows"]
         return range(number * size, min((number + 1) * size, self.config["source"]["rows"]))
 
+    def rows_to_encode(self, number: int) -> list[int]:
+        """Source rows of a shard that are not kept."""
+        return [row for row in self.rows(number) if not self.kept.has(row)]
+
     def missing(self) -> list[int]:
         """Numbers of the shards that are still to be written."""
         return [number for number in range(self.n_shards) if number not in self.shards]
@@ -142,39 +131,91 @@ class FeatureWriter:
             for failure in entry["failures"]:
                 yield Failure(*failure)
 
+    def set_aside(self) -> None:
+        """Begin shards of changed images, and those with failures, again; find rows to keep."""
+        failed = {number: entry for number, entry in self.shards.items() if entry["failures"]}
+        again = {**self.stale, **failed}
+        if not again and not (self.folder / EARLIER).is_dir():
+            return
+        with writing(self.folder):
+            for number, entry in again.items():
+                name = f"{EARLIER}/{number:05}-{entry['metadata_sha256']}.json"
+                self._save(name, (json.dumps({**entry, "number": number}) + "\n").encode())
+                self.shards.pop(number, None)
+            self.stale = {}
+            for name, entry in earlier_entries(self.folder).items():
+                for kind in SHARD_FILES.keys() & entry.keys():
+                    file = SHARD_FILES[kind].format(entry["number"])
+                    if entry["number"] not in self.shards and self._is_whole(file, entry[kind]):
+                        (self.folder / file).replace(self.folder / earlier_file(name, kind))
+            self._save_failures()
+            self._save_manifest()
+        rows = [row for number in self.missing() for row in self.rows(number)]
+        self.kept = KeptRows.find(self.folder, self.table, rows)
+        if absent := self.kept.absent:
+            more = ", ..." if len(absent) > SHOWN_KEYS else ""
+            warnings.warn(
+                f"{self.folder}: {len(absent):,} of the images encoded before are no longer there "
+                f"and lose their rows ({', '.join(absent[:SHOWN_KEYS])}{more})",
+                stacklevel=2,
+            )
+
     def write_shard(
-        self, number: int, features: np.ndarray, failures: Sequence[Failure], batch_size: int
+        self,
+        number: int,
+        features: np.ndarray,
+        hashes: Sequence[str],
+        failures: Sequence[Failure],
+        batch_size: int,
     ) -> None:
         """
-        Write a shard: features (rows, d) float16 of all its rows but the failures.
+        Write a shard: the rows that are kept, and those of `rows_to_encode` but the failures, of
+        which these are the features (rows, d) float16 and the hashes of the images.
 
         Features (rows, 1 + L, d) are those of the images and of L patches of each, which go to a
         file of their own, as (rows, L d).
         """
         listed = [[failure.source_row, failure.key, failure.reason] for failure in failures]
+        failed = {failure.source_row for failure in failures}
+        encoded = [row for row in self.rows_to_encode(number) if row not in failed]
+        kept = [row for row in self.rows(number) if self.kept.has(row)]
+        order = np.argsort([*encoded, *kept])
+
+        def joined(array: np.ndarray, kind: str) -> np.ndarray:
+            return np.concatenate([array, self.kept.read(kept, kind)])[order] if kept else array
+
+        sha256 = [[*hashes, *self.kept.hashes(kept)][place] for place in order]
+        rows = sorted([*encoded, *kept])
         patches = {}
         with writing(self.folder):
             if features.ndim == 3:
-                flat = features[:, 1:].reshape(len(features), -1)
-                patches["local_sha256"] = self._save(LOCAL.format(number), npy_bytes(flat))
+                patches_size = (features.shape[1] - 1) * features.shape[2]
+                flat = features[:, 1:].reshape(len(features), patches_size)
+                local = npy_bytes(joined(flat, "local_sha256"))
+                patches["local_sha256"] = self._save(LOCAL.format(number), local)
                 features = np.ascontiguousarray(features[:, 0])
+            images = npy_bytes(joined(features, "features_sha256"))
             entry = {
-                "rows": len(features),
+                "rows": len(rows),
                 "batch_size": batch_size,
                 **patches,
-                "features_sha256": self._save(IMAGES.format(number), npy_bytes(features)),
+                "features_sha256": self._save(IMAGES.format(number), images),
                 "metadata_sha256": self._save(
-                    METADATA.format(number), self._metadata(number, listed)
+                    METADATA.format(number), self.table.parquet(rows, sha256)
                 ),
                 "failures": listed,
             }
-            self._save(RECORD.format(number), (json.dumps(entry) + "\n").encode())
-        self.shards[number] = entry
+            self.shards[number] = entry
+            self._save_record(number)
 
     def finish(self) -> None:
         """List the shards that all processes have written in the manifest."""
         with writing(self.folder):
-            self._collect()
+            for number, entry in self._records():
+                if self.shards.get(number) == entry or self._has_files(number, entry):
+                    self.shards[number] = entry
+            self._list_records()
+            self._clean()
 
     def has_prototypes(self, identity: Mapping[str, Any]) -> bool:
         """Whether prototypes.npy exists, is whole, and has this identity."""
@@ -204,70 +245,85 @@ class FeatureWriter:
         if not isinstance(begun, dict) or not isinstance(shards, dict):
             raise InputError(f"{file}: is not a feature folder's; name a new one")
         for name in self.config:
-            if name not in SETTLED and begun.get(name) != self.config[name]:
+            if name not in (*SETTLED, "source") and begun.get(name) != self.config[name]:
                 raise InputError(
                     f"{self.folder}: was begun with {name} {begun.get(name)!r}, now "
                     f"{self.config[name]!r}; name a new folder"
                 )
         with reading(file, "is damaged", "name a new folder"):
-            self.config = {**begun, **{name: int(begun[name]) for name in SETTLED}}
-            entries = {int(number): self._checked(entry) for number, entry in shards.items()}
+            entries = [(int(number), _checked(entry, begun)) for number, entry in shards.items()]
+            settled = {name: int(begun[name]) for name in SETTLED}
+        self.config = {**begun, **settled, "source": self.config["source"]}
         self.text = {name: manifest[name] for name in TEXT if name in manifest}
-        for number, entry in entries.items():
-            self._count(number, entry)
+        for number, entry in [*entries, *self._records()]:
+            if self._has_files(number, entry):
+                self._sort(number, entry, begun.get("source") == self.config["source"])
+        self._list_records()
 
-    def _checked(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """A manifest entry with every field that this class reads; any error if one is missing."""
-        return {
-            **entry,
-            "features_sha256": str(entry["features_sha256"]),
-            "batch_size": int(entry.get("batch_size", self.config["batch_size"])),
-            "failures": list(entry["failures"]),
-        }
+    def _records(self) -> list[tuple[int, dict[str, Any]]]:
+        """Number and entry of the shards that were written but are not in the manifest yet."""
+        found = []
+        for record in sorted((self.folder / "records").glob("*.json")):
+            content = read_json(inside(record.parent, record.name))
+            with reading(record, "is damaged", "remove it"):
+                found.append((int(record.stem), _checked(content, self.config)))
+        return found
 
-    def _count(self, number: int, entry: dict[str, Any]) -> None:
-        """Count a shard as written if its features have the hashes of the entry."""
-        if self.shards.get(number) == entry:  # this process has just written it
-            return
-        files = {"features_sha256": IMAGES, "local_sha256": LOCAL}
-        if all(self._is_whole(files[h].format(number), entry[h]) for h in files if h in entry):
-            self.shards[number] = entry
-
-    def _collect(self) -> None:
+    def _list_records(self) -> None:
         """Move the records into the manifest."""
         folder = self.folder / "records"
-        records = sorted(folder.glob("*.json"))
-        for record in records:
-            content = read_json(inside(folder, record.name))
-            with reading(record, "is damaged", "remove it"):
-                number, entry = int(record.stem), self._checked(content)
-            self._count(number, entry)
-        if records:
+        if any(folder.glob("*.json")):
             self._save_failures()
             self._save_manifest()
         if folder.is_dir():
             shutil.rmtree(folder)
 
-    def _refresh_metadata(self) -> None:
-        """Write the metadata of finished shards again if the source has other labels now."""
-        changed = False
-        for number, entry in self.shards.items():
-            content = self._metadata(number, entry["failures"])
-            sha256 = hashlib.sha256(content).hexdigest()
-            if not self._is_whole(METADATA.format(number), sha256):
-                self._save(METADATA.format(number), content)
-            changed |= entry.get("metadata_sha256") != sha256
-            entry["metadata_sha256"] = sha256
-        if changed:
-            self._save_manifest()
+    def _has_files(self, number: int, entry: Mapping[str, Any]) -> bool:
+        """Whether the files of an entry are whole."""
+        kinds = SHARD_FILES.keys() & entry.keys()
+        return all(self._is_whole(SHARD_FILES[k].format(number), entry[k]) for k in kinds)
 
-    def _metadata(self, number: int, failures: Sequence[Sequence[Any]]) -> bytes:
-        failed = {failure[0] for failure in failures}
-        return self.table.parquet([row for row in self.rows(number) if row not in failed])
+    def _sort(self, number: int, entry: dict[str, Any], same_source: bool) -> None:
+        """Count a whole shard as written if it is of the present images, with present labels."""
+        name = METADATA.format(number)
+        stored = read_table(self.folder / name) if "metadata_sha256" in entry else pa.table({})
+        failed = {failure[0] for failure in entry["failures"]}
+        rows = [row for row in self.rows(number) if row not in failed]
+        by_time = self.table.stamps is not None and self.table.contents is None
+        if by_time and "mtime_ns" not in stored.column_names:
+            if not same_source:
+                raise InputError(
+                    f"{self.folder}: was begun with other images by a version that noted no sizes "
+                    "and times; name a new folder"
+                )
+        elif not self.table.matches(rows, stored):
+            self.stale[number] = entry
+            return
+        sha256 = stored["sha256"].to_pylist() if "sha256" in stored.column_names else None
+        content = self.table.parquet(rows, sha256)
+        self.shards[number] = {**entry, "metadata_sha256": hashlib.sha256(content).hexdigest()}
+        if self.shards[number] != entry:  # record first, so that one of two entries always fits
+            self._save_record(number)
+            self._save(name, content)
+
+    def _clean(self) -> None:
+        """Remove what a complete folder does not need."""
+        if not self.complete:
+            return
+        if (self.folder / EARLIER).is_dir():
+            shutil.rmtree(self.folder / EARLIER)
+        for pattern in SHARD_FILES.values():
+            for file in (self.folder / pattern).parent.glob("*_[0-9]*"):
+                number = re.search(r"_(\d+)$", file.stem)
+                if number is not None and int(number[1]) >= self.n_shards:
+                    file.unlink()
 
     def _is_whole(self, name: str, sha256: str | None) -> bool:
         file = inside(self.folder, name)
         return file.is_file() and file_sha256(file) == sha256
+
+    def _save_record(self, number: int) -> None:
+        self._save(RECORD.format(number), (json.dumps(self.shards[number]) + "\n").encode())
 
     def _save_failures(self) -> None:
         text = io.StringIO()
@@ -283,7 +339,7 @@ class FeatureWriter:
             "rows": sum(entry["rows"] for entry in self.shards.values()),
             "config": self.config,
             **self.text,
-            "shards": dict(sorted(self.shards.items())),
+            "shards": dict(sorted({**self.stale, **self.shards}.items())),
         }
         self._save(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
@@ -294,3 +350,14 @@ class FeatureWriter:
         with new_file(target) as partial:
             partial.write_bytes(content)
         return hashlib.sha256(content).hexdigest()
+
+
+def _checked(entry: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest entry with every field that `FeatureWriter` reads; any error if one is missing."""
+    return {
+        **entry,
+        "features_sha256": str(entry["features_sha256"]),
+        "rows": int(entry["rows"]),
+        "batch_size": int(entry.get("batch_size", config["batch_size"])),
+        "failures": list(entry["failures"]),
+    }

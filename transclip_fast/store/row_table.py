@@ -1,0 +1,121 @@
+"""The metadata of a feature folder's rows, and which rows of an earlier one are the same images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """
+    Key, path and label, if there are any, of each row of the source, and the state of its file.
+
+    Parameters
+    ----------
+    keys, paths : sequence of str
+    labels : ndarray (rows,) int64, optional
+    stamps : ndarray (rows, 2) int64, optional
+        Size of each image, and the time its file was last written in nanoseconds.
+    contents : callable, optional
+        Returns the sha256 of each image. With it images are the same if their contents are,
+        without it if sizes and times are.
+    """
+
+    keys: Sequence[str]
+    paths: Sequence[str]
+    labels: np.ndarray | None = None
+    stamps: np.ndarray | None = None
+    contents: Callable[[], Sequence[str]] | None = None
+
+    def parquet(self, rows: Sequence[int], sha256: Sequence[str] | None) -> bytes:
+        """The metadata of some rows, whose images have these hashes, as a parquet file."""
+        columns: dict[str, Any] = {
+            "source_row": pa.array(rows, pa.int64()),
+            "key": _text(self.keys, rows),
+            "path": _text(self.paths, rows),
+        }
+        if self.labels is not None:
+            columns["label"] = pa.array(self.labels[list(rows)], pa.int64())
+        columns |= self._stamps(rows)
+        if sha256 is not None:
+            columns["sha256"] = pa.array(sha256, pa.string())
+        content = io.BytesIO()
+        pq.write_table(pa.table(columns), content)
+        return content.getvalue()
+
+    def matches(self, rows: Sequence[int], stored: pa.Table) -> bool:
+        """Whether `stored` metadata are of the same images as these rows, in the same order."""
+        expected = self._compared(rows)
+        names = expected.column_names
+        return set(names) <= set(stored.column_names) and expected.equals(stored.select(names))
+
+    def find(self, rows: Sequence[int], stored: pa.Table) -> np.ndarray:
+        """
+        Positions in `stored` of the same images as these rows, -1 if there is none.
+
+        Where several paths have one key, size and time, none of them is found.
+        """
+        if not len(rows) or not stored.num_rows:
+            return np.full(len(rows), -1)
+        compared = self._compared(rows)
+        names = compared.column_names
+        if not set(names) <= set(stored.column_names):
+            return np.full(len(rows), -1)
+        wanted, known = _joined(compared), _joined(stored.select(names))
+        found = pc.index_in(wanted, value_set=known, skip_nulls=True).fill_null(-1)
+        positions: np.ndarray = found.to_numpy().astype(np.int64)
+        if self.contents is None:
+            everywhere = range(len(self.keys))
+            for identities, paths in (
+                (_joined(self._compared(everywhere)), _text(self.paths, everywhere)),
+                (known, stored["path"]),
+            ):
+                doubtful = pc.is_in(wanted, value_set=_ambiguous(identities, paths))
+                positions[doubtful.to_numpy(zero_copy_only=False)] = -1
+        return positions
+
+    def absent(self, stored: pa.Table) -> list[str]:
+        """The keys in `stored` that no row has."""
+        keys = pc.unique(stored["key"])
+        known = pc.is_in(keys, value_set=_text(self.keys, range(len(self.keys))))
+        absent: list[str] = keys.filter(pc.invert(known)).to_pylist()
+        return absent
+
+    def _compared(self, rows: Sequence[int]) -> pa.Table:
+        """The columns in which the same images agree."""
+        columns = {"key": _text(self.keys, rows)}
+        if self.contents is None:
+            return pa.table(columns | self._stamps(rows))
+        return pa.table(columns | {"sha256": _text(self.contents(), rows)})
+
+    def _stamps(self, rows: Sequence[int]) -> dict[str, pa.Array]:
+        if self.stamps is None:
+            return {}
+        chosen = self.stamps[list(rows)]
+        return {name: pa.array(chosen[:, k]) for k, name in enumerate(("size", "mtime_ns"))}
+
+
+def _text(values: Sequence[str], rows: Sequence[int]) -> pa.Array:
+    return pa.array([values[row] for row in rows], pa.string())
+
+
+def _joined(table: pa.Table) -> pa.Array:
+    """The columns of each row as one text; null if one of them is."""
+    columns = [column.cast(pa.string()).combine_chunks() for column in table.columns]
+    return pc.binary_join_element_wise(*columns, "\0")
+
+
+def _ambiguous(identities: pa.Array, paths: pa.Array) -> pa.Array:
+    """Identities that files of several paths have."""
+    table = pa.table({"identity": identities, "path": paths})
+    counted = table.group_by("identity").aggregate([("path", "count_distinct")])
+    several = pc.greater(counted["path_count_distinct"], 1)
+    return counted.filter(several)["identity"].combine_chunks()
