@@ -45,6 +45,7 @@ class Source:
     class_names: list[str] | None = None  # of a source that defines them; labels are positions
     refusals: dict[int, str] = field(default_factory=dict)  # why a row is known not to be readable
     left_out: str = ""  # what is there besides and is not read, in words
+    own_keys: bool = False  # keys are a column of the list, no paths
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -108,7 +109,7 @@ class Source:
         """The metadata of each row in a feature folder."""
         paths = [printable(file) for file in self.files]
         contents = (lambda: self.contents) if by_content else None
-        return RowTable(self.keys, paths, labels, self.stamps, contents)
+        return RowTable(self.keys, paths, labels, self.stamps, contents, self.own_keys)
 
     def identity(self) -> dict[str, Any]:
         """The manifest's entry: kind, rows, hash of names and sizes."""
@@ -261,7 +262,7 @@ def _list(path: Path) -> Source:
     columns = {name: table.column(name).to_pylist() for name in wanted}
     keys = [str(value) for value in columns.get("key", columns["path"])]
     files = [str(path.parent / str(value)) for value in columns["path"]]
-    return Source("list", keys, files, labels=columns.get("label"))
+    return Source("list", keys, files, labels=columns.get("label"), own_keys="key" in columns)
 
 
 def _split(path: Path, split: str, root: str | Path | None) -> Source:

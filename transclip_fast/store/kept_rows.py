@@ -61,9 +61,9 @@ class KeptRows:
             files = [(inside(folder, earlier_file(name, h)), entry[h]) for h in FILES if h in entry]
             if all(file.is_file() and file_sha256(file) == sha256 for file, sha256 in files):
                 metadata = read_table(folder / earlier_file(name, "metadata_sha256"))
-                places = np.stack([np.full(len(metadata), len(kept.names)), range(len(metadata))])
-                for column, values in zip(("shard", "position"), places, strict=True):
-                    metadata = metadata.append_column(column, pa.array(values))
+                shard = np.full(len(metadata), len(kept.names), np.int64)
+                metadata = metadata.append_column("shard", pa.array(shard))
+                metadata = metadata.append_column("position", pa.array(np.arange(len(metadata))))
                 tables.append(metadata)
                 kept.names.append(name)
         if not tables:

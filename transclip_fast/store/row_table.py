@@ -27,6 +27,9 @@ class RowTable:
     contents : callable, optional
         Returns the sha256 of each image. With it images are the same if their contents are,
         without it if sizes and times are.
+    own_keys : bool
+        The user chose the keys, and may give one to another file: images are the same only if
+        their paths are, too.
     """
 
     keys: Sequence[str]
@@ -34,6 +37,7 @@ class RowTable:
     labels: np.ndarray | None = None
     stamps: np.ndarray | None = None
     contents: Callable[[], Sequence[str]] | None = None
+    own_keys: bool = False
 
     def parquet(self, rows: Sequence[int], sha256: Sequence[str] | None) -> bytes:
         """The metadata of some rows, whose images have these hashes, as a parquet file."""
@@ -58,11 +62,7 @@ class RowTable:
         return set(names) <= set(stored.column_names) and expected.equals(stored.select(names))
 
     def find(self, rows: Sequence[int], stored: pa.Table) -> np.ndarray:
-        """
-        Positions in `stored` of the same images as these rows, -1 if there is none.
-
-        Where several paths have one key, size and time, none of them is found.
-        """
+        """Positions in `stored` of the same images as these rows, -1 where there is none."""
         if not len(rows) or not stored.num_rows:
             return np.full(len(rows), -1)
         compared = self._compared(rows)
@@ -72,14 +72,6 @@ class RowTable:
         wanted, known = _joined(compared), _joined(stored.select(names))
         found = pc.index_in(wanted, value_set=known, skip_nulls=True).fill_null(-1)
         positions: np.ndarray = found.to_numpy().astype(np.int64)
-        if self.contents is None:
-            everywhere = range(len(self.keys))
-            for identities, paths in (
-                (_joined(self._compared(everywhere)), _text(self.paths, everywhere)),
-                (known, stored["path"]),
-            ):
-                doubtful = pc.is_in(wanted, value_set=_ambiguous(identities, paths))
-                positions[doubtful.to_numpy(zero_copy_only=False)] = -1
         return positions
 
     def absent(self, stored: pa.Table) -> list[str]:
@@ -92,6 +84,8 @@ class RowTable:
     def _compared(self, rows: Sequence[int]) -> pa.Table:
         """The columns in which the same images agree."""
         columns = {"key": _text(self.keys, rows)}
+        if self.own_keys:
+            columns["path"] = _text(self.paths, rows)
         if self.contents is None:
             return pa.table(columns | self._stamps(rows))
         return pa.table(columns | {"sha256": _text(self.contents(), rows)})
@@ -111,11 +105,3 @@ def _joined(table: pa.Table) -> pa.Array:
     """The columns of each row as one text; null if one of them is."""
     columns = [column.cast(pa.string()).combine_chunks() for column in table.columns]
     return pc.binary_join_element_wise(*columns, "\0")
-
-
-def _ambiguous(identities: pa.Array, paths: pa.Array) -> pa.Array:
-    """Identities that files of several paths have."""
-    table = pa.table({"identity": identities, "path": paths})
-    counted = table.group_by("identity").aggregate([("path", "count_distinct")])
-    several = pc.greater(counted["path_count_distinct"], 1)
-    return counted.filter(several)["identity"].combine_chunks()
