@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -139,6 +140,42 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     assert lines[0].startswith("plan: dense, features held, exact graph, at most ")
     assert "images a second in batches of 16; time spent waiting for images" in lines[2]
     assert contents(tmp_path / "out") == before
+
+
+def test_run_again_after_images_changed(images, names, tiny, cli, tmp_path):
+    """Added, removed, repaired: every file of every stage is that of one run, times aside."""
+    command = ("run", images(12), "--classes", names, "--labels-from-folders", *tiny)
+    broken = tmp_path / "images/dog/001.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:50])
+    first = cli(*command, "--out", tmp_path / "out")
+    assert "1 could not be read" in first.out
+    broken.write_bytes(whole)
+    (tmp_path / "images/cat/004.png").unlink()
+    shutil.copy(broken, tmp_path / "images/cat/003.png")
+    again = cli(*command, "--out", tmp_path / "out")
+    assert again.code == 0
+    assert "2 of 12 images encoded, 10 kept in " in again.out
+    assert "1 of the images encoded before" in again.err
+    assert "(cat/004.png)" in again.err
+    assert cli(*command, "--out", tmp_path / "fresh").code == 0
+    grown, fresh = contents(tmp_path / "out"), contents(tmp_path / "fresh")
+    assert grown.keys() == fresh.keys()
+    timed = {Path("graph/manifest.json"), Path("result/run.json")}
+    assert {name for name in grown if grown[name] != fresh[name]} <= timed
+
+
+@pytest.mark.parametrize("as_was", [True, False])
+def test_images_compared_by_content(images, tiny, cli, tmp_path, as_was):
+    command = ("encode", images(12), *tiny, "--out", tmp_path / "out", "--by-content")
+    assert cli(*command).code == 0
+    for file in (tmp_path / "images").rglob("*.png"):
+        os.utime(file, (1, 1))
+    if not as_was:
+        shutil.copy(tmp_path / "images/cat/000.png", tmp_path / "images/cat/002.png")
+    again = cli(*command).out
+    assert ("1 of 12 images encoded, 11 kept" in again) != as_was
+    assert ("12 images encoded into" in again) == as_was
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,23 @@ def test_a_lost_rank_is_made_up_for(images, tmp_path, lost, again):
     assert all(file.stat().st_mtime_ns == then for file, then in written.items())  # written once
 
 
+@pytest.mark.parametrize("lost", [None, 1])
+def test_ranks_share_a_folder_that_grows(images, tmp_path, lost):
+    folder = images(20)
+    (folder / "dog/001.png").write_text("no picture")
+    assert run(2, folder, tmp_path / "out") == [DONE] * 2
+    images(22)  # two more, and the broken one whole
+    for name in ("002", "008", "012"):
+        with open(folder / f"cat/{name}.png", "ab") as file:
+            file.write(b"another size")
+    if lost is not None:
+        assert run(3, folder, tmp_path / "out", lost=lost, after=1)[lost] == -signal.SIGKILL
+    assert run(3, folder, tmp_path / "out") == [DONE] * 3
+    assert run(1, folder, tmp_path / "whole") == [DONE]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(load_features(tmp_path / "out").keys) == 22
+
+
 def test_each_shard_is_in_one_plan():
     plans = [Ranks(rank, 3).part(range(8)) for rank in range(3)]
     assert plans == [[0, 3, 6], [1, 4, 7], [2, 5]]
