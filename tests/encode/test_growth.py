@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
 
-def encode(folder, backbone, out, **options):
+def encode(folder, backbone, out, by_content=False, **options):
     options = {"batch_size": 2, "workers": 0, "shard_rows": 3, **options}
-    return encode_source(open_source(folder), backbone, out, None, **options)
+    source = replace(open_source(folder), by_content=by_content)
+    return encode_source(source, backbone, out, None, **options)
 
 
 def draw_image(file, seed, size=(12, 10)):

@@ -100,7 +100,9 @@ def command(
     manifest.json, failures.csv and, with --classes, prototypes.npy: a folder that `graph` and
     `solve` open. --local-features adds local_emb/, a feature for each patch of an image. Started by
     torchrun, all processes encode into the same folder, each its shards. Run the same command again
-    after a crash: it resumes from the last whole shard.
+    after a crash: it resumes from the last whole shard. Run it again after images were added,
+    removed or replaced: it encodes those that are new or changed, tries failures again and keeps
+    the rest; the files are those of one run.
 
     \b
     Examples:

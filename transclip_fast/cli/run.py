@@ -49,7 +49,8 @@ def command(
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
     webdataset tars, or a .json of splits as CoOp has them. --out receives the folders features/,
     graph/ and result/. Run the same command again after a crash: it skips the stages that are done
-    and resumes the one that is not.
+    and resumes the one that is not. Run it again after images were added, removed or replaced: it
+    encodes those that are new or changed, and computes the graph and the labels anew.
 
     \b
     Example:

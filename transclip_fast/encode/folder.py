@@ -187,12 +187,13 @@ def encode_images(
                 split=split,
                 root=root,
             )
+            source.by_content = by_content
             names = classes or source.class_names
             text = ClassPrompts.read(names, templates) if names else None
             weights = models.watch_weights(model, pretrained)
             identity = models.identify(model, pretrained, precision, compiled)
         known = _config(identity, torch_device, source, local_features)
-        table = _row_table(source, text, by_content)
+        table = _row_table(source, text)
         finished = _finished(out, known, table, text) if ranks.leads else None
         found = None if finished is None else _encoded(finished, seconds, None)
         if (encoded := ranks.broadcast(found)) is not None:
@@ -212,7 +213,6 @@ def encode_images(
             out,
             text,
             ranks,
-            by_content=by_content,
             batch_size=batch_size,
             workers=ranks.cores() if workers is None else workers,
             shard_rows=shard_rows,
@@ -228,7 +228,6 @@ def encode_source(
     text: ClassPrompts | None,
     ranks: Ranks = ALONE,
     *,
-    by_content: bool = False,
     batch_size: int | None = None,
     workers: int = 0,
     shard_rows: int = SHARD_ROWS,
@@ -247,7 +246,7 @@ def encode_source(
         }
         if ranks.leads and batch_size is None:
             config["batch_size"] = fitting_batch_size(backbone, shard_rows)
-        writer, missing = _open_folder(out, config, _row_table(source, text, by_content), ranks)
+        writer, missing = _open_folder(out, config, _row_table(source, text), ranks)
         with fixed_threads(writer.config["threads"]):
             if ranks.leads and text is not None and not writer.has_prototypes(text.identity()):
                 with timed(seconds, "text"):
@@ -313,9 +312,8 @@ def _finished(
     return writer if whole and (text is None or writer.has_prototypes(text.identity())) else None
 
 
-def _row_table(source: Source, text: ClassPrompts | None, by_content: bool) -> RowTable:
-    labels = None if text is None else resolve_labels(source, text.names)
-    return source.table(labels, by_content)
+def _row_table(source: Source, text: ClassPrompts | None) -> RowTable:
+    return source.table(None if text is None else resolve_labels(source, text.names))
 
 
 def _encoded(

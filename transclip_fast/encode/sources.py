@@ -46,6 +46,7 @@ class Source:
     refusals: dict[int, str] = field(default_factory=dict)  # why a row is known not to be readable
     left_out: str = ""  # what is there besides and is not read, in words
     own_keys: bool = False  # keys are a column of the list, no paths
+    by_content: bool = False  # images change with their content, not with size and time
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -105,10 +106,10 @@ class Source:
         parts = [rows[start : start + HASHED_ROWS] for start in rows[::HASHED_ROWS]]
         return [content for part in parallel_map(hashed, parts) for content in part]
 
-    def table(self, labels: np.ndarray | None, by_content: bool = False) -> RowTable:
+    def table(self, labels: np.ndarray | None) -> RowTable:
         """The metadata of each row in a feature folder."""
         paths = [printable(file) for file in self.files]
-        contents = (lambda: self.contents) if by_content else None
+        contents = (lambda: self.contents) if self.by_content else None
         return RowTable(self.keys, paths, labels, self.stamps, contents, self.own_keys)
 
     def identity(self) -> dict[str, Any]:

@@ -184,7 +184,8 @@ class FeatureWriter:
         def joined(array: np.ndarray, kind: str) -> np.ndarray:
             return np.concatenate([array, self.kept.read(kept, kind)])[order] if kept else array
 
-        sha256 = [[*hashes, *self.kept.hashes(kept)][place] for place in order]
+        unordered = [*hashes, *self.kept.hashes(kept)]
+        sha256 = [unordered[place] for place in order]
         rows = sorted([*encoded, *kept])
         patches = {}
         with writing(self.folder):
