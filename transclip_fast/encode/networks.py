@@ -49,12 +49,12 @@ def load_weights(net: Any, weights: StateDict, origin: str, device: torch.device
     """
     Give a network of `empty_network` its weights, in its own types.
 
-    On a CPU, tensors of the right type stay mapped from disk; the others are converted, or copied
-    to the device, one at a time. Errors are those of `match_weights`.
+    Tensors are converted and copied to the device one at a time. On a CPU, too: they are mapped
+    from a file that may be truncated later. Errors are those of `match_weights`.
     """
     wanted = net.state_dict()
     loaded = {
-        name: tensor.to(device, wanted[name].dtype)
+        name: tensor.to(device, wanted[name].dtype, copy=True)
         for name, tensor in match_weights(net, weights, origin).items()
     }
     for name in wanted.keys() - loaded.keys():

@@ -155,8 +155,8 @@ class FeatureWriter:
         if absent := self.kept.absent:
             more = ", ..." if len(absent) > SHOWN_KEYS else ""
             warnings.warn(
-                f"{self.folder}: {len(absent):,} of the images encoded before are no longer there "
-                f"and lose their rows ({', '.join(absent[:SHOWN_KEYS])}{more})",
+                f"{self.folder}: images that are no longer there lose their rows: {len(absent):,} "
+                f"({', '.join(absent[:SHOWN_KEYS])}{more})",
                 stacklevel=2,
             )
 
