@@ -102,10 +102,10 @@ def encode_shards(
 
     Features are unit rows in float16. Every batch has the same size, if need be with empty images
     at its end: then an image's features do not depend on those it shares a batch with (tried on
-    CPUs), and a folder that grew has the bytes of one encoded at once. If memory does not suffice, the
-    batch is halved and the shard begun again; if a worker hangs or dies, the shard is begun again
-    once, and then without the images that cost their worker alone, too; they count as failures.
-    `plan` lists the shards to encode.
+    CPUs), and a folder that grew has the bytes of one encoded at once. If memory does not suffice,
+    the batch is halved and the shard begun again; if a worker hangs or dies, the shard is begun
+    again once, and then without the images that cost their worker alone, too; they count as
+    failures. `plan` lists the shards to encode.
 
     Raises
     ------
