@@ -293,7 +293,13 @@ def test_two_writers_are_refused(images, backbone, tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"shards": {"x": {}}}, {"shards": {"0": {}}}, {"config": {}}, {"shards": 3}],
+    [
+        {"shards": {"x": {}}},
+        {"shards": {"0": {}}},
+        {"shards": {"0": {"rows": 2, "features_sha256": "x", "batch_size": 2, "failures": [3]}}},
+        {"config": {}},
+        {"shards": 3},
+    ],
 )
 def test_a_damaged_manifest_is_one_line(images, backbone, tmp_path, damage):
     folder = images(7)

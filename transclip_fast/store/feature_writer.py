@@ -258,7 +258,7 @@ class FeatureWriter:
         self.text = {name: manifest[name] for name in TEXT if name in manifest}
         for number, entry in [*entries, *self._records()]:
             if self._has_files(number, entry):
-                self._sort(number, entry, begun.get("source") == self.config["source"])
+                self._count(number, entry, begun.get("source") == self.config["source"])
         self._list_records()
 
     def _records(self) -> list[tuple[int, dict[str, Any]]]:
@@ -284,7 +284,7 @@ class FeatureWriter:
         kinds = SHARD_FILES.keys() & entry.keys()
         return all(self._is_whole(SHARD_FILES[k].format(number), entry[k]) for k in kinds)
 
-    def _sort(self, number: int, entry: dict[str, Any], same_source: bool) -> None:
+    def _count(self, number: int, entry: dict[str, Any], same_source: bool) -> None:
         """Count a whole shard as written if it is of the present images, with present labels."""
         name = METADATA.format(number)
         stored = read_table(self.folder / name) if "metadata_sha256" in entry else pa.table({})
@@ -298,7 +298,8 @@ class FeatureWriter:
                     "and times; name a new folder"
                 )
         elif not self.table.matches(rows, stored):
-            self.stale[number] = entry
+            if "metadata_sha256" in entry:  # without metadata, no row can be kept
+                self.stale[number] = entry
             return
         sha256 = stored["sha256"].to_pylist() if "sha256" in stored.column_names else None
         content = self.table.parquet(rows, sha256)
@@ -360,5 +361,5 @@ def _checked(entry: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
         "features_sha256": str(entry["features_sha256"]),
         "rows": int(entry["rows"]),
         "batch_size": int(entry.get("batch_size", config["batch_size"])),
-        "failures": list(entry["failures"]),
+        "failures": [[int(row), str(key), str(why)] for row, key, why in entry["failures"]],
     }
