@@ -36,6 +36,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:n_neighbors")
 @pytest.mark.parametrize("few_shot", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_finite_repeatable_and_equal_to_the_reference(problem, name, few_shot):

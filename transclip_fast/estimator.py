@@ -63,8 +63,9 @@ class TransCLIP(Parameters):
     clamp_similarity : bool
         Edge weights are max(0, cosine).
     gamma : float, optional
-        Few-shot only: weight of the labelled rows; by default the best of 0.002, 0.01, 0.02 and
-        0.2 on a validation set, or none: see `support_features` of `fit`.
+        Few-shot only, without shots it has no effect: weight of the labelled rows; by default the
+        best of 0.002, 0.01, 0.02 and 0.2 on a validation set, or none: see `support_features` of
+        `fit`.
     class_cost : {"auto", True, False}
         Charge for each class in use, so that absent classes take no rows; "auto" does so where the
         prior spreads over less than 0.8 of the classes, and with a gamma never.
@@ -186,9 +187,9 @@ class TransCLIP(Parameters):
         y : array_like (N,), optional
             Ignored: scikit-learn passes the labels that its scores need. A (K, d) array here is
             taken as `text_features`.
-        text_features : array_like (K, d), optional
-            Text embedding of each class: the prior, unless another is given; then only the
-            zero-shot attributes come from it.
+        text_features : array_like (K, d) or (P, K, d), optional
+            Text embedding of each class, or those of P templates, of which the mean counts: the
+            prior, unless another is given; then only the zero-shot attributes come from it.
         prior : array_like or scipy sparse array (N, K), optional
             Probabilities of another method; what a sparse row leaves of its mass, but at least
             1e-6, is spread evenly over the classes it leaves out; or
@@ -204,9 +205,9 @@ class TransCLIP(Parameters):
             Labelled rows that choose gamma unless it is set: the value with which most of them
             have the label of their most similar query, the first of equal ones.
         known_labels : array_like (N,), optional
-            Class of each query where it is known, -1 elsewhere: z is one-hot there, and the row
-            counts three times in the means and the variance. Unlike shots, such rows may be few and
-            of some classes only.
+            Class of each query where it is known, -1 or NaN elsewhere: z is one-hot there, and the
+            row counts three times in the means and the variance. Unlike shots, such rows may be few
+            and of some classes only.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or a function that makes them from its unit rows, a
             `transclip_fast.data.feature_rows.Rows`; by default `build_graph`.

@@ -17,8 +17,13 @@ ORDER_ROWS, ORDER_FACTOR, ORDER_GAIN, ORDER_DEVIATIONS = 16, 3, 30.0, 1.5
 
 
 def accuracy(labels: np.ndarray, truth: np.ndarray) -> float:
-    """Share of rows (N,) whose label is the true one, in percent with four decimals."""
-    return round(100 * float(np.mean(labels == truth)), 4)
+    """
+    Share of rows whose label is the true one, in percent with four decimals.
+
+    Of labels (N,) and truth (N,); rows whose truth is unknown, -1, do not count.
+    """
+    known = truth >= 0
+    return round(100 * float(np.mean(labels[known] == truth[known])), 4)
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,14 @@ class Evaluation:
     `per_class` is (class, rows, zero-shot accuracy, accuracy) for each class that occurs, worst
     first; `confusions` is (true class, predicted class, rows), most frequent first; `corrected`
     and `broken` count rows that zero-shot had wrong and right; `warnings` are those of
-    `check_class_order`.
+    `check_class_order`. All of them are of the `n_labelled` rows whose truth is known.
     """
 
     accuracy: float
     zero_shot_accuracy: float
     mean_class_accuracy: float
     n_queries: int
+    n_labelled: int
     n_flipped: int
     corrected: int
     broken: int
@@ -45,7 +51,9 @@ class Evaluation:
 
 
 def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Evaluation:
-    """Compare labels (N,) and zero-shot labels (N,) with the truth (N,), all int64."""
+    """Compare labels (N,) and zero-shot labels (N,) with the truth (N,), -1 where unknown."""
+    n_queries, known = len(labels), truth >= 0
+    labels, zero_shot, truth = labels[known], zero_shot[known], truth[known]
     right, zero_shot_right = labels == truth, zero_shot == truth
     rows = np.bincount(truth)
     hits = np.bincount(truth[right], minlength=len(rows))
@@ -66,7 +74,8 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
         accuracy=accuracy(labels, truth),
         zero_shot_accuracy=accuracy(zero_shot, truth),
         mean_class_accuracy=round(float(np.mean([row[3] for row in per_class])), 4),
-        n_queries=len(labels),
+        n_queries=n_queries,
+        n_labelled=len(labels),
         n_flipped=int((labels != zero_shot).sum()),
         corrected=int((right & ~zero_shot_right).sum()),
         broken=int((~right & zero_shot_right).sum()),
@@ -148,7 +157,9 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
     A warning if zero-shot labels (N,) would fit the truth (N,) far better with classes renamed.
 
     Poor labels alone raise no warning; `bench.accuracy.class_order` counts right and wrong ones.
+    Rows whose truth is unknown, -1, do not count.
     """
+    labels, truth = labels[truth >= 0], truth[truth >= 0]
     as_is = accuracy(labels, truth)
     pairs, counts = np.unique(np.stack([labels, truth]), axis=1, return_counts=True)
     # Greedy matching of labels and classes: it finds at least half of the best renaming.

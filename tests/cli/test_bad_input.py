@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ BAD_FEATURES = {
     "1-d": (lambda x: x[:, 0], "(77,)"),
     "0-d": (lambda x: x[0, 0], "shape ()"),
     "3-d": (lambda x: x[None], "(1, 77, 33)"),
+    "4-d": (lambda x: x[None, None], "(1, 1, 77, 33)"),
     "no rows": (lambda x: x[:0], "(0, 33)"),
     "no columns": (lambda x: x[:, :0], "(77, 0)"),
     "complex": (lambda x: x.astype(complex), "numbers"),
@@ -48,8 +50,14 @@ BAD_FEATURES = {
 }
 
 
-@pytest.mark.parametrize("name", ["image_features", "text_features", "support_features"])
-@pytest.mark.parametrize("kind", BAD_FEATURES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        case
+        for case in product(("image_features", "text_features", "support_features"), BAD_FEATURES)
+        if case != ("text_features", "3-d")  # of several templates
+    ],
+)
 def test_features(kind, name, arrays, solve):
     arrays |= {"support_features": arrays["image_features"], "support_labels": arrays["labels"]}
     spoil, expected = BAD_FEATURES[kind]
@@ -70,19 +78,32 @@ def test_dimensions_that_differ(name, arrays, solve):
 
 BAD_LABELS = {
     "too high": (lambda y: changed(y, 7, 6), "row 7 has label 6"),
-    "negative": (lambda y: changed(y, 8, -1), "row 8 has label -1"),
+    "too low": (lambda y: changed(y, 8, -2), "row 8 has label -2"),
     "short": (lambda y: y[:-1], "77 labels"),
-    "column": (lambda y: y[:, None], "77 labels"),
+    "columns": (lambda y: np.stack([y, y], 1), "is not one-hot"),
+    "probabilities": (lambda y: np.full((77, 6), 1 / 6), "row 0 is not one-hot"),
+    "two hot": (lambda y: changed(np.eye(6)[y], (3, slice(2)), 1), "row 3 is not one-hot"),
     "fractional": (lambda y: changed(y.astype(float), 9, 0.5), "row 9 has label 0.5"),
+    "infinite": (lambda y: changed(y.astype(float), 9, np.inf), "row 9 has label inf"),
+    "names": (lambda y: np.array(["cat"] * 77), "row 0: label 'cat' is no position; give the cl"),
+    "fractions as text": (lambda y: changed(y.astype("U3"), 5, "0.5"), "row 5: label '0.5' is no"),
+}
+NO_LABEL = {
+    "negative": (lambda y: changed(y, 8, -1), "row 8 has label -1"),
     "NaN": (lambda y: changed(y.astype(float), 9, np.nan), "row 9 has label nan"),
-    "strings": (lambda y: y.astype("U3"), "numbers"),
+    "empty text": (lambda y: changed(y.astype("U3"), 5, ""), "row 5 has label -1"),
 }
 
 
-@pytest.mark.parametrize("name", ["labels", "support_labels", "validation_labels"])
-@pytest.mark.parametrize("kind", BAD_LABELS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *product(("labels", "known_labels", "support_labels", "validation_labels"), BAD_LABELS),
+        *product(("support_labels", "validation_labels"), NO_LABEL),
+    ],
+)
 def test_labels(kind, name, arrays, solve):
-    spoil, expected = BAD_LABELS[kind]
+    spoil, expected = (BAD_LABELS | NO_LABEL)[kind]
     for use in ("support", "validation"):
         arrays |= {f"{use}_features": arrays["image_features"], f"{use}_labels": arrays["labels"]}
     message = solve({**arrays, name: spoil(arrays["labels"])})
@@ -127,6 +148,11 @@ def test_what_does_not_go_together(change, expected, arrays, solve):
         (("--n-neighbors", 0), "n_neighbors"),
         (("--max-iter", -1), "max_iter"),
         (("--gamma", "nan"), "gamma"),
+        (
+            ("--gamma", 0.02),
+            "gamma: is the weight of the support, and there is none; leave --gamma",
+        ),
+        (("--logit-scale", 0), "logit_scale must be greater than 0"),
     ],
 )
 def test_options(option, expected, arrays, solve):

@@ -61,9 +61,11 @@ def test_longer_lists_are_cut(save, arrays, solved, succeeds, tmp_path):
     assert read(tmp_path / "reused")[1].equals(read(solved)[1])
 
 
-def test_fewer_rows_than_neighbours(save, succeeds, cli, tmp_path):
+def test_fewer_rows_than_neighbours(save, cli, tmp_path):
     file = save({"image_features": np.eye(3), "text_features": np.eye(3)[:2]})
-    succeeds("graph", file, "--out", tmp_path / "graph", "--n-neighbors", 5)
+    ran = cli("graph", file, "--out", tmp_path / "graph", "--n-neighbors", 5)
+    assert (ran.code, ran.err.count("\n")) == (0, 1)
+    assert ran.err.startswith("warning: n_neighbors: 5 is not below the number of rows, 3")
     neighbors = np.load(tmp_path / "graph" / "neighbors.npy")
     np.testing.assert_array_equal((neighbors >= 0).sum(1), [2, 2, 2])
     ran = cli("solve", file, "--graph", tmp_path / "graph", "--out", tmp_path / "result")

@@ -69,6 +69,23 @@ def test_few_shot(pets, done, tmp_path):
     assert f"| pets | tip-adapter | 4 | 2 | {mean['zero_shot_accuracy']:.2f} ± 0.00 |" in text
 
 
+@pytest.mark.parametrize("command", ["few-shot", "base-to-new", "cross-dataset", "domains"])
+def test_prompt_ensemble_is_the_zero_shot_row(command, pets, done, tmp_path):
+    path = pets(support_features=None, support_labels=None)
+    others = (pets("others"),) if command in ("cross-dataset", "domains") else ()
+    done("protocol", command, path, *others, "--head", "prompt-ensemble", "--out", tmp_path / "t")
+    (data,) = load_data(others or (path,), pools=False)
+    targets = data.halves if command == "base-to-new" else [data]
+    rows = runs_of(tmp_path / "t")
+    assert len(rows) == len(targets)
+    for row, target in zip(rows, targets, strict=True):
+        model = TransCLIP().fit(target.features, target.text)
+        right = accuracy(model.zero_shot_labels_, target.labels)
+        assert row["zero_shot_accuracy"] == row["head_accuracy"] == right
+        assert row["accuracy"] == accuracy(model.transduction_, target.labels)
+        assert (row["shots"], row["seed"]) == (0, 0)
+
+
 def test_transclip_fs_has_the_shots_itself(pets, done, tmp_path):
     path = pets()
     done(
@@ -246,7 +263,7 @@ def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
         (("base-to-new", "half.npz"), "half: has no query of the classes 3 to 5"),
         (("cross-dataset", "pets.npz", "narrow.npz"), "narrow: has 20 dimensions, pets 33"),
         (("domains", "pets.npz", "bare.npz", "--subset", "none", "s.txt"), "none: is no target"),
-        (("domains", "pets.npz", "bare.npz", "--subset", "bare", "s.txt"), "s.txt: class 2 (9) is"),
+        (("domains", "pets.npz", "bare.npz", "--subset", "bare", "s.txt"), "line 2: label '9'"),
         (("domains", "pets.npz", "bare.npz", "--subset", "bare", "t.txt"), "t.txt: 2 classes"),
         (("domains", "pets.npz", "bare.npz"), "bare: has 4 classes, pets 6"),
     ],

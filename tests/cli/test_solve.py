@@ -211,7 +211,7 @@ def test_separate_files(suffix, arrays, solved, succeeds, tmp_path):
     if suffix in (".npz", ".safetensors"):  # FEATURES itself goes by the array's name
         np.save(tmp_path / "image_features.npy", arrays["image_features"])
         options[1] = tmp_path / "image_features.npy"
-    (tmp_path / "names.txt").write_text("\ufeffa\nb\r\nç\n\nd\ne\nf\n", encoding="utf-8")
+    (tmp_path / "names.txt").write_text("\ufeffa\nb\r\nç\nd\ne\nf\n\n", encoding="utf-8")
     options += ["--class-names", tmp_path / "names.txt", "--out", tmp_path / "separate"]
     succeeds("solve", *options[1:])
     run, table = read(tmp_path / "separate")

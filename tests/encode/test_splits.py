@@ -43,6 +43,15 @@ def test_splits_and_their_classes(split):
     assert open_source(file, split="val").keys == ["dog/001.png"]
 
 
+def test_other_names_are_joined_by_name(split):
+    source = open_source(split())
+    assert resolve_labels(source, ["Dog", "bird", "House_cat"]).tolist() == [0, 2]
+    with pytest.raises(
+        InputError, match=r"cat/002.png: label 'house cat' is none of the 2 classes"
+    ):
+        resolve_labels(source, ["bird", "dog"])
+
+
 def test_the_folder_of_the_images(split, tmp_path):
     file = split()
     beside = [[f"images/{path}", *rest] for path, *rest in ENTRIES]

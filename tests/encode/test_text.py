@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
 
-from transclip_fast.encode.text import ClassPrompts, class_names, encode_text, templates
+from transclip_fast.encode.text import ClassPrompts, encode_text, templates
 from transclip_fast.errors import InputError
 
 
-def test_known_templates_and_names():
+def test_known_templates():
     assert len(templates("openai")("cat")) == 80
     assert len(templates("simple")("cat")) == 7
     assert all("cat" in prompt for prompt in templates("simple")("cat"))
-    assert len(class_names("imagenet")) == 1000
 
 
 def test_templates_from_a_file(tmp_path):
@@ -75,7 +75,41 @@ def test_bad_templates(tmp_path, name, content, message):
     assert str(file) in str(error.value)
 
 
-def test_no_names(tmp_path):
-    (tmp_path / "names.txt").write_text("\n \n")
-    with pytest.raises(InputError, match="holds no class names"):
-        class_names(str(tmp_path / "names.txt"))
+def test_prompts_go_to_the_same_name(tmp_path):
+    file = tmp_path / "cupl.json"
+    decomposed = unicodedata.normalize("NFD", "Crème_Brûlée")
+    file.write_text(json.dumps({decomposed: ["a dessert"], "dog": ["a dog"], "Dog": ["another"]}))
+    assert ClassPrompts.read(["crème brûlée"], str(file)).prompts == [["a dessert"]]
+    with pytest.raises(
+        InputError, match=r"cupl\.json: has several lists of prompts for class 'dog'"
+    ):
+        ClassPrompts.read(["dog"], str(file))
+
+
+def test_doubtful_names(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("polar_bear\ncrane\ndog\nCrane\nblue_jay\n")
+    with pytest.warns(UserWarning, match="names.txt") as warned:
+        ClassPrompts.read(str(file), "simple")
+    assert [str(warning.message) for warning in warned] == [
+        f"{file}: line 1 has '_' ('polar_bear'), which goes into the prompts, as 1 more do; write "
+        "spaces",
+        f"{file}: line 4 has the name of line 2 ('Crane'); give each class another name, or it "
+        "gets no images",
+    ]
+
+
+def test_names_of_a_list_are_checked_too():
+    with pytest.raises(InputError, match="class names: class 1 is empty"):
+        ClassPrompts.read(["cat", " "], "simple")
+
+
+def test_equal_prompts(tmp_path):
+    file = tmp_path / "cupl.json"
+    file.write_text(json.dumps({"cat": ["A pet", "x"], "car": ["a car"], "dog": ["x", "a  pet"]}))
+    with pytest.warns(UserWarning, match="class names") as warned:
+        ClassPrompts.read(["cat", "car", "dog"], str(file))
+    assert [str(warning.message) for warning in warned] == [
+        "class names: class 2 ('dog') has the prompts of class 0 ('cat'); such classes cannot be "
+        "told apart"
+    ]

@@ -149,6 +149,7 @@ def test_thousands_of_copies(search):
     assert true_recall(graph, features)[0] >= 0.99
 
 
+@pytest.mark.filterwarnings("ignore:n_neighbors")
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_no_more_rows_than_neighbours(search, n):
@@ -195,6 +196,7 @@ def test_a_hub(search):
     assert true_recall(graph, features)[0] == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:n_neighbors")
 @pytest.mark.parametrize("search", SEARCHES)
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -95,6 +95,7 @@ def test_exact_duplicates(problem):
     assert all(len(set(row)) == 3 for row in graph.neighbors.tolist())
 
 
+@pytest.mark.filterwarnings("ignore:n_neighbors")
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
 def test_fewer_rows_than_neighbours(problem, n):
     features, _, _ = problem(n=n)
@@ -108,6 +109,13 @@ def test_fewer_rows_than_neighbours(problem, n):
     _, expected = brute_force(features, features, found)
     np.testing.assert_allclose(graph.similarities[:, :found], expected, atol=1e-6)
     graph.check(n, 4)
+
+
+def test_more_neighbours_than_rows_are_warned_of(problem):
+    features, _, _ = problem(n=5)
+    with pytest.warns(UserWarning, match="n_neighbors: 5 is not below the number of rows, 5"):
+        build_graph(features, 5)
+    build_graph(features, 4)
 
 
 def test_features_are_checked_and_normalised(problem):

@@ -195,11 +195,11 @@ def test_the_objective_does_not_rise(problem, class_cost):
     ("known", "message"),
     [
         (np.zeros(76, int), "known_labels: expected 77 labels, one a row, got shape (76,)"),
-        (np.zeros((77, 1), int), "known_labels: expected 77 labels, one a row"),
+        (np.zeros((77, 2), int), "known_labels: row 0 is not one-hot"),
         (np.full(77, -2), "known_labels: row 0 has label -2, outside -1 .. 5; labels are pos"),
         (np.arange(77), "row 6 has label 6, outside -1 .. 5"),
         (np.full(77, 0.5), "known_labels: row 0 has label 0.5; labels are whole numbers"),
-        (np.full(77, np.nan), "known_labels: row 0 has label nan"),
+        (np.full(77, np.inf), "known_labels: row 0 has label inf"),
         (["cat"] * 77, "known_labels: expected numbers"),
     ],
 )

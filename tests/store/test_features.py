@@ -12,7 +12,7 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import array_sha256
-from transclip_fast.store.features import load_features, read_names
+from transclip_fast.store.features import load_features
 
 ROWS = [2, 1, 3, 1, 1, 1, 1, 1, 1, 1, 2, 1]  # of twelve shards: 10 comes after 9, not after 1
 FEATURES = np.random.default_rng(0).normal(size=(sum(ROWS), 4)).astype(np.float16)
@@ -71,9 +71,29 @@ def test_all_columns(folder):
     assert features.class_names == ["ç", "b", "c"]
 
 
-def test_labels_that_are_known_in_part_are_unknown(folder):
+@pytest.mark.parametrize("column", ["label", "labels", " Label"])
+def test_labels_of_some_rows(folder, column):
+    expected = []
     for number, rows in enumerate(ROWS):
-        metadata(folder, number, label=pa.array([None] + [1] * (rows - 1), pa.int64()))
+        metadata(folder, number, **{column: pa.array([None] + [1] * (rows - 1), pa.int64())})
+        expected += [np.nan] + [1] * (rows - 1)
+    np.testing.assert_array_equal(load_features(folder).get("labels"), expected)
+
+
+def test_labels_that_are_names(folder):
+    for number, rows in enumerate(ROWS):
+        metadata(folder, number, label=["dog"] + [None] * (rows - 1))
+    features = load_features(folder)
+    with pytest.raises(InputError, match="labels: row 0: label 'dog' is no position"):
+        features.get("labels")
+    features.class_names = ["cat", "Dog"]
+    expected = np.concatenate([[1] + [-1] * (rows - 1) for rows in ROWS])
+    np.testing.assert_array_equal(features.get("labels"), expected)
+
+
+def test_labels_of_no_row(folder):
+    for number, rows in enumerate(ROWS):
+        metadata(folder, number, label=pa.nulls(rows, pa.int64()))
     assert load_features(folder).get("labels") is None
 
 
@@ -187,23 +207,3 @@ def test_hash_tells_type_shape_and_bytes():
     others = (FEATURES[::-1], FEATURES.astype(np.float32), FEATURES.reshape(-1, 2), FEATURES[:-1],
               tensor.view(torch.bfloat16))  # fmt: skip
     assert len({array_sha256(x) for x in others} | same) == 6
-
-
-@pytest.mark.parametrize("array", [["a", "ç"], [b"a", "ç".encode()]])
-def test_names_from_arrays(array, tmp_path):
-    np.save(tmp_path / "names.npy", array)
-    assert read_names(tmp_path / "names.npy") == ["a", "ç"]
-
-
-@pytest.mark.parametrize(
-    ("write", "expected"),
-    [
-        (lambda p: None, "no such file"),
-        (lambda p: p.write_bytes(b"\xff\xfe\n"), "UTF-8"),
-        (lambda p: p.mkdir(), "cannot be read"),
-    ],
-)
-def test_bad_names(write, expected, tmp_path):
-    write(tmp_path / "names.txt")
-    with pytest.raises(InputError, match=rf"names\.txt: .*{expected}"):
-        read_names(tmp_path / "names.txt")

@@ -183,6 +183,7 @@ BAD = {
     "not one-hot": ({"values_1shots.pt": torch.ones(6, K)}, 1, "row 0 is not one-hot"),
     "nothing hot": ({"values_1shots.pt": torch.zeros(6, K)}, 1, "row 0 is not one-hot"),
     "pickled": ({"test_f.pt": slice(3)}, 1, "test_f.pt: damaged, or holds pickled"),
+    "no queries": ({"test_f.pt": None}, 1, r"has keys_1shots.pt, but no test_f.pt with the fea"),
     "flat": ({"test_f.pt": torch.ones(5)}, 1, "test_f.pt: expected a non-empty"),
 }
 

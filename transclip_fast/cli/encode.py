@@ -32,7 +32,8 @@ ENCODE = {  # parameters of `encode_images` that are options of every command th
     "allow_hub": "Let a model folder's configuration name parts on the Hugging Face hub.",
     "precision": "Arithmetic of the model.",
     "compiled": "Let torch compile the image tower; pays for many images.",
-    "classes": "Class names: a text file, one a line, or imagenet; a .json of splits has its own.",
+    "classes": "Class names: a .txt (one a line), .json, .csv, .parquet or .npy, or imagenet; a "
+    ".json of splits has its own.",
     "templates": "Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
     "labels_from_folders": "Sub-folder names are the true labels.",
     "follow_links": "Also encode the images behind links to folders.",

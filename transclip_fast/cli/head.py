@@ -14,12 +14,13 @@ import numpy as np
 from transclip_fast.cli import session
 from transclip_fast.cli.towers import describe_encoder, load_tower
 from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.data.names import first_difference
+from transclip_fast.data.texts import prompt_texts
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS, LEARNERS, Head, fit_head, method_named
 from transclip_fast.heads.base import inputs_for
 from transclip_fast.heads.files import SUFFIX, StoredHead, read_head
-from transclip_fast.heads.prompt_ensemble import prompt_texts
 from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
@@ -119,13 +120,13 @@ def _check_stored(file: str, stored: StoredHead, features: Features, model: Tran
     known = len(prompt_texts(texts)[0]) if texts is not None else n_classes
     if known != n_classes:
         raise InputError(f"{file}: has {n_classes} classes, {features.path} has {known}")
-    names = zip(stored.class_names or [], features.class_names or [], strict=False)
-    for k, (own, other) in enumerate(names):
-        if own != other:
-            raise InputError(
-                f"{file}: its class {k} is {own!r}, that of {features.path} is {other!r}; give "
-                "--class-names and --text-features that fit the head"
-            )
+    own, others = stored.class_names or [], features.class_names or []
+    k = first_difference(own, others)
+    if k is not None and k < min(len(own), len(others)):
+        raise InputError(
+            f"{file}: its class {k} is {own[k]!r}, that of {features.path} is {others[k]!r}; give "
+            "--class-names and --text-features that fit the head"
+        )
     if head.logit_scale != model.logit_scale:
         raise InputError(
             f"{file}: was trained with --logit-scale {head.logit_scale:g}; give the same"

@@ -17,14 +17,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 POSITIVE = click.IntRange(min=1)
 
 ARRAYS = {
-    "text_features": "Text embeddings (K, d).",
-    "labels": "True labels (N,), to report the accuracy.",
-    "class_names": "Class names (K,); also a text file with one name a line.",
+    "text_features": "Text embeddings (K, d), or of several templates (P, K, d).",
+    "labels": "True labels (N,), to report the accuracy: positions or class names, in a .npy, "
+    ".csv, .parquet or .txt (one a line); a column key or path tells the rows.",
+    "class_names": "Class names (K,): a .txt (one a line), .json, .csv, .parquet or .npy.",
     "support_features": "Labelled rows (M, d): few-shot.",
-    "support_labels": "Their labels (M,).",
+    "support_labels": "Their labels (M,), in a file as of --labels.",
     "validation_features": "Labelled rows (V, d) that choose hyperparameters.",
-    "validation_labels": "Their labels (V,).",
-    "known_labels": "Classes (N,) of FEATURES' rows where they are known, -1 elsewhere.",
+    "validation_labels": "Their labels (V,), in a file as of --labels.",
+    "known_labels": "Classes (N,) of FEATURES' rows where they are known, in a file as of "
+    "--labels; -1 or nothing elsewhere.",
     "prior": "Probabilities (N, K) of another method.",
     "prior_logits": "Logits (N, K) of another method.",
     "prototypes": "Class prototypes (K, d) of another method.",

@@ -125,7 +125,8 @@ def command(features: str | None, search: str, as_json: bool, **values: Any) -> 
     if features is not None:
         if sizes != [None] * 3:
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
-        stored = load_features(features, {name: values[name] for name in options.ARRAYS})
+        with session.collected_warnings({}):
+            stored = load_features(features, {name: values[name] for name in options.ARRAYS})
         origins = stored.origins | {"X": stored.origins["image_features"]}
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
@@ -145,7 +146,13 @@ def problem_of(features: Features, model: TransCLIP) -> Problem:
     """The arrays of a feature folder or file, checked."""
     arrays = {name: features.get(name) for name in FIT_ARRAYS}
     X = features.get("image_features")
-    return Problem.check(X, logit_scale=model.logit_scale, **arrays)
+    problem = Problem.check(X, logit_scale=model.logit_scale, **arrays)
+    if model.gamma is not None and problem.support is None:
+        raise InputError(
+            "gamma: is the weight of the support, and there is none; leave --gamma out, or give "
+            "support_features and support_labels"
+        )
+    return problem
 
 
 def plan_of(problem: Problem, settings: Settings, search: str | None) -> Plan:

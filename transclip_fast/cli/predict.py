@@ -11,8 +11,9 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.summary import run_summary
+from transclip_fast.cli.summary import of_labelled, run_summary
 from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.solver.loop import predict
@@ -49,7 +50,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     if Path(out).resolve() == Path(result).resolve():
         raise InputError(f"{out}: is the result to predict from; name another folder")
     stages, device = session.Stages(), resolve_device(values["device"])
-    with stages.time("load"):
+    with stages.time("load"), session.collected_warnings({}) as noted:
         solved = results.load_run(result)
         mixture, weights = results.load_mixture(result)
         prior = values["prior"] or values["prior_logits"]
@@ -63,6 +64,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         features = load_features(path, arrays, shots=0, n_classes=n_classes)
         map_features(features, image=values["image_map"])
         _check_map(features, solved, result)
+        _check_class_names(features, solved, result, values["labels"])
         features.class_names = solved["class_names"]
     with (
         session.collected_warnings(features.origins) as warnings,
@@ -83,14 +85,17 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         labels = distributions.argmax(1)
         run = run_summary("predict", features, labels, zero_shot[0], truth, (n_classes, dim))
         run |= {"device": str(device), "config": solved["config"]}
-        run |= {"seconds": stages.seconds, "warnings": warnings}
+        run |= {"seconds": stages.seconds, "warnings": [*noted, *warnings]}
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
         tables = results.prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):
             results.save_result(folder, tables, run, tensors, csv=values["csv"])
     text = f"{counted(len(rows), 'row')} labelled, {run['n_flipped']:,} unlike zero-shot"
     if truth is not None:
-        text += f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
+        text += (
+            f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
+            f"{of_labelled(run)}"
+        )
     session.print_summary(run, f"{text}\nwritten to {out}", as_json)
 
 
@@ -104,6 +109,20 @@ def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:
             else "with an image map; give the same"
         )
         raise InputError(f"{result}: was solved {how} --image-map")
+
+
+def _check_class_names(
+    features: Features, solved: dict[str, Any], result: str, labels: str | None
+) -> None:
+    """Raise InputError if the labels of the new rows are positions among other classes."""
+    own, names = features.class_names, solved["class_names"]
+    if labels is not None or features.arrays.get("labels") is None or not own or not names:
+        return
+    if (k := first_difference(own, names)) is not None:
+        raise InputError(
+            f"{features.path}: its class {k} is not that of {result}; encode both with the same "
+            "class names, or give --labels"
+        )
 
 
 def _priors(

@@ -112,7 +112,7 @@ def few_shot(features: tuple[str, ...], **options: Any) -> None:
 
     Shots are drawn from the support rows, the same for every head, and up to four validation rows a
     class choose hyperparameters. The head transclip-fs is TransCLIP with the shots as its own
-    support; prompt-ensemble takes no shots, and TransCLIP on top is the zero-shot one.
+    support; prompt-ensemble takes no shots: its row, with 0 of them, is that of zero-shot.
 
     \b
     Example:
@@ -133,7 +133,8 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
     Base classes are the first half (of an odd number one more), new ones the others; queries of
     one half are classified among its own classes only, and TransCLIP runs on top of each head. The
     table has base, new and their harmonic mean. Prompt learners go to the new classes with their
-    names, clip-adapter with their texts; other heads are bound to the classes they were trained on.
+    names, clip-adapter and prompt-ensemble with their texts; other heads are bound to the classes
+    they were trained on.
 
     \b
     Example:
@@ -149,8 +150,8 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
 def cross_dataset(source: str, targets: tuple[str, ...], **options: Any) -> None:
     """Train each head on SOURCE and use it on TARGETS, which have other classes.
 
-    Prompt learners go to TARGETS with the names of their classes, clip-adapter with their texts;
-    other heads are bound to the classes they were trained on.
+    Prompt learners go to TARGETS with the names of their classes, clip-adapter and prompt-ensemble
+    with their texts; other heads are bound to the classes they were trained on.
 
     \b
     Example:

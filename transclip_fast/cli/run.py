@@ -57,7 +57,7 @@ def command(
       transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
     """
     if values["classes"] is None and Path(images).suffix != ".json":
-        raise InputError("run needs --classes: a text file with one name a line, or imagenet")
+        raise InputError("run needs --classes: a file of names, or imagenet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -134,12 +135,16 @@ def solve_features(
 
 
 def true_labels(features: Features, n_classes: int) -> np.ndarray | None:
-    """The checked labels (N,) int64 of the queries, or None if there are none."""
+    """The checked labels (N,) int64 of the queries, -1 where unknown; None if they all are."""
     labels = features.get("labels")
     if labels is None:
         return None
     n_rows = len(features.get("image_features"))
-    return as_labels(labels, "labels", rows=n_rows, n_classes=n_classes).cpu().numpy()
+    truth = as_labels(labels, "labels", rows=n_rows, n_classes=n_classes, lowest=-1).cpu().numpy()
+    if (truth < 0).all():
+        warnings.warn("labels: no row has one, so that there is no accuracy", stacklevel=2)
+        return None
+    return truth
 
 
 def check_class_names(features: Features, n_classes: int) -> None:

@@ -54,7 +54,8 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
     text_features (K, d) and any of labels (N,), class_names (K,), support_features (M, d),
     support_labels (M,), validation_features (V, d), validation_labels (V,), known_labels (N,), and
     of another method one of prior (N, K), prior_logits (N, K) and prototypes (K, d); or a folder of
-    few-shot caches (test_f.pt, keys_16shots.pt, ...). A sparse prior is a scipy CSR file, or
+    few-shot caches (test_f.pt, keys_16shots.pt, ...). Labels are positions in the list of classes,
+    class names, or one-hot. A sparse prior is a scipy CSR file, or
     prior_indices (N, m) and prior_values (N, m) with the largest classes of each row.
 
     The folder --out receives predictions.parquet, mixture.safetensors and run.json. Run the same
@@ -77,7 +78,7 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         raise InputError("--reject: must be a share between 0 and 1, got nan")
     model = options.model_of(values)
     stored = None if head is None else read_choice(head)
-    with stages.time("load"):
+    with stages.time("load"), session.collected_warnings({}) as noted:
         local = stored is not None and stored.head.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}
         features = load_features(path, arrays, shots=values["shots"], local=local)
@@ -104,4 +105,5 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         make_head=make_head,
         quiet=as_json,
     )
+    run["warnings"] = [*noted, *run["warnings"]]
     session.print_summary(run, describe_solution(run, out), as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ def run_summary(
         "accuracy": None if truth is None else accuracy(labels, truth),
         "zero_shot_accuracy": None if truth is None else accuracy(zero_shot, truth),
         "n_queries": len(labels),
+        "n_labelled": 0 if truth is None else int((truth >= 0).sum()),
         "n_classes": means_shape[0],
         "dim": means_shape[1],
         "n_flipped": int((labels != zero_shot).sum()),
@@ -75,7 +77,7 @@ def of_others(
     others = ~left_out
 
     def right(found: np.ndarray) -> float | None:
-        if truth is None or not others.any():
+        if truth is None or not (truth[others] >= 0).any():
             return None
         return accuracy(found[others], truth[others])
 
@@ -114,7 +116,7 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
         alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""
         lines.append(
             f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot{alone} -> "
-            f"{run['accuracy']:.2f} %"
+            f"{run['accuracy']:.2f} %{of_labelled(run)}"
         )
     for name, found in (("known", run["known_labels"]), ("rejected", run["rejected"])):
         if found is not None:
@@ -126,6 +128,13 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
         f"written to {out}: predictions.parquet, mixture.safetensors, run.json",
     ]
     return "\n".join(lines)
+
+
+def of_labelled(run: Mapping[str, Any]) -> str:
+    """How many rows accuracies are of, unless of all."""
+    if run["n_labelled"] == run["n_queries"]:
+        return ""
+    return f", of the {counted(run['n_labelled'], 'row')} with a true label"
 
 
 def _describe_others(name: str, found: dict[str, Any]) -> str:

@@ -99,7 +99,7 @@ def command(
         if values[option]:
             raise InputError(f"head {name} learns no prompts; leave {option} out")
     stages = session.Stages()
-    with stages.time("load"):
+    with stages.time("load"), session.collected_warnings({}) as noted:
         arrays = {array: values[array] for array in ARRAYS}
         only = shots if is_cache(path) else None
         features = load_splits(path, arrays, shots=only, local=method.takes_patches)
@@ -145,7 +145,7 @@ def command(
         files(out, CHECKPOINT, TensorCheckpoint.suffix)[0].unlink(missing_ok=True)
         run["loss"] = float(last["loss"]) if "loss" in last else None
         run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
-        run["warnings"] = messages
+        run["warnings"] = [*noted, *messages]
     session.print_summary(run, _text(run, out), as_json)
 
 
@@ -167,8 +167,8 @@ def _text(run: Mapping[str, Any], out: str) -> str:
         lines.append(f"accuracy on the validation rows {run['validation_accuracy']:.2f} %")
     if run["accuracy"] is not None:
         lines.append(
-            f"accuracy on {run['n_queries']:,} queries {run['zero_shot_accuracy']:.2f} % zero-shot "
-            f"-> {run['accuracy']:.2f} %"
+            f"accuracy on {run['n_labelled']:,} queries {run['zero_shot_accuracy']:.2f} % "
+            f"zero-shot -> {run['accuracy']:.2f} %"
         )
     lines.append(f"written to {out}; TransCLIP goes on top with `solve --head {out}`")
     return "\n".join(lines)

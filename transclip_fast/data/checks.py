@@ -124,7 +124,9 @@ def unit_sample(matrix: torch.Tensor | StoredRows, ids: torch.Tensor) -> torch.T
 
 def as_labels(array: Any, name: str, *, rows: int, n_classes: int, lowest: int = 0) -> torch.Tensor:
     """
-    Class indices (rows,) as int64; `lowest` -1 allows rows of unknown class.
+    Class indices (rows,) as int64, from numbers (rows,) or (rows, 1), or one-hot (rows, classes).
+
+    `lowest` -1 allows rows of unknown class, which have -1 or NaN.
 
     Raises
     ------
@@ -132,10 +134,14 @@ def as_labels(array: Any, name: str, *, rows: int, n_classes: int, lowest: int =
         Wrong length, not whole numbers, or outside lowest .. n_classes - 1.
     """
     tensor = as_tensor(array, name)
+    if tensor.ndim == 2 and len(tensor) == rows:
+        tensor = tensor[:, 0] if tensor.shape[1] == 1 else hot_columns(tensor, name)
     if tensor.shape != (rows,):
         raise InputError(
             f"{name}: expected {rows} labels, one a row, got shape {tuple(tensor.shape)}"
         )
+    if tensor.is_floating_point() and lowest < 0:
+        tensor = tensor.where(~tensor.isnan(), lowest)
     labels = tensor.to(torch.int64)
     if tensor.is_floating_point() and (row := first_row(labels != tensor)) is not None:
         raise InputError(
@@ -149,6 +155,14 @@ def as_labels(array: Any, name: str, *, rows: int, n_classes: int, lowest: int =
             + (", -1 where unknown" if lowest == -1 else "")
         )
     return labels
+
+
+def hot_columns(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The column of the 1 in each one-hot row."""
+    wrong = ((tensor == 1).sum(1) != 1) | ((tensor != 0).sum(1) != 1)
+    if (row := first_row(wrong)) is not None:
+        raise InputError(f"{name}: row {row} is not one-hot; give class indices (rows,)")
+    return (tensor == 1).int().argmax(1)
 
 
 def as_labelled_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -112,7 +113,8 @@ def encode_images(
     allow_hub : bool
         Let the configuration of a model folder name parts on the Hugging Face hub.
     classes : path or sequence of str, optional
-        Class names, a text file with one a line, or "imagenet"; a .json of splits has its own.
+        Class names, a file of them (see `read_names`), or "imagenet"; a .json of splits has its
+        own.
     templates : str
         Prompts: "simple", "openai", a text file with {} in each line, or CuPL's JSON.
     labels_from_folders : bool
@@ -313,7 +315,12 @@ def _finished(
 
 
 def _row_table(source: Source, text: ClassPrompts | None) -> RowTable:
-    return source.table(None if text is None else resolve_labels(source, text.names))
+    if text is None:
+        if source.labels is not None:
+            message = "labels are not kept without class names; give classes"
+            warnings.warn(message, stacklevel=1)  # from one place, so that it is shown once
+        return source.table(None)
+    return source.table(resolve_labels(source, text.names, text.synsets))
 
 
 def _encoded(

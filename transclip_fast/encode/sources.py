@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 
+from transclip_fast.data.labels import UNKNOWN, label_positions
+from transclip_fast.data.names import first_difference
+from transclip_fast.encode.lists import check_any_there, read_path_list
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.tars import Sample, read_samples
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
@@ -29,7 +29,6 @@ from transclip_fast.store.row_table import RowTable
 
 MAX_FILE_BYTES = 2**30  # of an image
 SPLITS = ("train", "val", "test")
-IMAGENET_CLASSES = 1000
 HASHED_ROWS = 1024  # at a time, by one thread
 
 
@@ -184,39 +183,32 @@ def check_regular(path: str | Path) -> None:
         raise InputError(f"{path}: is no regular file")
 
 
-def resolve_labels(source: Source, names: Sequence[str]) -> np.ndarray | None:
+def resolve_labels(
+    source: Source, names: Sequence[str], synsets: Sequence[str] | None = None
+) -> np.ndarray | None:
     """
-    Labels of a source as positions in `names`, (rows,) int64, or None if it has none.
+    Labels of a source as positions in `names`, (rows,) int64, -1 of rows without one.
 
-    A label may be a position, a class name (case, "_" and " " alike; not one that two classes
-    share) or one of ImageNet's synsets, which stand for their positions among the 1000 classes;
-    anything else raises InputError. But texts of a webdataset may be captions: if one is no class
-    name, the result is None, with a warning.
+    See `label_positions`, which raises InputError for a label that is none of the classes. But
+    texts of a webdataset may be captions: if one is no class name, the result is None, with a
+    warning. It is None without a word if the source has no labels.
     """
-    if source.labels is None:
+    labels = source.labels
+    if labels is None:
         return None
-    positions: dict[str, int | None] = {}
-    for k, name in enumerate(names):
-        positions[plain_name(name)] = None if plain_name(name) in positions else k
-    synsets = _synsets() if len(names) == IMAGENET_CLASSES else {}
-    captions = any(isinstance(label, str) for label in source.labels)
-    found = np.full(len(source), -1, dtype=np.int64)
-    for row, label in enumerate(source.labels):
-        if row in source.refusals:
-            continue
-        position = label
-        if isinstance(label, str):
-            position = positions.get(plain_name(label), synsets.get(label))
-            if position is None and label.isdecimal():
-                position = int(label)
-        if type(position) is not int or not 0 <= position < len(names):  # nor is True a position
-            message = f"{source.keys[row]}: label {label!r} is none of the {len(names)} classes"
-            if source.kind == "webdataset" and captions:
-                warnings.warn(f"{message}; texts are taken for captions", stacklevel=2)
-                return None
-            raise InputError(message)
-        found[row] = position
-    return found
+    labels = [None if row in source.refusals else label for row, label in enumerate(labels)]
+    own = source.class_names
+    if own is not None and first_difference(own, names) is not None:
+        # Positions among its own names.
+        labels = [own[label] if isinstance(label, int) else label for label in labels]
+    try:
+        found = label_positions(labels, names, source.keys.__getitem__, synsets)
+    except InputError as error:
+        if source.kind != "webdataset" or not any(isinstance(label, str) for label in labels):
+            raise
+        warnings.warn(f"{error}; texts are taken for captions", stacklevel=2)
+        return None
+    return found if (found != UNKNOWN).any() else None
 
 
 def _file(path: Path, split: str | None, root: str | Path | None) -> Source:
@@ -247,23 +239,10 @@ def _folder(root: Path, labels_from_folders: bool, follow_links: bool) -> Source
 
 
 def _list(path: Path) -> Source:
-    with reading(path, "cannot be read as a list"):
-        if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            table = pa.table({"path": [line.strip() for line in lines if line.strip()]})
-        elif path.suffix == ".csv":
-            text = {name: pa.string() for name in ("path", "key", "label")}
-            options = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-            table = pyarrow.csv.read_csv(path, convert_options=options)
-        else:
-            table = pq.read_table(path)
-    if "path" not in table.column_names:
-        raise InputError(f"{path}: has no column 'path', only {', '.join(table.column_names)}")
-    wanted = [name for name in ("path", "key", "label") if name in table.column_names]
-    columns = {name: table.column(name).to_pylist() for name in wanted}
-    keys = [str(value) for value in columns.get("key", columns["path"])]
-    files = [str(path.parent / str(value)) for value in columns["path"]]
-    return Source("list", keys, files, labels=columns.get("label"), own_keys="key" in columns)
+    keys, paths, labels = read_path_list(path)
+    files = [str(path.parent / name) for name in paths]
+    check_any_there(path, paths, files)
+    return Source("list", keys or paths, files, labels=labels, own_keys=keys is not None)
 
 
 def _split(path: Path, split: str, root: str | Path | None) -> Source:
@@ -277,6 +256,7 @@ def _split(path: Path, split: str, root: str | Path | None) -> Source:
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
     files = [str(_below(folder, key, path)) for key in keys]
+    check_any_there(path, keys, files)
     labels = [int(entry[1]) for entry in lists[split]]
     return Source("split", [printable(key) for key in keys], files, None, labels, names)
 
@@ -351,16 +331,3 @@ def _beside_tars(folder: Path) -> Counter[str]:
             raise InputError(f"{folder}: holds images and .tar files; name one of the .tar files")
         left_out[suffix] += suffix != ".tar"
     return left_out
-
-
-def plain_name(name: str) -> str:
-    """A class name for comparison: case, "_" and " " do not matter."""
-    return name.replace("_", " ").casefold().strip()
-
-
-def _synsets() -> dict[str, int]:
-    """The positions of ImageNet's synsets, as "n01440764"."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    names: list[str] = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
-    return {name: k for k, name in enumerate(names)}

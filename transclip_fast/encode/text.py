@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from transclip_fast.data.names import plain_name, positions_by_name
 from transclip_fast.encode.models import Backbone
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.features import read_names
+from transclip_fast.store.names import ClassNames, check_names, place, read_names
 
 PROMPTS_PER_BATCH = 256
 SHOWN_NAMES = 5  # of classes, in a warning
 Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
-
-
-def class_names(spec: str) -> list[str]:
-    """Read class names: one a line of a text file, or "imagenet" for the 1000 of ImageNet."""
-    if spec == "imagenet":
-        from open_clip import IMAGENET_CLASSNAMES
-
-        return list(IMAGENET_CLASSNAMES)
-    names = read_names(spec)
-    if not names:
-        raise InputError(f"{spec}: holds no class names")
-    return names
 
 
 def templates(spec: str) -> Templates:
@@ -50,7 +39,7 @@ def templates(spec: str) -> Templates:
         return lambda name: [template(name) for template in known]
     path = Path(spec)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{spec}: cannot be read ({error}); give openai, simple or a file"
@@ -60,18 +49,58 @@ def templates(spec: str) -> Templates:
 
 @dataclass(frozen=True)
 class ClassPrompts:
-    """Class names, the prompts of each, and the templates' name or file."""
+    """Class names, the prompts of each, the templates' name or file, and the classes' synsets."""
 
     names: list[str]
     prompts: list[list[str]]
     origin: str
+    synsets: list[str] | None = None
 
     @classmethod
     def read(cls, names: str | Path | Sequence[str], template_spec: str) -> ClassPrompts:
-        """Combine names, or what `class_names` reads, with what `templates` reads."""
-        listed = class_names(str(names)) if isinstance(names, str | Path) else list(names)
+        """
+        Combine names, or what `read_names` reads, with what `templates` reads.
+
+        Warns of names and prompts that two classes share, and of names with "_".
+        """
+        if isinstance(names, str | Path):
+            found, origin = read_names(names), str(names)
+        else:
+            origin = "class names"
+            found = ClassNames(check_names(origin, names))
         prompts = templates(template_spec)
-        return cls(listed, [list(prompts(name)) for name in listed], template_spec)
+        text = cls(
+            found.names, [list(prompts(name)) for name in found.names], template_spec, found.synsets
+        )
+        for message in text.doubts(origin):
+            warnings.warn(f"{origin}: {message}", stacklevel=2)
+        return text
+
+    def doubts(self, origin: str) -> Iterator[str]:
+        """What is odd about the names in the file `origin` and their prompts."""
+        underscored = [k for k, name in enumerate(self.names) if "_" in name]
+        if underscored:
+            k = underscored[0]
+            yield (
+                f"{place(origin, k)} has '_' ({self.names[k]!r}), which goes into the prompts"
+                f"{_more(underscored)}; write spaces"
+            )
+        same_name = _repeats(map(plain_name, self.names))
+        if same_name:
+            first, k = same_name[0]
+            yield (
+                f"{place(origin, k)} has the name of {place(origin, first)} ({self.names[k]!r})"
+                f"{_more(same_name)}; give each class another name, or it gets no images"
+            )
+        # Of their mean the order does not matter; tokenizers fold case and spaces.
+        folded = (sorted(" ".join(p.casefold().split()) for p in ps) for ps in self.prompts)
+        same_prompts = [pair for pair in _repeats(map(tuple, folded)) if pair not in same_name]
+        if same_prompts:
+            first, k = same_prompts[0]
+            yield (
+                f"{place(origin, k)} ({self.names[k]!r}) has the prompts of {place(origin, first)} "
+                f"({self.names[first]!r}){_more(same_prompts)}; such classes cannot be told apart"
+            )
 
     def identity(self) -> dict[str, Any]:
         """The manifest's entries: names, origin, hash of the prompts."""
@@ -167,11 +196,27 @@ def _from_json(path: Path, content: str) -> Templates:
         table = json.loads(content)
     if not isinstance(table, Mapping):
         raise InputError(f"{path}: expected an object of class names to lists of prompts")
+    listed, positions = [*table.values()], positions_by_name(table)
 
     def prompts(name: str) -> Sequence[str]:
-        match table.get(name):
+        position = positions.get(plain_name(name), -1)
+        if position is None:
+            raise InputError(f"{path}: has several lists of prompts for class {name!r}")
+        match listed[position] if position >= 0 else None:
             case [*found] if found and all(isinstance(prompt, str) for prompt in found):
                 return found
         raise InputError(f"{path}: has no list of prompts for class {name!r}")
 
     return prompts
+
+
+def _repeats(keys: Iterable[Hashable]) -> list[tuple[int, int]]:
+    """The first place of each key that is there again, and the place where it is."""
+    first: dict[Hashable, int] = {}
+    places = [(first.setdefault(key, k), k) for k, key in enumerate(keys)]
+    return [(known, k) for known, k in places if known != k]
+
+
+def _more(found: Sequence[object]) -> str:
+    """That there are others of that kind."""
+    return f", as {len(found) - 1} more do" if len(found) > 1 else ""

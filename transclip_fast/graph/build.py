@@ -123,6 +123,12 @@ def build_graph(
     if own_index and search in ("exact", "cuvs"):
         raise InputError(f"search {search!r} uses no FAISS index: leave index and save_index out")
     rows = features if isinstance(features, Rows) else Rows(features, "features", device)
+    if n_neighbors >= len(rows):
+        warnings.warn(
+            f"n_neighbors: {n_neighbors} is not below the number of rows, {len(rows)}; the "
+            "neighbours that are missing send no messages",
+            stacklevel=2,
+        )
     if search == "auto":
         search = "faiss" if own_index else choose_search(len(rows), rows.device, rows.held)
     if search == "cuvs" and not (rows.device.type == "cuda" and rows.held):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
 from transclip_fast.heads import (
     clip_adapter,
@@ -23,7 +24,6 @@ from transclip_fast.heads import (
     tip_adapter_f,
 )
 from transclip_fast.heads.base import Head, PrototypeHead
-from transclip_fast.heads.prompt_ensemble import ensemble
 from transclip_fast.heads.prompts import (
     ContextSettings,
     Prompting,
@@ -34,6 +34,7 @@ from transclip_fast.heads.prompts import (
     prograd,
 )
 from transclip_fast.heads.task import Labelled, Task, TrainingProgress, labelled_rows
+from transclip_fast.solver.parameters import check_scale
 
 __all__ = [
     "HEADS",
@@ -148,7 +149,7 @@ def fit_head(
     Raises
     ------
     InputError
-        An unknown name, missing shots, or arrays that cannot be used.
+        An unknown name, missing shots, a temperature of 0, or arrays that cannot be used.
 
     Examples
     --------
@@ -166,6 +167,7 @@ def fit_head(
     >>> model.transduction_.tolist()
     [0, 1, 2, 0, 1, 2]
     """
+    check_scale(logit_scale)
     method, text = method_named(name), ensemble(text_features)
     shots = labelled_rows("support", support_features, support_labels, support_local_features, text)
     validation = labelled_rows(

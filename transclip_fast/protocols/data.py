@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.checks import as_labelled_rows, as_labels, as_unit_rows
+from transclip_fast.data.names import first_difference
 from transclip_fast.data.patches import PatchedRows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
@@ -236,6 +237,7 @@ def load_splits(
     if not os.path.isdir(path / "test"):
         return load_features(path, overrides, shots=shots, local=local)
     features = load_features(path / "test", overrides, local=local)
+    named = features.class_names
     replaced = {name for name, file in (overrides or {}).items() if file is not None}
     for split, use in POOLS.items():
         if not os.path.isdir(path / split) or f"{use}_features" in replaced:
@@ -243,6 +245,15 @@ def load_splits(
         part = load_features(path / split, local=local)
         if part.encoder != features.encoder:
             raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
+        if (
+            part.class_names
+            and named
+            and (k := first_difference(part.class_names, named)) is not None
+        ):
+            raise InputError(
+                f"{path / split}: its class {k} is not that of {path / 'test'}; encode both with "
+                "the same class names"
+            )
         for array in SPLIT_ARRAYS:
             name = f"{use}_{array.removeprefix('image_')}"
             if part.get(array) is not None and name not in replaced:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from transclip_fast.data.labels import label_positions
+from transclip_fast.data.names import first_difference
 from transclip_fast.data.patches import PatchedRows
-from transclip_fast.encode.sources import plain_name
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS, LEARNERS, fit_head, method_named
@@ -23,7 +24,7 @@ from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.protocols.data import DataSet, draw_shots, load_data
 from transclip_fast.protocols.runs import Run, measure, measure_few_shot
 from transclip_fast.protocols.table import BASE, NEW
-from transclip_fast.store.features import read_names
+from transclip_fast.store.names import place, read_names
 
 TRANSCLIP_FS = "transclip-fs"
 
@@ -48,8 +49,13 @@ class Trials:
         """A new TransCLIP to put on top of a head."""
         return TransCLIP(device=self.device)
 
+    def draws(self, head: str) -> list[tuple[int, int]]:
+        """Shots and seed of each run of a head; one without shots if it takes none."""
+        return [*product(self.shots, range(self.seeds))] if takes_shots(head) else [(0, 0)]
+
     def load(self, paths: Sequence[str], *, pools: bool = True) -> list[DataSet]:
-        """Load data sets, with patches if a head takes them."""
+        """Load data sets, with pools and with patches if a head takes them."""
+        pools = pools and any(map(takes_shots, self.heads))
         return load_data(paths, pools=pools, device=self.device, local=self.take_patches)
 
     def prompting(self, data: DataSet, head: str) -> Prompting | None:
@@ -57,9 +63,9 @@ class Trials:
         return self.prompter(data, head) if head in LEARNERS else None
 
     def train(self, data: DataSet, head: str, shots: int, seed: int) -> tuple[Head, float]:
-        """A head trained on a data set, and the seconds that it took."""
+        """A head trained on a data set, and the seconds that it took; 0 shots are none at all."""
         prompting, start = self.prompting(data, head), time.perf_counter()
-        drawn = draw_shots(data.pools, shots, seed)
+        drawn = draw_shots(data.pools, shots, seed) if shots else {}
         if prompting is not None:  # prompt learners choose nothing by validation rows
             drawn.pop("validation", None)
         arrays = as_fit_arguments(drawn, patches=method_named(head).takes_patches)
@@ -68,6 +74,11 @@ class Trials:
             head, data.text, **arrays, logit_scale=scale, seed=seed, prompting=prompting
         )
         return fitted, time.perf_counter() - start
+
+
+def takes_shots(head: str) -> bool:
+    """False if a head is made of texts alone, so that its rows are those of zero-shot."""
+    return head == TRANSCLIP_FS or method_named(head).needs_shots
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
     """
     n_source, n_target = len(source.text), len(target.text)
     if file is not None:
-        names, origin = read_names(file), file
+        names, origin = read_names(file).names, file
     elif source.class_names is not None and target.class_names is not None:
         names, origin = target.class_names, target.name
     elif n_source == n_target:
@@ -179,16 +190,10 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
             f"{target.name}: has {n_target} classes, {source.name} {n_source}, and class names are "
             f"missing; give --subset {target.name} FILE"
         )
-    positions = {str(k): k for k in range(n_source)}
-    if not all(name.isdecimal() for name in names):
-        positions = {plain_name(name): k for k, name in enumerate(source.class_names or [])}
-    found = []
-    for line, name in enumerate(names, 1):
-        if plain_name(name) not in positions:
-            raise InputError(
-                f"{origin}: class {line} ({name}) is none of the {n_source} of {source.name}"
-            )
-        found.append(positions[plain_name(name)])
+    known = source.class_names or [str(k) for k in range(n_source)]
+    if first_difference(names, known) is None:  # also where two classes have one name
+        return list(range(n_source))
+    found = [*map(int, label_positions(names, known, lambda k: f"{origin}: {place(origin, k)}"))]
     if len(found) != n_target:
         raise InputError(
             f"{origin}: {len(found)} classes, but {target.name} has {n_target}; give one of them "
@@ -199,9 +204,10 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
 
 def _check_transferable(trials: Trials, targets: Sequence[DataSet]) -> None:
     """Raise InputError unless all heads can move to the classes of the targets."""
-    movable = sorted(name for name, known in (HEADS | LEARNERS).items() if known.transfers)
+    methods = (HEADS | LEARNERS).items()
+    movable = sorted(name for name, known in methods if known.transfers or not known.needs_shots)
     for name in trials.heads:
-        if not method_named(name).transfers:
+        if name not in movable:
             raise InputError(
                 f"head {name} is bound to the classes it was trained on; choose one of "
                 f"{', '.join(movable)}"
@@ -213,7 +219,9 @@ def _check_transferable(trials: Trials, targets: Sequence[DataSet]) -> None:
 
 def _check_source(source: DataSet, targets: Sequence[Target], trials: Trials) -> None:
     """Warn of classes with too few rows; refuse targets without the patches of the shots."""
-    pool = source.pools["support"]
+    pool = source.pools.get("support")
+    if pool is None:
+        return
     for shots in trials.shots:
         shortage = pool.shortage(shots)
         if shortage is not None:
@@ -250,8 +258,11 @@ def _runs(protocol: str, source: DataSet, targets: Sequence[Target], trials: Tri
     def work(target: Target, name: str, shots: int, seed: int) -> dict[str, Any]:
         if name == TRANSCLIP_FS:
             return measure_few_shot(target.data, trials.model(), shots, seed)
-        head, seconds = trained(name, shots, seed)
-        moved = target.move(head, trials.prompting(source, name))
+        if takes_shots(name):
+            head, seconds = trained(name, shots, seed)
+            moved = target.move(head, trials.prompting(source, name))
+        else:
+            moved, seconds = trials.train(target.data, name, shots, seed)
         return measure(target.data, trials.model(), moved, seconds)
 
     return [
@@ -260,7 +271,6 @@ def _runs(protocol: str, source: DataSet, targets: Sequence[Target], trials: Tri
             _inputs(protocol, source, target, trials.prompting(source, name)),
             partial(work, target, name, n, seed),
         )
-        for name, n, seed, target in product(
-            trials.heads, trials.shots, range(trials.seeds), targets
-        )
+        for name in trials.heads
+        for (n, seed), target in product(trials.draws(name), targets)
     ]

@@ -87,6 +87,7 @@ def summarise_head(
         "n_classes": len(head.text),
         "n_shots": len(rows["support"]),
         "n_queries": len(features.get("image_features")),
+        "n_labelled": 0 if truth is None else int((truth >= 0).sum()),
         "zero_shot_accuracy": before,
         "accuracy": after,
         "validation_accuracy": validation,

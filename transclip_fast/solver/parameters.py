@@ -67,6 +67,7 @@ class Parameters:
         for name in WEIGHTS:
             if name not in OPTIONAL or getattr(self, name) is not None:
                 check_weight(name, getattr(self, name))
+        check_scale(self.logit_scale)
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -112,6 +113,12 @@ def check_number(name: str, value: object, minimum: int) -> None:
     """Raise InputError unless a parameter is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise InputError(f"{name} must be a whole number >= {minimum}, got {value!r}")
+
+
+def check_scale(logit_scale: float) -> None:
+    """Raise InputError if a temperature makes all classes equally likely."""
+    if logit_scale == 0:
+        raise InputError("logit_scale must be greater than 0: at 0 all classes are equally likely")
 
 
 def check_weight(name: str, value: object) -> None:

@@ -20,6 +20,7 @@ from transclip_fast.data.checks import (
 )
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.npy_shards import StoredRows
+from transclip_fast.data.texts import ensemble
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.exact import nearest
@@ -96,15 +97,16 @@ class Problem:
         if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
             raise InputError("give one of prior, prior_logits and prototypes, not several")
 
-        def linear(array: Any, name: str) -> LinearPrior:
-            return LinearPrior.from_prototypes(as_unit_rows(array, name, columns=d), logit_scale)
-
-        text = None if text_features is None else linear(text_features, "text_features")
+        text = None
+        if text_features is not None:
+            text_features = ensemble(text_features, columns=d)
+            text = LinearPrior.from_prototypes(text_features, logit_scale)
         chosen: Prior | None = text
         if prior is not None or prior_logits is not None:
             chosen = given_prior(prior, prior_logits, rows=n_rows)
         elif prototypes is not None:
-            chosen = linear(prototypes, "prototypes")
+            rows = as_unit_rows(prototypes, "prototypes", columns=d)
+            chosen = LinearPrior.from_prototypes(rows, logit_scale)
         if chosen is None:
             raise InputError(
                 "no text features and no prior: give text_features, prototypes, prior or "

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from transclip_fast.data.names import plain_name
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.data.priors import ListedPrior
+from transclip_fast.data.texts import templates_first
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import (
     SINGLE,
@@ -28,6 +30,9 @@ from transclip_fast.store.arrays import (
 )
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
+from transclip_fast.store.labels import as_array, as_positions, read_labels
+from transclip_fast.store.names import as_names, read_names
+from transclip_fast.store.tables import LABEL, find_column
 
 ARRAYS = (
     "image_features",
@@ -43,6 +48,8 @@ ARRAYS = (
     "prior_logits",
     "prototypes",
 )
+OF_ROWS = ("labels", "known_labels")  # labels of the image features' rows
+LABELS = (*OF_ROWS, "support_labels", "validation_labels")
 LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
 ENCODER = ("model", "weights", "quick_gelu")  # entries of a manifest that identify a backbone
 KEY_COLUMNS = ("key", "path", "image_path")  # the first of these columns there is names the rows
@@ -100,19 +107,20 @@ class Features:
         """K, if there are texts, prototypes or class names."""
         for name in ("text_features", "prototypes"):
             array = self.get(name)
-            if array is not None and array.ndim == 2:
-                return len(array)
+            if array is not None and array.ndim in (2, 3):
+                return int(array.shape[-2])
         return None if self.class_names is None else len(self.class_names)
 
     def get(self, name: str) -> Any:
-        """The array of that name, or None."""
-        return self.arrays.get(name)
+        """The array of that name, or None; labels that are texts as positions."""
+        array = self.arrays.get(name)
+        return as_positions(array, self.class_names, name) if name in LABELS else array
 
     def with_arrays(self, arrays: dict[str, Any]) -> Features:
         """A copy with other arrays."""
         other = copy(self)
         other.arrays = arrays
-        same = {name for name in arrays if arrays[name] is self.get(name)}
+        same = {name for name in arrays if arrays[name] is self.arrays.get(name)}
         other._sha256 = {name: self._sha256[name] for name in same & self._sha256.keys()}
         return other
 
@@ -146,8 +154,8 @@ def load_features(
         A feature folder, a folder of few-shot caches (see `transclip_fast.store.foreign`), or a
         .npz, .npy, .pt or .safetensors file; one nameless array in it is the image features.
     overrides : mapping, optional
-        Files that replace single arrays, by the names in `ARRAYS`; class names may be a text file
-        with one name a line.
+        Files that replace single arrays, by the names in `ARRAYS`; see `read_names` for those of
+        class names, `read_labels` for those of labels.
     shots : int, optional
         Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
@@ -189,27 +197,50 @@ def load_features(
             f"{tuple(rows.shape)}"
         )
     for name, file in files.items():
-        origins[name] = str(file)
-        if name == "class_names":
-            features.class_names = read_names(file)
-        elif name == "prior":
-            arrays[name] = read_prior(file)
-        else:
-            arrays[name] = as_rows(file, read_array(file, name), rows)
+        _replace(features, name, file)
+    if (texts := features.get("text_features")) is not None:
+        arrays["text_features"] = templates_first(texts, _listed_classes(features))
     if isinstance(prior := features.get("prior"), ListedPrior):
         k = n_classes or features.n_classes
         arrays["prior"] = prior.dense(origins["prior"], rows=len(rows), n_classes=k)
     return features
 
 
-def read_names(path: str | Path) -> list[str]:
-    """Class names from a text file, one a line, or from an array file."""
-    path = Path(path)
-    if path.suffix in (".npy", ".npz"):
-        return _names(read_array(path, "class_names"), str(path))
-    with reading(path, "cannot be read as UTF-8 text", "write it again"):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+def _replace(features: Features, name: str, file: Path) -> None:
+    """Take one array, or the class names, from a file of its own."""
+    rows, arrays = features.get("image_features"), features.arrays
+    features.origins[name] = str(file)
+    if name == "class_names":
+        names = read_names(file).names
+        if features.class_names and _reordered(names, features.class_names):
+            raise InputError(
+                f"{file}: has the class names of {features.path} in another order, which is that "
+                "of its texts and labels"
+            )
+        features.class_names = names
+    elif name == "prior":
+        arrays[name] = read_prior(file)
+    elif name in LABELS:
+        keys = features.keys if name in OF_ROWS else None
+        arrays[name] = as_rows(file, read_labels(file, name, keys), rows)
+    else:
+        arrays[name] = as_rows(file, read_array(file, name), rows)
+
+
+def _reordered(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two lists have the same names, but not in one order."""
+    plain, other = [*map(plain_name, names)], [*map(plain_name, others)]
+    return plain != other and sorted(plain) == sorted(other)
+
+
+def _listed_classes(features: Features) -> int | None:
+    """K, if something beside the texts has it."""
+    if features.class_names is not None:
+        return len(features.class_names)
+    for name, axis in (("prototypes", 0), ("prior", 1), ("prior_logits", 1)):
+        if getattr(array := features.get(name), "ndim", 0) == 2:
+            return int(array.shape[axis])
+    return None
 
 
 def _load_file(path: Path, local: bool) -> Features:
@@ -230,7 +261,7 @@ def _load_file(path: Path, local: bool) -> Features:
         known["prior"] = prior
     origins = {name: f"{path}: {name}" for name in known}
     names = known.pop("class_names", None)
-    names = None if names is None else _names(names, origins["class_names"])
+    names = None if names is None else as_names(names, origins["class_names"])
     return Features(str(path), known, origins, names)
 
 
@@ -262,11 +293,11 @@ def _load_folder(folder: Path, local: bool) -> Features:
     names = manifest.get("class_names")
     if names is not None:
         origins["class_names"] = f"{file}: class_names"
-        names = _names(names, origins["class_names"])
+        names = as_names(names, origins["class_names"])
     columns = _columns(folder, files["metadata"].values(), parts)
-    if "label" in columns and not columns["label"].null_count:
-        arrays["labels"] = columns["label"].to_numpy()
+    if "label" in columns and columns["label"].null_count < len(columns["label"]):
         origins["labels"] = f"{folder / 'metadata'}: label"
+        arrays["labels"] = as_array(columns["label"].to_numpy(), origins["labels"])
     return Features(
         str(folder),
         arrays,
@@ -349,28 +380,18 @@ def _columns(
     for file, table, image in zip(files, tables, images, strict=True):
         if table.num_rows != image.shape[0]:
             raise InputError(f"{file}: has {table.num_rows} rows, its features {image.shape[0]}")
-    names = set.intersection(*(set(table.column_names) for table in tables))
+    everywhere = set.intersection(*(set(table.column_names) for table in tables))
+    names = [name for name in tables[0].column_names if name in everywhere]
     key = next((name for name in KEY_COLUMNS if name in names), None)
-    wanted = [name for name in (key, "source_row", "label") if name in names]
+    label = find_column(folder / "metadata", names, LABEL)
+    wanted = {"source_row": "source_row", "key": key, "label": label}
+    wanted = {column: name for column, name in wanted.items() if name in everywhere}
     with reading(folder / "metadata", "has columns of odd types"):
         table = pa.concat_tables(
-            [table.select(wanted) for table in tables], promote_options="permissive"
+            [table.select([*wanted.values()]) for table in tables], promote_options="permissive"
         )
-        columns = {"key" if name == key else str(name): table[name] for name in wanted}
+        columns = {column: table[name] for column, name in wanted.items()}
         for name, kind in (("key", pa.string()), ("source_row", pa.int64())):
             if name in columns:
                 columns[name] = columns[name].cast(kind)
     return columns
-
-
-def _names(array: Any, origin: str) -> list[str]:
-    if isinstance(array, list):  # of JSON
-        if not all(isinstance(name, str) for name in array):
-            raise InputError(f"{origin}: expected a list of strings")
-        return array
-    values = np.asarray(array)
-    if values.ndim != 1 or values.dtype.kind not in "US":
-        raise InputError(f"{origin}: expected a list of strings, got {values.dtype}")
-    if values.dtype.kind == "S":
-        return [name.decode("utf-8", errors="replace") for name in values.tolist()]
-    return [str(name) for name in values]

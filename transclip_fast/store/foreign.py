@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from transclip_fast.data.checks import hot_columns
 from transclip_fast.data.priors import PROBABILITY_TOLERANCE, ListedPrior
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import inside, one_array, read_array, read_arrays
@@ -51,8 +52,25 @@ HALF_PRECISION_NORM = 1e-2  # a unit row's norm in half precision is closer to 1
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Whether a folder holds queries as one of the .pt files above."""
-    return any(os.path.isfile(Path(folder) / name) for name in FILES["image_features"])
+    """
+    Whether a folder holds queries as one of the .pt files above.
+
+    Raises
+    ------
+    InputError
+        It holds shots or validation rows, but no queries.
+    """
+    if any(os.path.isfile(Path(folder) / name) for name in FILES["image_features"]):
+        return True
+    present = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    labelled = (*SUPPORT.values(), *FILES["validation_features"])
+    for name in present:
+        if any(fnmatch.fnmatch(name, pattern) for pattern in labelled):
+            raise InputError(
+                f"{folder}: has {name}, but no test_f.pt with the features of the queries; extract "
+                "those of the test images, too"
+            )
+    return False
 
 
 def read_cache(
@@ -97,12 +115,7 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
     mean, one-hot labels become class indices.
     """
     if fnmatch.fnmatch(path.name, SUPPORT["support_labels"]) and array.ndim == 2:
-        hot = array == 1
-        wrong = (hot.sum(1) != 1) | ((array != 0).sum(1) != 1)
-        if wrong.any():
-            row = int(wrong.nonzero()[0, 0])
-            raise InputError(f"{path}: row {row} is not one-hot; give class indices (M,)")
-        return hot.float().argmax(1)
+        return hot_columns(array, str(path))
     turned = SUPPORT["support_features"], *FILES["text_features"]
     if not any(fnmatch.fnmatch(path.name, pattern) for pattern in turned):
         return array

@@ -29,6 +29,7 @@ from transclip_fast.store.features import Features
 CSV_FILE = "predictions.csv"
 CONTENTS = frozenset({"predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json"})
 FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
+TRUTH = "true_label"  # a column
 TOP_CLASSES = 5  # listed for each row
 TABLE_ROWS = 1 << 16  # converted to a block of the table at a time
 
@@ -42,7 +43,11 @@ class Result:
     predictions: pa.Table
 
     def labels(self, name: str) -> np.ndarray:
-        """A column of class indices, (N,) int64; InputError if it is missing or holds others."""
+        """
+        A column of class indices, (N,) int64, -1 where a true label is unknown.
+
+        InputError if it is missing or holds others.
+        """
         file = self.folder / "predictions.parquet"
         if name not in self.predictions.column_names:
             raise InputError(f"{file}: has no column {name!r}; solve again")
@@ -51,6 +56,7 @@ class Result:
             f"{file}: {name}",
             rows=self.predictions.num_rows,
             n_classes=self.run["n_classes"],
+            lowest=-1 if name == TRUTH else 0,
         ).numpy()
 
 
@@ -66,7 +72,7 @@ def prediction_tables(
     zero-shot label.
 
     Of a sparse row of `distributions` (N, K) float32 only the stored classes are listed.
-    `zero_shot` are labels and confidences (N,) each, `labels` (N,) the truth, if it is known,
+    `zero_shot` are labels and confidences (N,) each, `labels` (N,) the truth, -1 where unknown,
     `more` further columns (N,).
     """
     n_rows, n_classes = distributions.shape
@@ -94,7 +100,7 @@ def prediction_tables(
         }
         columns |= {name: column[block] for name, column in more.items()}
         if labels is not None:
-            columns["true_label"] = labels[block]
+            columns[TRUTH] = pa.array(labels[block], mask=labels[block] < 0)
         yield pa.table(columns)
 
 

@@ -47,7 +47,8 @@ class RowTable:
             "path": _text(self.paths, rows),
         }
         if self.labels is not None:
-            columns["label"] = pa.array(self.labels[list(rows)], pa.int64())
+            labels = self.labels[list(rows)]
+            columns["label"] = pa.array(labels, pa.int64(), mask=labels < 0)
         columns |= self._stamps(rows)
         if sha256 is not None:
             columns["sha256"] = pa.array(sha256, pa.string())

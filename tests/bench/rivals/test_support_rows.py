@@ -30,6 +30,7 @@ def test_published_rows(problem, seed, gamma):
     assert np.abs(runs[True].z - runs[False].z).max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:n_neighbors")
 @pytest.mark.parametrize(
     ("n_queries", "values"),
     [

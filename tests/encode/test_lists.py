@@ -1,0 +1,92 @@
+"""Lists of images: how their columns are found, and lists that lead nowhere."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from transclip_fast.encode.sources import open_source, resolve_labels
+from transclip_fast.errors import InputError
+
+NAMES = ["cat", "dog"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with the files a.png and b c.png."""
+    for name in ("a.png", "b c.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def listed(folder, text, name="list.csv"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return open_source(folder / name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\na.png,1\nb c.png,0\n",
+        "path, label\na.png, 1\nb c.png, 0\n",
+        "\ufeffpath,labels\na.png,1\nb c.png,0\n\n",
+        " Label ,PATH\n dog, a.png \n cat, b c.png \n",
+        'note,path,label\n"1,2",a.png,dog\n,"b c.png",Cat\n',
+        "path,label,labels\r\na.png,1,9\r\nb c.png,0,9\r\n",
+    ],
+)
+def test_columns_as_people_spell_them(text, photos):
+    source = listed(photos, text)
+    assert source.keys == ["a.png", "b c.png"]
+    assert source.read(1) == b"b c.png"
+    assert resolve_labels(source, NAMES).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("labels", [["dog", None], [1, None], [1.0, None]])
+def test_rows_without_a_label(labels, photos):
+    pq.write_table(pa.table({"path": ["a.png", "b c.png"], "label": labels}), photos / "l.parquet")
+    assert resolve_labels(open_source(photos / "l.parquet"), NAMES).tolist() == [1, -1]
+    unlabelled = listed(photos, "path,label\na.png,\n")
+    assert resolve_labels(unlabelled, NAMES) is None
+
+
+def test_columns_that_are_not_read_are_named(photos):
+    with pytest.warns(UserWarning, match=r"list\.csv: has no column 'label'; not read: target, x"):
+        source = listed(photos, "path,target,x\na.png,1,2\n")
+    assert source.labels is None
+
+
+@pytest.mark.parametrize("line", ["{} 0", "{}\t0", "{},0", "{}, 0", "{} polar bear"])
+@pytest.mark.parametrize("name", ["a.png", "b c.png"])
+def test_a_txt_with_labels(line, name, photos):
+    with pytest.raises(InputError, match=rf"but '{name}' is; .* labels go in a \.csv with the col"):
+        listed(photos, line.format(name) + "\n", "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "list.txt",
+            "x/a.png\nx/b.png\n",
+            "none of its 2 files exists, the first should be .*x/a.png",
+        ),
+        (
+            "list.csv",
+            "path,label\nx/a.png,0\n",
+            "none of its 1 files exists, the first should be .*x/a",
+        ),
+        ("list.csv", "a.png,0\nb c.png,1\n", "has no column 'path', only a.png, 0"),
+        ("list.csv", "path,label\na.png,0\n,1\n", "row 1 has no path"),
+        ("list.csv", "path,label\na.png,0\nb, c.png,1\n", "line 3 has 3 values, the first line 2"),
+        ("list.csv", "path,label, label\na.png,0,1\n", "several columns 'label'"),
+    ],
+)
+def test_lists_that_lead_nowhere(name, text, message, photos):
+    with pytest.raises(InputError, match=message):
+        listed(photos, text, name)
+
+
+def test_single_files_that_are_missing_fail_later(photos):
+    assert len(listed(photos, "none.png\nb c.png\n", "list.txt")) == 2

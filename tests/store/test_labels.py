@@ -1,0 +1,109 @@
+"""Labels from files of every kind."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from transclip_fast.errors import InputError
+from transclip_fast.store.labels import as_positions, read_labels
+
+NAMES = ["cat", "café", "dog"]
+WANTED = [2, 0, -1, 1, 0]
+TEXTS = ["dog", "Cat", "", unicodedata.normalize("NFD", "café"), "cat"]
+KEYS = [f"é{row}.jpg" for row in range(5)]
+
+
+def read(file, keys=None):
+    found = as_positions(read_labels(file, "labels", keys), NAMES, "labels")
+    return np.nan_to_num(np.asarray(found, dtype=float), nan=-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("y.txt", "\n".join(TEXTS) + "\n\n"),
+        ("y.txt", "2\n0\n\n1\n0"),
+        ("y.csv", "label\n" + "\n".join(TEXTS)),
+        ("y.csv", "label\n2.0\n0.0\n\n1.0\n0.0\n\n"),
+        ("y.csv", "Labels,note\n2,a\n0,b\n,c\n1,d\n0,\n"),
+        ("y.csv", "id, label\n5, dog\n6, cat\n7, \n8, café\n9, cat\n"),
+    ],
+)
+def test_text_files(file, content, tmp_path):
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    assert read(tmp_path / file) == WANTED
+
+
+@pytest.mark.parametrize("labels", [[2, 0, None, 1, 0], [text or None for text in TEXTS]])
+def test_parquet(labels, tmp_path):
+    pq.write_table(pa.table({"x": [0.0] * 5, "labels": labels}), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet") == WANTED
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array(WANTED),
+        np.array([2, 0, np.nan, 1, 0], np.float32),
+        np.array(TEXTS),
+        np.array([text.encode() for text in TEXTS]),
+    ],
+)
+def test_arrays(labels, tmp_path):
+    np.save(tmp_path / "y.npy", labels)
+    np.savez(tmp_path / "y.npz", labels=labels, other=labels[:2])
+    assert read(tmp_path / "y.npy") == read(tmp_path / "y.npz") == WANTED
+
+
+@pytest.mark.parametrize("column", ["key", "path", " Path"])
+def test_keys_tell_the_rows(column, tmp_path):
+    known = [4, 0, 1, 3]
+    decomposed = [unicodedata.normalize("NFD", KEYS[row]) for row in known]
+    lines = [f"{key},{TEXTS[row]}" for key, row in zip(decomposed, known, strict=True)]
+    (tmp_path / "y.csv").write_text("\n".join([f"{column},label", *lines]), encoding="utf-8")
+    assert read(tmp_path / "y.csv", KEYS) == WANTED
+    # Without keys of the rows their order counts.
+    expected = [WANTED[row] for row in known]
+    assert read(tmp_path / "y.csv") == read(tmp_path / "y.csv", [None, *KEYS[1:]]) == expected
+
+
+def test_keys_of_no_row_are_counted(tmp_path):
+    (tmp_path / "y.csv").write_text("key,label\nb,dog\nx,cat\na,cat\n")
+    with pytest.warns(UserWarning, match=r"y\.csv: 1 of 3 keys are no row's, e\.g\. 'x'"):
+        assert read(tmp_path / "y.csv", ["a", "b", "c"]) == [0, 2, -1]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("y.csv", "0\n1\n", "has no column 'label', only 0"),
+        ("y.csv", "key,target\na,1\n", "has no column 'label', only key, target"),
+        ("y.csv", "key,label\nx,1\n", "none of its keys is a row's, e.g. 'x'; .* such as 'a'"),
+        ("y.csv", "key,label\na,1\na,2\n", "'a' is there with two labels"),
+        ("y.csv", "key,label\na,1,2\n", "line 2 has 3 values"),
+        ("y.csv", "label, label\na,1\n", "several columns 'label'"),
+        ("y.parquet", "nonsense", "cannot be read as a table"),
+        ("y.txt", b"\xff", "UTF-8"),
+        ("y.doc", "x", "labels are read from .npy, .*, .csv, .parquet, .txt"),
+        ("none.txt", None, "no such file"),
+        ("none.csv", None, "no such file"),
+    ],
+)
+def test_bad_files(file, content, message, tmp_path):
+    if content is not None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(InputError, match=message) as error:
+        read_labels(tmp_path / file, "labels", ["a", "b"])
+    assert str(error.value).startswith(f"{tmp_path / file}: ")
+
+
+def test_labels_of_odd_types(tmp_path):
+    pq.write_table(pa.table({"label": [[1], [2, 3]]}), tmp_path / "y.parquet")
+    with pytest.raises(InputError, match="holds neither numbers nor texts"):
+        read_labels(tmp_path / "y.parquet", "labels")

@@ -1,0 +1,208 @@
+"""Class names from files of every kind."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transclip_fast.data.synsets import SYNSET, imagenet_synsets
+from transclip_fast.errors import InputError, reading
+from transclip_fast.store.arrays import read_array
+from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
+
+IMAGENET = "imagenet"  # stands for its 1000 classes
+TEXT_SUFFIXES = (".txt", ".names", ".lst")
+ARRAY_SUFFIXES = (".npy", ".npz")
+COLUMNS = {
+    "name": ("name", "class_name", "class"),
+    "position": (*LABEL, "index", "id"),
+    "synset": ("synset", "wnid"),
+}
+WITH_SYNSET = re.compile(rf"({SYNSET.pattern})\s+(\S.*)")
+NUMBERED = re.compile(r"(\d+)[\s:,;.)]+\S")
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """Names (K,) in the order of the labels, and the synset of each if the file has them."""
+
+    names: list[str]
+    synsets: list[str] | None = None
+
+
+def read_names(path: str | Path) -> ClassNames:
+    """
+    Class names from a file, or "imagenet" for the 1000 of ImageNet.
+
+    | file | names |
+    |---|---|
+    | .txt | one a line; or a synset and a name, as `n01440764 tench` |
+    | .json | a list; an object of names by number, or of numbers by name; of names by synset |
+    | | names as in ImageNet's index, `["n01440764", "tench"]` |
+    | .csv, .parquet | the column `name`, in the order of a column `label` if there is one |
+    | .npy, .npz | an array of fixed-width strings |
+
+    Raises
+    ------
+    InputError
+        Another file, a missing or damaged one, no names, an empty one, or an order that is not
+        clear.
+    """
+    if str(path) == IMAGENET:
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return ClassNames([*IMAGENET_CLASSNAMES], [*imagenet_synsets()])
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        found = _from_json(path)
+    elif suffix in TABLE_SUFFIXES:
+        found = _from_table(path)
+    elif suffix in ARRAY_SUFFIXES:
+        found = ClassNames(as_names(read_array(path, "class_names"), str(path)))
+    elif suffix in (*TEXT_SUFFIXES, ""):
+        found = _from_lines(path)
+    else:
+        raise InputError(
+            f"{path}: class names are read from .txt (one a line), .json, .csv, .parquet and .npy"
+        )
+    return ClassNames(check_names(path, found.names), found.synsets)
+
+
+def check_names(origin: str | Path, names: Sequence[str]) -> list[str]:
+    """Names without spaces around them; InputError if there are none, or an empty one."""
+    stripped = [name.strip() for name in names]
+    if not stripped:
+        raise InputError(f"{origin}: holds no class names")
+    if "" in stripped:
+        raise InputError(
+            f"{origin}: {place(origin, stripped.index(''))} is empty; later classes would move up "
+            "by one: name it or take it out"
+        )
+    if all(SYNSET.fullmatch(name) for name in stripped):
+        raise InputError(
+            f"{origin}: holds synsets, of which no prompts can be made; give lines such as "
+            f"'{stripped[0]} NAME'"
+        )
+    return stripped
+
+
+def place(path: str | Path, k: int) -> str:
+    """Where class k is in a file of names."""
+    return f"line {k + 1}" if Path(path).suffix.lower() in TEXT_SUFFIXES else f"class {k}"
+
+
+def as_names(array: Any, origin: str) -> list[str]:
+    """A list, or an array of strings or UTF-8 bytes, as names."""
+    if isinstance(array, list):  # of JSON
+        if not all(isinstance(name, str) for name in array):
+            raise InputError(f"{origin}: expected a list of strings")
+        return array
+    values = np.asarray(array)
+    if values.ndim != 1 or values.dtype.kind not in "US":
+        raise InputError(f"{origin}: expected a list of strings, got {values.dtype}")
+    if values.dtype.kind == "S":
+        with reading(origin, "is no UTF-8 text", "write it again"):
+            return [name.decode("utf-8") for name in values.tolist()]
+    return [str(name) for name in values]
+
+
+def _from_lines(path: Path) -> ClassNames:
+    with reading(path, "cannot be read as UTF-8 text", "write it again"):
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    if lines[0].startswith(("[", "{")) or (len(lines) == 1 and "," in lines[0]):
+        raise InputError(
+            f"{path}: expected one name a line, got {lines[0][:40]!r}; a list in brackets goes in "
+            "a .json"
+        )
+    numbers = [int(match[1]) for line in lines if (match := NUMBERED.match(line.strip()))]
+    if len(lines) > 1 and numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
+        raise InputError(
+            f"{path}: line 1 begins with a number ({lines[0].strip()!r}), which would go into the "
+            "prompts; give the names alone"
+        )
+    pairs = [pair for line in lines if (pair := WITH_SYNSET.fullmatch(line.strip()))]
+    if len(pairs) == len(lines):
+        return ClassNames([pair[2] for pair in pairs], [pair[1] for pair in pairs])
+    return ClassNames(lines if lines != [""] else [])
+
+
+def _from_json(path: Path) -> ClassNames:
+    with reading(path, "is not JSON"):
+        content = path.read_text(encoding="utf-8-sig")
+        value = json.loads(content, object_pairs_hook=_without_repeats)
+    match value:
+        case [*entries]:
+            return _of_entries(path, entries)
+        case {} if value and all(key.isdecimal() for key in value):
+            numbers = [int(key) for key in value]
+            return _of_entries(path, in_order(path, numbers, [*value.values()]))
+        case {} if value and all(type(number) is int for number in value.values()):
+            return ClassNames(in_order(path, [*value.values()], [*value]))
+        case {} if value and all(SYNSET.fullmatch(key) for key in value):
+            return _of_entries(path, [[*pair] for pair in value.items()])
+    raise InputError(
+        f"{path}: expected a list of names, names by number, or numbers by name; class names are "
+        "read from these"
+    )
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; an error if it has one key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{key!r} is there twice")
+    return found
+
+
+def _of_entries(path: Path, entries: Sequence[Any]) -> ClassNames:
+    """Names from a list of names, or of pairs of a synset and a name."""
+    if all(isinstance(entry, str) for entry in entries):
+        return ClassNames([*entries])
+    pairs = []
+    for k, entry in enumerate(entries):
+        match entry:
+            case [str(synset), str(name)] if SYNSET.fullmatch(synset):
+                pairs.append((synset, name))
+            case str():
+                continue
+            case _:
+                raise InputError(
+                    f"{path}: class {k} is {entry!r:.60}; expected a name, or a synset and a name"
+                )
+    if len(pairs) < len(entries):
+        raise InputError(f"{path}: has names with synsets and without; give all of them one")
+    return ClassNames([name for _, name in pairs], [synset for synset, _ in pairs])
+
+
+def _from_table(path: Path) -> ClassNames:
+    columns, _ = read_columns(path, COLUMNS, "name")
+    names = [name or "" for name in columns["name"]]
+    synsets = columns.get("synset")
+    if "position" in columns:
+        with reading(path, "has labels that are no whole numbers", "give each class its position"):
+            numbers = [int(number) for number in columns["position"]]
+        names = in_order(path, numbers, names)
+        synsets = synsets and in_order(path, numbers, synsets)
+    return ClassNames(names, synsets)
+
+
+def in_order(path: Path, numbers: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """Values by their numbers; InputError unless these are 0 .. K - 1."""
+    for number, found in zip(count(), sorted(numbers)):
+        if number != found:
+            raise InputError(
+                f"{path}: classes have the numbers {min(numbers)} .. {max(numbers)}, of which "
+                f"{number} is missing or another twice; labels are positions, 0 .. "
+                f"{len(numbers) - 1}"
+            )
+    return [value for _, value in sorted(zip(numbers, values, strict=True), key=lambda x: x[0])]

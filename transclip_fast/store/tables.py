@@ -1,0 +1,97 @@
+"""Columns of .csv and .parquet files, by the names that people give them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transclip_fast.errors import InputError, reading
+
+TABLE_SUFFIXES = (".csv", ".parquet")
+# The names of columns, best first; case, spaces around them and a plural do not matter.
+KEY, PATH, LABEL = ("key",), ("path",), ("label",)
+
+
+def read_columns(
+    path: Path, wanted: Mapping[str, Sequence[str]], needed: str
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """
+    Some columns of a table, and the names of the others.
+
+    Values of a .csv are texts without spaces around them; its first line has the names.
+
+    Parameters
+    ----------
+    path : Path
+        A .csv or .parquet file.
+    wanted : mapping
+        The names in the file of each column, best first.
+    needed : str
+        The column without which the file is of no use.
+
+    Raises
+    ------
+    InputError
+        A file that is missing or damaged, a line of another length, two columns of one name, or not
+        the needed one.
+    """
+    with reading(path, "cannot be read as a table"):
+        table = _read_csv(path) if path.suffix.lower() == ".csv" else pq.read_table(path)
+        chosen = {
+            name: column
+            for name, names in wanted.items()
+            if (column := find_column(path, table.column_names, names)) is not None
+        }
+        found = {name: table.column(column).to_pylist() for name, column in chosen.items()}
+    if needed not in found:
+        raise InputError(
+            f"{path}: has no column {needed!r}, only {', '.join(table.column_names) or 'none'}; "
+            "the first line of a .csv has the columns' names"
+        )
+    return found, [column for column in table.column_names if column not in chosen.values()]
+
+
+def find_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column with the first of these names, or None."""
+    stripped = [column.strip() for column in columns]
+    plain = [_singular(column) for column in stripped]
+    for name in names:
+        for spellings, spelled in ((stripped, name), (plain, _singular(name))):
+            found = [columns[k] for k, column in enumerate(spellings) if column == spelled]
+            if len(found) > 1:
+                listed = ", ".join(map(repr, found))
+                raise InputError(f"{path}: has several columns {name!r} ({listed}); leave one")
+            if found:
+                return found[0]
+    return None
+
+
+def _singular(name: str) -> str:
+    return name.casefold().removesuffix("s")
+
+
+def _read_csv(path: Path) -> pa.Table:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, skipinitialspace=True, strict=True)
+        header = next(reader, [])
+        rows = [(reader.line_num, row) for row in reader]
+    while rows and not rows[-1][1]:
+        rows.pop()
+    columns: list[list[str]] = [[] for _ in header]
+    for line, row in rows:
+        if not row and len(header) > 1:  # an empty line; in a single column it is a value
+            continue
+        values = row or [""]
+        if len(values) != len(header):
+            raise InputError(
+                f"{path}: line {line} has {len(values)} values, the first line {len(header)}; "
+                "quote values that have commas"
+            )
+        for column, value in zip(columns, values, strict=True):
+            column.append(value.strip())
+    return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], header)
