@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -45,12 +45,31 @@ def multiplies_bytes(dim: int) -> bool:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Matrix products in true float32 (no tf32, no bf16), no gradients, no inference tensors."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """
+    Matrix products in true float32 (no tf32, no bf16), no autocast, no gradients, no inference
+    tensors.
+    """
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    # torch.set_float32_matmul_precision raises where the user has set `fp32_precision`.
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         # Inference mode belongs to a thread: no other one could write to tensors made in it.
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Make a GPU the current one: Triton launches kernels there, wherever their operands are."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield

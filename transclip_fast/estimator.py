@@ -13,7 +13,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
 from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.device import exact_float32
+from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.metrics import outlier_scores
@@ -253,13 +253,15 @@ class TransCLIP(Parameters):
         checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None = None,
     ) -> TransCLIP:
         """`fit`, with its arrays checked and its settings resolved."""
-        inputs, gammas = problem.load(settings), problem.gammas(settings.parameters)
-        graph = self._graph(graph, inputs.features)
-        with progress_bar("solve", "rows") if self.verbose else nullcontext() as show:
-            report = progress if show is None else shown_on(show, progress)
-            solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
-            solution = max(solutions, key=lambda run: run.accuracy(inputs.validation))
-        return self._keep(solution, inputs, settings, graph)
+        bar = progress_bar("solve", "rows") if self.verbose else nullcontext()
+        with current_device(settings.device):
+            inputs, gammas = problem.load(settings), problem.gammas(settings.parameters)
+            graph = self._graph(graph, inputs.features)
+            with bar as show:
+                report = progress if show is None else shown_on(show, progress)
+                solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
+                solution = max(solutions, key=lambda run: run.accuracy(inputs.validation))
+            return self._keep(solution, inputs, settings, graph)
 
     def _graph(self, graph: GraphSource, features: Rows) -> NeighborGraph:
         if graph is None:

@@ -192,3 +192,55 @@ def test_streamed_and_held_give_the_same_bits(
     held, streamed = (model.label_distributions_ for model in models)
     assert (held != streamed).sum() == 0
     assert [model.layout_.held for model in models] == [True, False]
+
+
+class Gpu:
+    """Streams whose work is done when somebody waits for it, and never earlier."""
+
+    class Event:
+        done = True
+
+        def record(self, stream):
+            self.done, self.stream = False, stream
+            stream.recorded.append(self)
+
+        def synchronize(self):
+            if not self.done:
+                before = self.stream.recorded.index(self) + 1
+                for event in self.stream.recorded[:before]:
+                    event.done = True
+                del self.stream.recorded[:before]
+
+    class Stream:
+        def __init__(self, device=None):
+            self.recorded = []
+
+        def wait_event(self, event):
+            pass
+
+
+def test_reads_do_not_run_ahead_of_the_gpu(monkeypatch):
+    """However slow it is, three blocks are there at most: at work, copied, and on its way."""
+    computing, work, source = Gpu.Stream(), [], torch.from_numpy(features())
+    monkeypatch.setattr(rows, "_event", Gpu.Event)
+    monkeypatch.setattr(torch.cuda, "Stream", Gpu.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **named: empty(*size, **named))
+    fetched, unfinished = [], []
+
+    def read(block):
+        fetched.append(block.start)
+        unfinished.append(len(fetched) - sum(event.done for event in work))
+        return source[block]
+
+    ahead = rows._ReadAhead(read, torch.device("cpu"), torch.float32)
+    for start in range(0, 77, 7):
+        block, following = slice(start, start + 7), slice(start + 7, min(start + 14, 77))
+        assert torch.equal(ahead.read(block, following), source[block])
+        work.append(Gpu.Event())
+        work[-1].record(computing)
+    assert fetched == list(range(0, 77, 7))
+    assert max(unfinished) == 3

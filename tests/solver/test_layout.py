@@ -125,6 +125,7 @@ def test_what_else_takes_memory():
     plain = total()
     assert total(copied=False) == plain - 4 * 1000 * 32
     assert total(input_bytes=12345) == plain + 12345
+    assert total(halved=True) == plain + 2 * 1000 * 32
     assert total(runs=4) == plain + 8 * 64 * 1000
     assert total(file_bytes=64000) == plain
 
@@ -153,6 +154,9 @@ def test_size_of_what_is_given(tmp_path):
     assert size_of(aligned) == Size(30, 5, 8, 4, input_bytes=960, copied=False)
     assert size_of(aligned[1:]).copied
     assert size_of(aligned, cuda).copied
+    parameters.precision = "float16"
+    assert size_of(aligned).halved
+    parameters.precision = "float32"
     found = size_of(in_file, prior_logits=np.zeros((30, 5)))
     assert found == Size(30, 5, 8, 4, file_bytes=480, input_bytes=16 * 30 * 5, linear=False)
     parameters.gamma = None

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from tests import reference
 from tests.agreement import assert_agrees
 from tests.conftest import make_problem
+from tests.ordered_sums import OrderedSums
 from tests.solver.test_loop import few_shot_problem
 from transclip_fast import TransCLIP
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.graph.build import build_graph
-from transclip_fast.solver.support import enough
+from transclip_fast.solver.support import enough, support_messages
 from transclip_fast.store.checkpoint import FileCheckpoint
 
 FORMS = [{"assignments": "dense"}] + [
@@ -305,3 +306,19 @@ def test_golden_few_shot(golden, shots):
     assert model.gamma_ == run.gamma
     np.testing.assert_array_equal(model.transduction_, run.z.argmax(1))
     assert np.abs(model.label_distributions_ - run.z).max() < 1e-4
+
+
+def test_messages_are_summed_in_the_order_of_the_shots():
+    """Some queries are the neighbour of many shots of a class, and some lists are not full."""
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(-1, 7, (60, 4)), rng.integers(0, 3, 60)
+    weights = rng.normal(size=(60, 4))
+    truth = np.zeros((7, 3))
+    for row, label, values in zip(ids, labels, weights, strict=True):
+        for i, weight in zip(row, values, strict=True):
+            truth[i, label] += weight * (i >= 0)
+    with OrderedSums():
+        found = support_messages(*map(torch.from_numpy, (ids, weights, labels)), (7, 3))
+    dense = torch.zeros(7, 3)
+    found.add_to(dense, slice(0, 7))
+    np.testing.assert_allclose(dense, truth, rtol=1e-6)

@@ -164,6 +164,9 @@ class _ReadAhead:
     """
     Blocks of rows on a GPU; while it computes on one, the next is read and copied.
 
+    Three are there at most: one is fetched when the GPU is done with the third before it, however
+    far ahead of the GPU the caller is.
+
     Parameters
     ----------
     read : callable
@@ -179,16 +182,20 @@ class _ReadAhead:
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pinned = [torch.empty(0, dtype=dtype, pin_memory=True) for _ in range(2)]
         self._copied = [_event(), _event()]  # when each pinned buffer is free again
+        self._used = [_event(), _event()]  # when the GPU is done with the last blocks, oldest first
         self._next: tuple[slice, torch.Tensor, torch.cuda.Event] | None = None
 
     def read(self, block: slice, following: slice) -> torch.Tensor:
         """The rows of a block; starts to fetch the following one."""
+        stream = torch.cuda.current_stream(self._device)
+        self._used = [self._used[1], _event()]
+        self._used[1].record(stream)
         if self._next is None or self._next[0] != block:
             self._next = self._fetch(block)
         _, rows, copied = self._next
-        stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
         rows.record_stream(stream)
+        self._used[0].synchronize()
         self._next = self._fetch(following) if following.start < following.stop else None
         return rows
 

@@ -16,7 +16,7 @@ UNLISTED_MASS = 1e-6  # at least, that a row of a sparse prior leaves to the cla
 
 def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
     """
-    log of a (rows, K) matrix of probabilities, float32; a probability of 0 gives -inf.
+    log of a (rows, K) matrix of probabilities, float32 in C order; a probability of 0 gives -inf.
 
     A scipy sparse array becomes dense as in `ListedPrior`.
 
@@ -40,16 +40,16 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
         raise InputError(
             f"{name}: row {row} sums to {totals[row]:.4g}, not 1; scores go in prior_logits"
         )
-    return (matrix / totals[:, None]).log().to(torch.float32)
+    return (matrix / totals[:, None]).log().to(torch.float32).contiguous()
 
 
 def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
-    """log_softmax of a (rows, K) matrix of logits, float32, on the scale a softmax takes."""
+    """log_softmax of (rows, K) logits on the scale a softmax takes, float32 in C order."""
     matrix = as_matrix(array, name).to(torch.float32)
     check_rows(matrix, name, rows)
     if (row := first_row(~matrix.isfinite().all(1))) is not None:
         raise InputError(f"{name}: row {row} is too large for float32; rescale the logits")
-    return torch.log_softmax(matrix, dim=1)
+    return torch.log_softmax(matrix, dim=1).contiguous()
 
 
 @dataclass(frozen=True)

@@ -57,5 +57,6 @@ def constraints(task: Task) -> torch.Tensor:
     probabilities = (task.logit_scale * features @ task.text.T).softmax(1)
     own = probabilities.gather(1, labels[:, None])[:, 0]
     counts = torch.bincount(labels, minlength=len(task.text))
-    means = torch.bincount(labels, own, len(task.text)).float() / counts.clamp_min(1)
+    ordered = own[labels.argsort(stable=True)].double()  # the same bits each time, also on a GPU
+    means = torch.segment_reduce(ordered, "mean", lengths=counts).float()
     return torch.where(counts > 0, means, means[counts > 0].mean())

@@ -9,6 +9,8 @@ give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from transclip_fast.data.feature_rows import UnitRows
@@ -40,22 +42,10 @@ class TritonOps(TorchOps):
         log_threshold = torch.full_like(normaliser, out.floor).log_()
         lists = Scores(out.values, out.classes, n_classes, tail, log_threshold)
         top = top_rows.empty_keys(n_classes, features.device)
-        chunk = select.chunk_rows(n_classes, n_rows)
-        # No product is needed for a prior in memory.
-        buffer = normaliser.new_empty(chunk if log_prior is None else 0, n_classes)
-        scale = None
-        if weights is not None:
-            weights, scale = select.scaled_weights(features.dtype, weights)
-        for rows in blocks(n_rows, chunk):
-            if log_prior is not None:
-                products = log_prior[rows]
-            elif weights is not None:
-                products = select.product(features[rows], weights, buffer)
-                if scale is not None:
-                    products *= scale
+        for rows, x in _prior_scores(features, weights, log_prior):
             terms = select.ScoreTerms()
-            select.select(products, terms, rows.start, out=lists, normaliser=normaliser)
-            top_rows.top_rows(products, normaliser, rows.start, out=top)
+            select.select(x, terms, rows.start, out=lists, normaliser=normaliser)
+            top_rows.top_rows(x, normaliser, rows.start, out=top)
         # A list ends at its first 0: none may underflow in it.
         mass = out.values.exp().clamp_(min=torch.finfo(torch.float32).tiny)
         out.values.copy_(mass.masked_fill_(out.values == -torch.inf, 0))
@@ -75,10 +65,7 @@ class TritonOps(TorchOps):
             scale, score.offset, score.log_prior, score.prior_weight, score.messages
         )
         normaliser = torch.empty_like(out.tail)
-        chunk = select.chunk_rows(out.n_classes, len(features))
-        buffer = normaliser.new_empty(chunk, out.n_classes)
-        for rows in blocks(len(features), chunk):
-            products = select.product(features[rows], weights, buffer)
+        for rows, products in _products(features, weights):
             select.select(
                 products, terms, rows.start, out=out, normaliser=normaliser, nodes=self._nodes
             )
@@ -102,3 +89,31 @@ class TritonOps(TorchOps):
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
         pairwise, entropy = energies.energies(self._graph, z)
         return pairwise, entropy
+
+
+def _products(features: UnitRows, weights: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """F P^T in chunks of rows (n, K) that stay in the cache; files are read many at a time."""
+    n_rows, n_classes = len(features), len(weights)
+    chunk = select.chunk_rows(n_classes, n_rows)
+    buffer = weights.new_empty(chunk, n_classes, dtype=torch.float32)
+    for read in blocks(n_rows, read_rows(features.device)):
+        block = features[read]
+        for part in blocks(len(block), chunk):
+            rows = slice(read.start + part.start, read.start + part.stop)
+            yield rows, select.product(block[part], weights, buffer)
+
+
+def _prior_scores(
+    features: UnitRows, weights: torch.Tensor | None, log_prior: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """log y_hat in chunks of rows (n, K), up to a constant a row: see `TorchOps.start`."""
+    if weights is not None:
+        weights, scale = select.scaled_weights(features.dtype, weights)
+        for rows, products in _products(features, weights):
+            yield rows, products if scale is None else products.mul_(scale)
+    elif log_prior is not None:
+        n_rows, n_classes = log_prior.shape
+        for rows in blocks(n_rows, select.chunk_rows(n_classes, n_rows)):
+            yield rows, log_prior[rows]
+    else:
+        raise TypeError("a prior has weights or log probabilities")

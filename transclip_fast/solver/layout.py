@@ -114,6 +114,8 @@ class Size:
         Whether the prior is that of prototypes.
     runs : int
         Values of gamma that are tried.
+    halved : bool
+        Whether held features have a copy in float16.
     """
 
     n_rows: int
@@ -125,6 +127,7 @@ class Size:
     copied: bool = True
     linear: bool = True
     runs: int = 1
+    halved: bool = False
 
     def used(self, device: torch.device) -> int:
         """Bytes in use before a solve: a constant, so that a resumed solve has the same layout."""
@@ -150,18 +153,20 @@ class Layout:
     def bytes(self, size: Size, device: torch.device) -> dict[str, int]:
         """The most bytes that each part of a solve takes on the device."""
         n, n_classes, d, k = size.n_rows, size.n_classes, size.dim, size.n_neighbors
-        workers = n_threads() if device.type == "cpu" else 1
+        # A GPU computes on a block that was read, while two more are on their way.
+        workers, reads = (n_threads(), 2) if device.type == "cpu" else (1, 3)
         read = 4 * d * min(n, read_rows(device))
+        entry = (4 if size.copied else 0) + (2 if size.halved else 0)
         kept, lists = 4 * n_classes, 12 * n_classes
         if self.candidates is not None:
             kept, lists = 8 * self.candidates, ENTRY_BYTES * self.candidates
         best = kept if size.runs > 1 else 0  # of the runs so far
         return {
-            "features": 4 * n * d if self.held and size.copied else 0,
+            "features": entry * n * d if self.held else 0,
             "graph": n * (12 * k + 8 + 24 * k),  # lists, and both ends of each edge
             "assignments": n * (lists + best + ROW_BYTES),
             "classes": CLASS_MATRICES * 8 * n_classes * d,
-            "blocks": 2 * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
+            "blocks": reads * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
         }
 
     def search_bytes(self, size: Size, device: torch.device) -> int:

@@ -157,6 +157,7 @@ class Problem:
             copied=self.in_file or not in_place or device.type != "cpu",
             linear=linear,
             runs=len(self.gammas(parameters)),
+            halved=parameters.precision == "float16",
         )
 
     @exact_float32()

@@ -81,7 +81,9 @@ def support_messages(
     n_queries, n_classes = shape
     cells = ids * n_classes + labels[:, None]
     present = ids >= 0
-    # A query may be the neighbour of many shots of one class: sum their messages.
-    cells, cell_of = torch.unique(cells[present], return_inverse=True)
-    totals = torch.bincount(cell_of, weights[present], len(cells))
+    # A query may be the neighbour of many shots of one class: sum their messages, in the order of
+    # the shots, as sums by atomic additions would differ from run to run on a GPU.
+    cells, order = cells[present].sort(stable=True)
+    cells, lengths = torch.unique_consecutive(cells, return_counts=True)
+    totals = torch.segment_reduce(weights[present][order], "sum", lengths=lengths)
     return Messages.of(cells // n_classes, cells % n_classes, totals.float(), n_queries)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests import reference
-from transclip_fast import TransCLIP
+from tests.ordered_sums import OrderedSums
+from transclip_fast import TransCLIP, build_graph
 from transclip_fast.kernels import messages
 from transclip_fast.ops.torch_backend import TorchOps
 
@@ -73,22 +74,27 @@ def test_known_labels(problem):
 
 
 def test_few_shot(problem):
+    """With sums in a fixed order: on a GPU two runs give the same bits."""
     features, prototypes, labels = problem(n=40)
     queries, shots, classes = features[10:], features[:10], labels[:10]
     parameters = reference.Parameters(**STEPS)
     run = reference.few_shot(queries, prototypes, shots, classes, gamma=0.02, parameters=parameters)
-    model = on_kernels(gamma=0.02)
-    model.fit(queries, prototypes, support_features=shots, support_labels=classes)
+    model, graph = on_kernels(gamma=0.02), build_graph(queries, 3)
+    with OrderedSums():
+        model.fit(queries, prototypes, support_features=shots, support_labels=classes, graph=graph)
     np.testing.assert_allclose(whole(model), run.z, atol=2e-4)
 
 
-def test_given_prior(problem):
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["prior", "prior_logits"])
+def test_given_prior(problem, kind, order):
     features, prototypes, _ = problem(n=40)
     log_y = reference.log_prior(features.astype(np.float64), prototypes.astype(np.float64))
     log_y[:20, 2] = -80
     log_y = reference.log_softmax(log_y)
     run = reference.solve(features, log_y, parameters=reference.Parameters(**STEPS))
-    model = on_kernels().fit(features, prior_logits=log_y)
+    given = np.asarray(log_y if kind == "prior_logits" else np.exp(log_y), order=order)
+    model = on_kernels().fit(features, **{kind: given})
     np.testing.assert_allclose(whole(model), run.z, atol=2e-4)
 
 

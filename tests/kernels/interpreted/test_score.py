@@ -8,6 +8,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import unit
 from tests.kernels.problems import (
     NAN,
     affinity_of,
@@ -17,8 +18,11 @@ from tests.kernels.problems import (
     log_softmax,
     nan_like,
 )
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.kernels import score as fused
 from transclip_fast.kernels import select as chunked
+from transclip_fast.kernels import top_rows
+from transclip_fast.ops import blocks
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.ops.triton_backend import TritonOps
 from transclip_fast.types import Assignments, LinearScore, Messages, Scores, Truncation
@@ -255,3 +259,19 @@ def test_lists_do_not_end_where_the_start_underflows():
     TritonOps.start(torch.ones(1, 3), None, prior, out=z)
     assert z.classes[0, :4].tolist() == [0, 1, 2, 4]
     assert (z.values[0] > 0).tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("candidates", [16, 40])
+def test_files_are_read_in_large_blocks(rng, candidates, monkeypatch):
+    """However few rows of products fit the cache."""
+    monkeypatch.setitem(blocks.READ_ROWS, "cpu", 64)
+    for module, kernel in ((chunked, "select"), (fused, "score"), (top_rows, "top_rows")):
+        monkeypatch.setattr(module, kernel, lambda *_, **__: None)
+    rows, read = Rows(unit(rng.normal(size=(100, 8))).astype(np.float32), held=False), []
+    rows.on_read = read.append
+    out = Assignments.empty(100, 600, Truncation(candidates, candidates), rows.device)
+    weights = normal(rng, 600, 8)
+    TritonOps.start(rows, weights, None, out=out)
+    assert read == [64, 36]
+    scores((rows, weights, torch.zeros(600)), nan_scores(torch.ones(100), 600, candidates))
+    assert read == 2 * [64, 36]
