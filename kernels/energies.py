@@ -41,12 +41,12 @@ def energy_kernel(
     mass = tl.load(z_ptr + row[:, None] * width + c, mask, other=0.0)  # (B, C)
     slots = tl.load(z_classes_ptr + row[:, None] * width + c, mask, other=-1)
     slots = tl.where(mass > 0, slots, -1)
-    messages, _classes, _sums, _overflow = row_messages(
+    sums = row_messages(
         row, inside, offsets_ptr, columns_ptr, weights_ptr, z_ptr, z_classes_ptr, width,
         segments_ptr, part_ptr, part_classes_ptr, part_sums_ptr, part_overflow_ptr, width,
         slots, BLOCK_OUTSIDE,
     )  # fmt: skip
-    tl.store(terms_ptr + 2 * row, tl.sum(mass * messages, 1), inside)
+    tl.store(terms_ptr + 2 * row, tl.sum(mass * sums[0], 1), inside)
     entropy = tl.sum(mass * tl.log(tl.maximum(mass, TINY)), 1)
     tl.store(terms_ptr + 2 * row + 1, entropy, inside)
 
@@ -55,8 +55,8 @@ def energies(graph: SegmentedAffinity, z: Assignments) -> torch.Tensor:
     """Pairwise term and entropy, (2,) float64, of sparse assignments."""
     n_rows, width = z.values.shape
     terms = z.values.new_empty(n_rows, 2)
-    parts = segment_messages(graph, z, z.values, z.classes, 0.0)
-    grid, options = launch(n_rows, width)
+    parts = segment_messages(graph, z, z.values, z.classes, 0.0, outside=False)
+    grid, options = launch(n_rows, width, outside=False)
     energy_kernel[grid](
         *graph.arrays, z.values, z.classes, width, graph.bounds, *parts, terms, n_rows, **options
     )

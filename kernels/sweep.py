@@ -7,9 +7,9 @@ For each row i with candidates c and the mass t of all other classes:
     z_c = e^(l_c - m) / s  where that is at least min(floor, the row's largest), at most R of them.
 
 Shapes: b, candidates (N, C); z, its classes (N, R); affinity in CSR with E entries. A row of z is
-written in the order of its candidates, its unused end is 0. `bound` (N,) is t (e^u - 1), u the
-largest message of either sign to a class that is no candidate and t at least K times float32's
-rounding: the mass that the sweep may have misplaced, at most 1.
+written in the order of its candidates, its unused end is 0. If wanted, `bound` (N,) is t (e^u - 1),
+u the largest message of either sign to a class that is no candidate and t at least K times
+float32's rounding: the mass that the sweep may have misplaced, at most 1.
 
 A row reads its own C scores and the used entries of each neighbour. Memory traffic is the cost;
 `messages.py` describes how loads are kept in flight. Method: Zanella et al., NeurIPS 2024, equation
@@ -60,7 +60,7 @@ def sweep_kernel(
     CUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_OUTSIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows; CUT if z has room for fewer entries than there are slots."""
+    """A block of rows; CUT if z has room for fewer entries than slots; bound if BLOCK_OUTSIDE."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < n_rows
     c = tl.arange(0, BLOCK_SLOTS)[None, :]
@@ -70,14 +70,14 @@ def sweep_kernel(
     slots = tl.where(base > unused, tl.load(candidates_ptr + place, mask, other=-1), -1)
     tail = tl.load(tail_ptr + row, inside, other=1.0)  # (B,)
 
-    messages, _outside_classes, outside_sums, outside_overflow = row_messages(
+    sums = row_messages(
         row, inside, offsets_ptr, columns_ptr, weights_ptr, z_ptr, z_classes_ptr, width,
         segments_ptr, part_ptr, part_classes_ptr, part_sums_ptr, part_overflow_ptr, n_slots,
         slots, BLOCK_OUTSIDE,
     )  # fmt: skip
 
     # Classes outside the candidates get no messages; together they are one extra softmax entry.
-    logits = base + messages
+    logits = base + sums[0]
     tail_logit = tl.where(tail > 0, tl.log(tl.maximum(tail, TINY)), float("-inf"))
     pivot = tl.maximum(tl.max(logits, 1), tail_logit)
     mass = tl.exp(logits - pivot[:, None])
@@ -96,16 +96,19 @@ def sweep_kernel(
     free = inside[:, None] & (c >= tl.sum(kept.to(tl.int32), 1)[:, None]) & (c < width)
     tl.store(out_ptr + row[:, None] * width + c, 0.0, free)
     tl.store(out_classes_ptr + row[:, None] * width + c, 0, free)
-    outside_max = tl.maximum(tl.max(tl.abs(outside_sums), 1), outside_overflow)
-    outside_max = tl.minimum(outside_max, LARGEST_MESSAGE)
-    # Below float32 rounding the tail mass is unknown; n_classes * rounding is its upper bound.
-    tail = tl.maximum(tail, n_classes * FLOAT32_ROUNDING)
-    tl.store(bound_ptr + row, tl.minimum(tail * expm1(outside_max), 1.0), inside)
+    if BLOCK_OUTSIDE:
+        outside_max = tl.maximum(tl.max(tl.abs(sums[2]), 1), sums[3])
+        outside_max = tl.minimum(outside_max, LARGEST_MESSAGE)
+        # Below float32 rounding the tail mass is unknown; n_classes * rounding is its upper bound.
+        tail = tl.maximum(tail, n_classes * FLOAT32_ROUNDING)
+        tl.store(bound_ptr + row, tl.minimum(tail * expm1(outside_max), 1.0), inside)
 
 
-def sweep(base: Scores, graph: SegmentedAffinity, z: Assignments, *, out: Assignments) -> None:
+def sweep(
+    base: Scores, graph: SegmentedAffinity, z: Assignments, *, out: Assignments, bounded: bool
+) -> None:
     """
-    Sweep all rows of sparse assignments once, into `out`.
+    Sweep all rows of sparse assignments once, into `out`; `bounded` computes its bound, too.
 
     Raises
     ------
@@ -117,8 +120,8 @@ def sweep(base: Scores, graph: SegmentedAffinity, z: Assignments, *, out: Assign
     if width > n_slots or out.values.shape != z.values.shape or same:
         raise ValueError("z has at most C entries a row, and a sweep does not write where it reads")
     unused = float("-inf")
-    parts = segment_messages(graph, z, base.values, base.classes, unused)
-    grid, options = launch(n_rows, n_slots)
+    parts = segment_messages(graph, z, base.values, base.classes, unused, outside=bounded)
+    grid, options = launch(n_rows, n_slots, outside=bounded)
     sweep_kernel[grid](
         base.values, base.classes, base.tail, n_slots, unused,
         *graph.arrays, z.values, z.classes, width, graph.bounds, *parts,

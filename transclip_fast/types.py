@@ -284,8 +284,8 @@ class Assignments:
     n_classes : int
         K.
     bound : Tensor (N,) float32
-        The mass that the last sweep may have misplaced because messages reached classes that are
-        no candidates.
+        The mass that the last sweep with a bound may have misplaced because messages reached
+        classes that are no candidates.
     floor : float
         Sparse: entries below it are dropped, except a row's largest.
     """

@@ -41,18 +41,19 @@ TYPES = {
     **{f"{name}_ptr": F64 for name in ("part_counts", "sums", "counts")},
     **{
         f"{name}_ptr": I32
-        for name in ("candidates", "z_classes", "part_classes", "out_classes", "classes", "lengths")
+        for name in ("candidates", "z_classes", "part_classes", "out_classes", "classes", "lengths",
+                     "segments")
     },
     **{
         f"{name}_ptr": I64
-        for name in ("offsets", "columns", "segments", "rows", "first", "last", "message_offsets",
+        for name in ("offsets", "columns", "rows", "first", "last", "message_offsets",
                      "message_classes", "nodes", "order", "bounds", "pieces", "top", "entries",
                      "ids")
     },
     **dict.fromkeys(("unused", "floor", "prior_weight"), "fp32"),
     **dict.fromkeys(("n_slots", "width", "d", "first"), EVEN),
     **dict.fromkeys(
-        ("n_rows", "n_classes", "n_segments", "length", "share", "stop"), SIZE
+        ("n_rows", "n_classes", "n_segments", "base", "length", "share", "stop"), SIZE
     ),
 }  # fmt: skip
 
@@ -76,9 +77,9 @@ class Case:
         return [name for name in names if self.type_of(name).startswith("i32")]
 
 
-def lists(kernel, slots, **constants):
+def lists(kernel, slots, *, outside=False, **constants):
     """A kernel whose rows have so many slots."""
-    _, options = messages.launch(1, slots)
+    _, options = messages.launch(1, slots, outside=outside)
     warps = options.pop("num_warps")
     return Case(kernel, {**constants, **options}, {"num_warps": warps})
 
@@ -118,8 +119,12 @@ PIECES = {"classes_ptr": I64, "part_ptr": F64, "width": SIZE}
 CASES = {
     **{f"sweep, {c} slots": lists(sweep.sweep_kernel, c, CUT=False)
        for c in (16, 32, 64, 128, 256, 512, 1024)},
-    "sweep, fewer than its 32 slots": lists(sweep.sweep_kernel, 32, CUT=True),
-    **{f"segments, {c} slots": lists(messages.segment_kernel, c) for c in (16, 128)},
+    **{f"sweep, {c} slots, bounded": lists(sweep.sweep_kernel, c, outside=True, CUT=False)
+       for c in (16, 32, 128)},
+    "sweep, fewer than its 32 slots": lists(sweep.sweep_kernel, 32, outside=True, CUT=True),
+    **{f"segments, {c} slots": lists(messages.segment_kernel, c, outside=True) for c in (16, 128)},
+    **{f"merged segments, {c} slots": lists(messages.merge_kernel, c, outside=True)
+       for c in (16, 128)},
     **{f"energies, {c} slots": lists(energies.energy_kernel, c) for c in (16, 128)},
     **{f"select, {k} classes": selection(k, terms=False) for k in (200, 500, 1000, 2000, 21000)},
     "select, 1000 classes, with a prior and messages": selection(1000, terms=True),

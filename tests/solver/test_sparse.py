@@ -11,6 +11,7 @@ from tests import reference
 from tests.agreement import assert_agrees
 from tests.solver.test_loop import GAMMA, few_shot_problem
 from transclip_fast import InputError, TransCLIP
+from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.solver import layout
 from transclip_fast.solver import truncation as truncation_module
 from transclip_fast.solver.truncation import choose_truncation, needed_candidates
@@ -242,3 +243,23 @@ def test_threads_of_torch_are_as_before(soft):
     model.fit(*soft, progress=lambda _: seen.append(torch.get_num_threads()))
     assert torch.get_num_threads() == before
     assert set(seen) == {1}
+
+
+def test_the_bound_is_that_of_the_last_sweep(problem, monkeypatch):
+    """A backend may leave it out everywhere else."""
+    features, prototypes, _ = problem()
+    settings = {"device": "cpu", "backend": "torch", "candidates": 3, "rank": 3}
+    expected = TransCLIP(**settings).fit(features, prototypes).truncation_
+    sweep, seen = TorchOps.sweep, []
+
+    def lazy(self, base, z, *, out, bounded=True):
+        seen.append(bounded)
+        sweep(self, base, z, out=out, bounded=bounded)
+        if not bounded:
+            out.bound.fill_(torch.nan)
+        return out
+
+    monkeypatch.setattr(TorchOps, "sweep", lazy)
+    assert TransCLIP(**settings).fit(features, prototypes).truncation_ == expected
+    assert expected["largest_bound"] > 0
+    assert seen == [False] * (len(seen) - 1) + [True]

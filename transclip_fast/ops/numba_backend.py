@@ -123,7 +123,9 @@ class NumbaOps(TorchOps):
         parallel_map(lambda rows: select(rows, *none), blocks(n_rows, size))
         return out
 
-    def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
+    def sweep(
+        self, base: Scores, z: Assignments, *, out: Assignments, bounded: bool = True
+    ) -> Assignments:
         arrays = [
             *self._graph,
             *(*_arrays(base), base.tail.numpy()),

@@ -127,12 +127,15 @@ class TorchOps:
         parallel_map(part, blocks(len(features), size), features.device)
         return out
 
-    def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
+    def sweep(
+        self, base: Scores, z: Assignments, *, out: Assignments, bounded: bool = True
+    ) -> Assignments:
         """
         z <- softmax_k(b + A z), every row from the same z (Jacobi), in `out`, which is returned.
 
         Sparse, z is updated at the candidates, and the mass of all other classes enters the
-        normaliser as if no message reached them; `out.bound` is the mass this may misplace.
+        normaliser as if no message reached them; `out.bound` is the mass this may misplace. A
+        backend may leave it as it was unless `bounded`.
         """
 
         def part(block: tuple[slice, Affinity]) -> None:

@@ -71,8 +71,10 @@ class TritonOps(TorchOps):
             )
         return out
 
-    def sweep(self, base: Scores, z: Assignments, *, out: Assignments) -> Assignments:
-        sweep.sweep(base, self._graph, z, out=out)
+    def sweep(
+        self, base: Scores, z: Assignments, *, out: Assignments, bounded: bool = True
+    ) -> Assignments:
+        sweep.sweep(base, self._graph, z, out=out, bounded=bounded)
         return out
 
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:

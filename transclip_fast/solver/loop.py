@@ -76,7 +76,7 @@ def solve(
             checkpoint.keep(partial(saved, state, history))
             report()
         n_iter = len(history)
-        update_assignments(state)
+        update_assignments(state, bounded=True)
         history.append(objective(state))
     return Solution.of(state, gamma, n_iter, history)
 
@@ -114,11 +114,11 @@ def start_from_shots(state: State) -> None:
     state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
 
 
-def update_assignments(state: State) -> None:
+def update_assignments(state: State, *, bounded: bool = False) -> None:
     """
     z <- softmax_k(likelihood_weight g + A z + lambda log y_hat - class costs), some sweeps.
 
-    Equation 5; the class costs (`class_cost`) are not in the paper.
+    Equation 5; the class costs (`class_cost`) are not in the paper. `bounded` sets z's bound.
     """
     _score(
         state,
@@ -126,7 +126,7 @@ def update_assignments(state: State) -> None:
         kl_weight=state.settings.kl_weight,
         class_costs=state.class_costs,
     )
-    _sweeps(state)
+    _sweeps(state, bounded=bounded)
     update_moments(state)
 
 
@@ -255,10 +255,15 @@ def _score(state: State, **weights: Any) -> None:
         inputs.known.clamp(state.base, state.nodes)
 
 
-def _sweeps(state: State) -> None:
-    """Sweep the assignments `inner_iter` times, all rows at once (Jacobi)."""
-    for _ in range(state.settings.parameters.inner_iter):
-        state.ops.sweep(state.base, state.z, out=state.spare)
+def _sweeps(state: State, *, bounded: bool = False) -> None:
+    """
+    Sweep the assignments `inner_iter` times, all rows at once (Jacobi).
+
+    The bound of the last sweep is only computed if it is read: on a GPU it costs as much again.
+    """
+    last = state.settings.parameters.inner_iter - 1
+    for i in range(last + 1):
+        state.ops.sweep(state.base, state.z, out=state.spare, bounded=bounded and i == last)
         state.z, state.spare = state.spare, state.z
 
 

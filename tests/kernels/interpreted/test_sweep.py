@@ -18,6 +18,7 @@ from tests.kernels.problems import (
 from transclip_fast.kernels import messages
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.ops.triton_backend import TritonOps
+from transclip_fast.types import Affinity
 
 
 @pytest.fixture
@@ -41,10 +42,10 @@ def run_sweep(rng, n, k, candidates, rank, affinity, weights):
     assert (found.classes >= 0).all()
     assert torch.equal(z.values, before[0])
     assert torch.equal(z.classes, before[1])
-    ops.sweep(base, z, out=again)
-    assert all(
-        torch.equal(getattr(found, x), getattr(again, x)) for x in ("values", "classes", "bound")
-    )
+    ops.sweep(base, z, out=again, bounded=False)
+    assert torch.equal(found.values, again.values)
+    assert torch.equal(found.classes, again.classes)
+    assert again.bound.isnan().all()  # left as it was
     return found, same, bound
 
 
@@ -55,16 +56,44 @@ def test_sweep(rng, k, candidates, rank):
     assert_no_worse(found.bound, same.bound, bound, 1e-6)
 
 
-def test_a_hub_is_summed_in_segments(rng, monkeypatch):
+@pytest.fixture
+def short_segments(monkeypatch):
+    monkeypatch.setattr(messages, "SEGMENT_NEIGHBORS", 16)
+    monkeypatch.setattr(messages, "MERGED_SEGMENTS", 2)
+
+
+def test_a_hub_is_summed_in_segments(rng, monkeypatch, short_segments):
     affinity, weights = difficult_graph(rng, 33, hub=150)
     found, same, bound = run_sweep(rng, 33, 21, 5, 3, affinity, weights)
-    assert len(messages.SegmentedAffinity.of(affinity).rows) == 3
+    segmented = messages.SegmentedAffinity.of(affinity)
+    assert [len(level.rows) for level in segmented.levels] == [10, 5, 3, 2]
     # Messages to the hub overflow the list of other classes: its bound may only be larger.
     assert_no_worse(found.bound[1:], same.bound[1:], bound[1:], 1e-6)
     assert found.bound[0] >= bound[0] - 1e-6
     monkeypatch.setattr(messages, "OUTSIDE_CLASSES", 32)
     found, same, bound = run_sweep(rng, 33, 21, 5, 3, affinity, weights)
     assert_no_worse(found.bound, same.bound, bound, 1e-6)
+
+
+def test_hubs_of_all_sizes(rng, short_segments):
+    """Segments of some hubs are merged more often than those of others."""
+    edges = [(i, int(j), rng.normal() / n) for i, n in enumerate([16, 17, 33, 200, 3])
+             for j in rng.integers(0, 20, n)]  # fmt: skip
+    affinity, weights = affinity_of(edges, 20)
+    bounds = messages.SegmentedAffinity.of(affinity).bounds
+    assert (bounds.diff(dim=1)[:, 0] > 0).tolist() == [False, True, True, True] + 16 * [False]
+    run_sweep(rng, 20, 9, 5, 3, affinity, weights)
+
+
+@pytest.mark.parametrize("degree", [100, 10_000, 1_000_000])
+def test_a_hub_takes_few_steps(degree):
+    """Each level adds up a bounded number of entries or segments, and there are few levels."""
+    affinity = Affinity(torch.tensor([0, degree, degree + 3]), *2 * [torch.zeros(degree + 3)])
+    graph = messages.SegmentedAffinity.of(affinity)
+    longest = [int((level.last - level.first).max()) for level in graph.levels]
+    steps = sum(longest) + int(graph.bounds.diff(dim=1).max())
+    assert steps <= 64 + 8 * (1 + np.log(degree / 64) / np.log(8))
+    assert graph.bounds[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("weight", [600.0, -600.0])
