@@ -38,9 +38,9 @@ LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (1, 4), 256: (1, 4), 512: (
 @dataclass(frozen=True)
 class Segments:
     """
-    One level of segments; those of all levels are numbered through, and this one's begin at `base`.
+    One level of segments; all are numbered from level to level, these from `base` on.
 
-    `rows`, `first`, `last` (S,) int64 are each segment's row and its part of the entries, or, beyond
+    `rows`, `first`, `last` (S,) int64 are each segment's row and its part of the entries; beyond
     the first level, of the segments of the level before.
     """
 

@@ -5,8 +5,8 @@ Base scores b = F P^T + c cut to each row's candidates, fused with the product: 
     candidates: b_k >= min(log_threshold, max b), the C largest of them
     tail = sum of e^(b_k) of all others
 
-A program owns a block of rows and computes F P^T a tile at a time on the matrix units, in 16 bits
-with float32 sums. It appends to a row's list the scores that may still be candidates, those that
+A program owns a block of rows and computes F P^T a tile at a time on the matrix units: see
+`products.py`. It appends to a row's list the scores that may still be candidates, those that
 pass two bars, which only rise:
 
 - min(log_threshold + log-sum-exp so far, largest so far), less a slack for the rounding of the sum;
@@ -18,9 +18,8 @@ If scores come in random order, a list grows to C (1 + log(K / G)) entries or a 
 C = 16 and K = 1024. A list that might outgrow its room is cut to its C largest. A second kernel
 cuts each list to the candidates and writes them in the order of their classes.
 
-Shapes: F (N, d) and P (K, d) float16, c (K,) float32; values, classes (N, C). Cost:
-2 N K d operations; N K d (1 / A + 1 / B) entries read from the cache for tiles of A rows and B
-classes. Method: Zanella et al., NeurIPS 2024, equation 5.
+Shapes: F (N, d) float16 or float32, P (K, d), c (K,) float32; values, classes (N, C). Cost: that of
+the products. Method: Zanella et al., NeurIPS 2024, equation 5.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from transclip_fast.kernels.products import HalfWeights, launch, tile
 from transclip_fast.kernels.select import ordered, selected, threshold_of, write_candidates
 from transclip_fast.types import Scores
 
@@ -36,13 +36,6 @@ MAX_CANDIDATES = 32  # C at most: with more, the partial maxima hardly bound the
 CHUNK_ROWS = 1 << 16  # rows of a launch: their lists take 134 MB, of which little is touched
 LIST_ENTRIES = 256  # room of a row's list: four times its usual length at C = 16
 PARTIAL_MAXIMA = 64  # G, of a row
-# Rows and classes of a tile, dimensions of a step, warps, stages of the pipeline: the largest tiles
-# that spill nothing. AMD's 64 KB hold one stage.
-LAUNCHES = {
-    "sm_90": (128, 128, 64, 8, 3),
-    "cuda": (64, 64, 64, 8, 3),
-    "hip": (64, 64, 32, 8, 1),
-}
 FINISH_WARPS = 1
 TILE_PARTS = tl.constexpr(4)  # of a tile, appended one after the other
 BAR_HALVINGS = tl.constexpr(4)  # bring the bar within 1/16 of the range of the partial maxima
@@ -152,14 +145,13 @@ def columns(x, part: tl.constexpr, PARTS: tl.constexpr):
 def score_kernel(
     features_ptr, weights_ptr, scale_ptr, offset_ptr, log_threshold_ptr, nodes_ptr,
     entries_ptr, lengths_ptr, totals_ptr, unlisted_ptr, first, stop, n_classes, d, width,
+    SPLIT: tl.constexpr, PARTIAL_MAXIMA: tl.constexpr, LIST_ENTRIES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr, BLOCK_DIMS: tl.constexpr,
-    PARTIAL_MAXIMA: tl.constexpr, LIST_ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """A block of the rows `first` to `stop`: lists, log-sum-exps, and the mass not listed."""
     local = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = first + local < stop
     row = tl.minimum(first + local, stop - 1)
-    i = tl.arange(0, BLOCK_DIMS)
     # Rows beyond the last one copy it, and append nothing.
     lowest = tl.load(log_threshold_ptr + tl.load(nodes_ptr + row))
     lowest = tl.where(inside, lowest, float("inf"))
@@ -178,18 +170,10 @@ def score_kernel(
             )
         k = start + tl.arange(0, BLOCK_CLASSES)
         start_of_class = tl.minimum(k, n_classes - 1).to(tl.int64) * d
-        x = tl.zeros((BLOCK_ROWS, BLOCK_CLASSES), tl.float32)
-        for step in range(0, d, BLOCK_DIMS):
-            within = step + i < d
-            a = tl.load(
-                features_ptr + (row * d)[:, None] + (step + i)[None, :], within[None, :], other=0.0
-            )
-            b = tl.load(
-                weights_ptr + start_of_class[None, :] + (step + i)[:, None],
-                within[:, None],
-                other=0.0,
-            )
-            x = tl.dot(a, b, x, input_precision="ieee")
+        x = tile(
+            features_ptr, row * d, weights_ptr, start_of_class, n_classes.to(tl.int64) * d, d,
+            SPLIT, BLOCK_DIMS,
+        )  # fmt: skip
         x = x * factor + tl.load(offset_ptr + k, k < n_classes, other=float("-inf"))[None, :]
         before, largest = largest, tl.maximum(largest, tl.max(x, 1))
         total = tl.maximum(before + tl.log(mass), largest)  # no more than the sum's logarithm
@@ -229,18 +213,9 @@ def finish_kernel(
     )  # fmt: skip
 
 
-def launch(device: torch.device) -> tuple[int, int, int, int, int]:
-    """The launch on a device, as in LAUNCHES."""
-    if torch.version.hip:
-        return LAUNCHES["hip"]
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return LAUNCHES["sm_90" if hopper else "cuda"]
-
-
 def score(
     features: torch.Tensor,
-    weights: torch.Tensor,
-    scale: torch.Tensor,
+    weights: HalfWeights,
     offset: torch.Tensor,
     nodes: torch.Tensor,
     *,
@@ -251,9 +226,9 @@ def score(
 
     Parameters
     ----------
-    features, weights : Tensor (N, d), (K, d) float16
-    scale : Tensor () float32
-        Factor of the products.
+    features : Tensor (N, d) float16 or float32
+    weights : HalfWeights (K, d)
+        For features of this type.
     offset : Tensor (K,) float32
     nodes : Tensor (N,) int64
         Row of `out` of each row of the features.
@@ -261,24 +236,23 @@ def score(
     Raises
     ------
     ValueError
-        Operands that are not contiguous, or C above MAX_CANDIDATES.
+        Features that are not contiguous, or C above MAX_CANDIDATES.
     """
-    (n_rows, d), (n_classes, width) = features.shape, (len(weights), out.values.shape[1])
-    if not features.is_contiguous() or not weights.is_contiguous() or width > MAX_CANDIDATES:
-        raise ValueError(f"operands must be contiguous, candidates at most {MAX_CANDIDATES}")
+    (n_rows, d), (n_classes, width) = features.shape, (len(offset), out.values.shape[1])
+    if not features.is_contiguous() or width > MAX_CANDIDATES:
+        raise ValueError(f"features must be contiguous, candidates at most {MAX_CANDIDATES}")
     chunk = min(n_rows, CHUNK_ROWS)
     entries = nodes.new_empty(chunk, LIST_ENTRIES)
     lengths = nodes.new_empty(chunk, dtype=torch.int32)
     totals, unlisted = out.tail.new_empty(chunk), out.tail.new_empty(chunk)
-    size, block, depth, warps, stages = launch(features.device)
+    blocks, options = launch(features.device, split=weights.split)
     for first in range(0, n_rows, chunk):
         stop = min(first + chunk, n_rows)
-        score_kernel[(triton.cdiv(stop - first, size),)](
-            features, weights, scale, offset, out.log_threshold, nodes,
+        score_kernel[(triton.cdiv(stop - first, blocks["BLOCK_ROWS"]),)](
+            features, weights.parts, weights.scale, offset, out.log_threshold, nodes,
             entries, lengths, totals, unlisted, first, stop, n_classes, d, width,
-            BLOCK_ROWS=size, BLOCK_CLASSES=block, BLOCK_DIMS=depth,
-            PARTIAL_MAXIMA=PARTIAL_MAXIMA, LIST_ENTRIES=LIST_ENTRIES,
-            num_warps=warps, num_stages=stages,
+            SPLIT=weights.split, PARTIAL_MAXIMA=PARTIAL_MAXIMA, LIST_ENTRIES=LIST_ENTRIES,
+            **blocks, **options,
         )  # fmt: skip
         finish_kernel[(stop - first,)](
             entries, lengths, totals, unlisted, out.log_threshold, nodes,

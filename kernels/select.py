@@ -1,10 +1,10 @@
 """
 Base scores b = F P^T + c, cut to each row's candidates without ever holding N x K.
 
-The product of a chunk of rows is cuBLAS's, into a buffer that stays in the L2 cache; one program a
-row then finds
+The product of a chunk of rows goes into a buffer that stays in the L2 cache; one program a row then
+finds
 
-    x_k = s (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
+    x_k = (F P^T)_k + c_k + prior_weight log y_hat_k + messages_k
     b_k = x_k - log sum_k e^(x_k)
     candidates: b_k >= min(log_threshold, max b), the C largest of them
     tail = sum of e^(b_k) of all others
@@ -36,11 +36,10 @@ BLOCK_CLASSES = 2048  # at most: as many as the registers of 16 warps hold
 @dataclass(frozen=True)
 class ScoreTerms:
     """
-    The terms of x: a factor () of the products, c (K,), log y_hat (N, K), and messages of the
-    support, by rows of the features.
+    The terms of x beside the products: c (K,), log y_hat (N, K), and messages of the support, by
+    rows of the features.
     """
 
-    scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     log_prior: torch.Tensor | None = None
     prior_weight: float = 1.0
@@ -62,15 +61,13 @@ def between(low, high):
 
 @triton.jit
 def complete_scores(
-    products_ptr, row, k, n_classes, scale_ptr, offset_ptr, log_prior_ptr, prior_weight,
+    products_ptr, row, k, n_classes, offset_ptr, log_prior_ptr, prior_weight,
     message_offsets_ptr, message_classes_ptr, message_weights_ptr,
-    SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
+    OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
 ):  # fmt: skip
     """x of a row at the classes k (B,), -inf beyond K; `products_ptr` is the row's."""
     mask = k < n_classes
     x = tl.load(products_ptr + k, mask, other=float("-inf"))
-    if SCALE:
-        x *= tl.load(scale_ptr)
     if OFFSET:
         x += tl.load(offset_ptr + k, mask, other=0.0)
     if PRIOR:
@@ -167,11 +164,11 @@ def write_candidates(
 
 @triton.jit
 def select_kernel(
-    products_ptr, scale_ptr, offset_ptr, log_prior_ptr, prior_weight,
+    products_ptr, offset_ptr, log_prior_ptr, prior_weight,
     message_offsets_ptr, message_classes_ptr, message_weights_ptr,
     nodes_ptr, log_threshold_ptr, values_ptr, classes_ptr, tail_ptr, normaliser_ptr,
     first, n_classes, width,
-    SCALE: tl.constexpr, OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
+    OFFSET: tl.constexpr, PRIOR: tl.constexpr, MESSAGES: tl.constexpr,
     NODES: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """One row of a chunk of products, whose first row is row `first` of F."""
@@ -179,18 +176,17 @@ def select_kernel(
     row, products_ptr = first + local, products_ptr + local * n_classes
     k = tl.arange(0, BLOCK_CLASSES)
     x = complete_scores(
-        products_ptr, row, k, n_classes, scale_ptr, offset_ptr, log_prior_ptr, prior_weight,
+        products_ptr, row, k, n_classes, offset_ptr, log_prior_ptr, prior_weight,
         message_offsets_ptr, message_classes_ptr, message_weights_ptr,
-        SCALE, OFFSET, PRIOR, MESSAGES,
+        OFFSET, PRIOR, MESSAGES,
     )  # fmt: skip
     largest = tl.max(x, 0)
     pivot = tl.where(largest > float("-inf"), largest, 0.0)
     mass = tl.sum(tl.exp(x - pivot), 0)
     for start in range(BLOCK_CLASSES, n_classes, BLOCK_CLASSES):
         y = complete_scores(
-            products_ptr, row, start + k, n_classes, scale_ptr, offset_ptr, log_prior_ptr,
-            prior_weight, message_offsets_ptr, message_classes_ptr, message_weights_ptr,
-        SCALE, OFFSET, PRIOR, MESSAGES,
+            products_ptr, row, start + k, n_classes, offset_ptr, log_prior_ptr, prior_weight,
+            message_offsets_ptr, message_classes_ptr, message_weights_ptr, OFFSET, PRIOR, MESSAGES,
         )  # fmt: skip
         tl.store(products_ptr + start + k, y, start + k < n_classes)
         largest = tl.maximum(largest, tl.max(y, 0))
@@ -218,31 +214,6 @@ def launch(n_classes: int) -> tuple[int, int]:
     """Classes of a block and its warps: 4 or 8 scores a thread, as registers allow."""
     block = max(256, min(BLOCK_CLASSES, triton.next_power_of_2(n_classes)))
     return block, LAUNCHES[block]
-
-
-def scaled_weights(
-    dtype: torch.dtype, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    P in the type of the features, and the power of two () float32 to multiply the products by.
-
-    float16 has no room for P where a variance is small: all of P is brought to at most 2^15.
-    """
-    if dtype == weights.dtype:
-        return weights, None
-    exponent = torch.frexp(weights.abs().max()).exponent - 15
-    scaled = torch.ldexp(weights, -exponent).to(dtype)
-    return scaled, torch.ldexp(torch.ones_like(weights[0, 0]), exponent)
-
-
-def product(features: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """F P^T (n, K) with float32 sums, into the first rows of `out`."""
-    out = out[: len(features)]
-    if features.dtype == torch.float32:
-        return torch.mm(features, weights.T, out=out)
-    if features.is_cuda:
-        return torch.mm(features, weights.T, out_dtype=torch.float32, out=out)
-    return torch.mm(features.float(), weights.float().T, out=out)
 
 
 def chunk_rows(n_classes: int, n_rows: int) -> int:
@@ -279,14 +250,13 @@ def select(
     block, warps = launch(n_classes)
     select_kernel[(n,)](
         products,
-        nothing if terms.scale is None else terms.scale,
         nothing if terms.offset is None else terms.offset,
         nothing if terms.log_prior is None else terms.log_prior,
         terms.prior_weight, messages.offsets, messages.classes, messages.weights,
         nothing if nodes is None else nodes,
         out.log_threshold, out.values, out.classes, out.tail, normaliser,
         first, n_classes, out.values.shape[1],
-        SCALE=terms.scale is not None, OFFSET=terms.offset is not None,
+        OFFSET=terms.offset is not None,
         PRIOR=terms.log_prior is not None, MESSAGES=terms.messages is not None,
         NODES=nodes is not None, BLOCK_CLASSES=block, num_warps=warps,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from transclip_fast.kernels import class_sums, energies, messages, neighbors, score, select, sweep
+from transclip_fast.kernels import (
+    class_sums,
+    energies,
+    messages,
+    neighbors,
+    products,
+    score,
+    select,
+    sweep,
+)
 from transclip_fast.kernels import top_rows as tops
 
 TARGETS = {
@@ -86,7 +96,7 @@ def lists(kernel, slots, *, outside=False, **constants):
 
 def selection(n_classes, *, terms):
     block, warps = select.launch(n_classes)
-    flags = dict.fromkeys(("SCALE", "OFFSET", "NODES"), True)
+    flags = dict.fromkeys(("OFFSET", "NODES"), True)
     flags |= dict.fromkeys(("PRIOR", "MESSAGES"), terms)
     constants = {**flags, "BLOCK_CLASSES": block}
     return Case(select.select_kernel, constants, {"num_warps": warps})
@@ -97,13 +107,23 @@ def sums(kernel, entries, **types):
     return Case(kernel, constants, {"num_warps": class_sums.WARPS}, types)
 
 
-def fused(target):
-    launches = score.LAUNCHES
-    rows, block, depth, warps, stages = launches.get(target) or launches[TARGETS[target].backend]
-    constants = {"BLOCK_ROWS": rows, "BLOCK_CLASSES": block, "BLOCK_DIMS": depth}
-    constants |= {"PARTIAL_MAXIMA": score.PARTIAL_MAXIMA, "LIST_ENTRIES": score.LIST_ENTRIES}
-    options = {"num_warps": warps, "num_stages": stages}
-    return Case(score.score_kernel, constants, options, {"features_ptr": F16, "weights_ptr": F16})
+def matrix_launch(target, *, split):
+    """Blocks and options of products on a target."""
+    name = target if target in products.LAUNCHES else TARGETS[target].backend
+    return products.launch_of(name, split=split)
+
+
+def fused(target, *, split):
+    constants, options = matrix_launch(target, split=split)
+    constants |= {"SPLIT": split, "PARTIAL_MAXIMA": score.PARTIAL_MAXIMA}
+    constants |= {"LIST_ENTRIES": score.LIST_ENTRIES}
+    types = {"features_ptr": F32 if split else F16, "weights_ptr": F16}
+    return Case(score.score_kernel, constants, options, types)
+
+
+def multiplied(target):
+    types = {"features_ptr": F32, "weights_ptr": F16}
+    return Case(products.product_kernel, *matrix_launch(target, split=True), types)
 
 
 def nearest(target):
@@ -145,7 +165,12 @@ CASES = {
     "class sums, totals": sums(class_sums.total_kernel, "BLOCK_PIECES", part_ptr=F64),
 }  # fmt: skip
 # On matrix units, each target with its own configuration.
-PRODUCTS = {"neighbours": nearest, "score": fused}
+PRODUCTS = {
+    "neighbours": nearest,
+    "score": partial(fused, split=False),
+    "score, float32": partial(fused, split=True),
+    "products, float32": multiplied,
+}
 
 
 def case_of(name: str, target: str, **types: str) -> Case:

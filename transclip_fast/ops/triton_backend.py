@@ -2,9 +2,9 @@
 The operations on sparse assignments on a GPU: a launcher of `transclip_fast.kernels` for each.
 
 Nothing here waits for the GPU, except to read the number of a graph's hub segments once a run.
-Scores of float16 features are fused with their product. In float32, with a prior or messages, and
-at the start, cuBLAS computes the products, a chunk at a time. Sums have a fixed order, so two runs
-give the same bits.
+Scores are fused with their product, in float32 as three products in 16 bits. With a prior or
+messages, more candidates, and at the start, products come a chunk at a time. Sums have a fixed
+order, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.kernels import class_sums, energies, select, sweep, top_rows
 from transclip_fast.kernels import score as fused
 from transclip_fast.kernels.messages import SegmentedAffinity
+from transclip_fast.kernels.products import HalfWeights, product
 from transclip_fast.ops.blocks import blocks, read_rows
 from transclip_fast.ops.torch_backend import TorchOps, share_dropped
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
@@ -52,18 +53,16 @@ class TritonOps(TorchOps):
         return normaliser, *top_rows.decode(top, n_rows)
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
-        weights, scale = select.scaled_weights(features.dtype, score.weights)
+        weights = HalfWeights.of(score.weights, features.dtype)
         linear = score.log_prior is None and score.messages is None
-        if linear and scale is not None and out.values.shape[1] <= fused.MAX_CANDIDATES:
+        if linear and out.values.shape[1] <= fused.MAX_CANDIDATES:
             nodes = self._nodes
             if nodes is None:
                 nodes = torch.arange(len(features), device=features.device)
             for rows in blocks(len(features), read_rows(features.device)):
-                fused.score(features[rows], weights, scale, score.offset, nodes[rows], out=out)
+                fused.score(features[rows], weights, score.offset, nodes[rows], out=out)
             return out
-        terms = select.ScoreTerms(
-            scale, score.offset, score.log_prior, score.prior_weight, score.messages
-        )
+        terms = select.ScoreTerms(score.offset, score.log_prior, score.prior_weight, score.messages)
         normaliser = torch.empty_like(out.tail)
         for rows, products in _products(features, weights):
             select.select(
@@ -93,16 +92,16 @@ class TritonOps(TorchOps):
         return pairwise, entropy
 
 
-def _products(features: UnitRows, weights: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+def _products(features: UnitRows, weights: HalfWeights) -> Iterator[tuple[slice, torch.Tensor]]:
     """F P^T in chunks of rows (n, K) that stay in the cache; files are read many at a time."""
-    n_rows, n_classes = len(features), len(weights)
+    n_rows, n_classes = len(features), weights.parts.shape[1]
     chunk = select.chunk_rows(n_classes, n_rows)
-    buffer = weights.new_empty(chunk, n_classes, dtype=torch.float32)
+    buffer = weights.scale.new_empty(chunk, n_classes)
     for read in blocks(n_rows, read_rows(features.device)):
         block = features[read]
         for part in blocks(len(block), chunk):
             rows = slice(read.start + part.start, read.start + part.stop)
-            yield rows, select.product(block[part], weights, buffer)
+            yield rows, product(block[part], weights, buffer)
 
 
 def _prior_scores(
@@ -110,9 +109,7 @@ def _prior_scores(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """log y_hat in chunks of rows (n, K), up to a constant a row: see `TorchOps.start`."""
     if weights is not None:
-        weights, scale = select.scaled_weights(features.dtype, weights)
-        for rows, products in _products(features, weights):
-            yield rows, products if scale is None else products.mul_(scale)
+        yield from _products(features, HalfWeights.of(weights, features.dtype))
     elif log_prior is not None:
         n_rows, n_classes = log_prior.shape
         for rows in blocks(n_rows, select.chunk_rows(n_classes, n_rows)):

@@ -19,9 +19,9 @@ from tests.kernels.problems import (
     nan_like,
 )
 from transclip_fast.data.feature_rows import Rows
+from transclip_fast.kernels import products, top_rows
 from transclip_fast.kernels import score as fused
 from transclip_fast.kernels import select as chunked
-from transclip_fast.kernels import top_rows
 from transclip_fast.ops import blocks
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.ops.triton_backend import TritonOps
@@ -38,7 +38,7 @@ def small_chunks(monkeypatch):
     """Several chunks and blocks of rows, and rows of several blocks of classes."""
     monkeypatch.setattr(chunked, "BLOCK_CLASSES", 256)
     monkeypatch.setattr(chunked, "chunk_rows", lambda n_classes, n_rows: min(n_rows, 30))
-    monkeypatch.setitem(fused.LAUNCHES, "cuda", (16, 64, 32, 4, 1))
+    monkeypatch.setitem(products.LAUNCHES, "cuda", (16, 64, 32, 4, 1))
     monkeypatch.setattr(fused, "CHUNK_ROWS", 48)
 
 
