@@ -47,9 +47,9 @@ def piece_kernel(
             place = (start + tl.arange(0, BLOCK_ENTRIES)).to(tl.int64)
             entry = tl.load(order_ptr + place, place < last, other=0)
             value = tl.load(values_ptr + entry, place < last, other=0.0).to(tl.float64)
-            row = entry // width
+            row = entry.to(tl.int32) // width
             mask = (place < last)[:, None] & (x < d)[None, :]
-            f = tl.load(features_ptr + row[:, None] * d + x[None, :], mask, other=0.0)
+            f = tl.load(features_ptr + row[:, None].to(tl.int64) * d + x[None, :], mask, other=0.0)
             total += tl.sum(value[:, None] * f.to(tl.float64), 0)
             count += value
         tl.store(part_ptr + piece * d + x, total, x < d)
@@ -79,8 +79,17 @@ def total_kernel(
 
 
 def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums (K + 1, d) and masses (K + 1,) of the classes; the last one is of what rows dropped."""
+    """
+    Sums (K + 1, d) and masses (K + 1,) of the classes; the last one is of what rows dropped.
+
+    Raises
+    ------
+    ValueError
+        2^31 entries or more: 64-bit divisions are slow.
+    """
     n_rows, width, n_classes = len(z), z.values.shape[1] + 1, z.n_classes
+    if n_rows * width >= 2**31:
+        raise ValueError(f"{n_rows} rows of {width} entries are too many at once")
     key_type = torch.int16 if n_classes + 1 < 2**15 else torch.int32
     keys = torch.full((n_rows, width), n_classes, dtype=key_type, device=features.device)
     used = z.values > 0

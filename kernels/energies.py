@@ -15,12 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from transclip_fast.kernels.messages import (
-    SegmentedAffinity,
-    launch,
-    row_messages,
-    segment_messages,
-)
+from transclip_fast.kernels.messages import launch, row_messages, segment_messages
+from transclip_fast.kernels.segments import SegmentedAffinity
 from transclip_fast.types import Assignments
 
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32: 0 log 0 = 0

@@ -1,10 +1,9 @@
 """
 Messages through the graph, (A z)_i = sum_j A_ij z_j: the part that sweeps and energies share.
 
-A block of rows adds the first neighbour of each row, then the second, and so on. A row with many
-more neighbours than others would keep its block waiting: such a hub is cut into segments of at most
-SEGMENT_NEIGHBORS neighbours, whose sums are added MERGED_SEGMENTS at a time, in order, until the
-hub's own block has as few left. A hub of n neighbours takes some 64 + 8 log_8(n / 64) steps.
+A block of rows adds the first neighbour of each row, then the second, and so on. The neighbours of
+a hub are cut into segments (`segments.py`), which are summed first, in parallel; its own block adds
+up those of the last level, in order.
 
 A row has slots, the classes whose messages it needs (its candidates). With BLOCK_OUTSIDE, messages
 to other classes are summed too, in a list of the first OUTSIDE_CLASSES of them. The sizes of
@@ -19,80 +18,17 @@ Shapes: z and its classes (N, R); affinity in CSR with E entries; slots (B, C) o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from transclip_fast.types import Affinity, Assignments
+from transclip_fast.kernels.segments import SegmentedAffinity
+from transclip_fast.types import Assignments
 
-SEGMENT_NEIGHBORS = 64  # of a segment, at most: bounds the time of a block
-MERGED_SEGMENTS = 8  # whose sums are added at a time, at most
 OUTSIDE_CLASSES = 16  # classes outside a row's slots whose messages are summed one by one
 # Slots, a power of two: rows of a block, warps. With two or four slots a thread, a warp shares its
 # loads and many rows are in flight.
 LAUNCHES = {16: (8, 1), 32: (8, 2), 64: (2, 2), 128: (1, 4), 256: (1, 4), 512: (1, 8), 1024: (1, 4)}
-
-
-@dataclass(frozen=True)
-class Segments:
-    """
-    One level of segments; all are numbered from level to level, these from `base` on.
-
-    `rows`, `first`, `last` (S,) int64 are each segment's row and its part of the entries; beyond
-    the first level, of the segments of the level before.
-    """
-
-    base: int
-    rows: torch.Tensor
-    first: torch.Tensor
-    last: torch.Tensor
-
-
-@dataclass(frozen=True)
-class SegmentedAffinity:
-    """
-    An affinity of N rows, its hubs cut into levels of segments.
-
-    `bounds` (N, 2) int32 are the first and last segment that each row adds up itself, of which a
-    row that is no hub has none.
-    """
-
-    affinity: Affinity
-    bounds: torch.Tensor
-    levels: list[Segments]
-
-    @classmethod
-    def of(cls, affinity: Affinity) -> SegmentedAffinity:
-        """Cut the hubs into segments, whose numbers are read back from the device."""
-        ends = torch.stack([affinity.offsets[:-1], affinity.offsets[1:]])  # (2, N)
-        hubs = ends.diff(dim=0)[0] > SEGMENT_NEIGHBORS
-        levels: list[Segments] = []
-        base, size = 0, SEGMENT_NEIGHBORS
-        while True:
-            degrees = ends.diff(dim=0)[0].where(hubs, 0)
-            counts = torch.where(degrees > size, (degrees + size - 1) // size, 0)
-            rows = torch.repeat_interleave(counts)
-            if not len(rows):
-                break
-            stop = base + counts.cumsum(0)
-            start = stop - counts
-            first = ends[0, rows] + size * (torch.arange(len(rows), device=rows.device) + base)
-            first -= size * start[rows]
-            levels.append(Segments(base, rows, first, torch.minimum(first + size, ends[1, rows])))
-            ends = torch.stack([start, stop]).where(counts > 0, ends)
-            base, size = base + len(rows), MERGED_SEGMENTS
-        return cls(affinity, ends.where(hubs, 0).T.contiguous().int(), levels)
-
-    @property
-    def n_segments(self) -> int:
-        return sum(len(level.rows) for level in self.levels)
-
-    @property
-    def arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Offsets, columns and weights of the affinity."""
-        return self.affinity.offsets, self.affinity.columns, self.affinity.weights
 
 
 @triton.jit

@@ -29,7 +29,12 @@ import triton
 import triton.language as tl
 
 from transclip_fast.kernels.products import HalfWeights, launch, tile
-from transclip_fast.kernels.select import ordered, selected, threshold_of, write_candidates
+from transclip_fast.kernels.select import (
+    raised,
+    selected,
+    thresholds_of,
+    write_candidates,
+)
 from transclip_fast.types import Scores
 
 MAX_CANDIDATES = 32  # C at most: with more, the partial maxima hardly bound the C-th largest score
@@ -40,18 +45,6 @@ FINISH_WARPS = 1
 TILE_PARTS = tl.constexpr(4)  # of a tile, appended one after the other
 BAR_HALVINGS = tl.constexpr(4)  # bring the bar within 1/16 of the range of the partial maxima
 SUM_SLACK = tl.constexpr(1e-3)  # nats: far above the rounding of a sum of exponentials
-
-
-@triton.jit
-def raised(best, bar, bound, largest, width):
-    """The bar (M,), raised as far as `width` of the partial maxima `best` (M, G) still reach it."""
-    low, high = tl.maximum(bar, bound), largest
-    for _ in range(BAR_HALVINGS):
-        middle = 0.5 * (low + high)
-        enough = tl.sum((best >= middle[:, None]).to(tl.int32), 1) >= width
-        bar = tl.where(enough, middle, bar)
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-    return bar
 
 
 @triton.jit
@@ -80,9 +73,8 @@ def listed(entries_ptr, length, LIST_ENTRIES: tl.constexpr):
 def cut(entries_ptr, length, width, pivot, unused_ptr, LIST_ENTRIES: tl.constexpr):
     """Cut a list in memory to its `width` largest; the smallest of them, and the others' mass."""
     x, k = listed(entries_ptr, length, LIST_ENTRIES)
-    low = ordered(tl.min(tl.where(tl.arange(0, LIST_ENTRIES) < length, x, float("inf")), 0))
-    high = ordered(tl.max(x, 0)) + 1
-    low, high, taken = threshold_of(x, unused_ptr, LIST_ENTRIES, low, high, width)
+    smallest = tl.min(tl.where(tl.arange(0, LIST_ENTRIES) < length, x, float("inf")), 0)
+    low, high, taken = thresholds_of(x, unused_ptr, LIST_ENTRIES, smallest, tl.max(x, 0), width)
     own = selected(x, low, high, width - taken)
     tl.debug_barrier()  # every thread has read its entries before they are overwritten
     tl.store(entries_ptr + tl.cumsum(own.to(tl.int32), 0) - 1, entry_of(x, k), own)
@@ -180,7 +172,7 @@ def score_kernel(
         bound = tl.minimum(lowest + total - SUM_SLACK, largest)
         groups = tl.reshape(x, (BLOCK_ROWS, BLOCK_CLASSES // PARTIAL_MAXIMA, PARTIAL_MAXIMA))
         best = tl.maximum(best, tl.max(groups, 1))
-        old, bar = bar, raised(best, bar, bound, largest, width)
+        old, bar = bar, raised(best, bar, bound, largest, width, BAR_HALVINGS)
         limit = tl.maximum(bar, bound)
         limit = tl.where(limit > old, limit, above(old))
         shrink = tl.exp(before - largest)
@@ -206,9 +198,11 @@ def finish_kernel(
     node = tl.load(nodes_ptr + first + local)
     length = tl.load(lengths_ptr + local)
     x, k = listed(entries_ptr + local * LIST_ENTRIES, length, LIST_ENTRIES)
+    total, largest = tl.load(totals_ptr + local), tl.max(x, 0)
+    lowest = tl.minimum(tl.load(log_threshold_ptr + node) + total, largest)
     write_candidates(
-        x, k, log_threshold_ptr, LIST_ENTRIES, tl.load(totals_ptr + local), tl.max(x, 0),
-        tl.load(log_threshold_ptr + node), tl.load(unlisted_ptr + local), width,
+        x, k, log_threshold_ptr, LIST_ENTRIES, total, lowest, largest,
+        tl.load(unlisted_ptr + local), width,
         values_ptr + node * width, classes_ptr + node * width, tail_ptr + node,
     )  # fmt: skip
 

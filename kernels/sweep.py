@@ -21,12 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from transclip_fast.kernels.messages import (
-    SegmentedAffinity,
-    launch,
-    row_messages,
-    segment_messages,
-)
+from transclip_fast.kernels.messages import launch, row_messages, segment_messages
+from transclip_fast.kernels.segments import SegmentedAffinity
 from transclip_fast.types import Assignments, Scores
 
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32

@@ -95,11 +95,10 @@ def lists(kernel, slots, *, outside=False, **constants):
 
 
 def selection(n_classes, *, terms):
-    block, warps = select.launch(n_classes)
     flags = dict.fromkeys(("OFFSET", "NODES"), True)
     flags |= dict.fromkeys(("PRIOR", "MESSAGES"), terms)
-    constants = {**flags, "BLOCK_CLASSES": block}
-    return Case(select.select_kernel, constants, {"num_warps": warps})
+    constants = {**flags, **select.launch(n_classes)}
+    return Case(select.select_kernel, constants, {"num_warps": constants.pop("num_warps")})
 
 
 def sums(kernel, entries, **types):

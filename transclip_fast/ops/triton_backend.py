@@ -16,8 +16,8 @@ import torch
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.kernels import class_sums, energies, select, sweep, top_rows
 from transclip_fast.kernels import score as fused
-from transclip_fast.kernels.messages import SegmentedAffinity
 from transclip_fast.kernels.products import HalfWeights, product
+from transclip_fast.kernels.segments import SegmentedAffinity
 from transclip_fast.ops.blocks import blocks, read_rows
 from transclip_fast.ops.torch_backend import TorchOps, share_dropped
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores

@@ -118,13 +118,15 @@ def test_candidates(rng, dtype, n, k, candidates, by_prior, with_messages):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_equal_scores_are_taken_by_class(rng, dtype):
+@pytest.mark.parametrize("fused", [True, False])
+def test_equal_scores_are_taken_by_class(rng, dtype, fused):
     """K classes that are all alike, and some that are a little better."""
+    prior = None if fused else torch.zeros(2, 600)
     weights = torch.zeros(600, 8)
     offset = torch.zeros(600)
     offset[[70, 300, 599]] = 1.0
     out = nan_scores(torch.zeros(2), 600, 16)
-    scores((normal(rng, 2, 8, dtype=dtype), weights, offset), out)
+    scores((normal(rng, 2, 8, dtype=dtype), LinearScore(weights, offset, prior)), out)
     expected = [*range(13), 70, 300, 599]
     assert all(row == expected for row in out.classes.tolist())
 
@@ -185,10 +187,10 @@ def test_a_list_is_cut_to_its_largest(rng, length, width):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    st.integers(1, 5), st.integers(1, 200), st.integers(1, 8), st.sampled_from([1, 5, 16]),
-    st.sampled_from([0.0, 3.0, 30.0]), st.integers(0, 2**32 - 1),
+    st.integers(1, 5), st.integers(1, 300), st.integers(1, 8), st.sampled_from([1, 5, 16, 32]),
+    st.sampled_from([0.0, 3.0, 30.0, np.inf]), st.booleans(), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_whole_numbers_are_selected_exactly(n, k, spread, candidates, max_message, seed):
+def test_whole_numbers_are_selected_exactly(n, k, spread, candidates, max_message, fused, seed):
     """Products of small whole numbers are exact in 16 bits, and many are equal."""
     draw = torch.Generator().manual_seed(seed)
     features = torch.randint(-2, 3, (n, 4), generator=draw).half()
@@ -196,7 +198,8 @@ def test_whole_numbers_are_selected_exactly(n, k, spread, candidates, max_messag
     offset = torch.randint(-spread, spread + 1, (k,), generator=draw).float()
     candidates = min(candidates, k)
     out = nan_scores(torch.full((n,), max_message), k, candidates)
-    scores((features, weights, offset), out)
+    prior = None if fused else torch.zeros(n, k)  # without effect, but not fused
+    scores((features, LinearScore(weights, offset, prior)), out)
     x = features.double() @ weights.double().T + offset.double()
     b = x - x.logsumexp(1, keepdim=True)
     order = x.sort(dim=1, descending=True, stable=True).indices[:, :candidates]

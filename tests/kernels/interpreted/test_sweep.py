@@ -15,7 +15,7 @@ from tests.kernels.problems import (
     random_z,
     sweep_truth,
 )
-from transclip_fast.kernels import messages
+from transclip_fast.kernels import messages, segments
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.ops.triton_backend import TritonOps
 from transclip_fast.types import Affinity
@@ -58,14 +58,14 @@ def test_sweep(rng, k, candidates, rank):
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    monkeypatch.setattr(messages, "SEGMENT_NEIGHBORS", 16)
-    monkeypatch.setattr(messages, "MERGED_SEGMENTS", 2)
+    monkeypatch.setattr(segments, "SEGMENT_NEIGHBORS", 16)
+    monkeypatch.setattr(segments, "MERGED_SEGMENTS", 2)
 
 
 def test_a_hub_is_summed_in_segments(rng, monkeypatch, short_segments):
     affinity, weights = difficult_graph(rng, 33, hub=150)
     found, same, bound = run_sweep(rng, 33, 21, 5, 3, affinity, weights)
-    segmented = messages.SegmentedAffinity.of(affinity)
+    segmented = segments.SegmentedAffinity.of(affinity)
     assert [len(level.rows) for level in segmented.levels] == [10, 5, 3, 2]
     # Messages to the hub overflow the list of other classes: its bound may only be larger.
     assert_no_worse(found.bound[1:], same.bound[1:], bound[1:], 1e-6)
@@ -80,7 +80,7 @@ def test_hubs_of_all_sizes(rng, short_segments):
     edges = [(i, int(j), rng.normal() / n) for i, n in enumerate([16, 17, 33, 200, 3])
              for j in rng.integers(0, 20, n)]  # fmt: skip
     affinity, weights = affinity_of(edges, 20)
-    bounds = messages.SegmentedAffinity.of(affinity).bounds
+    bounds = segments.SegmentedAffinity.of(affinity).bounds
     assert (bounds.diff(dim=1)[:, 0] > 0).tolist() == [False, True, True, True] + 16 * [False]
     run_sweep(rng, 20, 9, 5, 3, affinity, weights)
 
@@ -89,7 +89,7 @@ def test_hubs_of_all_sizes(rng, short_segments):
 def test_a_hub_takes_few_steps(degree):
     """Each level adds up a bounded number of entries or segments, and there are few levels."""
     affinity = Affinity(torch.tensor([0, degree, degree + 3]), *2 * [torch.zeros(degree + 3)])
-    graph = messages.SegmentedAffinity.of(affinity)
+    graph = segments.SegmentedAffinity.of(affinity)
     longest = [int((level.last - level.first).max()) for level in graph.levels]
     steps = sum(longest) + int(graph.bounds.diff(dim=1).max())
     assert steps <= 64 + 8 * (1 + np.log(degree / 64) / np.log(8))
