@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -215,6 +216,7 @@ def _version(*names: str) -> str | None:
     return None
 
 
+@cache
 def machine_facts() -> dict[str, Any]:
     """Return what a time depends on: processor, memory, GPU, versions, commit (None: absent)."""
     processor = "".join(Path("/proc/cpuinfo").read_text().partition("model name")[2:])

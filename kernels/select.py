@@ -286,10 +286,8 @@ def select(
     n, n_classes = products.shape
     if not products.is_contiguous():
         raise ValueError("products must be contiguous")
-    # A kernel takes no None: what is not there is another tensor, which it does not read.
-    offset, log_prior, places = (
-        normaliser if x is None else x for x in (terms.offset, terms.log_prior, nodes)
-    )
+    given = terms.offset, terms.log_prior, nodes
+    offset, log_prior, places = (normaliser if x is None else x for x in given)
     messages = terms.messages or Messages(normaliser, normaliser, normaliser)
     select_kernel[(n,)](
         products, offset, log_prior, terms.prior_weight,

@@ -16,6 +16,7 @@ from bench.gpu.problems import (
     made_problem,
     score_error,
     score_operands,
+    sums_error,
     sweep_bytes,
     sweep_error,
 )
@@ -129,15 +130,7 @@ def sums(suite: Suite, n: int = 1_280_000, k: int = 1000, d: int = 1280) -> None
             total += part.T @ features[start : start + (1 << 16)]
         return total
 
-    exact = torch.zeros(k, d, dtype=torch.float64, device=device)
-    tail, share = exact[0].clone(), exact[:, 0].clone()
-    for start in range(0, n, 1 << 14):
-        rows = slice(start, start + (1 << 14))
-        kept, read = z[0].take(rows), features[rows].double()
-        exact += kept.dense().double().T @ read
-        tail += (1 - kept.values.sum(1)).double() @ read
-        share += kept.dense().sum(0, dtype=torch.float64)
-    error = float((kernel(0)[0] - exact - torch.outer(share / share.sum(), tail)).abs().max())
+    error = sums_error(ours, z[0], features)
     work = 2.0 * d * (float((z[0].values > 0).sum()) + n)
     arms: dict[str, Arm] = {"kernel": kernel, "cuBLAS on dense chunks": vendor}
     suite.arms("class sums", arms, work, "GB/s", {"kernel": error}, 1e-6, rows=n, classes=k, dim=d)
@@ -146,18 +139,23 @@ def sums(suite: Suite, n: int = 1_280_000, k: int = 1000, d: int = 1280) -> None
 NEIGHBOURS = (20_000, 131_072, 1_280_000)
 
 
-def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 1280) -> None:
-    """Check the graph of a few rows; time that of more beside a product, and of all rows once."""
-    (few, some, n), device = sizes, suite.gpu.device
-    features = made_problem(n, max(2, min(1000, n // 8)), d, device)[0]
-    own = Rows(features[evenly_spaced_rows(n, few, device)], device=device)
+def graph_errors(suite: Suite, features: torch.Tensor) -> None:
+    """Check a graph of the kernels against one that is searched exactly throughout."""
+    own = Rows(features, device=suite.gpu.device)
     graph = build_graph(own, 3, search="exact")
     with setting(exact_search, "certifiable", lambda rows, size: False):
         exact = build_graph(own, 3, search="exact")
     differ = float((graph.neighbors != exact.neighbors).mean())
     off = float(np.abs(graph.similarities - exact.similarities).max())
-    suite.check("graph, other neighbours than exact search", differ, 0.0, rows=few, dim=d)
-    suite.check("graph, their similarities", off, 0.0, rows=few, dim=d)
+    suite.check("graph, other neighbours than exact search", differ, 0.0, rows=len(own))
+    suite.check("graph, their similarities", off, 0.0, rows=len(own))
+
+
+def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 1280) -> None:
+    """Check the graph of a few rows; time that of more beside a product, and of all rows once."""
+    (few, some, n), device = sizes, suite.gpu.device
+    features = made_problem(n, max(2, min(1000, n // 8)), d, device)[0]
+    graph_errors(suite, features[evenly_spaced_rows(n, few, device)])
 
     def search(rows: Rows) -> int:
         found = Candidates.empty(len(rows), 3 + SPARE_CANDIDATES, rows.device)

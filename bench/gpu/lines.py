@@ -1,11 +1,12 @@
-"""The lines of `bench.gpu.suite`: times, errors, and shares of the measured ceilings."""
+"""The lines of the GPU suite and check: times, errors, and shares of the measured ceilings."""
 
 from __future__ import annotations
 
-import time
+import json
+import math
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from bench.common import print_table, record
 from bench.gpu.timing import INPUT_SETS, Arm, Gpu
 
-LIMIT_SECONDS = 7 * 60  # after which no arm is started
+LINES = "gpu_suite"  # name of the file of lines
 
 
 @dataclass
@@ -60,19 +61,39 @@ def measure_ceilings(gpu: Gpu, entries: int = 1 << 29, side: int = 8192) -> Ceil
     return Ceilings(2 * 4 * entries / copy / 1e6, 2 * side**3 / product / 1e9)
 
 
+def ceilings(suite: Suite, entries: int = 1 << 29, side: int = 8192) -> None:
+    """Add the lines of this GPU's ceilings, of which the rates of later parts are shares."""
+    found = measure_ceilings(suite.gpu, entries, side)
+    suite.add(Line("copy", "torch", 0.0, found.bandwidth, "GB/s", 1.0))
+    suite.add(Line("16-bit GEMM", "cuBLAS", 0.0, found.gemm, "TFLOP/s", 1.0))
+
+
+def recorded(folder: Path, start: int = 0) -> list[Line]:
+    """Return the lines of a folder from a position in its file on."""
+    path, names = folder / f"{LINES}.jsonl", [x.name for x in fields(Line)]
+    if not path.exists():
+        return []
+    rows = map(json.loads, path.read_bytes()[start:].splitlines())
+    return [Line(**{name: row[name] for name in names}) for row in rows]
+
+
+def ceilings_of(lines: list[Line]) -> Ceilings:
+    """Return the ceilings that a part recorded last; without any, shares are NaN."""
+    rates = {line.operation: line.rate for line in lines}
+    return Ceilings(rates.get("copy", math.nan), rates.get("16-bit GEMM", math.nan))
+
+
 class Suite:
-    """The lines so far, and the folder that records them."""
+    """The lines of one part, and the folder that records them."""
 
     def __init__(self, folder: Path, gpu: Gpu, ceilings: Ceilings) -> None:
         self.folder, self.gpu, self.ceilings = folder, gpu, ceilings
-        self.lines, self.begun, self.failed = list[Line](), time.monotonic(), False
-        self.add(Line("copy", "torch", 0.0, ceilings.bandwidth, "GB/s", 1.0))
-        self.add(Line("16-bit GEMM", "cuBLAS", 0.0, ceilings.gemm, "TFLOP/s", 1.0))
+        self.lines, self.failed = list[Line](), False
 
     def add(self, line: Line) -> None:
         """Record a line, and print it where it is wrong."""
         self.lines.append(line)
-        record("gpu_suite", asdict(line), folder=self.folder)
+        record(LINES, asdict(line), folder=self.folder)
         if line.wrong:
             print(f"WRONG {line.operation}, {line.arm}: {line.error:.1e}", flush=True)
 
@@ -112,10 +133,7 @@ class Suite:
         self.add(Line(operation, arm, taken, rate, unit, share, error, allowed, detail))
 
     def attempt(self, what: str, run: Callable[[], Any]) -> Any:
-        """Run an arm, or print why not: no time left, no memory on the GPU, an error."""
-        if time.monotonic() - self.begun > LIMIT_SECONDS:
-            print(f"SKIPPED {what}: {LIMIT_SECONDS} s are over", flush=True)
-            return None
+        """Run an arm, or print why not: no memory on the GPU, an error."""
         try:
             return run()
         except torch.OutOfMemoryError as error:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from transclip_fast.device import exact_float32
+from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.types import Affinity, Assignments, NeighborGraph, Scores, Truncation
 
 OWN_CLASS = 0.65  # share of neighbours with the row's label: 62 to 71 % of real ones
 SIMILARITY = 0.8  # of all neighbours
 CHUNK_ROWS = 1 << 18  # made at a time
+# Of float32 products in 16 bits over that of a float32 GEMM. Below 1 where sums are long and exact
+# in float32; a matrix unit truncates them, which has not been measured yet.
+GEMM_ERROR = 2.0
 
 
 def made_graph(n: int, k: int, neighbors: int = 3, seed: int = 0) -> NeighborGraph:
@@ -90,6 +95,36 @@ def score_error(
     truth = b.exp().gather(1, out.classes[sample].long())
     off = off.maximum((found - truth).where(found > 0, 0.0).abs().max())
     return float(off.maximum((out.tail[sample] + best.sum(1) - 1).abs().max()))
+
+
+def product_error(n: int, k: int, d: int, device: str) -> tuple[float, float]:
+    """Return the root mean squared error against float64 of float32 products: ours, a GEMM's."""
+    from transclip_fast.kernels.products import HalfWeights, product
+
+    draw = torch.Generator(device).manual_seed(1)
+    rows = torch.randn(min(n, 1000), d, device=device, generator=draw)
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    weights = 80 * torch.randn(k, d, device=device, generator=draw)
+    truth = rows.double() @ weights.double().T
+    ours = product(rows, HalfWeights.of(weights, rows.dtype), torch.empty_like(truth.float()))
+    with exact_float32():
+        found = ours, rows @ weights.T
+    first, second = (float((x.double() - truth).square().mean().sqrt()) for x in found)
+    return first, second
+
+
+def sums_error(ops: TorchOps, z: Assignments, features: torch.Tensor) -> float:
+    """Return the largest error, against float64, of class sums of rows sorted by node."""
+    exact = torch.zeros(z.n_classes, features.shape[1], dtype=torch.float64, device=features.device)
+    tail, share = exact[0].clone(), exact[:, 0].clone()
+    for start in range(0, len(z), 1 << 14):
+        rows = slice(start, start + (1 << 14))
+        kept, read = z.take(rows), features[rows].double()
+        exact += kept.dense().double().T @ read
+        tail += (1 - kept.values.sum(1)).double() @ read
+        share += kept.dense().sum(0, dtype=torch.float64)
+    found = ops.class_sums(z, features)[0]
+    return float((found - exact - torch.outer(share / share.sum(), tail)).abs().max())
 
 
 def sweep_bytes(graph: Affinity, z: Assignments) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.common import SAME_LABELS
@@ -14,17 +16,16 @@ from bench.gpu.problems import made_graph, made_problem
 from bench.gpu.timing import Stopwatch, bits_differ, setting
 from bench.rivals import baseline
 from transclip_fast.data.feature_rows import Rows
+from transclip_fast.device import current_device
 from transclip_fast.ops import backend_class
 from transclip_fast.solver import loop as solver
 from transclip_fast.solver import state
 from transclip_fast.solver.layout import Layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
-from transclip_fast.solver.problem import Inputs, Settings
+from transclip_fast.solver.problem import Inputs, Problem, Settings
 from transclip_fast.types import NeighborGraph, Truncation
 
-STREAMED_ENTRIES = 2_000_000_000  # largest features that are also read from host memory
-FLOAT32_OPERATIONS = 2e15  # of all scores: a longer solve is not repeated in float32
 WIDTH = 16  # candidates, and entries of z
 OTHER_LABELS = 1 - SAME_LABELS  # largest share of rows whose label may differ from the first arm's
 STEPS = Parameters(class_cost=False)  # 10 x 5; the rivals have no class cost
@@ -37,6 +38,8 @@ class GpuProblem:
         self.shape, self.device = (n, k, d), device
         self.features, self.prototypes = made_problem(n, k, d, device)
         self.graph = made_graph(n, k)
+        self._half: torch.Tensor | None = None
+        self._streamed: Rows | None = None
 
     def solution(self, features: torch.Tensor | Rows) -> state.Solution:
         """Solve on the kernels."""
@@ -52,10 +55,57 @@ class GpuProblem:
         """Return the labels (N,) of a solve on the kernels."""
         return self.solution(features).assignments.best()[0]
 
+    def defaults(self) -> torch.Tensor:
+        """Return the labels of a fit with default parameters."""
+        parameters = Parameters(device=self.device, backend="triton", assignments="sparse")
+        return labels_of(parameters, self.features, self.prototypes, self.graph)
+
+    def arms(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """Return all arms by name, each a function that returns labels."""
+
+        def half() -> torch.Tensor:
+            if self._half is None:
+                self._half = self.features.half()
+            return self.labels(self._half)
+
+        def streamed() -> torch.Tensor:
+            if self._streamed is None:
+                rows = self.features.cpu()
+                self._streamed = Rows(rows, device=self.device, held=False).half()
+            return self.labels(self._streamed)
+
+        return {
+            "float16": half,
+            "float32": lambda: self.labels(self.features),
+            "float16, streamed": streamed,
+            "baseline": lambda: self.rival(False),
+            "baseline, torch.compile": lambda: self.rival(True),
+        }
+
     def rival(self, compiled: bool) -> torch.Tensor:
         """Return the labels (N,) of the strong baseline."""
         pair = lists_on(self.graph, self.device)
         return baseline.solve(self.features, self.prototypes, pair, compiled=compiled).argmax(1)
+
+
+def labels_of(
+    parameters: Parameters,
+    features: torch.Tensor,
+    prototypes: torch.Tensor,
+    graph: NeighborGraph,
+    *,
+    held: bool | None = None,
+) -> torch.Tensor:
+    """Return the labels (N,) of a fit, which needs no estimator, and so neither scipy nor tqdm."""
+    problem = Problem.check(features, prototypes, logit_scale=parameters.logit_scale)
+    settings = Settings.resolve(parameters, problem)
+    if held is not None:
+        settings = replace(settings, layout=replace(settings.layout, held=held))
+    with current_device(settings.device):
+        inputs = problem.load(settings)
+        if parameters.precision == "float16":
+            inputs = replace(inputs, features=inputs.features.half())
+        return solver.solve(inputs, graph, settings).assignments.best()[0]
 
 
 def lists_on(graph: NeighborGraph, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,35 +128,50 @@ def repeated(suite: Suite, n: int = 20_000, k: int = 1000, d: int = 512) -> None
     suite.check(f"two solves, {n} rows", bits_differ(run(), run()), 0.0)
 
 
-def solve(suite: Suite, n: int, k: int, d: int) -> None:
-    """Time a solve of 10 x 5 with its graph, beside the baseline and its compiled form.
+def solve(
+    suite: Suite, n: int, k: int, d: int, arms: Sequence[str] = (), *, warm: bool = True
+) -> None:
+    """Time solves of 10 x 5 with their graph by some arms, all by default.
 
-    Labels are compared with those of the first arm that ran. Where they differ, the later line is
-    marked, whichever arm is at fault.
+    Labels are compared with those of the first arm that ever ran here. Where they differ, the later
+    line is marked, whichever arm is at fault.
     """
-    name = f"solve {n} x {k} x {d}"
     problem = GpuProblem(n, k, d, suite.gpu.device)
-    half = problem.features.half()
-    arms: dict[str, Callable[[], torch.Tensor]] = {"float16": partial(problem.labels, half)}
-    if 22.0 * n * k * d <= FLOAT32_OPERATIONS:
-        arms["float32"] = partial(problem.labels, problem.features)
-        arms["baseline"] = partial(problem.rival, False)
-        arms["baseline, torch.compile"] = partial(problem.rival, True)
-    if n * d <= STREAMED_ENTRIES:
-        rows = Rows(problem.features.cpu(), device=suite.gpu.device, held=False).half()
-        arms["float16, streamed"] = partial(problem.labels, rows)
-    first: torch.Tensor | None = None
-    for arm, run in arms.items():
-        taken = suite.attempt(f"{name}, {arm}", partial(suite.gpu.seconds, run))
-        if taken is None:
-            continue
-        labels, seconds, peak = taken
-        first = labels if first is None else first
-        differ = float((labels != first).float().mean())
-        detail: dict[str, Any] = {"peak_gb": peak / 1e9, "same_labels": 1 - differ}
-        if arm == "float16":
-            detail["stages"] = stages_of(suite, run)
-        suite.add(Line(name, arm, 1e3 * seconds, error=differ, allowed=OTHER_LABELS, detail=detail))
+    known = problem.arms()
+    for arm in arms or known:
+        timed_labels(suite, problem, arm, known[arm], warm=warm)
+
+
+def defaults(suite: Suite, n: int, k: int, d: int) -> None:
+    """Time `TransCLIP()` as it comes beside the baseline."""
+    problem = GpuProblem(n, k, d, suite.gpu.device)
+    timed_labels(suite, problem, "TransCLIP()", problem.defaults)
+    timed_labels(suite, problem, "baseline", problem.arms()["baseline"])
+
+
+def timed_labels(
+    suite: Suite,
+    problem: GpuProblem,
+    arm: str,
+    run: Callable[[], torch.Tensor],
+    *,
+    warm: bool = True,
+) -> None:
+    """Add the line of a solve that returns labels; of float16 with the time of each stage."""
+    name = "solve {} x {} x {}".format(*problem.shape)
+    taken = suite.attempt(f"{name}, {arm}", partial(suite.gpu.seconds, run, warm=warm))
+    if taken is None:
+        return
+    labels, seconds, peak = taken
+    labels = labels.cpu().numpy()
+    path = suite.folder / "labels_{}_{}_{}.npy".format(*problem.shape)
+    if not path.exists():
+        np.save(path, labels)
+    differ = float((labels != np.load(path)).mean())
+    detail: dict[str, Any] = {"peak_gb": peak / 1e9, "same_labels": 1 - differ}
+    if arm == "float16" and warm:
+        detail["stages"] = stages_of(suite, run)
+    suite.add(Line(name, arm, 1e3 * seconds, error=differ, allowed=OTHER_LABELS, detail=detail))
 
 
 def stages_of(suite: Suite, run: Callable[[], Any]) -> dict[str, float]:

@@ -60,6 +60,48 @@ class Gpu:
         return result, time.perf_counter() - start, self.peak()
 
 
+class Cpu(Gpu):
+    """Stands in for a GPU: the same calls, each once, on the CPU's clock."""
+
+    device = "cpu"
+
+    def event(self) -> Any:
+        """Return an event of the CPU's clock."""
+        return CpuEvent()
+
+    def synchronize(self) -> None:
+        """Nothing is ahead of the CPU."""
+
+    def peak(self) -> int:
+        """Return 0: nothing is counted."""
+        return 0
+
+    def milliseconds(self, run: Arm, repeats: int = 1) -> float:
+        """Return the time of the last set of inputs, after the first to warm up."""
+        run(0)
+        start = time.perf_counter()
+        run(INPUT_SETS - 1)
+        return 1e3 * (time.perf_counter() - start)
+
+    def seconds(
+        self, run: Callable[[], Result], *, warm: bool = False
+    ) -> tuple[Result, float, int]:
+        """Return result and seconds of a run."""
+        return super().seconds(run, warm=False)
+
+
+class CpuEvent:
+    """A moment, as an event of CUDA."""
+
+    def record(self) -> None:
+        """Take the time."""
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, stop: CpuEvent) -> float:
+        """Return the milliseconds until another event."""
+        return 1e3 * (stop.seconds - self.seconds)
+
+
 class Stopwatch:
     """A backend, as a class or built for a run, whose operations are timed by the GPU's clock."""
 

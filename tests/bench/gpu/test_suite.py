@@ -1,12 +1,15 @@
 """The parts of the GPU suite that need no GPU: its problems, formulas and table."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
+from bench.gpu import check as gpu_check
 from bench.gpu import lines as gpu_lines
+from bench.gpu import parts
 from bench.gpu import suite as gpu_suite
 from bench.gpu.eva import EvaTower
 from bench.gpu.lines import Ceilings, Line, Suite
@@ -20,6 +23,7 @@ from bench.gpu.problems import (
     sweep_error,
 )
 from bench.gpu.timing import Gpu, bits_differ, setting
+from tests.bench.gpu import fake_parts
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.types import LinearScore
@@ -83,16 +87,16 @@ def test_what_is_wrong(error, wrong):
 
 
 def test_settings_are_taken_back():
-    before, during = gpu_lines.LIMIT_SECONDS, []
+    before, during = gpu_lines.LINES, []
 
     def broken():
-        with setting(gpu_lines, "LIMIT_SECONDS", 5):
-            during.append(gpu_lines.LIMIT_SECONDS)
+        with setting(gpu_lines, "LINES", "other"):
+            during.append(gpu_lines.LINES)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         broken()
-    assert (during, gpu_lines.LIMIT_SECONDS) == ([5], before)
+    assert (during, gpu_lines.LINES) == (["other"], before)
 
 
 def test_bits_that_differ():
@@ -113,11 +117,12 @@ def test_lines_and_table(tmp_path, capsys):
     arms = {"kernel": lambda i: 1.0, "rival": lambda i: 2.0}
     suite.arms("sweep", arms, 2e9, "GB/s", {"kernel": 1e-7}, 1e-6, n=5)
     rows = [json.loads(line) for line in (tmp_path / "gpu_suite.jsonl").read_text().splitlines()]
-    assert [row["arm"] for row in rows] == ["torch", "cuBLAS", "kernel", "rival"]
-    assert rows[2]["share"] == 0.5
-    assert rows[2]["error"] == 1e-7
-    assert rows[3]["error"] is None
+    assert [row["arm"] for row in rows] == ["kernel", "rival"]
+    assert rows[0]["share"] == 0.5
+    assert rows[0]["error"] == 1e-7
+    assert rows[1]["error"] is None
     assert {"commit", "gpu", "torch", "triton"} <= set(rows[0]["machine"])
+    assert gpu_lines.recorded(tmp_path) == suite.lines
     gpu_lines.print_lines(suite.lines)
     assert "2000 GB/s" in capsys.readouterr().out
     assert suite.code == 0
@@ -132,11 +137,8 @@ def test_lines_and_table(tmp_path, capsys):
     assert suite.code == 0
     assert suite.attempt("a broken one", broken) is None
     assert suite.code == 1
-    suite.begun -= 2 * gpu_lines.LIMIT_SECONDS
-    assert suite.attempt("a late one", full) is None
     said = capsys.readouterr()
     assert "SKIPPED a large one: no room\n" in said.out
-    assert "SKIPPED a late one" in said.out
     assert "FAILED a broken one" in said.out
     assert "a bug" in said.err
     suite.failed = False
@@ -147,9 +149,43 @@ def test_lines_and_table(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("WRONG\n")
 
 
+def test_shares_are_of_the_ceilings_measured_last(tmp_path):
+    assert np.isnan(gpu_lines.ceilings_of(gpu_lines.recorded(tmp_path)).gemm)
+    for bandwidth in (100.0, 4000.0):
+        suite = Suite(tmp_path, Instant(), Ceilings(0.0, 0.0))
+        suite.add(Line("copy", "torch", 0.0, bandwidth, "GB/s", 1.0))
+    start = (tmp_path / "gpu_suite.jsonl").stat().st_size
+    suite.add(Line("16-bit GEMM", "cuBLAS", 0.0, 800.0, "TFLOP/s", 1.0))
+    lines = gpu_lines.recorded(tmp_path)
+    assert gpu_lines.ceilings_of(lines) == Ceilings(4000.0, 800.0)
+    assert gpu_lines.recorded(tmp_path, start) == lines[-1:]
+
+
+def test_a_part_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(parts, "START_SECONDS", 15)
+    (tmp_path / "labels_1_2_3.npy").write_bytes(b"of an earlier run")
+    arguments = ["--cpu", "--out", str(tmp_path)]
+    spec = find_spec("tests.bench.gpu.fake_parts")
+    assert parts.main(spec, "", fake_parts.PARTS, arguments, minutes=10) == 1
+    said = capfd.readouterr().out
+    assert "STOPPED hanging" in said
+    assert "FAILED part" in said
+    assert "WRONG labels" in said
+    found = [line.operation for line in gpu_lines.recorded(tmp_path)]
+    assert found == ["bits", "before the error", "labels"]
+    assert not list(tmp_path.glob("*.npy"))
+    good = {"good": fake_parts.PARTS["good"]}
+    assert parts.main(spec, "", good, arguments, minutes=10) == 0
+    assert parts.main(spec, "", good, [*arguments, "--minutes", "0.1"], minutes=10) == 0
+    assert "SKIPPED good: 0.1 minutes are over" in capfd.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_it_says_so(tmp_path, capsys):
-    assert gpu_suite.main(["--out", str(tmp_path)]) == 2
+@pytest.mark.parametrize("module", [gpu_suite, gpu_check])
+def test_without_a_gpu_it_says_so(tmp_path, capsys, module):
+    out = ["--out", str(tmp_path)]
+    assert parts.main(module.__spec__, module.__doc__, module.PARTS, out, minutes=1) == 2
     assert "needs a GPU" in capsys.readouterr().out
 
 

@@ -1,56 +1,18 @@
-"""Every arm of `bench.gpu.suite` at a very small size, with the CPU as its GPU."""
+"""Every arm of the GPU suite and check at a very small size, with the CPU as its GPU."""
 
 import pytest
-import torch
 
-from bench.gpu import arms, solves
-from bench.gpu.lines import Ceilings, Suite, measure_ceilings
-from bench.gpu.timing import Gpu
+from bench.gpu import arms, check, solves
+from bench.gpu.lines import Ceilings, Suite, ceilings
+from bench.gpu.parts import small_steps
+from bench.gpu.timing import Cpu
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import exact
-from transclip_fast.kernels import messages
-from transclip_fast.solver.parameters import Parameters
-
-
-class Event:
-    def record(self):
-        pass
-
-    synchronize = record
-
-    def elapsed_time(self, stop):
-        return 1.0
-
-
-class Cpu(Gpu):
-    """Runs each arm once, in no time."""
-
-    device = "cpu"
-
-    def event(self):
-        return Event()
-
-    def synchronize(self):
-        pass
-
-    def peak(self):
-        return 0
-
-    def milliseconds(self, run, repeats=12):
-        run(0)
-        run(2)
-        return 1.0
-
-    def seconds(self, run, *, warm=True):
-        return run(), 1.0, 0
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(messages, "LAUNCHES", {16: (64, 1), 32: (64, 1)})
-    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
-    monkeypatch.setattr(exact, "certifiable", lambda rows, size: True)
-    monkeypatch.setattr(solves, "STEPS", Parameters(max_iter=2, inner_iter=1))
+def as_in_the_interpreter():
+    with small_steps():
+        yield
 
 
 @pytest.fixture
@@ -59,15 +21,15 @@ def suite(tmp_path):
 
 
 def arms_of(suite):
-    """What was added beside the ceilings; nothing of it was wrong."""
+    """What was added; nothing of it was wrong."""
     assert suite.code == 0
-    return [line.arm for line in suite.lines[2:]]
+    return [line.arm for line in suite.lines]
 
 
-def test_ceilings():
-    found = measure_ceilings(Cpu(), 1000, 16)
-    assert found.bandwidth == pytest.approx(8000 / 1e6)
-    assert found.gemm == pytest.approx(2 * 16**3 / 1e9)
+def test_ceilings(suite):
+    ceilings(suite, 1000, 16)
+    assert [line.unit for line in suite.lines] == ["GB/s", "TFLOP/s"]
+    assert all(line.rate > 0 for line in suite.lines)
 
 
 def test_sweeps(suite):
@@ -100,11 +62,11 @@ def test_two_solves_have_the_same_bits(suite):
 def test_solves(suite, monkeypatch):
     solves.solve(suite, 12, 5, 16)
     assert arms_of(suite) == [
-        "float16", "float32", "baseline", "baseline, torch.compile", "float16, streamed",
+        "float16", "float32", "float16, streamed", "baseline", "baseline, torch.compile",
     ]  # fmt: skip
-    assert all(line.error == 0 for line in suite.lines[2:])
+    assert all(line.error == 0 for line in suite.lines)
     assert {"start", "score", "sweep", "class_sums", "energies"} <= set(
-        suite.lines[2].detail["stages"]
+        suite.lines[0].detail["stages"]
     )
 
 
@@ -116,9 +78,15 @@ def test_a_tower(suite):
 def test_other_labels_are_wrong(suite, monkeypatch):
     rival = solves.GpuProblem.rival
     monkeypatch.setattr(solves.GpuProblem, "rival", lambda *args: (rival(*args) + 1) % 5)
-    solves.solve(suite, 12, 5, 16)
+    solves.solve(suite, 12, 5, 16, ["float16", "baseline", "baseline, torch.compile"])
     assert [line.arm for line in suite.lines if line.wrong] == [
         "baseline",
         "baseline, torch.compile",
     ]
     assert suite.code == 1
+
+
+@pytest.mark.parametrize("name", ["sweeps", "scores", "sums", "graphs"])
+def test_checks(suite, name):
+    check.PARTS[name].run(suite)
+    assert set(arms_of(suite)) == {"check"}
