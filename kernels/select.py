@@ -33,7 +33,8 @@ import triton.language as tl
 from transclip_fast.types import Messages, Scores
 
 CHUNK_BYTES = 24 << 20  # of products: half of an H200's L2 cache
-BLOCK_CLASSES = 1024  # at most: as many as the registers of a warp hold
+BLOCK_CLASSES = 1024  # of a whole row at most: as many as the registers of a warp hold
+LONG_CLASSES = 512  # of a block of a longer row
 BLOCK_UNUSED = tl.constexpr(32)  # entries at the end of a list
 PARTIAL_MAXIMA = tl.constexpr(64)  # G, of a row
 BAR_HALVINGS = tl.constexpr(8)  # bring the bar within 1/256 of its range
@@ -210,9 +211,7 @@ def select_kernel(
     NODES: tl.constexpr, LONG: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """One row of a chunk of products, whose first row is row `first` of F."""
-    n_scores = BLOCK_CLASSES
-    if LONG:
-        n_scores = n_classes
+    n_scores = n_classes if LONG else BLOCK_CLASSES
     local = tl.program_id(0).to(tl.int64)
     row, products_ptr = first + local, products_ptr + local * n_classes
     k = tl.arange(0, BLOCK_CLASSES)
@@ -253,8 +252,9 @@ def select_kernel(
 
 def launch(n_classes: int) -> dict[str, int]:
     """Blocks and options of a kernel on rows of so many classes."""
-    block = max(256, min(BLOCK_CLASSES, triton.next_power_of_2(n_classes)))
-    return {"LONG": n_classes > block, "BLOCK_CLASSES": block, "num_warps": 1}
+    long = n_classes > BLOCK_CLASSES
+    block = LONG_CLASSES if long else max(256, triton.next_power_of_2(n_classes))
+    return {"LONG": long, "BLOCK_CLASSES": block, "num_warps": 1}
 
 
 def chunk_rows(n_classes: int, n_rows: int) -> int:

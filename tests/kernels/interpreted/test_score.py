@@ -37,6 +37,7 @@ def rng():
 def small_chunks(monkeypatch):
     """Several chunks and blocks of rows, and rows of several blocks of classes."""
     monkeypatch.setattr(chunked, "BLOCK_CLASSES", 256)
+    monkeypatch.setattr(chunked, "LONG_CLASSES", 256)
     monkeypatch.setattr(chunked, "chunk_rows", lambda n_classes, n_rows: min(n_rows, 30))
     monkeypatch.setitem(products.LAUNCHES, "cuda", (16, 64, 32, 4, 1))
     monkeypatch.setattr(fused, "CHUNK_ROWS", 48)
