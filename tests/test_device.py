@@ -43,6 +43,8 @@ def test_products_are_float32(user):
     assert before != ["ieee", "ieee"]
     with exact_float32():
         assert [setting.fp32_precision for setting in SETTINGS] == ["ieee", "ieee"]
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32  # raises where the two disagree
     assert [setting.fp32_precision for setting in SETTINGS] == before
 
 

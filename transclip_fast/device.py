@@ -51,9 +51,11 @@ def exact_float32() -> Iterator[None]:
     """
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
-    # torch.set_float32_matmul_precision raises where the user has set `fp32_precision`.
-    for setting in settings:
-        setting.fp32_precision = "ieee"
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it disagrees with `fp32_precision`, which the user has set
+        legacy = "highest"
+    torch.set_float32_matmul_precision("highest")  # `fp32_precision`, too
     try:
         # Inference mode belongs to a thread: no other one could write to tensors made in it.
         with (
@@ -64,6 +66,7 @@ def exact_float32() -> Iterator[None]:
         ):
             yield
     finally:
+        torch.set_float32_matmul_precision(legacy)
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
 
