@@ -111,10 +111,11 @@ def product_kernel(
     row = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     k = tl.program_id(0) * BLOCK_CLASSES + tl.arange(0, BLOCK_CLASSES)
     # Rows and classes beyond the last one copy it.
+    start_of_row = tl.minimum(row, n_rows - 1) * d
+    start_of_class = tl.minimum(k, n_classes - 1).to(tl.int64) * d
+    low_part = tl.full((), n_classes, tl.int64) * d
     x = tile(
-        features_ptr, tl.minimum(row, n_rows - 1) * d,
-        weights_ptr, tl.minimum(k, n_classes - 1).to(tl.int64) * d, n_classes.to(tl.int64) * d, d,
-        True, BLOCK_DIMS,
+        features_ptr, start_of_row, weights_ptr, start_of_class, low_part, d, True, BLOCK_DIMS
     )  # fmt: skip
     mask = (row < n_rows)[:, None] & (k < n_classes)[None, :]
     tl.store(out_ptr + row[:, None] * n_classes + k[None, :], x * tl.load(scale_ptr), mask)

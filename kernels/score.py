@@ -162,9 +162,9 @@ def score_kernel(
             )
         k = start + tl.arange(0, BLOCK_CLASSES)
         start_of_class = tl.minimum(k, n_classes - 1).to(tl.int64) * d
+        low_part = tl.full((), n_classes, tl.int64) * d
         x = tile(
-            features_ptr, row * d, weights_ptr, start_of_class, n_classes.to(tl.int64) * d, d,
-            SPLIT, BLOCK_DIMS,
+            features_ptr, row * d, weights_ptr, start_of_class, low_part, d, SPLIT, BLOCK_DIMS
         )  # fmt: skip
         x = x * factor + tl.load(offset_ptr + k, k < n_classes, other=float("-inf"))[None, :]
         before, largest = largest, tl.maximum(largest, tl.max(x, 1))
