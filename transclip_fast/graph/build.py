@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from transclip_fast.callbacks import Checkpoint, Count, NoCheckpoint
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.device import exact_float32
+from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph import faiss_index
 from transclip_fast.graph.approximate import IndexSearch
@@ -141,7 +141,7 @@ def build_graph(
     progress, checkpoint = progress or (lambda done, total: None), checkpoint or NoCheckpoint()
     info: dict[str, Any] = {"search": search}
     rounding = float32_rounding(rows.shape[1])
-    with exact_float32(), single_threaded_torch():
+    with exact_float32(), current_device(rows.device), single_threaded_torch():
         if search == "exact":
             search_exact(rows, found, n_neighbors, progress, checkpoint)
             info["recall"] = 1.0
