@@ -116,6 +116,7 @@ def test_float16(problem):
     np.testing.assert_allclose(whole(model), run.z, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:n_neighbors")
 def test_one_row_and_one_class():
     row = np.ones((1, 4), np.float32) / 2
     model = on_kernels().fit(row, row)
