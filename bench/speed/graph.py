@@ -31,7 +31,7 @@ TOLERANCE = 0.005  # a recall measured on 1,000 images is off by as much
 EXACT = 0.9999  # least recall of exact search: float32 may misorder near ties
 EXACT_QUERIES = 50_000  # up to which exact arms run
 SAMPLE_ROWS = 1000
-PROBES = (4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 24, 28, 32, 48, 64)
+PROBES = (4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 48, 64)
 KERNELS = {"avx2": "Haswell", "avx512": "SkylakeX"}
 Found = tuple[np.ndarray, dict[str, Any]]
 
