@@ -173,6 +173,10 @@ def test_a_saved_index_is_searched_again(save, arrays, succeeds, refused, tmp_pa
     arrays["image_features"] = arrays["image_features"][::-1]
     message = refused("graph", save(arrays), "--index", index, "--out", tmp_path / "third")
     assert f"{index}: holds other rows than the features, or in another order" in message
+    for place in ("third/x.index", "third"):
+        message = refused("graph", features, "--search", "faiss", "--save-index", tmp_path / place,
+                          "--out", tmp_path / "third")  # fmt: skip
+        assert "is in --out, which is replaced" in message
     missing = tmp_path / "none.index"
     message = refused("graph", features, "--index", missing, "--out", tmp_path / "third")
     assert f"{missing}: no such file" in message

@@ -36,9 +36,9 @@ def steps(monkeypatch):
     """The outer steps and ends that are computed from now on, as a list that grows."""
     taken, update = [], loop.update_assignments
 
-    def counted(state):
+    def counted(*args, **more):
         taken.append(1)
-        update(state)
+        update(*args, **more)
 
     monkeypatch.setattr(loop, "update_assignments", counted)
     return taken

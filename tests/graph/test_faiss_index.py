@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from types import SimpleNamespace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.conftest import unit
 from tests.graph.test_exact import brute_force
 from transclip_fast import InputError
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import faiss_index
+from transclip_fast.graph import approximate, faiss_index
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.faiss_index import lists_of, load_faiss, open_index, read_list
 
@@ -101,15 +101,17 @@ def test_lists_hold_the_rows(kind, features):
         index.add(features)
     lists = lists_of(index).numpy()
     seen = []
-    for number in range(16):
-        ids, rows = read_list(index, number)
+    for number, part in product(range(16), (slice(0, 11), slice(11, None))):
+        ids, rows = read_list(index, number, part)
         np.testing.assert_array_equal(lists[ids], number)
         np.testing.assert_allclose(rows, features[ids], atol=0 if kind == "float32" else 1e-3)
         seen += ids.tolist()
     assert sorted(seen) == list(range(N))
 
 
-@pytest.mark.parametrize("factory", ["IVF16,SQfp16", "IVF16,SQ8", "IVF16,PQ4x4", "Flat"])
+@pytest.mark.parametrize(
+    "factory", ["IVF16,SQfp16", "IVF16,SQ8", "IVF16,PQ4x4", "IVF16,FlatPanorama4", "Flat"]
+)
 def test_lists_that_do_not_are_searched_by_faiss(factory, features):
     """Residual codes among them: products with those are no products with the rows."""
     assert lists_of(open_index(factory, Rows(features))) is None
@@ -124,6 +126,17 @@ def test_half_precision_does_not_reorder(features, tmp_path):
     graph = build_graph(mapped, 3, search="faiss", recall=1.0)
     assert graph.info["index"].endswith(",SQfp16")
     assert_exact(graph, close)
+
+
+def repeated(features):
+    index = made(features, "IVF4,Flat")
+    for number in range(4):
+        ids, _ = read_list(index, number, slice(None))
+        ids[1::2] = ids[: 2 * (len(ids) // 2) : 2]
+        size = index.invlists.list_size(number)
+        codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), 4 * D * size).copy()
+        index.invlists.update_entries(number, 0, size, faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    return index
 
 
 def shifted(features):
@@ -145,6 +158,7 @@ WRONG = {
     ),
     "metric": (lambda x: made(x, "Flat", faiss.METRIC_L1), "neither inner product nor L2"),
     "ids": (shifted, "its ids are not the numbers of the rows"),
+    "repeated": (repeated, "holds a row twice, and another not at all"),
 }
 
 
@@ -152,7 +166,7 @@ WRONG = {
 def test_wrong_ones(kind, features, tmp_path):
     make, expected = WRONG[kind]
     file = stored(make(features), tmp_path)
-    with pytest.raises(InputError, match=rf"^{file}: .*{expected}"):
+    with pytest.raises(InputError, match=rf"^({file}|index): .*{expected}"):
         build_graph(features, 3, index=str(file))
 
 
@@ -174,7 +188,10 @@ def test_a_missing_file_is_no_factory_string(name, features):
         build_graph(features, 3, index=name)
 
 
-@pytest.mark.parametrize("factory", ["IVF", "Nonsense", "IVF16,PQ5", "IVF900,Flat"])
+REFUSED = "IVF Nonsense IVF0,Flat IVF16,PQ5 IVF900,Flat HNSW0 HNSW00_2x2"
+
+
+@pytest.mark.parametrize("factory", REFUSED.split())
 def test_factory_strings_that_faiss_refuses(factory, features):
     with pytest.raises(InputError, match=f"^index '{factory}': ") as found:
         build_graph(features, 3, index=factory)
@@ -207,8 +224,19 @@ def test_an_index_is_saved_whole_or_not_at_all(features, tmp_path):
     with pytest.raises(InputError, match="its folder does not exist"):
         build_graph(features, 3, search="faiss", save_index=tmp_path / "none" / "x.index")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="folder: cannot be written"):
-        build_graph(features, 3, search="faiss", save_index=tmp_path / "folder")
+    for place in (tmp_path / "folder", "", ".", "/"):
+        with pytest.raises(InputError, match="is a folder; name a file"):
+            build_graph(features, 3, search="faiss", save_index=place)
+    np.save(tmp_path / "x.npy", features)
+    before = (tmp_path / "x.npy").read_bytes()
+    with pytest.raises(InputError, match="x.npy: exists and is no FAISS index"):
+        build_graph(features, 3, search="faiss", save_index=tmp_path / "x.npy")
+    assert (tmp_path / "x.npy").read_bytes() == before
+    (tmp_path / "x.npy").unlink()
+    with pytest.raises(InputError, match="for an index that is made here"):
+        build_graph(features, 3, index=file, save_index=tmp_path / "y.index")
+    with pytest.raises(InputError, match="cannot be written"):
+        build_graph(features, 3, search="faiss", save_index=tmp_path / ("x" * 250))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "image.index"]
 
 
@@ -247,9 +275,14 @@ def test_a_wrong_product_is_noticed():
         values[7, 3] += 0.1
         return values, None
 
-    faiss_index._check_products(SimpleNamespace(knn=faiss.knn, METRIC_INNER_PRODUCT=0))
-    with pytest.raises(InputError, match="multiplies wrongly"):
-        faiss_index._check_products(SimpleNamespace(knn=knn, METRIC_INNER_PRODUCT=0))
+    class Module:
+        METRIC_INNER_PRODUCT = 0
+
+    Module.knn = staticmethod(knn)
+    faiss_index.check_products(faiss)
+    for _ in range(2):
+        with pytest.raises(InputError, match="multiplies wrongly"):
+            faiss_index.check_products(Module)
 
 
 def test_old_kernels_are_named(monkeypatch):
@@ -271,3 +304,46 @@ def test_without_faiss(features, monkeypatch):
     with pytest.raises(InputError, match="FAISS cannot be imported"):
         build_graph(features, 3, search="faiss")
     assert build_graph(features, 3).info["search"] == "exact"
+
+
+def test_long_and_short_lists(monkeypatch):
+    """A list of most rows, and rows alone in theirs, in blocks of any shape."""
+    rng = np.random.default_rng(0)
+    one = unit(rng.normal(size=D) + 0.2 * rng.normal(size=(500, D)))
+    features = np.concatenate([one, unit(rng.normal(size=(60, D)))]).astype("f4")
+    expected = build_graph(features, 3, search="exact")
+    for products, fewest, most in ((1 << 20, 256, 4096), (64, 3, 7), (200, 1, 9)):
+        monkeypatch.setattr(approximate, "BLOCK_PRODUCTS", products)
+        monkeypatch.setattr(approximate, "FEWEST_QUERIES", fewest)
+        monkeypatch.setattr(approximate, "MOST_QUERIES", most)
+        found = build_graph(features, 3, search="faiss", recall=1.0)
+        np.testing.assert_array_equal(found.neighbors, expected.neighbors)
+
+
+def test_no_more_effort_than_helps(features):
+    """Compressed rows miss the recall however many lists are probed."""
+    with pytest.warns(UserWarning, match="recall is"):
+        graph = build_graph(features, 3, index="IVF100,PQ1x3np")
+    assert graph.info["probes"] < 100
+
+
+def test_the_callers_threads_stay(features):
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(3)
+    try:
+        for index in (None, "HNSW8", "IVF16,Flat"):
+            build_graph(features, 3, search="faiss", index=index)
+            assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@pytest.mark.parametrize("index", [5, 1.5, ["Flat"], b"Flat"])
+def test_what_is_no_index(index, features):
+    with pytest.raises(InputError, match="expected a FAISS index, a? ?file or a? ?factory string"):
+        build_graph(features, 3, index=index)
+
+
+def test_a_folder_is_no_index(features, tmp_path):
+    with pytest.raises(InputError, match="is a folder, no FAISS index"):
+        build_graph(features, 3, index=str(tmp_path))

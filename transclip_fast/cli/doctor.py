@@ -11,7 +11,13 @@ from pathlib import Path
 import click
 
 from transclip_fast.cli import options, session
-from transclip_fast.graph.faiss_index import avx2_kernels, blas_kernel, old_kernel
+from transclip_fast.errors import InputError
+from transclip_fast.graph.faiss_index import (
+    avx2_kernels,
+    blas_kernel,
+    check_products,
+    old_kernel,
+)
 
 IMPORTED = (("numba", "numba"), ("torchvision", "torchvision"), ("open_clip", "open_clip_torch"))
 
@@ -78,8 +84,14 @@ def check_faiss() -> Finding:
         return Finding("faiss", False, message)
     with avx2_kernels():
         finding = check_import("faiss", names[0])
+    if not finding.ok:
+        return finding
+    try:
+        check_products(importlib.import_module("faiss"))
+    except InputError as error:
+        return replace(finding, ok=False, message=str(error))
     kernel = blas_kernel()
-    if not finding.ok or kernel is None:
+    if kernel is None:
         return finding
     return replace(finding, message=f"{finding.message}, {old_kernel() or f'{kernel} kernels'}")
 

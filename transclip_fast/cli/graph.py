@@ -17,7 +17,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
-from transclip_fast.graph.faiss_index import is_file
+from transclip_fast.graph.faiss_index import faiss_installed, is_file
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.store.atomic import HIDDEN, beside, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
@@ -39,6 +39,11 @@ class GraphSearch:
     search: str = "auto"
     recall: float = 0.99
     index: str | None = None
+
+    @property
+    def planned(self) -> str:
+        """The search as `plan` knows it."""
+        return self.search if self.index is None else "faiss"
 
 
 def search_of(values: Mapping[str, Any], n_neighbors: int) -> GraphSearch:
@@ -71,6 +76,13 @@ def command(
     """
     stages = session.Stages()
     search = search_of(values, n_neighbors)
+    if save_index is not None and Path(out).resolve() in (
+        Path(save_index).resolve(),
+        *Path(save_index).resolve().parents,
+    ):
+        raise InputError(
+            f"{save_index}: is in --out, which is replaced as a whole; name another file"
+        )
     with stages.time("load"):
         features = load_features(path, shots=0)
     graph, manifest = graph_features(features, out, search, stages, save_index=save_index)
@@ -104,6 +116,7 @@ def graph_features(
 ) -> tuple[NeighborGraph, dict[str, Any]]:
     """Search the neighbours of all rows and write the graph folder `out`; graph and manifest."""
     identity = _identity(features, search)
+    state_of = identity | {"faiss": faiss_installed()}  # on which "auto" depends
     origins = {"features": features.origins["image_features"]}
     with (
         session.collected_warnings(origins) as warnings,
@@ -118,7 +131,7 @@ def graph_features(
                 features.get("image_features") if rows is None else rows,
                 save_index=save_index,
                 progress=show,
-                checkpoint=FileCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS),
+                checkpoint=FileCheckpoint(out, CHECKPOINT, state_of, CHECKPOINT_SECONDS),
                 **vars(search),
             )
         manifest = {

@@ -102,7 +102,7 @@ class Plan:
 @click.option("--classes", type=options.POSITIVE, help="Classes.")
 @click.option("--dim", type=options.POSITIVE, help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=click.Path(), help="A graph folder: no search.")
-@options.search_option
+@options.search_options
 @options.device_option
 @options.json_option
 @options.array_options(*options.ARRAYS)
@@ -121,7 +121,9 @@ def command(features: str | None, search: str, as_json: bool, **values: Any) -> 
     """
     model = options.model_of(values)
     sizes = [values[name] for name in ("queries", "classes", "dim")]
-    searched = None if values["graph_folder"] else search
+    searched: str | None = "faiss" if values["index"] else search
+    if values["graph_folder"]:
+        searched = None
     if features is not None:
         if sizes != [None] * 3:
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")

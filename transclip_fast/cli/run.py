@@ -67,7 +67,7 @@ def command(
     encoding = {k: value for k, value in values.items() if k not in SEARCH_OPTIONS}
 
     def print_plan(*shape: int) -> None:
-        planned.append(plan_of_size(shape, model, search.search))
+        planned.append(plan_of_size(shape, model, search.planned))
         if not as_json:
             click.echo(planned[0].line())
 

@@ -78,7 +78,7 @@ def solve_features(
             solved = head.features if head else features
             problem = problem_of(solved, model)
             settings = Settings.resolve(model, problem)
-            search = graph.search if isinstance(graph, GraphSearch) else None
+            search = graph.planned if isinstance(graph, GraphSearch) else None
             plan = plan_of(problem, settings, search)
             n_classes = problem.prior.n_classes
             check_class_names(features, n_classes)

@@ -21,6 +21,8 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.candidates import Candidates, without_self
 from transclip_fast.graph.centres import kmeans_centres, nearest_centres
 from transclip_fast.graph.faiss_index import (
+    faiss_errors,
+    faiss_threads,
     list_index,
     lists_of,
     load_faiss,
@@ -32,10 +34,13 @@ from transclip_fast.graph.recall import RecallSample, confirms
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import parallel_map
 
-BLOCK_PRODUCTS = 1 << 20  # of rows with a list that they probe, 4 MB in float32
+BLOCK_PRODUCTS = 1 << 20  # of rows with members of a list that they probe, 4 MB in float32
+FEWEST_QUERIES, MOST_QUERIES = 256, 4096  # of a block: a list may be one row, or all
 BATCH_BLOCKS = 64  # between two merges: results do not depend on the number of cores
 PANEL_ROWS, STEP_ROWS = 256, 1 << 14  # that FAISS searches at a time, and between two checkpoints
 FEWEST_EF, MOST_EF = 16, 4096  # HNSW's efSearch
+LEAST_GAIN = 2e-3  # of recall, by four times the effort: compressed rows gain no more
+Block = tuple[int, slice, torch.Tensor]  # a list, members of it, and the rows that probe it
 
 
 class IndexSearch:
@@ -109,10 +114,11 @@ class IndexSearch:
 
     def fill(self, found: Candidates, progress: Count) -> None:
         """Fill the entries of every row."""
-        if self._nearest is None:
-            self._search_index(found, progress)
-        else:
-            self._search_lists(self._nearest, found, progress)
+        with faiss_errors("index"), faiss_threads(1):
+            if self._nearest is None:
+                self._search_index(found, progress)
+            else:
+                self._search_lists(self._nearest, found, progress)
 
     def _search_lists(self, nearest: torch.Tensor, found: Candidates, progress: Count) -> None:
         """Fill `found` from the lists (N, P) that are nearest to each row."""
@@ -120,13 +126,13 @@ class IndexSearch:
         heaps, done = faiss.ResultHeap(len(rows), found.size + 1, keep_max=True), 0
         if self._state:
             heaps.D[:], heaps.I[:] = self._state["values"], self._state["ids"]
-            done = int(self._state["blocks"])
+            done, self._state = int(self._state["blocks"]), {}
 
-        def find(block: tuple[int, torch.Tensor]) -> Any:
+        def find(block: Block) -> Any:
             faiss.omp_set_num_threads(1)  # of this thread: the pool's threads are the parallelism
-            number, queries = block
-            ids, members = read_list(self.index, number)
-            products = (rows[queries] @ members.T).numpy()
+            number, members, queries = block
+            ids, others = read_list(self.index, number, members)
+            products = (rows[queries] @ others.T).numpy()
             heap = faiss.ResultHeap(len(queries), found.size + 1, keep_max=True)
             heap.add_result_subset(np.arange(len(queries)), products, ids)
             return heap
@@ -138,7 +144,7 @@ class IndexSearch:
         tasks = self._probing_blocks(nearest)
         while done < len(tasks):
             batch = tasks[done : done + BATCH_BLOCKS]
-            for (_, queries), heap in zip(batch, parallel_map(find, batch), strict=True):
+            for (*_, queries), heap in zip(batch, parallel_map(find, batch), strict=True):
                 heaps.add_result_subset(queries.numpy(), heap.D, heap.I)
             done += len(batch)
             progress(len(rows) * done // len(tasks), len(rows))
@@ -148,19 +154,24 @@ class IndexSearch:
         best = without_self(torch.from_numpy(heaps.I), torch.from_numpy(heaps.D), own)
         found.ids, found.values = best
 
-    def _probing_blocks(self, nearest: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        """Every list, with some of the rows that probe it."""
-        entries = nearest.flatten().argsort(stable=True)
+    def _probing_blocks(self, nearest: torch.Tensor) -> list[Block]:
+        """Every list, in parts, with some of the rows that probe it."""
+        queries = (
+            nearest.flatten().argsort(stable=True).div_(nearest.shape[1], rounding_mode="floor")
+        )
         counts = torch.bincount(nearest.flatten(), minlength=self.index.nlist).tolist()
-        probing = torch.split(entries // nearest.shape[1], counts)
-        lengths = [self.index.invlists.list_size(number) for number in range(self.index.nlist)]
-        return [
-            (number, some)
-            for number, length in enumerate(lengths)
-            if length
-            for some in torch.split(probing[number], max(1, BLOCK_PRODUCTS // length))
-            if len(some)
-        ]
+        tasks: list[Block] = []
+        for number, probing in enumerate(torch.split(queries, counts)):
+            length = self.index.invlists.list_size(number)
+            if length and len(probing):
+                n_queries = min(max(BLOCK_PRODUCTS // length, FEWEST_QUERIES), MOST_QUERIES)
+                parts = list(blocks(length, max(1, BLOCK_PRODUCTS // n_queries)))
+                tasks += [
+                    (number, part, some)
+                    for some in torch.split(probing, n_queries)
+                    for part in parts
+                ]
+        return tasks
 
     def _search_index(self, found: Candidates, progress: Count) -> None:
         """Fill `found` by FAISS's own search."""
@@ -170,7 +181,7 @@ class IndexSearch:
         self._set_effort(found.size)
         if self._state:
             found.restore(self._state)
-            start = int(self._state["rows"])
+            start, self._state = int(self._state["rows"]), {}
 
         def search(panel: slice) -> None:
             own = torch.arange(panel.start, panel.stop)
@@ -187,7 +198,7 @@ class IndexSearch:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What FAISS finds for some rows: ids and values (n, size), without the rows themselves."""
         faiss = load_faiss()
-        faiss.omp_set_num_threads(1)
+        faiss.omp_set_num_threads(1)  # of this thread, as above
         values, ids = map(torch.from_numpy, self.index.search(rows.numpy(), size + 1))
         if self.index.metric_type == faiss.METRIC_L2:
             values = 1 - values / 2  # of unit rows
@@ -200,6 +211,7 @@ class IndexSearch:
         name, effort, most = "efSearch", FEWEST_EF, MOST_EF
         if ivf is not None:
             name, effort, most = "nprobe", 1, ivf.nlist
+        tried: list[tuple[int, float]] = []
         while True:
             try:
                 faiss.ParameterSpace().set_index_parameter(self.index, name, effort)
@@ -207,7 +219,12 @@ class IndexSearch:
                 return  # the index has no such parameter, and nothing to choose
             ids, _ = self._top(self._sample.rows, self._sample.ids, size)
             reached, _ = self._sample.measure(self._rows, ids)
+            tried.append((effort, float(reached.mean())))
             if effort == most or confirms(reached, self._recall):
-                self.info |= {"probes": effort, "lists": most} if ivf is not None else {}
-                return
+                break
+            if len(tried) > 2 and tried[-1][1] - tried[-3][1] < LEAST_GAIN:
+                effort = tried[-3][0]
+                faiss.ParameterSpace().set_index_parameter(self.index, name, effort)
+                break
             effort = min(2 * effort, most)
+        self.info |= {"probes": effort, "lists": most} if ivf is not None else {}

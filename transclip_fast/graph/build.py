@@ -55,7 +55,7 @@ def build_graph(
     ----------
     features : array_like or Rows (N, d)
         Unit rows of any float type; rows of another norm are normalised, with a warning. A
-        `numpy.memmap` is read block by block and never held in memory.
+        `numpy.memmap` is read block by block; "faiss" holds a float16 copy, other searches none.
     n_neighbors : int, default 3
     search : {"auto", "faiss", "exact", "cuvs"}, default "auto"
         "exact" compares all pairs of rows. "faiss" compares each row with the lists of a FAISS
@@ -67,7 +67,8 @@ def build_graph(
         is at least this with 95 % confidence. An approximate search that misses it warns.
     index : faiss.Index, str or Path, optional
         For "faiss": an index of the same rows in the same order, the file of one, or a factory
-        string such as "IVF1024,Flat". By default lists around centres from k-means.
+        string such as "IVF1024,Flat". By default lists around centres from k-means. Its nprobe or
+        efSearch is set.
     save_index : str or Path, optional
         For "faiss": file to write the index to.
     device : torch.device or str, default "cpu"
@@ -135,8 +136,10 @@ def build_graph(
         raise InputError("search 'cuvs' needs rows that a GPU holds, with device='cuda'")
     if search == "faiss":
         rows = rows.on_cpu()
-    if save_index is not None and not Path(save_index).absolute().parent.is_dir():
-        raise InputError(f"{save_index}: its folder does not exist")
+    if save_index is not None:
+        faiss_index.check_place(Path(save_index))
+        if index is not None and (not isinstance(index, str) or faiss_index.is_file(index)):
+            raise InputError("save_index: is for an index that is made here, and index is one")
     found = Candidates.empty(len(rows), min(n_neighbors, len(rows)) + SPARE_CANDIDATES, rows.device)
     progress, checkpoint = progress or (lambda done, total: None), checkpoint or NoCheckpoint()
     info: dict[str, Any] = {"search": search}

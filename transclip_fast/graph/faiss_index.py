@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.graph.centres import random_rows
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import n_threads
@@ -25,6 +27,9 @@ CHECKED_ROWS, CHECKED_NEIGHBORS, CHECKED_SHARE = 100, 8, 0.5
 LARGEST_ERROR = 0.3  # of a usual product: compressed rows are off by less
 COPY_SIMILARITY = 1 - 1e-6  # of two rows that are taken for one
 TRAIN_ROWS_PER_LIST, TRAIN_ROWS = 64, 1 << 16  # FAISS warns below 39 rows a list
+FIRST_BYTE = b"I"  # of every file of a FAISS index
+PLACE = re.compile(r"^Error in .* at \S+:\d+: ")  # in messages of FAISS
+NOTHING = re.compile(r"(HNSW|IVF)0+(?!\d)")
 PATH_SUFFIXES = (".index", ".faiss", ".bin", ".ivf")
 AVX2_KERNELS = ("Haswell", "Excavator", "Zen", "SkylakeX", "Cooperlake", "Sapphirerapids")
 
@@ -35,18 +40,15 @@ def faiss_installed() -> bool:
 
 
 def load_faiss() -> Any:
-    """The module; InputError if it is not installed."""
+    """The module; InputError if it is not installed, or multiplies wrongly."""
     try:
-        if "faiss" in sys.modules:
+        with avx2_kernels():
             import faiss
-        else:
-            with avx2_kernels():
-                import faiss
-            _check_products(faiss)
     except ImportError as error:
         raise InputError(
             f"FAISS cannot be imported ({error}): pip install faiss-cpu, or search exactly"
         ) from None
+    check_products(faiss)
     return faiss
 
 
@@ -58,7 +60,7 @@ def avx2_kernels() -> Iterator[None]:
     The one in FAISS's wheels is of 2021, and takes kernels of 2004 on a CPU that it does not know.
     """
     name = "OPENBLAS_CORETYPE"
-    if name in os.environ or not _has_avx2():
+    if "faiss" in sys.modules or name in os.environ or not _has_avx2():
         yield
         return
     os.environ[name] = "Haswell"
@@ -68,7 +70,8 @@ def avx2_kernels() -> Iterator[None]:
         del os.environ[name]
 
 
-def _check_products(faiss: Any) -> None:
+@cache
+def check_products(faiss: Any) -> None:
     """InputError if FAISS multiplies wrongly, as an old OpenBLAS may on a new CPU."""
     rows = np.random.default_rng(0).standard_normal((64, 64), np.float32)
     found, _ = faiss.knn(rows, rows, 64, metric=faiss.METRIC_INNER_PRODUCT)
@@ -87,12 +90,14 @@ def _has_avx2() -> bool:
 def blas_kernel() -> str | None:
     """The kernels of FAISS's OpenBLAS, such as "Haswell"; None if unknown, or not loaded."""
     maps = Path("/proc/self/maps")
-    files = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else {}
-    for file in sorted(name for name in files if "faiss" in name and "openblas" in name):
-        core = getattr(ctypes.CDLL(file), "openblas_get_corename", None)
-        if core is not None:
-            core.restype = ctypes.c_char_p
-            return str(core().decode())
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    files = {line.split(maxsplit=5)[5] for line in lines if "faiss" in line and "openblas" in line}
+    for file in sorted(files):
+        with suppress(OSError):  # the file is gone
+            core = getattr(ctypes.CDLL(file), "openblas_get_corename", None)
+            if core is not None:
+                core.restype = ctypes.c_char_p
+                return str(core().decode())
     return None
 
 
@@ -135,52 +140,107 @@ def list_index(rows: Rows, centres: torch.Tensor, lists: torch.Tensor) -> tuple[
 def open_index(source: Any, rows: Rows) -> Any:
     """The index of the rows in a file, from a factory string, or given as an object; checked."""
     faiss = load_faiss()
-    if isinstance(source, faiss.Index):
-        index, name = source, "index"
-    elif is_file(source):
-        index, name = _read(str(source)), str(source)
-    else:
-        index, name = _factory(str(source), rows), str(source)
-    _check(index, rows, name)
+    if not isinstance(source, faiss.Index) and not is_file(source):
+        return _factory(str(source), rows)
+    given = isinstance(source, faiss.Index)
+    index, name = (source, "index") if given else (_read(str(source)), str(source))
+    with faiss_errors(name):
+        _check(index, rows, name)
     return index
 
 
 def is_file(source: Any) -> bool:
     """Whether an index is a file; InputError if it looks like one and is none."""
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"index: expected a FAISS index, a file or a factory string, got {source!r}"
+        )
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         return True
+    if os.path.isdir(path):
+        raise InputError(f"{str(source)!r}: is a folder, no FAISS index")
     if isinstance(source, Path) or len(path.parts) > 1 or path.suffix in PATH_SUFFIXES:
         raise InputError(f"{source}: no such file")
     return False
 
 
+def check_place(path: Path) -> None:
+    """InputError if no index can be saved there, or one would replace a file of another kind."""
+    if not path.name or os.path.isdir(path):
+        raise InputError(f"{str(path)!r}: is a folder; name a file for the index")
+    if not os.path.isdir(path.absolute().parent):
+        raise InputError(f"{path}: its folder does not exist")
+    if os.path.lexists(path):
+        with reading(path), open(path, "rb") as file:
+            start = file.read(1)
+        if start != FIRST_BYTE:
+            raise InputError(f"{path}: exists and is no FAISS index; name another file")
+
+
 def save_index(index: Any, path: Path) -> None:
     """Write an index into a file, whole or not at all; InputError if that fails."""
-    partial = path.with_name(f".{path.name}.partial")
+    faiss, partial = load_faiss(), path.with_name(f".{path.name}.index-partial")
     try:
-        load_faiss().write_index(index, str(partial))
+        faiss.write_index(index, str(partial))
         partial.replace(path)
     except (RuntimeError, OSError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise InputError(f"{path}: cannot be written: {_line(error)}") from None
+
+
+@contextmanager
+def faiss_errors(name: str) -> Iterator[None]:
+    """One line on the index instead of FAISS's RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"{name}: {_line(error)}") from None
+
+
+@contextmanager
+def faiss_threads(number: int) -> Iterator[None]:
+    """FAISS's threads when it is called from this thread."""
+    faiss = load_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _read(path: str) -> Any:
     faiss = load_faiss()
+    # Lists on disk are looked for beside the index, wherever it says they are.
+    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
     try:
-        # Lists on disk are looked for beside the index, wherever it says they are.
-        return faiss.read_index(path, faiss.IO_FLAG_ONDISK_SAME_DIR)
+        with _without_stdout():  # where FAISS says that it looks there
+            return faiss.read_index(path, flags)
     except RuntimeError as error:
         raise InputError(f"{path}: is no FAISS index that can be read: {_line(error)}") from None
+
+
+@contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Standard output goes to standard error, also that of C++."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _factory(description: str, rows: Rows) -> Any:
     """A new index of all rows."""
     faiss = load_faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(n_threads())
-    try:
+    name = f"index {description!r}"
+    if not description or NOTHING.search(description):  # FAISS would end the process
+        raise InputError(f"{name}: is no FAISS index")
+    with faiss_errors(name), faiss_threads(n_threads()):
         index = faiss.index_factory(rows.shape[1], description, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
             ivf = faiss.try_extract_index_ivf(index)
@@ -188,10 +248,6 @@ def _factory(description: str, rows: Rows) -> Any:
             index.train(random_rows(rows, max(size, TRAIN_ROWS)).numpy())
         for block in blocks(len(rows), ADD_ROWS):
             index.add(rows[block].numpy())
-    except RuntimeError as error:
-        raise InputError(f"index {description!r}: {_line(error)}") from None
-    finally:
-        faiss.omp_set_num_threads(before)
     return index
 
 
@@ -214,16 +270,19 @@ def _check(index: Any, rows: Rows, name: str) -> None:
     if itself.double().mean() < CHECKED_SHARE:
         raise InputError(
             f"{name}: holds other rows than the features, or in another order: "
-            f"{int(itself.sum())} of {len(ids)} rows found themselves in it"
+            f"{int(itself.sum())} of {len(ids)} rows found themselves in it (or it compresses them "
+            "too much)"
         )
     products = values if index.metric_type == faiss.METRIC_INNER_PRODUCT else 1 - values / 2
     if (products - similarity)[found >= 0].abs().median() > LARGEST_ERROR:
-        raise InputError(f"{name}: its rows have other norms than 1: normalise them")
+        raise InputError(
+            f"{name}: its rows have other norms than 1, or are compressed too much; make another"
+        )
 
 
 def _line(error: Exception) -> str:
     """What FAISS says, without the place in its source."""
-    return str(error).splitlines()[0].rsplit("Error: ", 1)[-1].strip()
+    return PLACE.sub("", str(error).splitlines()[0].rsplit("Error: ", 1)[-1]).strip()
 
 
 def lists_of(index: Any) -> torch.Tensor | None:
@@ -234,8 +293,9 @@ def lists_of(index: Any) -> torch.Tensor | None:
     """
     faiss = load_faiss()
     half = faiss.ScalarQuantizer.QT_fp16
-    plain = isinstance(index, faiss.IndexIVFFlat) or (
-        isinstance(index, faiss.IndexIVFScalarQuantizer)
+    # Not subclasses, which store their codes in other ways.
+    plain = type(index) is faiss.IndexIVFFlat or (
+        type(index) is faiss.IndexIVFScalarQuantizer
         and (index.sq.qtype, index.by_residual) == (half, False)
     )
     flat = isinstance(faiss.downcast_index(getattr(index, "quantizer", None)), faiss.IndexFlat)
@@ -243,15 +303,29 @@ def lists_of(index: Any) -> torch.Tensor | None:
         return None
     lists = torch.full((index.ntotal,), -1)
     for number in range(index.nlist):
-        lists[read_list(index, number)[0]] = number
-    return lists if (lists >= 0).all() else None
+        lists[read_list(index, number, slice(None), ids_only=True)[0]] = number
+    if (lists < 0).any():
+        raise InputError("index: holds a row twice, and another not at all; make another")
+    return lists
 
 
-def read_list(index: Any, number: int) -> tuple[np.ndarray, torch.Tensor]:
-    """The ids (n,) int64 and the rows (n, d) float32 of a list."""
-    from faiss.contrib.inspect_tools import get_invlist
-
-    read: Any = get_invlist
-    ids, codes = read(index.invlists, number)
-    kind = np.float32 if codes.shape[1] == 4 * index.d else np.float16
-    return ids, torch.from_numpy(codes.view(kind)).float()
+def read_list(
+    index: Any, number: int, members: slice, ids_only: bool = False
+) -> tuple[np.ndarray, torch.Tensor]:
+    """The ids (n,) int64 and the rows (n, d) float32 of some members of a list."""
+    faiss, lists = load_faiss(), index.invlists
+    size, width = lists.list_size(number), lists.code_size
+    if size == 0:
+        return np.empty(0, np.int64), torch.empty(0, index.d)
+    ids, codes = lists.get_ids(number), None if ids_only else lists.get_codes(number)
+    try:
+        chosen = faiss.rev_swig_ptr(ids, size)[members].copy()
+        if codes is None:
+            return chosen, torch.empty(0, index.d)
+        rows = faiss.rev_swig_ptr(codes, size * width).reshape(size, width)[members]
+        kind = np.float32 if width == 4 * index.d else np.float16
+        return chosen, torch.from_numpy(rows.copy().view(kind)).float()
+    finally:
+        lists.release_ids(number, ids)
+        if codes is not None:
+            lists.release_codes(number, codes)
