@@ -134,6 +134,7 @@ class IndexSearch:
             ids, others = read_list(self.index, number, members)
             products = (rows[queries] @ others.T).numpy()
             heap = faiss.ResultHeap(len(queries), found.size + 1, keep_max=True)
+            heap.D[:] = heaps.D[queries, :1]  # what is no larger than a row's least would not stay
             heap.add_result_subset(np.arange(len(queries)), products, ids)
             return heap
 
