@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,27 +20,15 @@ FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 DEPRECATED = "ignore:Conversion of an array with ndim:DeprecationWarning"
 
 
-def run(file):
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", DEPRECATED]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    done = subprocess.run(
         [*command, FOLDER / file],
         cwd=FOLDER.parents[2],
         env=environment,
         capture_output=True,
         text=True,
     )
-
-
-@pytest.fixture(scope="module")
-def runs():
-    """One process a file, as many at a time as there are cores."""
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    yield {file: pool.submit(run, file) for file in FILES}
-    pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter(file, runs):
-    done = runs[file].result()
     assert done.returncode == 0, done.stdout + done.stderr

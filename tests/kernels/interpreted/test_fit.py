@@ -99,8 +99,8 @@ def test_given_prior(problem, kind, order):
 
 
 def test_golden_rows(golden):
-    """The first 200 rows of each golden set, in one outer step of one sweep."""
-    features = golden["image_features"][:200].astype(np.float32)
+    """Every 16th row of each golden set, of all classes, in one outer step of one sweep."""
+    features = golden["image_features"][::16].astype(np.float32)
     texts = golden["text_features"].astype(np.float32)
     run = reference.zero_shot(features, texts, reference.Parameters(max_iter=1, inner_iter=1))
     model = on_kernels(max_iter=1, inner_iter=1).fit(features, texts)
