@@ -1,4 +1,4 @@
-"""The tables of `bench.accuracy.wild` and `bench.accuracy.outliers`."""
+"""The tables of `bench.accuracy.wild`, `outliers` and `calibration`."""
 
 from __future__ import annotations
 
@@ -117,4 +117,36 @@ def outliers(folder: Path) -> str:
     return "\n\n".join([table(head, lines), source(rows)])
 
 
-BLOCKS = {"wild": families, "wild-scenarios": scenarios, "outliers": outliers}
+CONFIDENCES = ("z", "calibrated")
+CALIBRATION_HEAD = ["scenario", "draws"] + [
+    f"{name}: {figure}" for figure in ("error, mean / worst", "area") for name in CONFIDENCES
+]
+
+
+def calibration_line(draws: list[dict[str, dict[str, float]]]) -> list[str]:
+    """Return the figures of a scenario."""
+    errors = ([draw[name]["error"] for draw in draws] for name in CONFIDENCES)
+    areas = ([draw[name]["area"] for draw in draws] for name in CONFIDENCES)
+    return [
+        str(len(draws)),
+        *(f"{np.mean(x):.1f} / {max(x):.1f}" for x in errors),
+        *(f"{np.mean(x):.3f}" for x in areas),
+    ]
+
+
+def calibration(folder: Path) -> str:
+    """Tabulate how far confidences can be believed."""
+    rows = newest("calibration", "family", "scenario", folder=folder)
+    scenarios = [row for row in rows if "draws" in row]
+    if not scenarios:
+        return "Not recorded yet: `python -m bench.accuracy.calibration`."
+    lines = [[row["scenario"], *calibration_line(row["draws"])] for row in scenarios]
+    return "\n\n".join([table(CALIBRATION_HEAD, lines), source(rows)])
+
+
+BLOCKS = {
+    "wild": families,
+    "wild-scenarios": scenarios,
+    "outliers": outliers,
+    "calibration": calibration,
+}

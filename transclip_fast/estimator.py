@@ -128,6 +128,9 @@ class TransCLIP(Parameters):
         The memory layout of the solve.
     graph_ : NeighborGraph
         The graph used.
+    calibrated_confidences_ : ndarray (N,) float32
+        How likely each label is right, between 0 and 1, which its z overrates: see
+        `transclip_fast.solver.confidence`. 1 for known labels.
     outlier_score_ : ndarray (N,) float32
         How little each query and its neighbours look like any class, from 0 to 1: what zero-shot
         leaves of their probability beside the first class. 0 for known labels.
@@ -300,6 +303,7 @@ class TransCLIP(Parameters):
         else:
             predicted = inputs.zero_shot.predict(inputs.features)
             self.zero_shot_labels_, self.zero_shot_confidences_ = predicted
+        self.calibrated_confidences_ = solution.confidences.cpu().numpy()
         self.outlier_score_ = outlier_scores(self.zero_shot_confidences_, graph.neighbors)
         if inputs.known is not None:
             self.outlier_score_[inputs.known.rows.cpu().numpy()] = 0

@@ -113,7 +113,10 @@ def solve_features(
         shape = model.means_.shape
         run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
         known = None if problem.known is None else problem.known.numpy() >= 0
-        columns = {"outlier_score": model.outlier_score_}
+        columns = {
+            "calibrated_confidence": model.calibrated_confidences_,
+            "outlier_score": model.outlier_score_,
+        }
         if output.reject is not None:
             columns["rejected"] = rejected_rows(model.outlier_score_, output.reject)
             if known is not None:

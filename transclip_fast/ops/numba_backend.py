@@ -169,6 +169,15 @@ class NumbaOps(TorchOps):
         pairwise, entropy = np.sum(found, axis=0)
         return torch.tensor(pairwise), torch.tensor(entropy)
 
+    def heard(
+        self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
+    ) -> torch.Tensor:
+        if classes is None:
+            raise TypeError("this backend has no dense assignments")
+        out = torch.empty(classes.shape, dtype=torch.float32)
+        loops.heard(*_arrays(z), neighbors.numpy(), classes.numpy(), z.n_classes, out.numpy())
+        return out
+
     def _node_ids(self, n_rows: int) -> np.ndarray:
         """Node of each row of the features, (N,) int64."""
         return np.arange(n_rows) if self._nodes is None else self._nodes.numpy()

@@ -2,9 +2,9 @@
 Compiled loops of the sparse operations on a CPU; `torch_backend` defines what they compute.
 
 The file has, in this order, tools, the cut of a list to its largest entries, messages, sweep and
-energies, class sums. Entries in use of a list come first; the others are -inf in scores and 0 in
-assignments. The loops have explicit types: numba compiles them at the first import, which takes
-some seconds, and loads its cache at later ones.
+energies, class sums, and what neighbours say. Entries in use of a list come first; the others are
+-inf in scores and 0 in assignments. The loops have explicit types: numba compiles them at the first
+import, which takes some seconds, and loads its cache at later ones.
 """
 
 from __future__ import annotations
@@ -386,3 +386,24 @@ def add_squares(rows, out):  # type: ignore[no-untyped-def]
         for j in range(rows.shape[1]):
             x = np.float64(rows[i, j])
             out[j] += x * x
+
+
+@compiled(
+    "void(float32[:, ::1], int32[:, ::1], int64[:, ::1], int32[:, ::1], int64, float32[:, ::1])"
+)
+def heard(z, classes, neighbors, wanted, n_classes, out):  # type: ignore[no-untyped-def]
+    """Mean z of neighbours (n, k), nodes or -1, at the wanted classes (n, C), into `out` (n, C)."""
+    total = np.zeros(n_classes, np.float32)
+    for i in range(len(neighbors)):
+        number = 0
+        for node in neighbors[i]:
+            if node >= 0:
+                number += 1
+                for r in range(z.shape[1]):
+                    total[classes[node, r]] += z[node, r]
+        for c in range(wanted.shape[1]):
+            out[i, c] = total[wanted[i, c]] / max(number, 1)
+        for node in neighbors[i]:
+            if node >= 0:
+                for r in range(z.shape[1]):
+                    total[classes[node, r]] = 0

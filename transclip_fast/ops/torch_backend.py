@@ -224,6 +224,25 @@ class TorchOps:
         size = block_rows(device, z.n_classes)
         return torch.stack(parallel_map(part, blocks(len(z), size), device)).sum()
 
+    def heard(
+        self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
+    ) -> torch.Tensor:
+        """
+        Mean z (n, C) of the `neighbors` (n, k) int64 of some rows, nodes or -1, at the `classes`
+        (n, C) int32 of each row, which are different, or at all; 0 without neighbours.
+        """
+        there = neighbors >= 0
+        shape = (len(neighbors), z.n_classes) if classes is None else classes.shape
+        total = z.values.new_zeros(shape)
+        for nodes, exists in zip(neighbors.clamp_min(0).T, there.T, strict=True):
+            received = z.take(nodes)
+            values = received.values * exists[:, None]
+            if received.classes is not None and classes is not None:
+                same = received.classes[:, None] == classes[:, :, None]  # (n, C, R)
+                values = torch.where(same, values[:, None], 0).sum(2)
+            total += values
+        return total / there.sum(1, keepdim=True).clamp_min(1)
+
     def _edges(self, n_classes: int) -> list[tuple[slice, Affinity]]:
         """Blocks of nodes with their rows of A, cut once: sweeps would spend a third on it."""
         if not self._cut:

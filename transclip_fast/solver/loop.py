@@ -20,6 +20,7 @@ from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.class_cost import ClassCost, effective_classes
+from transclip_fast.solver.confidence import calibrated_confidences
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
@@ -78,7 +79,10 @@ def solve(
         n_iter = len(history)
         update_assignments(state, bounded=True)
         history.append(objective(state))
-    return Solution.of(state, gamma, n_iter, history)
+        confidences = calibrated_confidences(
+            state.ops, state.base, state.z, graph.neighbors, state.nodes
+        )
+    return Solution.of(state, gamma, n_iter, history, confidences)
 
 
 def start_from_neighbors(state: State) -> None:

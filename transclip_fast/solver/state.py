@@ -114,7 +114,7 @@ class Solution:
     `objective` is L after each outer step and at the end, `tail_mass` the largest mass of a row
     outside its candidates, `prior_labels` (N,) and `prior_confidences` (N,) those of the prior.
     `class_costs` (K,) float64 lowered the scores of the classes at the end; None in the published
-    method.
+    method. `confidences` (N,) are the calibrated ones of the labels.
     """
 
     gamma: float | None
@@ -127,9 +127,17 @@ class Solution:
     prior_confidences: torch.Tensor
     n_effective: float
     class_costs: torch.Tensor | None
+    confidences: torch.Tensor
 
     @classmethod
-    def of(cls, state: State, gamma: float | None, n_iter: int, objective: list[float]) -> Solution:
+    def of(
+        cls,
+        state: State,
+        gamma: float | None,
+        n_iter: int,
+        objective: list[float],
+        confidences: torch.Tensor,
+    ) -> Solution:
         """The result at a state, which is not used again; z in the order of the features."""
         z, cost = state.z, state.class_cost
         if state.nodes is not None:
@@ -149,6 +157,7 @@ class Solution:
             *state.prior_best,
             state.n_effective,
             None if cost is None else cost.tangent(state.counts()),
+            confidences,
         )
 
     def accuracy(self, validation: tuple[np.ndarray, np.ndarray] | None) -> float:

@@ -1,0 +1,69 @@
+"""
+How likely a label is right, without labelled rows: a confidence that z cannot give.
+
+z is too sure of itself: text, mixture and neighbours agree because they have made each other, and
+z counts the same evidence several times. Here it is tempered: with b the base score of a row, that
+is text and mixture, and z_bar the mean z of its neighbours,
+
+    c_ik = (e^b_ik (z_bar_ik + eps))^(1/T), and the confidence is c_ik of the label over sum_k c_ik.
+
+`bench.accuracy.calibration` chooses T and eps, and holds the confidence against z.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from transclip_fast.ops.blocks import blocks
+from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.parallel import parallel_map
+from transclip_fast.types import Assignments, Scores
+
+TEMPERATURE = 4.0
+UNHEARD = 1e-4  # eps, what is left to a class that no neighbour has
+BLOCK_ENTRIES = 1 << 20  # of a comparison of candidates with the classes of a neighbour
+
+
+def calibrated_confidences(
+    ops: TorchOps,
+    base: Scores,
+    z: Assignments,
+    neighbors: np.ndarray,
+    nodes: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    The confidence of each row's label, (N,) float32, in the order of the features.
+
+    Parameters
+    ----------
+    ops : TorchOps
+        The backend that computes.
+    base, z
+        Of all nodes.
+    neighbors : ndarray (N, k)
+        Rows, -1 where there is none.
+    nodes : Tensor (N,) int64, optional
+        Node of each row, where they are not the same.
+    """
+    device, labels, out = z.values.device, z.best()[0], torch.empty_like(z.bound)
+
+    def part(rows: slice) -> None:
+        found = torch.from_numpy(np.ascontiguousarray(neighbors[rows])).to(device).long()
+        own: slice | torch.Tensor = rows
+        if nodes is not None:
+            found, own = torch.where(found >= 0, nodes[found], -1), nodes[rows]
+        classes = None if base.classes is None else base.classes[own]
+        scores = base.values[own] + (ops.heard(z, found, classes) + UNHEARD).log()
+        others = base.tail[own].log() + math.log(UNHEARD)  # the classes that are no candidates
+        shares = torch.softmax(torch.cat([scores, others[:, None]], 1) / TEMPERATURE, 1)
+        place = labels[own, None]
+        if classes is not None:
+            place = (classes == place).int().argmax(1, keepdim=True)
+        out[rows] = shares.gather(1, place)[:, 0]
+
+    width = base.values.shape[1] * (1 if z.classes is None else z.values.shape[1])
+    parallel_map(part, blocks(len(z), max(1, BLOCK_ENTRIES // width)), device)
+    return out
