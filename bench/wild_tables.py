@@ -1,4 +1,4 @@
-"""The tables of `bench.accuracy.wild`, `outliers` and `calibration`."""
+"""The tables of `bench.accuracy.wild`, `outliers`, `calibration` and `default_gamma`."""
 
 from __future__ import annotations
 
@@ -144,9 +144,29 @@ def calibration(folder: Path) -> str:
     return "\n\n".join([table(CALIBRATION_HEAD, lines), source(rows)])
 
 
+GAMMAS = ("1/4", "1/8", "1/16", "1/32", "1/64", *(f"gamma {x}" for x in (0.002, 0.01, 0.02, 0.2)))
+GAMMA_HEAD = ["shots of a class", *GAMMAS]
+
+
+def gamma_lines(row: Row) -> list[list[str]]:
+    """Return the change by each gamma on the sets that chose none, by shots of a class."""
+    means = row["means"]["held out"]
+    return [[n_shots, *(f"{of[name]:+.2f}" for name in GAMMAS)] for n_shots, of in means.items()]
+
+
+def default_gamma(folder: Path) -> str:
+    """Tabulate what gammas change where no validation rows choose one."""
+    rows = newest("default_gamma", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.accuracy.default_gamma`."
+    chosen = f"Share that is best on the choosing half: {rows[0]['chosen']}."
+    return "\n\n".join([chosen, table(GAMMA_HEAD, gamma_lines(rows[0])), source(rows)])
+
+
 BLOCKS = {
     "wild": families,
     "wild-scenarios": scenarios,
     "outliers": outliers,
     "calibration": calibration,
+    "default-gamma": default_gamma,
 }

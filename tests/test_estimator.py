@@ -285,7 +285,6 @@ def test_a_given_graph_is_used_cut_to_its_best(problem):
         ({"text": 1, "support_features": 1}, "support_features and support_labels come together"),
         ({"text": 1, "support_labels": 1}, "support_features and support_labels come together"),
         ({"text": 1, "validation_labels": 1}, "validation_features and validation_labels come"),
-        ({"text": 1, "support_features": 1, "support_labels": 1}, "few-shot needs gamma"),
         ({"prior": 1, "text": 5}, "^text_features: has 5 classes, the prior 6$"),
         ({"text": 1, "graph": 1}, "^graph: lists have 2 neighbours, 3 are needed"),
     ],

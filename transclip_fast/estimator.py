@@ -63,9 +63,9 @@ class TransCLIP(Parameters):
     clamp_similarity : bool
         Edge weights are max(0, cosine).
     gamma : float, optional
-        Few-shot only, without shots it has no effect: weight of the labelled rows; by default the
-        best of 0.002, 0.01, 0.02 and 0.2 on a validation set, or none: see `support_features` of
-        `fit`.
+        Few-shot only, without shots it has no effect: weight of the labelled rows. By default the
+        best of 0.002, 0.01, 0.02 and 0.2 on a validation set; without one 0.00125 for each shot of
+        a class; with few or uneven shots none: see `support_features` of `fit`.
     class_cost : {"auto", True, False}
         Charge for each class in use, so that absent classes take no rows; "auto" does so where the
         prior spreads over less than 0.8 of the classes, and with a gamma never.

@@ -102,7 +102,7 @@ def test_caches(caches, cli, succeeds, refused, tmp_path):
     )
     run = run_of(tmp_path / "a")
     assert run["config"]["gamma"] == model.gamma_
-    assert f"few-shot, gamma {model.gamma_} chosen" in out
+    assert f"few-shot, gamma {model.gamma_} chosen on the validation rows" in out
     assert run["accuracy"] == round(
         100 * np.mean(model.transduction_ == loaded("test_l.pt").numpy()), 4
     )

@@ -82,6 +82,18 @@ def test_equally_good_gammas_the_first(problem):
     assert model.gamma_ == 0.002
 
 
+@pytest.mark.parametrize("shots", [(2,) * 6, (4, 7, 4, 4, 5, 6)])
+def test_a_shot_weighs_a_sixteenth_of_its_class_by_default(problem, shots):
+    features, prototypes, support, labels = split(problem, shots)
+    given = {"support_features": support, "support_labels": labels}
+    model = TransCLIP(device="cpu").fit(features, prototypes, **given)
+    # In the likelihood term a shot weighs 50 gamma N / M, where a query weighs 1.
+    weight = 50 * model.gamma_ * len(features) / len(labels)
+    assert weight == pytest.approx(len(features) / 6 / 16)
+    run = reference.few_shot(features, prototypes, support, labels, model.gamma_)
+    assert_agrees(model, run)
+
+
 def test_shots_that_are_queries_too(problem):
     features, prototypes, labels = problem()
     model = TransCLIP(device="cpu", gamma=0.02)

@@ -125,6 +125,7 @@ def solve_features(
             "known_labels": of_others("known", known, labels, zero_shot[0], truth),
             "rejected": of_others("rejected", columns.get("rejected"), labels, zero_shot[0], truth),
             "n_shots": 0 if problem.support is None else len(problem.support[1]),
+            "n_validation": 0 if problem.validation is None else len(problem.validation[1]),
             "head": head and head.summary(truth),
             "memory": {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()},
             "seconds": stages.seconds,

@@ -105,8 +105,10 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
             f"on average, {truncation['largest_bound']:.1e} in a row"
         )
     if run["config"]["gamma"] is not None:
-        source = "as set" if run["parameters"]["gamma"] is not None else "chosen"
-        lines.append(f"few-shot, gamma {run['config']['gamma']} {source}")
+        source = "chosen on the validation rows" if run["n_validation"] else "by default"
+        if run["parameters"]["gamma"] is not None:
+            source = "as set"
+        lines.append(f"few-shot, gamma {run['config']['gamma']:g} {source}")
     elif run.get("n_shots"):
         lines.append(
             f"zero-shot with {counted(run['n_shots'], 'shot')}: too few of some class for few-shot"

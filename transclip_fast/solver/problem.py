@@ -30,7 +30,7 @@ from transclip_fast.solver.known import KnownRows
 from transclip_fast.solver.layout import Layout, Size, choose_layout, parse_memory
 from transclip_fast.solver.parameters import GAMMAS, Parameters
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
-from transclip_fast.solver.support import Support, enough
+from transclip_fast.solver.support import Support, default_gamma, enough
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import NeighborGraph, Truncation
 
@@ -134,9 +134,7 @@ class Problem:
         if not enough(self.support[1], self.prior.n_classes):
             return (None,)
         if self.validation is None:
-            raise InputError(
-                "few-shot needs gamma, or validation_features and validation_labels to choose it"
-            )
+            return (default_gamma(len(self.support[1]), self.prior.n_classes),)
         return GAMMAS
 
     def size(self, parameters: Parameters, device: torch.device) -> Size:

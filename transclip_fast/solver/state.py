@@ -17,11 +17,10 @@ from transclip_fast.solver.known import KNOWN_WEIGHT
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import LinearPrior, Prior
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
+from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
 from transclip_fast.types import Assignments, NeighborGraph, Scores
 
-# The likelihood term of M shots weighs 50 gamma N / M times that of N queries.
-SUPPORT_SCALE = 50.0
 ABSENT_NATS = 5.0  # cost from which a class without mass is left out
 
 

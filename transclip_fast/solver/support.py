@@ -14,12 +14,21 @@ from transclip_fast.types import Assignments, Messages
 # Shots of every class: with fewer of some class than of another, `bench.accuracy.known_labels`
 # measures that the few-shot form can be worse than no shots.
 ENOUGH_SHOTS = 4
+# The likelihood term of M shots weighs 50 gamma N / M times that of N queries.
+SUPPORT_SCALE = 50.0
+# Of the queries of a class, what a shot weighs by default: `bench.accuracy.default_gamma`.
+SHOT_SHARE = 1 / 16
 
 
 def enough(labels: torch.Tensor, n_classes: int) -> bool:
     """Whether shots (M,) make up a few-shot problem: equally many of each class, or enough."""
     counts = torch.bincount(labels, minlength=n_classes)
     return int(counts.min()) >= min(ENOUGH_SHOTS, int(counts.max()))
+
+
+def default_gamma(n_shots: int, n_classes: int) -> float:
+    """The gamma with which a shot weighs 1/16 of N / K queries."""
+    return SHOT_SHARE * n_shots / (SUPPORT_SCALE * n_classes)
 
 
 @dataclass(frozen=True)
