@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import re
 import signal
 import socket
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,9 @@ from tests.encode.test_encoder import contents
 from tests.tiny import tiny_backbone
 from transclip_fast.encode import encoder, models
 from transclip_fast.encode.encoder import Throughput, merged
-from transclip_fast.encode.folder import encode_images
-from transclip_fast.encode.ranks import ALONE, Ranks
+from transclip_fast.encode.folder import encode_images, encode_source
+from transclip_fast.encode.ranks import ALONE, Ranks, joined
+from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
@@ -24,11 +28,15 @@ from transclip_fast.store.features import load_features
 DONE, REPORTED = 0, 2
 
 
-def process(rank, size, port, folder, out, dies_after):
-    """One rank; it ends by SIGKILL after so many batches, if any are given."""
+def become(rank, size, port):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+
+
+def process(rank, size, port, folder, out, dies_after):
+    """One rank; it ends by SIGKILL after so many batches, if any are given."""
+    become(rank, size, port)
     torch.set_num_threads(1)
     embed, left = encoder._launch, [dies_after]
 
@@ -58,15 +66,18 @@ def process(rank, size, port, folder, out, dies_after):
 def run(size, folder, out, lost=None, after=-1):
     """Exit codes of `size` ranks, of which one may be killed after some batches."""
     (folder.parent / "templates.txt").write_text("a {}")
+    return started(size, process, lambda rank: (folder, out, after if rank == lost else -1))
+
+
+def started(size, target, arguments=lambda rank: ()):
+    """Exit codes of `size` processes, each with its rank, the size and a port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     ranks = [
-        context.Process(
-            target=process, args=(r, size, port, folder, out, after if r == lost else -1)
-        )
-        for r in range(size)
+        context.Process(target=target, args=(rank, size, port, *arguments(rank)))
+        for rank in range(size)
     ]
     with warnings.catch_warnings():  # of Python 3.12, that torch's threads are not forked
         warnings.simplefilter("ignore")
@@ -121,6 +132,112 @@ def test_ranks_share_a_folder_that_grows(images, tmp_path, lost):
     assert run(1, folder, tmp_path / "whole") == [DONE]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(load_features(tmp_path / "out").keys) == 22
+
+
+class Marks:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def beside_a_stranger(rank, size, port, messages):
+    """The first rank sends each size and, if they are any, bytes; the second takes them."""
+    become(rank, size, port)
+    with joined() as ranks:
+        for announced, content in messages:
+            if rank == 0:
+                torch.distributed.broadcast(torch.tensor([announced]), 0)
+                if content:
+                    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                    torch.distributed.broadcast(data, 0)
+                continue
+            try:
+                ranks.broadcast(None)
+            except InputError as error:
+                if "rank 0" in str(error) and "\n" not in str(error):
+                    continue
+            os._exit(1)
+        assert ranks.broadcast(["an answer"] if rank == 0 else None) == ["an answer"]
+    os._exit(DONE)
+
+
+def test_what_a_stranger_sends_is_never_unpickled(tmp_path):
+    mark = tmp_path / "mark"
+    contents = [pickle.dumps(Marks(mark)), b"\xff\xfe", b"[" * 100_000, b"[1, NaN"]
+    messages = [(len(content), content) for content in contents]
+    messages += [(announced, b"") for announced in (0, -1, 2**40)]
+    assert started(2, beside_a_stranger, lambda rank: (messages,)) == [DONE] * 2
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, {}, [1], "12345", [{}, [], [], [], []], [{"source": None}, [], [], [], []], "a name"],
+)
+def test_an_answer_of_another_kind_ends_in_one_line(images, tmp_path, answer):
+    source = open_source(images(4))
+
+    class Beside(Ranks):
+        def broadcast(self, _):
+            if answer != "a name":
+                return answer
+            return [{"source": source.identity(), "shard_rows": 2}, ["../../x"], [], [], []]
+
+    with pytest.raises(InputError, match=r"first rank"):
+        encode_source(source, tiny_backbone(), tmp_path / "out", None, Beside(1, 2))
+
+
+@pytest.mark.parametrize(
+    "value", [(1, 2), {1: 2}, {1, 2}, float("nan"), b"1", Marks("x"), [[(1,)]]]
+)
+def test_what_would_not_arrive_as_it_is_is_not_sent(value):
+    with pytest.raises((TypeError, ValueError)):
+        Ranks(0, 2).broadcast(value)
+
+
+LOOPBACK = r"[0-9A-F]{6}7F|0{24}01000000|0{16}FFFF0000[0-9A-F]{6}7F"  # as /proc/net writes them
+
+
+def listening_on_loopback(rank, size, port):
+    """Exits with the number of addresses that listen, all of them on loopback."""
+    become(rank, size, port)
+    with joined() as ranks:
+        assert ranks.all_gather(rank) == [0, 1]
+        folder = "/proc/self/fd"
+        ours = {os.path.basename(os.path.realpath(f"{folder}/{fd}")) for fd in os.listdir(folder)}
+        text = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+        sockets = [line.split() for line in text.splitlines() if ": " in line]
+        found = [
+            fields[1].split(":")[0]
+            for fields in sockets
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in ours
+        ]
+        ranks.all_gather(rank)
+    os._exit(len(found) if all(re.fullmatch(LOOPBACK, address) for address in found) else 99)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp6"), reason="no /proc/net")
+def test_ranks_of_one_machine_listen_on_loopback_alone():
+    store_and_gloo, gloo = 2, 1
+    assert started(2, listening_on_loopback) == [store_and_gloo, gloo]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "x"), ("RANK", None), ("MASTER_PORT", "99999"), ("WORLD_SIZE", "")]
+)
+def test_an_odd_environment_is_one_line(monkeypatch, name, value):
+    known = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, text in {**known, name: value}.items():
+        if text is None:
+            monkeypatch.delenv(variable, raising=False)
+        else:
+            monkeypatch.setenv(variable, text)
+    with pytest.raises(InputError, match=name), joined():
+        pass
 
 
 def test_each_shard_is_in_one_plan():

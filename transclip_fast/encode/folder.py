@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transclip_fast.encode.batch_size import fitting_batch_size
 from transclip_fast.encode.encoder import EncodeProgress, Throughput, encode_shards, merged, timed
 from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RULES
-from transclip_fast.encode.ranks import ALONE, Ranks, joined
+from transclip_fast.encode.ranks import ALONE, Ranks, joined, understood
 from transclip_fast.encode.sources import Source, open_source, resolve_labels
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
@@ -197,9 +197,9 @@ def encode_images(
         known = _config(identity, torch_device, source, local_features)
         table = _row_table(source, text)
         finished = _finished(out, known, table, text) if ranks.leads else None
-        found = None if finished is None else _encoded(finished, seconds, None)
-        if (encoded := ranks.broadcast(found)) is not None:
-            return replace(encoded, leads=ranks.leads)
+        found = None if finished is None else asdict(_encoded(finished, seconds, None))
+        if (sent := ranks.broadcast(found)) is not None:
+            return _received(sent, ranks)
         with timed(seconds, "load"):
             backbone = models.load_backbone(
                 model, pretrained, torch_device, precision, compiled, identity, allow_hub
@@ -262,11 +262,23 @@ def encode_source(
                     workers=workers,
                     progress=progress if ranks.leads else None,
                 )
-        throughput = merged(ranks.all_gather(throughput))
+        parts = ranks.all_gather(asdict(throughput))
+        with understood("another rank"):
+            throughput = merged([Throughput(**part) for part in parts])
+        found = None
         if ranks.leads:
             writer.finish()
-        encoded = _encoded(writer, seconds, throughput if throughput.images else None)
-    return replace(ranks.broadcast(encoded), leads=ranks.leads)
+            found = asdict(_encoded(writer, seconds, throughput if throughput.images else None))
+    return _received(ranks.broadcast(found), ranks)
+
+
+def _received(sent: Any, ranks: Ranks) -> Encoded:
+    """The first rank's `Encoded`, from its fields in JSON."""
+    with understood("the first rank"):
+        failures = [Failure(**failure) for failure in sent["failures"]]
+        throughput = sent["throughput"] and Throughput(**sent["throughput"])
+        found = {**sent, "failures": failures, "throughput": throughput, "leads": ranks.leads}
+        return Encoded(**found)
 
 
 def _config(
@@ -291,14 +303,17 @@ def _open_folder(
         writer = FeatureWriter(out, config, table)
         writer.set_aside()
         kept = writer.kept
-        ranks.broadcast((writer.config, writer.missing(), kept.names, kept.shard, kept.position))
+        ranks.broadcast([writer.config, writer.missing(), kept.names, kept.shard, kept.position])
         return writer, writer.missing()
-    nothing = config, list[int](), list[str](), list[int](), list[int]()
-    settled, missing, names, shard, position = ranks.broadcast(nothing)
-    if settled["source"] != config["source"]:
-        raise InputError(f"rank {ranks.rank} does not see the images that the first rank sees")
-    writer = FeatureWriter(out, settled, table, leads=False)
-    writer.kept = KeptRows(writer.folder, names, shard, position)
+    sent = ranks.broadcast(None)
+    with understood("the first rank"):
+        settled, missing, names, shard, position = sent
+        if settled["source"] != config["source"]:
+            raise InputError(f"rank {ranks.rank} does not see the images that the first rank sees")
+        if not all(type(number) is int for number in (*missing, *shard, *position)):
+            raise TypeError("shards are numbers")  # they become names of files
+        writer = FeatureWriter(out, settled, table, leads=False)
+        writer.kept = KeptRows(writer.folder, names, shard, position)
     return writer, missing
 
 
