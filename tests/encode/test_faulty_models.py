@@ -223,6 +223,12 @@ def test_a_name_on_the_hub_is_one_line_with_the_remedy():
         ({"hf_model_name": "org/name"}, "org/name"),
         ({"timm_model_name": "hf-hub:org/name"}, "hf-hub:org/name"),
         ({"timm_model_name": "local-dir:/etc"}, "local-dir:/etc"),
+        ({"timm_model_name": "hf_hub:org/name"}, "hf_hub:org/name"),
+        ({"timm_model_name": " HF-hub:org/name"}, " HF-hub:org/name"),
+        ({"any": [{"deep": ["hf-hub:org/name"]}]}, "hf-hub:org/name"),
+        ({"text": {"hf_model_name": ["org/name"]}}, "org/name"),
+        ({"tokenizer_kwargs": {"bpe_path": "/etc/shadow"}}, "/etc/shadow"),
+        ({"tokenizer_kwargs": {"subfolder": ".."}}, ".."),
     ],
 )
 def test_a_folder_names_parts_elsewhere_only_if_that_is_allowed(part, name, small, tmp_path):  # noqa: F811
@@ -235,6 +241,21 @@ def test_a_folder_names_parts_elsewhere_only_if_that_is_allowed(part, name, smal
     with pytest.raises(InputError, match=f"names '{name}', .*--allow-hub"):
         load_backbone(str(folder), "none", CPU)
     assert network_config(str(folder), allow_hub=True)[tower].items() >= part.items()
+
+
+def test_a_folders_leave_to_run_code_is_dropped_at_any_depth(small, tmp_path):  # noqa: F811
+    folder = a_folder(tmp_path)
+    file = folder / "open_clip_config.json"
+    plain = file.read_text()
+    config = json.loads(plain)
+    config["model_cfg"] |= {"trust_remote_code": True}
+    config["model_cfg"]["text_cfg"] |= {"act_kwargs": {}, "trust_remote_code": "yes"}
+    config["model_cfg"]["vision_cfg"] |= {"act_kwargs": {"trust_remote_code": [1]}}
+    file.write_text(json.dumps(config))
+    assert "trust" not in json.dumps(network_config(str(folder)))
+    deep = "[" * 900 + '{"trust_remote_code": 1}' + "]" * 900
+    file.write_text(plain.replace('"text_cfg": {', f'"text_cfg": {{"deep": {deep}, '))
+    assert "trust" not in str(network_config(str(folder)))
 
 
 def test_a_folders_tokenizer_runs_no_code(small, tmp_path, monkeypatch):  # noqa: F811

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +18,11 @@ from transclip_fast.store.atomic import read_json
 
 FOLDER_CONFIG = "open_clip_config.json"
 HUB_PREFIX = "hf-hub:"  # before the name of a repository of the Hugging Face hub
+REMOTE_CODE = "trust_remote_code"  # an option of transformers: run the model's own Python files
+SCHEME = re.compile(r"\s*(hf[-_]hub|local-dir):")  # of names outside a folder
+FILE_OPTIONS = frozenset(  # of tokenizers, which take any path
+    {"bpe_path", "vocab_file", "merges_file", "tokenizer_file", "gguf_file", "subfolder"}
+)
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # that weights decide
 
 
@@ -57,17 +63,39 @@ def network_config(model: str, allow_hub: bool = False) -> dict[str, Any]:
         return dict(open_clip.get_model_config(model))
     config = read_json(inside(folder, FOLDER_CONFIG))
     config = config.get("model_cfg", config)
-    if not all(isinstance(config.get(part), dict) for part in ("vision_cfg", "text_cfg")):
+    towers = ("vision_cfg", "text_cfg")
+    if not isinstance(config, dict) or not all(isinstance(config.get(t), dict) for t in towers):
         raise InputError(f"{folder / FOLDER_CONFIG}: has no vision_cfg and text_cfg")
-    named = (config["text_cfg"].get("hf_model_name"), config["vision_cfg"].get("timm_model_name"))
-    foreign = [named[0]] if named[0] else []
-    foreign += [named[1]] if ":" in str(named[1]) else []  # as in "hf-hub:NAME"
+    foreign = _without_code(config)
     if foreign and not allow_hub:
         raise InputError(
             f"{folder / FOLDER_CONFIG}: names {foreign[0]!r}, which would come from the Hugging "
             "Face hub or another folder; give --allow-hub if you trust it"
         )
-    return dict(config)
+    return config
+
+
+def _without_code(config: dict[str, Any]) -> list[str]:
+    """
+    Remove, at any depth, a configuration's leave to run code; return what it names elsewhere.
+
+    `hf_tokenizer_name` is no such name: a folder's tokenizer comes from its own files.
+    """
+    foreign, pending = list[str](), list[tuple[str, Any]]([("", config)])
+    while pending:  # no recursion, as the file may be deeper than Python's stack
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            value.pop(REMOTE_CODE, None)
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(key, item) for item in value]
+        elif value and (
+            key in ("hf_model_name", *FILE_OPTIONS)
+            or (key == "timm_model_name" and ":" in str(value))
+            or SCHEME.match(str(value))
+        ):
+            foreign.append(str(value))
+    return foreign
 
 
 def preprocessing_of(model: str, checkpoint: Path | None, image_size: Any) -> Any:
@@ -113,9 +141,9 @@ def tokenizer_of(model: str) -> Any:
     folder = model_folder(model)
     if folder is None:
         return open_clip.get_tokenizer(model)
-    foreign = network_config(model, allow_hub=True)["text_cfg"].get("hf_tokenizer_name")
+    of_transformers = network_config(model, allow_hub=True)["text_cfg"].get("hf_tokenizer_name")
     # open_clip passes on a folder's tokenizer_kwargs; these replace them.
-    safe = {"trust_remote_code": False} if foreign else {}
+    safe = {REMOTE_CODE: False} if of_transformers else {}
     return open_clip.get_tokenizer(f"local-dir:{folder}", **safe)
 
 

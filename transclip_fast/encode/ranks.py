@@ -148,9 +148,7 @@ def _loopback_store() -> Iterator[None]:
         listener.bind((address, port))
         listener.listen()
         descriptor = listener.detach()  # the store closes it
-    store = TCPStore(
-        address, port, is_master=True, multi_tenant=True, master_listen_fd=descriptor
-    )
+    store = TCPStore(address, port, is_master=True, multi_tenant=True, master_listen_fd=descriptor)
     yield
     del store
 
