@@ -1,39 +1,9 @@
-"""How the compiled loops come to be."""
+"""What the compiled loops compute."""
 
-import warnings
-
-import numba
 import numpy as np
 import pytest
 
 from transclip_fast.ops import numba_loops as loops
-
-
-def double(x):
-    return 2 * x
-
-
-def test_without_a_folder_for_compiled_code(monkeypatch):
-    """A read-only installation compiles in every process, and says so."""
-    njit = numba.njit
-
-    def uncached(*arguments, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function 'double': no locator available")
-        return njit(*arguments, **options)
-
-    monkeypatch.setattr(loops.numba, "njit", uncached)
-    with pytest.warns(UserWarning, match="compiled in every process; .*NUMBA_CACHE_DIR"):
-        assert loops.compiled("int64(int64)")(double)(4) == 8
-
-
-def test_other_errors_are_not_hidden(monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(loops.numba, "njit", broken)
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="no memory"):
-        loops.compiled("int64(int64)")(double)
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 100])

@@ -4,13 +4,12 @@ Compiled loops of the sparse operations on a CPU; `torch_backend` defines what t
 The file has, in this order, tools, the cut of a list to its largest entries, messages, sweep and
 energies, class sums, and what neighbours say. Entries in use of a list come first; the others are
 -inf in scores and 0 in assignments. The loops have explicit types: numba compiles them at the first
-import, which takes some seconds, and loads its cache at later ones.
+import, which takes some seconds, and later ones load them from disk.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from transclip_fast.ops import torch_backend
+from transclip_fast.ops.loop_cache import LoopCache
 
 CUT_HALVINGS = 24  # of the range in which a row is cut: as many as a float32 has bits
 LINE_ENTRIES = 16  # of a cache line
@@ -41,20 +41,14 @@ FAST = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}
 
 
 def compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a loop for these types, or load it from numba's cache."""
+    """Compile a loop for these types, or load it from the cache."""
 
     def decorate(loop: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(signature, nogil=True, cache=True, **options)(loop)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            warnings.warn(
-                "no folder for compiled code can be written, so it is compiled in every process; "
-                "name one with NUMBA_CACHE_DIR",
-                stacklevel=2,
-            )
-            return numba.njit(signature, nogil=True, **options)(loop)
+        dispatcher = numba.njit(nogil=True, **options)(loop)
+        dispatcher._cache = LoopCache(loop)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
 
     return decorate
 
