@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.encode.plain_eva import embeddings, made_checkpoint, register_tiny
+from transclip_fast.cli.convert import command
 from transclip_fast.encode import eva
 from transclip_fast.encode.models import load_backbone
+from transclip_fast.encode.networks import match_weights
+from transclip_fast.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -93,3 +96,21 @@ def test_convert_refuses(weights, tmp_path, refused):
     assert "ends in .safetensors" in refused(
         "convert", checkpoint, "--model", "EVA-CLIP-8B", "--out", tmp_path / "out.pt"
     )
+
+
+def test_a_checkpoint_that_changes_is_refused(tiny, weights, tmp_path, monkeypatch):
+    save_file(weights, tmp_path / "official.safetensors")
+
+    def then_changed(*arguments):
+        found = match_weights(*arguments)
+        with open(tmp_path / "official.safetensors", "r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"x")
+        return found
+
+    monkeypatch.setattr("transclip_fast.cli.convert.match_weights", then_changed)
+    out = tmp_path / "new/out.safetensors"
+    arguments = [tmp_path / "official.safetensors", "--model", tiny, "--out", out]
+    with pytest.raises(InputError, match="official.safetensors: changed while it was in use"):
+        command.main([*map(str, arguments)], standalone_mode=False)
+    assert not list(out.parent.iterdir())

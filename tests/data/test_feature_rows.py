@@ -91,10 +91,9 @@ def test_files_that_are_cut_at_the_same_moment(stored, tmp_path, monkeypatch):
     found = stored(features(), [40, 37])
     file = tmp_path / "1.npy"
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(InputError, match=r"1\.npy: was cut short while it was read"):
-        found[30:50]
-    with pytest.raises(InputError, match=r"1\.npy: cannot be read"):
-        found[np.array([3, 76])]
+    for ids in (slice(30, 50), np.array([3, 76])):
+        with pytest.raises(InputError, match=r"1\.npy: was cut short while it was read"):
+            found[ids]
 
 
 def sources(array, stored, tmp_path):

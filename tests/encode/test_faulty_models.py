@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -17,11 +19,12 @@ from safetensors.torch import save_file
 
 from tests.encode.test_encoder import encode
 from tests.encode.test_models import a_folder, small  # noqa: F401 - a fixture
+from transclip_fast.encode import networks
 from transclip_fast.encode.architectures import network_config, preprocessing_of, tokenizer_of
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.encode.models import identify, load_backbone, watch_weights
 from transclip_fast.encode.text import ClassPrompts, encode_text
-from transclip_fast.encode.weights import read_checkpoint
+from transclip_fast.encode.weights import WatchedFiles, read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
@@ -334,7 +337,37 @@ def test_all_files_of_a_checkpoint_are_watched(small, tmp_path):  # noqa: F811
     (tmp_path / "part.safetensors").write_bytes(b"x")
     watched = watch_weights("small-clip", str(index))
     watched.check()
-    (tmp_path / "part.safetensors").write_bytes(b"xy")
+    then = os.stat(tmp_path / "part.safetensors")
+    (tmp_path / "part.safetensors").write_bytes(b"y")  # as a copy that keeps the time does
+    os.utime(tmp_path / "part.safetensors", ns=(then.st_atime_ns, then.st_mtime_ns))
     with pytest.raises(InputError, match="part.safetensors: changed"):
         watched.check()
     assert not watch_weights("small-clip", "none").states
+
+
+def test_a_folders_configuration_is_watched(small, tmp_path):  # noqa: F811
+    folder = a_folder(tmp_path)
+    watched = watch_weights(str(folder), "none")
+    watched.check()
+    with open(folder / "open_clip_config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match="open_clip_config.json: changed"):
+        watched.check()
+
+
+def test_weights_that_change_while_they_are_loaded(weights, save, monkeypatch):
+    file, copied = Path(save(weights)), []
+
+    def copy_then_change(self, *arguments, **options):
+        copied.append(self)
+        if len(copied) == 3:
+            os.utime(file)
+        return torch.clone(self)
+
+    net = networks.empty_network(network_config("small-clip"))
+    watched = WatchedFiles.of([file])
+    tensors = read_checkpoint(file)
+    monkeypatch.setattr(torch.Tensor, "to", copy_then_change)
+    with pytest.raises(InputError, match="w.safetensors: changed while it was in use"):
+        networks.load_weights(net, tensors, str(file), CPU, watched.check)
+    assert len(copied) == 3  # no more of them are touched

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,17 @@ def test_by_name(suffix, tmp_path):
     for name, array in (("a", A), ("b", B)):
         np.testing.assert_array_equal(np.asarray(read[name]), array)
         assert np.asarray(read[name]).dtype == array.dtype
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no list of memory maps")
+@pytest.mark.parametrize("suffix", [".npz", ".pt", ".safetensors"])
+def test_what_is_read_is_no_longer_in_the_file(suffix, tmp_path):
+    """A process that touches a map of a file that was cut is killed."""
+    file = write(tmp_path / f"x{suffix}", a=A, b=B)
+    read = read_arrays(file)
+    assert str(file) not in Path("/proc/self/maps").read_text()
+    file.write_bytes(b"")
+    np.testing.assert_array_equal(np.asarray(read["a"]), A)
 
 
 def test_nameless(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from transclip_fast.cli import session
 from transclip_fast.cli.options import json_option
 from transclip_fast.encode.architectures import network_config
 from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weights
-from transclip_fast.encode.weights import read_checkpoint
+from transclip_fast.encode.weights import WatchedFiles, checkpoint_files, read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.store.tensors import write_tensors
@@ -41,8 +43,14 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
     stages = session.Stages()
     with stages.time("convert"), progress_bar("convert", "bytes") as show:
         net = empty_network(network_config(model))
+        watched = WatchedFiles.of(checkpoint_files(Path(checkpoint)))
         tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
-        size = write_tensors(out, tensors, PRECISIONS[dtype], show)
+
+        def step(done: int, total: int) -> None:
+            watched.check()
+            show(done, total)
+
+        size = write_tensors(out, tensors, PRECISIONS[dtype], step)
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     summary = {
         "out": out,

@@ -40,27 +40,32 @@ class Shard:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`; InputError if the file is gone, or was changed or cut."""
         width = self.shape[1]
+        offset = self.offset + start * width * self.dtype.itemsize
         with reading(self.path), open(self.path, "rb") as file:
-            self._check(os.fstat(file.fileno()))
-            offset = self.offset + start * width * self.dtype.itemsize
             values = np.fromfile(file, self.dtype, (stop - start) * width, offset=offset)
-        if len(values) < (stop - start) * width:
-            raise InputError(f"{self.path}: was cut short while it was read; write it again")
+            self._check(os.fstat(file.fileno()), len(values) == (stop - start) * width)
         return values.reshape(-1, width)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Rows by index (n,); errors as `read`."""
-        with reading(self.path, "cannot be read", "write it again"):
-            self._check(os.stat(self.path))
-            # Mapped anew each time: a row that is read brings 64 KiB around it into memory, which
-            # stay there as long as the map.
-            mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-        taken: np.ndarray = mapped[rows]
-        return taken
+        """
+        Rows by index (n,); errors as `read`.
 
-    def _check(self, found: os.stat_result) -> None:
+        Not through a memory map: a process that touches a map of a file that was cut is killed.
+        """
+        from transclip_fast.data.row_reads import gather
+
+        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        with reading(self.path), open(self.path, "rb") as file:
+            places = np.ascontiguousarray(rows, np.int64)
+            n_read = gather(file.fileno(), self.offset, places, out.view(np.uint8))
+            self._check(os.fstat(file.fileno()), n_read == len(rows))
+        return out
+
+    def _check(self, found: os.stat_result, whole: bool) -> None:
         if _state(found) != self.state:
             raise InputError(f"{self.path}: was changed while it was read; start again")
+        if not whole:
+            raise InputError(f"{self.path}: was cut short while it was read; write it again")
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
@@ -72,7 +77,7 @@ class StoredRows:
     """
     Features (N, d) in one or several .npy files of the same width and type, in order.
 
-    A slice is read into new memory, rows by index (n,) are gathered through a memory map.
+    A slice, and rows by index (n,), are read into new memory.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:

@@ -200,7 +200,8 @@ def _from_files(
     if file is None:
         networks.draw_weights(net, device)
     else:
-        networks.load_weights(net, read_checkpoint(file), str(file), device)
+        watched = WatchedFiles.of(checkpoint_files(file))
+        networks.load_weights(net, read_checkpoint(file), str(file), device, watched.check)
     cfg = preprocessing_of(model, file, net.visual.image_size)
     preprocess = image_transform_v2(cfg, is_train=False)
     return net, preprocess, tokenizer_of(model), asdict(cfg)
@@ -267,10 +268,12 @@ def _without_log() -> Iterator[None]:
 
 
 def watch_weights(model: str, pretrained: str | None) -> WatchedFiles:
-    """Watch the checkpoint files of a backbone; none of random weights or a tag."""
-    if pretrained == RANDOM or pretrained in known_tags(model):
-        return WatchedFiles({})
-    return WatchedFiles.of(checkpoint_files(_weights_file(model, pretrained)))
+    """Watch a model folder's configuration and the checkpoint's files; a tag has none."""
+    folder = model_folder(model)
+    files = [] if folder is None else [folder / FOLDER_CONFIG]
+    if pretrained != RANDOM and pretrained not in known_tags(model):
+        files += checkpoint_files(_weights_file(model, pretrained))
+    return WatchedFiles.of(files)
 
 
 def identify(

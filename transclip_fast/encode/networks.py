@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -45,18 +45,21 @@ def empty_network(config: Mapping[str, Any], precision: str = "fp32") -> Any:
     return net.eval()
 
 
-def load_weights(net: Any, weights: StateDict, origin: str, device: torch.device) -> None:
+def load_weights(
+    net: Any, weights: StateDict, origin: str, device: torch.device, check: Callable[[], None]
+) -> None:
     """
     Give a network of `empty_network` its weights, in its own types.
 
     Tensors are converted and copied to the device one at a time. On a CPU, too: they are mapped
-    from a file that may be truncated later. Errors are those of `match_weights`.
+    from a file that may be cut later. `check` is called before each, and at the end; it raises
+    InputError if the file has changed. Other errors are those of `match_weights`.
     """
-    wanted = net.state_dict()
-    loaded = {
-        name: tensor.to(device, wanted[name].dtype, copy=True)
-        for name, tensor in match_weights(net, weights, origin).items()
-    }
+    wanted, loaded = net.state_dict(), {}
+    for name, tensor in match_weights(net, weights, origin).items():
+        check()
+        loaded[name] = tensor.to(device, wanted[name].dtype, copy=True)
+    check()
     for name in wanted.keys() - loaded.keys():
         loaded[name] = torch.zeros_like(wanted[name], device=device)
     net.load_state_dict(loaded, assign=True)

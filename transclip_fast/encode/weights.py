@@ -58,13 +58,15 @@ class WatchedFiles:
 def _state(file: Path) -> tuple[int, ...]:
     with suppress(OSError):
         found = os.stat(file)
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        # The last also changes where a copy sets the time of writing back.
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return ()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """
-    Map the tensors of a checkpoint from disk.
+    Map the tensors of a checkpoint from disk; check `WatchedFiles` before each is copied, as the
+    system kills a process that touches the map of a file that was cut.
 
     It is a .safetensors file, a file of `torch.save`, or the .index.json of several files.
     Dictionaries that training scripts wrap around the tensors (`WRAPPERS`) and prefixes that all

@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from transclip_fast.compiled_loops import compiled
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.candidates import Candidates, float32_rounding
 from transclip_fast.ops.blocks import blocks
-from transclip_fast.ops.numba_loops import FAST, LOWEST_SCORE, F, compiled, enter
+from transclip_fast.ops.numba_loops import FAST, LOWEST_SCORE, F, enter
 from transclip_fast.ops.numba_topk import CHUNK_ENTRIES, at_least, chunk_maxima, dot, to_int8
 from transclip_fast.parallel import parallel_map
 

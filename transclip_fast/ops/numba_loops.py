@@ -10,17 +10,15 @@ import, which takes some seconds, and later ones load them from disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from transclip_fast.compiled_loops import compiled
 from transclip_fast.ops import torch_backend
-from transclip_fast.ops.loop_cache import LoopCache
 
 CUT_HALVINGS = 24  # of the range in which a row is cut: as many as a float32 has bits
 LINE_ENTRIES = 16  # of a cache line
@@ -38,19 +36,6 @@ _2X = np.polynomial.Chebyshev.interpolate(lambda x: 2.0**-x, 6, [0, 1])
 C0, C1, C2, C3, C4, C5, C6 = _2X.convert(kind=np.polynomial.Polynomial).coef.astype(F)
 # No NaN, no infinity, any order of sums.
 FAST = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}
-
-
-def compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a loop for these types, or load it from the cache."""
-
-    def decorate(loop: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(nogil=True, **options)(loop)
-        dispatcher._cache = LoopCache(loop)
-        dispatcher.compile(signature)
-        dispatcher.disable_compile()
-        return dispatcher
-
-    return decorate
 
 
 @intrinsic

@@ -11,12 +11,12 @@ import math
 
 import numpy as np
 
+from transclip_fast.compiled_loops import compiled
 from transclip_fast.ops.numba_loops import (
     AHEAD_ROWS,
     FAST,
     LOWEST_SCORE,
     F,
-    compiled,
     enter,
     exponentials,
     largest_of,

@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file
 
 from transclip_fast.data.npy_shards import Shard
 from transclip_fast.errors import InputError, reading
+from transclip_fast.store.tensors import read_tensors
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
-MAPPED_BYTES = 1 << 30  # a .npy file of this size is mapped instead of read
 HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in memory at a time
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 
@@ -112,9 +111,7 @@ def _existing(path: str | Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix == ".npy" and os.path.getsize(path) >= MAPPED_BYTES:
-        return {SINGLE: np.load(path, mmap_mode="r", allow_pickle=False)}
+        return dict(read_tensors(path)[0])
     with open(path, "rb") as file:  # called with a path, the readers leave damaged files open
         if path.suffix == ".pt":
             return _tensors(path, torch.load(file, map_location="cpu", weights_only=True))

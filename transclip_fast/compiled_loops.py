@@ -1,5 +1,5 @@
 """
-Compiled loops on disk. Numba's own cache unpickles whatever lies there, whole or not.
+Loops that numba compiles, and keeps on disk; its own cache unpickles whatever lies there.
 
 A file holds one loop: the hash of the rest, the hash of the sources it was compiled from, and its
 pickle. Only files in a folder that no other user can write are read.
@@ -31,6 +31,19 @@ HASH_BYTES = 32  # of SHA-256
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
+def compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a loop for these types, or load it from the cache."""
+
+    def decorate(loop: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(nogil=True, **options)(loop)
+        dispatcher._cache = LoopCache(loop)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return decorate
+
+
 class LoopCache(caching.NullCache):
     """
     What numba asks for a loop before it compiles it, and gives it afterwards.
@@ -41,9 +54,9 @@ class LoopCache(caching.NullCache):
 
     def __init__(self, loop: Callable[..., Any]) -> None:
         self.loop = loop
-        self.folder = trusted_folder(str(Path(loop.__code__.co_filename).parent))
-        sources = [Path(loop.__code__.co_filename), *sorted(Path(__file__).parent.glob("*.py"))]
-        self.sources = _sources_sha256(tuple(sources))
+        own = Path(loop.__code__.co_filename)
+        self.folder = trusted_folder(str(own.parent))
+        self.sources = _sources_sha256((own, *sorted(Path(__file__).parent.glob("ops/*.py"))))
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """The compiled loop, or None."""

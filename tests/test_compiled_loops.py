@@ -9,8 +9,8 @@ import warnings
 import numba
 import pytest
 
-from transclip_fast.ops import loop_cache
-from transclip_fast.ops.numba_loops import compiled
+from transclip_fast import compiled_loops
+from transclip_fast.compiled_loops import compiled
 
 
 def double(x):
@@ -29,8 +29,8 @@ class Marks:
 
 def loaded():
     """Whether `double` came from the cache; it works in any case."""
-    loop_cache.trusted_folder.cache_clear()
-    loop_cache._warn_once.cache_clear()
+    compiled_loops.trusted_folder.cache_clear()
+    compiled_loops._warn_once.cache_clear()
     loop = compiled("int64(int64)")(double)
     assert loop(4) == 8
     return bool(loop.stats.cache_hits)
@@ -44,7 +44,7 @@ def folder(tmp_path, monkeypatch):
     assert not loaded()
     assert len(list(yield_to.iterdir())) == 1
     yield yield_to
-    loop_cache.trusted_folder.cache_clear()
+    compiled_loops.trusted_folder.cache_clear()
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_damaged_file_is_compiled_again_with_one_warning(folder, how):
 
 
 def test_other_sources_are_compiled_again(folder, quiet, monkeypatch):
-    monkeypatch.setattr(loop_cache, "_sources_sha256", lambda _: bytes(32))
+    monkeypatch.setattr(compiled_loops, "_sources_sha256", lambda _: bytes(32))
     assert not loaded()
     assert loaded()
     assert len(list(folder.iterdir())) == 1  # nothing piles up
@@ -100,7 +100,7 @@ def test_other_sources_are_compiled_again(folder, quiet, monkeypatch):
 )
 def test_what_others_can_write_is_not_unpickled(folder, place, mode, tmp_path, quiet):
     (file,) = folder.iterdir()
-    data = loop_cache.LoopCache(double).sources + pickle.dumps(Marks(tmp_path / "mark"))
+    data = compiled_loops.LoopCache(double).sources + pickle.dumps(Marks(tmp_path / "mark"))
     file.write_bytes(hashlib.sha256(data).digest() + data)
     opened = (folder / place).resolve()
     opened.chmod(mode)
@@ -136,7 +136,7 @@ def test_without_a_folder_every_process_compiles(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="compiled in every process; .*NUMBA_CACHE_DIR") as found:
         assert not loaded()
     assert len(found) == 1
-    loop_cache.trusted_folder.cache_clear()
+    compiled_loops.trusted_folder.cache_clear()
 
 
 def test_the_next_folder_is_taken_if_the_first_is_not_safe(tmp_path, monkeypatch, quiet):
@@ -146,7 +146,7 @@ def test_the_next_folder_is_taken_if_the_first_is_not_safe(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/home"))
     before = os.umask(0o002)  # of users with a group of their own
     try:
-        found = loop_cache.trusted_folder(str(tmp_path / "site"))
+        found = compiled_loops.trusted_folder(str(tmp_path / "site"))
     finally:
         os.umask(before)
     assert found == tmp_path / "new/home/transclip_fast"
