@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -39,6 +40,21 @@ def test_folder_is_sorted_and_labelled_on_request(images):
     assert source.read(3) == (folder / "dog/001.png").read_bytes()
     labelled = open_source(folder, labels_from_folders=True)
     assert resolve_labels(labelled, ["dog", "Cat"]).tolist() == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("change", ["content", "size", "moved"])
+def test_an_image_that_changes_after_it_was_listed_is_not_read(images, change):
+    folder = images(5)
+    source = open_source(folder)
+    image = folder / "dog/001.png"
+    content, then = image.read_bytes(), image.stat().st_mtime_ns
+    if change == "moved":
+        (folder / "cat/000.png").replace(image)
+    else:
+        image.write_bytes(content[::-1] if change == "content" else content + b"x")
+        os.utime(image, ns=(then, then + (change == "content")))
+    with pytest.raises(InputError, match="changed after it was listed; run again"):
+        source.read(3)
 
 
 def test_folder_label_that_is_no_class(images):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.encode.test_sources import write_tar
+from tests.tiny import tiny_backbone
 from transclip_fast.encode import tars
 from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.pixels import suffixes
@@ -297,10 +298,27 @@ def test_a_bad_label_is_a_failure_of_its_image_alone(tmp_path, name, content):
     assert resolve_labels(open_source(tmp_path / "a.tar"), ["cat", "dog"])[1] == 1
 
 
-def test_a_tar_that_shrinks_after_it_was_listed(tar):
+@pytest.mark.parametrize("size", [len(WHOLE) // 3, len(WHOLE)])
+def test_a_tar_that_changes_after_it_was_listed(tar, size, tmp_path):
+    """Nothing is known of where its images are now: the encode stops, whatever the row."""
     file = tar(WHOLE)
     source = open_source(file)
-    file.write_bytes(WHOLE[: len(WHOLE) // 3])
     assert source.read(0) == ROWS[0][1]
-    with pytest.raises(InputError, match="shorter than it was"):
-        source.read(7)
+    file.write_bytes(WHOLE[:size])
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(OSError, match="a.tar changed after it was listed"):
+        source.read(0)
+    with pytest.raises(InputError, match="a.tar changed after it was listed; run again"):
+        encode_source(source, tiny_backbone(), tmp_path / "out", None, batch_size=2)
+
+
+def test_a_tar_that_changes_while_it_is_listed(tar, monkeypatch):
+    file = tar(WHOLE)
+
+    def then_changed(*arguments):
+        yield from tars.read_samples(*arguments)
+        os.utime(file, ns=(0, 0))
+
+    monkeypatch.setattr("transclip_fast.encode.sources.read_samples", then_changed)
+    with pytest.raises(InputError, match="a.tar: changed while it was listed; run again"):
+        open_source(file)

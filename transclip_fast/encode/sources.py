@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -46,6 +47,11 @@ class Source:
     left_out: str = ""  # what is there besides and is not read, in words
     own_keys: bool = False  # keys are a column of the list, no paths
     by_content: bool = False  # images change with their content, not with size and time
+    # (rows, 2) int64: size of each image, time of its file in nanoseconds; -1 if unknown.
+    stamps: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stamps = self._stamps()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,7 +64,9 @@ class Source:
         ------
         InputError
             The file is no regular one (a FIFO would wait, a device may never end), too large, or
-            shorter than it was; or the row is one of `refusals`.
+            not as it was when it was listed; or the row is one of `refusals`.
+        OSError
+            A tar is not as it was: nothing is known of where its images are now.
         """
         if row in self.refusals:
             raise InputError(self.refusals[row])
@@ -71,13 +79,14 @@ class Source:
                 raise InputError(f"has {size:,} bytes, more than {MAX_FILE_BYTES:,}; compress it")
             file.seek(offset)
             content = file.read(size)
-        if len(content) < size:
-            raise InputError("is shorter than it was when it was listed; copy it again")
+            state = os.fstat(file.fileno())
+        if (len(content), state.st_mtime_ns) != tuple(self.stamps[row].tolist()):
+            if self.spans is not None:
+                raise OSError(errno.ESTALE, f"{self.files[row]} changed after it was listed")
+            raise InputError("changed after it was listed; run again")
         return content
 
-    @functools.cached_property
-    def stamps(self) -> np.ndarray:
-        """(rows, 2) int64: size of each image, time of its file in nanoseconds; -1 if unknown."""
+    def _stamps(self) -> np.ndarray:
         found = {}
         for file in dict.fromkeys(self.files):
             found[file] = (-1, -1)
@@ -305,13 +314,14 @@ def _below(folder: Path, key: str, path: Path) -> Path:
 
 
 def _webdataset(tars: Sequence[Path], left_out: Counter[str]) -> Source:
-    samples = list[tuple[Path, Sample]]()
+    samples, times = list[tuple[Path, Sample]](), dict[str, int]()
     for tar in tars:
         with reading(tar):
             check_regular(tar)
+            times[str(tar)] = os.stat(tar).st_mtime_ns
         samples += [(tar, sample) for sample in read_samples(tar, left_out)]
     labels = [sample.label for _, sample in samples]
-    return Source(
+    source = Source(
         "webdataset",
         [printable(f"{tar.name}/{sample.key}") for tar, sample in samples],
         [str(tar) for tar, _ in samples],
@@ -320,6 +330,10 @@ def _webdataset(tars: Sequence[Path], left_out: Counter[str]) -> Source:
         refusals={row: s.refusal for row, (_, s) in enumerate(samples) if s.refusal is not None},
         left_out=left_out_words(left_out),
     )
+    for file, time in zip(source.files, source.stamps[:, 1].tolist(), strict=True):
+        if time != times[file]:
+            raise InputError(f"{file}: changed while it was listed; run again")
+    return source
 
 
 def _beside_tars(folder: Path) -> Counter[str]:
