@@ -21,6 +21,7 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.graph.centres import random_rows
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import n_threads
+from transclip_fast.whole_files import new_file
 
 ADD_ROWS = 1 << 14
 CHECKED_ROWS, CHECKED_NEIGHBORS, CHECKED_SHARE = 100, 8, 0.5
@@ -180,13 +181,11 @@ def check_place(path: Path) -> None:
 
 def save_index(index: Any, path: Path) -> None:
     """Write an index into a file, whole or not at all; InputError if that fails."""
-    faiss, partial = load_faiss(), path.with_name(f".{path.name}.index-partial")
+    faiss = load_faiss()
     try:
-        faiss.write_index(index, str(partial))
-        partial.replace(path)
+        with new_file(path) as partial:
+            faiss.write_index(index, str(partial))
     except (RuntimeError, OSError) as error:
-        with suppress(OSError):
-            partial.unlink()
         raise InputError(f"{path}: cannot be written: {_line(error)}") from None
 
 

@@ -20,8 +20,9 @@ from transclip_fast.heads.base import Head, inputs_for
 from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import DataSet, draw_shots
-from transclip_fast.store.atomic import new_file, read_json, write_json, writing
+from transclip_fast.store.atomic import read_json, write_json, writing
 from transclip_fast.version import __version__
+from transclip_fast.whole_files import new_file
 
 TABLES = ("table.md", "table.parquet", "runs.parquet", "run.json")
 CONTENTS = frozenset({"runs", *TABLES, *(f".{name}.partial" for name in TABLES)})

@@ -1,4 +1,4 @@
-"""Folders and files that appear under their name whole, or not at all."""
+"""Folders that appear under their name whole, or not at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from transclip_fast.errors import InputError, reading
+from transclip_fast.whole_files import sync
 
 HIDDEN = ("partial", "replaced", "lock")  # hidden neighbours of a folder while it is written
 
@@ -59,24 +60,6 @@ def beside(path: str | Path, name: str) -> Path:
     """The hidden neighbour `.FOLDER.name` of a folder, for its lock and its checkpoints."""
     target = Path(os.path.realpath(path))
     return target.parent / f".{target.name}.{name}"
-
-
-@contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """A hidden file to write, renamed to `target` at the end; removed if anything fails."""
-    partial = partial_of(target)
-    try:
-        yield partial
-        _sync(partial)
-        partial.rename(target)
-        _sync(target.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def partial_of(target: Path) -> Path:
-    """The hidden neighbour of a file while it is written."""
-    return target.with_name(f".{target.name.lstrip('.')}.partial")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -157,8 +140,8 @@ def _recover(target: Path, partial: Path, replaced: Path) -> None:
 
 def _publish(partial: Path, target: Path, replaced: Path) -> None:
     for file in partial.iterdir():
-        _sync(file)
-    _sync(partial)
+        sync(file)
+    sync(partial)
     if target.exists():
         target.rename(replaced)
     try:
@@ -167,13 +150,5 @@ def _publish(partial: Path, target: Path, replaced: Path) -> None:
         if replaced.exists():
             replaced.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

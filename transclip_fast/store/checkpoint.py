@@ -14,8 +14,9 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import read_arrays
-from transclip_fast.store.atomic import beside, new_file, partial_of, writing
+from transclip_fast.store.atomic import beside, writing
 from transclip_fast.store.tensors import read_tensors, write_tensors
+from transclip_fast.whole_files import new_file, partial_of
 
 
 class FileCheckpoint:

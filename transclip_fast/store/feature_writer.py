@@ -20,10 +20,11 @@ import pyarrow as pa
 
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import file_sha256, inside, npy_bytes, read_table
-from transclip_fast.store.atomic import new_file, read_json, writing
+from transclip_fast.store.atomic import read_json, writing
 from transclip_fast.store.kept_rows import EARLIER, KeptRows, earlier_entries, earlier_file
 from transclip_fast.store.row_table import RowTable
 from transclip_fast.version import __version__
+from transclip_fast.whole_files import new_file
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.csv"

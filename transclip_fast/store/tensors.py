@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.atomic import new_file, writing
+from transclip_fast.store.atomic import writing
+from transclip_fast.whole_files import new_file
 
 # Names of the format, https://github.com/huggingface/safetensors#format
 DTYPES = {
