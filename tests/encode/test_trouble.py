@@ -116,6 +116,33 @@ def test_a_lost_worker_is_replaced(images, backbone, tmp_path, quick, trouble):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_without_room_in_shared_memory_images_come_through_pipes(
+    images, backbone, tmp_path, quick, monkeypatch
+):
+    """As in a Docker container, which has 64 MB of it."""
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "whole")
+
+    def no_room(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    feed._warn_of_pipes.cache_clear()
+    with pytest.warns(UserWarning, match=r"/dev/shm, has no room .*--shm-size") as found:
+        encode(folder, backbone, tmp_path / "out", workers=1)
+    assert len(found) == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_workers_that_cannot_start_are_one_line(images, backbone, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", full)
+    with pytest.raises(InputError, match=r"cannot start .*No space left.*--workers 0"):
+        encode(images(3), backbone, tmp_path / "out", workers=1)
+
+
 def test_an_image_that_always_loses_its_worker_is_a_failure(images, backbone, tmp_path, quick):
     good, folder = backbone.preprocess, images(7)
     with Image.open(folder / "dog/001.png") as image:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
+import warnings
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,6 +39,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.failures) + len(self.hashes)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a worker hands the batch over, see `_shareable`."""
+        return _received, (_shareable(self.images), self.hashes, self.failures)
+
     def pin_memory(self) -> Batch:
         """The batch in memory that a GPU can fetch from; torch's loader calls this."""
         pinned = None if self.images is None else self.images.pin_memory()
@@ -53,7 +60,7 @@ def feed(
     Raises
     ------
     InputError
-        The machine fails to read an image; a later run may not.
+        The machine fails to read an image, or to start workers; a later run may not.
     RuntimeError
         No batch for `HUNG_SECONDS`, or a worker that was killed (see `is_worker_lost`). Torch
         raises the latter from a signal handler, wherever this process is at that moment.
@@ -67,11 +74,48 @@ def feed(
         timeout=HUNG_SECONDS if workers else 0,
         pin_memory=backbone.device.type == "cuda",
     )
-    for batch in loader:
+    try:
+        decoded = iter(loader)
+    except OSError as error:
+        raise InputError(
+            f"workers cannot start ({one_line(error)}); free /dev/shm or give --workers 0"
+        ) from error
+    for batch in decoded:
         for failure in batch.failures:
             if failure.fatal:
                 raise InputError(f"{failure.key}: {failure.reason}; run again to continue")
         yield batch
+
+
+def _shareable(images: torch.Tensor | None) -> torch.Tensor | np.ndarray | None:
+    """Images in shared memory, or an array, which goes through a pipe, if that has no room."""
+    if images is None:
+        return None
+    try:
+        images.share_memory_()  # type: ignore[no-untyped-call]
+        return images
+    except RuntimeError:  # torch would try again when it sends them, lose them, and wait for them
+        array: np.ndarray = images.numpy()
+        return array
+
+
+def _received(
+    images: torch.Tensor | np.ndarray | None, hashes: list[str], failures: list[Failure]
+) -> Batch:
+    if isinstance(images, np.ndarray):
+        _warn_of_pipes()
+        images = torch.from_numpy(images)
+    return Batch(images, hashes, failures)
+
+
+@cache
+def _warn_of_pipes() -> None:
+    """Warn once: the loop's waiting for images shows what it costs."""
+    warnings.warn(
+        "shared memory, /dev/shm, has no room for the next images, so they come through slower "
+        "pipes; enlarge it (docker run --shm-size 2g) or give a smaller --batch-size",
+        stacklevel=2,
+    )
 
 
 def is_worker_lost(error: Exception) -> bool:
