@@ -191,6 +191,31 @@ def test_an_answer_of_another_kind_ends_in_one_line(images, tmp_path, answer):
         encode_source(source, tiny_backbone(), tmp_path / "out", None, Beside(1, 2))
 
 
+@pytest.mark.parametrize("name", ["weights", "source", "device"])
+def test_a_rank_with_other_weights_or_images_is_refused(images, tmp_path, name):
+    """Each rank reads them by itself, and they may be replaced in between."""
+    source, backbone = open_source(images(4)), tiny_backbone()
+    sent = []
+
+    class Leading(Ranks):
+        def broadcast(self, value):
+            sent.append(value)
+            return value
+
+        def all_gather(self, value):
+            return [value]
+
+    encode_source(source, backbone, tmp_path / "out", None, Leading(0, 1), batch_size=2)
+    settled, *rest = sent[0]
+
+    class Beside(Ranks):
+        def broadcast(self, _):
+            return [{**settled, name: "other"}, *rest]
+
+    with pytest.raises(InputError, match=f"rank 1: its {name} differs from the first rank's"):
+        encode_source(source, backbone, tmp_path / "out", None, Beside(1, 2))
+
+
 @pytest.mark.parametrize(
     "value", [(1, 2), {1: 2}, {1, 2}, float("nan"), b"1", Marks("x"), [[(1,)]]]
 )

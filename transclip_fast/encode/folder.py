@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
 from transclip_fast.parallel import fixed_threads
 from transclip_fast.store.atomic import locked
-from transclip_fast.store.feature_writer import MANIFEST, Failure, FeatureWriter
+from transclip_fast.store.feature_writer import MANIFEST, SETTLED, Failure, FeatureWriter
 from transclip_fast.store.kept_rows import KeptRows
 from transclip_fast.store.row_table import RowTable
 
@@ -308,8 +309,13 @@ def _open_folder(
     sent = ranks.broadcast(None)
     with understood("the first rank"):
         settled, missing, names, shard, position = sent
-        if settled["source"] != config["source"]:
-            raise InputError(f"rank {ranks.rank} does not see the images that the first rank sees")
+        own = json.loads(json.dumps(config))
+        for name in sorted(own.keys() - set(SETTLED)):
+            if settled[name] != own[name]:  # as of weights that were replaced in between
+                raise InputError(
+                    f"rank {ranks.rank}: its {name} differs from the first rank's; give all ranks "
+                    "the same files and options"
+                )
         if not all(type(number) is int for number in (*missing, *shard, *position)):
             raise TypeError("shards are numbers")  # they become names of files
         writer = FeatureWriter(out, settled, table, leads=False)
