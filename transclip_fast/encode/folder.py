@@ -155,8 +155,8 @@ def encode_images(
     ------
     InputError
         Images, classes, templates or model that cannot be read or are not known; an existing
-        folder of another model; embeddings that are not finite; weights that change meanwhile; a
-        device, memory or a disk that fails.
+        folder of another model; embeddings that are not finite; weights or tars that change
+        meanwhile; a device, memory or a disk that fails.
 
     Examples
     --------

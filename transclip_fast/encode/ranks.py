@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from transclip_fast.errors import InputError, one_line
 
@@ -64,7 +63,7 @@ class Ranks:
 
     def _sent_from(self, rank: int, value: Any) -> Any:
         """One rank's value, on every rank."""
-        data = _encoded(value) if rank == self.rank else torch.empty(0, dtype=torch.uint8)
+        data = _as_bytes(value) if rank == self.rank else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([len(data)])
         with _lost_rank_as_input_error():
             torch.distributed.broadcast(size, rank)
@@ -91,7 +90,7 @@ def joined() -> Iterator[Ranks]:
     reached, or one of them ended early.
     """
     size = _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
-    if size == 1:
+    if size <= 1:
         yield ALONE
         return
     with _lost_rank_as_input_error(), _loopback_store():
@@ -116,7 +115,7 @@ def understood(sender: str) -> Iterator[None]:
         ) from error
 
 
-def _encoded(value: Any) -> torch.Tensor:
+def _as_bytes(value: Any) -> torch.Tensor:
     """A value as JSON, bytes (n,) uint8; TypeError if it would not arrive as it is."""
     text = json.dumps(value, allow_nan=False)
     if json.loads(text) != value:
@@ -148,7 +147,10 @@ def _loopback_store() -> Iterator[None]:
         listener.bind((address, port))
         listener.listen()
         descriptor = listener.detach()  # the store closes it
-    store = TCPStore(address, port, is_master=True, multi_tenant=True, master_listen_fd=descriptor)
+    distributed: Any = torch.distributed
+    store = distributed.TCPStore(
+        address, port, is_master=True, multi_tenant=True, master_listen_fd=descriptor
+    )
     yield
     del store
 
