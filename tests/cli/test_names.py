@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from open_clip import IMAGENET_CLASSNAMES
 
+from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.store.features import load_features
 
 MODEL = ("--model", "tiny", "--pretrained", "none", "--workers", "0")
@@ -19,6 +20,7 @@ def encode(monkeypatch, backbone, cli, tmp_path):
     """Run `encode` with a tiny model; the labels, -1 where there is none, and standard error."""
     monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_, **__: backbone)
     monkeypatch.setattr("transclip_fast.encode.models.identify", lambda *_: backbone.identity)
+    monkeypatch.setattr("transclip_fast.encode.models.watch_weights", lambda *_: WatchedFiles({}))
     (tmp_path / "templates.txt").write_text("a {}")
 
     def run(source, classes, *options):
