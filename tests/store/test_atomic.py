@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.atomic import new_folder, read_json, write_json
+from transclip_fast.store.atomic import (
+    clean,
+    exchanged,
+    locked,
+    new_folder,
+    read_json,
+    write_json,
+)
 
 CONTENTS = frozenset({"a", "b"})
 
@@ -97,6 +104,7 @@ def test_a_link_to_the_folder_stays_a_link(tmp_path):
 @pytest.mark.parametrize("failing", ["first", "second"])
 def test_a_rename_that_fails_leaves_the_earlier_result(failing, earlier, tmp_path, monkeypatch):
     rename = Path.rename
+    monkeypatch.setattr("transclip_fast.store.atomic.exchanged", lambda *_: False)
 
     def fail(self, target):
         if (failing == "first") == (self.name == "out") and not self.name.endswith("replaced"):
@@ -180,6 +188,57 @@ def test_files_and_folder_are_synced_before_the_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", check)
     write(tmp_path / "out", a="new")
     assert synced[-1] == tmp_path.name
+
+
+def test_no_exchange_of_names_on_this_file_system(earlier, tmp_path, monkeypatch):
+    monkeypatch.setattr("transclip_fast.store.atomic.exchanged", lambda *_: False)
+    write(earlier, a="new")
+    assert listing(tmp_path) == {"out": {"a": "new"}}
+
+
+def test_two_folders_are_exchanged(earlier, tmp_path):
+    (tmp_path / "other").mkdir()
+    if not exchanged(earlier, tmp_path / "other"):
+        pytest.skip("this file system cannot exchange two names")
+    assert listing(tmp_path) == {"out": {}, "other": {"a": "old"}}
+    assert not exchanged(earlier, tmp_path / "missing")
+
+
+def refuse_to_remove(monkeypatch, name):
+    """Files of this name cannot be removed."""
+    unlink = os.unlink
+
+    def fail(path, *args, **kwargs):
+        if Path(os.fsdecode(path)).name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", fail)
+
+
+@pytest.mark.parametrize("name", [".out.lock", "a", ".out.state"])
+def test_what_cannot_be_removed_is_told_and_goes_the_next_time(
+    name, earlier, tmp_path, monkeypatch
+):
+    (tmp_path / ".out.state").write_text("kept")
+    obsolete = [tmp_path / ".out.state"]
+    with monkeypatch.context() as patch:
+        refuse_to_remove(patch, name)
+        with (
+            pytest.warns(UserWarning, match="cannot remove .* \\(Input/output error\\)"),
+            new_folder(earlier, CONTENTS, obsolete=obsolete) as folder,
+        ):
+            (folder / "b").write_text("new")
+    left = {file.name for file in tmp_path.iterdir()} - {"out"}
+    assert len(left) == 1
+    assert [file.name for file in earlier.iterdir()] == ["b"]
+    clean(earlier, obsolete)
+    assert listing(tmp_path) == {"out": {"b": "new"}}
+
+
+def test_nothing_is_cleaned_under_the_lock_of_another(earlier, tmp_path):
+    with locked(earlier), pytest.raises(InputError, match="another process"):
+        clean(earlier, [])
 
 
 def test_json_there_and_back(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, one_line
 from transclip_fast.version import __version__
 
 COMMANDS = {
@@ -76,9 +76,13 @@ def _cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input is one line on standard error and exit code 2."""
+    """Run the command line; bad input, or a disk that fails, is one line and exit code 2."""
     try:
         _cli(prog_name="transclip-fast")
     except InputError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:  # any call can meet it, and it is no mistake of the program
+        what, reason = error.filename or "a file", error.strerror or one_line(error)
+        click.echo(f"error: {what}: cannot be read or written ({reason})", err=True)
         sys.exit(2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.options import json_option
+from transclip_fast.cli.options import PATH, json_option
 from transclip_fast.encode.architectures import network_config
 from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weights
 from transclip_fast.encode.weights import WatchedFiles, checkpoint_files, read_checkpoint
@@ -17,12 +17,12 @@ from transclip_fast.store.tensors import write_tensors
 
 
 @click.command("convert")
-@click.argument("checkpoint", type=click.Path())
+@click.argument("checkpoint", type=PATH)
 @click.option("--model", required=True, help="The checkpoint's model, e.g. EVA-CLIP-8B.")
 @click.option(
     "--dtype", default="bf16", type=click.Choice([*PRECISIONS]), help="Type of the written weights."
 )
-@click.option("--out", required=True, type=click.Path(), help="The .safetensors file to write.")
+@click.option("--out", required=True, type=PATH, help="The .safetensors file to write.")
 @json_option
 def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) -> None:
     """Convert CHECKPOINT to one .safetensors file in open_clip's names, tensor by tensor.

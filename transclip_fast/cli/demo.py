@@ -23,6 +23,7 @@ from transclip_fast.encode.sources import open_source
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.store.atomic import write_json, writing
 from transclip_fast.store.results import load_result
+from transclip_fast.whole_files import new_file
 
 PLAIN = "plain"
 SHOWN_IMAGES = 8  # in a row of the picture
@@ -50,9 +51,12 @@ def command(out: str, device: str, as_json: bool) -> None:
     runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in SHIFTS}
     picture = folder / "changed.png"
     summary = _summary(runs, time.perf_counter() - started)
+    image = _picture(folder, list(SHIFTS))
     with writing(out):
-        _picture(folder, list(SHIFTS)).save(picture)
-        write_json(folder / "run.json", summary)
+        with new_file(picture) as unfinished:
+            image.save(unfinished, "png")
+        with new_file(folder / "run.json") as unfinished:
+            write_json(unfinished, summary)
     session.print_summary(summary, _text(runs, summary, picture), as_json)
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.options import POSITIVE, device_option, flag_of, json_option, options_of
+from transclip_fast.cli.options import (
+    PATH,
+    POSITIVE,
+    device_option,
+    flag_of,
+    json_option,
+    options_of,
+)
 from transclip_fast.device import resolve_device
 from transclip_fast.encode import models
 from transclip_fast.encode.batch_size import fitting_batch_size, forward_rate
@@ -47,7 +54,7 @@ ENCODE = {  # parameters of `encode_images` that are options of every command th
 TYPES: dict[str, Any] = {
     "precision": click.Choice([*PRECISIONS]),
     "split": click.Choice(SPLITS),
-    "root": click.Path(),
+    "root": PATH,
     "batch_size": POSITIVE,
     "workers": click.IntRange(min=0),
     "shard_rows": POSITIVE,
@@ -75,8 +82,8 @@ encode_options = options_of(
 
 
 @click.command("encode")
-@click.argument("images", type=click.Path(), required=False)
-@click.option("--out", type=click.Path(), help="Folder to write. A killed encode is resumed.")
+@click.argument("images", type=PATH, required=False)
+@click.option("--out", type=PATH, help="Folder to write. A killed encode is resumed.")
 @click.option(
     "--synthetic",
     is_flag=True,

@@ -20,10 +20,10 @@ SHOWN_ROWS = 5  # of each table
 
 
 @click.command("evaluate")
-@click.argument("result", type=click.Path())
+@click.argument("result", type=options.PATH)
 @click.option(
     "--labels",
-    type=click.Path(),
+    type=options.PATH,
     help="True labels (N,), if the result has none: positions or "
     "names in a .npy, .csv, .txt or .parquet; a column key or path tells the rows.",
 )

@@ -19,7 +19,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.faiss_index import faiss_installed, is_file
 from transclip_fast.progress_bar import progress_bar
-from transclip_fast.store.atomic import HIDDEN, beside, new_folder, writing
+from transclip_fast.store.atomic import HIDDEN, beside, clean, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
@@ -53,11 +53,11 @@ def search_of(values: Mapping[str, Any], n_neighbors: int) -> GraphSearch:
 
 
 @click.command("graph")
-@click.argument("path", metavar="FEATURES", type=click.Path())
+@click.argument("path", metavar="FEATURES", type=options.PATH)
 @options.out_option
 @click.option("--n-neighbors", default=3, type=options.POSITIVE, help="Neighbours of each row.")
 @options.search_options
-@click.option("--save-index", type=click.Path(), help="File to write the FAISS index to.")
+@click.option("--save-index", type=options.PATH, help="File to write the FAISS index to.")
 @options.device_option
 @options.json_option
 def command(
@@ -160,7 +160,9 @@ def kept_graph(
     with contextlib.suppress(InputError):  # no such folder, or a damaged one
         if load_manifest(folder).get("identity") == _identity(features, search):
             graph = load_graph(folder, features.sha256())
-            return graph.check(len(features.get("image_features")), search.n_neighbors)
+            graph = graph.check(len(features.get("image_features")), search.n_neighbors)
+            clean(folder, files(folder, CHECKPOINT))
+            return graph
     return graph_features(features, str(folder), search, stages, rows)[0]
 
 

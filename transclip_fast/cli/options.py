@@ -15,6 +15,7 @@ from transclip_fast.solver.parameters import CHOICES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POSITIVE = click.IntRange(min=1)
+PATH = click.Path(readable=False)  # why a file cannot be read is known, in one line, on reading it
 
 ARRAYS = {
     "text_features": "Text embeddings (K, d), or of several templates (P, K, d).",
@@ -93,7 +94,7 @@ def array_options(*names: str) -> Callable[[Command], Command]:
     """A file for each of these arrays of FEATURES."""
     return options_of(
         *(
-            click.option(flag_of(name), type=click.Path(), metavar="FILE", help=ARRAYS[name])
+            click.option(flag_of(name), type=PATH, metavar="FILE", help=ARRAYS[name])
             for name in names
         )
     )
@@ -121,7 +122,7 @@ parameter_options = options_of(*map(parameter_option, ESTIMATOR))
 out_option = click.option(
     "--out",
     required=True,
-    type=click.Path(),
+    type=PATH,
     help="Folder to write. An earlier result is replaced, a killed run resumed.",
 )
 json_option = click.option(
@@ -154,7 +155,7 @@ search_options = options_of(
     ),
 )
 image_map_option = click.option(
-    "--image-map", type=click.Path(), help="Matrix (d, d) that maps the image features."
+    "--image-map", type=PATH, help="Matrix (d, d) that maps the image features."
 )
 
 

@@ -95,13 +95,13 @@ class Plan:
 
 
 @click.command("plan", cls=options.SectionedCommand)
-@click.argument("features", type=click.Path(), required=False)
+@click.argument("features", type=options.PATH, required=False)
 @click.option(
     "--queries", type=options.POSITIVE, help="Number of rows, if there are no FEATURES yet."
 )
 @click.option("--classes", type=options.POSITIVE, help="Classes.")
 @click.option("--dim", type=options.POSITIVE, help="Dimensions of a feature.")
-@click.option("--graph", "graph_folder", type=click.Path(), help="A graph folder: no search.")
+@click.option("--graph", "graph_folder", type=options.PATH, help="A graph folder: no search.")
 @options.search_options
 @options.device_option
 @options.json_option

@@ -27,12 +27,12 @@ WEIGHTS = ("likelihood_weight", "kl_weight")  # of the solve
 
 
 @click.command("predict")
-@click.argument("result", type=click.Path())
-@click.argument("path", metavar="NEW_FEATURES", type=click.Path())
+@click.argument("result", type=options.PATH)
+@click.argument("path", metavar="NEW_FEATURES", type=options.PATH)
 @options.out_option
-@click.option("--prior", type=click.Path(), help="Probabilities (N, K) of the new rows.")
-@click.option("--prior-logits", type=click.Path(), help="Logits (N, K) of the new rows.")
-@click.option("--labels", type=click.Path(), help="True labels (N,) of the new rows.")
+@click.option("--prior", type=options.PATH, help="Probabilities (N, K) of the new rows.")
+@click.option("--prior-logits", type=options.PATH, help="Logits (N, K) of the new rows.")
+@click.option("--labels", type=options.PATH, help="True labels (N,) of the new rows.")
 @options.image_map_option
 @options.device_option
 @options.csv_option

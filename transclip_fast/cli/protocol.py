@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.options import POSITIVE, device_option, json_option, options_of
+from transclip_fast.cli.options import PATH, POSITIVE, device_option, json_option, options_of
 from transclip_fast.cli.towers import Prompter, tower_options
 from transclip_fast.heads import HEADS, LEARNERS
 from transclip_fast.progress_bar import progress_bar
@@ -73,7 +73,7 @@ def _options(heads: Sequence[str], shots: Sequence[int]) -> Callable[..., Any]:
         click.option(
             "--out",
             required=True,
-            type=click.Path(),
+            type=PATH,
             help="Folder of the tables; runs that it has are not done again.",
         ),
         click.option(
@@ -105,7 +105,7 @@ def command() -> None:
 
 
 @command.command("few-shot", cls=ListsCommand, short_help="Heads over numbers of shots.")
-@click.argument("features", nargs=-1, required=True, type=click.Path())
+@click.argument("features", nargs=-1, required=True, type=PATH)
 @_options(FEW_SHOT_HEADS, SHOTS)
 def few_shot(features: tuple[str, ...], **options: Any) -> None:
     """Train each head on a few shots of each class, and put TransCLIP on top.
@@ -125,7 +125,7 @@ def few_shot(features: tuple[str, ...], **options: Any) -> None:
 @command.command(
     "base-to-new", cls=ListsCommand, short_help="From half of the classes to the others."
 )
-@click.argument("features", nargs=-1, required=True, type=click.Path())
+@click.argument("features", nargs=-1, required=True, type=PATH)
 @_options(("clip-adapter",), (16,))
 def base_to_new(features: tuple[str, ...], **options: Any) -> None:
     """Train each head on the first half of the classes, and measure it on each half alone.
@@ -144,8 +144,8 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
 
 
 @command.command("cross-dataset", cls=ListsCommand, short_help="From one data set to others.")
-@click.argument("source", type=click.Path())
-@click.argument("targets", nargs=-1, required=True, type=click.Path())
+@click.argument("source", type=PATH)
+@click.argument("targets", nargs=-1, required=True, type=PATH)
 @_options(("clip-adapter",), (16,))
 def cross_dataset(source: str, targets: tuple[str, ...], **options: Any) -> None:
     """Train each head on SOURCE and use it on TARGETS, which have other classes.
@@ -161,8 +161,8 @@ def cross_dataset(source: str, targets: tuple[str, ...], **options: Any) -> None
 
 
 @command.command("domains", cls=ListsCommand, short_help="From a data set to its variants.")
-@click.argument("source", type=click.Path())
-@click.argument("targets", nargs=-1, required=True, type=click.Path())
+@click.argument("source", type=PATH)
+@click.argument("targets", nargs=-1, required=True, type=PATH)
 @click.option(
     "--subset",
     "subsets",

@@ -14,18 +14,19 @@ from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import SEARCH_OPTIONS, GraphSearch, kept_graph, search_of
 from transclip_fast.cli.plan import Plan, plan_of_size
-from transclip_fast.cli.solution import Output, solve_features
+from transclip_fast.cli.solution import Output, solve_features, solve_leftovers
 from transclip_fast.cli.summary import describe_solution
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
+from transclip_fast.store.atomic import clean
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
 
 
 @click.command("run")
-@click.argument("images", type=click.Path())
+@click.argument("images", type=options.PATH)
 @options.out_option
 @encode_options
 @options.search_options
@@ -109,6 +110,8 @@ def solve_folder(
         graph = kept_graph(folder / "graph", features, search, stages)
         output = Output(csv=csv)
         run = solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
+    else:
+        clean(result, solve_leftovers(str(result)))
     text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
         text = f"{text}\n\n{describe_evaluation(*evaluate_result(str(result)))}"

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -65,13 +66,12 @@ def solve_features(
     `graph` has the neighbours, or the search for them; `make_head` fits or reads the head that
     becomes the prior; `quiet` does not print the plan.
     """
-    checkpoints = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
     own_graph = beside(out, "graph")
     origins = features.origins | {"X": features.origins["image_features"], out: out}
     origins[str(own_graph)] = out
     with (
         session.collected_warnings(origins) as warnings,
-        new_folder(out, CONTENTS, obsolete=[*checkpoints, *leftovers(own_graph)]) as folder,
+        new_folder(out, CONTENTS, obsolete=solve_leftovers(out)) as folder,
     ):
         with session.errors_about(origins, features.path):
             head = make_head(features) if make_head else None
@@ -136,6 +136,12 @@ def solve_features(
         with writing(out):
             save_result(folder, tables, run, model.tensors(), csv=output.csv)
     return run
+
+
+def solve_leftovers(out: str) -> list[Path]:
+    """The checkpoints and the graph beside a result, which it needs no more once it is whole."""
+    checkpoints = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
+    return [*checkpoints, *leftovers(beside(out, "graph"))]
 
 
 def true_labels(features: Features, n_classes: int) -> np.ndarray | None:

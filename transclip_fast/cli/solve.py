@@ -23,9 +23,9 @@ from transclip_fast.types import NeighborGraph
 
 
 @click.command("solve", cls=options.SectionedCommand)
-@click.argument("path", metavar="FEATURES", type=click.Path())
+@click.argument("path", metavar="FEATURES", type=options.PATH)
 @options.out_option
-@click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
+@click.option("--graph", "graph_folder", type=options.PATH, help="Graph folder of these features.")
 @options.search_options
 @click.option(
     "--head",
@@ -39,7 +39,7 @@ from transclip_fast.types import NeighborGraph
 @options.json_option
 @options.array_options(*options.ARRAYS)
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
-@click.option("--text-map", type=click.Path(), help="Matrix (d, d) that maps the text features.")
+@click.option("--text-map", type=options.PATH, help="Matrix (d, d) that maps the text features.")
 @options.image_map_option
 @click.option(
     "--reject",

@@ -21,7 +21,7 @@ from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import load_splits
 from transclip_fast.protocols.training import checkpoint_identity, draw_rows, summarise_head
-from transclip_fast.store.atomic import locked
+from transclip_fast.store.atomic import locked, remove
 from transclip_fast.store.checkpoint import TensorCheckpoint, files
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
@@ -35,9 +35,9 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
 
 @click.command("train-head", cls=options.SectionedCommand)
 @click.argument("name")
-@click.argument("path", metavar="FEATURES", type=click.Path())
+@click.argument("path", metavar="FEATURES", type=options.PATH)
 @click.option("--shots", type=options.POSITIVE, help="Rows of a class.  [default: all]")
-@click.option("--out", required=True, type=click.Path(), help="The .safetensors file to write.")
+@click.option("--out", required=True, type=options.PATH, help="The .safetensors file to write.")
 @click.option("--seed", default=0, help="Of the shots and of the training.")
 @click.option("--logit-scale", default=100.0, help="Temperature; `solve` needs the same.")
 @tower_options
@@ -142,7 +142,8 @@ def command(
             run |= summarise_head(head, features, rows, text, truth)
         training = {"shots": shots, "seed": values["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
-        files(out, CHECKPOINT, TensorCheckpoint.suffix)[0].unlink(missing_ok=True)
+        for file in files(out, CHECKPOINT, TensorCheckpoint.suffix):
+            remove(file)
         run["loss"] = float(last["loss"]) if "loss" in last else None
         run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
         run["warnings"] = [*noted, *messages]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import warnings
@@ -17,12 +16,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from transclip_fast.encode.models import Backbone
-from transclip_fast.encode.sources import Source
+from transclip_fast.encode.sources import FATAL_ERRNOS, Source
 from transclip_fast.errors import InputError, one_line
 from transclip_fast.store.feature_writer import Failure
 
-# Errors of the machine, not of the image: a later run can read it.
-FATAL_ERRNOS = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
 PREFETCHED_BATCHES = 4  # of each worker
 HUNG_SECONDS = 300.0  # without a batch; slow storage takes less
 MACHINE_AT_FAULT = 4  # images, the first of all, that lose their worker one after the other

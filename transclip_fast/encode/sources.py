@@ -9,8 +9,8 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from transclip_fast.store.row_table import RowTable
 MAX_FILE_BYTES = 2**30  # of an image
 SPLITS = ("train", "val", "test")
 HASHED_ROWS = 1024  # at a time, by one thread
+# Errors of the machine, not of the image: a later run can read it.
+FATAL_ERRNOS = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Source:
         found = {}
         for file in dict.fromkeys(self.files):
             found[file] = (-1, -1)
-            with suppress(OSError, ValueError):  # reading it fails later, and is reported
+            with failing_later():
                 state = os.stat(file)
                 found[file] = (state.st_size, state.st_mtime_ns)
         stamps = np.array([found[file] for file in self.files], np.int64).reshape(-1, 2)
@@ -106,7 +108,7 @@ class Source:
             found = []
             for row in rows:
                 found.append("")
-                with suppress(OSError, ValueError, InputError):  # as above
+                with failing_later():
                     found[-1] = hashlib.sha256(self.read(row)).hexdigest()
             return found
 
@@ -190,6 +192,16 @@ def check_regular(path: str | Path) -> None:
     """Refuse what is no regular file: reading a FIFO waits, and some devices have no end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise InputError(f"{path}: is no regular file")
+
+
+@contextmanager
+def failing_later() -> Iterator[None]:
+    """Let errors of an image pass, as reading it fails later and is reported, but no others."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in FATAL_ERRNOS:
+            raise
 
 
 def resolve_labels(

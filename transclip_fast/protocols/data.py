@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -185,7 +186,7 @@ def _load(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
     if names is not None and len(names) != n_classes:
         raise InputError(f"{len(names)} class names for {n_classes} text features")
     return DataSet(
-        name=Path(path).stem if os.path.isfile(path) else Path(os.path.realpath(path)).name,
+        name=_name_of(Path(path)),
         features=features,
         labels=labels.numpy(),
         text=text,
@@ -197,6 +198,12 @@ def _load(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
         encoder=arrays.encoder,
         device=device,
     )
+
+
+def _name_of(path: Path) -> str:
+    """The name of a data set: that of its file without the suffix, or of its folder."""
+    is_folder = stat.S_ISDIR(os.stat(path).st_mode)  # of a disk that fails, isdir would be False
+    return Path(os.path.realpath(path)).name if is_folder else path.stem
 
 
 def labelled_pools(features: Features, d: int, n_classes: int) -> dict[str, Pool]:

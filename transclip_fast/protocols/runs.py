@@ -102,7 +102,7 @@ def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> 
         **_solve(data, model, as_fit_arguments(drawn, patches=False)),
         "head_accuracy": None,
         "head_seconds": None,
-        "head_parameters": {"gamma": model.gamma_},
+        "head_parameters": {} if model.gamma_ is None else {"gamma": model.gamma_},
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.whole_files import sync
 
 HIDDEN = ("partial", "replaced", "lock")  # hidden neighbours of a folder while it is written
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
@@ -47,13 +50,10 @@ def new_folder(
             yield partial
             with writing(path):
                 _publish(partial, target, replaced)
-                for entry in obsolete:
-                    if entry.is_dir():
-                        shutil.rmtree(entry)
-                    else:
-                        entry.unlink(missing_ok=True)
+            for entry in (replaced, *obsolete):
+                remove(entry)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
 def beside(path: str | Path, name: str) -> Path:
@@ -125,8 +125,32 @@ def locked(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before the release: afterwards it can be another's lock
+        remove(file)  # before the release: afterwards it can be another's lock
         lock.release()
+
+
+def remove(path: Path) -> None:
+    """
+    Remove a file or folder that nobody needs any more, if it is there.
+
+    A warning if that fails: what was written is whole all the same.
+    """
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"cannot remove {path} ({error.strerror}); do so by hand", stacklevel=2)
+
+
+def clean(path: str | Path, obsolete: Iterable[Path]) -> None:
+    """Remove what a run that was killed at its very end left beside the whole folder `path`."""
+    entries = [beside(path, name) for name in HIDDEN if name != "lock"] + [*obsolete]
+    if any(map(os.path.lexists, [*entries, beside(path, "lock")])):
+        with locked(path):
+            for entry in entries:
+                remove(entry)
 
 
 def _recover(target: Path, partial: Path, replaced: Path) -> None:
@@ -139,16 +163,27 @@ def _recover(target: Path, partial: Path, replaced: Path) -> None:
 
 
 def _publish(partial: Path, target: Path, replaced: Path) -> None:
+    """Rename the filled folder to its name; what had the name is hidden then."""
     for file in partial.iterdir():
         sync(file)
     sync(partial)
-    if target.exists():
-        target.rename(replaced)
-    try:
-        partial.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
+    if not target.exists() or not exchanged(partial, target):
+        if target.exists():
+            target.rename(replaced)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
     sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def exchanged(first: Path, second: Path) -> bool:
+    """Swap two folders, so that each name has one at any time; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:  # another C library
+        return False
+    ends = os.fsencode(first), os.fsencode(second)
+    return bool(rename(AT_FDCWD, ends[0], AT_FDCWD, ends[1], RENAME_EXCHANGE) == 0)
