@@ -12,7 +12,7 @@ import torch
 from tests.cli.conftest import contents
 from transclip_fast import TransCLIP
 from transclip_fast.heads import fit_head
-from transclip_fast.protocols.data import load_data
+from transclip_fast.protocols.data import load_data, load_splits
 
 QUICK = ("--head", "tip-adapter", "linear-probe", "--shots", 1, 4, "--seeds", 2)
 
@@ -105,6 +105,30 @@ def test_transclip_fs_has_the_shots_itself(pets, done, tmp_path):
     assert row["accuracy"] == accuracy(model.transduction_, data.labels)
     assert row["head_accuracy"] is None
     assert row["head_parameters"] == f"gamma {model.gamma_:g}"
+
+
+def test_a_class_with_fewer_shots_leaves_no_gamma(pets, cli, tmp_path):
+    made = dict(np.load(pets()))
+    kept = made["support_labels"] != 2
+    kept[np.flatnonzero(~kept)[0]] = True
+    pools = {name: made[name][kept] for name in ("support_features", "support_labels")}
+    ran = cli(
+        "protocol", "few-shot", pets(**pools), "--head", "transclip-fs", "--shots", 2,
+        "--seeds", 1, "--out", tmp_path / "table",
+    )  # fmt: skip
+    assert ran.code == 0
+    assert "1 of 6 classes have fewer than 2 rows" in ran.err
+    assert runs_of(tmp_path / "table")[0]["head_parameters"] == ""
+
+
+def test_the_name_of_a_data_set_on_a_disk_that_fails_once(pets, monkeypatch):
+    def load(*args, **options):
+        found = load_splits(*args, **options)
+        monkeypatch.setattr("os.path.isfile", lambda _: False)  # as where stat fails
+        return found
+
+    monkeypatch.setattr("transclip_fast.protocols.data.load_splits", load)
+    assert load_data([pets()], pools=True)[0].name == "pets"
 
 
 def test_a_killed_protocol_goes_on(pets, cli, done, tmp_path, monkeypatch):

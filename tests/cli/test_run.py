@@ -142,6 +142,19 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     assert contents(tmp_path / "out") == before
 
 
+def test_a_run_that_is_done_removes_what_a_killed_one_left(images, names, tiny, cli, tmp_path):
+    command = ("run", images(6), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    whole = contents(tmp_path / "out")
+    for name in (".result.replaced", ".graph.partial", "..result.graph.partial", ".result.graph"):
+        (tmp_path / "out" / name).mkdir()
+        (tmp_path / "out" / name / "manifest.json").write_text("{}")
+    for name in (".result.lock", ".features.lock", ".result.solve-0.npz", ".graph.search.npz"):
+        (tmp_path / "out" / name).touch()
+    assert cli(*command).code == 0
+    assert contents(tmp_path / "out") == whole
+
+
 def test_run_again_after_images_changed(images, names, tiny, cli, tmp_path):
     """Added, removed, repaired: every file of every stage is that of one run, times aside."""
     command = ("run", images(12), "--classes", names, "--labels-from-folders", *tiny)

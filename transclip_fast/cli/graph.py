@@ -120,7 +120,7 @@ def graph_features(
     origins = {"features": features.origins["image_features"]}
     with (
         session.collected_warnings(origins) as warnings,
-        new_folder(out, CONTENTS, obsolete=files(out, CHECKPOINT)) as folder,
+        new_folder(out, CONTENTS, obsolete=search_leftovers(out)) as folder,
     ):
         with (
             session.errors_about(origins, features.path),
@@ -161,14 +161,19 @@ def kept_graph(
         if load_manifest(folder).get("identity") == _identity(features, search):
             graph = load_graph(folder, features.sha256())
             graph = graph.check(len(features.get("image_features")), search.n_neighbors)
-            clean(folder, files(folder, CHECKPOINT))
+            clean(folder, search_leftovers(folder))
             return graph
     return graph_features(features, str(folder), search, stages, rows)[0]
 
 
+def search_leftovers(folder: str | Path) -> list[Path]:
+    """The checkpoint beside a graph folder, which it needs no more once it is whole."""
+    return files(folder, CHECKPOINT)
+
+
 def leftovers(folder: Path) -> list[Path]:
     """A graph folder, and every file that a killed search of it may have left."""
-    return [folder, *(beside(folder, name) for name in HIDDEN), *files(folder, CHECKPOINT)]
+    return [folder, *(beside(folder, name) for name in HIDDEN), *search_leftovers(folder)]
 
 
 def _identity(features: Features, search: GraphSearch) -> dict[str, Any]:

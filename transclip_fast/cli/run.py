@@ -12,7 +12,13 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
-from transclip_fast.cli.graph import SEARCH_OPTIONS, GraphSearch, kept_graph, search_of
+from transclip_fast.cli.graph import (
+    SEARCH_OPTIONS,
+    GraphSearch,
+    kept_graph,
+    search_leftovers,
+    search_of,
+)
 from transclip_fast.cli.plan import Plan, plan_of_size
 from transclip_fast.cli.solution import Output, solve_features, solve_leftovers
 from transclip_fast.cli.summary import describe_solution
@@ -111,6 +117,7 @@ def solve_folder(
         output = Output(csv=csv)
         run = solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
     else:
+        clean(folder / "graph", search_leftovers(folder / "graph"))
         clean(result, solve_leftovers(str(result)))
     text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
