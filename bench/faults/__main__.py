@@ -35,26 +35,29 @@ def main() -> int:
     parser.add_argument("--errors", nargs="+", choices=[*FAULTS], default=[*FAULTS])
     parser.add_argument("--every", type=int, default=1, help="of so many operations one fails")
     options = parser.parse_args()
-    found, rows = {}, list[list[str]]()
+    rows, failed = list[list[str]](), False
     with tempfile.TemporaryDirectory() as scratch:
         environment = {"LD_PRELOAD": str(build(Path(scratch)))}
         for name in options.command:
             with Process(threads=1, environment=environment) as process:
-                found[name] = process.call(
+                faults = process.call(
                     "bench.faults.trials:try_command",
                     name=name,
                     every=dict.fromkeys(options.errors, options.every),
                 )
-            for fault, counts in found[name]["faults"].items():
-                for problem in counts["problems"]:
-                    print(f"{name}, {fault}: {problem[:SHOWN_CHARACTERS]}", flush=True)
-                rows.append([name, fault, *(str(counts.get(x, 0)) for x in COUNTS)])
-                rows[-1].append(str(len(counts["problems"])))
-    print_table(["command", "fault", *COUNTS, "problems"], rows)
-    problems = sum(int(row[-1]) for row in rows)
-    if not problems:
-        record("faults", {"every": options.every, "commands": found})
-    return 1 if problems else 0
+            problems = [
+                f"{name}, {fault}: {problem[:SHOWN_CHARACTERS]}"
+                for fault, found in faults.items()
+                for problem in found.pop("problems")
+            ]
+            print("\n".join([f"{name}: {len(problems)} problems", *problems]), flush=True)
+            for fault, found in faults.items():
+                rows.append([name, fault, *(str(found.get(x, 0)) for x in COUNTS)])
+            if not problems:
+                record("faults", {"case": name, "every": options.every, "faults": faults})
+            failed = failed or bool(problems)
+    print_table(["command", "fault", *COUNTS], rows)
+    return int(failed)
 
 
 if __name__ == "__main__":

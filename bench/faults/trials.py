@@ -62,13 +62,11 @@ def try_command(name: str, every: Mapping[str, int], first: int = 1) -> dict[str
     `every` has the stride of each fault to try: of its operations `first` and every so many later
     ones fail. "problems" lists what must not be.
     """
-    case = CASES[name]
     with tempfile.TemporaryDirectory(dir=_memory()) as scratch, _reproducible():
-        trials = _Trials(case, Path(scratch).resolve())
-        found = {
+        trials = _Trials(CASES[name], Path(scratch).resolve())
+        return {
             fault: trials.fail_each(FAULTS[fault], stride, first) for fault, stride in every.items()
         }
-    return {"command": case.command, "faults": found}
 
 
 class _Trials:
