@@ -36,7 +36,7 @@ TRACEBACK = 70  # exit code of a command that ended in another exception
 CLEANING = ("unlink", "rmdir", "list", "stat", "open")  # operations with which files are removed
 # Checkpoints, from which the next run goes on.
 KEPT = re.compile(r"\.(search|solve-\d)\.npz|\.training\.safetensors|\.\w+\.graph(/|$)")
-DIGITS = 12  # of the demo
+DIGITS, SETS = 6, ("plain", "blur")  # of the demo
 State = dict[str, str]  # files and folders, with the hashes of files
 
 
@@ -236,10 +236,10 @@ def _outcome(ended: Ended) -> str:
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """Checkpoints after every step, no times, few digits in the demo."""
+    """Checkpoints after every step, no times, few digits and sets in the demo."""
     import torch
 
-    from transclip_fast.cli import graph, solution, train_head
+    from transclip_fast.cli import demo, graph, solution, train_head
     from transclip_fast.demo import data
 
     torch.set_num_threads(1)
@@ -250,6 +250,7 @@ def _reproducible() -> Iterator[None]:
         mock.patch.object(solution, "CHECKPOINT_SECONDS", 0),
         mock.patch.object(train_head, "CHECKPOINT_SECONDS", 0),
         mock.patch.object(data, "digits", return_value=few),
+        mock.patch.object(demo, "SHIFTS", {name: data.SHIFTS[name] for name in SETS}),
         mock.patch.object(time, "perf_counter", return_value=0.0),
     ):
         yield
