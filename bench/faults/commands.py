@@ -156,7 +156,7 @@ CASES = {
         ("solve features.npz --assignments dense --max-iter 1 --out result",),
         whole=("result",),
     ),
-    "solve streamed": Case(
+    "solve of files": Case(
         write_features,
         "solve images.npy --text-features texts.npy --assignments sparse --max-iter 3 "
         "--out new/result",

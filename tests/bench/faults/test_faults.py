@@ -20,7 +20,7 @@ from transclip_fast.cli import COMMANDS
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C compiler, cc")
 
 # Of so many operations one fails; of those that read, of four times as many.
-STRIDES = {"convert": 5, "graph": 9, "solve streamed": 37, "train-head taskres": 7}
+STRIDES = {"convert": 5, "graph": 9, "solve of files": 37, "train-head taskres": 7}
 # Writes a, moves it to b, removes that; a failure is printed.
 PROGRAM = """
 import os, sys
