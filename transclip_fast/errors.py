@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REASON_CHARACTERS = 200  # of another library's message, which can hold a whole file
@@ -31,6 +33,21 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:REASON_CHARACTERS] or type(error).__name__
 
 
+def printable(message: str) -> str:
+    """A message in one line; what a terminal cannot show is escaped, as in a file's odd name."""
+    line = " ".join(message.splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuse what is no file: reading a FIFO waits, and some devices have no end."""
+    mode = stat.S_IFREG
+    with suppress(OSError, ValueError):  # reading it fails, and says why
+        mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path}: is no regular file; copy its content into one")
+
+
 @contextmanager
 def reading(
     path: str | Path,
@@ -41,7 +58,7 @@ def reading(
     Turn any error of reading or parsing the file `path` into one line.
 
     Libraries raise anything on a damaged file, from `AssertionError` to `MemoryError`, so the
-    block should contain only the calls that read.
+    block should contain only the calls that read. What is no regular file is not read at all.
 
     Raises
     ------
@@ -49,6 +66,7 @@ def reading(
         "`path`: `failure` (reason); `remedy`", or that the file is missing, cannot be read, or
         holds pickled Python objects. An `InputError` of the block passes as it is.
     """
+    check_regular(path)
     try:
         yield
     except InputError:

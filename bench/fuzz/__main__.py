@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.fuzz.trial import ACCEPTED, REFUSED, ADDRESS_SPACE
+from bench.fuzz.trial import ACCEPTED, REFUSED
 from bench.processes import Process
 
 CHUNK = 50  # trials a call
@@ -66,11 +66,19 @@ def _outcomes(
                 pending[:0] = [chunk[:half], chunk[half:]]
                 continue
             lines = [line for line in str(error).splitlines() if line.strip()]
-            found = [{"number": chunk[0], "format": "?", "kind": "died", "detail": " ".join(lines[:6])}]
+            found = [
+                {"number": chunk[0], "format": "?", "kind": "died", "detail": " ".join(lines[:6])}
+            ]
         for outcome in found:
             if outcome["kind"] not in NO_FAULT:
-                print(outcome["number"], outcome["format"], outcome["kind"], outcome["detail"],
-                      file=sys.stderr, flush=True)
+                print(
+                    outcome["number"],
+                    outcome["format"],
+                    outcome["kind"],
+                    outcome["detail"],
+                    file=sys.stderr,
+                    flush=True,
+                )
         yield from found
     if process is not None:
         process.close()

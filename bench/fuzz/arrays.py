@@ -62,18 +62,18 @@ def changed(array: np.ndarray, draw: random.Random) -> np.ndarray:
             case 3:
                 return array[: len(array) // 2] if array.ndim else array
             case 4:
-                return draw.choice((array.T, array[None], rows, rows[:0], np.float32(1)))  # type: ignore[return-value]
+                return draw.choice((array.T, array[None], rows, rows[:0], np.float32(1)))
             case 5:
                 kind = draw.choice((np.int8, np.uint16, np.uint64, np.float16, bool, complex, "U3"))
                 return array.astype(kind) if array.dtype.kind not in "US" else rows[:1]
             case 6:
                 odd = [("a", "<f4"), ("b", "<i8")]
-                return np.zeros(array.shape, draw.choice((odd, "M8[ns]", "m8[s]", "V7", "S3", ">f8")))
+                return np.zeros(
+                    array.shape, draw.choice((odd, "M8[ns]", "m8[s]", "V7", "S3", ">f8"))
+                )
             case 7:
                 return np.concatenate([array, array]) if array.ndim else array
-            case _:
-                return array[::-1] if array.ndim else array
-    return array
+    return array[::-1] if array.ndim else array
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -95,7 +95,9 @@ def of_npz(content: bytes, draw: random.Random) -> bytes:
         case 3:
             members.append((name, draw.choice((own, of_npy(own, draw)))))
         case 4:
-            extra = draw.choice(("notes.txt", "folder/", "../x.npy", "a\0b.npy", "x.npy", name[:-4]))
+            extra = draw.choice(
+                ("notes.txt", "folder/", "../x.npy", "a\0b.npy", "x.npy", name[:-4])
+            )
             members.append((extra, draw.choice((b"", b"text", own))))
         case 5:
             members[k] = (name, draw.choice((b"", b"no array", own[:-3], own + b"more")))
@@ -146,7 +148,9 @@ def of_safetensors(
             return _with_header(of_json(content[8 : 8 + length], draw), body)
         case _:
             begin, end = entry["data_offsets"]
-            values = np.frombuffer(body[begin:end], np.float32 if entry["dtype"] == "F32" else np.uint8)
+            values = np.frombuffer(
+                body[begin:end], np.float32 if entry["dtype"] == "F32" else np.uint8
+            )
             spoiled = values.copy()
             if len(spoiled):
                 spoiled[draw.randrange(len(spoiled))] = draw.choice((0, 1, 77, 255))

@@ -11,7 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SIZES = (b"-0000000001\0", b"77777777777\0", b"\x80" + b"\0" * 10 + b"\x05", b"\xff" * 12, b"00000000000\0")
+SIZES = (
+    b"-0000000001\0",
+    b"77777777777\0",
+    b"\x80" + b"\0" * 10 + b"\x05",
+    b"\xff" * 12,
+    b"00000000000\0",
+)
 
 
 def of_parquet(content: bytes, draw: random.Random) -> bytes:
@@ -43,7 +49,7 @@ def _odd_column(n_rows: int, draw: random.Random) -> pa.Array:
         case 1:
             return pa.nulls(n_rows)
         case 2:
-            return pa.array([None] + ones[1:], pa.int64())
+            return pa.array([None, *ones[1:]], pa.int64())
         case 3:
             return pa.array([[1, 2]] * n_rows)
         case 4:
@@ -70,7 +76,9 @@ def _odd_column(n_rows: int, draw: random.Random) -> pa.Array:
 
 def _not_utf8(n_rows: int) -> pa.Array:
     offsets = pa.py_buffer(np.arange(n_rows + 1, dtype=np.int32).tobytes())
-    return pa.Array.from_buffers(pa.string(), n_rows, [None, offsets, pa.py_buffer(b"\xff" * n_rows)])
+    return pa.Array.from_buffers(
+        pa.string(), n_rows, [None, offsets, pa.py_buffer(b"\xff" * n_rows)]
+    )
 
 
 def of_tar(content: bytes, draw: random.Random) -> bytes:
@@ -83,7 +91,9 @@ def of_tar(content: bytes, draw: random.Random) -> bytes:
         case 0:
             header[124:136] = draw.choice(SIZES)
         case 1:
-            header[156:157] = draw.choice((b"1", b"2", b"3", b"5", b"6", b"7", b"S", b"L", b"x", b"g"))
+            header[156:157] = draw.choice(
+                (b"1", b"2", b"3", b"5", b"6", b"7", b"S", b"L", b"x", b"g")
+            )
             header[157:160] = draw.choice((b"a.p", b"\0\0\0", b"../"))
         case 2:
             header[:8] = draw.choice((b"a\xff\xfe.png\0", b"../x.png", b"\0" * 8, bytes(data[:8])))

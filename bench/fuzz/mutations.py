@@ -45,7 +45,9 @@ def of_bytes(content: bytes, draw: random.Random) -> bytes:
         case 0:
             for _ in range(draw.choice((1, 1, 2, 8))):
                 spot = min(place + draw.randrange(4), size - 1)
-                data[spot : spot + 1] = bytes([(data[spot] if data else 0) ^ 1 << draw.randrange(8)])
+                data[spot : spot + 1] = bytes(
+                    [(data[spot] if data else 0) ^ 1 << draw.randrange(8)]
+                )
         case 1:
             data[place : place + 1] = bytes([draw.randrange(256)])
         case 2:
@@ -118,7 +120,7 @@ def change_value(value: Any, draw: random.Random) -> Any:
             case 0:
                 return value[:k] + value[k + 1 :]
             case 1:
-                return value[:k] + [value[k]] + value[k:]
+                return [*value[:k], value[k], *value[k:]]
             case _:
                 return [*value[:k], change_value(value[k], draw), *value[k + 1 :]]
     key = draw.choice(list(value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -28,11 +27,23 @@ OUT = "out"
 SOLVE = ("--out", OUT, "--device", "cpu", "--max-iter", "2")
 ENCODE = ("--model", "model", "--workers", "0", "--device", "cpu", "--batch-size", "4")
 IMAGE_KINDS = ("png", "jpg", "gif", "tiff", "webp", "bmp", "16bit.png", "ppm", "palette.png")
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": DIM,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+        "vision_cfg": {
+            "image_size": 16,
+            "layers": 1,
+            "width": 16,
+            "head_width": 8,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 8,
+            "heads": 2,
+            "layers": 1,
+        },
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
@@ -58,7 +69,7 @@ def build(root: Path, run: Callable[..., int]) -> list[Target]:
     return targets
 
 
-def _arrays() -> dict[str, np.ndarray]:
+def _arrays() -> dict[str, Any]:
     draw = np.random.default_rng(0)
     text = _unit(draw.normal(size=(N_CLASSES, DIM)) + 1)
     labels = np.arange(N_ROWS) % N_CLASSES
@@ -80,7 +91,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def _features(root: Path, arrays: dict[str, np.ndarray]) -> list[Target]:
+def _features(root: Path, arrays: dict[str, Any]) -> list[Target]:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     texts = ("--text-features", "text.npy")
     np.savez(root / "f.npz", **arrays, class_names=np.array(NAMES))
@@ -124,7 +135,7 @@ def _features(root: Path, arrays: dict[str, np.ndarray]) -> list[Target]:
     ]
 
 
-def _columns(root: Path, arrays: dict[str, np.ndarray]) -> list[Target]:
+def _columns(root: Path, arrays: dict[str, Any]) -> list[Target]:
     """Labels and names in files of every kind."""
     labels = arrays["labels"].tolist()
     words = [NAMES[label] for label in labels]
@@ -136,7 +147,9 @@ def _columns(root: Path, arrays: dict[str, np.ndarray]) -> list[Target]:
     (root / "names.txt").write_text("\n".join(NAMES) + "\n")
     (root / "names.json").write_text(json.dumps(NAMES))
     (root / "numbers.json").write_text(json.dumps({name: k for k, name in enumerate(NAMES)}))
-    (root / "names.csv").write_text("name,label\n" + "".join(f"{n},{k}\n" for k, n in enumerate(NAMES)))
+    (root / "names.csv").write_text(
+        "name,label\n" + "".join(f"{n},{k}\n" for k, n in enumerate(NAMES))
+    )
     np.save(root / "names.npy", np.array(NAMES))
     pq.write_table(pa.table({"name": NAMES, "label": [0, 1, 2]}), root / "names.parquet")
     named = ("--class-names", "names.txt")
@@ -147,12 +160,19 @@ def _columns(root: Path, arrays: dict[str, np.ndarray]) -> list[Target]:
         found.append(Target("labels", file, command))
         known = ("solve", "plain.npz", *named, "--known-labels", file, *SOLVE)
         found.append(Target("labels", file, known))
-    for file in ("names.txt", "names.json", "numbers.json", "names.csv", "names.npy", "names.parquet"):
+    for file in (
+        "names.txt",
+        "names.json",
+        "numbers.json",
+        "names.csv",
+        "names.npy",
+        "names.parquet",
+    ):
         found.append(Target("names", file, ("solve", "plain.npz", "--class-names", file, *SOLVE)))
     return found
 
 
-def _priors(root: Path, arrays: dict[str, np.ndarray]) -> list[Target]:
+def _priors(root: Path, arrays: dict[str, Any]) -> list[Target]:
     prior = np.full((N_ROWS, N_CLASSES), 0.2)
     prior[np.arange(N_ROWS), arrays["labels"]] = 0.6
     np.save(root / "prior.npy", prior)
@@ -172,33 +192,63 @@ def _priors(root: Path, arrays: dict[str, np.ndarray]) -> list[Target]:
 
 def _results(root: Path, run: Callable[..., int]) -> list[Target]:
     """Graphs, results, heads, tables and checkpoints, which commands write."""
-    must(run, "graph", "plain.npz", "--out", "graph", "--save-index", "flat.index", "--index", "Flat")
-    must(run, "graph", "plain.npz", "--out", "ivf", "--save-index", "ivf.index", "--index", "IVF2,Flat")
+    must(
+        run, "graph", "plain.npz", "--out", "graph", "--save-index", "flat.index", "--index", "Flat"
+    )
+    must(
+        run,
+        "graph",
+        "plain.npz",
+        "--out",
+        "ivf",
+        "--save-index",
+        "ivf.index",
+        "--index",
+        "IVF2,Flat",
+    )
     must(run, "solve", "f.npz", "--out", "result", "--gamma", "0.02", "--device", "cpu")
     must(run, "train-head", "tip-adapter", "f.npz", "--out", "head.safetensors")
     must(run, "train-head", "clip-adapter", "f.npz", "--out", "adapter.safetensors")
-    table = ("protocol", "few-shot", "f.npz", "--head", "tip-adapter", "--shots", "1", "--seeds", "1")
+    table = (
+        "protocol",
+        "few-shot",
+        "f.npz",
+        "--head",
+        "tip-adapter",
+        "--shots",
+        "1",
+        "--seeds",
+        "1",
+    )
     must(run, *table, "--out", "table")
     row = next((root / "table" / "runs").iterdir()).relative_to(root)
     (root / "subset.txt").write_text("\n".join(NAMES))
     shutil.copy(root / "f.npz", root / "g.npz")
-    domains = ("protocol", "domains", "f.npz", "g.npz", "--subset", "g", "subset.txt")
-    domains += ("--head", "tip-adapter", "--shots", "1", "--seeds", "1", "--out", OUT)
+    moved = ("protocol", "domains", "f.npz", "g.npz", "--subset", "g", "subset.txt")
+    domains = (*moved, "--head", "tip-adapter", "--shots", "1", "--seeds", "1", "--out", OUT)
     _killed(run, root, 2, "solve", "plain.npz", "--out", "resumed", "--device", "cpu")
-    solved = [Target("graph", f"graph/{name}", ("solve", "plain.npz", "--graph", "graph", *SOLVE), "result")
-              for name in ("manifest.json", "neighbors.npy", "similarities.npy")]
+    solved = [
+        Target(
+            "graph", f"graph/{name}", ("solve", "plain.npz", "--graph", "graph", *SOLVE), "result"
+        )
+        for name in ("manifest.json", "neighbors.npy", "similarities.npy")
+    ]
     predict = ("predict", "result", "plain.npz", "--out", OUT, "--device", "cpu")
     resume = ("solve", "plain.npz", "--out", "resumed", "--device", "cpu")
     return [
         *solved,
-        *(Target("index", file, ("graph", "plain.npz", "--index", file, "--out", OUT))
-          for file in ("flat.index", "ivf.index")),
+        *(
+            Target("index", file, ("graph", "plain.npz", "--index", file, "--out", OUT))
+            for file in ("flat.index", "ivf.index")
+        ),
         Target("result", "result/run.json", predict),
         Target("result", "result/mixture.safetensors", predict, "result"),
         Target("result", "result/run.json", ("evaluate", "result")),
         Target("result", "result/predictions.parquet", ("evaluate", "result"), "result"),
-        *(Target("head", file, ("solve", "plain.npz", "--head", file, *SOLVE))
-          for file in ("head.safetensors", "adapter.safetensors")),
+        *(
+            Target("head", file, ("solve", "plain.npz", "--head", file, *SOLVE))
+            for file in ("head.safetensors", "adapter.safetensors")
+        ),
         Target("protocol", str(row), (*table, "--out", "table")),
         Target("protocol", "subset.txt", domains),
         Target("checkpoint", ".resumed.solve-0.npz", resume, "result"),
@@ -239,16 +289,30 @@ def _images(root: Path, run: Callable[..., int]) -> list[Target]:
     named = ("--classes", "names.txt", *ENCODE)
     must(run, "encode", "list.csv", *named, "--out", "features", "--shard-rows", "7")
     return [
-        *(Target("images", f"photos/{file.name}", ("encode", "photos", *ENCODE, "--out", OUT), "rows")
-          for file in files[: len(IMAGE_KINDS)]),
-        *(Target("list", file, ("encode", file, *named, "--out", OUT))
-          for file in ("list.txt", "list.csv", "list.parquet", "split.json")),
-        *(Target("tar", "set.tar", ("encode", "set.tar", *named, "--out", OUT), "rows")
-          for _ in range(3)),
-        *(Target("prompts", file, ("encode", "list.csv", *named, "--templates", file, "--out", OUT))
-          for file in ("templates.txt", "prompts.json")),
-        *(Target("model", f"model/{file}", ("encode", "list.csv", *named, "--out", OUT))
-          for file in ("open_clip_config.json", "open_clip_model.safetensors")),
+        *(
+            Target(
+                "images", f"photos/{file.name}", ("encode", "photos", *ENCODE, "--out", OUT), "rows"
+            )
+            for file in files[: len(IMAGE_KINDS)]
+        ),
+        *(
+            Target("list", file, ("encode", file, *named, "--out", OUT))
+            for file in ("list.txt", "list.csv", "list.parquet", "split.json")
+        ),
+        *(
+            Target("tar", "set.tar", ("encode", "set.tar", *named, "--out", OUT), "rows")
+            for _ in range(3)
+        ),
+        *(
+            Target(
+                "prompts", file, ("encode", "list.csv", *named, "--templates", file, "--out", OUT)
+            )
+            for file in ("templates.txt", "prompts.json")
+        ),
+        *(
+            Target("model", f"model/{file}", ("encode", "list.csv", *named, "--out", OUT))
+            for file in ("open_clip_config.json", "open_clip_model.safetensors")
+        ),
         *_folders(root),
     ]
 

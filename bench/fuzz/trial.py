@@ -198,7 +198,7 @@ def _limited() -> Iterator[None]:
 @contextlib.contextmanager
 def known_model() -> Iterator[None]:
     """Load the valid model once, since few seeds are about it."""
-    with mock.patch.object(models, "load_backbone", lambda *_, **__: _model_of_seeds()):
+    with mock.patch.object(models, "load_backbone", return_value=_model_of_seeds()):
         yield
 
 

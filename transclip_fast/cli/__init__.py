@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from transclip_fast.errors import InputError, one_line
+from transclip_fast.errors import InputError, one_line, printable
 from transclip_fast.version import __version__
 
 COMMANDS = {
@@ -80,9 +80,10 @@ def main() -> None:
     try:
         _cli(prog_name="transclip-fast")
     except InputError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:  # any call can meet it, and it is no mistake of the program
         what, reason = error.filename or "a file", error.strerror or one_line(error)
-        click.echo(f"error: {what}: cannot be read or written ({reason})", err=True)
+        text = printable(f"{what}: cannot be read or written ({reason})")
+        click.echo(f"error: {text}", err=True)
         sys.exit(2)

@@ -138,6 +138,7 @@ def graph_features(
             "n_rows": len(graph),
             "n_neighbors": search.n_neighbors,
             "features_sha256": features.sha256(),
+            "sha256": graph.sha256(),
             "identity": identity,
             "seconds": stages.seconds,
             "device": str(search.device),

@@ -21,6 +21,7 @@ from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.store import results
 from transclip_fast.store.atomic import new_folder, writing
 from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.json_text import value_of
 from transclip_fast.store.linear_maps import map_features
 
 WEIGHTS = ("likelihood_weight", "kl_weight")  # of the solve
@@ -89,7 +90,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
         tables = results.prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):
-            results.save_result(folder, tables, run, tensors, csv=values["csv"])
+            run = results.save_result(folder, tables, run, tensors, csv=values["csv"])
     text = f"{counted(len(rows), 'row')} labelled, {run['n_flipped']:,} unlike zero-shot"
     if truth is not None:
         text += (
@@ -101,7 +102,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
 
 def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:
     """Raise InputError unless the new rows went through the image map of the solved ones."""
-    known = solved.get("maps", {}).get("image_map")
+    known = solved["maps"].get("image_map")
     if features.maps.get("image_map") != known:
         how = (
             "without an image map; leave out"
@@ -152,7 +153,6 @@ def _priors(
 
 
 def _weight(solved: dict[str, Any], result: str, name: str) -> float:
-    value = solved["config"].get(name)
-    if not isinstance(value, int | float):
+    if type(solved["config"].get(name)) not in (int, float):
         raise InputError(f"{result}: run.json has no {name}; solve again")
-    return float(value)
+    return float(value_of(solved["config"], name, float, f"{result}/run.json", minimum=0))

@@ -76,7 +76,7 @@ def command(
     def print_plan(*shape: int) -> None:
         planned.append(plan_of_size(shape, model, search.planned))
         if not as_json:
-            click.echo(planned[0].line())
+            session.say(planned[0].line())
 
     with session.collected_warnings({}) as warnings:
         with encode_progress() as progress:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,7 +16,7 @@ from typing import Any
 
 import click
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, printable
 from transclip_fast.version import __version__
 
 
@@ -55,7 +58,7 @@ def collected_warnings(origins: Mapping[str, str]) -> Iterator[list[str]]:
 def warn(messages: list[str], message: str) -> None:
     """Print a warning on standard error and append it to `messages`."""
     messages.append(message)
-    click.echo(f"warning: {message}", err=True)
+    click.echo(f"warning: {printable(message)}", err=True)
 
 
 @contextmanager
@@ -96,4 +99,17 @@ def counted(number: int, noun: str) -> str:
 
 def print_summary(summary: Mapping[str, Any], text: str, as_json: bool) -> None:
     """Print the summary as JSON, or as text, on standard output."""
-    click.echo(json.dumps(summary, indent=1) if as_json else text)
+    say(json.dumps(summary, indent=1) if as_json else text)
+
+
+def say(text: str) -> None:
+    """Print lines on standard output; where that fails, as on a full disk, exit with code 2."""
+    try:
+        click.echo("\n".join(map(printable, text.split("\n"))))
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # of `| head`, which click ends quietly
+            raise
+        click.echo(f"error: standard output: cannot be written ({error.strerror})", err=True)
+        with suppress(OSError, ValueError):  # what is left in its buffer would fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)

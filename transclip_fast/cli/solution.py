@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
 from transclip_fast.cli import session
@@ -86,7 +85,7 @@ def solve_features(
             if not quiet:
                 found = outlook(problem, model)
                 text = describe_outlook(found, n_classes, features.class_names)
-                click.echo(f"{plan.line()}\n{text}")
+                session.say(f"{plan.line()}\n{text}")
             source: GraphSource = (
                 graph
                 if isinstance(graph, NeighborGraph)
@@ -134,7 +133,7 @@ def solve_features(
         z = model.label_distributions_
         tables = prediction_tables(z, zero_shot, features, truth, **columns)
         with writing(out):
-            save_result(folder, tables, run, model.tensors(), csv=output.csv)
+            run = save_result(folder, tables, run, model.tensors(), csv=output.csv)
     return run
 
 

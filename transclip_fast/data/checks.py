@@ -204,6 +204,10 @@ def as_tensor(array: Any, name: str) -> torch.Tensor:
             values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("=")))
         if values.dtype.kind == "f" and values.dtype.itemsize > 8:
             values = values.astype(np.float64)
+        if values.dtype.kind == "u" and values.dtype.itemsize > 1:  # torch computes little in these
+            if values.size and values.max() > np.iinfo(np.int64).max:
+                raise InputError(f"{name}: holds whole numbers beyond int64")
+            values = values.astype(np.int64)
         with warnings.catch_warnings():  # of a read-only array; nothing here writes to it
             warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
             tensor = torch.from_numpy(values)

@@ -30,6 +30,8 @@ class Shard:
         """The rows of a .npy file; None if it holds others; ValueError or OSError on damage."""
         state = _state(os.stat(path))
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.memmap) and array.offset + array.nbytes < os.path.getsize(path):
+            raise ValueError("goes on after the array that its header claims")
         plain = array.dtype.kind == "f" and array.dtype.isnative and array.dtype.itemsize <= 8
         if not isinstance(array, np.memmap) or array.ndim != 2 or not plain:
             return None

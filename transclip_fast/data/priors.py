@@ -87,6 +87,8 @@ class ListedPrior:
             negative or not finite, or a row of more mass than 1 (to 1e-2).
         """
         k = self.n_classes or n_classes
+        if None not in (self.n_classes, n_classes) and self.n_classes != n_classes:
+            raise InputError(f"{name}: has {self.n_classes} classes, expected {n_classes}")
         if k is None:
             raise InputError(
                 f"{name}: does not say how many classes there are; give text_features or "
@@ -112,10 +114,11 @@ class ListedPrior:
         offsets, classes, values = (
             as_tensor(array, name).double() for array in (self.offsets, self.classes, self.values)
         )
-        if len(offsets) != rows + 1:
+        if offsets.ndim and len(offsets) != rows + 1:
             raise InputError(f"{name}: has {len(offsets) - 1} rows, expected {rows}, one per query")
-        lengths, fits = offsets.diff(), offsets.ndim == 1 and classes.ndim == 1
-        fits = fits and classes.shape == values.shape and bool((lengths >= 0).all())
+        fits = offsets.ndim == classes.ndim == 1 and classes.shape == values.shape
+        lengths = offsets.flatten().diff()
+        fits = fits and bool(((lengths >= 0) & (lengths == lengths.round())).all())
         if not fits or offsets[0] != 0 or offsets[-1] != len(values):
             raise InputError(f"{name}: indices and values do not fit each other; write it again")
         row_of, class_of = torch.repeat_interleave(lengths.long()), classes.long()

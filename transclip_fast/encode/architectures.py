@@ -15,8 +15,16 @@ from transclip_fast.encode import eva
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import inside
 from transclip_fast.store.atomic import read_json
+from transclip_fast.store.json_text import value_of
 
 FOLDER_CONFIG = "open_clip_config.json"
+CHANNELS = 3
+LEAST_DEVIATION = 1e-6  # of a channel, that pixels are divided by
+KNOWN = {  # values in a preprocessing
+    "interpolation": ("bicubic", "bilinear", "random"),
+    "resize_mode": ("shortest", "longest", "squash"),
+    "mode": ("RGB",),
+}
 HUB_PREFIX = "hf-hub:"  # before the name of a repository of the Hugging Face hub
 REMOTE_CODE = "trust_remote_code"  # an option of transformers: run the model's own Python files
 SCHEME = re.compile(r"\s*(hf[-_]hub|local-dir):")  # of names outside a folder
@@ -61,10 +69,10 @@ def network_config(model: str, allow_hub: bool = False) -> dict[str, Any]:
     folder = model_folder(model)
     if folder is None:
         return dict(open_clip.get_model_config(model))
-    config = read_json(inside(folder, FOLDER_CONFIG))
-    config = config.get("model_cfg", config)
-    towers = ("vision_cfg", "text_cfg")
-    if not isinstance(config, dict) or not all(isinstance(config.get(t), dict) for t in towers):
+    content = read_json(inside(folder, FOLDER_CONFIG))
+    config = content.get("model_cfg", content)
+    parts = ("vision_cfg", "text_cfg")
+    if not isinstance(config, dict) or not all(isinstance(config.get(p), dict) for p in parts):
         raise InputError(f"{folder / FOLDER_CONFIG}: has no vision_cfg and text_cfg")
     foreign = _without_code(config)
     if foreign and not allow_hub:
@@ -108,11 +116,29 @@ def preprocessing_of(model: str, checkpoint: Path | None, image_size: Any) -> An
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     folder = model_folder(model)
+    own: Mapping[str, Any]
     if folder is not None:
-        own = read_json(inside(folder, FOLDER_CONFIG)).get("preprocess_cfg", {})
+        own = _own_preprocessing(inside(folder, FOLDER_CONFIG))
     else:
         own = _shared_preprocessing(model, checkpoint)
     return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": image_size}))
+
+
+def _own_preprocessing(file: Path) -> dict[str, Any]:
+    """The preprocessing in a folder's configuration; values that are none are refused."""
+    config = read_json(file)
+    own = value_of(config, "preprocess_cfg", dict, file) if "preprocess_cfg" in config else {}
+    for name in {"mean", "std"} & own.keys():
+        channels = value_of(own, name, list, file)
+        if len(channels) != CHANNELS:
+            raise InputError(f"{file}: {name} has {len(channels)} values, expected {CHANNELS}")
+        for value in channels:
+            least = LEAST_DEVIATION if name == "std" else 0
+            value_of({name: value}, name, float, file, minimum=least, maximum=1)
+    for name, known in KNOWN.items():
+        if name in own and own[name] not in known:
+            raise InputError(f"{file}: {name} is {own[name]!r:.40}; known are {', '.join(known)}")
+    return dict(own)
 
 
 def _shared_preprocessing(model: str, checkpoint: Path | None) -> Mapping[str, Any]:

@@ -6,7 +6,6 @@ import errno
 import functools
 import hashlib
 import os
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from transclip_fast.encode.lists import check_any_there, read_path_list
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.tars import Sample, read_samples
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError, check_regular
 from transclip_fast.parallel import parallel_map
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.row_table import RowTable
@@ -188,12 +187,6 @@ def open_source(
     return source
 
 
-def check_regular(path: str | Path) -> None:
-    """Refuse what is no regular file: reading a FIFO waits, and some devices have no end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise InputError(f"{path}: is no regular file")
-
-
 @contextmanager
 def failing_later() -> Iterator[None]:
     """Let errors of an image pass, as reading it fails later and is reported, but no others."""
@@ -233,8 +226,7 @@ def resolve_labels(
 
 
 def _file(path: Path, split: str | None, root: str | Path | None) -> Source:
-    with reading(path):
-        check_regular(path)
+    check_regular(path)
     if path.suffix == ".tar":
         return _webdataset([path], Counter())
     if path.suffix in (".txt", ".csv", ".parquet"):
@@ -329,7 +321,6 @@ def _webdataset(tars: Sequence[Path], left_out: Counter[str]) -> Source:
     samples, times = list[tuple[Path, Sample]](), dict[str, int]()
     for tar in tars:
         with reading(tar):
-            check_regular(tar)
             times[str(tar)] = os.stat(tar).st_mtime_ns
         samples += [(tar, sample) for sample in read_samples(tar, left_out)]
     labels = [sample.label for _, sample in samples]

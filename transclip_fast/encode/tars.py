@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.walk import NO_SUFFIX
 from transclip_fast.errors import InputError, reading
+from transclip_fast.store.json_text import parse_json
 
 LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has holds its label
 MAX_LABEL_BYTES = 2**20  # a larger file holds no label
@@ -126,7 +126,7 @@ def _label(suffix: str, file: _File, content: io.BufferedReader) -> int | str | 
         text = content.read(size).decode("utf-8").strip()
         if suffix != "json":
             return int(text) if suffix == "cls" else text
-        value = json.loads(text)
+        value = parse_json(text)
     found: Any = map(value.get, ("label", "cls", "class")) if isinstance(value, dict) else ()
     return next((label for label in found if isinstance(label, int | str)), None)
 

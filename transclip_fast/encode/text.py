@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from transclip_fast.data.names import plain_name, positions_by_name
 from transclip_fast.encode.models import Backbone
 from transclip_fast.errors import InputError, reading
+from transclip_fast.store.json_text import parse_json
 from transclip_fast.store.names import ClassNames, check_names, place, read_names
 
 PROMPTS_PER_BATCH = 256
@@ -38,12 +40,10 @@ def templates(spec: str) -> Templates:
         known = getattr(open_clip, f"{spec.upper()}_IMAGENET_TEMPLATES")
         return lambda name: [template(name) for template in known]
     path = Path(spec)
-    try:
+    if not os.path.exists(path):
+        raise InputError(f"{spec}: cannot be read; give openai, simple or a file")
+    with reading(path, "cannot be read", "give openai, simple or a file"):
         content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{spec}: cannot be read ({error}); give openai, simple or a file"
-        ) from error
     return _from_json(path, content) if path.suffix == ".json" else _from_lines(path, content)
 
 
@@ -193,7 +193,7 @@ def _from_lines(path: Path, content: str) -> Templates:
 
 def _from_json(path: Path, content: str) -> Templates:
     with reading(path, "is not JSON"):
-        table = json.loads(content)
+        table = parse_json(content)
     if not isinstance(table, Mapping):
         raise InputError(f"{path}: expected an object of class names to lists of prompts")
     listed, positions = [*table.values()], positions_by_name(table)

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.arrays import inside
+from transclip_fast.store.archives import check_torch_zip
+from transclip_fast.store.arrays import as_numbers, inside
 from transclip_fast.store.atomic import read_json
+from transclip_fast.store.tensors import check_header
 
 INDEX_SUFFIX = ".index.json"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -130,6 +132,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     with reading(path, "does not load", "save its state_dict alone"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of damage that the error describes better
         if path.suffix == ".safetensors":
+            check_header(path)
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
         if mapped and _is_torchscript(path):
@@ -138,15 +141,14 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
                 "run; give --pretrained openai, or save its weights alone: "
                 "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)"
             )
+        if mapped:
+            check_torch_zip(path)
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         while inner := _wrapped(tensors):
             tensors = inner
         if not isinstance(tensors, Mapping) or not tensors:
             raise ValueError("expected tensors by name")
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-                raise ValueError(f"{name!r} is not a dense tensor")
-        return {str(name): tensor.detach() for name, tensor in tensors.items()}
+        return {str(name): as_numbers(path, tensor) for name, tensor in tensors.items()}
 
 
 def _is_torchscript(path: Path) -> bool:

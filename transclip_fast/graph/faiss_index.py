@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.graph.centres import random_rows
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import n_threads
@@ -191,10 +191,10 @@ def save_index(index: Any, path: Path) -> None:
 
 @contextmanager
 def faiss_errors(name: str) -> Iterator[None]:
-    """One line on the index instead of FAISS's RuntimeError."""
+    """One line on the index instead of FAISS's errors."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # the latter of a damaged file's sizes
         raise InputError(f"{name}: {_line(error)}") from None
 
 
@@ -214,10 +214,11 @@ def _read(path: str) -> Any:
     faiss = load_faiss()
     # Lists on disk are looked for beside the index, wherever it says they are.
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+    check_regular(path)
     try:
         with _without_stdout():  # where FAISS says that it looks there
             return faiss.read_index(path, flags)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise InputError(f"{path}: is no FAISS index that can be read: {_line(error)}") from None
 
 

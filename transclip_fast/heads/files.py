@@ -21,6 +21,7 @@ from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.heads.tip_adapter import CacheHead
+from transclip_fast.store.json_text import parse_json
 from transclip_fast.store.tensors import read_tensors, write_tensors
 
 SUFFIX = ".safetensors"
@@ -99,7 +100,7 @@ def read_head(path: str | Path) -> StoredHead:
     if ENTRY not in metadata:
         raise InputError(f"{path}: is no head; `transclip-fast train-head` writes those")
     with reading(path, "damaged"):
-        entry = json.loads(metadata[ENTRY])
+        entry = parse_json(metadata[ENTRY])
     try:
         return _stored_head(tensors, entry if isinstance(entry, dict) else {})
     except InputError as error:

@@ -21,10 +21,20 @@ from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import DataSet, draw_shots
 from transclip_fast.store.atomic import read_json, write_json, writing
+from transclip_fast.store.json_text import value_of
 from transclip_fast.version import __version__
 from transclip_fast.whole_files import new_file
 
 TABLES = ("table.md", "table.parquet", "runs.parquet", "run.json")
+MEASURED: dict[str, Any] = {
+    "queries": int,
+    "zero_shot_accuracy": float,
+    "accuracy": float,
+    "seconds": float,
+    "head_accuracy": (float, type(None)),
+    "head_seconds": (float, type(None)),
+    "head_parameters": dict,
+}
 CONTENTS = frozenset({"runs", *TABLES, *(f".{name}.partial" for name in TABLES)})
 
 
@@ -55,9 +65,23 @@ def do_runs(runs: Sequence[Run], folder: Path, progress: Count) -> list[dict[str
             row = {**run.columns, **run.work()}
             with writing(folder), new_file(file) as unfinished:
                 write_json(unfinished, row)
-        rows.append(read_json(file))
+        rows.append(_read_row(file, run))
     progress(len(runs), len(runs))
     return rows
+
+
+def _read_row(file: Path, run: Run) -> dict[str, Any]:
+    """The columns of a run in its file; InputError if it is of another run, or damaged."""
+    row = read_json(file)
+    found = {name: row.get(name) for name in run.columns}
+    known = {**run.columns, **MEASURED}.keys()
+    if json.dumps(found) != json.dumps(run.columns) or row.keys() != known:
+        raise InputError(f"{file}: is not of this run; remove it")
+    for name, kind in MEASURED.items():
+        value_of(row, name, kind, file)
+    for name in row["head_parameters"]:
+        value_of(row["head_parameters"], name, float, file)
+    return row
 
 
 def write_tables(

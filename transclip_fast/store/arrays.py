@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ import torch
 
 from transclip_fast.data.npy_shards import Shard
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.tensors import read_tensors
+from transclip_fast.store.archives import NpzArrays, check_npy_file, check_torch_zip
+from transclip_fast.store.tensors import DTYPES, read_tensors
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in memory at a time
 SINGLE = ""  # name of the array in a file that holds just one, without a name
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # in which torch computes little
+NUMBERS = (*DTYPES, *UNSIGNED, torch.complex64, torch.complex128)
 
 
 def read_arrays(path: str | Path) -> dict[str, Any]:
@@ -30,6 +34,11 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
 
     InputError if it is missing, of another type, damaged, or holds pickled Python objects.
     """
+    return dict(open_arrays(path))
+
+
+def open_arrays(path: str | Path) -> Mapping[str, Any]:
+    """As `read_arrays`, but those of a .npz are read, and found damaged, when they are asked for."""
     path = _existing(path)
     with reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of damage that the error describes better
@@ -46,7 +55,7 @@ def read_rows(path: str | Path, name: str) -> Any:
 
 def read_array(path: str | Path, name: str) -> Any:
     """The array called `name`, or the only one there is; errors as `read_arrays`, `one_array`."""
-    return one_array(read_arrays(path), path, name)
+    return one_array(open_arrays(path), path, name)
 
 
 def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
@@ -58,10 +67,15 @@ def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
     raise InputError(f"{path}: has no array {name!r}, only {', '.join(sorted(arrays)) or 'none'}")
 
 
-def read_table(file: Path) -> pa.Table:
-    """The table in a parquet file."""
-    with reading(file):
-        return pq.read_table(file)
+def read_table(file: Path, failure: str = "damaged or truncated") -> pa.Table:
+    """The table in a parquet file; InputError also if two columns have one name."""
+    with reading(file, failure):
+        # Without partitioning: or a folder named "label=3" would give the file a column.
+        table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+        if len({*table.column_names}) < len(table.column_names):
+            raise ValueError("has two columns of one name")
+        table.validate(full=True)  # texts are UTF-8
+        return table
 
 
 def array_sha256(array: Any) -> str:
@@ -109,24 +123,38 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".npz":
+        return NpzArrays(path)
+    if path.suffix == ".npy":
+        check_npy_file(path)
+        return {SINGLE: np.load(path, allow_pickle=False)}
     if path.suffix == ".safetensors":
-        return dict(read_tensors(path)[0])
-    with open(path, "rb") as file:  # called with a path, the readers leave damaged files open
-        if path.suffix == ".pt":
-            return _tensors(path, torch.load(file, map_location="cpu", weights_only=True))
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {SINGLE: loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-
-
-def _tensors(path: Path, loaded: Any) -> dict[str, Any]:
+        return {name: as_numbers(path, tensor) for name, tensor in read_tensors(path)[0].items()}
+    if zipfile.is_zipfile(path):  # torch's older format is none
+        check_torch_zip(path)
+    with open(path, "rb") as file:  # called with a path, torch leaves damaged files open
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
     tensors = loaded if isinstance(loaded, dict) else {SINGLE: loaded}
-    for tensor in tensors.values():
-        if not isinstance(tensor, torch.Tensor):
-            raise InputError(f"{path}: expected a tensor or a dictionary of tensors")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise InputError(f"{path}: expected dense tensors; save it again with .to_dense()")
-    return {str(name): tensor.detach() for name, tensor in tensors.items()}
+    if len({*map(str, tensors)}) < len(tensors):
+        raise InputError(f"{path}: has two tensors of one name")
+    return {str(name): as_numbers(path, tensor) for name, tensor in tensors.items()}
+
+
+def as_numbers(path: Path, tensor: Any) -> torch.Tensor:
+    """A tensor from the file `path` if torch computes with it, as int64 if it is unsigned."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{path}: expected a tensor or a dictionary of tensors")
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    if not strided or tensor.is_quantized or tensor.is_meta:
+        raise InputError(f"{path}: expected dense tensors; save it again with .to_dense()")
+    if tensor.dtype not in NUMBERS:
+        raise InputError(f"{path}: holds {tensor.dtype}; save it as float16 or float32")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise InputError(f"{path}: repeats few numbers; save it again with .contiguous()")
+    if tensor.dtype not in UNSIGNED:
+        return tensor.detach()
+    signed = tensor.to(torch.int64)
+    if (signed < 0).any():
+        raise InputError(f"{path}: holds whole numbers beyond int64")
+    return signed

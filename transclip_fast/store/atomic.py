@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from transclip_fast.errors import InputError, reading
+from transclip_fast.store.json_text import parse_json
 from transclip_fast.whole_files import sync
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 HIDDEN = ("partial", "replaced", "lock")  # hidden neighbours of a folder while it is written
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -64,13 +67,16 @@ def beside(path: str | Path, name: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    # A path that is no UTF-8 has half characters, which are no text; they are shown escaped.
+    text = HALF_CHARACTER.sub(lambda half: "\\" + ascii(half[0])[1:-1], text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; InputError if it is missing, damaged, or not an object."""
     with reading(path, "cannot be read as JSON", "write it again"):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 import warnings
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import read_arrays
+from transclip_fast.store.arrays import array_sha256, read_arrays
 from transclip_fast.store.atomic import beside, writing
 from transclip_fast.store.tensors import read_tensors, write_tensors
 from transclip_fast.whole_files import new_file, partial_of
@@ -66,10 +67,13 @@ class FileCheckpoint:
     def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
         """The state in the file and its identity."""
         state = read_arrays(self.file)
-        return state, str(state.pop("identity", ""))
+        identity = str(state.pop("identity", ""))
+        _check_state(self.file, state, str(state.pop("sha256", "")))
+        return state, identity
 
     def _write(self, state: Mapping[str, np.ndarray]) -> None:
-        arrays: dict[str, Any] = {"identity": np.array(self.identity), **state}
+        texts = {"identity": self.identity, "sha256": _state_sha256(state)}
+        arrays: dict[str, Any] = {name: np.array(text) for name, text in texts.items()} | {**state}
         with new_file(self.file) as partial, open(partial, "wb") as file:
             np.savez(file, **arrays)
 
@@ -82,11 +86,24 @@ class TensorCheckpoint(FileCheckpoint):
     def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
         tensors, metadata = read_tensors(self.file)
         state = {name: tensor.numpy() for name, tensor in tensors.items()}
+        _check_state(self.file, state, metadata.get("sha256", ""))
         return state, metadata.get("identity", "")
 
     def _write(self, state: Mapping[str, np.ndarray]) -> None:
         tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        write_tensors(self.file, tensors, None, metadata={"identity": self.identity})
+        metadata = {"identity": self.identity, "sha256": _state_sha256(state)}
+        write_tensors(self.file, tensors, None, metadata=metadata)
+
+
+def _check_state(file: Path, state: Mapping[str, np.ndarray], sha256: str) -> None:
+    if sha256 != _state_sha256(state):
+        raise InputError(f"{file}: damaged, or of an earlier version")
+
+
+def _state_sha256(state: Mapping[str, np.ndarray]) -> str:
+    """Hash of the arrays of a state and of their names."""
+    hashes = [(name, array_sha256(np.atleast_1d(array))) for name, array in sorted(state.items())]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def files(path: str | Path, name: str, suffix: str = FileCheckpoint.suffix) -> list[Path]:

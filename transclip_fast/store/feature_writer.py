@@ -21,6 +21,7 @@ import pyarrow as pa
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import file_sha256, inside, npy_bytes, read_table
 from transclip_fast.store.atomic import read_json, writing
+from transclip_fast.store.json_text import value_of
 from transclip_fast.store.kept_rows import EARLIER, KeptRows, earlier_entries, earlier_file
 from transclip_fast.store.row_table import RowTable
 from transclip_fast.version import __version__
@@ -37,7 +38,7 @@ RECORD = "records/{:05}.json"
 SHARD_FILES = {"features_sha256": IMAGES, "local_sha256": LOCAL, "metadata_sha256": METADATA}
 FOLDERS = ("img_emb", "local_emb", "metadata", "records", EARLIER)
 # Settings of the first run, which resumed runs keep: other values change some last bits.
-SETTLED = ("batch_size", "threads", "shard_rows")
+SETTLED = {"batch_size": 2**31, "threads": 4096, "shard_rows": 2**31}  # the most each can be
 TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
 SHOWN_KEYS = 3  # of images, in a warning
 
@@ -246,6 +247,10 @@ class FeatureWriter:
         begun, shards = manifest.get("config"), manifest.get("shards")
         if not isinstance(begun, dict) or not isinstance(shards, dict):
             raise InputError(f"{file}: is not a feature folder's; name a new one")
+        settled = {
+            name: value_of(begun, name, int, file, minimum=1, maximum=most)
+            for name, most in SETTLED.items()
+        }
         for name in self.config:
             if name not in (*SETTLED, "source") and begun.get(name) != self.config[name]:
                 raise InputError(
@@ -253,8 +258,9 @@ class FeatureWriter:
                     f"{self.config[name]!r}; name a new folder"
                 )
         with reading(file, "is damaged", "name a new folder"):
-            entries = [(int(number), _checked(entry, begun)) for number, entry in shards.items()]
-            settled = {name: int(begun[name]) for name in SETTLED}
+            if any(str(int(number)) != number for number in shards):
+                raise ValueError("a shard has no number")
+            entries = [(int(n), _checked(shard, begun, file)) for n, shard in shards.items()]
         self.config = {**begun, **settled, "source": self.config["source"]}
         self.text = {name: manifest[name] for name in TEXT if name in manifest}
         for number, entry in [*entries, *self._records()]:
@@ -268,7 +274,7 @@ class FeatureWriter:
         for record in sorted((self.folder / "records").glob("*.json")):
             content = read_json(inside(record.parent, record.name))
             with reading(record, "is damaged", "remove it"):
-                found.append((int(record.stem), _checked(content, self.config)))
+                found.append((int(record.stem), _checked(content, self.config, record)))
         return found
 
     def _list_records(self) -> None:
@@ -355,12 +361,14 @@ class FeatureWriter:
         return hashlib.sha256(content).hexdigest()
 
 
-def _checked(entry: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest entry with every field that `FeatureWriter` reads; any error if one is missing."""
-    return {
-        **entry,
-        "features_sha256": str(entry["features_sha256"]),
-        "rows": int(entry["rows"]),
-        "batch_size": int(entry.get("batch_size", config["batch_size"])),
-        "failures": [[int(row), str(key), str(why)] for row, key, why in entry["failures"]],
-    }
+def _checked(shard: Mapping[str, Any], config: Mapping[str, Any], origin: Path) -> dict[str, Any]:
+    """A manifest's entry of a shard with every field that `FeatureWriter` reads, checked."""
+    sized = {"batch_size": config["batch_size"], **shard}
+    for name in SHARD_FILES.keys() & sized.keys() | {"features_sha256"}:
+        value_of(sized, name, str, origin)
+    for name, least in (("rows", 0), ("batch_size", 1)):
+        value_of(sized, name, int, origin, minimum=least)
+    for failure in value_of(sized, "failures", list, origin):
+        if not isinstance(failure, list) or [type(value) for value in failure] != [int, str, str]:
+            raise InputError(f"{origin}: lists a failure {failure!r:.40}; it is damaged")
+    return sized

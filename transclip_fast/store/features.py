@@ -12,24 +12,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from transclip_fast.data.names import plain_name
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.data.priors import ListedPrior
 from transclip_fast.data.texts import templates_first
 from transclip_fast.errors import InputError, reading
+from transclip_fast.solver.layout import free_bytes
 from transclip_fast.store.arrays import (
     SINGLE,
     array_sha256,
     file_sha256,
     inside,
+    open_arrays,
     read_array,
-    read_arrays,
     read_rows,
     read_table,
 )
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
+from transclip_fast.store.json_text import value_of
 from transclip_fast.store.labels import as_array, as_positions, read_labels
 from transclip_fast.store.names import as_names, read_names
 from transclip_fast.store.tables import LABEL, find_column
@@ -51,7 +54,12 @@ ARRAYS = (
 OF_ROWS = ("labels", "known_labels")  # labels of the image features' rows
 LABELS = (*OF_ROWS, "support_labels", "validation_labels")
 LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
-ENCODER = ("model", "weights", "quick_gelu")  # entries of a manifest that identify a backbone
+ENCODER = {
+    "model": str,
+    "weights": str,
+    "quick_gelu": bool,
+}  # entries of a manifest that identify a backbone
+OWN = {"complete", "config", "rows", "shards", "version"}  # not in a manifest of other programs
 KEY_COLUMNS = ("key", "path", "image_path")  # the first of these columns there is names the rows
 # The kinds of files in a feature folder, and the manifest's entry for the hash of each.
 SHARDS = {
@@ -202,6 +210,12 @@ def load_features(
         arrays["text_features"] = templates_first(texts, _listed_classes(features))
     if isinstance(prior := features.get("prior"), ListedPrior):
         k = n_classes or features.n_classes
+        needed = 4 * len(rows) * (prior.n_classes or k or 0)
+        if needed > free_bytes(torch.device("cpu")):
+            raise InputError(
+                f"{origins['prior']}: {len(rows):,} rows of {prior.n_classes or k:,} classes take "
+                f"{needed:,} bytes, which are not free"
+            )
         arrays["prior"] = prior.dense(origins["prior"], rows=len(rows), n_classes=k)
     return features
 
@@ -244,11 +258,12 @@ def _listed_classes(features: Features) -> int | None:
 
 
 def _load_file(path: Path, local: bool) -> Features:
+    arrays: Mapping[str, Any]
     if path.suffix == ".npy":
         found = read_rows(path, "image_features")
         arrays = {"image_features": _joined([found]) if isinstance(found, Shard) else found}
     else:
-        arrays = read_arrays(path)
+        arrays = open_arrays(path)
         if SINGLE in arrays:
             arrays = {"image_features": arrays[SINGLE]}
     if "image_features" not in arrays:
@@ -268,7 +283,8 @@ def _load_file(path: Path, local: bool) -> Features:
 def _load_folder(folder: Path, local: bool) -> Features:
     file = folder / "manifest.json"
     manifest = read_json(inside(folder, file.name)) if file.exists() else {}
-    if not manifest.get("complete", True):
+    ours = manifest.keys() & OWN
+    if ours and not value_of(manifest, "complete", bool, file):
         raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
     files = {kind: _numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
     images = files["img_emb"]
@@ -281,6 +297,8 @@ def _load_folder(folder: Path, local: bool) -> Features:
             raise InputError(f"{folder}: shard {number} has no {missing} file")
     parts = [read_rows(image, "image_features") for image in images.values()]
     for image, part in zip(images.values(), parts, strict=True):
+        if part.dtype.kind not in "fiub":
+            raise InputError(f"{image}: expected numbers, got an array of {part.dtype}")
         if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
             raise InputError(f"{image}: has shape {part.shape}, the first shard {parts[0].shape}")
     arrays, origins = {"image_features": _joined(parts)}, {}
@@ -305,7 +323,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
         names,
         columns["source_row"].to_numpy() if "source_row" in columns else None,
         columns["key"].to_pylist() if "key" in columns else None,
-        _encoder(manifest),
+        _encoder(manifest, file),
     )
 
 
@@ -346,28 +364,34 @@ def _check_hashes(
     folder: Path, manifest: dict[str, Any], files: Mapping[str, Mapping[int, Path]]
 ) -> None:
     """Raise InputError if the files differ from those that the manifest lists."""
-    entries = manifest.get("shards")
-    if not isinstance(entries, dict):  # not a manifest of ours
+    if not manifest.keys() & OWN:
         return
+    entries = value_of(manifest, "shards", dict, folder / "manifest.json")
     if set(entries) != {str(number) for number in files["img_emb"]}:
         raise InputError(f"{folder}: its shards are not those of its manifest; encode it again")
     expected = {folder / "prototypes.npy": manifest.get("prototypes_sha256")}
     for kind, found in files.items():
         suffix, entry_name = SHARDS[kind]
-        for number, entry in entries.items() if found or kind != "local_emb" else ():
+        for number, listed in entries.items() if found or kind != "local_emb" else ():
             name = f"{kind}/{kind}_{int(number):05}{suffix}"
-            sha256 = entry.get(entry_name) if isinstance(entry, dict) else None
+            sha256 = listed.get(entry_name) if isinstance(listed, dict) else None
             expected[found.get(int(number), folder / name)] = sha256
     for file, sha256 in expected.items():
         if (file.exists() or sha256) and not (file.exists() and file_sha256(file) == sha256):
             raise InputError(f"{file}: differs from its manifest; encode it again")
 
 
-def _encoder(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    config = manifest.get("config")
-    if not isinstance(config, dict) or not {"model", "weights"} <= config.keys():
+def _encoder(manifest: Mapping[str, Any], origin: Path) -> dict[str, Any] | None:
+    if "config" not in manifest:
         return None
-    return {name: config[name] for name in ENCODER if name in config}
+    config = value_of(manifest, "config", dict, origin)
+    if not {"model", "weights"} <= config.keys():
+        return None
+    return {
+        name: value_of(config, name, kind, origin)
+        for name, kind in ENCODER.items()
+        if name in config
+    }
 
 
 def _columns(

@@ -34,7 +34,7 @@ import torch
 from transclip_fast.data.checks import hot_columns
 from transclip_fast.data.priors import PROBABILITY_TOLERANCE, ListedPrior
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import inside, one_array, read_array, read_arrays
+from transclip_fast.store.arrays import inside, one_array, open_arrays, read_array
 
 FILES = {
     "image_features": ("test_f.pt", "image_features.pt", "images.pt"),
@@ -130,7 +130,7 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
 
 def read_prior(path: str | Path) -> Any:
     """The prior in a file: an array (N, K), what `listed_prior` finds, or a scipy CSR array."""
-    arrays = read_arrays(path)
+    arrays = open_arrays(path)
     if all(name in arrays for name in CSR):
         return _csr(arrays, str(path))
     listed = listed_prior(arrays, str(path))

@@ -8,14 +8,16 @@ from typing import Any
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import inside, npy_bytes, read_array
 from transclip_fast.store.atomic import read_json, write_json
+from transclip_fast.store.json_text import value_of
 from transclip_fast.types import NeighborGraph
 
 CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
 # Entries of the manifest that describe the search.
-INFO = (
-    "search", "index", "blas", "probes", "lists",
-    "recall", "recall_target", "recall_rows", "weight_error",
-)  # fmt: skip
+INFO: dict[str, Any] = {
+    "search": str, "index": str, "blas": (str, type(None)), "probes": int, "lists": int,
+    "recall": float, "recall_target": float, "recall_rows": int, "weight_error": float,
+}  # fmt: skip
+TOGETHER = ({"probes", "lists"}, {"recall_rows", "weight_error"})
 
 
 def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> None:
@@ -37,9 +39,21 @@ def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
             f"{folder / 'similarities.npy'}: expected floats, got {similarities.dtype}; "
             "build the graph again"
         )
-    info = {name: manifest[name] for name in INFO if name in manifest}
-    info.setdefault("search", manifest.get("method", "unknown"))  # its name in earlier versions
-    return NeighborGraph(neighbors, similarities, info)
+    if "search" not in manifest:  # its name in earlier versions
+        manifest["search"] = manifest.get("method")
+    needed = {"search", "recall"}.union(*(both for both in TOGETHER if both & manifest.keys()))
+    origin = folder / "manifest.json"
+    info = {
+        name: value_of(manifest, name, kind, origin, minimum=0)
+        for name, kind in INFO.items()
+        if name in needed | manifest.keys()
+    }
+    graph = NeighborGraph(neighbors, similarities, info)
+    if neighbors.ndim == 2:
+        graph.check(neighbors.shape[0], neighbors.shape[1], str(path))
+    if manifest.get("sha256", graph.sha256()) != graph.sha256():  # earlier versions wrote none
+        raise InputError(f"{path}: its arrays differ from its manifest; build it again")
+    return graph
 
 
 def load_manifest(path: str | Path) -> dict[str, Any]:

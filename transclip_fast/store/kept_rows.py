@@ -121,8 +121,10 @@ def earlier_entries(folder: Path) -> dict[str, dict[str, Any]]:
     entries = {}
     for record in sorted((folder / EARLIER).glob("*.json")):
         entry = read_json(inside(folder, f"{EARLIER}/{record.name}"))
-        hashes = (entry.get(name) for name in ("features_sha256", "metadata_sha256"))
-        if not isinstance(entry.get("number"), int) or not all(isinstance(h, str) for h in hashes):
+        hashes = [entry.get(name) for name in ("features_sha256", "metadata_sha256")]
+        hashes += [entry[name] for name in FILES if name in entry]
+        number = entry.get("number")
+        if type(number) is not int or number < 0 or not all(isinstance(h, str) for h in hashes):
             raise InputError(f"{record}: is damaged; remove it")
         entries[record.stem] = entry
     return entries

@@ -10,7 +10,7 @@ import torch
 
 from transclip_fast.data.checks import as_matrix
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import array_sha256, one_array, read_arrays
+from transclip_fast.store.arrays import array_sha256, one_array, open_arrays
 from transclip_fast.store.features import Features
 
 BLOCK_ROWS = 8192  # mapped in float64 at a time
@@ -97,8 +97,8 @@ def map_features(features: Features, **files: str | None) -> None:
 
 def _read_map(path: Path) -> tuple[Any, Any]:
     """A and, if there is one, b."""
-    arrays = read_arrays(path)
-    parts = {name.rpartition(".")[2]: array for name, array in arrays.items()}
+    arrays = open_arrays(path)
+    parts = {name.rpartition(".")[2]: name for name in arrays}
     if "weight" not in parts or len(parts) < len(arrays):
         return one_array(arrays, path, "weight"), None
-    return parts["weight"], parts.get("bias")
+    return arrays[parts["weight"]], arrays[parts["bias"]] if "bias" in parts else None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -16,6 +14,7 @@ import numpy as np
 from transclip_fast.data.synsets import SYNSET, imagenet_synsets
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import read_array
+from transclip_fast.store.json_text import parse_json
 from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
 
 IMAGENET = "imagenet"  # stands for its 1000 classes
@@ -87,6 +86,8 @@ def check_names(origin: str | Path, names: Sequence[str]) -> list[str]:
             f"{origin}: {place(origin, stripped.index(''))} is empty; later classes would move up "
             "by one: name it or take it out"
         )
+    if (k := next((k for k, name in enumerate(stripped) if "\0" in name), None)) is not None:
+        raise InputError(f"{origin}: {place(origin, k)} has a NUL character; write it again")
     if all(SYNSET.fullmatch(name) for name in stripped):
         raise InputError(
             f"{origin}: holds synsets, of which no prompts can be made; give lines such as "
@@ -138,7 +139,7 @@ def _from_lines(path: Path) -> ClassNames:
 def _from_json(path: Path) -> ClassNames:
     with reading(path, "is not JSON"):
         content = path.read_text(encoding="utf-8-sig")
-        value = json.loads(content, object_pairs_hook=_without_repeats)
+        value = parse_json(content)
     match value:
         case [*entries]:
             return _of_entries(path, entries)
@@ -153,15 +154,6 @@ def _from_json(path: Path) -> ClassNames:
         f"{path}: expected a list of names, names by number, or numbers by name; class names are "
         "read from these"
     )
-
-
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; an error if it has one key twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{key!r} is there twice")
-    return found
 
 
 def _of_entries(path: Path, entries: Sequence[Any]) -> ClassNames:
@@ -188,9 +180,16 @@ def _from_table(path: Path) -> ClassNames:
     columns, _ = read_columns(path, COLUMNS, "name")
     names = [name or "" for name in columns["name"]]
     synsets = columns.get("synset")
+    for values in (names, synsets or ()):
+        for k, value in enumerate(values):
+            if not isinstance(value, str):
+                raise InputError(f"{path}: class {k} is {value!r:.60}; expected a text")
     if "position" in columns:
         with reading(path, "has labels that are no whole numbers", "give each class its position"):
             numbers = [int(number) for number in columns["position"]]
+            fractions = [x for x in columns["position"] if isinstance(x, float) and x % 1]
+            if fractions:
+                raise ValueError(f"{fractions[0]} is a fraction")
         names = in_order(path, numbers, names)
         synsets = synsets and in_order(path, numbers, synsets)
     return ClassNames(names, synsets)

@@ -22,12 +22,14 @@ from scipy import sparse
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.solver.mixture import Mixture
-from transclip_fast.store.arrays import inside, read_arrays, read_table
+from transclip_fast.store.arrays import file_sha256, inside, read_arrays, read_table
 from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.features import Features
+from transclip_fast.store.json_text import value_of
 
 CSV_FILE = "predictions.csv"
 CONTENTS = frozenset({"predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json"})
+HASHED = ("predictions.parquet", "mixture.safetensors")
 FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
 TRUTH = "true_label"  # a column
 TOP_CLASSES = 5  # listed for each row
@@ -111,8 +113,12 @@ def save_result(
     tensors: dict[str, torch.Tensor],
     *,
     csv: bool = False,
-) -> None:
-    """Write the files of a result into the folder of a `new_folder`; `csv` adds predictions.csv."""
+) -> dict[str, Any]:
+    """
+    Write the files of a result into the folder of a `new_folder`; `csv` adds predictions.csv.
+
+    Returns `run` with the hashes of the files.
+    """
     blocks = iter(tables)
     first = next(blocks)
     with ExitStack() as files:
@@ -127,7 +133,9 @@ def save_result(
                 lines.write_table(_flat(block))
     # As bytes: on a full disk safetensors raises an error of its own, not an OSError.
     (folder / "mixture.safetensors").write_bytes(save(tensors))
+    run = {**run, "sha256": {name: file_sha256(folder / name) for name in HASHED}}
     write_json(folder / "run.json", run)
+    return run
 
 
 def _flat(table: pa.Table) -> pa.Table:
@@ -144,7 +152,9 @@ def load_result(path: str | Path) -> Result:
     """A result folder; InputError if it is missing, something else, or damaged."""
     run = load_run(path)
     file = inside(Path(path), "predictions.parquet")
-    return Result(Path(path), run, read_table(file))
+    predictions = read_table(file)
+    _check_hash(file, run)
+    return Result(Path(path), run, predictions)
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
@@ -154,9 +164,13 @@ def load_run(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not a result folder (no run.json); name one that solve wrote")
     file = inside(folder, "run.json")
     run = read_json(file)
-    n_classes, names = run.get("n_classes"), run.setdefault("class_names", None)
-    if not isinstance(n_classes, int) or not isinstance(run.get("config"), dict):
+    names = run.setdefault("class_names", None)
+    if type(run.get("n_classes")) is not int or not isinstance(run.get("config"), dict):
         raise InputError(f"{file}: has no n_classes or config; solve again")
+    n_classes = value_of(run, "n_classes", int, file, minimum=1)
+    maps = run.setdefault("maps", {})  # of earlier versions: none
+    if not isinstance(maps, dict) or not all(isinstance(value, str) for value in maps.values()):
+        raise InputError(f"{file}: maps are damaged; solve again")
     if names is not None and (
         not isinstance(names, list)
         or len(names) != n_classes
@@ -166,6 +180,15 @@ def load_run(path: str | Path) -> dict[str, Any]:
     return run
 
 
+def _check_hash(file: Path, run: dict[str, Any]) -> None:
+    """InputError if a file of a result differs from its hash in run.json."""
+    if "sha256" not in run:  # of earlier versions
+        return
+    hashes = value_of(run, "sha256", dict, file.with_name("run.json"))
+    if hashes.get(file.name) != file_sha256(file):
+        raise InputError(f"{file}: differs from its run.json; solve again")
+
+
 def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
     """The fitted mixture of a result folder, and the tensors saved beside it."""
     file = inside(Path(path), "mixture.safetensors")
@@ -173,10 +196,13 @@ def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
     shape = tensors["means"].shape if "means" in tensors else ()
     for name, tensor in tensors.items():
         expected = {"variances": shape[1:], "class_costs": shape[:1]}.get(name, shape)
-        if len(shape) != 2 or tensor.shape != expected or not tensor.isfinite().all():
+        right = tensor.is_floating_point() and tensor.shape == expected
+        if len(shape) != 2 or not right or not tensor.isfinite().all():
             raise InputError(f"{file}: {name} is damaged; solve again")
     if "variances" not in tensors or not (tensors["variances"] > 0).all():
         raise InputError(f"{file}: means or variances are missing or damaged; solve again")
+    if (file.parent / "run.json").exists():
+        _check_hash(file, load_run(path))
     return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from transclip_fast.errors import InputError, reading
+from transclip_fast.store.arrays import read_table
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 # The names of columns, best first; case, spaces around them and a plural do not matter.
@@ -40,8 +40,8 @@ def read_columns(
         A file that is missing or damaged, a line of another length, two columns of one name, or not
         the needed one.
     """
-    with reading(path, "cannot be read as a table"):
-        table = _read_csv(path) if path.suffix.lower() == ".csv" else pq.read_table(path)
+    with reading(path, failure := "cannot be read as a table"):
+        table = _read_csv(path) if path.suffix.lower() == ".csv" else read_table(path, failure)
         chosen = {
             name: column
             for name, names in wanted.items()

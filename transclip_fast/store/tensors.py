@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ from safetensors import safe_open
 
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.atomic import writing
+from transclip_fast.store.json_text import parse_json
 from transclip_fast.whole_files import new_file
 
 # Names of the format, https://github.com/huggingface/safetensors#format
@@ -89,6 +91,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a file ending in .safetensors")
+    with reading(path):
+        check_header(path)
     with reading(path), open(path, "rb") as file, safe_open(path, "pt") as checked:
         begin = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(begin - 8))
@@ -107,6 +111,14 @@ def _read(file: BinaryIO, begin: int, entry: Mapping[str, Any]) -> torch.Tensor:
     if content.readinto(tensor.view(-1).view(torch.uint8).numpy()) < tensor.nbytes:
         raise ValueError("ends early")
     return tensor
+
+
+def check_header(path: Path) -> None:
+    """ValueError if a .safetensors file names a tensor twice, of which the library takes one."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length <= os.fstat(file.fileno()).st_size:  # or the library refuses it
+            parse_json(file.read(length))
 
 
 def _chunks(tensor: torch.Tensor, buffer: torch.Tensor) -> Iterator[memoryview]:
