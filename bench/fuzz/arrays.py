@@ -171,6 +171,7 @@ def of_pt(content: bytes, draw: random.Random) -> bytes:
         return of_torch_zip(content, draw)
     file = io.BytesIO()
     if isinstance(loaded, dict):
+        loaded = loaded.get("state_dict", loaded)
         key = draw.choice(list(loaded))
         odd = _odd_tensor(loaded[key], draw)
         torch.save({**loaded, draw.choice((key, key, key, 1, None, ("a",))): odd}, file)

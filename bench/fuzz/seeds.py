@@ -285,7 +285,11 @@ def _images(root: Path, run: Callable[..., int]) -> list[Target]:
     (root / "set.tar").write_bytes(tar_of(members))
     (root / "templates.txt").write_text("a photo of a {}.\na picture of {}\n")
     (root / "prompts.json").write_text(json.dumps({name: [f"a {name}"] for name in NAMES}))
-    _model(root / "model")
+    weights = _model(root / "model")
+    torch.save({"state_dict": weights}, root / "weights.pt")
+    torch.save(weights, root / "part.bin")
+    parts = {"weight_map": dict.fromkeys(weights, "part.bin")}
+    (root / "parts.index.json").write_text(json.dumps(parts))
     named = ("--classes", "names.txt", *ENCODE)
     must(run, "encode", "list.csv", *named, "--out", "features", "--shard-rows", "7")
     return [
@@ -313,6 +317,15 @@ def _images(root: Path, run: Callable[..., int]) -> list[Target]:
             Target("model", f"model/{file}", ("encode", "list.csv", *named, "--out", OUT))
             for file in ("open_clip_config.json", "open_clip_model.safetensors")
         ),
+        *(
+            Target("model", file, ("convert", whole, "--model", "model", "--out", "c.safetensors"))
+            for file, whole in (
+                ("weights.pt", "weights.pt"),
+                ("parts.index.json", "parts.index.json"),
+                ("part.bin", "parts.index.json"),
+                ("model/open_clip_config.json", "weights.pt"),
+            )
+        ),
         *_folders(root),
     ]
 
@@ -330,8 +343,8 @@ def _folders(root: Path) -> list[Target]:
     ]
 
 
-def _model(folder: Path) -> None:
-    """A model folder with random weights."""
+def _model(folder: Path) -> dict[str, torch.Tensor]:
+    """A model folder with random weights, which are returned."""
     from transclip_fast.encode.networks import draw_weights, empty_network
 
     folder.mkdir()
@@ -340,6 +353,7 @@ def _model(folder: Path) -> None:
     draw_weights(net, torch.device("cpu"))
     weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
+    return weights
 
 
 def must(run: Callable[..., int], *command: str) -> None:

@@ -29,6 +29,7 @@ LARGEST_ERROR = 0.3  # of a usual product: compressed rows are off by less
 COPY_SIMILARITY = 1 - 1e-6  # of two rows that are taken for one
 TRAIN_ROWS_PER_LIST, TRAIN_ROWS = 64, 1 << 16  # FAISS warns below 39 rows a list
 FIRST_BYTE = b"I"  # of every file of a FAISS index
+TABLES_BYTES, TABLES_RATIO = 1 << 28, 64  # that FAISS may compute from a file, beyond and times it
 PLACE = re.compile(r"^Error in .* at \S+:\d+: ")  # in messages of FAISS
 NOTHING = re.compile(r"(HNSW|IVF)0+(?!\d)")
 PATH_SUFFIXES = (".index", ".faiss", ".bin", ".ivf")
@@ -216,10 +217,26 @@ def _read(path: str) -> Any:
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
     check_regular(path)
     try:
-        with _without_stdout():  # where FAISS says that it looks there
+        with _without_stdout(), _sizes_of_file(path):  # FAISS says there that it looks beside it
             return faiss.read_index(path, flags)
     except (RuntimeError, MemoryError) as error:
         raise InputError(f"{path}: is no FAISS index that can be read: {_line(error)}") from None
+
+
+@contextmanager
+def _sizes_of_file(path: str) -> Iterator[None]:
+    """Let FAISS, where it can, take no more memory than fits the file; a damaged one claims any."""
+    faiss = load_faiss()
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # of late 2025
+        yield
+        return
+    before = faiss.get_deserialization_vector_byte_limit()
+    most = TABLES_BYTES + TABLES_RATIO * os.path.getsize(path)
+    faiss.set_deserialization_vector_byte_limit(most)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Zip files of arrays, as numpy and torch write them, checked before anything is taken from them."""
+"""Zip files of arrays, as numpy and torch write them, checked before they take memory."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
 
 
 def open_arrays(path: str | Path) -> Mapping[str, Any]:
-    """As `read_arrays`, but those of a .npz are read, and found damaged, when they are asked for."""
+    """As `read_arrays`, but those of a .npz are read when they are asked for."""
     path = _existing(path)
     with reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of damage that the error describes better
