@@ -14,7 +14,8 @@ WHOLE, STRUCTURED = 0.35, 0.65  # shares of damage to bytes and to what they mea
 INTERESTING = (b"\0", b"\xff", b"\n", b",", b'"', b"\x80", b"\xed\xb2\x80", b"\xef\xbb\xbf", b"\r")
 WORDS = (b"nan", b"-1", b"1e999", b"99999999999999999999", b"../../x", b"/dev/zero", b"a\0b", b"")
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 7, -40, 300, 50_000, 3_000_000, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e308, float("nan"),
+    None, True, False, 0, -1, 1, 7, -40, 300, 50_000, 3_000_000,
+    2**31, 2**63, 10**30, -(10**30), 0.5, 1e308, float("nan"),
     float("inf"), "", "a\0b", "\ud800", "../..", "x" * 5000, [], [[]], {}, {"a": {}}, [None],
     [1, "a"], "1", "é", "\n", [0, 0, 0, 0, 0],
 )  # fmt: skip

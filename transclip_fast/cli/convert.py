@@ -11,7 +11,7 @@ from transclip_fast.cli.options import PATH, json_option
 from transclip_fast.encode.architectures import network_config
 from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weights
 from transclip_fast.encode.weights import WatchedFiles, checkpoint_files, read_checkpoint
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.store.tensors import write_tensors
 
@@ -42,7 +42,9 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
         raise InputError(f"{out}: name a file that ends in .safetensors")
     stages = session.Stages()
     with stages.time("convert"), progress_bar("convert", "bytes") as show:
-        net = empty_network(network_config(model))
+        config = network_config(model)
+        with reading(model, "does not describe a network", "correct its configuration"):
+            net = empty_network(config)
         watched = WatchedFiles.of(checkpoint_files(Path(checkpoint)))
         tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
 

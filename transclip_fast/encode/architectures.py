@@ -18,6 +18,19 @@ from transclip_fast.store.atomic import read_json
 from transclip_fast.store.json_text import value_of
 
 FOLDER_CONFIG = "open_clip_config.json"
+PARTS = ("vision_cfg", "text_cfg", "multimodal_cfg")
+LARGEST = {  # sizes of networks, far beyond the largest there are
+    "embed_dim": 2**16,
+    "width": 2**16,
+    "layers": 2**10,
+    "heads": 2**10,
+    "head_width": 2**14,
+    "image_size": 2**13,
+    "patch_size": 2**13,
+    "context_length": 2**13,
+    "vocab_size": 2**22,
+}
+MAX_PATCHES = 2**16  # of an image
 CHANNELS = 3
 LEAST_DEVIATION = 1e-6  # of a channel, that pixels are divided by
 KNOWN = {  # values in a preprocessing
@@ -74,6 +87,7 @@ def network_config(model: str, allow_hub: bool = False) -> dict[str, Any]:
     parts = ("vision_cfg", "text_cfg")
     if not isinstance(config, dict) or not all(isinstance(config.get(p), dict) for p in parts):
         raise InputError(f"{folder / FOLDER_CONFIG}: has no vision_cfg and text_cfg")
+    _check_sizes(config, folder / FOLDER_CONFIG)
     foreign = _without_code(config)
     if foreign and not allow_hub:
         raise InputError(
@@ -104,6 +118,21 @@ def _without_code(config: dict[str, Any]) -> list[str]:
         ):
             foreign.append(str(value))
     return foreign
+
+
+def _check_sizes(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse sizes that no model has, before a network of them takes the memory or the time."""
+    for part in (config, *(config.get(name) for name in PARTS)):
+        if not isinstance(part, dict):
+            continue
+        for name, most in LARGEST.items():
+            values = part.get(name)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None:  # as the patches of a convolutional network
+                    value_of({name: value}, name, int, file, minimum=1, maximum=most)
+    side, patch = (config["vision_cfg"].get(name) for name in ("image_size", "patch_size"))
+    if isinstance(side, int) and isinstance(patch, int) and (side // patch) ** 2 > MAX_PATCHES:
+        raise InputError(f"{file}: an image of {side} pixels has too many patches of {patch}")
 
 
 def preprocessing_of(model: str, checkpoint: Path | None, image_size: Any) -> Any:
