@@ -273,6 +273,9 @@ def _images(root: Path, run: Callable[..., int]) -> list[Target]:
     labels = [k % N_CLASSES for k in range(len(files))]
     paths = [f"photos/{file.name}" for file in files]
     (root / "list.txt").write_text("\n".join(paths) + "\n")
+    for path in paths[: len(IMAGE_KINDS)]:
+        (root / f"{Path(path).name}.txt").write_text(f"{path}\n{paths[-1]}\n")
+    few = f"{Path(paths[0]).name}.txt"
     rows = [f"{path},{NAMES[k]}" for path, k in zip(paths, labels, strict=True)]
     (root / "list.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
     pq.write_table(pa.table({"path": paths, "label": labels}), root / "list.parquet")
@@ -295,7 +298,10 @@ def _images(root: Path, run: Callable[..., int]) -> list[Target]:
     return [
         *(
             Target(
-                "images", f"photos/{file.name}", ("encode", "photos", *ENCODE, "--out", OUT), "rows"
+                "images",
+                f"photos/{file.name}",
+                ("encode", f"{file.name}.txt", *ENCODE, "--out", OUT),
+                "rows",
             )
             for file in files[: len(IMAGE_KINDS)]
         ),
@@ -308,13 +314,11 @@ def _images(root: Path, run: Callable[..., int]) -> list[Target]:
             for _ in range(3)
         ),
         *(
-            Target(
-                "prompts", file, ("encode", "list.csv", *named, "--templates", file, "--out", OUT)
-            )
+            Target("prompts", file, ("encode", few, *named, "--templates", file, "--out", OUT))
             for file in ("templates.txt", "prompts.json")
         ),
         *(
-            Target("model", f"model/{file}", ("encode", "list.csv", *named, "--out", OUT))
+            Target("model", f"model/{file}", ("encode", few, *named, "--out", OUT))
             for file in ("open_clip_config.json", "open_clip_model.safetensors")
         ),
         *(

@@ -26,7 +26,7 @@ import torch
 
 from bench.fuzz.mutations import mutate
 from bench.fuzz.seeds import OUT, Target, build
-from bench.processes import process_memory, reset_peak_memory
+from bench.processes import process_memory
 from transclip_fast.cli import main
 from transclip_fast.encode import models
 from transclip_fast.encode.models import load_backbone
@@ -83,6 +83,8 @@ class Trials:
         self.targets = [t for t in targets if not only or t.format in only]
         files = [file for file in root.rglob("*") if file.is_file()]
         self._seeds = {file: (file.read_bytes(), os.stat(file)) for file in files}
+        self._names = {str(file) for file in files}
+        self._folders = {str(folder) for file in files for folder in file.parents}
         self._expected: dict[Target, Any] = {}
 
     def run(self, number: int) -> Outcome:
@@ -94,11 +96,11 @@ class Trials:
             self._clean()
         path = self.root / target.file
         path.write_bytes(mutate(path, self._seeds[path][0], draw))
-        reset_peak_memory()
-        before, started = process_memory("VmRSS"), time.perf_counter()
+        before, peak, started = *map(process_memory, ("VmRSS", "VmHWM")), time.perf_counter()
         ran = self._ran(target)
         seconds = time.perf_counter() - started
-        memory = process_memory("VmHWM") - before
+        highest = process_memory("VmHWM")
+        memory = highest - before if highest > peak else 0
         kind, detail = self._judged(target, ran)
         if memory > MOST_BYTES:
             kind, detail = "memory", f"{memory >> 20} MiB; {detail}"
@@ -138,11 +140,12 @@ class Trials:
 
     def _clean(self) -> None:
         """Put the valid files back, and remove all others."""
-        for entry in [*self.root.rglob("*")]:
-            if entry.is_dir() and not any(file.is_relative_to(entry) for file in self._seeds):
-                shutil.rmtree(entry)
-            elif not entry.is_dir() and os.path.lexists(entry) and entry not in self._seeds:
-                entry.unlink()
+        for folder, _, files in os.walk(self.root, topdown=False):
+            for name in files:
+                if os.path.join(folder, name) not in self._names:
+                    os.unlink(os.path.join(folder, name))
+            if folder not in self._folders:
+                shutil.rmtree(folder)  # with links to folders in it
         for file, (content, state) in self._seeds.items():
             if _stamp(file) != (state.st_size, state.st_mtime_ns):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +165,7 @@ def run(command: tuple[str, ...]) -> Ran:
     out, err, code, raised = io.StringIO(), io.StringIO(), 0, None
     with (
         mock.patch.object(sys, "argv", ["transclip-fast", *command]),
+        mock.patch.object(os, "fsync"),  # half of the time
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         _limited(),
