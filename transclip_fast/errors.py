@@ -45,7 +45,7 @@ def check_regular(path: str | Path) -> None:
     with suppress(OSError, ValueError):  # reading it fails, and says why
         mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise InputError(f"{path}: is no regular file; copy its content into one")
+        raise InputError(f"{path}: is no regular file")
 
 
 @contextmanager

@@ -19,13 +19,17 @@ from safetensors.torch import save_file
 from scipy import sparse
 
 from bench.fuzz.containers import tar_of
+from transclip_fast.encode.networks import draw_weights, empty_network
+from transclip_fast.graph.faiss_index import faiss_installed
 from transclip_fast.store.checkpoint import FileCheckpoint
 
 N_ROWS, N_CLASSES, DIM = 24, 3, 8
 NAMES = ["cat", "dog", "red panda"]
 OUT = "out"
-SOLVE = ("--out", OUT, "--device", "cpu", "--max-iter", "2")
-ENCODE = ("--model", "model", "--workers", "0", "--device", "cpu", "--batch-size", "4")
+SOLVE = f"--out {OUT} --device cpu --max-iter 2"
+ENCODE = "--model model --workers 0 --device cpu --batch-size 4"
+NAMED = f"--classes names.txt {ENCODE}"
+FEW_SHOT = "--head tip-adapter --shots 1 --seeds 1"
 IMAGE_KINDS = ("png", "jpg", "gif", "tiff", "webp", "bmp", "16bit.png", "ppm", "palette.png")
 CONFIG: dict[str, Any] = {
     "model_cfg": {
@@ -47,6 +51,7 @@ CONFIG: dict[str, Any] = {
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
+Run = Callable[[str], int]  # of a command, to its exit code
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,16 @@ class Target:
 
     format: str
     file: str
-    command: tuple[str, ...]
-    # What a mutated file may not change in silence: the "result", the number of "rows", or nothing.
+    command: str
+    # What a mutated file may not change in silence: the "result", or lose: "rows"; or nothing.
     kept: str = ""
 
 
-def build(root: Path, run: Callable[..., int]) -> list[Target]:
-    """Write the valid files into `root` with the commands that `run` runs; what reads each."""
+def build(root: Path, run: Run) -> list[Target]:
+    """Write the valid files into `root`, with the commands that `run` runs; what reads each."""
     arrays = _arrays()
     targets = [*_features(root, arrays), *_columns(root, arrays), *_priors(root, arrays)]
-    targets += _results(root, run)
-    targets += _images(root, run)
-    return targets
+    return [*targets, *_results(root, run), *_images(root, run)]
 
 
 def _arrays() -> dict[str, Any]:
@@ -93,7 +96,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 def _features(root: Path, arrays: dict[str, Any]) -> list[Target]:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    texts = ("--text-features", "text.npy")
     np.savez(root / "f.npz", **arrays, class_names=np.array(NAMES))
     np.savez_compressed(root / "packed.npz", **arrays)
     np.savez(root / "plain.npz", **{k: arrays[k] for k in ("image_features", "text_features")})
@@ -103,72 +105,57 @@ def _features(root: Path, arrays: dict[str, Any]) -> list[Target]:
     torch.save(tensors, root / "f.pt")
     torch.save(tensors, root / "old.pt", _use_new_zipfile_serialization=False)
     np.save(root / "map.npy", np.eye(DIM, dtype=np.float32))
-    map_of = {"weight": torch.eye(DIM), "bias": torch.zeros(DIM)}
-    save_file(map_of, root / "map.safetensors")
-    caches = root / "caches"
-    caches.mkdir()
-    shots = {"keys_2shots": tensors["support_features"].T.contiguous()}
-    shots["values_2shots"] = torch.nn.functional.one_hot(tensors["support_labels"]).float()
-    named = {"test_f": tensors["image_features"], "test_l": tensors["labels"], **shots}
-    for name, tensor in {**named, "text_features": tensors["text_features"]}.items():
-        torch.save(tensor, caches / f"{name}.pt")
-    shot = ("--gamma", "0.02")
+    save_file({"weight": torch.eye(DIM), "bias": torch.zeros(DIM)}, root / "map.safetensors")
+    (root / "caches").mkdir()
+    caches = {
+        "test_f": tensors["image_features"],
+        "test_l": tensors["labels"],
+        "keys_2shots": tensors["support_features"].T.contiguous(),
+        "values_2shots": torch.nn.functional.one_hot(tensors["support_labels"]).float(),
+        "text_features": tensors["text_features"],
+    }
+    for name, tensor in caches.items():
+        torch.save(tensor, root / f"caches/{name}.pt")
+    shot, texts = f"{SOLVE} --gamma 0.02", f"--text-features text.npy {SOLVE}"
     return [
-        Target("npz", "f.npz", ("solve", "f.npz", *SOLVE, *shot)),
-        Target("npz", "packed.npz", ("solve", "packed.npz", *SOLVE)),
-        Target("npz", "f.npz", ("graph", "f.npz", "--out", OUT, "--device", "cpu")),
-        Target("npy", "images.npy", ("solve", "images.npy", *texts, *SOLVE)),
-        Target("npy", "text.npy", ("solve", "images.npy", *texts, *SOLVE)),
-        Target("safetensors", "f.safetensors", ("solve", "f.safetensors", *SOLVE, *shot)),
-        Target("pt", "f.pt", ("solve", "f.pt", *SOLVE, *shot)),
-        Target("pt", "old.pt", ("solve", "old.pt", *SOLVE, *shot)),
-        *(
-            Target("caches", f"caches/{name}.pt", ("solve", "caches", *SOLVE, *shot))
-            for name in (*named, "text_features")
-        ),
-        Target("map", "map.npy", ("solve", "f.npz", "--text-map", "map.npy", *SOLVE, *shot)),
-        Target(
-            "map",
-            "map.safetensors",
-            ("solve", "plain.npz", "--image-map", "map.safetensors", *SOLVE),
-        ),
+        Target("npz", "f.npz", f"solve f.npz {shot}"),
+        Target("npz", "packed.npz", f"solve packed.npz {SOLVE}"),
+        Target("npz", "f.npz", f"graph f.npz --device cpu --out {OUT}"),
+        Target("npy", "images.npy", f"solve images.npy {texts}"),
+        Target("npy", "text.npy", f"solve images.npy {texts}"),
+        Target("safetensors", "f.safetensors", f"solve f.safetensors {shot}"),
+        Target("pt", "f.pt", f"solve f.pt {shot}"),
+        Target("pt", "old.pt", f"solve old.pt {shot}"),
+        *(Target("caches", f"caches/{name}.pt", f"solve caches {shot}") for name in caches),
+        Target("map", "map.npy", f"solve f.npz --text-map map.npy {shot}"),
+        Target("map", "map.safetensors", f"solve plain.npz --image-map map.safetensors {SOLVE}"),
     ]
 
 
 def _columns(root: Path, arrays: dict[str, Any]) -> list[Target]:
     """Labels and names in files of every kind."""
-    labels = arrays["labels"].tolist()
-    words = [NAMES[label] for label in labels]
+    words = [NAMES[label] for label in arrays["labels"]]
     (root / "labels.csv").write_text("label\n" + "\n".join(words) + "\n")
     (root / "labels.txt").write_text("\n".join(words) + "\n")
     np.save(root / "labels.npy", arrays["labels"])
     keys = [f"{row}.png" for row in range(N_ROWS)]
     pq.write_table(pa.table({"key": keys, "label": words}), root / "labels.parquet")
+    numbers = {name: k for k, name in enumerate(NAMES)}
     (root / "names.txt").write_text("\n".join(NAMES) + "\n")
     (root / "names.json").write_text(json.dumps(NAMES))
-    (root / "numbers.json").write_text(json.dumps({name: k for k, name in enumerate(NAMES)}))
-    (root / "names.csv").write_text(
-        "name,label\n" + "".join(f"{n},{k}\n" for k, n in enumerate(NAMES))
-    )
+    (root / "numbers.json").write_text(json.dumps(numbers))
+    lines = [f"{name},{k}\n" for name, k in numbers.items()]
+    (root / "names.csv").write_text("".join(["name,label\n", *lines]))
     np.save(root / "names.npy", np.array(NAMES))
     pq.write_table(pa.table({"name": NAMES, "label": [0, 1, 2]}), root / "names.parquet")
-    named = ("--class-names", "names.txt")
     found = []
-    for suffix in ("csv", "txt", "npy", "parquet"):
-        file = f"labels.{suffix}"
-        command = ("solve", "plain.npz", *named, "--labels", file, *SOLVE)
-        found.append(Target("labels", file, command))
-        known = ("solve", "plain.npz", *named, "--known-labels", file, *SOLVE)
-        found.append(Target("labels", file, known))
-    for file in (
-        "names.txt",
-        "names.json",
-        "numbers.json",
-        "names.csv",
-        "names.npy",
-        "names.parquet",
-    ):
-        found.append(Target("names", file, ("solve", "plain.npz", "--class-names", file, *SOLVE)))
+    for file in ("labels.csv", "labels.txt", "labels.npy", "labels.parquet"):
+        for option in ("--labels", "--known-labels"):
+            command = f"solve plain.npz --class-names names.txt {option} {file} {SOLVE}"
+            found.append(Target("labels", file, command))
+    files = "names.txt names.json numbers.json names.csv names.npy names.parquet"
+    for file in files.split():
+        found.append(Target("names", file, f"solve plain.npz --class-names {file} {SOLVE}"))
     return found
 
 
@@ -181,85 +168,65 @@ def _priors(root: Path, arrays: dict[str, Any]) -> list[Target]:
     order = np.argsort(-prior, 1)[:, :2]
     values = np.take_along_axis(prior, order, 1)
     np.savez(root / "listed.npz", prior_indices=order, prior_values=values)
-    found = [
-        Target("prior", file, ("solve", "plain.npz", "--prior", file, *SOLVE))
-        for file in ("prior.npy", "csr.npz", "listed.npz", "csr.npz")
+    return [
+        *(
+            Target("prior", file, f"solve plain.npz --prior {file} {SOLVE}")
+            for file in ("prior.npy", "csr.npz", "listed.npz")
+        ),
+        Target("prior", "csr.npz", f"solve images.npy --prior csr.npz {SOLVE}"),
+        Target("prior", "logits.npy", f"solve plain.npz --prior-logits logits.npy {SOLVE}"),
     ]
-    alone = ("solve", "images.npy", "--prior", "csr.npz", *SOLVE)
-    logits = ("solve", "plain.npz", "--prior-logits", "logits.npy", *SOLVE)
-    return [*found, Target("prior", "csr.npz", alone), Target("prior", "logits.npy", logits)]
 
 
-def _results(root: Path, run: Callable[..., int]) -> list[Target]:
+def _results(root: Path, run: Run) -> list[Target]:
     """Graphs, results, heads, tables and checkpoints, which commands write."""
-    must(
-        run, "graph", "plain.npz", "--out", "graph", "--save-index", "flat.index", "--index", "Flat"
-    )
-    must(
-        run,
-        "graph",
-        "plain.npz",
-        "--out",
-        "ivf",
-        "--save-index",
-        "ivf.index",
-        "--index",
-        "IVF2,Flat",
-    )
-    must(run, "solve", "f.npz", "--out", "result", "--gamma", "0.02", "--device", "cpu")
-    must(run, "train-head", "tip-adapter", "f.npz", "--out", "head.safetensors")
-    must(run, "train-head", "clip-adapter", "f.npz", "--out", "adapter.safetensors")
-    table = (
-        "protocol",
-        "few-shot",
-        "f.npz",
-        "--head",
-        "tip-adapter",
-        "--shots",
-        "1",
-        "--seeds",
-        "1",
-    )
-    must(run, *table, "--out", "table")
-    row = next((root / "table" / "runs").iterdir()).relative_to(root)
     (root / "subset.txt").write_text("\n".join(NAMES))
     shutil.copy(root / "f.npz", root / "g.npz")
-    moved = ("protocol", "domains", "f.npz", "g.npz", "--subset", "g", "subset.txt")
-    domains = (*moved, "--head", "tip-adapter", "--shots", "1", "--seeds", "1", "--out", OUT)
-    _killed(run, root, 2, "solve", "plain.npz", "--out", "resumed", "--device", "cpu")
-    solved = [
-        Target(
-            "graph", f"graph/{name}", ("solve", "plain.npz", "--graph", "graph", *SOLVE), "result"
-        )
-        for name in ("manifest.json", "neighbors.npy", "similarities.npy")
-    ]
-    predict = ("predict", "result", "plain.npz", "--out", OUT, "--device", "cpu")
-    resume = ("solve", "plain.npz", "--out", "resumed", "--device", "cpu")
+    table = f"protocol few-shot f.npz {FEW_SHOT} --out table"
+    resume = "solve plain.npz --device cpu --out resumed"
+    must(run, "graph plain.npz --device cpu --out graph")
+    must(run, "solve f.npz --gamma 0.02 --device cpu --out result")
+    must(run, "train-head tip-adapter f.npz --out head.safetensors")
+    must(run, "train-head clip-adapter f.npz --out adapter.safetensors")
+    must(run, table)
+    _killed(run, resume, 2)
+    row = next((root / "table" / "runs").iterdir()).relative_to(root)
+    moved = f"protocol domains f.npz g.npz --subset g subset.txt {FEW_SHOT} --out {OUT}"
+    graph, head = (f"solve plain.npz --{what} {{}} {SOLVE}" for what in ("graph", "head"))
+    predict = f"predict result plain.npz --device cpu --out {OUT}"
+    parts = ("manifest.json", "neighbors.npy", "similarities.npy")
     return [
-        *solved,
-        *(
-            Target("index", file, ("graph", "plain.npz", "--index", file, "--out", OUT))
-            for file in ("flat.index", "ivf.index")
-        ),
+        *(Target("graph", f"graph/{name}", graph.format("graph"), "result") for name in parts),
+        *_indexes(run),
         Target("result", "result/run.json", predict),
         Target("result", "result/mixture.safetensors", predict, "result"),
-        Target("result", "result/run.json", ("evaluate", "result")),
-        Target("result", "result/predictions.parquet", ("evaluate", "result"), "result"),
+        Target("result", "result/run.json", "evaluate result"),
+        Target("result", "result/predictions.parquet", "evaluate result", "result"),
         *(
-            Target("head", file, ("solve", "plain.npz", "--head", file, *SOLVE))
+            Target("head", file, head.format(file))
             for file in ("head.safetensors", "adapter.safetensors")
         ),
-        Target("protocol", str(row), (*table, "--out", "table")),
-        Target("protocol", "subset.txt", domains),
+        Target("protocol", str(row), table),
+        Target("protocol", "subset.txt", moved),
         Target("checkpoint", ".resumed.solve-0.npz", resume, "result"),
     ]
 
 
-def _images(root: Path, run: Callable[..., int]) -> list[Target]:
-    """Images, lists and tars of them, prompts, a model, and folders of their features."""
+def _indexes(run: Run) -> list[Target]:
+    if not faiss_installed():
+        return []
+    found = []
+    for file, factory in (("flat.index", "Flat"), ("ivf.index", "IVF2,Flat")):
+        made = f"--save-index {file} --out {file}.graph"
+        must(run, f"graph plain.npz --index {factory} {made}")
+        found.append(Target("index", file, f"graph plain.npz --index {file} --out {OUT}"))
+    return found
+
+
+def _images(root: Path, run: Run) -> list[Target]:
+    """Images, lists and tars of them, prompts, a model, and a folder of their features."""
     draw = np.random.default_rng(1)
-    folder = root / "photos"
-    folder.mkdir()
+    (root / "photos").mkdir()
     for number in range(2):
         for kind in IMAGE_KINDS:
             pixels = draw.integers(0, 256, (17, 20, 3), dtype=np.uint8)
@@ -268,105 +235,91 @@ def _images(root: Path, run: Callable[..., int]) -> list[Target]:
                 image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
             if kind == "palette.png":
                 image = image.convert("P")
-            image.save(folder / f"{number}.{kind}")
-    files = sorted(folder.iterdir())
-    labels = [k % N_CLASSES for k in range(len(files))]
-    paths = [f"photos/{file.name}" for file in files]
+            image.save(root / f"photos/{number}.{kind}")
+    paths = sorted(f"photos/{file.name}" for file in (root / "photos").iterdir())
+    _lists(root, paths)
+    (root / "templates.txt").write_text("a photo of a {}.\na picture of {}\n")
+    (root / "prompts.json").write_text(json.dumps({name: [f"a {name}"] for name in NAMES}))
+    _model(root)
+    few = f"encode {Path(paths[0]).name}.txt"
+    must(run, f"encode list.csv {NAMED} --out features --shard-rows 7")
+    convert = "convert {} --model model --out converted.safetensors"
+    lists = ("list.txt", "list.csv", "list.parquet", "split.json")
+    return [
+        *(
+            Target("images", path, f"encode {Path(path).name}.txt {ENCODE} --out {OUT}", "rows")
+            for path in paths[: len(IMAGE_KINDS)]
+        ),
+        *(Target("list", file, f"encode {file} {NAMED} --out {OUT}") for file in lists),
+        *[Target("tar", "set.tar", f"encode set.tar {NAMED} --out {OUT}", "rows")] * 3,
+        *(
+            Target("prompts", file, f"{few} {NAMED} --templates {file} --out {OUT}")
+            for file in ("templates.txt", "prompts.json")
+        ),
+        *(
+            Target("model", f"model/{file}", f"{few} {NAMED} --out {OUT}")
+            for file in ("open_clip_config.json", "open_clip_model.safetensors")
+        ),
+        Target("model", "weights.pt", convert.format("weights.pt")),
+        Target("model", "model/open_clip_config.json", convert.format("weights.pt")),
+        Target("model", "parts.index.json", convert.format("parts.index.json")),
+        Target("model", "part.bin", convert.format("parts.index.json")),
+        *_folders(),
+    ]
+
+
+def _lists(root: Path, paths: list[str]) -> None:
+    """Lists of all images, and of each with another, and a tar of some."""
     (root / "list.txt").write_text("\n".join(paths) + "\n")
     for path in paths[: len(IMAGE_KINDS)]:
         (root / f"{Path(path).name}.txt").write_text(f"{path}\n{paths[-1]}\n")
-    few = f"{Path(paths[0]).name}.txt"
+    labels = [k % N_CLASSES for k in range(len(paths))]
     rows = [f"{path},{NAMES[k]}" for path, k in zip(paths, labels, strict=True)]
     (root / "list.csv").write_text("path,label\n" + "\n".join(rows) + "\n")
     pq.write_table(pa.table({"path": paths, "label": labels}), root / "list.parquet")
     entries = [[path, k, NAMES[k]] for path, k in zip(paths, labels, strict=True)]
     (root / "split.json").write_text(json.dumps({"train": entries[:6], "test": entries[6:]}))
     members = {}
-    for k, file in enumerate(files[:8]):
-        members[f"{k:03}.{file.suffix[1:]}"] = file.read_bytes()
+    for k, path in enumerate(paths[:8]):
+        members[f"{k:03}{Path(path).suffix}"] = (root / path).read_bytes()
         members[f"{k:03}.cls"] = str(labels[k]).encode()
     (root / "set.tar").write_bytes(tar_of(members))
-    (root / "templates.txt").write_text("a photo of a {}.\na picture of {}\n")
-    (root / "prompts.json").write_text(json.dumps({name: [f"a {name}"] for name in NAMES}))
-    weights = _model(root / "model")
-    torch.save({"state_dict": weights}, root / "weights.pt")
-    torch.save(weights, root / "part.bin")
-    parts = {"weight_map": dict.fromkeys(weights, "part.bin")}
-    (root / "parts.index.json").write_text(json.dumps(parts))
-    named = ("--classes", "names.txt", *ENCODE)
-    must(run, "encode", "list.csv", *named, "--out", "features", "--shard-rows", "7")
-    return [
-        *(
-            Target(
-                "images",
-                f"photos/{file.name}",
-                ("encode", f"{file.name}.txt", *ENCODE, "--out", OUT),
-                "rows",
-            )
-            for file in files[: len(IMAGE_KINDS)]
-        ),
-        *(
-            Target("list", file, ("encode", file, *named, "--out", OUT))
-            for file in ("list.txt", "list.csv", "list.parquet", "split.json")
-        ),
-        *(
-            Target("tar", "set.tar", ("encode", "set.tar", *named, "--out", OUT), "rows")
-            for _ in range(3)
-        ),
-        *(
-            Target("prompts", file, ("encode", few, *named, "--templates", file, "--out", OUT))
-            for file in ("templates.txt", "prompts.json")
-        ),
-        *(
-            Target("model", f"model/{file}", ("encode", few, *named, "--out", OUT))
-            for file in ("open_clip_config.json", "open_clip_model.safetensors")
-        ),
-        *(
-            Target("model", file, ("convert", whole, "--model", "model", "--out", "c.safetensors"))
-            for file, whole in (
-                ("weights.pt", "weights.pt"),
-                ("parts.index.json", "parts.index.json"),
-                ("part.bin", "parts.index.json"),
-                ("model/open_clip_config.json", "weights.pt"),
-            )
-        ),
-        *_folders(root),
-    ]
 
 
-def _folders(root: Path) -> list[Target]:
+def _folders() -> list[Target]:
     """The files of a feature folder, read by a solve and by an encode that continues it."""
-    solve = ("solve", "features", *SOLVE)
-    named = ("--classes", "names.txt", *ENCODE, "--shard-rows", "7", "--out", "features")
+    solve, encode = f"solve features {SOLVE}", f"encode list.csv {NAMED} --out features"
     files = ["img_emb/img_emb_00001.npy", "metadata/metadata_00001.parquet", "prototypes.npy"]
     return [
         Target("manifest", "features/manifest.json", solve),
+        Target("manifest", "features/manifest.json", f"{encode} --shard-rows 7"),
         *(Target("folder", f"features/{file}", solve, "result") for file in files),
-        Target("manifest", "features/manifest.json", ("encode", "list.csv", *named)),
-        *(Target("resume", f"features/{file}", ("encode", "list.csv", *named)) for file in files),
+        *(Target("resume", f"features/{file}", f"{encode} --shard-rows 7") for file in files),
     ]
 
 
-def _model(folder: Path) -> dict[str, torch.Tensor]:
-    """A model folder with random weights, which are returned."""
-    from transclip_fast.encode.networks import draw_weights, empty_network
-
+def _model(root: Path) -> None:
+    """A model folder with random weights, and checkpoints of these of other kinds."""
+    folder = root / "model"
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG))
     net: Any = empty_network(CONFIG["model_cfg"])
     draw_weights(net, torch.device("cpu"))
     weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
-    return weights
+    torch.save({"state_dict": weights}, root / "weights.pt")
+    torch.save(weights, root / "part.bin")
+    parts = {"weight_map": dict.fromkeys(weights, "part.bin")}
+    (root / "parts.index.json").write_text(json.dumps(parts))
 
 
-def must(run: Callable[..., int], *command: str) -> None:
+def must(run: Run, command: str) -> None:
     """Run a command that makes a seed."""
-    if run(*command) != 0:
-        raise RuntimeError(f"{' '.join(command)} fails on valid files")
+    if run(command) != 0:
+        raise RuntimeError(f"{command} fails on valid files")
 
 
-def _killed(run: Callable[..., int], root: Path, states: int, *command: str) -> None:
+def _killed(run: Run, command: str, states: int) -> None:
     """Run a command that is interrupted right after some states of it were kept."""
     keep, left = FileCheckpoint.keep, [states]
 
@@ -378,4 +331,4 @@ def _killed(run: Callable[..., int], root: Path, states: int, *command: str) -> 
             raise KeyboardInterrupt
 
     with mock.patch.object(FileCheckpoint, "keep", counted):
-        run(*command)
+        run(command)

@@ -79,7 +79,7 @@ class Trials:
     def __init__(self, root: Path, seed: int, only: tuple[str, ...] = ()) -> None:
         self.root, self.seed = root, seed
         os.chdir(root)
-        targets = build(root, lambda *command: run(command).code)
+        targets = build(root, lambda command: run(command).code)
         self.targets = [t for t in targets if not only or t.format in only]
         files = [file for file in root.rglob("*") if file.is_file()]
         self._seeds = {file: (file.read_bytes(), os.stat(file)) for file in files}
@@ -91,23 +91,27 @@ class Trials:
         """Give the mutated file of that number to its command."""
         draw = random.Random(f"{self.seed} {number}")  # noqa: S311 - no secret
         target = self.targets[number % len(self.targets)]
+        path = self.root / target.file
+        kind, detail = self.judged(target, mutate(path, self._seeds[path][0], draw))
+        return Outcome(number, target.format, kind, f"{target.command.split()[0]}: {detail}")
+
+    def judged(self, target: Target, content: bytes | None = None) -> tuple[str, str]:
+        """The outcome, and why, of a target's command where its file has another content."""
         if target.kept and target not in self._expected:
             self._expected[target] = self._left(target, self._ran(target))
             self._clean()
-        path = self.root / target.file
-        path.write_bytes(mutate(path, self._seeds[path][0], draw))
+        if content is not None:
+            (self.root / target.file).write_bytes(content)
         before, peak, started = *map(process_memory, ("VmRSS", "VmHWM")), time.perf_counter()
         ran = self._ran(target)
-        seconds = time.perf_counter() - started
-        highest = process_memory("VmHWM")
-        memory = highest - before if highest > peak else 0
+        seconds, highest = time.perf_counter() - started, process_memory("VmHWM")
         kind, detail = self._judged(target, ran)
-        if memory > MOST_BYTES:
-            kind, detail = "memory", f"{memory >> 20} MiB; {detail}"
+        if highest > peak and highest - before > MOST_BYTES:
+            kind, detail = "memory", f"{highest - before >> 20} MiB; {detail}"
         if seconds > MOST_SECONDS:
             kind, detail = "slow", f"{seconds:.0f} s; {detail}"
         self._clean()
-        return Outcome(number, target.format, kind, f"{' '.join(target.command[:2])}: {detail}")
+        return kind, detail
 
     def _ran(self, target: Target) -> Ran:
         with contextlib.nullcontext() if target.format == "model" else known_model():
@@ -160,11 +164,11 @@ def _stamp(file: Path) -> tuple[int, int]:
     return -1, -1
 
 
-def run(command: tuple[str, ...]) -> Ran:
+def run(command: str) -> Ran:
     """Run a command line in this process."""
     out, err, code, raised = io.StringIO(), io.StringIO(), 0, None
     with (
-        mock.patch.object(sys, "argv", ["transclip-fast", *command]),
+        mock.patch.object(sys, "argv", ["transclip-fast", *command.split()]),
         mock.patch.object(os, "fsync"),  # half of the time
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

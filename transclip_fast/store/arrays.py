@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from transclip_fast.data.npy_shards import Shard
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.store.archives import NpzArrays, check_npy_file, check_torch_zip
 from transclip_fast.store.tensors import DTYPES, read_tensors
 
@@ -25,7 +25,7 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in memory at a time
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # in which torch computes little
-NUMBERS = (*DTYPES, *UNSIGNED, torch.complex64, torch.complex128)
+NUMBERS = (*DTYPES, *UNSIGNED)
 
 
 def read_arrays(path: str | Path) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def array_sha256(array: Any) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """Hash of a file's bytes."""
+    """Hash of a file's bytes; InputError if it is no regular file."""
+    check_regular(file)
     digest = hashlib.sha256()
     with open(file, "rb") as content:
         while block := content.read(HASHED_BYTES):
@@ -102,7 +103,7 @@ def file_sha256(file: Path) -> str:
 def inside(folder: Path, name: str) -> Path:
     """A file of a folder by name; InputError if the name, or a link, leads out of the folder."""
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{path}: leads out of {folder}")
     return path
 
