@@ -98,8 +98,8 @@ def write_tables(
         for row in rows
     ]
     for name, content in (("runs.parquet", flat), ("table.parquet", table)):
-        with new_file(folder / name) as unfinished:
-            pq.write_table(pa.Table.from_pylist(list(content)), unfinished)
+        with new_file(folder / name) as unfinished, open(unfinished, "wb") as file:
+            pq.write_table(pa.Table.from_pylist(list(content)), file)
     with new_file(folder / "table.md") as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     with new_file(folder / "run.json") as unfinished:

@@ -69,9 +69,9 @@ def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
 
 def read_table(file: Path, failure: str = "damaged or truncated") -> pa.Table:
     """The table in a parquet file; InputError also if two columns have one name."""
-    with reading(file, failure):
-        # Without partitioning: or a folder named "label=3" would give the file a column.
-        table = pq.read_table(file, partitioning=None, page_checksum_verification=True)
+    # Opened here: from a path pyarrow would make columns of folders such as "label=3".
+    with reading(file, failure), open(file, "rb") as content:
+        table = pq.read_table(content)
         if len({*table.column_names}) < len(table.column_names):
             raise ValueError("has two columns of one name")
         table.validate(full=True)  # texts are UTF-8
@@ -82,6 +82,7 @@ def array_sha256(array: Any) -> str:
     """Hash of an array or tensor: type, shape and bytes."""
     dtype = str(array.dtype).removeprefix("torch.")
     digest = hashlib.sha256(f"{dtype} {tuple(array.shape)} ".encode())
+    array = array if array.ndim else array.reshape(1)
     for start in range(0, len(array), HASHED_ROWS):
         rows = array[start : start + HASHED_ROWS]
         if isinstance(rows, torch.Tensor):

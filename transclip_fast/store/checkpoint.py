@@ -102,7 +102,7 @@ def _check_state(file: Path, state: Mapping[str, np.ndarray], sha256: str) -> No
 
 def _state_sha256(state: Mapping[str, np.ndarray]) -> str:
     """Hash of the arrays of a state and of their names."""
-    hashes = [(name, array_sha256(np.atleast_1d(array))) for name, array in sorted(state.items())]
+    hashes = [(name, array_sha256(np.asarray(array))) for name, array in sorted(state.items())]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 

@@ -122,11 +122,14 @@ def save_result(
     blocks = iter(tables)
     first = next(blocks)
     with ExitStack() as files:
-        writer = files.enter_context(pq.ParquetWriter(folder / "predictions.parquet", first.schema))
+        # Opened here: pyarrow takes no paths that are not UTF-8.
+        predictions = files.enter_context(open(folder / "predictions.parquet", "wb"))
+        writer = files.enter_context(pq.ParquetWriter(predictions, first.schema))
         lines = None
         if csv:
             schema = _flat(first).schema
-            lines = files.enter_context(pa.csv.CSVWriter(folder / CSV_FILE, schema))
+            csv_file = files.enter_context(open(folder / CSV_FILE, "wb"))
+            lines = files.enter_context(pa.csv.CSVWriter(csv_file, schema))
         for block in chain([first], blocks):
             writer.write_table(block)
             if lines is not None:
