@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import pytest
 
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError, printable, reading
 
 CASES = [
     (FileNotFoundError(2, "No such file or directory"), r"no such file$"),
@@ -40,3 +41,24 @@ def test_words_of_another_format():
 def test_an_interrupt_passes():
     with pytest.raises(KeyboardInterrupt), reading("x.npy"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("a\nb\r\nc", "a b c"),
+        ("caf\udce9.npz: é", "caf\\udce9.npz: é"),
+        ("a\0b \x1b[31m", "a\\x00b \\x1b[31m"),
+        ("two  spaces stay", "two  spaces stay"),
+    ],
+)
+def test_messages_are_one_line_that_a_terminal_can_show(message, line):
+    assert printable(message) == line
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_regular_file_is_not_read(kind, tmp_path):
+    file = tmp_path / "x.npy"
+    os.mkfifo(file) if kind == "fifo" else file.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"x\.npy: is no regular file"), reading(file):
+        pytest.fail("was read")

@@ -78,7 +78,7 @@ def of_text(content: bytes, draw: random.Random) -> bytes:
         case 0:
             lines[k] = draw.choice(WORDS)
         case 1:
-            lines[k:k] = [lines[k]] * draw.choice((1, 1, 2000))
+            lines[k:k] = [lines[k]] * draw.choice((1, 1, 200))
         case 2:
             lines[k] = b""
         case 3:

@@ -114,3 +114,21 @@ def test_a_checkpoint_that_changes_is_refused(tiny, weights, tmp_path, monkeypat
     with pytest.raises(InputError, match="official.safetensors: changed while it was in use"):
         command.main([*map(str, arguments)], standalone_mode=False)
     assert not list(out.parent.iterdir())
+
+
+def test_a_damaged_record_is_refused(tiny, weights, tmp_path, refused):
+    """Torch does not check the checksums in its archives."""
+    torch.save(weights, tmp_path / "official.pt")
+    content = bytearray((tmp_path / "official.pt").read_bytes())
+    largest = max(weights.values(), key=torch.numel)
+    content[content.index(largest.numpy().tobytes()[:64]) + 6] ^= 1
+    (tmp_path / "official.pt").write_bytes(content)
+    command = "convert", tmp_path / "official.pt", "--model", tiny
+    assert "is damaged" in refused(*command, "--out", tmp_path / "tiny.safetensors")
+
+
+def test_complex_weights_are_refused(tiny, weights, tmp_path, refused):
+    name = next(iter(weights))
+    torch.save({**weights, name: weights[name].to(torch.complex64)}, tmp_path / "official.pt")
+    command = "convert", tmp_path / "official.pt", "--model", tiny
+    assert "torch.complex64" in refused(*command, "--out", tmp_path / "tiny.safetensors")

@@ -312,3 +312,21 @@ def test_what_cannot_be_run(command, expected, pets, problem, cli, tmp_path, mon
     assert ran.err.count("\n") == 1
     assert expected in ran.err
     assert not (tmp_path / "table/table.md").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accuracy": "98"}, {"accuracy": None}, {"accuracy": 1e999}, {"queries": True},
+        {"head_parameters": [1]}, {"head_parameters": {"alpha": "a"}}, {"seed": 1}, {"more": 1},
+        {"shots": True}, {"head_seconds": {}},
+    ],
+)  # fmt: skip
+def test_a_run_that_was_changed_is_refused(change, pets, done, cli, tmp_path):
+    command = "protocol", "few-shot", pets(), "--head", "tip-adapter", "--shots", 1, "--seeds", 1
+    done(*command, "--out", tmp_path / "table")
+    (file,) = (tmp_path / "table/runs").iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    ran = cli(*command, "--out", tmp_path / "table")
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert f"error: {file}: " in ran.err

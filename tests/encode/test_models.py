@@ -208,3 +208,33 @@ def test_a_cpu_takes_the_usual_batch(small):
     backbone = load_backbone("small-clip", "none", torch.device("cpu"))
     assert fitting_batch_size(backbone, 4096) == 16
     assert fitting_batch_size(backbone, 10) == 10
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_cfg", "context_length", 50_000),
+        ("text_cfg", "layers", 10**6),
+        ("text_cfg", "heads", 0),
+        ("text_cfg", "vocab_size", -1),
+        ("vision_cfg", "image_size", 10**6),
+        ("vision_cfg", "image_size", [32, 10**6]),
+        ("vision_cfg", "width", "64"),
+        ("vision_cfg", "patch_size", True),
+        ("preprocess_cfg", "mean", None),
+        ("preprocess_cfg", "mean", [0.5, 0.5]),
+        ("preprocess_cfg", "mean", [0.5, 0.5, None]),
+        ("preprocess_cfg", "std", [0.5, 0.5, 0]),
+        ("preprocess_cfg", "std", [0.5, 0.5, float("nan")]),
+        ("preprocess_cfg", "interpolation", "lanczos"),
+        ("preprocess_cfg", "resize_mode", ["shortest"]),
+    ],
+)
+def test_values_of_a_folder_that_cannot_be(part, name, value, small, tmp_path):
+    parts = {**open_clip.get_model_config(small), "preprocess_cfg": {}}
+    parts[part] = {**parts[part], name: value}
+    preprocessing = parts.pop("preprocess_cfg")
+    config = {"model_cfg": parts, "preprocess_cfg": preprocessing}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"open_clip_config\.json: {name} (is|has) "):
+        load_backbone(str(tmp_path), "none", torch.device("cpu"))

@@ -347,3 +347,24 @@ def test_what_is_no_index(index, features):
 def test_a_folder_is_no_index(features, tmp_path):
     with pytest.raises(InputError, match="is a folder, no FAISS index"):
         build_graph(features, 3, index=str(tmp_path))
+
+
+def test_a_damaged_index_claims_no_memory(features, tmp_path):
+    """A size in a file of 40 KB that claims 2 GiB: FAISS would take them before it reads."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        pytest.skip("this FAISS has no limit")
+    file = stored(made(features, "Flat"), tmp_path)
+    content = bytearray(file.read_bytes())
+    place = content.index((N * D).to_bytes(8, "little"))
+    content[place : place + 8] = (2**29).to_bytes(8, "little")
+    file.write_bytes(content)
+    before = faiss.get_deserialization_vector_byte_limit()
+    with pytest.raises(InputError, match="is no FAISS index that can be read: .*limit"):
+        open_index(file, Rows(features))
+    assert faiss.get_deserialization_vector_byte_limit() == before
+
+
+def test_an_index_that_is_a_fifo_is_not_waited_for(features, tmp_path):
+    os.mkfifo(tmp_path / "image.index")
+    with pytest.raises(InputError, match=r"image\.index"):
+        open_index(str(tmp_path / "image.index"), Rows(features))

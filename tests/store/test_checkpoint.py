@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from transclip_fast.store.checkpoint import FileCheckpoint, files
+from transclip_fast.store.checkpoint import FileCheckpoint, TensorCheckpoint, files
 
 STATE = {"values": np.arange(6.0).reshape(2, 3), "blocks": np.array(4)}
 
@@ -40,4 +40,21 @@ def test_damaged(tmp_path):
     checkpoint.keep(lambda: STATE)
     checkpoint.file.write_bytes(checkpoint.file.read_bytes()[:200])
     with pytest.warns(UserWarning, match=r"search\.npz: damaged.*search begins anew"):
+        assert checkpoint.load() is None
+
+
+@pytest.mark.parametrize("kind", [FileCheckpoint, TensorCheckpoint])
+def test_a_state_that_was_changed_is_not_resumed_from(kind, tmp_path):
+    """With the checksums of the archive right, as only a writer of archives makes them."""
+    checkpoint = kind(tmp_path / "graph", "search", {}, 0.0)
+    checkpoint.keep(lambda: {"values": STATE["values"]})
+    assert checkpoint.load() is not None
+    if kind is FileCheckpoint:
+        arrays = dict(np.load(checkpoint.file))
+        np.savez(checkpoint.file, **arrays | {"values": arrays["values"] + 1})
+    else:
+        content = bytearray(checkpoint.file.read_bytes())
+        content[-1] ^= 1
+        checkpoint.file.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged, or of an earlier version; search begins anew"):
         assert checkpoint.load() is None

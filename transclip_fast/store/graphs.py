@@ -51,7 +51,7 @@ def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
     graph = NeighborGraph(neighbors, similarities, info)
     if neighbors.ndim == 2:
         graph.check(neighbors.shape[0], neighbors.shape[1], str(path))
-    if manifest.get("sha256", graph.sha256()) != graph.sha256():  # earlier versions wrote none
+    if "sha256" in manifest and manifest["sha256"] != graph.sha256():  # earlier ones have none
         raise InputError(f"{path}: its arrays differ from its manifest; build it again")
     return graph
 
