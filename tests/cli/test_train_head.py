@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -220,6 +222,22 @@ def test_interrupted_again_and_again(save, digits, killed, done, monkeypatch, tm
     assert left == {"features.npz", "whole.safetensors", "head.safetensors"}
     whole, again = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("whole", "head"))
     assert whole == again
+
+
+def test_a_checkpoint_that_cannot_be_removed(save, digits, cli, monkeypatch, tmp_path):
+    unlink, head = Path.unlink, tmp_path / "head.safetensors"
+
+    def fail(self, **options):
+        if self.name == ".head.safetensors.training.safetensors":
+            raise OSError(errno.EIO, "no disk")
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    ran = cli("train-head", "coop", save(digits), "--model", "demo", *SHORT, "--out", head)
+    lines = [line for line in ran.err.splitlines() if not line.startswith("train ")]
+    assert (ran.code, len(lines)) == (2, 1)
+    assert f"error: {head}: cannot be written (Input/output error)" in lines[0]
+    assert read_head(head).name == "coop"
 
 
 def test_killed(save, digits, done, tmp_path):

@@ -34,6 +34,9 @@ def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
         raise InputError(f"{path}: was built from other features; build it again")
     neighbors = read_array(inside(folder, "neighbors.npy"), "neighbors")
     similarities = read_array(inside(folder, "similarities.npy"), "similarities")
+    for name, array in (("neighbors", neighbors), ("similarities", similarities)):
+        if not array.dtype.isnative:  # the hash is of the bytes
+            raise InputError(f"{folder / name}.npy: has bytes in another order; build it again")
     if similarities.dtype.kind != "f":
         raise InputError(
             f"{folder / 'similarities.npy'}: expected floats, got {similarities.dtype}; "
