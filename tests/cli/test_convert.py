@@ -132,3 +132,10 @@ def test_complex_weights_are_refused(tiny, weights, tmp_path, refused):
     torch.save({**weights, name: weights[name].to(torch.complex64)}, tmp_path / "official.pt")
     command = "convert", tmp_path / "official.pt", "--model", tiny
     assert "torch.complex64" in refused(*command, "--out", tmp_path / "tiny.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "../up.bin", "/dev/zero", ""])
+def test_parts_that_an_index_should_not_name(name, tiny, tmp_path, refused):
+    (tmp_path / "w.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    command = "convert", tmp_path / "w.index.json", "--model", tiny
+    assert str(tmp_path) in refused(*command, "--out", tmp_path / "tiny.safetensors")

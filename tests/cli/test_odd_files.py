@@ -274,6 +274,16 @@ def test_class_names(name, text, expected, solve, tmp_path):
     assert expected in solve("--class-names", tmp_path / name)
 
 
+@pytest.mark.parametrize("code", [0xD800, 0x110000, 0xFFFFFFFF])
+@pytest.mark.parametrize("name", ["class_names", "labels"])
+def test_arrays_of_what_is_no_text(name, code, save, arrays, refused, tmp_path):
+    n = 6 if name == "class_names" else 77
+    texts = np.array([f"{k % 6}" for k in range(n)], "<U4")
+    texts.view(np.uint32)[5] = code
+    file = save({**arrays, name: texts})
+    assert "features.npz: " in refused("solve", file, "--out", tmp_path / "result")
+
+
 RUNS = [
     {"n_classes": -6}, {"n_classes": True}, {"n_classes": 6.0}, {"config": []}, {"maps": []},
     {"config": {"likelihood_weight": 1e999, "kl_weight": 1}},

@@ -14,6 +14,7 @@ import numpy as np
 from transclip_fast.errors import reading
 
 DEFLATE_RATIO = 1032  # the most that a byte can stand for, https://zlib.net/zlib_tech.html
+LAST_CHARACTER = 0x10FFFF  # of Unicode; 0xD800 to 0xDFFF are halves of UTF-16's
 HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -51,8 +52,7 @@ class NpzArrays(Mapping[str, np.ndarray]):
                 raise ValueError(f"{name!r} claims {member.file_size:,} bytes, which cannot be")
             check_npy(content, member.file_size)
             content.seek(0)
-            array: np.ndarray = np.lib.format.read_array(content, allow_pickle=False)
-            return array
+            return checked_texts(np.lib.format.read_array(content, allow_pickle=False))
 
     def __contains__(self, name: object) -> bool:
         return name in self._members
@@ -76,6 +76,16 @@ def check_npy(content: IO[bytes], size: int) -> None:
     claimed, found = number * dtype.itemsize, size - content.tell()
     if claimed != found or (number and not dtype.itemsize):
         raise ValueError(f"claims {claimed:,} bytes {dtype} {shape}, has {found:,}")
+
+
+def checked_texts(array: np.ndarray) -> np.ndarray:
+    """The array; ValueError if it is of texts and holds what is no character."""
+    if array.dtype.kind == "U" and array.size:
+        kind = np.dtype(np.uint32).newbyteorder(array.dtype.byteorder)
+        codes = np.ascontiguousarray(array).view(kind)
+        if ((codes > LAST_CHARACTER) | ((codes >= 0xD800) & (codes < 0xE000))).any():
+            raise ValueError("holds what is no character")
+    return array
 
 
 def check_torch_zip(path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from transclip_fast.data.npy_shards import Shard
 from transclip_fast.errors import InputError, check_regular, reading
-from transclip_fast.store.archives import NpzArrays, check_npy_file, check_torch_zip
+from transclip_fast.store.archives import NpzArrays, check_npy_file, check_torch_zip, checked_texts
 from transclip_fast.store.tensors import DTYPES, read_tensors
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -130,7 +130,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         return NpzArrays(path)
     if path.suffix == ".npy":
         check_npy_file(path)
-        return {SINGLE: np.load(path, allow_pickle=False)}
+        return {SINGLE: checked_texts(np.load(path, allow_pickle=False))}
     if path.suffix == ".safetensors":
         return {name: as_numbers(path, tensor) for name, tensor in read_tensors(path)[0].items()}
     if zipfile.is_zipfile(path):  # torch's older format is none

@@ -67,8 +67,8 @@ class FileCheckpoint:
     def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
         """The state in the file and its identity."""
         state = read_arrays(self.file)
-        identity = str(state.pop("identity", ""))
-        _check_state(self.file, state, str(state.pop("sha256", "")))
+        identity, sha256 = (str(state.pop(name, "")) for name in ("identity", "sha256"))
+        _check_state(self.file, state, sha256)
         return state, identity
 
     def _write(self, state: Mapping[str, np.ndarray]) -> None:
