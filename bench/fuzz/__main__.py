@@ -8,9 +8,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from bench.fuzz.seeds import FORMATS
 from bench.fuzz.trial import ACCEPTED, REFUSED
 from bench.processes import Process
 
@@ -24,22 +26,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=2000, help="mutated files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=[], metavar="FORMAT")
+    parser.add_argument("--only", nargs="+", default=[], choices=FORMATS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first, to repeat one")
     options = parser.parse_args()
     numbers = range(options.first, options.first + options.count)
     chunks = [list(numbers[start : start + CHUNK]) for start in range(0, options.count, CHUNK)]
-    outcomes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        parts = [chunks[k :: options.workers] for k in range(options.workers)]
 
-        def work(k: int) -> Iterator[dict[str, Any]]:
-            yield from _outcomes(parts[k], Path(folder, str(k)), options.seed, options.only)
+        def part(k: int) -> list[dict[str, Any]]:
+            own = chunks[k :: options.workers]
+            return list(_outcomes(own, Path(folder, str(k)), options.seed, options.only))
 
         with ThreadPoolExecutor(options.workers) as threads:
-            for found in threads.map(lambda k: list(work(k)), range(options.workers)):
-                outcomes += found
+            outcomes = list(chain.from_iterable(threads.map(part, range(options.workers))))
     faults = report(outcomes)
     sys.exit(1 if faults else 0)
 

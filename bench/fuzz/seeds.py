@@ -23,6 +23,11 @@ from transclip_fast.encode.networks import draw_weights, empty_network
 from transclip_fast.graph.faiss_index import faiss_installed
 from transclip_fast.store.checkpoint import FileCheckpoint
 
+FORMATS = (
+    "caches", "checkpoint", "folder", "graph", "head", "images", "index", "labels", "list",
+    "manifest", "map", "model", "names", "npy", "npz", "prior", "prompts", "protocol", "pt",
+    "result", "resume", "safetensors", "tar",
+)  # fmt: skip
 N_ROWS, N_CLASSES, DIM = 24, 3, 8
 NAMES = ["cat", "dog", "red panda"]
 OUT = "out"

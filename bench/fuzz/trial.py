@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from bench.fuzz.mutations import mutate
-from bench.fuzz.seeds import OUT, Target, build
+from bench.fuzz.seeds import FORMATS, OUT, Target, build
 from bench.processes import process_memory
 from transclip_fast.cli import main
 from transclip_fast.encode import models
@@ -80,6 +80,7 @@ class Trials:
         self.root, self.seed = root, seed
         os.chdir(root)
         targets = build(root, lambda command: run(command).code)
+        assert {target.format for target in targets} <= {*FORMATS}
         self.targets = [t for t in targets if not only or t.format in only]
         files = [file for file in root.rglob("*") if file.is_file()]
         self._seeds = {file: (file.read_bytes(), os.stat(file)) for file in files}
