@@ -117,7 +117,6 @@ def test_labels(kind, name, arrays, solve):
         ({"text_features": None}, "give text_features, prototypes, prior or prior_logits"),
         ({"support_features": np.ones((2, 33))}, "support_labels"),
         ({"support_labels": np.zeros(2)}, "support_features"),
-        ({"support_features": np.eye(6, 33), "support_labels": np.arange(6)}, "gamma"),
         ({"known_labels": np.zeros(9)}, "known_labels: expected 77 labels, one a row"),
         ({"known_labels": np.full(77, -2)}, "known_labels: row 0 has label -2, outside -1 .. 5"),
         ({"class_names": np.array(["a", "b"])}, "class_names: 2 names for 6 classes"),

@@ -22,7 +22,7 @@ from transclip_fast.encode.lists import check_any_there, read_path_list
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.tars import Sample, read_samples
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
-from transclip_fast.errors import InputError, check_regular
+from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.parallel import parallel_map
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.row_table import RowTable
