@@ -112,6 +112,8 @@ class TransCLIP(Parameters):
         Outer steps taken.
     objective_ : ndarray (n_iter_ + 1,) float64
         L after each outer step, and at the end.
+    changed_ : ndarray (n_iter_ + 1,) int64
+        Labels that each of these steps changed.
     gamma_ : float or None
         The gamma used; None in zero-shot, also with few or uneven shots.
     kl_weight_ : float
@@ -290,7 +292,8 @@ class TransCLIP(Parameters):
         )
         self.means_ = self._mixture.means.float().cpu().numpy()
         self.variances_ = self._mixture.variances.float().cpu().numpy()
-        self.n_iter_, self.objective_ = solution.n_iter, np.array(solution.objective)
+        self.n_iter_, self.objective_ = solution.n_iter, np.array(solution.history.objective)
+        self.changed_ = np.array(solution.history.changed)
         self.classes_, self.n_features_in_ = np.arange(z.n_classes), self.means_.shape[1]
         self.gamma_ = solution.gamma
         self.n_effective_classes_, self._class_costs = solution.n_effective, solution.class_costs

@@ -144,6 +144,18 @@ def test_progress_tells_how_many_labels_a_step_changed(problem):
     assert seen[-1].changed == (labels != before).sum() > 0
 
 
+def test_the_history_tells_how_many_labels_each_step_changed(problem):
+    features, prototypes, _ = problem(noise=0.1)
+    model = TransCLIP(device="cpu", max_iter=3, tol=0).fit(features, prototypes)
+    # z after the update that step i begins with is that of a run that ends with step i - 1.
+    labels = [(features.astype(float) @ prototypes.T).argmax(1)] + [
+        TransCLIP(device="cpu", max_iter=n, tol=0).fit(features, prototypes).transduction_
+        for n in range(4)
+    ]
+    assert model.changed_.tolist() == [int((a != b).sum()) for a, b in pairwise(labels)]
+    assert model.changed_[0] > 0
+
+
 def test_matmul_precision_is_highest_and_then_restored(problem):
     features, prototypes, _ = problem()
     seen = []

@@ -50,6 +50,7 @@ def solver_summary(model: TransCLIP) -> dict[str, Any]:
         "device": str(model.device_),
         "n_iter": model.n_iter_,
         "objective": model.objective_.tolist(),
+        "changed": model.changed_.tolist(),
         "graph": {"n_neighbors": model.n_neighbors, **model.graph_.info},
         "backend": model.backend_,
         "truncation": model.truncation_,

@@ -24,7 +24,15 @@ from transclip_fast.solver.confidence import calibrated_confidences
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
-from transclip_fast.solver.state import Solution, State, drop_absent_classes, restore, saved, start
+from transclip_fast.solver.state import (
+    History,
+    Solution,
+    State,
+    drop_absent_classes,
+    restore,
+    saved,
+    start,
+)
 from transclip_fast.types import LinearScore, Messages, NeighborGraph
 
 
@@ -67,18 +75,20 @@ def solve(
         elif state.class_cost is not None:
             start_from_shots(state)
         history = restore(state, checkpoint.load())
-        report = _reporter(state, history, progress)
+        report = _reporter(len(inputs.features), history, progress)
+        labels = state.labels()
         while not _finished(history, settings, len(inputs.features)):
             update_assignments(state)
             update_means(state)
             update_variance(state)
-            history.append(objective(state))
+            before, labels = labels, state.labels()
+            history.append(objective(state), int((labels != before).sum()))
             drop_absent_classes(state)
             checkpoint.keep(partial(saved, state, history))
             report()
         n_iter = len(history)
         update_assignments(state, bounded=True)
-        history.append(objective(state))
+        history.append(objective(state), int((state.labels() != labels).sum()))
         confidences = calibrated_confidences(
             state.ops, state.base, state.z, graph.neighbors, state.nodes
         )
@@ -271,28 +281,25 @@ def _sweeps(state: State, *, bounded: bool = False) -> None:
         state.z, state.spare = state.spare, state.z
 
 
-def _finished(history: list[float], settings: Settings, n_rows: int) -> bool:
+def _finished(history: History, settings: Settings, n_rows: int) -> bool:
     """Whether the last outer step was the last one needed."""
     parameters = settings.parameters
     if len(history) >= parameters.max_iter:
         return True
-    return len(history) > 1 and abs(history[-1] - history[-2]) < parameters.tol * n_rows
+    last = history.objective[-2:]
+    return len(last) > 1 and abs(last[1] - last[0]) < parameters.tol * n_rows
 
 
 def _reporter(
-    state: State, history: list[float], progress: Callable[[Step], None] | None
+    n_rows: int, history: History, progress: Callable[[Step], None] | None
 ) -> Callable[[], None]:
     """Return a function that reports the last step of the history."""
     if progress is None:
         return lambda: None
-    labels = state.labels()
 
     def report() -> None:
-        nonlocal labels
-        before, labels = labels, state.labels()
-        changed = int((labels != before).sum())
-        progress(Step(len(history), history[-1] / len(labels), changed))
+        progress(Step(len(history), history.objective[-1] / n_rows, history.changed[-1]))
 
-    if history:
+    if len(history):
         report()
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -105,12 +105,27 @@ class State:
         return None if self.class_cost is None else self.class_cost.tangent(self.moments.counts)
 
 
+@dataclass
+class History:
+    """L after each outer step, and at the end; and how many labels changed since the one before."""
+
+    objective: list[float] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.objective)
+
+    def append(self, objective: float, changed: int) -> None:
+        self.objective.append(objective)
+        self.changed.append(changed)
+
+
 @dataclass(frozen=True)
 class Solution:
     """
     Result of a run.
 
-    `objective` is L after each outer step and at the end, `tail_mass` the largest mass of a row
+    `history` ends with the last update of z, which follows the outer steps; `tail_mass` the largest mass of a row
     outside its candidates, `prior_labels` (N,) and `prior_confidences` (N,) those of the prior.
     `class_costs` (K,) float64 lowered the scores of the classes at the end; None in the published
     method. `confidences` (N,) are the calibrated ones of the labels.
@@ -120,7 +135,7 @@ class Solution:
     assignments: Assignments
     mixture: Mixture
     n_iter: int
-    objective: list[float]
+    history: History
     tail_mass: float
     prior_labels: torch.Tensor
     prior_confidences: torch.Tensor
@@ -134,7 +149,7 @@ class Solution:
         state: State,
         gamma: float | None,
         n_iter: int,
-        objective: list[float],
+        history: History,
         confidences: torch.Tensor,
     ) -> Solution:
         """The result at a state, which is not used again; z in the order of the features."""
@@ -151,7 +166,7 @@ class Solution:
             z,
             replace(state.mixture, means=state.means()),
             n_iter,
-            objective,
+            history,
             float(state.base.tail.max()),
             *state.prior_best,
             state.n_effective,
@@ -291,7 +306,7 @@ def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
     state.in_use = classes if state.in_use is None else state.in_use[classes]
 
 
-def saved(state: State, history: list[float]) -> dict[str, np.ndarray]:
+def saved(state: State, history: History) -> dict[str, np.ndarray]:
     """The arrays from which `restore` resumes after the last step of the history."""
     tensors = {
         "means": state.means(),
@@ -302,13 +317,14 @@ def saved(state: State, history: list[float]) -> dict[str, np.ndarray]:
         tensors["in_use"] = state.in_use
         tensors["candidates"] = torch.tensor(state.base.values.shape[1])
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    return {"objective": np.array(history), **arrays, **state.z.state()}
+    arrays |= {name: np.array(values) for name, values in vars(history).items()}
+    return {**arrays, **state.z.state()}
 
 
-def restore(state: State, arrays: SavedState | None) -> list[float]:
-    """Resume from `saved` arrays, if there are any; returns the objective of each step taken."""
-    if arrays is None:
-        return []
+def restore(state: State, arrays: SavedState | None) -> History:
+    """Resume from `saved` arrays, if there are any; returns the history of the steps taken."""
+    if arrays is None or "changed" not in arrays:  # or of a version that did not count changes
+        return History()
     device = state.inputs.features.device
     means, variances, counts = (
         torch.from_numpy(arrays[name]).to(device) for name in ("means", "variances", "counts")
@@ -319,5 +335,4 @@ def restore(state: State, arrays: SavedState | None) -> list[float]:
         classes = torch.from_numpy(arrays["in_use"]).to(device)
         keep_classes(state, classes, int(arrays["candidates"]))
     state.z.restore(arrays)
-    history: list[float] = arrays["objective"].tolist()
-    return history
+    return History(arrays["objective"].tolist(), arrays["changed"].tolist())
