@@ -122,7 +122,12 @@ def repeated(suite: Suite, n: int = 20_000, k: int = 1000, d: int = 512) -> None
     def run() -> list[torch.Tensor]:
         solution = problem.solution(features)
         z, mixture = solution.assignments, solution.mixture
-        arrays = [z.values, mixture.means, mixture.variances, torch.tensor(solution.history.objective)]
+        arrays = [
+            z.values,
+            mixture.means,
+            mixture.variances,
+            torch.tensor(solution.history.objective),
+        ]
         return [x.cpu() for x in (*arrays, *([] if z.classes is None else [z.classes]))]
 
     suite.check(f"two solves, {n} rows", bits_differ(run(), run()), 0.0)

@@ -19,6 +19,8 @@ COMMANDS = {
     "train-head": "Train a few-shot method, such as CoOp, on features.",
     "solve": "Label the rows of features, all of them jointly.",
     "predict": "Label new rows with the mixture of a result.",
+    "report": "Write a page that shows a result, for the browser.",
+    "suggest": "List the images whose correction helps most.",
     "evaluate": "Compare a result with the true labels.",
     "graph": "Search the neighbours of features, for several solves.",
     "plan": "Predict memory and time of a solve.",

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -95,6 +96,11 @@ def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 class", "2,000 classes"."""
     plural = "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def command_line(*words: str) -> str:
+    """A command of this package as a shell takes it."""
+    return shlex.join(["transclip-fast", *words])
 
 
 def print_summary(summary: Mapping[str, Any], text: str, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,12 +116,16 @@ def solve_features(
         columns = {
             "calibrated_confidence": model.calibrated_confidences_,
             "outlier_score": model.outlier_score_,
+            "neighbors": model.graph_.neighbors,
         }
+        if known is not None:
+            columns["known"] = known
         if output.reject is not None:
             columns["rejected"] = rejected_rows(model.outlier_score_, output.reject)
             if known is not None:
                 columns["rejected"] &= ~known
         run |= solver_summary(model) | {
+            "features": os.path.relpath(os.path.realpath(features.path), os.path.realpath(out)),
             "known_labels": of_others("known", known, labels, zero_shot[0], truth),
             "rejected": of_others("rejected", columns.get("rejected"), labels, zero_shot[0], truth),
             "n_shots": 0 if problem.support is None else len(problem.support[1]),

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import click
+import numpy as np
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch, search_of
 from transclip_fast.cli.head import apply_head, read_choice
+from transclip_fast.cli.session import command_line
 from transclip_fast.cli.solution import Output, solve_features
 from transclip_fast.cli.summary import describe_solution
 from transclip_fast.cli.towers import tower_options
+from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS
-from transclip_fast.store.features import load_features
+from transclip_fast.store.corrections import corrected, read_corrections
+from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.linear_maps import map_features
 from transclip_fast.types import NeighborGraph
@@ -41,6 +46,13 @@ from transclip_fast.types import NeighborGraph
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
 @click.option("--text-map", type=options.PATH, help="Matrix (d, d) that maps the text features.")
 @options.image_map_option
+@click.option(
+    "--corrections",
+    multiple=True,
+    type=click.Path(),
+    help="Table of keys and labels that a person checked, as the page of `report` saves it: known "
+    "labels, over others. Several times: later ones win.",
+)
 @click.option(
     "--reject",
     type=click.FloatRange(0, 1),
@@ -69,6 +81,7 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
       transclip-fast solve features.npz --known-labels checked.npy --out result
+      transclip-fast solve features --corrections corrections.csv --out result2
       transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
       transclip-fast solve features.npz --head taskres --out result
       transclip-fast solve features --head coop.safetensors --out result
@@ -85,6 +98,7 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         if local and image_map is not None:
             raise InputError(f"{image_map}: maps no local features, which the head {head} needs")
         map_features(features, text=values["text_map"], image=image_map)
+        features = corrected_features(features, values["corrections"])
         graph: NeighborGraph | GraphSearch
         if values["graph_folder"]:
             graph = load_graph(values["graph_folder"], features.sha256())
@@ -106,4 +120,21 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         quiet=as_json,
     )
     run["warnings"] = [*noted, *run["warnings"]]
-    session.print_summary(run, describe_solution(run, out), as_json)
+    text = f"{describe_solution(run, out)}\nto look at it: {command_line('report', out)}"
+    session.print_summary(run, text, as_json)
+
+
+def corrected_features(features: Features, files: Sequence[str]) -> Features:
+    """Features of which the rows in files of corrections are known, later files over earlier."""
+    for file in files:
+        n_rows = len(features.get("image_features"))
+        found = read_corrections(file, features.keys, features.class_names, n_rows)
+        known = features.get("known_labels")
+        if known is None:
+            known = np.full(n_rows, -1)
+        highest = np.iinfo(np.int64).max  # the solve checks them against its classes
+        known = as_labels(known, "known_labels", rows=n_rows, n_classes=highest, lowest=-1)
+        known = corrected(known.numpy(), found)
+        features = features.with_arrays({**features.arrays, "known_labels": known})
+        features.origins["known_labels"] = file
+    return features

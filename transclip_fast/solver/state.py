@@ -125,10 +125,10 @@ class Solution:
     """
     Result of a run.
 
-    `history` ends with the last update of z, which follows the outer steps; `tail_mass` the largest mass of a row
-    outside its candidates, `prior_labels` (N,) and `prior_confidences` (N,) those of the prior.
-    `class_costs` (K,) float64 lowered the scores of the classes at the end; None in the published
-    method. `confidences` (N,) are the calibrated ones of the labels.
+    `history` ends with the last update of z, which follows the outer steps; `tail_mass` is the
+    largest mass of a row outside its candidates, `prior_labels` (N,) and `prior_confidences` (N,)
+    those of the prior. `class_costs` (K,) float64 lowered the scores of the classes at the end;
+    None in the published method. `confidences` (N,) are the calibrated ones of the labels.
     """
 
     gamma: float | None

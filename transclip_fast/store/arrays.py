@@ -7,7 +7,7 @@ import io
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,22 @@ def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
     raise InputError(f"{path}: has no array {name!r}, only {', '.join(sorted(arrays)) or 'none'}")
 
 
-def read_table(file: Path, failure: str = "damaged or truncated") -> pa.Table:
-    """The table in a parquet file; InputError also if two columns have one name."""
+def read_table(
+    file: Path, columns: Sequence[str] | None = None, failure: str = "damaged or truncated"
+) -> pa.Table:
+    """
+    The table in a parquet file, or those of these columns that it has.
+
+    InputError also if two columns have one name.
+    """
     # Opened here: from a path pyarrow would make columns of folders such as "label=3".
     with reading(file, failure), open(file, "rb") as content:
-        table = pq.read_table(content)
-        if len({*table.column_names}) < len(table.column_names):
+        there = pq.read_schema(content).names
+        if len({*there}) < len(there):
             raise ValueError("has two columns of one name")
+        wanted = None if columns is None else [name for name in columns if name in there]
+        content.seek(0)
+        table = pq.read_table(content, columns=wanted)
         table.validate(full=True)  # texts are UTF-8
         return table
 

@@ -286,7 +286,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
     ours = manifest.keys() & OWN
     if ours and not value_of(manifest, "complete", bool, file):
         raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
-    files = {kind: _numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
+    files = {kind: numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
     images = files["img_emb"]
     if not images:
         raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; is it a feature folder?")
@@ -327,7 +327,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
     )
 
 
-def _numbered(folder: Path, kind: str) -> dict[int, Path]:
+def numbered(folder: Path, kind: str) -> dict[int, Path]:
     """The files KIND/KIND_<number>.SUFFIX by their numbers, in order."""
     suffix, _ = SHARDS[kind]
     pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -75,7 +75,7 @@ def prediction_tables(
 
     Of a sparse row of `distributions` (N, K) float32 only the stored classes are listed.
     `zero_shot` are labels and confidences (N,) each, `labels` (N,) the truth, -1 where unknown,
-    `more` further columns (N,).
+    `more` further columns (N,), or (N, n) of lists without what is negative.
     """
     n_rows, n_classes = distributions.shape
     names = pa.array(features.class_names or map(str, range(n_classes)), pa.string())
@@ -100,7 +100,9 @@ def prediction_tables(
             "top5_label_names": pa.ListArray.from_arrays(top.offsets, names.take(top.values)),
             "top5_confidences": _lists(values, values >= 0),
         }
-        columns |= {name: column[block] for name, column in more.items()}
+        for name, column in more.items():
+            part = column[block]
+            columns[name] = part if part.ndim == 1 else _lists(part, part >= 0)
         if labels is not None:
             columns[TRUTH] = pa.array(labels[block], mask=labels[block] < 0)
         yield pa.table(columns)
@@ -151,11 +153,15 @@ def _flat(table: pa.Table) -> pa.Table:
     return flat
 
 
-def load_result(path: str | Path) -> Result:
-    """A result folder; InputError if it is missing, something else, or damaged."""
+def load_result(path: str | Path, columns: Sequence[str] | None = None) -> Result:
+    """
+    A result folder, of its predictions only some columns if it has them.
+
+    InputError if it is missing, something else, or damaged.
+    """
     run = load_run(path)
     file = inside(Path(path), "predictions.parquet")
-    predictions = read_table(file)
+    predictions = read_table(file, columns)
     _check_hash(file, run)
     return Result(Path(path), run, predictions)
 

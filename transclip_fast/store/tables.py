@@ -14,16 +14,17 @@ from transclip_fast.store.arrays import read_table
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 # The names of columns, best first; case, spaces around them and a plural do not matter.
-KEY, PATH, LABEL = ("key",), ("path",), ("label",)
+KEY, PATH, ROW, LABEL = ("key",), ("path",), ("row",), ("label",)
 
 
 def read_columns(
-    path: Path, wanted: Mapping[str, Sequence[str]], needed: str
+    path: Path, wanted: Mapping[str, Sequence[str]], needed: str, *, exact: bool = False
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """
     Some columns of a table, and the names of the others.
 
-    Values of a .csv are texts without spaces around them; its first line has the names.
+    Values of a .csv are texts without spaces around them, unless they are to be `exact`; its first
+    line has the names.
 
     Parameters
     ----------
@@ -41,7 +42,8 @@ def read_columns(
         the needed one.
     """
     with reading(path, failure := "cannot be read as a table"):
-        table = _read_csv(path) if path.suffix.lower() == ".csv" else read_table(path, failure)
+        csv_file = path.suffix.lower() == ".csv"
+        table = _read_csv(path, exact) if csv_file else read_table(path, failure=failure)
         chosen = {
             name: column
             for name, names in wanted.items()
@@ -75,9 +77,9 @@ def _singular(name: str) -> str:
     return name.casefold().removesuffix("s")
 
 
-def _read_csv(path: Path) -> pa.Table:
+def _read_csv(path: Path, exact: bool) -> pa.Table:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, skipinitialspace=True, strict=True)
+        reader = csv.reader(file, skipinitialspace=not exact, strict=True)
         header = next(reader, [])
         rows = [(reader.line_num, row) for row in reader]
     while rows and not rows[-1][1]:
@@ -93,5 +95,5 @@ def _read_csv(path: Path) -> pa.Table:
                 "quote values that have commas"
             )
         for column, value in zip(columns, values, strict=True):
-            column.append(value.strip())
+            column.append(value if exact else value.strip())
     return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], header)

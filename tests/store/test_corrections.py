@@ -1,0 +1,117 @@
+"""Corrections: every key and label is read back as it was, and none is guessed."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+
+from transclip_fast.errors import InputError
+from transclip_fast.store.corrections import (
+    corrected,
+    guarded,
+    label_texts,
+    read_corrections,
+    unguarded,
+)
+
+HOSTILE = [
+    "=cmd()",
+    "'=cmd()",
+    "''",
+    "'",
+    "+1",
+    "-2",
+    "@x",
+    "\tx",
+    "\r=x",
+    'a\nb,"c"',
+    " leading and trailing ",
+    "\u202egpj.cat",
+    "<script>alert(1)</script>",
+    '"><img src=x>',
+    "'tis",
+]
+NAMES = ["cat", "dog", "-5 degrees", "=sum", "7", "it's"]
+
+
+def write(path, rows, head=("key", "label")):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+    return path
+
+
+def test_every_text_is_read_back():
+    assert [unguarded(guarded(text)) for text in HOSTILE] == HOSTILE
+    assert not any(guarded(text)[0] in "=+-@\t\r" for text in HOSTILE)
+    assert guarded("") == unguarded("") == ""
+
+
+def test_hostile_keys_and_labels_are_read_back(tmp_path):
+    labels = [NAMES[i % len(NAMES)] for i in range(len(HOSTILE))]
+    rows = [(guarded(key), guarded(label)) for key, label in zip(HOSTILE, labels, strict=True)]
+    found = read_corrections(write(tmp_path / "c.csv", rows), HOSTILE, NAMES, len(HOSTILE))
+    assert found == {i: i % len(NAMES) for i in range(len(HOSTILE))}
+
+
+def test_written_by_hand(tmp_path):
+    """Spaces, case, positions and texts that nobody guarded."""
+    (tmp_path / "c.csv").write_text("Key, Label\n-2, Dog\n'tis,4\n@x, \n=cmd(),=sum\n")
+    found = read_corrections(tmp_path / "c.csv", HOSTILE, NAMES, len(HOSTILE))
+    assert found == {5: 1, 14: 4, 0: 3}
+
+
+def test_a_class_whose_name_is_a_number(tmp_path):
+    file = write(tmp_path / "c.csv", [("+1", "7"), ("-2", "5")])
+    assert read_corrections(file, HOSTILE, NAMES, len(HOSTILE)) == {4: 4, 5: 5}
+
+
+def test_rows_without_keys_are_named_by_number(tmp_path):
+    file = write(tmp_path / "c.csv", [("2", "dog"), ("0", "cat")], ("row", "label"))
+    assert read_corrections(file, None, NAMES, 3) == {2: 1, 0: 0}
+    assert read_corrections(file, ["a", "a", "b"], NAMES, 3) == {2: 1, 0: 0}
+
+
+def test_texts_of_classes_with_one_name(tmp_path):
+    """Classes that share a name are called by position, unless that is a name, too."""
+    names = ["crane", "kite", "crane", "0"]
+    assert label_texts(names, 4) == [None, "kite", "2", "0"]
+    assert label_texts(None, 3) == ["0", "1", "2"]
+    file = write(tmp_path / "c.csv", [("a", "2"), ("b", "0"), ("c", "kite")])
+    assert read_corrections(file, ["a", "b", "c"], names, 3) == {0: 2, 1: 3, 2: 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "head", "message"),
+    [
+        ([("nowhere.jpg", "cat")], ("key", "label"), "'nowhere.jpg' is the key of no row"),
+        ([("+1", "cow")], ("key", "label"), "'cow' is none of the classes"),
+        ([("+1", "6")], ("key", "label"), "'6' is none of the classes"),
+        ([("+1", "-1")], ("key", "label"), "'-1' is none of the classes"),
+        ([("+1", "cat"), ("+1", "dog")], ("key", "label"), "corrects row 4 twice"),
+        ([("+1", "")], ("key", "label"), "corrects nothing"),
+        ([("+1", "cat")], ("key", "name"), "has no column 'label'"),
+        ([("+1", "cat")], ("name", "label"), "has no column 'key'"),
+        ([("15", "cat")], ("row", "label"), "'15' is no row"),
+        ([("-1", "cat")], ("row", "label"), "'-1' is no row"),
+        ([("twin", "cat")], ("key", "label"), "'twin' is the key of several rows"),
+    ],
+)
+def test_refused(rows, head, message, tmp_path):
+    keys = [*HOSTILE[:-2], "twin", "twin"]
+    with pytest.raises(InputError, match=message) as refused:
+        read_corrections(write(tmp_path / "c.csv", rows, head), keys, NAMES, len(keys))
+    assert str(tmp_path / "c.csv") in str(refused.value)
+
+
+def test_a_name_of_two_classes_is_refused(tmp_path):
+    file = write(tmp_path / "c.csv", [("a", "crane")])
+    with pytest.raises(InputError, match="several classes"):
+        read_corrections(file, ["a"], ["crane", "kite", "crane"], 1)
+
+
+def test_corrections_win_over_known_labels():
+    known = np.array([-1, 2, 3])
+    assert corrected(known, {1: 0, 0: 4}).tolist() == [4, 0, 3]
+    assert known.tolist() == [-1, 2, 3]

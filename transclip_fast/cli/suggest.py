@@ -1,0 +1,78 @@
+"""`transclip-fast suggest`: which images to correct first."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import click
+
+from transclip_fast.cli import options, session
+from transclip_fast.cli.session import command_line, counted
+from transclip_fast.report import suggest
+from transclip_fast.store.atomic import new_file, writing
+from transclip_fast.store.corrections import guarded
+from transclip_fast.store.results import load_result
+
+COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_label_name")
+
+
+@click.command("suggest")
+@click.argument("result", type=click.Path())
+@click.option(
+    "-n", "number", default=30, type=options.POSITIVE, help="Images, the most helpful first."
+)
+@click.option(
+    "--csv",
+    "table",
+    type=click.Path(),
+    help="Also write a table of them with an empty column label, for `solve --corrections`.",
+)
+@options.json_option
+def command(result: str, number: int, table: str | None, as_json: bool) -> None:
+    """List the images of RESULT whose correction helps most.
+
+    These are uncertain images among other uncertain ones, no two of them neighbours if that can
+    be. The page of `report` shows the same images first.
+
+    \b
+    Examples:
+      transclip-fast suggest result -n 30
+      transclip-fast suggest result --csv to_check.csv
+    """
+    loaded = load_result(result, (*COLUMNS, *suggest.COLUMNS))
+    chosen = suggest.suggested_rows(loaded, number)
+    rows = loaded.predictions.select(
+        [name for name in (*COLUMNS, "confidence") if name in loaded.predictions.column_names]
+    )
+    found = rows.take(chosen).to_pylist()
+    lines = [
+        f"{_name(row)}: {row['label_name']} ({100 * row['confidence']:.0f} %)"
+        + ("" if row["label"] == row["zero_shot_label"] else f", was {row['zero_shot_label_name']}")
+        for row in found
+    ]
+    if table is not None:
+        _write(Path(table), found)
+        line = command_line("solve", "FEATURES", "--corrections", table, "--out", "result2")
+        lines.append(f"{counted(len(found), 'image')} to label in {table}; then {line}")
+    session.print_summary({"suggested": found}, "\n".join(lines), as_json)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"row {row['row']}" if row["key"] is None else ascii(row["key"])[1:-1]
+
+
+def _write(path: Path, found: list[dict[str, Any]]) -> None:
+    """A table to fill in: rows by key, or by number if one has no key."""
+    name = "row" if any(row["key"] is None for row in found) else "key"
+    with (
+        writing(path),
+        new_file(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
+        lines = csv.writer(file)
+        lines.writerow([name, "label", "now", "zero-shot"])
+        for row in found:
+            cells = (row[name], "", row["label_name"], row["zero_shot_label_name"])
+            lines.writerow([guarded(str(cell)) for cell in cells])

@@ -1,0 +1,118 @@
+"""Which images a report shows: samples, however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from transclip_fast.report.suggest import suggested_rows
+from transclip_fast.report.view import View
+
+SUGGESTED, UNCERTAIN, MOVED = 30, 48, 48  # images
+FLOWS, OF_FLOW = 14, 6  # flows, and images of each
+CLASSES, OF_CLASS = 24, 4  # the largest, and images of each
+LISTED_FLOWS = 30
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows with something in common: their label `after`, and also that `before`."""
+
+    rows: list[int]
+    before: int | None = None
+    after: int | None = None
+    size: int | None = None  # of how many these are
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Groups of images under a title; `name` is its tab's, in the page."""
+
+    name: str
+    title: str
+    text: str
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[int]:
+        return [row for group in self.groups for row in group.rows]
+
+
+def flows(before: np.ndarray, after: np.ndarray, n_classes: int, most: int) -> np.ndarray:
+    """(from, to, rows) of the most frequent changes of labels (N,), most frequent first."""
+    changed = before != after
+    pairs, sizes = np.unique(before[changed] * n_classes + after[changed], return_counts=True)
+    largest = np.argsort(-sizes, kind="stable")[:most]
+    return np.stack([*np.divmod(pairs[largest], n_classes), sizes[largest]], axis=1)
+
+
+def galleries(view: View) -> list[Gallery]:
+    """What the page shows, in its order; galleries without images are left out."""
+    return [gallery for gallery in _galleries(view) if gallery.rows]
+
+
+def _galleries(view: View) -> Iterator[Gallery]:
+    if view.before is not None:
+        yield _marked("corrected", "Corrected", "Images whose class was given.", view.corrected)
+        text = "Images that corrections gave another label, without being corrected themselves."
+        yield _marked("moved", "Moved by corrections", text, view.moved & ~view.moved_back)
+        text = "Images that corrections gave the label back that they had by zero-shot."
+        yield _marked("back", "Moved back", text, view.moved_back)
+    yield Gallery(
+        "suggested",
+        "Correct these first",
+        "Uncertain images among uncertain neighbours: what is learnt of them helps others most.",
+        [Group(suggested_rows(view.result, SUGGESTED, view.links).tolist())],
+    )
+    yield Gallery(
+        "changed",
+        "Changed labels",
+        "Samples of the most frequent changes from zero-shot.",
+        [*_changes(view)],
+    )
+    open_rows = np.flatnonzero(~view.known)
+    least = open_rows[np.argsort(view.confidence[open_rows], kind="stable")[:UNCERTAIN]]
+    yield Gallery(
+        "uncertain", "Least certain", "The lowest confidence first.", [Group(least.tolist())]
+    )
+    yield Gallery(
+        "typical",
+        "Most typical",
+        "The surest images of the largest classes.",
+        [*_typical(view)],
+    )
+
+
+def _marked(name: str, title: str, text: str, marked: np.ndarray) -> Gallery:
+    rows = _spread(np.flatnonzero(marked), MOVED)
+    return Gallery(name, title, text, [Group(rows, size=int(marked.sum()))] if rows else [])
+
+
+def _changes(view: View) -> Iterator[Group]:
+    """The largest flows, each with images from the surest to the least sure."""
+    n_classes = view.run["n_classes"]
+    codes = view.zero_shot * n_classes + view.labels
+    for before, after, size in flows(view.zero_shot, view.labels, n_classes, FLOWS).tolist():
+        rows = np.flatnonzero(codes == before * n_classes + after)
+        rows = rows[np.argsort(-view.confidence[rows], kind="stable")]
+        yield Group(_spread(rows, OF_FLOW), before, after, size)
+
+
+def _typical(view: View) -> Iterator[Group]:
+    sizes = np.bincount(view.labels, minlength=view.run["n_classes"])
+    text = view.zero_shot_confidence
+    for k in np.argsort(-sizes, kind="stable")[:CLASSES]:
+        rows = np.flatnonzero(view.labels == k)
+        by = (view.confidence[rows],) if text is None else (text[rows], view.confidence[rows])
+        surest = rows[np.lexsort(by)[::-1][:OF_CLASS]]
+        if sizes[k]:
+            yield Group(surest.tolist(), after=int(k), size=int(sizes[k]))
+
+
+def _spread(rows: np.ndarray, most: int) -> list[int]:
+    """Some rows, evenly spaced."""
+    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
+    found: list[int] = rows[places].tolist()
+    return found

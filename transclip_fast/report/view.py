@@ -1,0 +1,209 @@
+"""A result as arrays, and what its text, its mixture and its neighbours say of some rows."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transclip_fast.data.checks import unit_sample, unread_matrix
+from transclip_fast.errors import InputError
+from transclip_fast.report import suggest
+from transclip_fast.solver.loop import predict
+from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.results import TRUTH, Result, load_mixture, load_result
+
+COLUMNS = ("row", "key", "label", "zero_shot_label", "rejected", TRUTH, *suggest.COLUMNS)
+TOP = ("top5_labels", "top5_confidences")
+SHOWN_CLASSES = 3  # of an opinion
+SCORED_ROWS = 256  # at a time: 21,000 classes of each take 22 MB
+Opinion = list[tuple[int, float]]  # classes and probabilities, the largest first
+
+
+@dataclass(frozen=True)
+class View:
+    """
+    A result, and one `before` corrections that its labels are compared with.
+
+    `before` has the same rows in the same order.
+    """
+
+    result: Result
+    before: Result | None = None
+
+    @classmethod
+    def open(cls, folder: str, before: str | None = None) -> View:
+        """Read what a report needs; InputError if the two are not of the same rows."""
+        result = load_result(folder, (*COLUMNS, *TOP))
+        if before is None:
+            return cls(result)
+        earlier = load_result(before, COLUMNS)
+        for name in ("inputs_sha256", "n_classes"):
+            own, other = result.run.get(name), earlier.run.get(name)
+            if name == "inputs_sha256":
+                own, other = (x and x.get("image_features") for x in (own, other))
+            if own != other:
+                raise InputError(f"{before}: is of other images or classes than {folder}")
+        return cls(result, earlier)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """run.json."""
+        return self.result.run
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        return self.result.labels("label")
+
+    @functools.cached_property
+    def zero_shot(self) -> np.ndarray:
+        return self.result.labels("zero_shot_label")
+
+    @functools.cached_property
+    def truth(self) -> np.ndarray | None:
+        there = TRUTH in self.result.predictions.column_names
+        return self.result.labels(TRUTH) if there else None
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A column of numbers, if the result has it."""
+        table = self.result.predictions
+        if name not in table.column_names:
+            return None
+        found: np.ndarray = table.column(name).to_numpy()
+        return found
+
+    @functools.cached_property
+    def confidence(self) -> np.ndarray:
+        found = self.column("confidence")
+        if found is None:
+            raise InputError(f"{self.result.folder}: has no column 'confidence'; solve again")
+        return found
+
+    @functools.cached_property
+    def zero_shot_confidence(self) -> np.ndarray | None:
+        return self.column("zero_shot_confidence")
+
+    @functools.cached_property
+    def known(self) -> np.ndarray:
+        """Whether the class of each row was given."""
+        return _known(self.result)
+
+    @functools.cached_property
+    def earlier(self) -> np.ndarray | None:
+        """Labels before the corrections."""
+        return None if self.before is None else self.before.labels("label")
+
+    @functools.cached_property
+    def corrected(self) -> np.ndarray:
+        """Rows whose class was given since `before`, or given otherwise."""
+        if self.before is None or self.earlier is None:
+            return np.zeros(len(self), bool)
+        return self.known & (~_known(self.before) | (self.labels != self.earlier))
+
+    @functools.cached_property
+    def moved(self) -> np.ndarray:
+        """Rows whose label has changed since `before`, without being corrected."""
+        if self.earlier is None:
+            return np.zeros(len(self), bool)
+        return (self.labels != self.earlier) & ~self.corrected
+
+    @functools.cached_property
+    def moved_back(self) -> np.ndarray:
+        """Those of them that have zero-shot's label again."""
+        return self.moved & (self.labels == self.zero_shot)
+
+    @functools.cached_property
+    def links(self) -> tuple[np.ndarray, np.ndarray]:
+        return suggest.links(self.result)
+
+    def keys(self, rows: Sequence[int]) -> dict[int, str | None]:
+        """The key of each of these rows."""
+        found = self.result.predictions.column("key").take(list(rows)).to_pylist()
+        return dict(zip(map(int, rows), found, strict=True))
+
+    def neighbors(self, row: int, most: int) -> list[int]:
+        """Rows linked to a row in either direction: its own list first, best first."""
+        first, second = self.links
+        start, stop = np.searchsorted(first, [row, row + 1])
+        linked = second[start:stop].tolist()
+        if "neighbors" not in self.result.predictions.column_names:
+            return []
+        own = self.result.predictions.column("neighbors")[row].as_py()
+        return [*own, *(other for other in linked if other not in own)][:most]
+
+    def joint(self, rows: Sequence[int]) -> dict[int, Opinion]:
+        """The most likely classes of each row."""
+        table = self.result.predictions
+        labels, values = (table.column(name).take(list(rows)).to_pylist() for name in TOP)
+        return {
+            row: [*zip(some, sure, strict=True)][:SHOWN_CLASSES]
+            for row, some, sure in zip(rows, labels, values, strict=True)
+        }
+
+
+def _known(result: Result) -> np.ndarray:
+    table = result.predictions
+    if "known" not in table.column_names:
+        return np.zeros(table.num_rows, bool)
+    found: np.ndarray = table.column("known").to_numpy()
+    return found
+
+
+def solved_features(result: Result) -> Features:
+    """The features that a result was solved from; InputError if they are gone or others."""
+    path = result.run.get("features")
+    if not isinstance(path, str):
+        raise InputError("the result does not name its features; solve again")
+    path = os.path.normpath(os.path.join(os.path.realpath(result.folder), path))
+    if not os.path.exists(path):
+        raise InputError(f"the features are gone: {path}")
+    features = load_features(path, shots=0 if os.path.isdir(path) else None)
+    expected = result.run.get("inputs_sha256", {}).get("image_features")
+    if features.sha256() != expected:
+        raise InputError(f"the features have changed, or a map was put on them: {path}")
+    return features
+
+
+def opinions(
+    result: Result, features: Features, rows: Sequence[int]
+) -> tuple[dict[int, Opinion], dict[int, Opinion]]:
+    """What the text alone says of each row, and what the mixture alone says; {} if unknown."""
+    mixture, weights = load_mixture(result.folder)
+    text = weights.get("zero_shot_weights", weights.get("prior_weights"))
+    strength = result.run["config"].get("likelihood_weight")
+    matrix = unread_matrix(features.get("image_features"), "image_features")
+    by_text, by_mixture = dict[int, Opinion](), dict[int, Opinion]()
+    for start in range(0, len(rows), SCORED_ROWS):
+        some = rows[start : start + SCORED_ROWS]
+        unit = unit_sample(matrix, torch.tensor(some))
+        if text is not None:
+            scores = LinearPrior(text).at(torch.tensor(some), unit).exp()
+            by_text |= _most_likely(some, scores)
+        if isinstance(strength, int | float):
+            prior = LinearPrior(torch.zeros_like(mixture.means, dtype=torch.float32))
+            z = predict(unit, mixture, prior, likelihood_weight=strength, kl_weight=0.0)
+            by_mixture |= _most_likely(some, z)
+    return by_text, by_mixture
+
+
+def _most_likely(rows: Sequence[int], scores: torch.Tensor) -> Mapping[int, Opinion]:
+    best = scores.topk(min(SHOWN_CLASSES, scores.shape[1]), dim=1)
+    classes, values = best.indices.tolist(), best.values.tolist()
+    return {row: [*zip(classes[i], values[i], strict=True)] for i, row in enumerate(rows)}
+
+
+def feature_folder(features: Features | None) -> Path | None:
+    """The folder with the metadata of the features' images, if it is one."""
+    if features is None or not (Path(features.path) / "metadata").is_dir():
+        return None
+    return Path(features.path)

@@ -1,0 +1,159 @@
+"""
+Corrections: classes that a person gave to single rows, in a table of keys and labels.
+
+The report's page writes them, and `suggest` a table to fill in. In these a ' goes before a text
+that a spreadsheet would run, or that begins with ' itself, so that each text is read back as it
+was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transclip_fast.data.labels import WHOLE
+from transclip_fast.data.names import plain_name, positions_by_name
+from transclip_fast.errors import InputError
+from transclip_fast.store.tables import KEY, LABEL, PATH, ROW, read_columns
+
+GUARDED = "=+-@\t\r'"  # starts of texts that a ' goes before
+COLUMNS = {"key": (*KEY, *PATH), "row": ROW, "label": LABEL}
+
+
+def guarded(text: str) -> str:
+    """A text as it is written into a cell; `unguarded` is its inverse."""
+    return f"'{text}" if text.startswith(tuple(GUARDED)) else text
+
+
+def unguarded(text: str) -> str:
+    """The text that a cell holds; one that nobody guarded is taken as it is."""
+    return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
+
+
+def label_texts(names: Sequence[str] | None, n_classes: int) -> list[str | None]:
+    """
+    What corrections call each class: its name, or its position if the name is not its own.
+
+    None of a class that neither would tell from the others.
+    """
+    positions = [str(k) for k in range(n_classes)]
+    if names is None:
+        return [*positions]
+    single = _exact(names)
+    taken = set(names)
+    return [
+        name if single[name] is not None else None if number in taken else number
+        for name, number in zip(names, positions, strict=True)
+    ]
+
+
+def read_corrections(
+    path: str | Path, keys: Sequence[str | None] | None, names: Sequence[str] | None, n_rows: int
+) -> dict[int, int]:
+    """
+    The class of each row in a .csv or .parquet table of corrections; none where a label is empty.
+
+    Rows are named by a column `key` (or `path`), and if they have no keys by their numbers in a
+    column `row`. A label is the name of a class; or its position, if no class has that name.
+
+    Raises
+    ------
+    InputError
+        A file that cannot be read or corrects nothing; a key or label that is not there, or could
+        be two; a row with two labels.
+    """
+    path = Path(path)
+    columns, _ = read_columns(path, COLUMNS, "label", exact=True)
+    labels = [None if x is None else unguarded(str(x)) for x in columns["label"]]
+    find = _finder(path, columns, keys, n_rows)
+    class_of = _Classes(names)
+    found: dict[int, int] = {}
+    for place, label in enumerate(labels):
+        if label is None or not label.strip():
+            continue
+        row, k = find(place), class_of(label, path)
+        if found.setdefault(row, k) != k:
+            raise InputError(f"{path}: corrects row {row} twice, to different classes; keep one")
+    if not found:
+        raise InputError(f"{path}: corrects nothing; give a label in one of its lines")
+    return found
+
+
+def _finder(
+    path: Path, columns: Mapping[str, Sequence[Any]], keys: Sequence[str | None] | None, n_rows: int
+) -> Callable[[int], int]:
+    """Return a function from a line of the table to the row that it names."""
+    if keys is None or None in keys:
+        if "row" not in columns:
+            raise InputError(f"{path}: the features have no keys; name their rows in a column row")
+    elif "key" in columns:
+        by_key = _exact(keys)
+
+        def by_name(place: int) -> int:
+            key = columns["key"][place]
+            key = "" if key is None else unguarded(str(key))
+            key = key if key in by_key else key.strip()
+            if key not in by_key:
+                raise InputError(f"{path}: {key!r} is the key of no row, as {keys[0]!r} is of one")
+            row = by_key[key]
+            if row is None:
+                raise InputError(f"{path}: {key!r} is the key of several rows; give a column row")
+            return row
+
+        return by_name
+    elif "row" not in columns:
+        raise InputError(f"{path}: has no column 'key'")
+
+    def by_number(place: int) -> int:
+        text = str(columns["row"][place]).strip()
+        if not WHOLE.fullmatch(text) or not int(float(text)) < n_rows:
+            raise InputError(f"{path}: {text!r} is no row; they are 0 .. {n_rows - 1}")
+        return int(float(text))
+
+    return by_number
+
+
+class _Classes:
+    """The class that a label means."""
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self._names = names
+        self._exact = _exact(names or ())
+        self._plain = positions_by_name(names or ())
+
+    def __call__(self, label: str, path: Path) -> int:
+        stripped, plain = label.strip(), plain_name(label)
+        for names, text in (
+            (self._exact, label),
+            (self._exact, stripped),
+            (self._plain, plain),
+        ):
+            if text in names:
+                if (k := names[text]) is None:
+                    raise InputError(
+                        f"{path}: {label!r} is the name of several classes; give its position"
+                    )
+                return k
+        if not (match := WHOLE.fullmatch(stripped)) or (
+            self._names is not None and int(match[1]) >= len(self._names)
+        ):
+            raise InputError(f"{path}: {label!r} is none of the classes")
+        return int(match[1])
+
+
+def _exact(texts: Sequence[Any]) -> dict[Any, int | None]:
+    """The place of each text; None where there are several."""
+    places: dict[Any, int | None] = {}
+    for place, text in enumerate(texts):
+        places[text] = None if text in places else place
+    return places
+
+
+def corrected(known: np.ndarray, corrections: Mapping[int, int]) -> np.ndarray:
+    """Known labels (N,), -1 where unknown, with corrections of single rows."""
+    known = known.copy()
+    known[[*corrections]] = [*corrections.values()]
+    return known
