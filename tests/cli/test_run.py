@@ -173,7 +173,7 @@ def test_run_again_after_images_changed(images, names, tiny, cli, tmp_path):
     assert cli(*command, "--out", tmp_path / "fresh").code == 0
     grown, fresh = contents(tmp_path / "out"), contents(tmp_path / "fresh")
     assert grown.keys() == fresh.keys()
-    timed = {Path("graph/manifest.json"), Path("result/run.json")}
+    timed = {Path("graph/manifest.json"), Path("result/run.json"), Path("report.html")}
     assert {name for name in grown if grown[name] != fresh[name]} <= timed
 
 
@@ -339,6 +339,9 @@ def test_demo(cli, tmp_path, no_network):
         assert numbers["accuracy"] == round(100 * (label == truth).mean(), 4)
         assert numbers["zero_shot_accuracy"] == round(100 * (zero_shot == truth).mean(), 4)
     assert (tmp_path / "demo/changed.png").stat().st_size > 10_000
+    assert summary["report"] == str(tmp_path / "demo/report.html")
+    assert "data:image" not in (page := (tmp_path / "demo/report.html").read_text())
+    assert page.count('"picture":') > 100
 
 
 def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp_path):

@@ -78,6 +78,7 @@ def test_texts_of_classes_with_one_name(tmp_path):
     names = ["crane", "kite", "crane", "0"]
     assert label_texts(names, 4) == [None, "kite", "2", "0"]
     assert label_texts(None, 3) == ["0", "1", "2"]
+    assert label_texts([" ", "long name", "1"], 3, 5) == ["0", None, "1"]
     file = write(tmp_path / "c.csv", [("a", "2"), ("b", "0"), ("c", "kite")])
     assert read_corrections(file, ["a", "b", "c"], names, 3) == {0: 2, 1: 3, 2: 1}
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_progress
-from transclip_fast.cli.run import solve_folder
+from transclip_fast.cli.run import REPORT, solve_folder
 from transclip_fast.cli.session import counted
 from transclip_fast.demo import CLASS_NAMES, SHIFTS, TEMPLATES, class_prompts
 from transclip_fast.demo.data import SIDE_PIXELS, write_images
@@ -21,6 +21,7 @@ from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
 from transclip_fast.estimator import TransCLIP
+from transclip_fast.report.page import write_report
 from transclip_fast.store.atomic import write_json, writing
 from transclip_fast.store.results import load_result
 from transclip_fast.whole_files import new_file
@@ -40,7 +41,8 @@ def command(out: str, device: str, as_json: bool) -> None:
     """Label handwritten digits with a very small CLIP, zero-shot and jointly, without a network.
 
     Four sets of the same held-out digits, one plain and three visibly shifted, are written as PNG
-    files, encoded and solved like any other images. --out receives every stage's folder.
+    files, encoded and solved like any other images. --out receives every stage's folder, and
+    report.html, which shows the set with the most changes in a browser.
 
     \b
     Example:
@@ -49,8 +51,10 @@ def command(out: str, device: str, as_json: bool) -> None:
     started = time.perf_counter()
     folder = Path(out)
     runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in SHIFTS}
-    picture = folder / "changed.png"
-    summary = _summary(runs, time.perf_counter() - started)
+    picture, report = folder / "changed.png", folder / REPORT
+    most = max(runs, key=lambda shift: runs[shift]["n_flipped"])
+    write_report(folder / most.replace(" ", "-") / "result", report)
+    summary = _summary(runs, time.perf_counter() - started) | {"report": str(report)}
     image = _picture(folder, list(SHIFTS))
     with writing(out):
         with new_file(picture) as unfinished:
@@ -107,6 +111,7 @@ def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Pat
         "Transduction gains where the images have shifted and may cost a little where the model is",
         "nearly right already. This is one trained model; transclip_fast/demo/README.md has three.",
         f"{summary['seconds']:.0f} s. Images whose label changed: {picture}",
+        f"A page to look at and to correct, for the browser: {summary['report']}",
     ]
     return "\n".join(lines)
 

@@ -20,15 +20,19 @@ from transclip_fast.cli.graph import (
     search_of,
 )
 from transclip_fast.cli.plan import Plan, plan_of_size
+from transclip_fast.cli.report import describe_report
 from transclip_fast.cli.solution import Output, solve_features, solve_leftovers
 from transclip_fast.cli.summary import describe_solution
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
+from transclip_fast.report.page import write_report
 from transclip_fast.store.atomic import clean
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
+
+REPORT = "report.html"
 
 
 @click.command("run")
@@ -55,9 +59,10 @@ def command(
 
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
     webdataset tars, or a .json of splits as CoOp has them. --out receives the folders features/,
-    graph/ and result/. Run the same command again after a crash: it skips the stages that are done
-    and resumes the one that is not. Run it again after images were added, removed or replaced: it
-    encodes those that are new or changed, and computes the graph and the labels anew.
+    graph/ and result/, and report.html, which shows the result in a browser. Run the same command
+    again after a crash: it skips the stages that are done and resumes the one that is not. Run it
+    again after images were added, removed or replaced: it encodes those that are new or changed,
+    and computes the graph and the labels anew.
 
     \b
     Example:
@@ -86,14 +91,17 @@ def command(
         encode_summary, encode_text = report(encoded)
         quiet = as_json or bool(planned)
         solve_summary, solve_text = solve_folder(folder, model, search, csv=csv, quiet=quiet)
+        page = write_report(folder / "result", folder / REPORT)
     summary = {
         **solve_summary,
         "failures": encode_summary["failures"],
         "throughput": encode_summary["throughput"],
         "seconds": {**encode_summary["seconds"], **solve_summary["seconds"]},
         "warnings": [*warnings, *solve_summary["warnings"]],
+        "report": str(folder / REPORT),
     }
-    session.print_summary(summary, f"{encode_text}\n{solve_text}", as_json)
+    text = f"{encode_text}\n{solve_text}\n{describe_report(page, folder / REPORT)}"
+    session.print_summary(summary, text, as_json)
     if strict and encoded.failures:
         sys.exit(1)
 

@@ -70,23 +70,36 @@ def choose(
     The `n` rows that are best to correct, one after the other.
 
     A row's score is its own uncertainty (N,) and that of its neighbours, `pairs` in both directions
-    sorted by the first. A chosen row and its neighbours count no more in the scores of others.
+    sorted by the first. A chosen row and its neighbours count no more in the scores of others,
+    until nothing else counts: then all that are not chosen count again.
     """
-    left = uncertain.copy()
-    open_rows = np.ones(len(left), bool)
-    if known is not None:
-        open_rows &= ~known
-        left[known] = 0
     first, second = pairs
-    scores = left + np.bincount(first, left[second], minlength=len(left))
-    edges = np.searchsorted(first, np.arange(len(left) + 1))
-    chosen = []
-    for _ in range(min(n, int(open_rows.sum()))):
-        row = int(np.where(open_rows, scores, -np.inf).argmax())
+    is_open = np.ones(len(uncertain), bool) if known is None else ~known
+    edges = np.searchsorted(first, np.arange(len(uncertain) + 1))
+
+    def around(row: int) -> np.ndarray:
+        return second[edges[row] : edges[row + 1]]
+
+    left, scores = _scores(uncertain, is_open, pairs)
+    chosen: list[int] = []
+    while len(chosen) < n and is_open.any():
+        row = int(np.where(is_open, scores, -np.inf).argmax())
+        if scores[row] == 0:
+            left, scores = _scores(uncertain, is_open, pairs)
+            row = int(np.where(is_open, scores, -np.inf).argmax())
         chosen.append(row)
-        open_rows[row] = False
-        for gone in (row, *second[edges[row] : edges[row + 1]]):
-            scores[second[edges[gone] : edges[gone + 1]]] -= left[gone]
-            scores[gone] -= left[gone]
-            left[gone] = 0
+        is_open[row] = False
+        gone = [row, *around(row).tolist()]
+        left[gone] = 0
+        for other in {other for one in gone for other in (one, *around(one).tolist())}:
+            scores[other] = left[other] + left[around(other)].sum()
     return np.array(chosen, np.int64)
+
+
+def _scores(
+    uncertain: np.ndarray, is_open: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What of each row counts, and the scores (N,)."""
+    first, second = pairs
+    left = np.where(is_open, uncertain, 0.0)
+    return left, left + np.bincount(first, left[second], minlength=len(left))

@@ -37,7 +37,7 @@ class Pictures:
         """A thumbnail of at most `side` x `side` pixels, a JPEG in base64; any error if damaged."""
         data = self.source.read(self.places[row])
         if self.sizes.get(row, len(data)) != len(data):
-            raise InputError("is another image than the one that was encoded")
+            raise InputError("not the image that was encoded")
         image = Image.fromarray(decode(data))
         image.thumbnail((side, side))
         content = io.BytesIO()
@@ -71,7 +71,7 @@ def pictures_of(folder: Path, keys: Mapping[int, str | None]) -> Pictures:
         for row in (row for row, path in paths.items() if path == tar):
             spans[row] = in_tar.get(str(keys[row]), (0, 0))
             if str(keys[row]) not in in_tar:
-                refusals[row] = refused or "is not in its tar any more"
+                refusals[row] = refused or "not in its tar any more"
     places = {row: place for place, row in enumerate(paths)}
     files = [*paths.values()]
     whole = {place: _size(Path(file)) for place, file in enumerate(files)}
@@ -112,7 +112,7 @@ def thumbnails(
     if pictures is None:
         return found, missing
     order = [(row, side) for row, side in wanted if row in pictures.places]
-    missing["are not among the images"] += len([*wanted]) - len(order)
+    missing["not among the images"] += len([*wanted]) - len(order)
 
     def read(one: tuple[int, int]) -> tuple[str, str]:
         try:
@@ -126,7 +126,7 @@ def thumbnails(
             if why:
                 missing[why] += 1
             elif len(picture) > room:
-                missing["would make the page too large"] += 1
+                missing["the page would be too large"] += 1
             else:
                 found[row] = picture
                 room -= len(picture)
@@ -136,7 +136,7 @@ def thumbnails(
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    return one_line(error) if isinstance(error, InputError) else "are damaged"
+    return one_line(error) if isinstance(error, InputError) else "damaged"
 
 
 def _in_tar(tar: Path) -> tuple[dict[str, tuple[int, int]], str]:

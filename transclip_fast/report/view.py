@@ -39,7 +39,7 @@ class View:
     before: Result | None = None
 
     @classmethod
-    def open(cls, folder: str, before: str | None = None) -> View:
+    def open(cls, folder: str | Path, before: str | None = None) -> View:
         """Read what a report needs; InputError if the two are not of the same rows."""
         result = load_result(folder, (*COLUMNS, *TOP))
         if before is None:
@@ -108,19 +108,22 @@ class View:
         """Rows whose class was given since `before`, or given otherwise."""
         if self.before is None or self.earlier is None:
             return np.zeros(len(self), bool)
-        return self.known & (~_known(self.before) | (self.labels != self.earlier))
+        found: np.ndarray = self.known & (~_known(self.before) | (self.labels != self.earlier))
+        return found
 
     @functools.cached_property
     def moved(self) -> np.ndarray:
         """Rows whose label has changed since `before`, without being corrected."""
         if self.earlier is None:
             return np.zeros(len(self), bool)
-        return (self.labels != self.earlier) & ~self.corrected
+        found: np.ndarray = (self.labels != self.earlier) & ~self.corrected
+        return found
 
     @functools.cached_property
     def moved_back(self) -> np.ndarray:
         """Those of them that have zero-shot's label again."""
-        return self.moved & (self.labels == self.zero_shot)
+        found: np.ndarray = self.moved & (self.labels == self.zero_shot)
+        return found
 
     @functools.cached_property
     def links(self) -> tuple[np.ndarray, np.ndarray]:

@@ -33,9 +33,12 @@ def unguarded(text: str) -> str:
     return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
 
 
-def label_texts(names: Sequence[str] | None, n_classes: int) -> list[str | None]:
+def label_texts(
+    names: Sequence[str] | None, n_classes: int, longest: int | None = None
+) -> list[str | None]:
     """
-    What corrections call each class: its name, or its position if the name is not its own.
+    What corrections call each class: its name; or its position, if the name is empty, has more
+    than `longest` characters, or is that of another class, too.
 
     None of a class that neither would tell from the others.
     """
@@ -43,9 +46,12 @@ def label_texts(names: Sequence[str] | None, n_classes: int) -> list[str | None]
     if names is None:
         return [*positions]
     single = _exact(names)
-    taken = set(names)
     return [
-        name if single[name] is not None else None if number in taken else number
+        name
+        if single[name] is not None and name.strip() and len(name[:longest]) == len(name)
+        else None
+        if number in single
+        else number
         for name, number in zip(names, positions, strict=True)
     ]
 

@@ -1,0 +1,217 @@
+"""The page in a real browser, opened from disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.report.conftest import HOSTILE, NAMES
+from transclip_fast.cli import main
+from transclip_fast.report.page import write_report
+from transclip_fast.store.corrections import read_corrections
+
+CHROMIUM = (
+    os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="NO BROWSER: no playwright")
+    if CHROMIUM is None:
+        pytest.skip("NO BROWSER: no chromium")
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Open a file; at the end nothing may have been wrong, asked for or run."""
+
+    @contextmanager
+    def show(file, **settings):
+        context = browser.new_context(accept_downloads=True, **settings)
+        page, wrong, asked = context.new_page(), [], []
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        page.wait_for_selector("#table tbody tr")
+        yield page
+        # Only the file itself, pictures within it, and what it saved.
+        others = [url for url in asked if not url.startswith(("data:", "blob:", file.as_uri()))]
+        assert (wrong, others) == ([], [])
+        context.close()
+
+    return show
+
+
+@pytest.fixture(scope="module")
+def page_file(made_once, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(made_once.result, file)
+    return file
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1300])
+def test_it_fits_and_holds_nothing_but_itself(scheme, width, opened, page_file):
+    settings = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+    with opened(page_file, **settings) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.locator(".card").first.click()
+        assert page.locator("#panel").is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        light = int(colour.split("(")[1].split(",")[0]) > 128
+        assert light == (scheme == "light")
+        # Pictures are decoded, and neither names nor keys have become elements.
+        assert page.evaluate("document.querySelector('.card img').naturalWidth") > 0
+        assert page.locator("script").count() == 2
+        assert page.locator("img:not([src^='data:image/jpeg;base64,'])").count() == 0
+        assert page.locator("#plots svg").count() == 3
+
+
+def test_classes_are_sorted_and_searched(opened, page_file, made_once):
+    labels = pq.read_table(made_once.result / "predictions.parquet")["label"].to_pylist()
+    sizes = sorted((labels.count(k) for k in range(len(NAMES))), reverse=True)
+    with opened(page_file) as page:
+        now = "#table tbody td:nth-child(3)"
+        assert page.locator(now).all_text_contents() == [*map(str, sizes)]
+        page.get_by_role("button", name="now").click()
+        assert page.locator(now).all_text_contents() == [*map(str, sizes[::-1])]
+        page.get_by_role("button", name="class", exact=True).click()
+        shown = page.locator("#table tbody td:first-child").all_text_contents()
+        assert sorted(shown) == sorted(NAMES)
+        page.fill("#search", "PLAIN")
+        assert page.locator("#table tbody td:first-child").all_text_contents() == ["plain"]
+        assert page.locator("#listed").text_content() == "1 class."
+        page.fill("#search", "nowhere")
+        assert page.locator("#table tbody tr").count() == 0
+
+
+def test_an_image_shows_why_it_has_its_label(opened, page_file, made_once):
+    table = pq.read_table(made_once.result / "predictions.parquet").to_pylist()
+    with opened(page_file) as page:
+        card = page.locator(".card").first
+        row = int(card.get_attribute("data-row"))
+        card.click()
+        panel = page.locator("#panel")
+        headings = panel.locator("h3").all_text_contents()
+        assert headings == ["The text says", "The mixture says", "Its neighbours say", "Together"]
+        assert panel.locator(".facts2 bdi").nth(1).text_content() == table[row]["key"]
+        first = [say.locator("bdi").first.text_content() for say in panel.locator(".say").all()]
+        assert first[0] == table[row]["zero_shot_label_name"]
+        assert first[2] == table[row]["label_name"]
+        near = panel.locator(".near bdi").all_text_contents()
+        assert near[:3] == [table[other]["label_name"] for other in table[row]["neighbors"]]
+        assert panel.locator(".near img").count() == len(near)
+
+
+def correct(page, texts):
+    """Correct the first images by keyboard alone; their rows."""
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    rows = []
+    for text in texts:
+        rows.append(int(page.locator('.card[aria-current="true"]').get_attribute("data-row")))
+        page.keyboard.type(text)
+        page.keyboard.press("Enter")
+    return rows
+
+
+def saved(page, folder):
+    """The corrections that the page saves."""
+    with page.expect_download() as waiting:
+        page.click("#save")
+    file = folder / waiting.value.suggested_filename
+    waiting.value.save_as(file)
+    return file
+
+
+def test_images_are_corrected_and_solved_again(opened, page_file, made_once, tmp_path, monkeypatch):
+    with opened(page_file) as page:
+        rows = correct(page, ["pla", "=cmd", "line"])
+        page.keyboard.press("Enter")  # the fourth has its class already
+        assert page.locator("#count").text_content() == "4 corrections"
+        page.keyboard.press("Escape")
+        page.keyboard.press("u")
+        assert page.locator("#count").text_content() == "3 corrections"
+        file = saved(page, tmp_path)
+        command = page.locator("#command").text_content()
+    assert file.name == "corrections.csv"
+    assert not any(line.startswith(("=", "+", "-", "@")) for line in file.read_text().split('"'))
+    expected = dict(zip(rows, (NAMES.index("plain"), 2, NAMES.index("line\nbreak")), strict=True))
+    assert read_corrections(file, made_once.keys, NAMES, len(made_once.keys)) == expected
+    assert command.startswith("transclip-fast solve ")
+    assert command.split()[3:5] == ["--corrections", "corrections.csv"]
+
+    out = tmp_path / "corrected"
+    words = ("solve", made_once.folder / "features", "--corrections", file, "--out", out)
+    monkeypatch.setattr(sys, "argv", ["transclip-fast", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    table = pq.read_table(out / "predictions.parquet").to_pylist()
+    assert {row: table[row]["label"] for row in rows} == expected
+    assert [row for row, line in enumerate(table) if line["known"]] == sorted(rows)
+
+    after = tmp_path / "after.html"
+    write_report(out, after, before=str(made_once.result))
+    with opened(after) as page:
+        tab = page.get_by_role("tab", name="Corrected")
+        assert tab.text_content() == "Corrected3"
+        cards = page.locator(".card")
+        assert sorted(int(card.get_attribute("data-row")) for card in cards.all()) == sorted(rows)
+
+
+def test_every_hostile_key_is_saved_and_read_back(opened, page_file, made_once, tmp_path):
+    """The least certain images are all images here: each is confirmed."""
+    with opened(page_file) as page:
+        page.get_by_role("tab", name="Least certain").click()
+        given = set()
+        for card in page.locator(".card").all():
+            card.click()
+            page.keyboard.press("Enter")
+            given.add(int(card.get_attribute("data-row")))
+        file = saved(page, tmp_path)
+    keys = made_once.keys
+    assert {keys[row] for row in given} == {*keys} > {*HOSTILE}
+    found = read_corrections(file, keys, NAMES, len(keys))
+    labels = pq.read_table(made_once.result / "predictions.parquet")["label"].to_pylist()
+    assert found == {row: labels[row] for row in given}
+
+
+def test_unsaved_corrections_are_asked_for(opened, page_file, tmp_path):
+    with opened(page_file) as page:
+        asks = (
+            "() => { const event = new Event('beforeunload', { cancelable: true });"
+            "window.dispatchEvent(event); return event.defaultPrevented; }"
+        )
+        assert not page.evaluate(asks)
+        correct(page, ["plain"])
+        assert page.evaluate(asks)
+        saved(page, tmp_path)
+        assert not page.evaluate(asks)
+
+
+def test_images_that_are_gone_have_their_keys(opened, made, tmp_path):
+    """The metadata names images of another folder, which is no longer there."""
+    shutil.rmtree(made.folder / "features/img_emb")
+    summary = write_report(made.result, tmp_path / "report.html")
+    assert summary["thumbnails"] == 0
+    with opened(tmp_path / "report.html") as page:
+        assert page.locator(".card img").count() == 0
+        shown = page.locator(".card .picture bdi").all_text_contents()
+        assert set(shown) <= set(made.keys)
+        page.locator(".card").first.click()
+        assert page.locator("#panel h3").all_text_contents()[0] == "The text says"
+        assert "is not shown" in page.locator("#happened").text_content()

@@ -1,0 +1,166 @@
+"""What a page shows: galleries, images with all that is known of them, classes and flows."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+
+from transclip_fast.errors import InputError
+from transclip_fast.report.class_table import class_table
+from transclip_fast.report.gallery import LISTED_FLOWS, Gallery, flows, galleries
+from transclip_fast.report.thumbnails import Pictures, pictures_in, pictures_of, thumbnails
+from transclip_fast.report.view import Opinion, View, feature_folder, opinions, solved_features
+from transclip_fast.store.corrections import GUARDED
+from transclip_fast.store.features import Features
+
+NEIGHBORS = 6  # of an image that are shown
+SIDE, NEIGHBOR_SIDE = 160, 80  # pixels of a thumbnail
+# Bytes of thumbnails and characters of a key, so that a page has at most 20 MB.
+THUMBNAIL_BYTES, KEY_LENGTH = 8_000_000, 400
+
+
+@dataclass(frozen=True)
+class Content:
+    """
+    What one page shows.
+
+    Parameters
+    ----------
+    view : View
+    galleries : list of Gallery
+    neighbors : dict
+        Rows around each row of the galleries.
+    opinions : dict
+        By "text", "mixture" and "joint" what each says of the rows of the galleries.
+    keys : dict
+        Of all these rows.
+    thumbnails : dict
+        Those of them that there are, JPEGs in base64.
+    notes : list of str
+        What cannot be shown, and why.
+    """
+
+    view: View
+    galleries: list[Gallery]
+    neighbors: Mapping[int, list[int]]
+    opinions: Mapping[str, Mapping[int, Opinion]]
+    keys: Mapping[int, str | None]
+    thumbnails: Mapping[int, str]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, view: View, images: str | None = None) -> Content:
+        """Choose and read what is shown; `images` are elsewhere than the features say."""
+        shown, notes = galleries(view), list[str]()
+        main = [*dict.fromkeys(row for gallery in shown for row in gallery.rows)]
+        around = {row: view.neighbors(row, NEIGHBORS) for row in main}
+        if "neighbors" not in view.result.predictions.column_names:
+            notes.append("Neighbours are not shown: the result does not hold them.")
+        sides = dict.fromkeys((row for rows in around.values() for row in rows), NEIGHBOR_SIDE)
+        sides = dict.fromkeys(main, SIDE) | {k: v for k, v in sides.items() if k not in around}
+        keys, features, said = view.keys([*sides]), None, {"joint": view.joint(main)}
+        try:
+            features = solved_features(view.result)
+            said["text"], said["mixture"] = opinions(view.result, features, main)
+        except InputError as error:
+            notes.append(f"What text and mixture say alone is not shown: {error}.")
+        pictures = _pictures(features, images, keys, notes)
+        found, missing = thumbnails(pictures, sides.items(), THUMBNAIL_BYTES)
+        for why, number in missing.most_common():
+            notes.append(f"{number:,} of {len(sides):,} images are not shown: {why}.")
+        return cls(view, shown, around, said, keys, found, notes)
+
+    def data(self) -> dict[str, Any]:
+        """All this for the script of the page, as JSON."""
+        view = self.view
+        changes = flows(view.zero_shot, view.labels, view.run["n_classes"], LISTED_FLOWS).tolist()
+        images = {row: self._image(row) for row in self.keys}
+        named = {k for change in changes for k in change[:2]}
+        named |= {k for image in images.values() for k in _named(image)}
+        return {
+            "keyColumn": self._key_column(),
+            "guarded": GUARDED,
+            "command": self._command(),
+            "classes": class_table(view, named),
+            "images": images,
+            "flows": changes,
+            "galleries": [
+                {**vars(gallery), "groups": [vars(group) for group in gallery.groups]}
+                for gallery in self.galleries
+            ],
+        }
+
+    def _image(self, row: int) -> dict[str, Any]:
+        view, key, text = self.view, self.keys[row], self.view.zero_shot_confidence
+        found: dict[str, Any] = {
+            "key": None if key is None else key[:KEY_LENGTH],
+            "label": int(view.labels[row]),
+            "confidence": _number(view.confidence[row]),
+            "zeroShot": int(view.zero_shot[row]),
+            "zeroShotConfidence": None if text is None else _number(text[row]),
+        }
+        if row in self.thumbnails:
+            found["picture"] = self.thumbnails[row]
+        if view.truth is not None and view.truth[row] >= 0:
+            found["truth"] = int(view.truth[row])
+        if view.known[row]:
+            found["known"] = True
+        if view.earlier is not None:
+            found["earlier"] = int(view.earlier[row])
+        if row in self.neighbors:
+            found["neighbors"] = self.neighbors[row]
+            for name, said in self.opinions.items():
+                if row in said:
+                    found[name] = [(k, _number(p)) for k, p in said[row]]
+        return found
+
+    def _key_column(self) -> str:
+        """What names a row in corrections: its key, unless keys are missing, shared or long."""
+        keys = self.view.result.predictions.column("key")
+        if keys.null_count or pc.count_distinct(keys).as_py() < len(keys):
+            return "row"
+        long = any(len(key or "") > KEY_LENGTH for key in self.keys.values())
+        return "row" if long else "key"
+
+    def _command(self) -> str | None:
+        """What solves again with the corrections that the page saves."""
+        if not isinstance(self.view.run.get("features"), str):
+            return None
+        folder = self.view.result.folder
+        features = os.path.relpath(folder.resolve() / self.view.run["features"])
+        out = folder.with_name(f"{folder.name}-corrected")
+        words = ["solve", features, "--corrections", "corrections.csv", "--out", str(out)]
+        return shlex.join(["transclip-fast", *words])
+
+
+def _pictures(
+    features: Features | None,
+    images: str | None,
+    keys: Mapping[int, str | None],
+    notes: list[str],
+) -> Pictures | None:
+    """Where the images are, as the user or the features say."""
+    folder = feature_folder(features)
+    if images is not None:
+        return pictures_in(images, keys, folder)
+    if folder is not None:
+        return pictures_of(folder, keys)
+    if features is not None:
+        notes.append("Images are not shown: the features do not name their files.")
+    return None
+
+
+def _named(image: Mapping[str, Any]) -> Sequence[int]:
+    """The classes that are named with an image."""
+    own = [image[name] for name in ("label", "zeroShot", "truth", "earlier") if name in image]
+    said = (k for name in ("text", "mixture", "joint") for k, _ in image.get(name, ()))
+    return [*own, *said]
+
+
+def _number(value: float) -> float:
+    return round(float(value), 4)
