@@ -72,7 +72,7 @@ def _steps(objective: Sequence[float], changed: Sequence[int] | None) -> str:
         other.bar(steps, changed, color=BEFORE, alpha=0.45, width=0.7)
         other.set_ylabel("labels changed")
         other.grid(visible=False)
-        other.yaxis.set_major_locator(MaxNLocator(integer=True))
+        other.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_zorder(other.get_zorder() + 1)
         axes.patch.set_visible(False)
     return _svg(figure)

@@ -1,0 +1,126 @@
+"""`suggest`, `solve --corrections` and `report`: look, correct, solve again."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+NAMES = ["cat", "dog", "=fish", "bird", "-5", "newt"]
+
+
+@pytest.fixture
+def named(arrays, save):
+    """A FEATURES file with class names, whose rows have no keys."""
+    return save(arrays | {"class_names": np.array(NAMES)})
+
+
+@pytest.fixture
+def corrections(tmp_path):
+    def write(rows, name="corrections.csv", head=("row", "label")):
+        with open(tmp_path / name, "w", newline="") as file:
+            csv.writer(file).writerows([head, *rows])
+        return tmp_path / name
+
+    return write
+
+
+def table(folder):
+    return pq.read_table(folder / "predictions.parquet")
+
+
+def test_corrections_are_known_labels(named, corrections, arrays, save, succeeds, tmp_path):
+    """The same as --known-labels, over them and over those of FEATURES; later files win."""
+    first = corrections([(3, "newt"), (8, "'=fish"), (9, "1")])
+    later = corrections([(9, "bird")], "later.csv")
+    known = np.full(77, -1)
+    known[[3, 20]] = 0, 4
+    file = save(arrays | {"class_names": np.array(NAMES), "known_labels": known}, "known.npz")
+    succeeds("solve", file, "--corrections", first, "--corrections", later, "--out", tmp_path / "a")
+    known[[3, 8, 9]] = 5, 2, 3
+    np.save(tmp_path / "all.npy", known)
+    succeeds("solve", named, "--known-labels", tmp_path / "all.npy", "--out", tmp_path / "b")
+    found, expected = table(tmp_path / "a"), table(tmp_path / "b")
+    assert found.equals(expected)
+    assert found["label"].to_numpy()[[3, 8, 9, 20]].tolist() == [5, 2, 3, 4]
+    assert np.flatnonzero(found["known"].to_numpy()).tolist() == [3, 8, 9, 20]
+    run = json.loads((tmp_path / "a/run.json").read_text())
+    assert run["known_labels"]["n_known"] == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(77, "cat")], "'77' is no row; they are 0 .. 76"),
+        ([(1, "cow")], "'cow' is none of the classes"),
+        ([(1, "cat"), (1, "dog")], "corrects row 1 twice"),
+        ([], "corrects nothing"),
+    ],
+)
+def test_unknown_rows_and_labels_are_refused(rows, message, named, corrections, refused, tmp_path):
+    file = corrections(rows)
+    error = refused("solve", named, "--corrections", file, "--out", tmp_path / "result")
+    assert message in error
+    assert str(file) in error
+
+
+def test_positions_beyond_the_classes_are_refused(arrays, save, corrections, refused, tmp_path):
+    file = corrections([(2, 6)])
+    error = refused("solve", save(arrays), "--corrections", file, "--out", tmp_path / "result")
+    assert f"{file}: row 2 has label 6" in error
+
+
+def test_suggested_images_are_filled_in_and_solved(named, succeeds, tmp_path):
+    succeeds("solve", named, "--out", tmp_path / "result")
+    out = succeeds("suggest", tmp_path / "result", "-n", 7, "--json")
+    rows = [row["row"] for row in json.loads(out)["suggested"]]
+    assert len(set(rows)) == 7
+    file = tmp_path / "to check.csv"
+    text = succeeds("suggest", tmp_path / "result", "-n", 7, "--csv", file)
+    assert [line.split(":")[0] for line in text.splitlines()[:7]] == [f"row {row}" for row in rows]
+    with open(file, newline="") as content:
+        lines = [*csv.DictReader(content)]
+    assert [int(line["row"]) for line in lines] == rows
+    for line in lines[:3]:
+        line["label"] = "cat"
+    with open(file, "w", newline="") as content:
+        writer = csv.DictWriter(content, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    succeeds("solve", named, "--corrections", file, "--out", tmp_path / "again")
+    found = table(tmp_path / "again")
+    assert sorted(np.flatnonzero(found["known"].to_numpy())) == sorted(rows[:3])
+    assert found["label"].to_numpy()[rows[:3]].tolist() == [0, 0, 0]
+    more = json.loads(succeeds("suggest", tmp_path / "again", "-n", 100, "--json"))["suggested"]
+    assert {row["row"] for row in more} == set(range(77)) - {*rows[:3]}
+
+
+def test_a_page_is_written_where_it_is_asked_for(named, succeeds, refused, tmp_path):
+    out = succeeds("solve", named, "--out", tmp_path / "result")
+    assert out.splitlines()[-1].endswith(f"transclip-fast report {tmp_path}/result")
+    out = succeeds("report", tmp_path / "result", "--out", tmp_path / "new/page.html")
+    assert str(tmp_path / "new/page.html") in out
+    assert (tmp_path / "new/page.html").read_text().startswith("<!doctype html>")
+    summary = json.loads(
+        succeeds("report", tmp_path / "result", "--out", tmp_path / "b.html", "--json")
+    )
+    assert summary["bytes"] == (tmp_path / "b.html").stat().st_size
+    assert "no run.json" in refused("report", tmp_path, "--out", tmp_path / "c.html")
+    error = refused(
+        "report", tmp_path / "result", "--images", tmp_path / "no", "--out", tmp_path / "c.html"
+    )
+    assert "no such file or folder" in error
+
+
+def test_a_page_of_predictions(named, arrays, save, succeeds, tmp_path):
+    """Of another command, without a graph and an objective."""
+    succeeds("solve", named, "--out", tmp_path / "result")
+    new = save({"image_features": arrays["image_features"][:9]}, "new.npz")
+    succeeds("predict", tmp_path / "result", new, "--out", tmp_path / "new")
+    summary = json.loads(
+        succeeds("report", tmp_path / "new", "--out", tmp_path / "page.html", "--json")
+    )
+    assert summary["shown"]["suggested"] == 9
