@@ -31,10 +31,9 @@ COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_la
 )
 @options.json_option
 def command(result: str, number: int, table: str | None, as_json: bool) -> None:
-    """List the images of RESULT whose correction helps most.
+    """List the images of RESULT whose correction helps most: the least certain ones.
 
-    These are uncertain images among other uncertain ones, no two of them neighbours if that can
-    be. The page of `report` shows the same images first.
+    The page of `report` shows the same images first.
 
     \b
     Examples:
@@ -48,8 +47,8 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     )
     found = rows.take(chosen).to_pylist()
     lines = [
-        f"{_name(row)}: {row['label_name']} ({100 * row['confidence']:.0f} %)"
-        + ("" if row["label"] == row["zero_shot_label"] else f", was {row['zero_shot_label_name']}")
+        f"{_shown(row['key'] or str(row['row']))}: {_shown(row['label_name'])} "
+        f"({100 * row['confidence']:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
         for row in found
     ]
     if table is not None:
@@ -59,8 +58,9 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     session.print_summary({"suggested": found}, "\n".join(lines), as_json)
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"row {row['row']}" if row["key"] is None else ascii(row["key"])[1:-1]
+def _shown(text: str) -> str:
+    """A text in one line, in which nothing is hidden."""
+    return text if text.isprintable() else repr(text)
 
 
 def _write(path: Path, found: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.view import View
 
-SUGGESTED, UNCERTAIN, MOVED = 30, 48, 48  # images
+SUGGESTED, MOVED = 60, 48  # images
 FLOWS, OF_FLOW = 14, 6  # flows, and images of each
 CLASSES, OF_CLASS = 24, 4  # the largest, and images of each
 LISTED_FLOWS = 30
@@ -62,20 +62,15 @@ def _galleries(view: View) -> Iterator[Gallery]:
         yield _marked("back", "Moved back", text, view.moved_back)
     yield Gallery(
         "suggested",
-        "Correct these first",
-        "Uncertain images among uncertain neighbours: what is learnt of them helps others most.",
-        [Group(suggested_rows(view.result, SUGGESTED, view.links).tolist())],
+        "Least certain",
+        "Correct these first: no other choice gains more.",
+        [Group(suggested_rows(view.result, SUGGESTED).tolist())],
     )
     yield Gallery(
         "changed",
         "Changed labels",
         "Samples of the most frequent changes from zero-shot.",
         [*_changes(view)],
-    )
-    open_rows = np.flatnonzero(~view.known)
-    least = open_rows[np.argsort(view.confidence[open_rows], kind="stable")[:UNCERTAIN]]
-    yield Gallery(
-        "uncertain", "Least certain", "The lowest confidence first.", [Group(least.tolist())]
     )
     yield Gallery(
         "typical",

@@ -63,7 +63,8 @@
     } else if ("truth" in image && image.truth !== label) {
       tone = "wrong";
     }
-    const before = given.has(row) ? image.label : image.earlier ?? image.zeroShot;
+    const earlier = "earlier" in image && image.earlier !== label ? image.earlier : image.zeroShot;
+    const before = given.has(row) ? image.label : earlier;
     const was = before === label ? percent(image.confidence) : `was ${nameOf(before)}`;
     node.replaceChildren(
       box,

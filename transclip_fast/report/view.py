@@ -14,13 +14,15 @@ import torch
 
 from transclip_fast.data.checks import unit_sample, unread_matrix
 from transclip_fast.errors import InputError
-from transclip_fast.report import suggest
 from transclip_fast.solver.loop import predict
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import TRUTH, Result, load_mixture, load_result
 
-COLUMNS = ("row", "key", "label", "zero_shot_label", "rejected", TRUTH, *suggest.COLUMNS)
+COLUMNS = (
+    *("key", "label", "confidence", "zero_shot_label", "zero_shot_confidence"),
+    *("neighbors", "known", TRUTH),
+)
 TOP = ("top5_labels", "top5_confidences")
 SHOWN_CLASSES = 3  # of an opinion
 SCORED_ROWS = 256  # at a time: 21,000 classes of each take 22 MB
@@ -127,7 +129,17 @@ class View:
 
     @functools.cached_property
     def links(self) -> tuple[np.ndarray, np.ndarray]:
-        return suggest.links(self.result)
+        """Pairs of neighbours in both directions, each once, sorted by the first."""
+        table = self.result.predictions
+        if "neighbors" not in table.column_names:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        lists = table.column("neighbors").combine_chunks()
+        ends = lists.flatten().to_numpy()
+        starts = np.repeat(np.arange(len(self)), lists.value_lengths().to_numpy())
+        codes = np.concatenate([starts * len(self) + ends, ends * len(self) + starts])
+        codes.sort()
+        first, second = np.divmod(codes[np.diff(codes, prepend=-1) > 0], len(self))
+        return first, second
 
     def keys(self, rows: Sequence[int]) -> dict[int, str | None]:
         """The key of each of these rows."""
@@ -136,11 +148,11 @@ class View:
 
     def neighbors(self, row: int, most: int) -> list[int]:
         """Rows linked to a row in either direction: its own list first, best first."""
+        if "neighbors" not in self.result.predictions.column_names:
+            return []
         first, second = self.links
         start, stop = np.searchsorted(first, [row, row + 1])
         linked = second[start:stop].tolist()
-        if "neighbors" not in self.result.predictions.column_names:
-            return []
         own = self.result.predictions.column("neighbors")[row].as_py()
         return [*own, *(other for other in linked if other not in own)][:most]
 
