@@ -51,6 +51,22 @@ def test_corrections_are_known_labels(named, corrections, arrays, save, succeeds
     assert run["known_labels"]["n_known"] == 4
 
 
+def test_rows_that_are_picked_as_wrong_are_no_sign_of_another_order(
+    named, corrections, cli, succeeds, tmp_path
+):
+    """Zero-shot is wrong on all of them, always in the same way."""
+    succeeds("solve", named, "--out", tmp_path / "result")
+    zero_shot = table(tmp_path / "result")["zero_shot_label"].to_numpy()
+    known = (zero_shot + 1) % 6
+    np.save(tmp_path / "known.npy", known)
+    ran = cli("solve", named, "--known-labels", tmp_path / "known.npy", "--out", tmp_path / "a")
+    assert "do not seem to be in one order" in ran.err
+    file = corrections([(row, NAMES[k]) for row, k in enumerate(known)])
+    ran = cli("solve", named, "--corrections", file, "--out", tmp_path / "b")
+    assert (ran.code, "in one order" in ran.err) == (0, False)
+    assert table(tmp_path / "b")["label"].to_pylist() == known.tolist()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -149,6 +149,7 @@ def problem_of(features: Features, model: TransCLIP) -> Problem:
     arrays = {name: features.get(name) for name in FIT_ARRAYS}
     X = features.get("image_features")
     problem = Problem.check(X, logit_scale=model.logit_scale, **arrays)
+    problem = replace(problem, corrected=features.corrected)
     if model.gamma is not None and problem.support is None:
         raise InputError(
             "gamma: is the weight of the support, and there is none; leave --gamma out, or give "

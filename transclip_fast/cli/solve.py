@@ -136,5 +136,5 @@ def corrected_features(features: Features, files: Sequence[str]) -> Features:
         known = as_labels(known, "known_labels", rows=n_rows, n_classes=highest, lowest=-1)
         known = corrected(known.numpy(), found)
         features = features.with_arrays({**features.arrays, "known_labels": known})
-        features.origins["known_labels"] = file
+        features.origins["known_labels"], features.corrected = file, True
     return features

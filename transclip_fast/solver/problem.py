@@ -58,6 +58,9 @@ class Problem:
         Labelled rows that take part, and that choose gamma.
     known : Tensor (N,) int64, optional
         Class of each query, -1 where it is unknown.
+    corrected : bool
+        Whether known queries were picked as they seemed wrong: then zero-shot's errors among them
+        say nothing of the order of the classes.
     """
 
     features: torch.Tensor | StoredRows
@@ -67,6 +70,7 @@ class Problem:
     support: LabelledRows | None
     validation: LabelledRows | None
     known: torch.Tensor | None
+    corrected: bool = False
 
     @classmethod
     def check(
@@ -191,7 +195,8 @@ class Problem:
             known = KnownRows.of(self.known.to(device), features, prior.n_classes)
             some = evenly_spaced_rows(len(known.rows), ORDER_SAMPLE_ROWS, device)
             rows, labels = known.rows[some], known.labels[some]
-            _warn_of_order("known", labels, prior, features[rows], rows)
+            if not self.corrected:
+                _warn_of_order("known", labels, prior, features[rows], rows)
         return Inputs(features, prior, zero_shot, support, validation, known)
 
 

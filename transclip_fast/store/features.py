@@ -93,6 +93,8 @@ class Features:
         Model and weights that encoded the rows, if a manifest names them.
     maps : dict
         Hash of each linear map that the embeddings went through.
+    corrected : bool
+        Whether known labels are corrections.
     """
 
     path: str
@@ -103,6 +105,7 @@ class Features:
     keys: list[str | None] | None = None
     encoder: dict[str, Any] | None = None
     maps: dict[str, str] = field(default_factory=dict)
+    corrected: bool = False
     _sha256: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
