@@ -246,3 +246,33 @@ def test_rows_without_keys_of_their_own_are_corrected_by_number(made, tmp_path):
         edited(made.result, key=pa.array(keys, pa.string()))
         write_report(made.result, tmp_path / "page.html")
         assert read(tmp_path / "page.html")["keyColumn"] == "row"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("confidence", np.full(30, np.nan)),
+        ("confidence", np.full(30, 7.0)),
+        ("confidence", ["high"] * 30),
+        ("confidence", None),
+        ("known", np.ones(30)),
+        ("neighbors", [[30]] * 30),
+        ("neighbors", [[-1]] * 30),
+        ("neighbors", ["0"] * 30),
+        ("label", np.full(30, 6)),
+        ("true_label", np.full(30, -2)),
+        ("top5_labels", [[6]] * 30),
+    ],
+)
+def test_damaged_predictions_are_refused(name, values, made, tmp_path):
+    edited(made.result, **{name: values})
+    with pytest.raises(InputError, match=name) as refused:
+        write_report(made.result, tmp_path / "page.html")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["x", ["x"], [None], {"a": "b"}, 3, None, [float("nan")]])
+def test_odd_entries_of_a_run_are_left_out(value, made, tmp_path):
+    names = ("objective", "changed", "graph", "seconds", "warnings", "inputs_sha256", "accuracy")
+    set_run(made.result, **dict.fromkeys(names, value), features=value)
+    assert write_report(made.result, tmp_path / "page.html")["shown"]["typical"]

@@ -59,7 +59,7 @@ class Content:
         shown, notes = galleries(view), list[str]()
         main = [*dict.fromkeys(row for gallery in shown for row in gallery.rows)]
         around = {row: view.neighbors(row, NEIGHBORS) for row in main}
-        if "neighbors" not in view.result.predictions.column_names:
+        if not view.result.has("neighbors"):
             notes.append("Neighbours are not shown: the result does not hold them.")
         sides = dict.fromkeys((row for rows in around.values() for row in rows), NEIGHBOR_SIDE)
         sides = dict.fromkeys(main, SIDE) | {k: v for k, v in sides.items() if k not in around}
@@ -96,13 +96,13 @@ class Content:
         }
 
     def _image(self, row: int) -> dict[str, Any]:
-        view, key, text = self.view, self.keys[row], self.view.zero_shot_confidence
+        view, key = self.view, self.keys[row]
         found: dict[str, Any] = {
             "key": None if key is None else key[:KEY_LENGTH],
             "label": int(view.labels[row]),
             "confidence": _number(view.confidence[row]),
             "zeroShot": int(view.zero_shot[row]),
-            "zeroShotConfidence": None if text is None else _number(text[row]),
+            "zeroShotConfidence": _number(view.zero_shot_confidence[row]),
         }
         if row in self.thumbnails:
             found["picture"] = self.thumbnails[row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ def facts(view: View) -> list[Fact]:
     """The summary of a result."""
     run, n = view.run, len(view)
     found = [Fact("images", f"{n:,}"), Fact("classes", f"{run['n_classes']:,}", _used(view))]
-    if run.get("accuracy") is not None:
-        found.append(_accuracy(view))
+    if view.truth is not None and (view.truth >= 0).any():
+        found.append(_accuracy(view, view.truth))
     changed = int((view.labels != view.zero_shot).sum())
     found.append(Fact("labels changed", f"{changed:,}", f"{_percent(changed, n)} of all"))
     if view.before is not None:
@@ -34,24 +35,23 @@ def facts(view: View) -> list[Fact]:
     elif view.known.any():
         found.append(Fact("known labels", f"{int(view.known.sum()):,}"))
     graph = run.get("graph")
-    if isinstance(graph, Mapping) and isinstance(graph.get("recall"), int | float):
+    if isinstance(graph, Mapping) and (recall := numbers([graph.get("recall")])):
         note = f"{graph.get('search', '')} search"
-        found.append(Fact("graph recall", f"{100 * graph['recall']:.2f} %", note))
+        found.append(Fact("graph recall", f"{100 * recall[0]:.2f} %", note))
     if times := stages(run):
-        total = sum(run["seconds"].values())
         note = ", ".join(f"{stage.name} {stage.value}" for stage in times)
-        found.append(Fact("time", f"{total:.1f} s", note))
+        found.append(Fact("time", f"{sum(_seconds(run).values()):.1f} s", note))
     return found
 
 
-def _accuracy(view: View) -> Fact:
-    run = view.run
-    start, what = run["zero_shot_accuracy"], "zero-shot"
-    if view.truth is not None and view.earlier is not None:
-        start, what = accuracy(view.earlier, view.truth), "before"
-    labelled = run.get("n_labelled", len(view))
+def _accuracy(view: View, truth: np.ndarray) -> Fact:
+    what, labels = "zero-shot", view.zero_shot
+    if view.earlier is not None:
+        what, labels = "before", view.earlier
+    labelled = int((truth >= 0).sum())
     of = "" if labelled == len(view) else f", of {labelled:,}"
-    return Fact("accuracy", f"{run['accuracy']:.2f} %", f"{what} {start:.2f} %{of}")
+    note = f"{what} {accuracy(labels, truth):.2f} %{of}"
+    return Fact("accuracy", f"{accuracy(view.labels, truth):.2f} %", note)
 
 
 def _used(view: View) -> str:
@@ -65,8 +65,21 @@ def _percent(part: int, whole: int) -> str:
 
 def stages(run: Mapping[str, Any]) -> list[Fact]:
     """Seconds of each stage."""
-    seconds = run.get("seconds", {})
-    return [Fact(name, f"{value:.2f} s") for name, value in seconds.items()]
+    return [Fact(name, f"{value:.2f} s") for name, value in _seconds(run).items()]
+
+
+def _seconds(run: Mapping[str, Any]) -> dict[str, float]:
+    found = run.get("seconds")
+    found = found if isinstance(found, Mapping) else {}
+    return {name: value for name, value in found.items() if numbers([value])}
+
+
+def numbers(values: Any) -> list[float]:
+    """The values of a list in run.json if all of them are finite numbers, else none."""
+    if not isinstance(values, list):
+        return []
+    plain = all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    return values if plain else []
 
 
 def settings(run: Mapping[str, Any]) -> list[Fact]:

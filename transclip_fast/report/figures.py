@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from transclip_fast.report.facts import numbers
 from transclip_fast.report.view import View
 
 # Drawn with these colours, shown with variables of the style sheet.
@@ -48,17 +49,16 @@ def figures(view: View) -> list[tuple[str, str]]:
     """A title and an SVG of each plot that the result has the numbers for."""
     found = []
     with rc_context(STYLE):
-        objective, changed = (view.run.get(name) for name in ("objective", "changed"))
+        objective, changed = (numbers(view.run.get(name)) for name in ("objective", "changed"))
         if objective:
             found.append(("Objective and labels changed, by step", _steps(objective, changed)))
-        text = view.zero_shot_confidence
-        if text is not None:
-            found.append(("Confidence", _confidences(text, view.confidence)))
+        confidences = _confidences(view.zero_shot_confidence, view.confidence)
+        found.append(("Confidence", confidences))
         found.append(("Class sizes, largest first", _sizes(view)))
     return found
 
 
-def _steps(objective: Sequence[float], changed: Sequence[int] | None) -> str:
+def _steps(objective: Sequence[float], changed: Sequence[float]) -> str:
     figure = Figure(figsize=SIZE, layout="constrained")
     steps = np.arange(1, len(objective) + 1)
     axes = figure.add_subplot()
@@ -67,7 +67,7 @@ def _steps(objective: Sequence[float], changed: Sequence[int] | None) -> str:
     axes.set_ylabel("objective")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.ticklabel_format(axis="y", useOffset=False)
-    if changed is not None:
+    if len(changed) == len(steps):
         other = axes.twinx()
         other.bar(steps, changed, color=BEFORE, alpha=0.45, width=0.7)
         other.set_ylabel("labels changed")

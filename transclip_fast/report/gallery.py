@@ -97,10 +97,9 @@ def _changes(view: View) -> Iterator[Group]:
 
 def _typical(view: View) -> Iterator[Group]:
     sizes = np.bincount(view.labels, minlength=view.run["n_classes"])
-    text = view.zero_shot_confidence
     for k in np.argsort(-sizes, kind="stable")[:CLASSES]:
         rows = np.flatnonzero(view.labels == k)
-        by = (view.confidence[rows],) if text is None else (text[rows], view.confidence[rows])
+        by = view.zero_shot_confidence[rows], view.confidence[rows]
         surest = rows[np.lexsort(by)[::-1][:OF_CLASS]]
         if sizes[k]:
             yield Group(surest.tolist(), after=int(k), size=int(sizes[k]))

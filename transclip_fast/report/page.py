@@ -61,7 +61,8 @@ def render(content: Content) -> str:
     """The page as HTML."""
     view, data = content.view, content.data()
     style, script = (_asset(f"page.{kind}") for kind in ("css", "js"))
-    warnings = [str(text)[:WARNING_LENGTH] for text in view.run.get("warnings", [])]
+    found = view.run.get("warnings")
+    warnings = [str(text)[:WARNING_LENGTH] for text in found] if isinstance(found, list) else []
     environment = Environment(
         loader=PackageLoader("transclip_fast.report", ""),
         autoescape=True,

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from transclip_fast.data.checks import unit_sample, unread_matrix
@@ -47,12 +49,9 @@ class View:
         if before is None:
             return cls(result)
         earlier = load_result(before, COLUMNS)
-        for name in ("inputs_sha256", "n_classes"):
-            own, other = result.run.get(name), earlier.run.get(name)
-            if name == "inputs_sha256":
-                own, other = (x and x.get("image_features") for x in (own, other))
-            if own != other:
-                raise InputError(f"{before}: is of other images or classes than {folder}")
+        own, other = ((x.features_sha256, x.run["n_classes"]) for x in (result, earlier))
+        if own != other or len(result) != len(earlier):
+            raise InputError(f"{before}: is of other images or classes than {folder}")
         return cls(result, earlier)
 
     @property
@@ -73,32 +72,20 @@ class View:
 
     @functools.cached_property
     def truth(self) -> np.ndarray | None:
-        there = TRUTH in self.result.predictions.column_names
-        return self.result.labels(TRUTH) if there else None
-
-    def column(self, name: str) -> np.ndarray | None:
-        """A column of numbers, if the result has it."""
-        table = self.result.predictions
-        if name not in table.column_names:
-            return None
-        found: np.ndarray = table.column(name).to_numpy()
-        return found
+        return self.result.labels(TRUTH) if self.result.has(TRUTH) else None
 
     @functools.cached_property
     def confidence(self) -> np.ndarray:
-        found = self.column("confidence")
-        if found is None:
-            raise InputError(f"{self.result.folder}: has no column 'confidence'; solve again")
-        return found
+        return self.result.shares("confidence")
 
     @functools.cached_property
-    def zero_shot_confidence(self) -> np.ndarray | None:
-        return self.column("zero_shot_confidence")
+    def zero_shot_confidence(self) -> np.ndarray:
+        return self.result.shares("zero_shot_confidence")
 
     @functools.cached_property
     def known(self) -> np.ndarray:
         """Whether the class of each row was given."""
-        return _known(self.result)
+        return self.result.known()
 
     @functools.cached_property
     def earlier(self) -> np.ndarray | None:
@@ -110,7 +97,7 @@ class View:
         """Rows whose class was given since `before`, or given otherwise."""
         if self.before is None or self.earlier is None:
             return np.zeros(len(self), bool)
-        found: np.ndarray = self.known & (~_known(self.before) | (self.labels != self.earlier))
+        found: np.ndarray = self.known & (~self.before.known() | (self.labels != self.earlier))
         return found
 
     @functools.cached_property
@@ -130,10 +117,7 @@ class View:
     @functools.cached_property
     def links(self) -> tuple[np.ndarray, np.ndarray]:
         """Pairs of neighbours in both directions, each once, sorted by the first."""
-        table = self.result.predictions
-        if "neighbors" not in table.column_names:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        lists = table.column("neighbors").combine_chunks()
+        lists = self.result.lists("neighbors", len(self))
         ends = lists.flatten().to_numpy()
         starts = np.repeat(np.arange(len(self)), lists.value_lengths().to_numpy())
         codes = np.concatenate([starts * len(self) + ends, ends * len(self) + starts])
@@ -143,35 +127,31 @@ class View:
 
     def keys(self, rows: Sequence[int]) -> dict[int, str | None]:
         """The key of each of these rows."""
-        found = self.result.predictions.column("key").take(list(rows)).to_pylist()
+        column = pc.cast(self.result.predictions.column("key"), pa.string())
+        found = column.take(list(rows)).to_pylist()
         return dict(zip(map(int, rows), found, strict=True))
 
     def neighbors(self, row: int, most: int) -> list[int]:
         """Rows linked to a row in either direction: its own list first, best first."""
-        if "neighbors" not in self.result.predictions.column_names:
+        if not self.result.has("neighbors"):
             return []
         first, second = self.links
         start, stop = np.searchsorted(first, [row, row + 1])
-        linked = second[start:stop].tolist()
-        own = self.result.predictions.column("neighbors")[row].as_py()
+        linked, own = (
+            second[start:stop].tolist(),
+            self.result.predictions.column("neighbors")[row].as_py(),
+        )
         return [*own, *(other for other in linked if other not in own)][:most]
 
     def joint(self, rows: Sequence[int]) -> dict[int, Opinion]:
         """The most likely classes of each row."""
+        self.result.lists(TOP[0], self.run["n_classes"])
         table = self.result.predictions
         labels, values = (table.column(name).take(list(rows)).to_pylist() for name in TOP)
         return {
             row: [*zip(some, sure, strict=True)][:SHOWN_CLASSES]
             for row, some, sure in zip(rows, labels, values, strict=True)
         }
-
-
-def _known(result: Result) -> np.ndarray:
-    table = result.predictions
-    if "known" not in table.column_names:
-        return np.zeros(table.num_rows, bool)
-    found: np.ndarray = table.column("known").to_numpy()
-    return found
 
 
 def solved_features(result: Result) -> Features:
@@ -183,8 +163,7 @@ def solved_features(result: Result) -> Features:
     if not os.path.exists(path):
         raise InputError(f"the features are gone: {path}")
     features = load_features(path, shots=0 if os.path.isdir(path) else None)
-    expected = result.run.get("inputs_sha256", {}).get("image_features")
-    if features.sha256() != expected:
+    if features.sha256() != result.features_sha256:
         raise InputError(f"the features have changed, or a map was put on them: {path}")
     return features
 

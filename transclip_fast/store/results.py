@@ -44,22 +44,73 @@ class Result:
     run: dict[str, Any]
     predictions: pa.Table
 
+    def __len__(self) -> int:
+        return int(self.predictions.num_rows)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a column of that name."""
+        return name in self.predictions.column_names
+
     def labels(self, name: str) -> np.ndarray:
         """
         A column of class indices, (N,) int64, -1 where a true label is unknown.
 
         InputError if it is missing or holds others.
         """
-        file = self.folder / "predictions.parquet"
-        if name not in self.predictions.column_names:
-            raise InputError(f"{file}: has no column {name!r}; solve again")
         return as_labels(
-            self.predictions.column(name).to_numpy(),
-            f"{file}: {name}",
-            rows=self.predictions.num_rows,
+            self._column(name).to_numpy(),
+            f"{self._file}: {name}",
+            rows=len(self),
             n_classes=self.run["n_classes"],
             lowest=-1 if name == TRUTH else 0,
         ).numpy()
+
+    def shares(self, name: str) -> np.ndarray:
+        """A column of numbers between 0 and 1, (N,) float64; InputError if it holds others."""
+        column = self._column(name)
+        found: np.ndarray = column.to_numpy()
+        # A softmax in float32 can round to a little above 1.
+        if not pa.types.is_floating(column.type) or not ((found >= 0) & (found <= 1.001)).all():
+            raise self._damaged(name)
+        return found.astype(np.float64)
+
+    def known(self) -> np.ndarray:
+        """Whether the class of each row was given, (N,) bool."""
+        if not self.has("known"):
+            return np.zeros(len(self), bool)
+        column = self._column("known")
+        if not pa.types.is_boolean(column.type) or column.null_count:
+            raise self._damaged("known")
+        found: np.ndarray = column.to_numpy()
+        return found
+
+    def lists(self, name: str, limit: int) -> pa.ListArray:
+        """A column of lists of numbers from 0 to `limit` - 1; InputError if it holds others."""
+        column = self._column(name).combine_chunks()
+        if not pa.types.is_list(column.type) or not pa.types.is_integer(column.type.value_type):
+            raise self._damaged(name)
+        values = column.flatten()
+        if column.null_count or values.null_count or not _within(values.to_numpy(), limit):
+            raise self._damaged(name)
+        return column
+
+    @property
+    def features_sha256(self) -> str | None:
+        """Hash of the image features that were solved, if it is there."""
+        hashes = self.run.get("inputs_sha256")
+        return hashes.get("image_features") if isinstance(hashes, dict) else None
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "predictions.parquet"
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        if not self.has(name):
+            raise InputError(f"{self._file}: has no column {name!r}; solve again")
+        return self.predictions.column(name)
+
+    def _damaged(self, name: str) -> InputError:
+        return InputError(f"{self._file}: {name} is damaged; solve again")
 
 
 def prediction_tables(
@@ -213,6 +264,10 @@ def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
     if (file.parent / "run.json").exists():
         _check_hash(file, load_run(path))
     return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
+
+
+def _within(values: np.ndarray, limit: int) -> bool:
+    return not len(values) or (values.min() >= 0 and values.max() < limit)
 
 
 def _top(distributions: np.ndarray | sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
