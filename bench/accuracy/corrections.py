@@ -3,10 +3,10 @@
 On WHU-RS19 (three backbones, real text), Oxford Pets, DTD and Caltech101 (means of half of the
 validation rows as text), 80 % of the queries in each draw. 20, 50 or 100 rows get their true class
 and are solved again as known labels; rows are drawn at random, or chosen by an uncertainty of what
-a result holds, alone, without neighbours of chosen ones ("apart"), or with the uncertainty of the
-neighbours ("and dense"). What
-the corrected rows gain themselves and what spreads to others is told apart. The choice that gains
-most on half of the sets is reported on the others. With --large 200,000 made rows.
+a result holds: alone, without neighbours of chosen ones ("apart"), or with the uncertainty of the
+neighbours ("and dense"). What the corrected rows gain themselves and what spreads to others is told
+apart. The choice that gains most on half of the sets is reported on the others. With --large
+200,000 made rows.
 """
 
 from __future__ import annotations
