@@ -340,8 +340,7 @@ def test_demo(cli, tmp_path, no_network):
         assert numbers["zero_shot_accuracy"] == round(100 * (zero_shot == truth).mean(), 4)
     assert (tmp_path / "demo/changed.png").stat().st_size > 10_000
     assert summary["report"] == str(tmp_path / "demo/report.html")
-    assert "data:image" not in (page := (tmp_path / "demo/report.html").read_text())
-    assert page.count('"picture":') > 100
+    assert (tmp_path / "demo/report.html").read_text().count('"picture":') > 100
 
 
 def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp_path):
