@@ -73,7 +73,7 @@ def test_it_fits_and_holds_nothing_but_itself(scheme, width, opened, page_file):
         assert light == (scheme == "light")
         # Pictures are decoded, and neither names nor keys have become elements.
         assert page.evaluate("document.querySelector('.card img').naturalWidth") > 0
-        assert page.locator("script").count() == 2
+        assert page.locator("script").count() == 4
         assert page.locator("img:not([src^='data:image/jpeg;base64,'])").count() == 0
         assert page.locator("#plots svg").count() == 3
 

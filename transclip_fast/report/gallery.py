@@ -63,7 +63,7 @@ def _galleries(view: View) -> Iterator[Gallery]:
     yield Gallery(
         "suggested",
         "Least certain",
-        "Correct these first: no other choice gains more.",
+        "To correct these gains most: begin here.",
         [Group(suggested_rows(view.result, SUGGESTED).tolist())],
     )
     yield Gallery(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
 from transclip_fast.store.atomic import new_file, writing
 
+STYLE, SCRIPTS = "page.css", ("common.js", "images.js", "tables.js")
 WARNINGS, WARNING_LENGTH = 50, 1000  # that are shown, and their characters
 
 
@@ -60,7 +62,7 @@ def write_report(
 def render(content: Content) -> str:
     """The page as HTML."""
     view, data = content.view, content.data()
-    style, script = (_asset(f"page.{kind}") for kind in ("css", "js"))
+    style, *scripts = (_asset(name) for name in (STYLE, *SCRIPTS))
     found = view.run.get("warnings")
     warnings = [str(text)[:WARNING_LENGTH] for text in found] if isinstance(found, list) else []
     environment = Environment(
@@ -75,9 +77,9 @@ def render(content: Content) -> str:
         "page.html.j2"
     ).render(
         title=f"{folder.parent.name}/{folder.name}",
-        policy=_policy(style, script),
+        policy=_policy(style, scripts),
         style=Markup(style),  # noqa: S704 - of this package
-        script=Markup(script),  # noqa: S704
+        scripts=[Markup(script) for script in scripts],  # noqa: S704
         data=Markup(script_json(data)),  # noqa: S704
         facts=facts(view),
         stages=stages(view.run),
@@ -93,13 +95,13 @@ def _asset(name: str) -> str:
     return resources.files("transclip_fast.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, script: str) -> str:
-    """A content security policy: nothing but this style, this script and pictures in the page."""
-    hashes = [
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (style, script)
-    ]
+def _policy(style: str, scripts: Sequence[str]) -> str:
+    """A content security policy: nothing but this style, these scripts and pictures in the page."""
+
+    def source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
     return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; "
-        f"script-src 'sha256-{hashes[1]}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src {source(style)}; "
+        f"script-src {' '.join(map(source, scripts))}; base-uri 'none'; form-action 'none'"
     )
