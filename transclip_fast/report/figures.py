@@ -110,7 +110,7 @@ def _sizes(view: View) -> str:
     axes.set_ylim(bottom=0)
     if n_classes <= POINTS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right" if n_classes <= POINTS else "lower left")
     return _svg(figure)
 
 
