@@ -43,6 +43,8 @@ def uncertainties(model: TransCLIP, pairs: Pairs) -> dict[str, np.ndarray]:
         "zero-shot": 1 - text,
         "z and zero-shot": 1 - np.sqrt(z * text),
         "z and neighbours": 1 - np.sqrt(z * agree),
+        "calibrated": 1 - model.calibrated_confidences_.astype(np.float64),
+        "z and calibrated": 1 - np.sqrt(z * model.calibrated_confidences_),
         "z, zero-shot and neighbours": 1 - np.cbrt(z * text * agree),
     }
 
