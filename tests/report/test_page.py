@@ -96,7 +96,8 @@ def test_the_first_gallery_is_what_suggest_lists(made):
     first = galleries(view)[0]
     assert first.name == "suggested"
     assert first.rows == suggested_rows(load_result(made.result), len(view)).tolist()
-    confidence = pq.read_table(made.result / "predictions.parquet")["confidence"].to_pylist()
+    table = pq.read_table(made.result / "predictions.parquet")
+    confidence = table["calibrated_confidence"].to_pylist()
     assert first.rows == sorted(range(len(view)), key=confidence.__getitem__)
 
 
@@ -180,7 +181,7 @@ def test_features_that_have_changed_are_not_used(made, tmp_path):
 
 def test_an_older_result(made, tmp_path):
     """Without what a report added to results."""
-    edited(made.result, neighbors=None, known=None)
+    edited(made.result, neighbors=None, known=None, calibrated_confidence=None)
     set_run(made.result, changed=None, features=None)
     summary = write_report(made.result, tmp_path / "page.html")
     assert [note.split(":")[0] for note in summary["notes"]] == [
@@ -231,7 +232,7 @@ def test_a_result_of_other_images_is_refused(made, tmp_path):
 def test_many_long_names_fit(made, tmp_path, monkeypatch):
     """Names are cut, classes left out, and corrections still call each class unmistakably."""
     n_classes = 55_000
-    long = [f"{'&' * 300}{k}" for k in range(n_classes)]
+    long = [f"{'&' * 150}{k}" for k in range(n_classes)]
     names = [*NAMES, *long[len(NAMES) : -2], "7", "7"]
     set_run(made.result, n_classes=n_classes, class_names=names)
     summary = write_report(made.result, tmp_path / "page.html")
@@ -252,10 +253,11 @@ def test_rows_without_keys_of_their_own_are_corrected_by_number(made, tmp_path):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("confidence", np.full(30, np.nan)),
-        ("confidence", np.full(30, 7.0)),
-        ("confidence", ["high"] * 30),
-        ("confidence", None),
+        ("calibrated_confidence", np.full(30, np.nan)),
+        ("calibrated_confidence", np.full(30, 7.0)),
+        ("calibrated_confidence", ["high"] * 30),
+        ("zero_shot_confidence", None),
+        ("zero_shot_confidence", np.full(30, -0.1)),
         ("known", np.ones(30)),
         ("neighbors", [[30]] * 30),
         ("neighbors", [[-1]] * 30),
@@ -263,6 +265,8 @@ def test_rows_without_keys_of_their_own_are_corrected_by_number(made, tmp_path):
         ("label", np.full(30, 6)),
         ("true_label", np.full(30, -2)),
         ("top5_labels", [[6]] * 30),
+        ("top5_labels", [[5]] * 30),
+        ("top5_confidences", [[np.nan] * 5] * 30),
     ],
 )
 def test_damaged_predictions_are_refused(name, values, made, tmp_path):

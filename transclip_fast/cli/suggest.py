@@ -43,13 +43,13 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     loaded = load_result(result, (*COLUMNS, *suggest.COLUMNS))
     chosen = suggest.suggested_rows(loaded, number)
     rows = loaded.predictions.select(
-        [name for name in (*COLUMNS, "confidence") if name in loaded.predictions.column_names]
+        [name for name in (*COLUMNS, *suggest.COLUMNS[:2]) if loaded.has(name)]
     )
     found = rows.take(chosen).to_pylist()
     lines = [
         f"{_shown(row['key'] or str(row['row']))}: {_shown(row['label_name'])} "
-        f"({100 * row['confidence']:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
-        for row in found
+        f"({100 * sure:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
+        for row, sure in zip(found, loaded.confidence()[chosen], strict=True)
     ]
     if table is not None:
         _write(Path(table), found)

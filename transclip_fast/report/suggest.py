@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from transclip_fast.store.results import Result
+from transclip_fast.store.results import CALIBRATED, Result
 
-COLUMNS = ("confidence", "known")  # of the predictions
+COLUMNS = ("confidence", CALIBRATED, "known")  # of the predictions
 
 
 def suggested_rows(result: Result, n: int) -> np.ndarray:
     """At most `n` rows of a result whose class was not given, the first to correct first."""
     rows = np.flatnonzero(~result.known())
-    return rows[np.argsort(result.shares("confidence")[rows], kind="stable")[:n]]
+    return rows[np.argsort(result.confidence()[rows], kind="stable")[:n]]

@@ -19,11 +19,11 @@ from transclip_fast.errors import InputError
 from transclip_fast.solver.loop import predict
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.results import TRUTH, Result, load_mixture, load_result
+from transclip_fast.store.results import CALIBRATED, TRUTH, Result, load_mixture, load_result
 
 COLUMNS = (
     *("key", "label", "confidence", "zero_shot_label", "zero_shot_confidence"),
-    *("neighbors", "known", TRUTH),
+    *(CALIBRATED, "neighbors", "known", TRUTH),
 )
 TOP = ("top5_labels", "top5_confidences")
 SHOWN_CLASSES = 3  # of an opinion
@@ -76,7 +76,7 @@ class View:
 
     @functools.cached_property
     def confidence(self) -> np.ndarray:
-        return self.result.shares("confidence")
+        return self.result.confidence()
 
     @functools.cached_property
     def zero_shot_confidence(self) -> np.ndarray:
@@ -145,9 +145,10 @@ class View:
 
     def joint(self, rows: Sequence[int]) -> dict[int, Opinion]:
         """The most likely classes of each row."""
-        self.result.lists(TOP[0], self.run["n_classes"])
-        table = self.result.predictions
-        labels, values = (table.column(name).take(list(rows)).to_pylist() for name in TOP)
+        columns = self.result.lists(TOP[0], self.run["n_classes"]), self.result.lists(TOP[1])
+        labels, values = (column.take(pa.array(rows, pa.int64())).to_pylist() for column in columns)
+        if [*map(len, labels)] != [*map(len, values)]:
+            raise InputError(f"{self.result.folder}: {TOP[0]} are damaged; solve again")
         return {
             row: [*zip(some, sure, strict=True)][:SHOWN_CLASSES]
             for row, some, sure in zip(rows, labels, values, strict=True)

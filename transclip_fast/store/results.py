@@ -31,7 +31,7 @@ CSV_FILE = "predictions.csv"
 CONTENTS = frozenset({"predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json"})
 HASHED = ("predictions.parquet", "mixture.safetensors")
 FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
-TRUTH = "true_label"  # a column
+TRUTH, CALIBRATED = "true_label", "calibrated_confidence"  # columns
 TOP_CLASSES = 5  # listed for each row
 TABLE_ROWS = 1 << 16  # converted to a block of the table at a time
 
@@ -68,11 +68,14 @@ class Result:
     def shares(self, name: str) -> np.ndarray:
         """A column of numbers between 0 and 1, (N,) float64; InputError if it holds others."""
         column = self._column(name)
-        found: np.ndarray = column.to_numpy()
-        # A softmax in float32 can round to a little above 1.
-        if not pa.types.is_floating(column.type) or not ((found >= 0) & (found <= 1.001)).all():
+        if not _are_shares(column):
             raise self._damaged(name)
-        return found.astype(np.float64)
+        found: np.ndarray = np.minimum(column.to_numpy().astype(np.float64), 1)
+        return found
+
+    def confidence(self) -> np.ndarray:
+        """How sure each label is, (N,) float64; calibrated, if the result has that."""
+        return self.shares(CALIBRATED if self.has(CALIBRATED) else "confidence")
 
     def known(self) -> np.ndarray:
         """Whether the class of each row was given, (N,) bool."""
@@ -84,13 +87,17 @@ class Result:
         found: np.ndarray = column.to_numpy()
         return found
 
-    def lists(self, name: str, limit: int) -> pa.ListArray:
-        """A column of lists of numbers from 0 to `limit` - 1; InputError if it holds others."""
+    def lists(self, name: str, limit: int | None = None) -> pa.ListArray:
+        """
+        A column of lists of whole numbers from 0 to `limit` - 1, without it of numbers from 0 to 1.
+
+        InputError if it holds others.
+        """
         column = self._column(name).combine_chunks()
-        if not pa.types.is_list(column.type) or not pa.types.is_integer(column.type.value_type):
+        if not pa.types.is_list(column.type) or column.null_count:
             raise self._damaged(name)
         values = column.flatten()
-        if column.null_count or values.null_count or not _within(values.to_numpy(), limit):
+        if not (_are_shares(values) if limit is None else _are_places(values, limit)):
             raise self._damaged(name)
         return column
 
@@ -266,8 +273,18 @@ def load_mixture(path: str | Path) -> tuple[Mixture, dict[str, torch.Tensor]]:
     return Mixture(tensors.pop("means"), tensors.pop("variances")), tensors
 
 
-def _within(values: np.ndarray, limit: int) -> bool:
-    return not len(values) or (values.min() >= 0 and values.max() < limit)
+def _are_shares(column: Any) -> bool:
+    """Whether a column has numbers from 0 to 1, which a softmax in float32 exceeds by rounding."""
+    values = np.asarray(column)
+    return pa.types.is_floating(column.type) and bool(((values >= 0) & (values <= 1.001)).all())
+
+
+def _are_places(column: Any, limit: int) -> bool:
+    """Whether a column has whole numbers from 0 to `limit` - 1."""
+    if not pa.types.is_integer(column.type) or column.null_count:
+        return False
+    extremes = pc.min_max(column).as_py()
+    return not len(column) or (extremes["min"] >= 0 and extremes["max"] < limit)
 
 
 def _top(distributions: np.ndarray | sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
