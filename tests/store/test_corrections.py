@@ -94,6 +94,7 @@ def test_texts_of_classes_with_one_name(tmp_path):
         ([("+1", "")], ("key", "label"), "corrects nothing"),
         ([("+1", "cat")], ("key", "name"), "has no column 'label'"),
         ([("+1", "cat")], ("name", "label"), "has no column 'key'"),
+        ([("0", "cat")], ("path", "label"), "'0' is the key of no row"),
         ([("15", "cat")], ("row", "label"), "'15' is no row"),
         ([("-1", "cat")], ("row", "label"), "'-1' is no row"),
         ([("twin", "cat")], ("key", "label"), "'twin' is the key of several rows"),

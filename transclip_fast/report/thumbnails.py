@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from transclip_fast.store.arrays import read_table
 from transclip_fast.store.features import numbered
 
 PATHS = ("path", "image_path")  # columns of metadata, the first that there is
+STAMPS = ("size", "mtime_ns")  # columns that `encode` writes; a size alone may be anything
 BLOCK = 64  # images read at a time, until there is no room for more
 QUALITY = 75  # of a JPEG
 
@@ -89,21 +90,21 @@ def metadata_of(folder: Path, rows: Sequence[int]) -> tuple[dict[int, str], dict
     """Path, and size if the metadata has one, of the images of sorted `rows`."""
     paths, sizes, start = dict[int, str](), dict[int, int](), 0
     for file in numbered(folder, "metadata").values():
-        table = read_table(file, (*PATHS, "size"))
+        table = read_table(file, (*PATHS, *STAMPS))
         here = [row for row in rows if start <= row < start + table.num_rows]
         column = next((name for name in PATHS if name in table.column_names), None)
         part = table.take([row - start for row in here])
         if column is not None:
             found = zip(here, part.column(column).to_pylist(), strict=True)
             paths |= {row: path for row, path in found if path is not None}
-        if "size" in table.column_names:
+        if set(STAMPS) <= set(table.column_names):
             sizes |= zip(here, part.column("size").to_pylist(), strict=True)
         start += table.num_rows
     return paths, sizes
 
 
 def thumbnails(
-    pictures: Pictures | None, wanted: Iterable[tuple[int, int]], room: int
+    pictures: Pictures | None, wanted: Collection[tuple[int, int]], room: int
 ) -> tuple[dict[int, str], Counter[str]]:
     """
     Thumbnails of rows, each with its side, until they fill `room` bytes; and why others are not.
@@ -112,7 +113,7 @@ def thumbnails(
     if pictures is None:
         return found, missing
     order = [(row, side) for row, side in wanted if row in pictures.places]
-    missing["not among the images"] += len([*wanted]) - len(order)
+    missing["not among the images"] += len(wanted) - len(order)
 
     def read(one: tuple[int, int]) -> tuple[str, str]:
         try:

@@ -74,13 +74,12 @@ def read_corrections(
     path = Path(path)
     columns, _ = read_columns(path, COLUMNS, "label", exact=True)
     labels = [None if x is None else unguarded(str(x)) for x in columns["label"]]
-    find = _finder(path, columns, keys, n_rows)
-    class_of = _Classes(names)
+    row_of, class_of = _row_finder(path, columns, keys, n_rows), _class_finder(path, names)
     found: dict[int, int] = {}
-    for place, label in enumerate(labels):
+    for line, label in enumerate(labels):
         if label is None or not label.strip():
             continue
-        row, k = find(place), class_of(label, path)
+        row, k = row_of(line), class_of(label)
         if found.setdefault(row, k) != k:
             raise InputError(f"{path}: corrects row {row} twice, to different classes; keep one")
     if not found:
@@ -88,66 +87,59 @@ def read_corrections(
     return found
 
 
-def _finder(
+def _row_finder(
     path: Path, columns: Mapping[str, Sequence[Any]], keys: Sequence[str | None] | None, n_rows: int
 ) -> Callable[[int], int]:
     """Return a function from a line of the table to the row that it names."""
-    if keys is None or None in keys:
-        if "row" not in columns:
-            raise InputError(f"{path}: the features have no keys; name their rows in a column row")
-    elif "key" in columns:
+    keyed = keys is not None and None not in keys
+    if keys is not None and keyed and "key" in columns:
         by_key = _exact(keys)
 
-        def by_name(place: int) -> int:
-            key = columns["key"][place]
+        def by_name(line: int) -> int:
+            key = columns["key"][line]
             key = "" if key is None else unguarded(str(key))
             key = key if key in by_key else key.strip()
             if key not in by_key:
                 raise InputError(f"{path}: {key!r} is the key of no row, as {keys[0]!r} is of one")
-            row = by_key[key]
-            if row is None:
-                raise InputError(f"{path}: {key!r} is the key of several rows; give a column row")
-            return row
+            return _only(by_key[key], f"{path}: {key!r} is the key of several rows; name a row")
 
         return by_name
-    elif "row" not in columns:
-        raise InputError(f"{path}: has no column 'key'")
+    if "row" not in columns:
+        why = "" if keyed else ", and the features have no keys; name their rows in a column row"
+        raise InputError(f"{path}: has no column {'key' if keyed else 'row'!r}{why}")
 
-    def by_number(place: int) -> int:
-        text = str(columns["row"][place]).strip()
-        if not WHOLE.fullmatch(text) or not int(float(text)) < n_rows:
+    def by_number(line: int) -> int:
+        text = str(columns["row"][line]).strip()
+        number = WHOLE.fullmatch(text)
+        if not number or int(number[1]) >= n_rows:
             raise InputError(f"{path}: {text!r} is no row; they are 0 .. {n_rows - 1}")
-        return int(float(text))
+        return int(number[1])
 
     return by_number
 
 
-class _Classes:
-    """The class that a label means."""
+def _class_finder(path: Path, names: Sequence[str] | None) -> Callable[[str], int]:
+    """Return a function from a label to the class that it means."""
+    exact, plain = _exact(names or ()), positions_by_name(names or ())
 
-    def __init__(self, names: Sequence[str] | None) -> None:
-        self._names = names
-        self._exact = _exact(names or ())
-        self._plain = positions_by_name(names or ())
-
-    def __call__(self, label: str, path: Path) -> int:
-        stripped, plain = label.strip(), plain_name(label)
-        for names, text in (
-            (self._exact, label),
-            (self._exact, stripped),
-            (self._plain, plain),
-        ):
-            if text in names:
-                if (k := names[text]) is None:
-                    raise InputError(
-                        f"{path}: {label!r} is the name of several classes; give its position"
-                    )
-                return k
-        if not (match := WHOLE.fullmatch(stripped)) or (
-            self._names is not None and int(match[1]) >= len(self._names)
-        ):
+    def find(label: str) -> int:
+        stripped = label.strip()
+        for places, text in ((exact, label), (exact, stripped), (plain, plain_name(label))):
+            if text in places:
+                several = f"{path}: {label!r} is the name of several classes; give a position"
+                return _only(places[text], several)
+        number = WHOLE.fullmatch(stripped)
+        if not number or (names is not None and int(number[1]) >= len(names)):
             raise InputError(f"{path}: {label!r} is none of the classes")
-        return int(match[1])
+        return int(number[1])
+
+    return find
+
+
+def _only(place: int | None, several: str) -> int:
+    if place is None:
+        raise InputError(several)
+    return place
 
 
 def _exact(texts: Sequence[Any]) -> dict[Any, int | None]:
