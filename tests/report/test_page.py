@@ -97,8 +97,10 @@ def test_the_first_gallery_is_what_suggest_lists(made):
     assert first.name == "suggested"
     assert first.rows == suggested_rows(load_result(made.result), len(view)).tolist()
     table = pq.read_table(made.result / "predictions.parquet")
-    confidence = table["calibrated_confidence"].to_pylist()
-    assert first.rows == sorted(range(len(view)), key=confidence.__getitem__)
+    z, calibrated = (table[x].to_pylist() for x in ("confidence", "calibrated_confidence"))
+    assert first.rows == sorted(range(len(view)), key=z.__getitem__)
+    (least,) = (gallery for gallery in galleries(view) if gallery.name == "uncertain")
+    assert least.rows == sorted(range(len(view)), key=calibrated.__getitem__)
 
 
 def test_images_moved_deleted_and_replaced(tmp_path):
@@ -189,6 +191,7 @@ def test_an_older_result(made, tmp_path):
         "What text and mixture say alone is not shown",
     ]
     assert summary["shown"]["suggested"] == 30
+    assert "uncertain" not in summary["shown"]
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "predicted", "on_head"])
@@ -256,6 +259,7 @@ def test_rows_without_keys_of_their_own_are_corrected_by_number(made, tmp_path):
         ("calibrated_confidence", np.full(30, np.nan)),
         ("calibrated_confidence", np.full(30, 7.0)),
         ("calibrated_confidence", ["high"] * 30),
+        ("confidence", None),
         ("zero_shot_confidence", None),
         ("zero_shot_confidence", np.full(30, -0.1)),
         ("known", np.ones(30)),

@@ -31,8 +31,9 @@ COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_la
 )
 @options.json_option
 def command(result: str, number: int, table: str | None, as_json: bool) -> None:
-    """List the images of RESULT whose correction helps most: the least certain ones.
+    """List the images of RESULT whose correction helps most.
 
+    They have the lowest confidence in the predictions: the solution itself wavers there.
     The page of `report` shows the same images first.
 
     \b
@@ -43,13 +44,13 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     loaded = load_result(result, (*COLUMNS, *suggest.COLUMNS))
     chosen = suggest.suggested_rows(loaded, number)
     rows = loaded.predictions.select(
-        [name for name in (*COLUMNS, *suggest.COLUMNS[:2]) if loaded.has(name)]
+        [name for name in (*COLUMNS, "confidence") if loaded.has(name)]
     )
     found = rows.take(chosen).to_pylist()
     lines = [
         f"{_shown(row['key'] or str(row['row']))}: {_shown(row['label_name'])} "
-        f"({100 * sure:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
-        for row, sure in zip(found, loaded.confidence()[chosen], strict=True)
+        f"({100 * row['confidence']:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
+        for row in found
     ]
     if table is not None:
         _write(Path(table), found)

@@ -9,8 +9,9 @@ import numpy as np
 
 from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.view import View
+from transclip_fast.store.results import CALIBRATED
 
-SUGGESTED, MOVED = 60, 48  # images
+SUGGESTED, UNCERTAIN, MOVED = 30, 48, 48  # images
 FLOWS, OF_FLOW = 14, 6  # flows, and images of each
 CLASSES, OF_CLASS = 24, 4  # the largest, and images of each
 LISTED_FLOWS = 30
@@ -62,8 +63,8 @@ def _galleries(view: View) -> Iterator[Gallery]:
         yield _marked("back", "Moved back", text, view.moved_back)
     yield Gallery(
         "suggested",
-        "Least certain",
-        "To correct these gains most: begin here.",
+        "Correct these first",
+        "The solution wavers between classes here: to correct these images gains most.",
         [Group(suggested_rows(view.result, SUGGESTED).tolist())],
     )
     yield Gallery(
@@ -72,6 +73,11 @@ def _galleries(view: View) -> Iterator[Gallery]:
         "Samples of the most frequent changes from zero-shot.",
         [*_changes(view)],
     )
+    if view.result.has(CALIBRATED):  # else these are the first to correct
+        rows = np.flatnonzero(~view.known)
+        least = rows[np.argsort(view.confidence[rows], kind="stable")[:UNCERTAIN]]
+        text = "The labels that are least likely to be right, by text, mixture and neighbours."
+        yield Gallery("uncertain", "Least certain", text, [Group(least.tolist())])
     yield Gallery(
         "typical",
         "Most typical",
