@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from typing import Any
 
@@ -79,6 +80,7 @@ def _cli() -> None:
 
 def main() -> None:
     """Run the command line; bad input, or a disk that fails, is one line and exit code 2."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of its caches
     try:
         _cli(prog_name="transclip-fast")
     except InputError as error:

@@ -119,7 +119,7 @@ class View:
         """Pairs of neighbours in both directions, each once, sorted by the first."""
         lists = self.result.lists("neighbors", len(self))
         ends = lists.flatten().to_numpy()
-        starts = np.repeat(np.arange(len(self)), lists.value_lengths().to_numpy())
+        starts = np.repeat(np.arange(len(self)), pc.list_value_length(lists).to_numpy())
         codes = np.concatenate([starts * len(self) + ends, ends * len(self) + starts])
         codes.sort()
         first, second = np.divmod(codes[np.diff(codes, prepend=-1) > 0], len(self))
