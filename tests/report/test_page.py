@@ -246,6 +246,15 @@ def test_many_long_names_fit(made, tmp_path, monkeypatch):
     assert classes["label"]["7"] is None  # a class has the name 7
 
 
+def test_names_of_several_classes_show_their_positions(made, tmp_path):
+    set_run(made.result, class_names=["kite", "crane", "", "crane", "4", "plain"])
+    write_report(made.result, tmp_path / "page.html")
+    classes = read(tmp_path / "page.html")["classes"]
+    shown = ["kite", "crane (class 1)", " (class 2)", "crane (class 3)", "4", "plain"]
+    assert classes["name"] == shown
+    assert classes["label"] == {"1": "1", "2": "2", "3": "3"}
+
+
 def test_rows_without_keys_of_their_own_are_corrected_by_number(made, tmp_path):
     for keys in ([None] * len(made.keys), ["one"] * len(made.keys)):
         edited(made.result, key=pa.array(keys, pa.string()))

@@ -33,6 +33,9 @@ def class_table(view: View, named: Collection[int]) -> dict[str, Any]:
     length = _fitting_length(whole)
     shown = [name if len(name) <= length else f"{name[:length]}…" for name in whole]
     called = label_texts(names, n_classes, length)
+    if names:  # one that does not tell its class from the others shows its position, too
+        pairs = zip(ids.tolist(), whole, shown, strict=True)
+        shown = [cut if called[k] == name else f"{cut} (class {k})" for k, name, cut in pairs]
     columns: dict[str, Any] = {
         "id": ids.tolist(),
         "name": shown,
