@@ -17,7 +17,8 @@ from transclip_fast.report.facts import facts, settings, stages
 from transclip_fast.report.figures import figures
 from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
-from transclip_fast.store.atomic import new_file, writing
+from transclip_fast.store.atomic import writing
+from transclip_fast.whole_files import new_file
 
 STYLE, SCRIPTS = "page.css", ("common.js", "images.js", "tables.js")
 WARNINGS, WARNING_LENGTH = 50, 1000  # that are shown, and their characters
