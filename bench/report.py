@@ -19,9 +19,7 @@ from bench.common import ROOT
 from bench.faults import tables as fault_tables
 from bench.tables import Row, compared, newest
 
-BLOCKS = (
-    tables.BLOCKS | wild_tables.BLOCKS | correction_tables.BLOCKS | fault_tables.BLOCKS
-)
+BLOCKS = tables.BLOCKS | wild_tables.BLOCKS | correction_tables.BLOCKS | fault_tables.BLOCKS
 DOCUMENTS = ("README.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)

@@ -12,19 +12,19 @@ from transclip_fast.report.page import write_report
 
 
 @click.command("report")
-@click.argument("result", type=click.Path())
+@click.argument("result", type=options.PATH)
 @click.option(
     "--images",
-    type=click.Path(),
+    type=options.PATH,
     help="Folder, list or tars of the images, as for `encode`, if they have moved.",
 )
 @click.option(
     "--before",
     metavar="RESULT",
-    type=click.Path(),
+    type=options.PATH,
     help="The result before corrections, to mark what they moved, and what moved back.",
 )
-@click.option("--out", default="report.html", type=click.Path(), help="File to write.")
+@click.option("--out", default="report.html", type=options.PATH, help="File to write.")
 @options.json_option
 def command(result: str, images: str | None, before: str | None, out: str, as_json: bool) -> None:
     """Write one HTML file that shows RESULT, to open from disk without a network.

@@ -49,7 +49,7 @@ from transclip_fast.types import NeighborGraph
 @click.option(
     "--corrections",
     multiple=True,
-    type=click.Path(),
+    type=options.PATH,
     help="Table of keys and labels that a person checked, as the page of `report` saves it: known "
     "labels, over others. Several times: later ones win.",
 )

@@ -20,14 +20,14 @@ COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_la
 
 
 @click.command("suggest")
-@click.argument("result", type=click.Path())
+@click.argument("result", type=options.PATH)
 @click.option(
     "-n", "number", default=30, type=options.POSITIVE, help="Images, the most helpful first."
 )
 @click.option(
     "--csv",
     "table",
-    type=click.Path(),
+    type=options.PATH,
     help="Also write a table of them with an empty column label, for `solve --corrections`.",
 )
 @options.json_option
