@@ -101,6 +101,18 @@ class NeighborGraph:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """
+    The settings of a fit that were left open: `values` by name, the best of so many `runs`.
+
+    A single run has the published defaults.
+    """
+
+    values: dict[str, Any]
+    runs: int
+
+
+@dataclass(frozen=True)
 class Affinity:
     """
     A (N, N) in rows of entries; two entries of a row may name the same column.

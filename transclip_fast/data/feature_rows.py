@@ -54,6 +54,7 @@ class Rows:
         self.on_read: Callable[[int], None] | None = None
         self._divisors: torch.Tensor | None = None
         self._ahead: _ReadAhead | None = None
+        self._function: Callable[[torch.Tensor], torch.Tensor] | None = None
         in_file = isinstance(features, np.memmap | StoredRows)
         self._source = unread_matrix(features, name)
         self.shape = (len(self._source), self._source.shape[1])
@@ -76,11 +77,15 @@ class Rows:
         return self._held is not None
 
     def __getitem__(self, ids: torch.Tensor | slice) -> torch.Tensor:
+        rows = self._read(ids)
+        return rows if self._function is None else self._function(rows)
+
+    def _read(self, ids: torch.Tensor | slice) -> torch.Tensor:
         if isinstance(ids, torch.Tensor):
             if self._held is not None:
                 return embedding(ids, self._held)  # copies whole rows, unlike an index
             flat = self._host(ids.flatten().cpu())
-            return flat.to(self.device, self.dtype).view(*ids.shape, self.shape[1])
+            return flat.to(self.device, self.dtype).view(*ids.shape, self._source.shape[1])
         start, stop, _ = ids.indices(len(self))
         if self.on_read is not None:
             self.on_read(stop - start)
@@ -100,6 +105,14 @@ class Rows:
             other._held = self._held.half()
         return other
 
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor], dim: int) -> Rows:
+        """These rows (..., d) after `function`, as (..., dim): applied whenever rows are read."""
+        before = self._function
+        other = copy(self)
+        other._function = function if before is None else lambda rows: function(before(rows))
+        other.shape, other._ahead = (len(self), dim), None
+        return other
+
     def on_cpu(self) -> Rows:
         """These rows for a computation on the CPU."""
         if self.device.type == "cpu":
@@ -117,12 +130,13 @@ class Rows:
 
     @property
     def _block_rows(self) -> int:
-        return max(64, BLOCK_BYTES // (4 * self.shape[1]))
+        return max(64, BLOCK_BYTES // (4 * self._source.shape[1]))
 
     def _host(self, ids: torch.Tensor | slice) -> torch.Tensor:
         """Streamed rows in float32, on the CPU; large slices on all cores."""
         if isinstance(ids, slice) and ids.stop - ids.start > (size := self._block_rows):
-            out = torch.empty(ids.stop - ids.start, self.shape[1], dtype=torch.float32)
+            shape = ids.stop - ids.start, self._source.shape[1]
+            out = torch.empty(shape, dtype=torch.float32)
 
             def part(first: int) -> None:
                 piece = out[first : first + size]

@@ -163,6 +163,16 @@ class TorchOps:
         parallel_map(part, self._edges(z.n_classes), z.values.device)
         return out
 
+    def messages(self, z: Assignments, *, out: torch.Tensor) -> torch.Tensor:
+        """A z of dense assignments, in `out` (N, K), which is returned."""
+
+        def part(block: tuple[slice, Affinity]) -> None:
+            rows, edges = block
+            out[rows] = _messages(edges, z)
+
+        parallel_map(part, self._edges(z.n_classes), z.values.device)
+        return out
+
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Z^T F (K, d) and the mass n_k (K,) of each class, float64.

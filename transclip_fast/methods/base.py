@@ -1,0 +1,280 @@
+"""The interface of every method: settings, their choice on validation rows, and attributes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from numbers import Integral, Real
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from transclip_fast.callbacks import Count
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.device import current_device, exact_float32, resolve_device
+from transclip_fast.errors import InputError
+from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.exact import nearest
+from transclip_fast.methods.task import ANCHORS, Arrays, Labelled, Task
+from transclip_fast.parallel import flushed_denormals, single_threaded_torch
+from transclip_fast.solver.layout import PROCESS_BYTES, limit_of, parse_memory, show_bytes
+from transclip_fast.solver.parameters import check_scale, check_weight
+from transclip_fast.types import Chosen, NeighborGraph
+
+Fitted = TypeVar("Fitted", bound="Method")
+Settings = SimpleNamespace  # settings by name, all of them set
+GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    A setting of a method.
+
+    Parameters
+    ----------
+    default : float
+        As published.
+    values : tuple
+        The published grid, in the order in which the first of equal ones wins; () for none.
+    least, most : float
+        The smallest and the largest value allowed.
+    whole : bool
+        Whether it is a whole number.
+    """
+
+    default: float
+    values: tuple[float, ...] = ()
+    least: float = 0.0
+    most: float = math.inf
+    whole: bool = False
+
+    def check(self, name: str, value: Any) -> float:
+        """The value as an int or a float; InputError if it is no such number."""
+        number = float(value) if isinstance(value, Real) else math.nan
+        right = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, right) or not math.isfinite(number):
+            raise InputError(f"{name} must be a {'whole ' * self.whole}number, got {value!r}")
+        if not self.least <= number <= self.most:
+            most = "" if self.most == math.inf else f" and at most {self.most:g}"
+            raise InputError(f"{name} must be at least {self.least:g}{most}, got {value!r}")
+        return int(number) if self.whole else number
+
+
+Grid = Mapping[str, Setting]  # the settings of a method by name
+
+
+@dataclass(frozen=True)
+class Solution:
+    """z (N, K) float32 of a run, and the steps that it took."""
+
+    z: torch.Tensor
+    n_iter: int
+
+
+class Method(ABC):
+    """
+    A classifier of all rows at once, with the interface of `transclip_fast.TransCLIP`.
+
+    Parameters
+    ----------
+    anchors : {"shots", "texts", "both", "probabilities"}, optional
+        What text means to the method, by default as it was published, the first of `kinds`. The
+        labelled rows are the shots, the texts, or both together; "probabilities" replaces all rows
+        by softmax(30 x T^T), and takes the shots, without any the texts, as labelled.
+    device : str
+        "auto" (CUDA if there is a GPU), "cpu", "cuda", ...
+    logit_scale : float
+        tau of zero-shot.
+    memory : str or int, optional
+        Memory of the process, or its part of a GPU, as "8GiB"; by default what is free. A fit that
+        needs more is refused.
+    **settings
+        Of `grid`. Those left out are chosen on the validation rows, the first best of their grid,
+        or have their published defaults if there are no such rows or no grid.
+
+    Attributes
+    ----------
+    label_distributions_ : ndarray (N, K) float32
+    transduction_ : ndarray (N,) int64
+    n_iter_ : int
+        Steps of the run that was chosen.
+    chosen_ : Chosen
+        The settings, and the number of runs that they are the best of.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]  # anchors that make sense, the published one first
+    grid: ClassVar[Grid] = {}
+    balanced: ClassVar[bool] = False  # assumes that all classes are equally frequent
+    needs_graph: ClassVar[bool] = True  # where it has the setting n_neighbors
+    every_class: ClassVar[bool] = True  # needs a labelled row of every class
+    matrices: ClassVar[int] = 2  # (N, K) float32 that are held at a time
+
+    def __init__(
+        self,
+        *,
+        anchors: str | None = None,
+        device: str = "auto",
+        logit_scale: float = 100.0,
+        memory: str | int | None = None,
+        **settings: Any,
+    ) -> None:
+        anchors = anchors or self.kinds[0]
+        if anchors not in ANCHORS:
+            raise InputError(f"anchors must be one of {', '.join(ANCHORS)}, got {anchors!r}")
+        if anchors not in self.kinds:
+            raise InputError(f"{self.name} takes anchors {', '.join(self.kinds)}, not {anchors}")
+        for name in settings:
+            if name not in self.grid:
+                known = ", ".join(self.grid) or "none"
+                raise InputError(f"{self.name} has no setting {name!r}; its settings: {known}")
+        check_weight("logit_scale", logit_scale)
+        check_scale(logit_scale)
+        parse_memory(memory)
+        self.anchors, self.device = anchors, device
+        self.logit_scale, self.memory = logit_scale, memory
+        self.settings = {k: self.grid[k].check(k, value) for k, value in settings.items()}
+
+    def __repr__(self) -> str:
+        shown = {"anchors": self.anchors, **self.settings}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+    @abstractmethod
+    def solve(self, task: Task, s: Settings) -> Solution:
+        """One run on the anchored task."""
+
+    def neighbors_needed(self, *, searched: bool) -> int:
+        """Neighbours of a row in the graph, the most of all runs; 0 if it needs no graph."""
+        if not self.needs_graph or "n_neighbors" not in self.grid:
+            return 0
+        return max(int(run["n_neighbors"]) for run in self.runs(searched=searched))
+
+    def runs(self, *, searched: bool) -> Iterator[dict[str, Any]]:
+        """All settings of every run; `searched` where there are validation rows."""
+        choices = []
+        for name, setting in self.grid.items():
+            open_ = searched and setting.values and name not in self.settings
+            value = self.settings.get(name, setting.default)
+            choices.append(setting.values if open_ else (value,))
+        for values in itertools.product(*choices):
+            yield dict(zip(self.grid, values, strict=True))
+
+    @exact_float32()
+    def fit(
+        self: Fitted,
+        X: Any,
+        y: Any = None,
+        *,
+        text_features: Any = None,
+        support_features: Any = None,
+        support_labels: Any = None,
+        validation_features: Any = None,
+        validation_labels: Any = None,
+        graph: GraphSource = None,
+        progress: Count | None = None,
+    ) -> Fitted:
+        """
+        Label the rows of X; arrays as those of `TransCLIP.fit`.
+
+        Parameters
+        ----------
+        X : array_like (N, d)
+        y : ignored
+        text_features : array_like (K, d) or (P, K, d), optional
+            Without texts K is that of the shots' labels.
+        support_features, support_labels : array_like (M, d), (M,), optional
+        validation_features, validation_labels : array_like (V, d), (V,), optional
+            They choose the settings left open: most of them have the label of their most similar
+            query.
+        graph : NeighborGraph or callable, optional
+            By default `build_graph`, if the method needs one.
+        progress : callable, optional
+            Called with the steps done and the steps in all.
+
+        Raises
+        ------
+        InputError
+            Arrays that cannot be used, a class without labelled rows, or too little memory.
+        """
+        shots = support_features, support_labels
+        arrays = Arrays.check(X, text_features, shots, (validation_features, validation_labels))
+        runs = list(self.runs(searched=arrays.validation is not None))
+        device = resolve_device(self.device)
+        with current_device(device), flushed_denormals(), single_threaded_torch(device):
+            held = self._check_memory(arrays, len(runs), device)
+            features = Rows(X, "X", device, held=held)
+            task = self._task(arrays, features, graph)
+            on_validation = _accuracy(arrays.validation, features)
+            best: tuple[float, Solution, dict[str, Any]] | None = None
+            for number, settings in enumerate(runs):
+                run = replace(task, progress=_of_run(progress, number, len(runs)))
+                solution = self.solve(run, SimpleNamespace(**settings))
+                score = on_validation(solution.z)
+                if best is None or score > best[0]:
+                    best = score, solution, settings
+        if best is None:
+            raise TypeError("a method has at least one run")
+        _, solution, settings = best
+        self.label_distributions_ = solution.z.cpu().numpy()
+        self.transduction_ = solution.z.argmax(1).cpu().numpy()
+        self.n_iter_, self.chosen_ = solution.n_iter, Chosen(settings, len(runs))
+        return self
+
+    def _task(self, arrays: Arrays, features: Rows, graph: GraphSource) -> Task:
+        """The task of every run."""
+        most = self.neighbors_needed(searched=arrays.validation is not None)
+
+        @cache
+        def whole() -> NeighborGraph:
+            found = build_graph(features, most) if graph is None else graph
+            return found if isinstance(found, NeighborGraph) else found(features)
+
+        device = features.device
+        task = Task(
+            rows=features,
+            features=features,
+            texts=None if arrays.texts is None else arrays.texts.to(device),
+            shots=None if arrays.shots is None else arrays.shots.to(device),
+            n_classes=arrays.n_classes,
+            logit_scale=self.logit_scale,
+            graph=lambda k: whole().check(len(features), k),
+        )
+        return task.anchored(self.anchors, self.name, every_class=self.every_class)
+
+    def _check_memory(self, arrays: Arrays, n_runs: int, device: torch.device) -> bool:
+        """Whether the features are held on the device; InputError if nothing fits."""
+        (n_rows, dim), n_classes = arrays.features.shape, arrays.n_classes
+        on_cpu = device.type == "cpu"
+        matrices = self.matrices + (n_runs > 1)  # the best run is kept
+        own = 0 if arrays.in_file else n_rows * dim * arrays.features.dtype.itemsize
+        needed = 4 * matrices * n_rows * n_classes + (PROCESS_BYTES + own if on_cpu else 0)
+        limit = limit_of(device, parse_memory(self.memory))
+        if needed > limit:
+            raise InputError(
+                f"memory: {self.name} keeps {matrices} arrays of {n_rows:,} rows and "
+                f"{n_classes:,} classes, with all else {show_bytes(needed)}; there are "
+                f"{show_bytes(limit)}: allow more, or take fewer rows at a time"
+            )
+        return needed + 4 * n_rows * dim <= limit
+
+
+def _accuracy(validation: Labelled | None, features: Rows) -> Callable[[torch.Tensor], float]:
+    """Return a function of z (N, K): the share of validation rows whose nearest query is right."""
+    if validation is None:
+        return lambda z: 0.0
+    rows = validation.to(features.device)
+    queries = nearest(rows.rows, features, 1)[0][:, 0]
+    return lambda z: float((z[queries].argmax(1) == rows.labels).double().mean())
+
+
+def _of_run(progress: Count | None, number: int, n_runs: int) -> Count:
+    """Return a function that reports the steps of one of the runs."""
+    if progress is None:
+        return lambda done, steps: None
+    return lambda done, steps: progress(number * steps + done, n_runs * steps)

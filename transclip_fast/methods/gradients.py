@@ -1,0 +1,71 @@
+"""Steps of Adam on prototypes whose gradient has a closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from transclip_fast.methods.dense import in_blocks
+
+SMALLEST = 1e-12  # of a probability in a logarithm
+
+# Derivative of the entropy of a distribution by its entries, without constants.
+Slope = Callable[[torch.Tensor], torch.Tensor]
+
+
+def shannon_slope(p: torch.Tensor) -> torch.Tensor:
+    """d/dp of -sum p log p."""
+    return -1 - p.clamp_min(SMALLEST).log()
+
+
+def alpha_slope(alpha: float) -> Slope:
+    """d/dp of (1 - sum p^alpha) / (alpha - 1); alpha 1 is Shannon's entropy."""
+    if alpha == 1:
+        return shannon_slope
+    return lambda p: -alpha / (alpha - 1) * p ** (alpha - 1)
+
+
+def softmax_(values: torch.Tensor) -> torch.Tensor:
+    """Softmax of each row of (N, K), in place; returns the mean of all rows (K,) float64."""
+
+    def part(rows: slice) -> torch.Tensor:
+        p = torch.softmax(values[rows], 1, out=values[rows])
+        return p.sum(0, dtype=torch.float64)
+
+    return torch.stack(in_blocks(values, part)).sum(0) / len(values)
+
+
+def to_logit_gradients(
+    p: torch.Tensor, slope: Slope, weight: float, of_mean: torch.Tensor | None = None
+) -> None:
+    """
+    Probabilities (N, K) to the gradient, by the logits, of weight mean_n H(p_n) - H(mean_n p_n).
+
+    `slope` is that of H, and `of_mean` (K,) the mean of p; the second term is left out without it.
+    In place.
+    """
+    common = None if of_mean is None else slope(of_mean).float()
+
+    def part(rows: slice) -> None:
+        block = p[rows]
+        g = weight * slope(block)
+        if common is not None:
+            g -= common
+        g -= (block * g).sum(1, keepdim=True)
+        p[rows] = block * g / len(p)
+
+    in_blocks(p, part)
+
+
+class Adam:
+    """Adam with its usual constants; `step` returns the prototypes after a gradient (K, d)."""
+
+    def __init__(self, start: torch.Tensor, rate: float) -> None:
+        self._prototypes = start.clone()
+        self._optimizer = torch.optim.Adam([self._prototypes], lr=rate)
+
+    def step(self, gradient: torch.Tensor) -> torch.Tensor:
+        self._prototypes.grad = gradient
+        self._optimizer.step()
+        return self._prototypes

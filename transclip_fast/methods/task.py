@@ -1,0 +1,223 @@
+"""What a method gets: checked rows on their device, and what they are labelled by."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from transclip_fast.callbacks import Count
+from transclip_fast.data.checks import as_labelled_rows, as_tensor, unread_matrix
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.npy_shards import StoredRows
+from transclip_fast.data.texts import ensemble
+from transclip_fast.errors import InputError
+from transclip_fast.metrics import check_class_order
+from transclip_fast.solver.mixture import Moments
+from transclip_fast.types import NeighborGraph
+
+ANCHORS = ("shots", "texts", "both", "probabilities")
+Pair = tuple[Any, Any]  # rows and labels as given, or None and None
+PROBABILITY_SCALE = 30.0  # of EM-Dirichlet's softmax
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Rows (M, d) float32 and their classes (M,) int64."""
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @staticmethod
+    def joined(parts: list[Labelled]) -> Labelled:
+        """The rows of all parts, in order."""
+        rows, labels = [part.rows for part in parts], [part.labels for part in parts]
+        return Labelled(torch.cat(rows), torch.cat(labels))
+
+    def to(self, device: torch.device) -> Labelled:
+        """The same on another device."""
+        return Labelled(self.rows.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The checked arrays of a fit, on the CPU; the features (N, d) are not read yet."""
+
+    features: torch.Tensor | StoredRows
+    in_file: bool
+    texts: torch.Tensor | None  # (K, d), unit rows
+    shots: Labelled | None
+    validation: Labelled | None
+    n_classes: int
+
+    @classmethod
+    def check(cls, X: Any, text_features: Any, shots: Pair, validation: Pair) -> Arrays:
+        """
+        Check arrays; `shots` and `validation` are pairs of rows and labels, or of None and None.
+
+        Raises
+        ------
+        InputError
+            As `TransCLIP.fit`, and for less than two classes or neither texts nor shots.
+        """
+        matrix = unread_matrix(X, "X")
+        dim = matrix.shape[1]
+        texts = None if text_features is None else ensemble(text_features, columns=dim)
+        n_classes = _classes_of(shots[1]) if texts is None else len(texts)
+        if n_classes < 2:
+            name = "support_labels" if texts is None else "text_features"
+            raise InputError(f"{name}: a method chooses between classes, and there is only one")
+        return cls(
+            matrix,
+            isinstance(X, np.memmap | StoredRows),
+            texts,
+            _labelled("support", *shots, texts, dim, n_classes),
+            _labelled("validation", *validation, texts, dim, n_classes),
+            n_classes,
+        )
+
+
+def _labelled(
+    name: str, rows: Any, labels: Any, texts: torch.Tensor | None, dim: int, n_classes: int
+) -> Labelled | None:
+    """Checked rows of "support" or "validation", with a warning if texts contradict them."""
+    pair = as_labelled_rows(name, rows, labels, dim, n_classes)
+    if pair is None:
+        return None
+    labelled = Labelled(*pair)
+    if texts is not None:
+        zero_shot = (labelled.rows @ texts.T).argmax(1).numpy()
+        for message in check_class_order(zero_shot, labelled.labels.numpy()):
+            warnings.warn(f"{name}_labels: {message}", stacklevel=4)
+    return labelled
+
+
+def _classes_of(labels: Any) -> int:
+    """K, where nothing but the labels of the shots tells it."""
+    if labels is None:
+        raise InputError("no text features and no shots: give text_features or support_features")
+    tensor = as_tensor(labels, "support_labels")
+    if tensor.ndim == 2 and tensor.shape[1] > 1:  # one-hot
+        return int(tensor.shape[1])
+    n_classes = int(tensor.double().nan_to_num(0.0).max()) + 1 if tensor.numel() else 0
+    if n_classes > tensor.numel() > 0:
+        raise InputError(
+            f"support_labels: {tensor.numel()} shots and labels up to {n_classes - 1}: some class "
+            "has no shot; give one of every class, or text_features"
+        )
+    return n_classes
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One fit of a method.
+
+    Parameters
+    ----------
+    rows, features : Rows (N, d)
+        Unit rows, and what `anchored` made of them.
+    texts : Tensor (K, d), optional
+        Unit rows.
+    shots, labelled : Labelled, optional
+        The shots, and the rows that the method learns classes from: what `anchored` chose.
+    n_classes : int
+        K.
+    logit_scale : float
+        tau of zero-shot.
+    graph : callable
+        Returns the graph with so many neighbours of each row.
+    progress : callable
+        Called with the steps done and the steps in all.
+    """
+
+    rows: Rows
+    features: Rows
+    texts: torch.Tensor | None
+    shots: Labelled | None
+    n_classes: int
+    logit_scale: float
+    graph: Callable[[int], NeighborGraph]
+    progress: Count = lambda done, steps: None
+    anchors: Labelled | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.features.device
+
+    @property
+    def labelled(self) -> Labelled:
+        """The rows that the method learns the classes from."""
+        if self.anchors is None:
+            raise TypeError("the method takes no labelled rows")
+        return self.anchors
+
+    @property
+    def class_texts(self) -> torch.Tensor:
+        """The texts (K, d); only methods that need them ask for them."""
+        if self.texts is None:
+            raise TypeError("there are no texts")
+        return self.texts
+
+    @cached_property
+    def means(self) -> torch.Tensor:
+        """Mean labelled row of each class, (K, d) float64, not scaled to unit norm."""
+        moments = Moments.of(self.labelled.rows, self.labelled.labels, self.n_classes)
+        return moments.sums / moments.counts[:, None]
+
+    def anchored(self, anchors: str, name: str, *, every_class: bool = True) -> Task:
+        """
+        The task with the labelled rows of `anchors`, one of ANCHORS; `name` is that of the method.
+
+        "texts" makes each text one more shot, "probabilities" makes softmax(30 x T^T) of all rows,
+        and labels them by the shots, or by the texts where there are no shots.
+
+        Raises
+        ------
+        InputError
+            No texts or no shots where `anchors` needs them, or a class without any labelled row.
+        """
+        texts, shots = self.texts, self.shots
+        if texts is None and anchors != "shots":
+            raise InputError(f"{name} with anchors {anchors!r} needs text_features")
+        if shots is None and anchors in ("shots", "both"):
+            raise InputError(
+                f"{name} with anchors {anchors!r} needs shots: give support_features and "
+                "support_labels, or choose anchors 'texts'"
+            )
+        parts = [] if shots is None or anchors == "texts" else [shots]
+        if texts is not None and (anchors in ("texts", "both") or shots is None):
+            parts = [Labelled(texts, torch.arange(len(texts), device=texts.device)), *parts]
+        labelled = Labelled.joined(parts)
+        counts = torch.bincount(labelled.labels, minlength=self.n_classes)
+        if every_class and not counts.all():
+            missing = int((counts == 0).nonzero()[0, 0])
+            raise InputError(
+                f"support_labels: class {missing} has no shot, and {name} with anchors "
+                f"{anchors!r} needs one of every class; give it, or choose anchors 'both'"
+            )
+        if anchors != "probabilities":
+            return replace(self, anchors=labelled)
+        weights = PROBABILITY_SCALE * self.class_texts
+
+        def probabilities(rows: torch.Tensor) -> torch.Tensor:
+            return (rows @ weights.T).softmax(-1)
+
+        features = self.rows.mapped(probabilities, self.n_classes)
+        anchored = Labelled(probabilities(labelled.rows), labelled.labels)
+        return replace(self, features=features, anchors=anchored)
+
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to unit norm."""
+    return normalize(rows, dim=-1)
