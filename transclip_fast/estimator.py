@@ -24,7 +24,7 @@ from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.solver.problem import Inputs, Problem, Settings
 from transclip_fast.solver.state import Solution
 from transclip_fast.solver.truncation import losses
-from transclip_fast.types import NeighborGraph
+from transclip_fast.types import Chosen, NeighborGraph
 
 GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None
 
@@ -118,6 +118,8 @@ class TransCLIP(Parameters):
         The gamma used; None in zero-shot, also with few or uneven shots.
     kl_weight_ : float
         The lambda used.
+    chosen_ : Chosen
+        Both, and how many values of gamma they are the best of.
     n_effective_classes_ : float
         Classes over which the prior spreads: exp of the entropy of its mean over the queries.
     class_costs_ : ndarray (K,) float64 or None
@@ -266,6 +268,8 @@ class TransCLIP(Parameters):
                 report = progress if show is None else shown_on(show, progress)
                 solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
                 solution = max(solutions, key=lambda run: run.accuracy(inputs.validation))
+            values = {"gamma": solution.gamma, "kl_weight": settings.kl_weight}
+            self.chosen_ = Chosen(values, len(gammas))
             return self._keep(solution, inputs, settings, graph)
 
     def _graph(self, graph: GraphSource, features: Rows) -> NeighborGraph:

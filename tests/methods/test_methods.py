@@ -161,7 +161,7 @@ def test_tim_by_gradients(problem, name, alpha):
         return truth.tim_loss(w, x, s, y, **given)
 
     w = truth.adam(loss, truth.class_means(s, y, K), rate=0.01, steps=6)
-    z = truth.softmax(10.0 * unit(x) @ unit(w).T)
+    z = truth.softmax(truth.tim_logits(x, w, 10.0))
     model = METHODS[name](device="cpu", rate=0.01, max_iter=6, **given)
     agrees(model.fit(x, support_features=s, support_labels=y), z, 1e-3)
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "Convert a checkpoint to one file that loads without a copy.",
     "train-head": "Train a few-shot method, such as CoOp, on features.",
     "solve": "Label the rows of features, all of them jointly.",
+    "compare": "Compare methods on the same features, in one table.",
     "predict": "Label new rows with the mixture of a result.",
     "report": "Write a page that shows a result, for the browser.",
     "suggest": "List the images whose correction helps most.",

@@ -9,6 +9,7 @@ import click
 import torch
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.method import TRANSCLIP
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.summary import of_labelled, run_summary
@@ -53,6 +54,11 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"), session.collected_warnings({}) as noted:
         solved = results.load_run(result)
+        if (method := solved.get("method", TRANSCLIP)) != TRANSCLIP:
+            raise InputError(
+                f"{result}: was solved by {method}, which has no mixture to label other rows with; "
+                f"name a result of {TRANSCLIP}"
+            )
         mixture, weights = results.load_mixture(result)
         prior = values["prior"] or values["prior_logits"]
         if "prior_weights" in weights and prior:

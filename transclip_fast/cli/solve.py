@@ -13,6 +13,13 @@ import numpy as np
 from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch, search_of
 from transclip_fast.cli.head import apply_head, read_choice
+from transclip_fast.cli.method import (
+    describe_result,
+    method_of,
+    method_options,
+    neighbors_of,
+    solve_with_method,
+)
 from transclip_fast.cli.session import command_line
 from transclip_fast.cli.solution import Output, solve_features
 from transclip_fast.cli.summary import describe_solution
@@ -32,6 +39,7 @@ from transclip_fast.types import NeighborGraph
 @options.out_option
 @click.option("--graph", "graph_folder", type=options.PATH, help="Graph folder of these features.")
 @options.search_options
+@method_options
 @click.option(
     "--head",
     help="Few-shot method that makes the prior: a file of `train-head`, or a method to train on "
@@ -72,7 +80,7 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
 
     The folder --out receives predictions.parquet, mixture.safetensors and run.json. Run the same
     command again after a crash: it resumes from the last checkpoint and gives bit-identical
-    results.
+    results. Methods other than transclip have no mixture, and keep only the graph after a crash.
 
     \b
     Examples:
@@ -85,6 +93,7 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
       transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
       transclip-fast solve features.npz --head taskres --out result
       transclip-fast solve features --head coop.safetensors --out result
+      transclip-fast solve features.npz --method stata --set alpha=2 --out result
     """
     stages, image_map = session.Stages(), values["image_map"]
     if values["reject"] is not None and math.isnan(values["reject"]):  # in any range, for click
@@ -99,12 +108,18 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
             raise InputError(f"{image_map}: maps no local features, which the head {head} needs")
         map_features(features, text=values["text_map"], image=image_map)
         features = corrected_features(features, values["corrections"])
+        method = method_of(values, features)
         graph: NeighborGraph | GraphSearch
         if values["graph_folder"]:
             graph = load_graph(values["graph_folder"], features.sha256())
         else:
-            graph = search_of(values, model.n_neighbors)
+            graph = search_of(values, neighbors_of(method or model, features))
     features.origins["graph"] = values["graph_folder"] or "graph"
+    if method is not None:
+        run = solve_with_method(features, out, method, graph, stages, csv=values["csv"])
+        run["warnings"] = [*noted, *run["warnings"]]
+        session.print_summary(run, describe_result(run, out), as_json)
+        return
     make_head = None
     if head is not None:
         features.origins[head] = head  # if it is a file

@@ -145,6 +145,15 @@ class Method(ABC):
         shown = {"anchors": self.anchors, **self.settings}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
+    @classmethod
+    def possible_anchors(cls, *, texts: bool, shots: bool) -> str | None:
+        """The anchors nearest to the published ones with what there is; None if nothing will do."""
+        for kind in cls.kinds:
+            wants_texts, wants_shots = kind != "shots", kind in ("shots", "both")
+            if texts >= wants_texts and shots >= wants_shots:
+                return kind
+        return None
+
     @abstractmethod
     def solve(self, task: Task, s: Settings) -> Solution:
         """One run on the anchored task."""
@@ -155,12 +164,17 @@ class Method(ABC):
             return 0
         return max(int(run["n_neighbors"]) for run in self.runs(searched=searched))
 
+    @property
+    def open_settings(self) -> dict[str, Setting]:
+        """The settings that validation rows choose."""
+        return {k: s for k, s in self.grid.items() if s.values and k not in self.settings}
+
     def runs(self, *, searched: bool) -> Iterator[dict[str, Any]]:
         """All settings of every run; `searched` where there are validation rows."""
         choices = []
         for name, setting in self.grid.items():
-            open_ = searched and setting.values and name not in self.settings
             value = self.settings.get(name, setting.default)
+            open_ = searched and name in self.open_settings
             choices.append(setting.values if open_ else (value,))
         for values in itertools.product(*choices):
             yield dict(zip(self.grid, values, strict=True))

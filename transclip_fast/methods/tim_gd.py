@@ -7,7 +7,6 @@ from typing import ClassVar
 from torch.nn.functional import one_hot
 
 from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
-from transclip_fast.methods.bd_cspn import cosine_answer
 from transclip_fast.methods.dense import Dense
 from transclip_fast.methods.gradients import Adam, alpha_slope, softmax_, to_logit_gradients
 from transclip_fast.methods.task import Task
@@ -20,10 +19,10 @@ class TIMGD(Method):
     p_n = softmax_k of tau (x_n.w_k - |w_k|^2 / 2) as in the paper; the code of TransCLIP's
     comparison takes tau cos(x_n, w_k). The gradient by w_k is tau (sum_n G_nk x_n - w_k sum_n
     G_nk), with G that by the logits: a class sum, without automatic differentiation. The answer is
-    the nearest w by cosine, z = softmax(tau cos).
+    z = p.
 
     It assumes equally frequent classes, as `TIM` does. 1,000 steps of one score and one class sum.
-    One (N, K) array and that of the answer; 10,000 rows and 1,000 classes are practical.
+    One (N, K) array; 10,000 rows and 1,000 classes are practical.
 
     Parameters
     ----------
@@ -42,7 +41,7 @@ class TIMGD(Method):
     name = "tim-gd"
     kinds = ("shots", "texts", "both", "probabilities")
     balanced = True
-    matrices = 2
+    matrices = 1
     grid: ClassVar[Grid] = {
         "tau": Setting(15.0),
         "shots_weight": Setting(0.1),
@@ -59,10 +58,12 @@ class TIMGD(Method):
         slope = alpha_slope(s.alpha)
         dense = Dense(task.features, task.n_classes)
         scores, adam = dense.new_scores(), Adam(w, s.rate)
-        for step in range(s.max_iter):
+        for step in range(s.max_iter + 1):
             half = w.square().sum(1) / 2
             values = dense.scores(s.tau * w, -s.tau * half, out=scores).values
             mean = softmax_(values)
+            if step == s.max_iter:
+                break
             to_logit_gradients(values, slope, s.entropy_weight, mean)
             sums, counts = dense.class_sums(values)
             errors = (s.tau * (rows @ w.T - half)).softmax(1) - own
@@ -70,7 +71,7 @@ class TIMGD(Method):
             total = counts + errors.sum(0)
             w = adam.step(s.tau * (sums + errors.T @ rows - w * total[:, None]))
             task.progress(step + 1, s.max_iter)
-        return Solution(cosine_answer(task, w, s.tau), s.max_iter)
+        return Solution(scores.values, s.max_iter)
 
 
 class AlphaTIM(TIMGD):

@@ -70,6 +70,15 @@ def peak_bytes() -> int:
     return _status("VmHWM")
 
 
+def reset_peak() -> bool:
+    """Let `peak_bytes` begin anew; False where the system does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _status(field: str) -> int:
     status = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
     return 1024 * int(status.split()[0])

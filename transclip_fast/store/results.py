@@ -170,14 +170,15 @@ def save_result(
     folder: Path,
     tables: Iterable[pa.Table],
     run: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor] | None,
     *,
     csv: bool = False,
 ) -> dict[str, Any]:
     """
     Write the files of a result into the folder of a `new_folder`; `csv` adds predictions.csv.
 
-    Returns `run` with the hashes of the files.
+    `tensors` are those of a mixture, None where the method has none. Returns `run` with the hashes
+    of the files.
     """
     blocks = iter(tables)
     first = next(blocks)
@@ -194,9 +195,11 @@ def save_result(
             writer.write_table(block)
             if lines is not None:
                 lines.write_table(_flat(block))
-    # As bytes: on a full disk safetensors raises an error of its own, not an OSError.
-    (folder / "mixture.safetensors").write_bytes(save(tensors))
-    run = {**run, "sha256": {name: file_sha256(folder / name) for name in HASHED}}
+    if tensors is not None:
+        # As bytes: on a full disk safetensors raises an error of its own, not an OSError.
+        (folder / "mixture.safetensors").write_bytes(save(tensors))
+    written = (name for name in HASHED if (folder / name).exists())
+    run = {**run, "sha256": {name: file_sha256(folder / name) for name in written}}
     write_json(folder / "run.json", run)
     return run
 

@@ -1,0 +1,219 @@
+"""`solve --method`: another method of the literature instead of TransCLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from transclip_fast.cli import options, session
+from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
+from transclip_fast.cli.outlook import describe_changes
+from transclip_fast.cli.session import counted
+from transclip_fast.cli.solution import check_class_names, true_labels
+from transclip_fast.cli.summary import of_labelled, run_summary
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.texts import ensemble
+from transclip_fast.errors import InputError
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.methods import METHODS, Method, method_class
+from transclip_fast.methods.task import ANCHORS
+from transclip_fast.metrics import check_assignments, check_class_order
+from transclip_fast.progress_bar import progress_bar
+from transclip_fast.solver.layout import peak_bytes
+from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.store.atomic import beside, new_folder, writing
+from transclip_fast.store.features import Features
+from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
+from transclip_fast.types import NeighborGraph
+
+TRANSCLIP = "transclip"
+NAMES = (TRANSCLIP, *METHODS)
+# Of `solve`, what is there for every method.
+SHARED = {
+    *("path", "out", "method", "anchors", "settings", "graph_folder", "search", "index", "recall"),
+    *("device", "memory", "logit_scale", "csv", "as_json", "shots", "text_map", "image_map"),
+}
+FIT_ARRAYS = (
+    "text_features",
+    "support_features",
+    "support_labels",
+    "validation_features",
+    "validation_labels",
+)
+USED_ARRAYS = {*FIT_ARRAYS, "image_features", "labels", "class_names"}
+
+anchors_option = click.option(
+    "--anchors",
+    type=click.Choice(ANCHORS),
+    help="What methods other than transclip learn classes from: shots, texts as shots, or both; "
+    "probabilities, softmax(30 x T'), of all rows.  [default: as published; texts without shots]",
+)
+method_options = options.options_of(
+    click.option("--method", default=TRANSCLIP, type=click.Choice(NAMES), help="What labels."),
+    anchors_option,
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A setting of a method other than transclip; others are chosen on validation rows, or "
+        "as published.",
+    ),
+)
+
+
+def method_of(values: Mapping[str, Any], features: Features) -> Method | None:
+    """
+    The method that the options of `solve` name, None for TransCLIP.
+
+    Raises
+    ------
+    InputError
+        Options, settings or arrays that the method would have to ignore.
+    """
+    name, context = values["method"], click.get_current_context()
+    if name == TRANSCLIP:
+        for option in ("anchors", "settings"):
+            if values[option]:
+                flag = "--set" if option == "settings" else "--anchors"
+                raise InputError(f"{flag} is for methods other than {TRANSCLIP}; leave it out")
+        return None
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+        if given and parameter.name not in SHARED | USED_ARRAYS:
+            raise InputError(f"{parameter.opts[0]} is for method {TRANSCLIP}, not for {name}")
+    for array in features.arrays:
+        if array not in USED_ARRAYS:
+            raise InputError(f"{array}: method {name} takes none; leave it out")
+    if features.get("text_features") is None:
+        raise InputError(
+            f"text_features: solve compares with zero-shot and needs them; `compare` runs {name} "
+            "without"
+        )
+    anchors = values["anchors"] or method_class(name).possible_anchors(
+        texts=True, shots=features.get("support_features") is not None
+    )
+    shared: dict[str, Any] = {k: values[k] for k in ("device", "memory", "logit_scale")}
+    return method_class(name)(anchors=anchors, **shared, **_settings(values["settings"]))
+
+
+def neighbors_of(model: Method | TransCLIP, features: Features) -> int:
+    """Neighbours of a row that the model needs in its graph; 0 if it needs none."""
+    if isinstance(model, TransCLIP):
+        return model.n_neighbors
+    return model.neighbors_needed(searched=features.get("validation_features") is not None)
+
+
+def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of NAME=VALUE, by name."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if not equals or number is None:
+            raise InputError(f"--set {pair}: expected NAME=VALUE with a number")
+        if name in found:
+            raise InputError(f"--set {pair}: {name} is set twice")
+        found[name] = int(number) if number.is_integer() else number
+    return found
+
+
+def solve_with_method(
+    features: Features,
+    out: str,
+    method: Method,
+    graph: NeighborGraph | GraphSearch,
+    stages: session.Stages,
+    *,
+    csv: bool = False,
+) -> dict[str, Any]:
+    """Label features, write the result folder `out`, without a mixture, and return its run.json."""
+    own_graph = beside(out, "graph")
+    origins = features.origins | {"X": features.origins["image_features"], out: out}
+    origins[str(own_graph)] = out
+    used: list[NeighborGraph] = []
+    with (
+        session.collected_warnings(origins) as warnings,
+        new_folder(out, CONTENTS, obsolete=leftovers(own_graph)) as folder,
+    ):
+        with session.errors_about(origins, features.path):
+            X = features.get("image_features")
+            texts = ensemble(features.get("text_features"), columns=features.dim)
+            check_class_names(features, len(texts))
+            truth = true_labels(features, len(texts))
+
+            def source(rows: Rows) -> NeighborGraph:
+                found = graph
+                if isinstance(found, GraphSearch):
+                    found = kept_graph(own_graph, features, found, stages, rows)
+                used.append(found)
+                return found
+
+            arrays = {name: features.get(name) for name in FIT_ARRAYS}
+            with stages.time("solve"), progress_bar(method.name, "steps") as show:
+                method.fit(X, **arrays, graph=source, progress=show)
+            prior = LinearPrior.from_prototypes(texts, method.logit_scale)
+            zero_shot = prior.predict(Rows(X, "X"))
+        labels = method.transduction_
+        signs = check_assignments(labels, zero_shot[0], len(texts), features.class_names)
+        if truth is not None:
+            signs += check_class_order(zero_shot[0], truth)
+        for sign in signs:
+            session.warn(warnings, sign)
+        run = run_summary("solve", features, labels, zero_shot[0], truth, tuple(texts.shape))
+        run |= describe_method(method) | {
+            "n_iter": method.n_iter_,
+            "graph": {"n_neighbors": used[0].n_neighbors, **used[0].info} if used else None,
+            "config": {"method": method.name, "anchors": method.anchors, **method.chosen_.values},
+            "memory": {"peak": peak_bytes()},
+            "seconds": stages.seconds,
+            "warnings": warnings,
+        }
+        tables = prediction_tables(method.label_distributions_, zero_shot, features, truth)
+        with writing(out):
+            save_result(folder, tables, run, None, csv=csv)
+    return run
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """The method that was fitted, and what it chose, as JSON."""
+    return {
+        "method": method.name,
+        "anchors": method.anchors,
+        "chosen": method.chosen_.values,
+        "runs": method.chosen_.runs,
+        "assumes_balanced": method.balanced,
+    }
+
+
+def describe_result(run: Mapping[str, Any], out: str) -> str:
+    """The run.json of `solve_with_method` as text."""
+    settings = ", ".join(f"{name} {value:g}" for name, value in run["chosen"].items())
+    tried = (
+        f"the best of {counted(run['runs'], 'run')}" if run["runs"] > 1 else "as set or published"
+    )
+    lines = [
+        f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
+        f"{counted(run['dim'], 'dimension')}",
+        f"{run['method']} from {run['anchors']}" + (f": {settings}, {tried}" if settings else ""),
+        f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
+        *describe_changes(run["size_changes"], run["class_names"]),
+    ]
+    if run["assumes_balanced"]:
+        lines.append(f"{run['method']} assumes equally many images of every class")
+    if run["accuracy"] is not None:
+        lines.append(
+            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
+            f"{of_labelled(run)}"
+        )
+    if run["graph"] is not None:
+        lines.append(f"graph {describe(run['graph'])}")
+    lines.append(f"solve {run['seconds']['solve']:.1f} s")
+    lines.append(f"written to {out}: predictions.parquet, run.json")
+    return "\n".join(lines)
