@@ -188,5 +188,5 @@ def test_pt_map(problem, anchors, settings):
 @pytest.mark.parametrize("c", [0.316, 1e4])
 def test_logistic_regression(problem, anchors, c):
     x, s, y = anchored(problem, anchors)
-    z = truth.logistic_regression(x, s, y, K, c=c)
+    z = truth.logistic_regression(x, s, y, c)
     agrees(fitted("logistic-regression", problem, {"anchors": anchors, "c": c}), z, 1e-3)

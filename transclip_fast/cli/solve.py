@@ -110,10 +110,13 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         features = corrected_features(features, values["corrections"])
         method = method_of(values, features)
         graph: NeighborGraph | GraphSearch
+        needed = neighbors_of(method or model, features)
+        if values["graph_folder"] and not needed:
+            raise InputError(f"--graph: {values['method']} uses no graph; leave it out")
         if values["graph_folder"]:
             graph = load_graph(values["graph_folder"], features.sha256())
         else:
-            graph = search_of(values, neighbors_of(method or model, features))
+            graph = search_of(values, needed)
     features.origins["graph"] = values["graph_folder"] or "graph"
     if method is not None:
         run = solve_with_method(features, out, method, graph, stages, csv=values["csv"])

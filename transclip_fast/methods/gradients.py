@@ -59,13 +59,17 @@ def to_logit_gradients(
 
 
 class Adam:
-    """Adam with its usual constants; `step` returns the prototypes after a gradient (K, d)."""
+    """Adam with its usual constants: torch's takes seconds to import."""
 
     def __init__(self, start: torch.Tensor, rate: float) -> None:
-        self._prototypes = start.clone()
-        self._optimizer = torch.optim.Adam([self._prototypes], lr=rate)
+        self._point, self._rate, self._steps = start, rate, 0
+        self._mean, self._square = torch.zeros_like(start), torch.zeros_like(start)
 
     def step(self, gradient: torch.Tensor) -> torch.Tensor:
-        self._prototypes.grad = gradient
-        self._optimizer.step()
-        return self._prototypes
+        """The point after a step against the gradient there, in float64."""
+        self._steps += 1
+        self._mean = 0.9 * self._mean + 0.1 * gradient
+        self._square = 0.999 * self._square + 0.001 * gradient.square()
+        root = (self._square / (1 - 0.999**self._steps)).sqrt() + 1e-8
+        self._point = self._point - self._rate * self._mean / (1 - 0.9**self._steps) / root
+        return self._point

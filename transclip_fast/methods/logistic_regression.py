@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
+from scipy.optimize import minimize
+from torch.nn.functional import one_hot
 
 from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
 from transclip_fast.methods.dense import Dense, softmax_
 from transclip_fast.methods.task import Task
 
 MAX_ITERATIONS = 1000
-GRADIENT_TOLERANCE = 1e-7  # largest entry of the gradient of the mean loss at the minimum
+GRADIENT_TOLERANCE = 1e-8  # largest entry of the gradient of the mean loss at the minimum
 
 
 class LogisticRegression(Method):
@@ -42,28 +44,25 @@ class LogisticRegression(Method):
     }
 
     def solve(self, task: Task, s: Settings) -> Solution:
-        rows, labels = task.labelled.rows.double(), task.labelled.labels
-        weights = torch.zeros(task.n_classes, rows.shape[1] + 1, dtype=torch.float64)
-        weights = weights.to(task.device).requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [weights],
-            max_iter=MAX_ITERATIONS,
-            tolerance_grad=GRADIENT_TOLERANCE,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
+        labelled = task.labelled.to(torch.device("cpu"))
+        rows, n_classes = labelled.rows.double(), task.n_classes
+        own = one_hot(labelled.labels, n_classes).double()
+        shape = n_classes, rows.shape[1] + 1  # the last column is b
 
-        def closure() -> torch.Tensor:
-            optimizer.zero_grad()
-            logits = rows @ weights[:, :-1].T + weights[:, -1]
-            penalty = weights[:, :-1].square().sum() / (2 * s.c * len(rows))
-            loss: torch.Tensor = cross_entropy(logits, labels) + penalty
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            """The loss over c M, and its gradient."""
+            parameters = torch.from_numpy(flat).view(shape)
+            weights, offset = parameters[:, :-1], parameters[:, -1]
+            log_p = (rows @ weights.T + offset).log_softmax(1)
+            errors, penalty = (log_p.exp() - own) / len(rows), 1 / (s.c * len(rows))
+            value = -(own * log_p).sum() / len(rows) + penalty * weights.square().sum() / 2
+            gradient = torch.cat([errors.T @ rows + penalty * weights, errors.sum(0)[:, None]], 1)
+            return float(value), gradient.flatten().numpy()
 
-        with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[no-untyped-call]
-        found = weights.detach()
-        scores = Dense(task.features, task.n_classes).scores(found[:, :-1], found[:, -1])
+        start = np.zeros(shape[0] * shape[1])
+        options = {"maxiter": MAX_ITERATIONS, "gtol": GRADIENT_TOLERANCE, "ftol": 0.0}
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+        parameters = torch.from_numpy(found.x).view(shape).to(task.device)
+        scores = Dense(task.features, n_classes).scores(parameters[:, :-1], parameters[:, -1])
         task.progress(1, 1)
-        return Solution(softmax_(scores.values), int(optimizer.state[weights]["n_iter"]))
+        return Solution(softmax_(scores.values), int(found.nit))

@@ -1,0 +1,252 @@
+"""`solve --method` and `compare`: every method on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.cli.conftest import contents
+from tests.conftest import balanced
+from transclip_fast.cli import compare
+from transclip_fast.methods import METHODS, StatA
+
+FEW = "transclip,zero-shot,stata,bd-cspn"
+
+
+@pytest.fixture
+def few_shot(arrays):
+    """The arrays with two shots a class and validation rows."""
+    features, labels = arrays["image_features"], arrays["labels"]
+    shots = balanced(labels, 2)
+    return arrays | {
+        "support_features": features[shots],
+        "support_labels": labels[shots],
+        "validation_features": features[20:40],
+        "validation_labels": labels[20:40],
+    }
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The methods that are fitted from now on, as a list that grows."""
+    fitted, row = [], compare.Comparison._row
+
+    def noted(self, name, *arrays):
+        fitted.append(name)
+        return row(self, name, *arrays)
+
+    monkeypatch.setattr(compare.Comparison, "_row", noted)
+    return fitted
+
+
+def test_solve(save, arrays, succeeds, tmp_path):
+    out = succeeds(
+        "solve", save(arrays), "--method", "stata", "--set", "alpha=3", "--out", tmp_path / "result"
+    )
+    model = StatA(alpha=3, device="cpu").fit(
+        arrays["image_features"], text_features=arrays["text_features"]
+    )
+    assert {x.name for x in (tmp_path / "result").iterdir()} == {"predictions.parquet", "run.json"}
+    table = pq.read_table(tmp_path / "result" / "predictions.parquet")
+    np.testing.assert_array_equal(table["label"], model.transduction_)
+    run = json.loads((tmp_path / "result" / "run.json").read_text())
+    assert (run["method"], run["anchors"], run["runs"]) == ("stata", "texts", 1)
+    assert run["chosen"] == model.chosen_.values
+    assert run["accuracy"] == round(100 * (model.transduction_ == arrays["labels"]).mean(), 4)
+    assert "stata from texts: alpha 3, n_neighbors 3" in out
+    assert f"{run['accuracy']:.2f} %" in out
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_result_is_evaluated_and_not_predicted_from(save, arrays, succeeds, cli, tmp_path):
+    features = save(arrays)
+    succeeds("solve", features, "--method", "bd-cspn", "--out", tmp_path / "result")
+    assert "zero-shot ->" in succeeds("evaluate", tmp_path / "result")
+    ran = cli("predict", tmp_path / "result", features, "--out", tmp_path / "more")
+    assert ran.code == 2
+    assert "was solved by bd-cspn, which has no mixture" in ran.err
+
+
+def test_solve_says_what_validation_chose_and_what_a_method_assumes(
+    save, few_shot, succeeds, tmp_path
+):
+    out = succeeds("solve", save(few_shot), "--method", "pt-map", "--out", tmp_path / "result")
+    assert "pt-map from shots: rate 0.2, max_iter 10, max_scalings 1000, the best of 2 runs" in out
+    assert "pt-map assumes equally many images of every class" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, ["--method", "stata", "--set", "beta=1"], "stata has no setting 'beta'"),
+        ({}, ["--method", "stata", "--set", "alpha"], "--set alpha: expected NAME=VALUE"),
+        ({}, ["--method", "stata", "--set", "alpha=much"], "expected NAME=VALUE with a number"),
+        ({}, ["--method", "stata", "--set", "alpha=1", "--set", "alpha=2"], "set twice"),
+        ({}, ["--method", "stata", "--set", "n_neighbors=1.5"], "must be a whole number"),
+        ({}, ["--method", "stata", "--gamma", "1"], "--gamma is for method transclip"),
+        ({}, ["--method", "stata", "--reject", "0.1"], "--reject is for method transclip"),
+        ({}, ["--method", "stata", "--head", "taskres"], "--head is for method transclip"),
+        ({}, ["--method", "bd-cspn", "--anchors", "both"], "needs shots"),
+        ({}, ["--anchors", "both"], "--anchors is for methods other than transclip"),
+        ({}, ["--set", "alpha=1"], "--set is for methods other than transclip"),
+        ({"known_labels": [0] * 77}, ["--method", "stata"], "known_labels: method stata takes"),
+        ({"text_features": None}, ["--method", "bd-cspn"], "text_features: solve compares with"),
+        ({"class_names": ["a"]}, ["--method", "stata"], "1 name for 6 classes"),
+    ],
+)
+def test_solve_refuses(save, arrays, refused, change, options, message, tmp_path):
+    changed = {k: v for k, v in {**arrays, **change}.items() if v is not None}
+    assert message in refused("solve", save(changed), *options, "--out", tmp_path / "result")
+
+
+def test_a_graph_that_the_method_does_not_need_is_refused(save, arrays, done, refused, tmp_path):
+    features = save(arrays)
+    done("graph", features, "--out", tmp_path / "graph")
+    command = ("solve", features, "--graph", tmp_path / "graph", "--out", tmp_path / "result")
+    assert "em-dirichlet uses no graph" in refused(*command, "--method", "em-dirichlet")
+    done(*command, "--method", "stata")
+    assert "3 neighbours, 4 are needed" in refused(*command, "--method", "zlap")
+
+
+def test_rows_are_those_of_a_fit_in_python(save, few_shot, succeeds, tmp_path):
+    small = {**few_shot, "image_features": few_shot["image_features"][:40]}
+    small["labels"] = few_shot["labels"][:40]
+    names = "transclip,zero-shot,stata,zlap,ecalp,bd-cspn,pt-map"
+    succeeds("compare", save(small), "--methods", names, "--out", tmp_path / "table.json")
+    summary = json.loads((tmp_path / "table.json").read_text())
+    rows = {row["method"]: row for row in summary["rows"]}
+    assert [*rows] == names.split(",")
+    assert (summary["n_queries"], summary["n_shots"], summary["n_validation"]) == (40, 12, 20)
+    for name, cls in METHODS.items():
+        if name not in rows:
+            continue
+        model = cls(device="cpu", anchors=rows[name]["anchors"]).fit(
+            small["image_features"], **{name: small[name] for name in compare.FIT_ARRAYS}
+        )
+        accuracy = round(100 * (model.transduction_ == small["labels"]).mean(), 4)
+        assert rows[name]["accuracy"] == accuracy
+        assert rows[name]["chosen"] == model.chosen_.values
+        assert rows[name]["runs"] == model.chosen_.runs
+        assert rows[name]["assumes_balanced"] == cls.balanced
+    assert rows["transclip"]["runs"] == 4
+    assert rows["bd-cspn"]["runs"] == 55
+    assert (rows["bd-cspn"]["anchors"], rows["ecalp"]["anchors"]) == ("shots", "both")
+    assert rows["zero-shot"]["changed"] == 0
+
+
+def test_every_method_runs_and_texts_are_the_shots(save, arrays, succeeds):
+    arrays["image_features"], arrays["labels"] = arrays["image_features"][:30], None
+    features = save({k: v for k, v in arrays.items() if v is not None})
+    summary = json.loads(succeeds("compare", features, "--json"))
+    assert [row["method"] for row in summary["rows"]] == ["transclip", *METHODS]
+    assert {row["anchors"] for row in summary["rows"]} == {"texts", "probabilities"}
+    assert {row["accuracy"] for row in summary["rows"]} == {None}
+    assert {row["runs"] for row in summary["rows"]} == {1}
+
+
+def test_formats(save, arrays, succeeds, tmp_path):
+    features = save(arrays)
+    text = succeeds("compare", features, "--methods", FEW)
+    head = text.splitlines()[0].split()
+    assert head == [
+        "method",
+        "text",
+        "accuracy",
+        "changed",
+        "time",
+        "peak",
+        "memory",
+        "settings",
+        "chosen",
+        "runs",
+        "assumes",
+    ]
+    assert "77 images, 6 classes, 33 dimensions, 0 shots, 0 validation rows" in text
+    for suffix in ("md", "txt"):
+        succeeds("compare", features, "--methods", FEW, "--out", tmp_path / f"table.{suffix}")
+    markdown = (tmp_path / "table.md").read_text().splitlines()
+    assert markdown[0].startswith("| method | text | accuracy | changed |")
+    assert markdown[3].startswith("| zero-shot | texts | ")
+    assert all(line.count("|") == 10 for line in markdown[:6])
+    assert (tmp_path / "table.txt").read_text().startswith("method     text ")
+    summary = json.loads(succeeds("compare", features, "--methods", "zero-shot", "--json"))
+    assert summary["rows"][0]["method"] == "zero-shot"
+
+
+def test_methods_that_cannot_run_are_named(save, arrays, cli, refused):
+    del arrays["text_features"]
+    shots = balanced(arrays["labels"], 3)
+    arrays |= {
+        "support_features": arrays["image_features"][shots],
+        "support_labels": arrays["labels"][shots],
+    }
+    features = save(arrays)
+    ran = cli("compare", features, "--methods", "bd-cspn,logistic-regression")
+    assert ran.code == 0
+    refusal = refused("compare", features, "--methods", "bd-cspn,stata")
+    assert "stata with anchors 'texts' needs text_features" in refusal
+
+
+def test_done_methods_are_not_run_again(save, arrays, succeeds, cli, counted, tmp_path):
+    features, out = save(arrays), tmp_path / "table.md"
+    succeeds("compare", features, "--methods", "zero-shot,stata", "--out", out)
+    first = out.read_text().splitlines()
+    succeeds("compare", features, "--methods", FEW, "--out", out)
+    assert counted == ["zero-shot", "stata", "transclip", "bd-cspn"]
+    assert set(first[:4]) <= set(out.read_text().splitlines())
+    arrays["labels"][0] = (arrays["labels"][0] + 1) % 6
+    ran = cli("compare", save(arrays), "--methods", "zero-shot", "--out", out)
+    assert "is of other input or options; begins anew" in ran.err
+    assert counted[4:] == ["zero-shot"]
+    assert "--logit-scale" not in ran.err
+
+
+def test_a_killed_comparison_goes_on(save, arrays, cli, succeeds, counted, monkeypatch, tmp_path):
+    features, out = save(arrays), tmp_path / "table.md"
+    with monkeypatch.context() as patch:
+
+        def killed(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(METHODS["stata"], "solve", killed)
+        ran = cli("compare", features, "--methods", FEW, "--out", out)
+    assert ran.code == 1
+    assert "stopped: the same command goes on from here" in ran.err
+    assert not out.exists()
+    succeeds("compare", features, "--methods", FEW, "--out", out)
+    assert counted == ["transclip", "zero-shot", "stata", "stata", "bd-cspn"]
+    hidden = {path.name for path in contents(tmp_path) if path.name.startswith(".")}
+    assert hidden == {".table.md.compare.json"}
+
+
+def test_shots_are_drawn_from_the_support_rows(pets, cli, tmp_path):
+    out = tmp_path / "table.json"
+    for shots, kept in ((2, 12), (0, 0)):
+        cli("compare", pets(), "--shots", shots, "--methods", "zlap,bd-cspn", "--out", out)
+        summary = json.loads(out.read_text())
+        assert (summary["n_shots"], summary["n_validation"]) == (kept, kept)
+    assert {row["anchors"] for row in summary["rows"]} == {"texts"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "stata,nope"], "method 'nope' is not known; choose of transclip, zero-shot"),
+        (["--out", "table.xlsx"], "table.xlsx: name a file that ends in .md, .json, .txt"),
+        (["--shots", "2"], "shots: there are no support_features to draw them from"),
+        (["--memory", "1MiB", "--methods", "stata"], "memory: stata keeps 3 arrays"),
+        (["--logit-scale", "0"], "logit_scale must be greater than 0"),
+        (["--graph", "nowhere"], "nowhere: is not a graph folder"),
+    ],
+)
+def test_compare_refuses(save, arrays, refused, options, message):
+    assert message in refused("compare", save(arrays), *options)
+
+
+def test_prior_is_named_as_unused(save, arrays, cli):
+    prior = np.full((77, 6), 1 / 6, np.float32)
+    ran = cli("compare", save(arrays | {"prior": prior}), "--methods", "zero-shot")
+    assert ran.err == "warning: prior: no method of a comparison uses it\n"
