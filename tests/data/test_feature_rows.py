@@ -160,6 +160,23 @@ def test_bad_rows_are_named(value, message, held, stored, tmp_path):
             Rows(source, "x", held=held)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_mapped_rows(held, stored):
+    array = features(dtype=np.float16)
+    plain = Rows(stored(array, [30, 47]), held=held)
+    squares = plain.mapped(lambda x: torch.cat([x, x * x], -1), 66)
+    twice = squares.mapped(lambda x: x[..., 30:37] + 1, 7)
+    assert (squares.shape, twice.shape, len(twice)) == ((77, 66), (77, 7), 77)
+    both = np.concatenate([plain[:], plain[:] ** 2], 1)
+    ids = torch.tensor([[3, 76, 0], [5, 5, 40]])
+    np.testing.assert_array_equal(squares[11:70], both[11:70])
+    np.testing.assert_array_equal(squares[ids], both[ids])
+    np.testing.assert_array_equal(twice[ids], both[ids][..., 30:37] + 1)
+    assert plain[:].shape == (77, 33)
+    covered = torch.cat([squares[block] for block in squares.blocks()])
+    np.testing.assert_array_equal(covered, both)
+
+
 def test_reads_are_counted(stored):
     found, seen = Rows(stored(features(), [77])), []
     found.on_read = seen.append

@@ -157,6 +157,14 @@ def test_sweep_and_energies_without_edges(blocks, rng):
     assert TorchOps(affinity).energies(assignments)[0] == 0
 
 
+def test_messages(blocks, rng):
+    z, assignments = simplex(rng)
+    affinity, matrix = affinity_of(difficult_edges(rng))
+    out = nan_like(assignments.values)
+    assert TorchOps(affinity).messages(assignments, out=out) is out
+    np.testing.assert_allclose(out, matrix @ z, atol=1e-6)
+
+
 @st.composite
 def random_problem(draw):
     n, k, size = draw(st.integers(1, 30)), draw(st.integers(1, 9)), draw(st.integers(1, 400))
