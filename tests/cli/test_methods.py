@@ -164,16 +164,21 @@ def test_formats(save, arrays, succeeds, tmp_path):
     assert summary["rows"][0]["method"] == "zero-shot"
 
 
-def test_methods_that_cannot_run_are_named(save, arrays, cli, refused):
-    del arrays["text_features"]
+def test_methods_that_cannot_run_are_named(save, arrays, cli, refused, monkeypatch):
+    monkeypatch.setattr(compare, "NAMES", ("transclip", "stata", "bd-cspn", "zlap"))
     shots = balanced(arrays["labels"], 3)
+    del arrays["text_features"]
     arrays |= {
         "support_features": arrays["image_features"][shots],
         "support_labels": arrays["labels"][shots],
     }
     features = save(arrays)
-    ran = cli("compare", features, "--methods", "bd-cspn,logistic-regression")
+    ran = cli("compare", features)
     assert ran.code == 0
+    lines = ran.out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["bd-cspn", "shots"], ["zlap", "shots"]]
+    assert "not run: stata with anchors 'texts' needs text_features" in lines
+    assert lines[-2].startswith("not run: transclip: no text features and no prior")
     refusal = refused("compare", features, "--methods", "bd-cspn,stata")
     assert "stata with anchors 'texts' needs text_features" in refusal
 
@@ -227,6 +232,7 @@ def test_shots_are_drawn_from_the_support_rows(pets, cli, tmp_path):
         (["--shots", "2"], "shots: there are no support_features to draw them from"),
         (["--memory", "1MiB", "--methods", "stata"], "memory: stata keeps 3 arrays"),
         (["--logit-scale", "0"], "logit_scale must be greater than 0"),
+        (["--gamma", "1"], "gamma: is the weight of the support, and there is none"),
         (["--graph", "nowhere"], "nowhere: is not a graph folder"),
     ],
 )

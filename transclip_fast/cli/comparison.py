@@ -79,7 +79,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"{counted(summary['dim'], 'dimension')}, {counted(summary['n_shots'], 'shot')}, "
         f"{counted(summary['n_validation'], 'validation row')}",
     ]
-    lines += [f"not run: {name}: {reason}" for name, reason in summary["not_run"].items()]
+    lines += [f"not run: {reason}" for reason in summary["not_run"].values()]
     return lines
 
 

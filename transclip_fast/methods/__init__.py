@@ -42,7 +42,7 @@ __all__ = [
     "method_class",
 ]
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Method]] = {  # those that take most passes last
     method.name: method
     for method in (
         ZeroShot,
@@ -53,12 +53,12 @@ METHODS: dict[str, type[Method]] = {
         ZLaP,
         ECALP,
         BDCSPN,
-        TIM,
-        TIMGD,
-        AlphaTIM,
-        PTMAP,
         LogisticRegression,
         TransductiveFinetuning,
+        PTMAP,
+        TIM,
+        AlphaTIM,
+        TIMGD,
     )
 }
 

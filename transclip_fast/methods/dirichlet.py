@@ -8,7 +8,7 @@ from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import parallel_map
 
 MAX_STEPS = 1000
-CHECKED_STEPS = 50  # between two tests of convergence
+CHECKED_STEPS = 10  # between two tests of convergence
 TOLERANCE = 1e-11  # of the squared change of a class's parameters, relative
 SMALLEST = 1e-11  # of a parameter whose curvature is not its limit at 0
 CLASS_ROWS = 16  # classes of a block: its arrays stay in a core's cache

@@ -24,9 +24,10 @@ class EMDirichlet(Method):
     mass keeps its alpha.
 
     log F = 30 x T^T less a number a row, so that the products have d columns where the published
-    code makes an (N, K, K) array. It stops the steps of all classes at once, here each class stops
-    by itself. It sets w to K / 5, or K divided by the classes of a batch, rounded down, for batches
-    of few classes; in StatA's comparison it is 0, which on whole data sets is better, too.
+    code makes an (N, K, K) array. It stops the steps of all classes at once, after a multiple of
+    50, here each class stops by itself after one of 10. It sets w to K / 5, or K divided by the
+    classes of a batch, rounded down, for batches of few classes; in StatA's comparison it is 0,
+    which on whole data sets is better, too.
 
     Two (N, K) arrays, and (K, K) float64 ones: a million rows and 1,000 classes take 9 GB, and
     3,000 classes are the most that is practical.
