@@ -244,3 +244,19 @@ def test_prior_is_named_as_unused(save, arrays, cli):
     prior = np.full((77, 6), 1 / 6, np.float32)
     ran = cli("compare", save(arrays | {"prior": prior}), "--methods", "zero-shot")
     assert ran.err == "warning: prior: no method of a comparison uses it\n"
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_rows_off_the_unit_sphere_are_warned_of_once(save, arrays, cli, stored, tmp_path):
+    arrays["image_features"] = 7 * arrays["image_features"]
+    file, options = save(arrays), []
+    if stored:
+        file = tmp_path / "rows.npy"
+        np.save(file, arrays["image_features"])
+        np.save(tmp_path / "texts.npy", arrays["text_features"])
+        options = ["--text-features", tmp_path / "texts.npy"]
+    compared = cli("compare", file, *options, "--methods", FEW)
+    solved = cli("solve", file, *options, "--method", "stata", "--out", tmp_path / "result")
+    for ran in (compared, solved):
+        assert ran.code == 0
+        assert ran.err.count("warning: ") == ran.err.count("rows were not unit vectors") == 1

@@ -17,7 +17,14 @@ import numpy as np
 from transclip_fast.cli import options, session
 from transclip_fast.cli.comparison import SUFFIXES, KeptRows, as_text, write_table
 from transclip_fast.cli.graph import kept_graph, leftovers, search_of
-from transclip_fast.cli.method import FIT_ARRAYS, NAMES, TRANSCLIP, USED_ARRAYS, anchors_option
+from transclip_fast.cli.method import (
+    FIT_ARRAYS,
+    NAMES,
+    TRANSCLIP,
+    USED_ARRAYS,
+    anchors_option,
+    arguments_of,
+)
 from transclip_fast.cli.solution import check_class_names, true_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -276,14 +283,13 @@ class Comparison:
         model = self._model(name)
         if isinstance(model, TransCLIP) or model.neighbors_needed(searched=False):
             self._graph  # noqa: B018  # made once, outside of the time of a method
-        X = self.features.get("image_features")
-        arrays = {array: self.features.get(array) for array in FIT_ARRAYS}
         reset, start = reset_peak(), time.perf_counter()
         with self.stages.time("methods"), progress_bar(name, "steps") as show:
             report: Callable[..., None] = show
             if isinstance(model, TransCLIP):
                 report = shown_on(show)
-            model.fit(X, **arrays, graph=lambda rows: self._graph, progress=report)
+            with arguments_of(self.features, self._rows) as arguments:
+                model.fit(**arguments, graph=lambda rows: self._graph, progress=report)
         labels, chosen = model.transduction_, model.chosen_
         searched = chosen.values
         if isinstance(model, Method):

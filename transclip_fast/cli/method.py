@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -124,6 +126,15 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def arguments_of(features: Features, rows: Rows) -> Iterator[dict[str, Any]]:
+    """The arguments of a method's `fit`; `rows` are the features, with their warnings given."""
+    X = rows[:] if rows.held else features.get("image_features")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "X: .* rows were not unit vectors")
+        yield {"X": X, **{name: features.get(name) for name in FIT_ARRAYS}}
+
+
 def solve_with_method(
     features: Features,
     out: str,
@@ -139,11 +150,11 @@ def solve_with_method(
     origins[str(own_graph)] = out
     used: list[NeighborGraph] = []
     with (
-        session.collected_warnings(origins) as warnings,
+        session.collected_warnings(origins) as messages,
         new_folder(out, CONTENTS, obsolete=leftovers(own_graph)) as folder,
     ):
         with session.errors_about(origins, features.path):
-            X = features.get("image_features")
+            rows = Rows(features.get("image_features"), "X")
             texts = ensemble(features.get("text_features"), columns=features.dim)
             check_class_names(features, len(texts))
             truth = true_labels(features, len(texts))
@@ -155,17 +166,19 @@ def solve_with_method(
                 used.append(found)
                 return found
 
-            arrays = {name: features.get(name) for name in FIT_ARRAYS}
-            with stages.time("solve"), progress_bar(method.name, "steps") as show:
-                method.fit(X, **arrays, graph=source, progress=show)
-            prior = LinearPrior.from_prototypes(texts, method.logit_scale)
-            zero_shot = prior.predict(Rows(X, "X"))
+            zero_shot = LinearPrior.from_prototypes(texts, method.logit_scale).predict(rows)
+            with (
+                stages.time("solve"),
+                progress_bar(method.name, "steps") as show,
+                arguments_of(features, rows) as arguments,
+            ):
+                method.fit(**arguments, graph=source, progress=show)
         labels = method.transduction_
         signs = check_assignments(labels, zero_shot[0], len(texts), features.class_names)
         if truth is not None:
             signs += check_class_order(zero_shot[0], truth)
         for sign in signs:
-            session.warn(warnings, sign)
+            session.warn(messages, sign)
         run = run_summary("solve", features, labels, zero_shot[0], truth, tuple(texts.shape))
         run |= describe_method(method) | {
             "n_iter": method.n_iter_,
@@ -173,7 +186,7 @@ def solve_with_method(
             "config": {"method": method.name, "anchors": method.anchors, **method.chosen_.values},
             "memory": {"peak": peak_bytes()},
             "seconds": stages.seconds,
-            "warnings": warnings,
+            "warnings": messages,
         }
         tables = prediction_tables(method.label_distributions_, zero_shot, features, truth)
         with writing(out):

@@ -10,17 +10,17 @@ from transclip_fast.methods.dense import in_blocks
 
 SMALLEST = 1e-12  # of a probability in a logarithm
 
-# Derivative of the entropy of a distribution by its entries, without constants.
+# Derivative of the entropy of a distribution by its entries, less what is the same for all.
 Slope = Callable[[torch.Tensor], torch.Tensor]
 
 
 def shannon_slope(p: torch.Tensor) -> torch.Tensor:
-    """d/dp of -sum p log p."""
-    return -1 - p.clamp_min(SMALLEST).log()
+    """That of -sum p log p."""
+    return -p.clamp_min(SMALLEST).log()
 
 
 def alpha_slope(alpha: float) -> Slope:
-    """d/dp of (1 - sum p^alpha) / (alpha - 1); alpha 1 is Shannon's entropy."""
+    """That of (1 - sum p^alpha) / (alpha - 1); alpha 1 is Shannon's entropy."""
     if alpha == 1:
         return shannon_slope
     return lambda p: -alpha / (alpha - 1) * p ** (alpha - 1)
