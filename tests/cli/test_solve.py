@@ -25,6 +25,7 @@ KEYS = {
     "graph",
     "backend",
     "device",
+    "method",
     "versions",
     "config",
 }

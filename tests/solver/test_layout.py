@@ -11,6 +11,8 @@ from transclip_fast.solver.layout import (
     Size,
     choose_layout,
     parse_memory,
+    peak_bytes,
+    reset_peak,
     show_bytes,
 )
 from transclip_fast.solver.parameters import Parameters
@@ -191,3 +193,12 @@ def test_a_fit_in_a_given_amount(problem):
     tight.fit(features.astype("float16"), prototypes)
     assert (free.layout_.held, tight.layout_.held) == (True, False)
     assert (free.transduction_ == tight.transduction_).all()
+
+
+def test_the_peak_begins_anew():
+    block = np.ones(32 << 20)  # 256 MiB, which the system gets back
+    before = peak_bytes()
+    del block
+    if not reset_peak():
+        pytest.skip("the system does not let a process reset its peak")
+    assert peak_bytes() < before - (128 << 20)

@@ -20,12 +20,12 @@ from transclip_fast.cli.graph import kept_graph, leftovers, search_of
 from transclip_fast.cli.method import (
     FIT_ARRAYS,
     NAMES,
-    TRANSCLIP,
     USED_ARRAYS,
     anchors_option,
     arguments_of,
 )
 from transclip_fast.cli.solution import check_class_names, true_labels
+from transclip_fast.cli.summary import TRANSCLIP
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP

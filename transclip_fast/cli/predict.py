@@ -9,10 +9,9 @@ import click
 import torch
 
 from transclip_fast.cli import options, session
-from transclip_fast.cli.method import TRANSCLIP
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.summary import of_labelled, run_summary
+from transclip_fast.cli.summary import TRANSCLIP, of_labelled, run_summary
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device

@@ -17,6 +17,9 @@ from transclip_fast.metrics import accuracy
 from transclip_fast.store.features import Features
 
 
+TRANSCLIP = "transclip"  # the method of a result that names no other
+
+
 def run_summary(
     kind: str,
     features: Features,
@@ -47,6 +50,7 @@ def solver_summary(model: TransCLIP) -> dict[str, Any]:
     """The part of run.json about how it was solved."""
     parameters = requested(model)
     return {
+        "method": TRANSCLIP,
         "device": str(model.device_),
         "n_iter": model.n_iter_,
         "objective": model.objective_.tolist(),
