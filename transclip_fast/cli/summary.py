@@ -16,7 +16,6 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.metrics import accuracy
 from transclip_fast.store.features import Features
 
-
 TRANSCLIP = "transclip"  # the method of a result that names no other
 
 
