@@ -12,6 +12,7 @@ from tests.cli.conftest import contents
 from tests.conftest import balanced
 from transclip_fast.cli import compare
 from transclip_fast.methods import METHODS, StatA
+from transclip_fast.methods.base import Setting
 
 FEW = "transclip,zero-shot,stata,bd-cspn"
 
@@ -137,7 +138,11 @@ def test_rows_are_those_of_a_fit_in_python(save, few_shot, succeeds, tmp_path):
     assert rows["zero-shot"]["changed"] == 0
 
 
-def test_every_method_runs_and_texts_are_the_shots(save, arrays, succeeds):
+def test_every_method_runs_and_texts_are_the_shots(save, arrays, succeeds, monkeypatch):
+    for method in METHODS.values():
+        if "max_iter" in method.grid:  # fewer steps: thousands take seconds
+            fewer = {**method.grid, "max_iter": Setting(2, whole=True)}
+            monkeypatch.setattr(method, "grid", fewer)
     arrays["image_features"], arrays["labels"] = arrays["image_features"][:30], None
     features = save({k: v for k, v in arrays.items() if v is not None})
     summary = json.loads(succeeds("compare", features, "--json"))
