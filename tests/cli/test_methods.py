@@ -11,6 +11,8 @@ import pytest
 from tests.cli.conftest import contents
 from tests.conftest import balanced
 from transclip_fast.cli import compare
+from transclip_fast.cli.comparison import Comparison
+from transclip_fast.cli.method import FIT_ARRAYS
 from transclip_fast.methods import METHODS, StatA
 from transclip_fast.methods.base import Setting
 
@@ -33,13 +35,13 @@ def few_shot(arrays):
 @pytest.fixture
 def counted(monkeypatch):
     """The methods that are fitted from now on, as a list that grows."""
-    fitted, row = [], compare.Comparison._row
+    fitted, row = [], Comparison._row
 
     def noted(self, name, *arrays):
         fitted.append(name)
         return row(self, name, *arrays)
 
-    monkeypatch.setattr(compare.Comparison, "_row", noted)
+    monkeypatch.setattr(Comparison, "_row", noted)
     return fitted
 
 
@@ -125,7 +127,7 @@ def test_rows_are_those_of_a_fit_in_python(save, few_shot, succeeds, tmp_path):
         if name not in rows:
             continue
         model = cls(device="cpu", anchors=rows[name]["anchors"]).fit(
-            small["image_features"], **{name: small[name] for name in compare.FIT_ARRAYS}
+            small["image_features"], **{name: small[name] for name in FIT_ARRAYS}
         )
         accuracy = round(100 * (model.transduction_ == small["labels"]).mean(), 4)
         assert rows[name]["accuracy"] == accuracy
@@ -133,6 +135,9 @@ def test_rows_are_those_of_a_fit_in_python(save, few_shot, succeeds, tmp_path):
         assert rows[name]["runs"] == model.chosen_.runs
         assert rows[name]["assumes_balanced"] == cls.balanced
     assert rows["transclip"]["runs"] == 4
+    assert [*rows["transclip"]["searched"]] == ["gamma"]
+    assert rows["bd-cspn"]["searched"] == rows["bd-cspn"]["chosen"]
+    assert rows["stata"]["searched"] == {}
     assert rows["bd-cspn"]["runs"] == 55
     assert (rows["bd-cspn"]["anchors"], rows["ecalp"]["anchors"]) == ("shots", "both")
     assert rows["zero-shot"]["changed"] == 0

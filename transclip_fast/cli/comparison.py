@@ -1,112 +1,184 @@
-"""A comparison of methods: its rows, kept as they come, and its table."""
+"""Methods on the same rows and graph: a fit for each row of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from transclip_fast.cli import session
-from transclip_fast.cli.session import counted
+from transclip_fast.cli.comparison_table import KeptRows
+from transclip_fast.cli.graph import kept_graph, search_of
+from transclip_fast.cli.method import FIT_ARRAYS, USED_ARRAYS, arguments_of
+from transclip_fast.cli.solution import check_class_names, true_labels
+from transclip_fast.cli.summary import TRANSCLIP
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
-from transclip_fast.solver.layout import show_bytes
-from transclip_fast.store.atomic import beside, new_file, read_json, write_json, writing
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.graph.build import build_graph
+from transclip_fast.methods import METHODS, Method
+from transclip_fast.methods.task import Arrays
+from transclip_fast.metrics import accuracy, check_class_order
+from transclip_fast.progress_bar import progress_bar, shown_on
+from transclip_fast.solver.layout import peak_bytes, reset_peak
+from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.store.atomic import beside
+from transclip_fast.store.features import Features
+from transclip_fast.store.graphs import load_graph
+from transclip_fast.types import NeighborGraph
+from transclip_fast.version import __version__
 
-HEADINGS = (
-    "method",
-    "text",
-    "accuracy",
-    "changed",
-    "time",
-    "peak memory",
-    "settings chosen",
-    "runs",
-    "assumes",
-)
-SUFFIXES = (".md", ".json", ".txt")
-
-
-class KeptRows:
-    """
-    The rows of a comparison by method, in a hidden file beside its table; in memory without one.
-
-    Rows of other input or options, which `identity` has, are not used.
-    """
-
-    def __init__(self, out: str | None, identity: Mapping[str, Any], warnings: list[str]) -> None:
-        self._out, self._identity = out, dict(identity)
-        self._file = None if out is None else beside(out, "compare.json")
-        self.rows: dict[str, dict[str, Any]] = {}
-        if self._file is None or not self._file.exists():
-            return
-        with suppress(InputError):  # damaged: as one of other input
-            state = read_json(self._file)
-            if state.get("identity") == self._identity and isinstance(state.get("rows"), dict):
-                self.rows = state["rows"]
-                return
-        session.warn(warnings, f"{self._file}: is of other input or options; begins anew")
-
-    def add(self, name: str, row: dict[str, Any]) -> None:
-        """Keep the row of a method."""
-        self.rows[name] = row
-        if self._file is not None and self._out is not None:
-            with writing(self._out), new_file(self._file) as partial:
-                write_json(partial, {"identity": self._identity, "rows": self.rows})
+# Options on which a row depends, beside the arrays.
+IDENTITY = ("anchors", "gamma", "logit_scale", "device", "search", "index", "recall")
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """The row of a method as text, in the order of HEADINGS."""
-    accuracy, changed, peak = row["accuracy"], row["changed"], row["peak_bytes"]
-    settings = ", ".join(f"{name} {value:g}" for name, value in row["searched"].items())
-    return [
-        row["method"],
-        row["anchors"],
-        "" if accuracy is None else f"{accuracy:.2f} %",
-        "" if changed is None else f"{changed:,}",
-        f"{row['seconds']:.1f} s",
-        "" if peak is None else show_bytes(peak),
-        settings or "as published",
-        f"{row['runs']:,}",
-        "equal classes" if row["assumes_balanced"] else "",
-    ]
+def checked_arrays(features: Features) -> Arrays:
+    """The checked arrays of every method."""
+    found = [features.get(name) for name in ("image_features", *FIT_ARRAYS)]
+    X, texts, shots, labels, validation, validation_labels = found
+    return Arrays.check(X, texts, (shots, labels), (validation, validation_labels))
 
 
-def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What is compared, and which methods were not run."""
-    lines = [
-        f"{counted(summary['n_queries'], 'image')}, {counted(summary['n_classes'], 'class')}, "
-        f"{counted(summary['dim'], 'dimension')}, {counted(summary['n_shots'], 'shot')}, "
-        f"{counted(summary['n_validation'], 'validation row')}",
-    ]
-    lines += [f"not run: {reason}" for reason in summary["not_run"].values()]
-    return lines
+@dataclass
+class Comparison:
+    """Methods on the same rows."""
 
+    features: Features
+    values: Mapping[str, Any]
+    out: str | None
+    stages: session.Stages
 
-def as_text(summary: dict[str, Any]) -> str:
-    """A comparison for a terminal."""
-    table = [list(HEADINGS), *(cells(row) for row in summary["rows"])]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    ]
-    return "\n".join([*lines, "", *notes(summary)])
+    def compare(self, names: list[str], *, named: bool, warnings: list[str]) -> dict[str, Any]:
+        """The table as JSON; InputError if one of the `named` methods, or none at all, can run."""
+        features, arrays = self.features, checked_arrays(self.features)
+        for array in features.arrays.keys() - USED_ARRAYS:
+            session.warn(warnings, f"{array}: no method of a comparison uses it")
+        check_class_names(features, arrays.n_classes)
+        truth, zero_shot = true_labels(features, arrays.n_classes), self._zero_shot(arrays)
+        if truth is not None and zero_shot is not None:
+            for sign in check_class_order(zero_shot, truth):
+                session.warn(warnings, sign)
+        kept, not_run = KeptRows(self.out, self._identity(), warnings), {}
+        for name in names:
+            if name in kept.rows:
+                continue
+            try:
+                kept.add(name, self._row(name, truth, zero_shot))
+            except InputError as error:
+                not_run[name] = str(error) if name in str(error) else f"{name}: {error}"
+                if named:
+                    raise InputError(not_run[name]) from error
+        rows = [kept.rows[name] for name in names if name in kept.rows]
+        if not rows:
+            raise InputError(f"no method can run: {not_run[names[0]]}")
+        return {
+            "kind": "compare",
+            "rows": rows,
+            "not_run": not_run,
+            "n_queries": len(self._rows),
+            "n_classes": arrays.n_classes,
+            "dim": features.dim,
+            "n_labelled": 0 if truth is None else int((truth >= 0).sum()),
+            "n_shots": 0 if arrays.shots is None else len(arrays.shots),
+            "n_validation": 0 if arrays.validation is None else len(arrays.validation),
+            "options": self._identity(),
+            "seconds": self.stages.seconds,
+            "versions": session.versions(),
+        }
 
+    def _identity(self) -> dict[str, Any]:
+        """All that decides a row."""
+        graph = self.values["graph_folder"]
+        return {
+            **{name: self.values[name] for name in IDENTITY},
+            "graph_sha256": None if graph is None else self._given_graph.sha256(),
+            "inputs_sha256": self.features.inputs_sha256(),
+            "version": __version__,
+        }
 
-def as_markdown(summary: dict[str, Any]) -> str:
-    """A comparison in Markdown."""
-    table = [list(HEADINGS), ["---"] * len(HEADINGS), *(cells(row) for row in summary["rows"])]
-    lines = ["| " + " | ".join(line) + " |" for line in table]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(summary))])
+    @cached_property
+    def _rows(self) -> Rows:
+        """The features, checked."""
+        return Rows(self.features.get("image_features"), "X")
 
+    def _zero_shot(self, arrays: Arrays) -> np.ndarray | None:
+        """The labels (N,) of the texts."""
+        if arrays.texts is None:
+            return None
+        prior = LinearPrior.from_prototypes(arrays.texts, self.values["logit_scale"])
+        return prior.predict(self._rows)[0]
 
-def write_table(out: str, summary: dict[str, Any]) -> None:
-    """Write a comparison in the format of the file's suffix."""
-    file = Path(out)
-    with writing(out), new_file(file) as partial:
-        if file.suffix == ".json":
-            write_json(partial, summary)
-        else:
-            text = as_markdown(summary) if file.suffix == ".md" else as_text(summary)
-            partial.write_text(f"{text}\n", encoding="utf-8")
+    @cached_property
+    def _given_graph(self) -> NeighborGraph:
+        return load_graph(self.values["graph_folder"], self.features.sha256())
+
+    @cached_property
+    def _graph(self) -> NeighborGraph:
+        """The graph of all methods, with as many neighbours as any of them may need."""
+        if self.values["graph_folder"] is not None:
+            return self._given_graph
+        searched = self.features.get("validation_features") is not None
+        needed = [cls().neighbors_needed(searched=searched) for cls in METHODS.values()]
+        search = search_of(self.values, max(TransCLIP.n_neighbors, *needed))
+        if self.out is not None:
+            folder = beside(self.out, "graph")
+            return kept_graph(folder, self.features, search, self.stages, self._rows)
+        with self.stages.time("graph"), progress_bar("graph", "rows") as show:
+            return build_graph(self._rows, progress=show, **vars(search))
+
+    def _model(self, name: str) -> TransCLIP | Method:
+        """The method of that name."""
+        values = self.values
+        shared = {option: values[option] for option in ("device", "memory", "logit_scale")}
+        if name == TRANSCLIP:
+            return TransCLIP(gamma=values["gamma"], **shared)
+        cls = METHODS[name]
+        texts, shots = (
+            self.features.get(f"{use}_features") is not None for use in ("text", "support")
+        )
+        anchors = values["anchors"] if values["anchors"] in cls.kinds else None
+        return cls(anchors=anchors or cls.possible_anchors(texts=texts, shots=shots), **shared)
+
+    def _row(
+        self, name: str, truth: np.ndarray | None, zero_shot: np.ndarray | None
+    ) -> dict[str, Any]:
+        """Fit a method: its row of the table."""
+        model = self._model(name)
+        if isinstance(model, TransCLIP) or model.neighbors_needed(searched=False):
+            self._graph  # noqa: B018  # made once, outside of the time of a method
+        reset, start = reset_peak(), time.perf_counter()
+        with self.stages.time("methods"), progress_bar(name, "steps") as show:
+            report: Callable[..., None] = show
+            if isinstance(model, TransCLIP):
+                report = shown_on(show)
+            with arguments_of(self.features, self._rows) as arguments:
+                model.fit(**arguments, graph=lambda rows: self._graph, progress=report)
+        labels, chosen = model.transduction_, model.chosen_
+        searched = {}  # what depends on the shots and the validation rows
+        if isinstance(model, TransCLIP) and model.gamma_ is not None:
+            searched = {"gamma": model.gamma_}
+        elif isinstance(model, Method) and chosen.runs > 1:
+            searched = {name: chosen.values[name] for name in model.open_settings}
+        return {
+            "method": name,
+            "anchors": self._anchors(model),
+            "accuracy": None if truth is None else accuracy(labels, truth),
+            "changed": None if zero_shot is None else int((labels != zero_shot).sum()),
+            "seconds": round(time.perf_counter() - start, 3),
+            "peak_bytes": peak_bytes() if reset else None,
+            "chosen": chosen.values,
+            "searched": searched,
+            "runs": chosen.runs,
+            "n_iter": model.n_iter_,
+            "assumes_balanced": isinstance(model, Method) and model.balanced,
+        }
+
+    def _anchors(self, model: TransCLIP | Method) -> str:
+        """What text means to a method."""
+        if isinstance(model, Method):
+            return model.anchors
+        return "texts" if self.features.get("support_features") is None else "both"

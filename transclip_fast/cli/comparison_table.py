@@ -1,0 +1,113 @@
+"""The rows of a comparison of methods, kept as they come, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transclip_fast.cli import session
+from transclip_fast.cli.session import counted
+from transclip_fast.errors import InputError
+from transclip_fast.solver.layout import show_bytes
+from transclip_fast.store.atomic import beside, read_json, write_json, writing
+from transclip_fast.whole_files import new_file
+
+HEADINGS = (
+    "method",
+    "text",
+    "accuracy",
+    "changed",
+    "time",
+    "peak memory",
+    "settings chosen",
+    "runs",
+    "assumes",
+)
+SUFFIXES = (".md", ".json", ".txt")
+
+
+class KeptRows:
+    """
+    The rows of a comparison by method, in a hidden file beside its table; in memory without one.
+
+    Rows of other input or options, which `identity` has, are not used.
+    """
+
+    def __init__(self, out: str | None, identity: Mapping[str, Any], warnings: list[str]) -> None:
+        self._out, self._identity = out, dict(identity)
+        self._file = None if out is None else beside(out, "compare.json")
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self._file is None or not self._file.exists():
+            return
+        with suppress(InputError):  # damaged: as one of other input
+            state = read_json(self._file)
+            if state.get("identity") == self._identity and isinstance(state.get("rows"), dict):
+                self.rows = state["rows"]
+                return
+        session.warn(warnings, f"{self._file}: is of other input or options; begins anew")
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Keep the row of a method."""
+        self.rows[name] = row
+        if self._file is not None and self._out is not None:
+            with writing(self._out), new_file(self._file) as partial:
+                write_json(partial, {"identity": self._identity, "rows": self.rows})
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The row of a method as text, in the order of HEADINGS."""
+    accuracy, changed, peak = row["accuracy"], row["changed"], row["peak_bytes"]
+    settings = ", ".join(f"{name} {value:g}" for name, value in row["searched"].items())
+    return [
+        row["method"],
+        row["anchors"],
+        "" if accuracy is None else f"{accuracy:.2f} %",
+        "" if changed is None else f"{changed:,}",
+        f"{row['seconds']:.1f} s",
+        "" if peak is None else show_bytes(peak),
+        settings or "as published",
+        f"{row['runs']:,}",
+        "equal classes" if row["assumes_balanced"] else "",
+    ]
+
+
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What is compared, and which methods were not run."""
+    lines = [
+        f"{counted(summary['n_queries'], 'image')}, {counted(summary['n_classes'], 'class')}, "
+        f"{counted(summary['dim'], 'dimension')}, {counted(summary['n_shots'], 'shot')}, "
+        f"{counted(summary['n_validation'], 'validation row')}",
+    ]
+    lines += [f"not run: {reason}" for reason in summary["not_run"].values()]
+    return lines
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """A comparison for a terminal."""
+    table = [list(HEADINGS), *(cells(row) for row in summary["rows"])]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    ]
+    return "\n".join([*lines, "", *notes(summary)])
+
+
+def as_markdown(summary: dict[str, Any]) -> str:
+    """A comparison in Markdown."""
+    table = [list(HEADINGS), ["---"] * len(HEADINGS), *(cells(row) for row in summary["rows"])]
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(summary))])
+
+
+def write_table(out: str, summary: dict[str, Any]) -> None:
+    """Write a comparison in the format of the file's suffix."""
+    file = Path(out)
+    with writing(out), new_file(file) as partial:
+        if file.suffix == ".json":
+            write_json(partial, summary)
+        else:
+            text = as_markdown(summary) if file.suffix == ".md" else as_text(summary)
+            partial.write_text(f"{text}\n", encoding="utf-8")
