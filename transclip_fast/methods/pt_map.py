@@ -29,8 +29,8 @@ class PTMAP(Method):
     It assumes equally many rows of every class, and loses much where that is wrong.
 
     Only the potentials u and v change in a scaling, the array does not. One (N, K) array, read
-    twice in each of at most 1,000 scalings a step: 100,000 rows and 1,000 classes take half an
-    hour on two cores.
+    twice in each of at most 1,000 scalings a step: a million rows and 1,000 classes take 4 GB, and
+    100,000 rows are the most that is practical.
 
     Parameters
     ----------
