@@ -202,9 +202,25 @@ def test_done_methods_are_not_run_again(save, arrays, succeeds, cli, counted, tm
     assert set(first[:4]) <= set(out.read_text().splitlines())
     arrays["labels"][0] = (arrays["labels"][0] + 1) % 6
     ran = cli("compare", save(arrays), "--methods", "zero-shot", "--out", out)
-    assert "is of other input or options; begins anew" in ran.err
+    assert "is damaged, or of other input or options; begins anew" in ran.err
     assert counted[4:] == ["zero-shot"]
     assert "--logit-scale" not in ran.err
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"rows": 3}', None])
+def test_a_damaged_state_is_not_used(save, arrays, cli, counted, damage, tmp_path):
+    features, out = save(arrays), tmp_path / "table.md"
+    cli("compare", features, "--methods", "zero-shot", "--out", out)
+    state = tmp_path / ".table.md.compare.json"
+    if damage is None:  # a row that lacks what the table shows
+        kept = json.loads(state.read_text())
+        del kept["rows"]["zero-shot"]["seconds"]
+        damage = json.dumps(kept)
+    state.write_text(damage)
+    ran = cli("compare", features, "--methods", "zero-shot", "--out", out)
+    assert ran.code == 0
+    assert "begins anew" in ran.err
+    assert counted == ["zero-shot", "zero-shot"]
 
 
 def test_a_killed_comparison_goes_on(save, arrays, cli, succeeds, counted, monkeypatch, tmp_path):

@@ -41,12 +41,17 @@ class KeptRows:
         self.rows: dict[str, dict[str, Any]] = {}
         if self._file is None or not self._file.exists():
             return
-        with suppress(InputError):  # damaged: as one of other input
+        with suppress(InputError, KeyError, TypeError, ValueError, AttributeError):  # damaged
             state = read_json(self._file)
-            if state.get("identity") == self._identity and isinstance(state.get("rows"), dict):
-                self.rows = state["rows"]
+            rows = state.get("rows")
+            if state.get("identity") == self._identity and isinstance(rows, dict):
+                for row in rows.values():
+                    cells(row)
+                self.rows = rows
                 return
-        session.warn(warnings, f"{self._file}: is of other input or options; begins anew")
+        session.warn(
+            warnings, f"{self._file}: is damaged, or of other input or options; begins anew"
+        )
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keep the row of a method."""
