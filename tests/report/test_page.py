@@ -34,7 +34,7 @@ def read(file):
 
 
 def edited(result, **columns):
-    """A result with other columns of predictions; None takes one out."""
+    """A result with other columns of predictions; None takes one out. Its hashes are dropped."""
     file = result / "predictions.parquet"
     table = pq.read_table(file)
     for name, values in columns.items():
@@ -43,6 +43,9 @@ def edited(result, **columns):
         if values is not None:
             table = table.append_column(name, pa.array(values))
     pq.write_table(table, file)
+    run = json.loads((result / "run.json").read_text())
+    run.pop("sha256", None)
+    (result / "run.json").write_text(json.dumps(run))
 
 
 def set_run(result, **entries):

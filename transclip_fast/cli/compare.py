@@ -31,7 +31,7 @@ ARRAYS = (*FIT_ARRAYS, "labels", "class_names")
 
 
 @click.command("compare", cls=options.SectionedCommand)
-@click.argument("path", metavar="FEATURES", type=click.Path())
+@click.argument("path", metavar="FEATURES", type=options.PATH)
 @click.option(
     "--methods",
     metavar="NAME,...",
@@ -39,7 +39,7 @@ ARRAYS = (*FIT_ARRAYS, "labels", "class_names")
 )
 @click.option(
     "--out",
-    type=click.Path(),
+    type=options.PATH,
     help=f"File of the table, {', '.join(SUFFIXES)}. Methods done earlier are not run again.",
 )
 @click.option(
@@ -47,7 +47,7 @@ ARRAYS = (*FIT_ARRAYS, "labels", "class_names")
 )
 @click.option("--seed", default=0, help="Of the draw.")
 @anchors_option
-@click.option("--graph", "graph_folder", type=click.Path(), help="Graph folder of these features.")
+@click.option("--graph", "graph_folder", type=options.PATH, help="Graph folder of these features.")
 @options.search_options
 @options.device_option
 @options.json_option

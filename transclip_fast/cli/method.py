@@ -14,7 +14,7 @@ from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
 from transclip_fast.cli.outlook import describe_changes
 from transclip_fast.cli.session import counted
-from transclip_fast.cli.solution import check_class_names, true_labels
+from transclip_fast.cli.solution import check_class_names, path_from, true_labels
 from transclip_fast.cli.summary import TRANSCLIP, of_labelled, run_summary
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.data.texts import ensemble
@@ -180,6 +180,7 @@ def solve_with_method(
             session.warn(messages, sign)
         run = run_summary("solve", features, labels, zero_shot[0], truth, tuple(texts.shape))
         run |= describe_method(method) | {
+            "features": path_from(out, features.path),
             "n_iter": method.n_iter_,
             "graph": {"n_neighbors": used[0].n_neighbors, **used[0].info} if used else None,
             "config": {"method": method.name, "anchors": method.anchors, **method.chosen_.values},
@@ -187,9 +188,10 @@ def solve_with_method(
             "seconds": stages.seconds,
             "warnings": messages,
         }
-        tables = prediction_tables(method.label_distributions_, zero_shot, features, truth)
+        more = {"neighbors": used[0].neighbors} if used else {}
+        tables = prediction_tables(method.label_distributions_, zero_shot, features, truth, **more)
         with writing(out):
-            save_result(folder, tables, run, None, csv=csv)
+            run = save_result(folder, tables, run, None, csv=csv)
     return run
 
 

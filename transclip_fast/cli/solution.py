@@ -125,7 +125,7 @@ def solve_features(
             if known is not None:
                 columns["rejected"] &= ~known
         run |= solver_summary(model) | {
-            "features": os.path.relpath(os.path.realpath(features.path), os.path.realpath(out)),
+            "features": path_from(out, features.path),
             "known_labels": of_others("known", known, labels, zero_shot[0], truth),
             "rejected": of_others("rejected", columns.get("rejected"), labels, zero_shot[0], truth),
             "n_shots": 0 if problem.support is None else len(problem.support[1]),
@@ -159,6 +159,11 @@ def true_labels(features: Features, n_classes: int) -> np.ndarray | None:
         warnings.warn("labels: no row has one, so that there is no accuracy", stacklevel=2)
         return None
     return truth
+
+
+def path_from(folder: str, path: str) -> str:
+    """A path relative to a folder, so that both can move together."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def check_class_names(features: Features, n_classes: int) -> None:
