@@ -26,7 +26,7 @@ HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in me
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # in which torch computes little
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in which it computes nothing
-NUMBERS = {*DTYPES, torch.complex64, torch.complex128} - {*FLOAT8}
+NUMBERS = {*DTYPES} - {*FLOAT8}
 
 
 def read_arrays(path: str | Path) -> dict[str, Any]:
