@@ -48,12 +48,12 @@ def energy_kernel(
 
 
 def energies(graph: SegmentedAffinity, z: Assignments) -> torch.Tensor:
-    """Pairwise term and entropy, (2,) float64, of sparse assignments."""
-    n_rows, width = z.values.shape
+    """Pairwise term and entropy of each row (N, 2) float32 of sparse assignments."""
+    n_rows, width = len(graph.bounds), z.values.shape[1]
     terms = z.values.new_empty(n_rows, 2)
     parts = segment_messages(graph, z, z.values, z.classes, 0.0, outside=False)
     grid, options = launch(n_rows, width, outside=False)
     energy_kernel[grid](
         *graph.arrays, z.values, z.classes, width, graph.bounds, *parts, terms, n_rows, **options
     )
-    return terms.sum(0, dtype=torch.float64)
+    return terms

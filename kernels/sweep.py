@@ -113,7 +113,7 @@ def sweep(
     """
     (n_rows, n_slots), width = base.values.shape, z.values.shape[1]
     same = out.values.data_ptr() == z.values.data_ptr()
-    if width > n_slots or out.values.shape != z.values.shape or same:
+    if width > n_slots or out.values.shape != (n_rows, width) or same:
         raise ValueError("z has at most C entries a row, and a sweep does not write where it reads")
     unused = float("-inf")
     parts = segment_messages(graph, z, base.values, base.classes, unused, outside=bounded)

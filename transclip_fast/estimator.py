@@ -12,12 +12,14 @@ import torch
 
 from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
 from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
-from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.metrics import outlier_scores
+from transclip_fast.ops.ranked import RankedRows, heard
 from transclip_fast.progress_bar import progress_bar, shown_on
+from transclip_fast.ranks import check_same, current_ranks
 from transclip_fast.solver.loop import passes_before, predict, solve
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
@@ -26,6 +28,7 @@ from transclip_fast.solver.state import Solution
 from transclip_fast.solver.truncation import losses
 from transclip_fast.types import Chosen, NeighborGraph
 
+SAMPLE_ROWS = 512  # of a graph, by which processes know that they have the same one
 GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None
 
 
@@ -138,6 +141,9 @@ class TransCLIP(Parameters):
     outlier_score_ : ndarray (N,) float32
         How little each query and its neighbours look like any class, from 0 to 1: what zero-shot
         leaves of their probability beside the first class. 0 for known labels.
+    rows_ : slice
+        The rows of X that the attributes of shape (N, ...) are about: all, unless the processes of
+        a group share them.
     zero_shot_labels_ : ndarray (N,) int64
     zero_shot_confidences_ : ndarray (N,) float32
         Prediction of the text features alone; without text features, that of the prior.
@@ -185,6 +191,10 @@ class TransCLIP(Parameters):
     ) -> TransCLIP:
         """
         Label the rows of X jointly. Arrays are numpy or torch, of any float type, never modified.
+
+        In an initialised process group of torch.distributed all processes call this with the same
+        arguments and share the work: each holds some consecutive rows, `rows_`, and what it fits
+        of rows is about those.
 
         Parameters
         ----------
@@ -245,6 +255,7 @@ class TransCLIP(Parameters):
             validation_features=validation_features,
             validation_labels=validation_labels,
             known_labels=known_labels,
+            ranks=current_ranks(),
         )
         settings = Settings.resolve(self, problem)
         return self.fit_problem(problem, settings, graph, progress=progress, checkpoint=checkpoint)
@@ -267,32 +278,39 @@ class TransCLIP(Parameters):
             with bar as show:
                 report = progress if show is None else shown_on(show, progress)
                 solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
-                solution = max(solutions, key=lambda run: run.accuracy(inputs.validation))
+                solution = max(solutions, key=lambda run: run.accuracy(inputs))
             values = {"gamma": solution.gamma, "kl_weight": settings.kl_weight}
             self.chosen_ = Chosen(values, len(gammas))
             return self._keep(solution, inputs, settings, graph)
 
     def _graph(self, graph: GraphSource, features: Rows) -> NeighborGraph:
         if graph is None:
+            if isinstance(features, RankedRows):
+                raise InputError("graph: several processes need one; build it with `graph` before")
             graph = build_graph(features, self.n_neighbors)
         elif not isinstance(graph, NeighborGraph):
             if not callable(graph):
                 raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
             graph = graph(features)
-        return graph.check(len(features), self.n_neighbors)
+        if isinstance(features, RankedRows):
+            some = evenly_spaced_rows(len(graph), SAMPLE_ROWS).numpy()
+            sample = NeighborGraph(graph.neighbors[some], graph.similarities[some])
+            check_same(features.exchange.ranks, {"graph": sample.sha256()})
+        return graph.check(len(features), self.n_neighbors, features.own)
 
     def _keep(
         self, solution: Solution, inputs: Inputs, settings: Settings, graph: NeighborGraph
     ) -> TransCLIP:
         """Set the fitted attributes."""
         z, self._mixture = solution.assignments, solution.mixture
+        self.rows_ = inputs.features.own
         # A prior (N, K) describes these rows only.
         self._prior = inputs.prior if isinstance(inputs.prior, LinearPrior) else None
         self._zero_shot = inputs.zero_shot if isinstance(inputs.zero_shot, LinearPrior) else None
         self.label_distributions_ = z.numpy()
         self.transduction_ = z.best()[0].cpu().numpy()
         self.truncation_ = settings.truncation and losses(
-            settings.truncation, z, solution.tail_mass
+            settings.truncation, z, solution.tail_mass, inputs.features
         )
         self.means_ = self._mixture.means.float().cpu().numpy()
         self.variances_ = self._mixture.variances.float().cpu().numpy()
@@ -308,10 +326,11 @@ class TransCLIP(Parameters):
             self.zero_shot_labels_ = solution.prior_labels.cpu().numpy()
             self.zero_shot_confidences_ = solution.prior_confidences.cpu().numpy()
         else:
-            predicted = inputs.zero_shot.predict(inputs.features)
+            predicted = inputs.zero_shot.predict(inputs.features.local())
             self.zero_shot_labels_, self.zero_shot_confidences_ = predicted
         self.calibrated_confidences_ = solution.confidences.cpu().numpy()
-        self.outlier_score_ = outlier_scores(self.zero_shot_confidences_, graph.neighbors)
+        neighbors, extend = heard(inputs.features, graph.neighbors)
+        self.outlier_score_ = outlier_scores(self.zero_shot_confidences_, neighbors, extend)
         if inputs.known is not None:
             self.outlier_score_[inputs.known.rows.cpu().numpy()] = 0
         return self
@@ -410,6 +429,10 @@ class TransCLIP(Parameters):
         return hasattr(self, "_mixture")
 
 
+def _unheard(progress: Progress) -> None:
+    pass
+
+
 def _solutions(
     inputs: Inputs,
     graph: NeighborGraph,
@@ -420,14 +443,17 @@ def _solutions(
 ) -> Iterator[Solution]:
     """Solve with each gamma in turn."""
     parameters, features, meter = settings.parameters, inputs.features, None
+    sha256 = checkpoint and features.digest(lambda rows: graph.part(rows).sha256())
+    if report is None and isinstance(features, RankedRows):
+        report = _unheard  # steps are counted by all processes or by none
     if report is not None:
         passes, steps = passes_before(inputs.prior), parameters.max_iter
-        meter = FitProgress(len(features), passes, steps, len(gammas), report)
+        meter = FitProgress(len(features.local()), passes, steps, len(gammas), report)
         features.on_read = meter.rows
     if parameters.precision == "float16":
         inputs = replace(inputs, features=features.half())
     for run, gamma in enumerate(gammas):
-        saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, graph))
+        saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, sha256 or ""))
         step = None if meter is None else meter.run(run)
         yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
     features.on_read = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,18 +85,23 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
     )
 
 
-def outlier_scores(confidences: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
+def outlier_scores(
+    confidences: np.ndarray,
+    neighbors: np.ndarray,
+    extend: Callable[[np.ndarray], np.ndarray] = lambda scores: scores,
+) -> np.ndarray:
     """
     How little each row looks like any class of the list, (N,) float32 between 0 and 1.
 
     What zero-shot leaves of a row's probability beside its first class, averaged three times over
     the row and its `neighbors` (N, k), -1 where there is none. `bench.accuracy.outliers` holds it
-    against `confidences` (N,) alone.
+    against `confidences` (N,) alone. `extend` appends the scores of rows of other processes, which
+    `neighbors` may name, too.
     """
     scores = 1 - confidences.astype(np.float32)
     present = neighbors >= 0
     for _ in range(AVERAGES):
-        received = np.where(present, scores[neighbors], 0)
+        received = np.where(present, extend(scores)[neighbors], 0)
         scores = (scores + received.sum(1)) / (1 + present.sum(1))
     found: np.ndarray = scores.astype(np.float32)
     return found

@@ -63,15 +63,23 @@ class NeighborGraph:
     def n_neighbors(self) -> int:
         return int(self.neighbors.shape[1])
 
+    def part(self, rows: slice) -> NeighborGraph:
+        """The lists of consecutive rows, which name rows as before."""
+        return NeighborGraph(self.neighbors[rows], self.similarities[rows], self.info)
+
     def sha256(self) -> str:
         """Hash of the lists."""
         digest = hashlib.sha256(self.neighbors.tobytes())
         digest.update(self.similarities.tobytes())
         return digest.hexdigest()
 
-    def check(self, n_rows: int, n_neighbors: int, name: str = "graph") -> NeighborGraph:
+    def check(
+        self, n_rows: int, n_neighbors: int, own: slice | None = None, name: str = "graph"
+    ) -> NeighborGraph:
         """
         Check that the graph fits `n_rows` rows; returns it with the `n_neighbors` best only.
+
+        With `own`, the lists of these rows only are checked and returned.
 
         Raises
         ------
@@ -89,13 +97,14 @@ class NeighborGraph:
             )
         if self.neighbors.dtype.kind != "i":
             raise InputError(f"{name}: neighbors must be integers, got {self.neighbors.dtype}")
-        neighbors = self.neighbors[:, :n_neighbors]
-        similarities = self.similarities[:, :n_neighbors]
+        own = own or slice(0, n_rows)
+        neighbors = self.neighbors[own, :n_neighbors]
+        similarities = self.similarities[own, :n_neighbors]
         wrong = (neighbors < -1) | (neighbors >= n_rows)
-        wrong |= neighbors == np.arange(n_rows)[:, None]
+        wrong |= neighbors == np.arange(own.start, own.stop)[:, None]
         wrong |= ~np.isfinite(similarities)
         if wrong.any():
-            row = int(wrong.any(1).argmax())
+            row = own.start + int(wrong.any(1).argmax())
             raise InputError(f"{name}: row {row} has an impossible neighbour; build it again")
         return NeighborGraph(neighbors, similarities, self.info)
 
@@ -134,7 +143,9 @@ class Affinity:
     def max_message(self) -> torch.Tensor:
         """sum_j |A_ij| (N,) float32, a bound on messages to row i, as z_j is a distribution."""
         lengths = self.offsets.diff()
-        return torch.segment_reduce(self.weights.abs(), "sum", lengths=lengths, initial=0.0)
+        return torch.segment_reduce(
+            self.weights.abs(), "sum", lengths=lengths, initial=0.0, unsafe=True
+        )
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,12 @@ class Messages:
         offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
         torch.cumsum(lengths, 0, out=offsets[1:])
         return cls(offsets, classes, weights)
+
+    def take(self, rows: slice) -> Messages:
+        """The consecutive rows `rows`; entries are views of these."""
+        offsets = self.offsets[rows.start : rows.stop + 1]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        return Messages(offsets - offsets[0], self.classes[entries], self.weights[entries])
 
     def rows(self) -> torch.Tensor:
         """Row of each entry, (E,) int64."""
@@ -196,6 +213,12 @@ class LinearScore:
     log_prior: torch.Tensor | None = None
     prior_weight: float = 1.0
     messages: Messages | None = None
+
+    def take(self, rows: slice) -> LinearScore:
+        """The score of consecutive rows `rows`."""
+        log_prior = None if self.log_prior is None else self.log_prior[rows]
+        messages = None if self.messages is None else self.messages.take(rows)
+        return replace(self, log_prior=log_prior, messages=messages)
 
 
 @dataclass(frozen=True)
@@ -270,6 +293,16 @@ class Scores:
         classes = torch.zeros(shape, dtype=torch.int32, device=self.values.device)
         values = torch.full_like(classes, -torch.inf, dtype=self.values.dtype)
         return replace(self, values=values, classes=classes, n_classes=n_classes)
+
+    def take(self, rows: slice) -> Scores:
+        """The consecutive rows `rows`, as views of these."""
+        return replace(
+            self,
+            values=self.values[rows],
+            classes=None if self.classes is None else self.classes[rows],
+            tail=self.tail[rows],
+            log_threshold=self.log_threshold[rows],
+        )
 
     def set_log(self, z: Assignments) -> None:
         """Scores of which `z`, of these rows, is the softmax."""
@@ -353,6 +386,25 @@ class Assignments:
         """The rows `rows` (n,) int64, in that order."""
         classes = None if self.classes is None else self.classes[rows]
         return replace(self, values=self.values[rows], classes=classes, bound=self.bound[rows])
+
+    def with_room(self, n_rows: int) -> Assignments:
+        """A copy in memory that has room for `n_rows` rows more, for `extended`."""
+
+        def copied(rows: torch.Tensor) -> torch.Tensor:
+            room = rows.new_zeros(len(rows) + n_rows, *rows.shape[1:])[: len(rows)]
+            return room.copy_(rows)
+
+        classes = None if self.classes is None else copied(self.classes)
+        return replace(self, values=copied(self.values), classes=classes)
+
+    def extended(self, n_rows: int) -> Assignments:
+        """These rows, and the `n_rows` more for which their memory has room; without a bound."""
+
+        def longer(rows: torch.Tensor) -> torch.Tensor:
+            return rows.as_strided((len(rows) + n_rows, *rows.shape[1:]), rows.stride())
+
+        classes = None if self.classes is None else longer(self.classes)
+        return replace(self, values=longer(self.values), classes=classes)
 
     def of_classes(self, classes: torch.Tensor, rank: int) -> Assignments:
         """Lists of the `rank` largest entries, of the `classes` (K',) with mass, numbered anew."""

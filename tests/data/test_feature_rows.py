@@ -260,3 +260,29 @@ def test_reads_do_not_run_ahead_of_the_gpu(monkeypatch):
         work[-1].record(computing)
     assert fetched == list(range(0, 77, 7))
     assert max(unfinished) == 3
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("part", [slice(0, 77), slice(20, 21), slice(30, 77), slice(11, 11)])
+def test_a_part_of_rows_is_a_slice_of_them(stored, part, held):
+    array = features()
+    array[::5] *= 2  # not unit
+    with pytest.warns(UserWarning, match="normalised"):
+        whole = Rows(stored(array, [10, 1, 0, 40, 26]), held=held)
+    own = whole.part(part)
+    expected = whole[part]
+    assert own.shape == expected.shape
+    torch.testing.assert_close(own[:], expected, rtol=0, atol=0)
+    if len(own):
+        last = torch.tensor([len(own) - 1, 0])
+        torch.testing.assert_close(own[last], expected[last], rtol=0, atol=0)
+
+
+def test_messages_number_the_rows_of_a_part_among_all():
+    array = features()
+    array[7] = 0
+    with pytest.raises(InputError, match="row 107 is all zero"):
+        Rows(array, first=100)
+    array[7] = 3
+    with pytest.warns(UserWarning, match="row 107 has norm"):
+        Rows(array, first=100)

@@ -19,10 +19,10 @@ from tests.tiny import tiny_backbone
 from transclip_fast.encode import encoder, models
 from transclip_fast.encode.encoder import Throughput, merged
 from transclip_fast.encode.folder import encode_images, encode_source
-from transclip_fast.encode.ranks import ALONE, Ranks, joined
 from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.errors import InputError
+from transclip_fast.ranks import ALONE, Ranks, joined
 from transclip_fast.store.features import load_features
 
 DONE, REPORTED = 0, 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def command(
       transclip-fast graph features.npz --out graph
       transclip-fast graph images.npy --index image.index --recall 0.99 --out graph
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("graph is one process; run it without torchrun, then torchrun the `solve`")
     stages = session.Stages()
     search = search_of(values, n_neighbors)
     if save_index is not None and Path(out).resolve() in (

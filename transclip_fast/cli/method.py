@@ -188,8 +188,10 @@ def solve_with_method(
             "seconds": stages.seconds,
             "warnings": messages,
         }
-        more = {"neighbors": used[0].neighbors} if used else {}
-        tables = prediction_tables(method.label_distributions_, zero_shot, features, truth, **more)
+        columns = {"neighbors": used[0].neighbors} if used else {}
+        tables = prediction_tables(
+            method.label_distributions_, zero_shot, features, truth, columns=columns
+        )
         with writing(out):
             run = save_result(folder, tables, run, None, csv=csv)
     return run

@@ -19,6 +19,7 @@ from transclip_fast.graph.build import choose_search
 from transclip_fast.graph.centres import default_n_lists
 from transclip_fast.graph.recall import SAMPLE_ROWS
 from transclip_fast.ops.blocks import gemm_rows
+from transclip_fast.ranks import current_ranks
 from transclip_fast.solver import layout as layouts
 from transclip_fast.solver.layout import PROCESS_BYTES, Layout, Size, parse_memory, show_bytes
 from transclip_fast.solver.parameters import Parameters
@@ -148,7 +149,7 @@ def problem_of(features: Features, model: TransCLIP) -> Problem:
     """The arrays of a feature folder or file, checked."""
     arrays = {name: features.get(name) for name in FIT_ARRAYS}
     X = features.get("image_features")
-    problem = Problem.check(X, logit_scale=model.logit_scale, **arrays)
+    problem = Problem.check(X, logit_scale=model.logit_scale, ranks=current_ranks(), **arrays)
     problem = replace(problem, corrected=features.corrected)
     if model.gamma is not None and problem.support is None:
         raise InputError(

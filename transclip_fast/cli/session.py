@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from transclip_fast.errors import InputError, printable
+from transclip_fast.ranks import LostRankError
 from transclip_fast.version import __version__
 
 
@@ -38,16 +39,17 @@ class Stages:
 
 
 @contextmanager
-def collected_warnings(origins: Mapping[str, str]) -> Iterator[list[str]]:
+def collected_warnings(origins: Mapping[str, str], *, shown: bool = True) -> Iterator[list[str]]:
     """
     Print every warning as one line on standard error, and collect them in a list.
 
-    `origins` maps the name of an argument to its file, as in `errors_about`.
+    `origins` maps the name of an argument to its file, as in `errors_about`. Of the ranks that
+    share some work, the first one shows what it finds.
     """
     messages: list[str] = []
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        warn(messages, _with_origin(str(message), origins))
+        warn(messages, _with_origin(str(message), origins), shown=shown)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' warnings to their developers
@@ -56,10 +58,11 @@ def collected_warnings(origins: Mapping[str, str]) -> Iterator[list[str]]:
         yield messages
 
 
-def warn(messages: list[str], message: str) -> None:
-    """Print a warning on standard error and append it to `messages`."""
+def warn(messages: list[str], message: str, *, shown: bool = True) -> None:
+    """Append a warning to `messages`, and print it on standard error if it is shown."""
     messages.append(message)
-    click.echo(f"warning: {printable(message)}", err=True)
+    if shown:
+        click.echo(f"warning: {printable(message)}", err=True)
 
 
 @contextmanager
@@ -71,6 +74,8 @@ def errors_about(origins: Mapping[str, str], file: str) -> Iterator[None]:
     """
     try:
         yield
+    except LostRankError:  # about no input
+        raise
     except InputError as error:
         subject = str(error).partition(": ")[0]
         known = subject in origins or subject == file

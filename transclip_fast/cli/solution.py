@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import session
 from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
@@ -20,17 +24,27 @@ from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import of_others, run_summary, solver_summary
 from transclip_fast.data.checks import as_labels
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import GraphSource, TransCLIP
 from transclip_fast.metrics import check_assignments, check_class_order, rejected_rows
+from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.progress_bar import progress_bar, shown_on
+from transclip_fast.ranks import ALONE, Ranks, check_same, current_ranks
 from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.parameters import GAMMAS
-from transclip_fast.solver.problem import Settings
+from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, new_folder, writing
-from transclip_fast.store.checkpoint import FileCheckpoint, files
+from transclip_fast.store.checkpoint import FileCheckpoint, RankedCheckpoint, files, ranked_files
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
+from transclip_fast.store.graphs import load_graph
+from transclip_fast.store.results import (
+    CONTENTS,
+    joined_parts,
+    prediction_tables,
+    save_result,
+    write_part,
+)
 from transclip_fast.types import NeighborGraph
 from transclip_fast.version import __version__
 
@@ -65,15 +79,20 @@ def solve_features(
 
     `graph` has the neighbours, or the search for them; `make_head` fits or reads the head that
     becomes the prior; `quiet` does not print the plan.
+
+    Ranks that share the rows all call this: each writes the predictions of its own, the first one
+    everything else. On the others run.json lacks what needs the first one's summary.
     """
+    ranks = current_ranks() or ALONE
     own_graph = beside(out, "graph")
     origins = features.origins | {"X": features.origins["image_features"], out: out}
     origins[str(own_graph)] = out
     with (
-        session.collected_warnings(origins) as warnings,
-        new_folder(out, CONTENTS, obsolete=solve_leftovers(out)) as folder,
+        session.collected_warnings(origins, shown=ranks.leads) as warnings,
+        _result_folder(out, ranks) as folder,
     ):
         with session.errors_about(origins, features.path):
+            check_same(ranks, {"arrays": json.dumps(features.inputs_sha256(), sort_keys=True)})
             head = make_head(features) if make_head else None
             solved = head.features if head else features
             problem = problem_of(solved, model)
@@ -86,66 +105,131 @@ def solve_features(
             if not quiet:
                 found = outlook(problem, model)
                 text = describe_outlook(found, n_classes, features.class_names)
-                session.say(f"{plan.line()}\n{text}")
+                if ranks.leads:
+                    session.say(f"{plan.line()}\n{text}")
             source: GraphSource = (
                 graph
                 if isinstance(graph, NeighborGraph)
-                else partial(kept_graph, own_graph, solved, graph, stages)
+                else partial(_searched, own_graph, solved, graph, stages)
             )
             inputs = {"inputs_sha256": solved.inputs_sha256(), "version": __version__}
 
-            def checkpoint(name: str, identity: dict[str, Any]) -> FileCheckpoint:
-                return FileCheckpoint(out, name, identity | inputs, CHECKPOINT_SECONDS)
+            def checkpoint(name: str, identity: dict[str, Any]) -> Checkpoint:
+                arguments = out, name, identity | inputs, CHECKPOINT_SECONDS
+                if problem.exchange is None:
+                    return FileCheckpoint(*arguments)
+                rows = problem.exchange.partition.rows
+                return RankedCheckpoint(*arguments, ranks=ranks, rows=rows)
 
-            with stages.time("solve"), progress_bar("solve", "rows") as show:
+            bar = progress_bar("solve", "rows") if ranks.leads else nullcontext(_unseen)
+            with stages.time("solve"), bar as show:
                 model.fit_problem(
                     problem, settings, source, progress=shown_on(show), checkpoint=checkpoint
                 )
-        zero_shot = (model.zero_shot_labels_, model.zero_shot_confidences_)
-        labels = model.transduction_
+        labels, before, outlier_score = (
+            _of_all_rows(problem, column)
+            for column in (model.transduction_, model.zero_shot_labels_, model.outlier_score_)
+        )
         charged = model.class_costs_ is not None
         names = features.class_names
-        signs = check_assignments(labels, zero_shot[0], n_classes, names, charged=charged)
+        signs = check_assignments(labels, before, n_classes, names, charged=charged)
         if truth is not None:
-            signs += check_class_order(zero_shot[0], truth)
+            signs += check_class_order(before, truth)
         for sign in signs:
-            session.warn(warnings, sign)
+            session.warn(warnings, sign, shown=ranks.leads)
         shape = model.means_.shape
-        run = run_summary("solve", features, labels, zero_shot[0], truth, shape)
+        run = run_summary("solve", features, labels, before, truth, shape)
         known = None if problem.known is None else problem.known.numpy() >= 0
-        columns = {
-            "calibrated_confidence": model.calibrated_confidences_,
-            "outlier_score": model.outlier_score_,
-            "neighbors": model.graph_.neighbors,
-        }
+        columns = {"outlier_score": outlier_score}
         if known is not None:
             columns["known"] = known
         if output.reject is not None:
-            columns["rejected"] = rejected_rows(model.outlier_score_, output.reject)
+            columns["rejected"] = rejected_rows(outlier_score, output.reject)
             if known is not None:
                 columns["rejected"] &= ~known
         run |= solver_summary(model) | {
             "features": path_from(out, features.path),
-            "known_labels": of_others("known", known, labels, zero_shot[0], truth),
-            "rejected": of_others("rejected", columns.get("rejected"), labels, zero_shot[0], truth),
+            "known_labels": of_others("known", known, labels, before, truth),
+            "rejected": of_others("rejected", columns.get("rejected"), labels, before, truth),
             "n_shots": 0 if problem.support is None else len(problem.support[1]),
             "n_validation": 0 if problem.validation is None else len(problem.validation[1]),
             "head": head and head.summary(truth),
-            "memory": {"planned": plan.peak, "allowed": plan.limit, "peak": peak_bytes()},
             "seconds": stages.seconds,
-            "warnings": warnings,
         }
-        z = model.label_distributions_
-        tables = prediction_tables(z, zero_shot, features, truth, **columns)
+        tables = prediction_tables(
+            model.label_distributions_,
+            (model.zero_shot_labels_, model.zero_shot_confidences_),
+            features,
+            None if truth is None else truth[model.rows_],
+            first=model.rows_.start,
+            columns={
+                "calibrated_confidence": model.calibrated_confidences_,
+                "neighbors": model.graph_.neighbors,
+                **{name: column[model.rows_] for name, column in columns.items()},
+            },
+        )
         with writing(out):
-            run = save_result(folder, tables, run, model.tensors(), csv=output.csv)
+            if problem.exchange is not None:
+                write_part(folder, model.rows_.start, tables)
+                tables = joined_parts(folder)
+            # All ranks have written theirs when they say this.
+            said = ranks.all_gather({"peak": peak_bytes(), "warnings": warnings})
+            peak = max(found["peak"] for found in said)
+            run["memory"] = {"planned": plan.peak, "allowed": plan.limit, "peak": peak}
+            run["warnings"] = list(dict.fromkeys(x for found in said for x in found["warnings"]))
+            if ranks.leads:
+                run = save_result(folder, tables, run, model.tensors(), csv=output.csv)
     return run
 
 
-def solve_leftovers(out: str) -> list[Path]:
-    """The checkpoints and the graph beside a result, which it needs no more once it is whole."""
-    checkpoints = [file for run in range(len(GAMMAS)) for file in files(out, f"solve-{run}")]
-    return [*checkpoints, *leftovers(beside(out, "graph"))]
+@contextmanager
+def _result_folder(out: str, ranks: Ranks) -> Iterator[Path]:
+    """The hidden folder that ranks fill together; the first one makes it, and publishes it."""
+    if ranks.leads:
+        with new_folder(out, CONTENTS, obsolete=solve_leftovers(out)) as folder:
+            ranks.broadcast("begun")
+            yield folder
+    else:
+        ranks.broadcast(None)
+        yield beside(out, "partial")
+    ranks.broadcast("published")
+
+
+def solve_leftovers(out: str) -> Iterator[Path]:
+    """
+    The checkpoints and the graph beside a result, which it needs no more once it is whole.
+
+    They are looked for when they are asked for.
+    """
+    for run in range(len(GAMMAS)):
+        yield from files(out, f"solve-{run}")
+        yield from ranked_files(out, f"solve-{run}")
+    yield from leftovers(beside(out, "graph"))
+
+
+def _searched(
+    folder: Path, features: Features, search: GraphSearch, stages: session.Stages, rows: Rows
+) -> NeighborGraph:
+    """The graph in `folder`, which is searched unless it is there; by one rank, for all."""
+    if not isinstance(rows, RankedRows):
+        return kept_graph(folder, features, search, stages, rows)
+    ranks = rows.exchange.ranks
+    if ranks.leads:
+        kept_graph(folder, features, search, stages)
+    ranks.broadcast("searched")
+    return load_graph(folder, features.sha256(), mapped=True)
+
+
+def _of_all_rows(problem: Problem, column: np.ndarray) -> np.ndarray:
+    """A column (N,) of the rows of all ranks."""
+    if problem.exchange is None:
+        return column
+    found: np.ndarray = problem.exchange.join(torch.from_numpy(column)).numpy()
+    return found
+
+
+def _unseen(done: int, total: int, **figures: Any) -> None:
+    """The progress of a rank that is not the first."""
 
 
 def true_labels(features: Features, n_classes: int) -> np.ndarray | None:

@@ -22,11 +22,12 @@ from transclip_fast.cli.method import (
 )
 from transclip_fast.cli.session import command_line
 from transclip_fast.cli.solution import Output, solve_features
-from transclip_fast.cli.summary import describe_solution
+from transclip_fast.cli.summary import TRANSCLIP, describe_solution
 from transclip_fast.cli.towers import tower_options
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS
+from transclip_fast.ranks import Ranks, current_ranks, joined
 from transclip_fast.store.corrections import corrected, read_corrections
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import load_graph
@@ -82,6 +83,10 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
     command again after a crash: it resumes from the last checkpoint and gives bit-identical
     results. Methods other than transclip have no mixture, and keep only the graph after a crash.
 
+    Started by torchrun, processes on one or more machines that see the same folders share the rows;
+    labels have the same bits for any number of them, also when another number resumes after a
+    crash. Without --graph, one of them searches for all.
+
     \b
     Examples:
       transclip-fast solve features.npz --out result
@@ -94,13 +99,32 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
       transclip-fast solve features.npz --head taskres --out result
       transclip-fast solve features --head coop.safetensors --out result
       transclip-fast solve features.npz --method stata --set alpha=2 --out result
+      torchrun --nproc-per-node 4 -m transclip_fast.cli solve features --graph graph --out result
     """
+    with joined(together=True) as ranks:
+        run = _solve(path, out, head, ranks, quiet=as_json, **values)
+    if not ranks.leads:
+        return
+    if run["method"] != TRANSCLIP:
+        text = describe_result(run, out)
+    else:
+        text = f"{describe_solution(run, out)}\nto look at it: {command_line('report', out)}"
+    session.print_summary(run, text, as_json)
+
+
+def _solve(
+    path: str, out: str, head: str | None, ranks: Ranks, *, quiet: bool, **values: Any
+) -> dict[str, Any]:
+    """Read what the options name, and solve; run.json."""
     stages, image_map = session.Stages(), values["image_map"]
+    shared = current_ranks() is not None
+    if head is not None and shared:
+        raise InputError("--head: is trained and applied in one process; run `solve` without ranks")
     if values["reject"] is not None and math.isnan(values["reject"]):  # in any range, for click
         raise InputError("--reject: must be a share between 0 and 1, got nan")
     model = options.model_of(values)
     stored = None if head is None else read_choice(head)
-    with stages.time("load"), session.collected_warnings({}) as noted:
+    with stages.time("load"), session.collected_warnings({}, shown=ranks.leads) as noted:
         local = stored is not None and stored.head.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}
         features = load_features(path, arrays, shots=values["shots"], local=local)
@@ -109,20 +133,21 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         map_features(features, text=values["text_map"], image=image_map)
         features = corrected_features(features, values["corrections"])
         method = method_of(values, features)
+        if method is not None and shared:
+            raise InputError(f"--method: {method.name} is one process; run `solve` without ranks")
         graph: NeighborGraph | GraphSearch
         needed = neighbors_of(method or model, features)
         if values["graph_folder"] and not needed:
             raise InputError(f"--graph: {values['method']} uses no graph; leave it out")
         if values["graph_folder"]:
-            graph = load_graph(values["graph_folder"], features.sha256())
+            graph = load_graph(values["graph_folder"], features.sha256(), mapped=shared)
         else:
             graph = search_of(values, needed)
     features.origins["graph"] = values["graph_folder"] or "graph"
     if method is not None:
         run = solve_with_method(features, out, method, graph, stages, csv=values["csv"])
         run["warnings"] = [*noted, *run["warnings"]]
-        session.print_summary(run, describe_result(run, out), as_json)
-        return
+        return run
     make_head = None
     if head is not None:
         features.origins[head] = head  # if it is a file
@@ -135,11 +160,10 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
         stages,
         Output(values["reject"], values["csv"]),
         make_head=make_head,
-        quiet=as_json,
+        quiet=quiet,
     )
     run["warnings"] = [*noted, *run["warnings"]]
-    text = f"{describe_solution(run, out)}\nto look at it: {command_line('report', out)}"
-    session.print_summary(run, text, as_json)
+    return run
 
 
 def corrected_features(features: Features, files: Sequence[str]) -> Features:

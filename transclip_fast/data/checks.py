@@ -52,12 +52,14 @@ def unread_matrix(array: Any, name: str, columns: int | None = None) -> torch.Te
     return matrix
 
 
-def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.Tensor:
+def as_unit_rows(
+    array: Any, name: str, *, columns: int | None = None, first: int = 0
+) -> torch.Tensor:
     """
     A float32 matrix whose rows have unit norm; `array` itself is never modified.
 
     Rows whose norm is within 2e-3 of 1 are used as they are, rows further off are divided by
-    their norm in float64, with one warning.
+    their norm in float64, with one warning. Messages call the first row `first`.
 
     Raises
     ------
@@ -65,7 +67,7 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
         As `as_matrix`, and for an all-zero row.
     """
     matrix = _in_memory(unread_matrix(array, name, columns))
-    divisors = unit_divisors(matrix, name)
+    divisors = unit_divisors(matrix, name, first)
     matrix = _aligned(matrix.to(torch.float32))
     if divisors is not None:
         matrix = matrix.clone()
@@ -74,11 +76,13 @@ def as_unit_rows(array: Any, name: str, *, columns: int | None = None) -> torch.
     return matrix
 
 
-def unit_divisors(matrix: torch.Tensor | StoredRows, name: str) -> torch.Tensor | None:
+def unit_divisors(
+    matrix: torch.Tensor | StoredRows, name: str, first: int = 0
+) -> torch.Tensor | None:
     """
     The divisors (N,) float64 that make unit rows of (N, d): norms further than 2e-3 from 1, else 1.
 
-    None if all are 1, otherwise with one warning.
+    None if all are 1, otherwise with one warning. Messages call the first row `first`.
 
     Raises
     ------
@@ -90,15 +94,15 @@ def unit_divisors(matrix: torch.Tensor | StoredRows, name: str) -> torch.Tensor 
         block = slice(start, start + ROWS_PER_CHECK)
         norms[block] = _norms(matrix[block])
     if (row := first_row(~norms.isfinite())) is not None:
-        raise _not_finite(matrix, row, name)
+        raise _not_finite(matrix, row, name, first)
     if (row := first_row(norms == 0)) is not None:
-        raise InputError(f"{name}: row {row} is all zero; remove or recompute that row")
+        raise InputError(f"{name}: row {first + row} is all zero; remove or recompute that row")
     far = (norms - 1).abs() > UNIT_NORM_TOLERANCE
     if (row := first_row(far)) is None:
         return None
     warnings.warn(
         f"{name}: {int(far.sum())} of {len(matrix)} rows were not unit vectors and were "
-        f"normalised (row {row} has norm {norms[row]:.4g})",
+        f"normalised (row {first + row} has norm {norms[row]:.4g})",
         stacklevel=3,
     )
     return norms.where(far, 1.0)
@@ -241,8 +245,11 @@ def _in_memory(matrix: torch.Tensor | StoredRows) -> torch.Tensor:
     return torch.from_numpy(np.asarray(matrix)) if isinstance(matrix, StoredRows) else matrix
 
 
-def _not_finite(matrix: torch.Tensor | StoredRows, row: int, name: str) -> InputError:
+def _not_finite(
+    matrix: torch.Tensor | StoredRows, row: int, name: str, first: int = 0
+) -> InputError:
     values = torch.as_tensor(matrix[row : row + 1])
+    row += first
     if values.isfinite().all():
         return InputError(f"{name}: row {row} is too large for float32; rescale that row")
     kind = "NaN" if values.isnan().any() else "an infinite value"

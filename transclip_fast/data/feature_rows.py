@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import numpy as np
@@ -14,6 +14,7 @@ from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.parallel import parallel_map
 
 BLOCK_BYTES = 1 << 22  # of float32 rows read at a time
+Tensors = tuple[torch.Tensor, ...]
 
 
 class Rows:
@@ -28,6 +29,8 @@ class Rows:
     features : array_like, numpy.memmap or StoredRows (N, d)
     held : bool, optional
         By default rows in a file are streamed and rows in memory are held.
+    first : int
+        What messages call the first row.
 
     Attributes
     ----------
@@ -49,6 +52,7 @@ class Rows:
         device: torch.device | str = "cpu",
         *,
         held: bool | None = None,
+        first: int = 0,
     ) -> None:
         self.device, self.dtype = torch.device(device), torch.float32
         self.on_read: Callable[[int], None] | None = None
@@ -62,9 +66,9 @@ class Rows:
         if held is None:
             held = not in_file
         if held and isinstance(self._source, torch.Tensor):
-            self._held = as_unit_rows(self._source, name).to(self.device)
+            self._held = as_unit_rows(self._source, name, first=first).to(self.device)
             return
-        self._divisors = unit_divisors(self._source, name)
+        self._divisors = unit_divisors(self._source, name, first)
         if held:
             self._held = self._whole()
 
@@ -122,6 +126,51 @@ class Rows:
         if self._held is not None:
             other._held = self._held.cpu()
         return other
+
+    def part(self, rows: slice) -> Rows:
+        """Consecutive rows, in the same memory or files."""
+        other, source = copy(self), self._source
+        other._ahead = None
+        other.shape = (rows.stop - rows.start, self.shape[1])
+        other._source = source[rows] if isinstance(source, torch.Tensor) else source.part(rows)
+        if self._held is not None:
+            other._held = self._held[rows]
+        if self._divisors is not None:
+            other._divisors = self._divisors[rows]
+        return other
+
+    @property
+    def own(self) -> slice:
+        """The rows of this process; other processes may share them: `ops.ranked.RankedRows`."""
+        return slice(0, len(self))
+
+    def total(
+        self, leaf: Callable[[slice], Tensors], shapes: Sequence[Sequence[int]] = ()
+    ) -> Tensors:
+        """
+        The sum over all rows of what `leaf` returns for a slice of own rows, float64 tensors.
+
+        Rows that several processes share need their `shapes`: one of them may have no rows.
+        """
+        return leaf(self.own)
+
+    def largest(self, values: torch.Tensor) -> float:
+        """The largest of values (n,) of all rows."""
+        return float(values.max())
+
+    def pick(
+        self, table: UnitRows, ids: torch.Tensor, nodes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of a table of all rows, those of the rows `ids` (n,): `nodes` (N,) are their places."""
+        return table[ids if nodes is None else nodes[ids]]
+
+    def digest(self, leaf: Callable[[slice], str]) -> str:
+        """A hash of all rows, of which `leaf` makes one for a slice of own rows."""
+        return leaf(self.own)
+
+    def local(self) -> Rows:
+        """The rows of this process as rows of their own."""
+        return self
 
     def blocks(self) -> list[slice]:
         """Slices that cover all rows, each of about `BLOCK_BYTES`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ class Shard:
             self._check(os.fstat(file.fileno()), n_read == len(rows))
         return out
 
+    def part(self, start: int, stop: int) -> Shard:
+        """Consecutive rows as a shard of their own."""
+        offset = self.offset + start * self.shape[1] * self.dtype.itemsize
+        return replace(self, shape=(stop - start, self.shape[1]), offset=offset)
+
     def _check(self, found: os.stat_result, whole: bool) -> None:
         if _state(found) != self.state:
             raise InputError(f"{self.path}: was changed while it was read; start again")
@@ -113,6 +118,16 @@ class StoredRows:
             raise ValueError("stored rows are read: there is always a copy")
         whole = self[0 : len(self)]
         return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def part(self, rows: slice) -> StoredRows:
+        """Consecutive rows, in the same files."""
+        start, stop, _ = rows.indices(len(self))
+        parts, first = [self._shards[0].part(0, 0)], 0
+        for shard, last in zip(self._shards, self._stops, strict=True):
+            if max(start, first) < min(stop, last):
+                parts.append(shard.part(max(start, first) - first, min(stop, last) - first))
+            first = last
+        return StoredRows(parts)
 
     def _take(self, ids: np.ndarray) -> np.ndarray:
         if len(self._shards) == 1:

@@ -19,11 +19,11 @@ from transclip_fast.encode.batch_size import fitting_batch_size
 from transclip_fast.encode.encoder import EncodeProgress, Throughput, encode_shards, merged, timed
 from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RULES
-from transclip_fast.encode.ranks import ALONE, Ranks, joined, understood
 from transclip_fast.encode.sources import Source, open_source, resolve_labels
 from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.errors import InputError
 from transclip_fast.parallel import fixed_threads
+from transclip_fast.ranks import ALONE, Ranks, joined, understood
 from transclip_fast.store.atomic import locked
 from transclip_fast.store.feature_writer import MANIFEST, SETTLED, Failure, FeatureWriter
 from transclip_fast.store.kept_rows import KeptRows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from transclip_fast.ops.exchange import Exchange
 from transclip_fast.types import Affinity, NeighborGraph
 
 GRAPH_MODES = ("symmetric", "directed")
@@ -17,6 +18,7 @@ def affinity(
     clamp_similarity: bool = False,
     nodes: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
+    exchange: Exchange | None = None,
 ) -> Affinity:
     """
     A = (W + W^T) / 2k ("symmetric") or W / k ("directed"), W being the similarities (N, N).
@@ -27,6 +29,9 @@ def affinity(
         W is max(0, similarity), as in the paper.
     nodes : Tensor (N,) int64, optional
         The row of A for each row of the graph; the same one by default.
+    exchange : Exchange, optional
+        Through which other processes send edges to these rows, of which the graph has the lists.
+        The columns after those of own rows are then the rows of others that these hear.
     """
     # Memory maps are read-only; torch warns of them.
     neighbors = torch.from_numpy(np.require(graph.neighbors, np.int64, "W")).to(device)
@@ -36,13 +41,23 @@ def affinity(
     columns, weights = neighbors[present], similarities[present]  # (E,)
     if clamp_similarity:
         weights = weights.clamp_min(0)
-    if nodes is not None:
-        rows, columns = nodes[rows], nodes[columns]
+    if exchange is not None:
+        rows = rows + exchange.partition.rows.start
     if mode == "symmetric":
-        rows, columns = torch.cat([rows, columns]), torch.cat([columns, rows])
-        weights = torch.cat([weights, weights]) / (2 * graph.n_neighbors)
+        back = columns, rows, weights
+        if exchange is not None:
+            back = exchange.edges(*back)
+        rows, columns = torch.cat([rows, back[0]]), torch.cat([columns, back[1]])
+        weights = torch.cat([weights, back[2]]) / (2 * graph.n_neighbors)
     else:
         weights = weights / graph.n_neighbors
+    if exchange is not None:
+        rows, columns = rows - exchange.partition.rows.start, exchange.hear(columns)
+        if nodes is not None:
+            others = torch.arange(len(exchange.heard.ids), device=nodes.device) + len(nodes)
+            nodes = torch.cat([nodes, others])
+    if nodes is not None:
+        rows, columns = nodes[rows], nodes[columns]
     order = rows.argsort(stable=True)
     offsets = torch.zeros(len(graph) + 1, dtype=torch.int64, device=rows.device)
     torch.cumsum(torch.bincount(rows, minlength=len(graph)), 0, out=offsets[1:])

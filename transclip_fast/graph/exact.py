@@ -26,6 +26,7 @@ from transclip_fast.graph.candidates import (
     without_self,
 )
 from transclip_fast.ops.blocks import blocks
+from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 
 if TYPE_CHECKING:
@@ -126,6 +127,23 @@ def nearest(
         if own is not None:
             ids[ids == own[:, None]] = -1
         return rerank_float64(rows, queries, ids, min(k, len(queries) - (own is not None)))
+
+
+def nearest_of_all(rows: torch.Tensor, features: Rows, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `nearest`, of features that processes may share, each of which has the same rows."""
+    if not isinstance(features, RankedRows):
+        return nearest(rows, features, k)
+    own = features.local()
+    ids = torch.full((len(rows), k), -1, dtype=torch.int64, device=rows.device)
+    values = torch.full_like(ids, -torch.inf, dtype=torch.float64)
+    if len(own):
+        found, similarities = nearest(rows, own, k)
+        ids[:, : found.shape[1]] = found + features.own.start
+        values[:, : found.shape[1]] = similarities
+    ids, values = (torch.cat(features.exchange.gather(x), 1) for x in (ids, values))
+    # Ranks have ascending ids: of equal values the lower id comes first, as within a rank.
+    order = values.argsort(dim=1, descending=True, stable=True)[:, : min(k, len(features))]
+    return ids.gather(1, order), values.gather(1, order)
 
 
 def certifiable(rows: Rows, size: int) -> bool:

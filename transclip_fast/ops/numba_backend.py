@@ -26,7 +26,6 @@ from transclip_fast.ops.torch_backend import (
     TorchOps,
     block_scores,
     prior_scores,
-    share_dropped,
 )
 from transclip_fast.parallel import CPU, ThreadBuffer, n_threads, parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
@@ -136,17 +135,16 @@ class NumbaOps(TorchOps):
         def part(rows: slice) -> None:
             loops.sweep(rows.start, rows.stop, *arrays, out.floor, z.n_classes)
 
-        parallel_map(part, blocks(len(z), equal_rows(len(z), SWEEP_ROWS)))
+        parallel_map(part, blocks(len(out), equal_rows(len(out), SWEEP_ROWS)))
         return out
 
-    def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
-        # The last row is of the mass that the rows dropped.
+    def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         sums = torch.zeros(z.n_classes + 1, features.shape[1], dtype=torch.float64)
         counts = torch.zeros(z.n_classes + 1, dtype=torch.float64)
-        nodes = self._node_ids(len(z))
+        nodes = self._node_ids(len(features))
         centre = features[: loops.SUM_ROWS].mean(0)
         parts = equal_classes(z, n_threads())
-        for rows in blocks(len(z), read_rows(CPU)):
+        for rows in blocks(len(features), read_rows(CPU)):
             arrays = features[rows].numpy(), centre.numpy(), nodes[rows], *_arrays(z)
 
             def part(classes: slice, arrays: tuple[np.ndarray, ...] = arrays) -> None:
@@ -154,20 +152,17 @@ class NumbaOps(TorchOps):
                 loops.class_sums(classes.start, classes.stop, *arrays, *totals)
 
             parallel_map(part, parts)
-        sums.addr_(counts, centre.double())
-        return share_dropped(sums, counts)
+        return sums.addr_(counts, centre.double()), counts
 
-    def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
-        arrays = [*self._graph, *_arrays(z)]
+    def row_energies(self, z: Assignments) -> torch.Tensor:
+        n_rows = len(self._graph[0]) - 1
+        terms = np.empty((n_rows, 2))
 
-        def part(rows: slice) -> np.ndarray:
-            terms = np.empty(2)
-            loops.energies(rows.start, rows.stop, *arrays, z.n_classes, terms)
-            return terms
+        def part(rows: slice) -> None:
+            loops.energies(rows.start, rows.stop, *self._graph, *_arrays(z), z.n_classes, terms)
 
-        found = parallel_map(part, blocks(len(z), equal_rows(len(z), SWEEP_ROWS)))
-        pairwise, entropy = np.sum(found, axis=0)
-        return torch.tensor(pairwise), torch.tensor(entropy)
+        parallel_map(part, blocks(n_rows, equal_rows(n_rows, SWEEP_ROWS)))
+        return torch.from_numpy(terms)
 
     def heard(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None

@@ -257,22 +257,22 @@ def sweep(  # type: ignore[no-untyped-def]
 
 @compiled(
     "void(int64, int64, int64[::1], int64[::1], float32[::1], float32[:, ::1], int32[:, ::1],"
-    "int64, float64[::1])"
+    "int64, float64[:, ::1])"
 )
 def energies(start, stop, offsets, columns, weights, z, classes, n_classes, out):  # type: ignore[no-untyped-def]
-    """Pairwise and entropy terms of a block of nodes."""
+    """Pairwise and entropy terms (N, 2) of a block of nodes, to `out`."""
     messages = np.zeros(n_classes, np.float32)
-    pairwise, entropy = 0.0, 0.0
     for i in range(start, stop):
         prefetch_neighbors(i + AHEAD_ROWS, offsets, columns, z, classes)
         gather_messages(i, offsets, columns, weights, z, classes, messages)
+        pairwise, entropy = 0.0, 0.0
         for r in range(z.shape[1]):
             if z[i, r] == 0:
                 break
             pairwise += z[i, r] * messages[classes[i, r]]
             entropy += z[i, r] * math.log(z[i, r])
         clear_messages(i, offsets, columns, z, classes, messages)
-    out[0], out[1] = pairwise, entropy
+        out[i, 0], out[i, 1] = pairwise, entropy
 
 
 @compiled(

@@ -7,13 +7,15 @@ float64. On a CPU each block fits a core's cache and goes to a thread that works
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.ops.blocks import GEMM_ROWS, block_rows, blocks, gemm_rows, read_rows
 from transclip_fast.parallel import parallel_map
-from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
+from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
 
 SUM_ROWS = 256  # of a float64 sum: more do not fit the cache, which is several times slower
 SUM_CLASSES = 256  # classes that one thread sums
@@ -39,6 +41,7 @@ class TorchOps:
 
     def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
         self._affinity, self._nodes = affinity, nodes
+        self.kept_entries = KEPT_ENTRIES
         self._cut: list[tuple[slice, Affinity]] = []
         self._centred: dict[tuple[int, int], torch.Tensor] = {}  # blocks of few rows
 
@@ -78,7 +81,7 @@ class TorchOps:
             prior_scores(features, weights, log_prior, rows, out=scores)
             torch.logsumexp(scores, 1, out=normaliser[rows])
             scores -= normaliser[rows, None]
-            top = _top_rows(scores)
+            top = top_rows(scores)
             values = scores.gather(0, top)
             _write_assignments(scores.exp_(), out, rows)
             return values, top + rows.start
@@ -87,7 +90,7 @@ class TorchOps:
         for some in blocks(len(features), MERGED_BLOCKS * size):
             found = top + parallel_map(part, blocks(some.stop, size, some.start), features.device)
             values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-            places = _top_rows(values)
+            places = top_rows(values)
             top = [(values.gather(0, places), rows.gather(0, places))]
         return normaliser, *top[0]
 
@@ -173,6 +176,21 @@ class TorchOps:
         parallel_map(part, self._edges(z.n_classes), z.values.device)
         return out
 
+    def of_rows(self, rows: slice, share: int) -> TorchOps:
+        """The operations on some of the features only, one of `share` such parts."""
+        part = copy(self)
+        part._nodes = None if self._nodes is None else self._nodes[rows]
+        part.kept_entries, part._centred = self.kept_entries // share, {}
+        return part
+
+    def room(self, z: Assignments) -> Assignments:
+        """z where sweeps can read and write it."""
+        return z
+
+    def with_heard(self, z: Assignments) -> Assignments:
+        """z with, after its own rows, those of other processes that these hear."""
+        return z
+
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Z^T F (K, d) and the mass n_k (K,) of each class, float64.
@@ -180,28 +198,36 @@ class TorchOps:
         The mass that sparse rows dropped, m_i of each row and M of all, is shared among the
         classes as the kept mass is, pi_k: pi (sum_i m_i f_i)^T and pi_k M are added.
         """
+        sums, counts = self.kept_sums(z, features)
+        return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)
+
+    def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums (K + 1, d) and masses (K + 1,), float64; the last are of what the rows dropped."""
         device, n_classes = features.device, z.n_classes
-        # The last row is of the mass that the rows dropped.
         sums = torch.zeros(n_classes + 1, features.shape[1], dtype=torch.float64, device=device)
         counts = torch.zeros(n_classes + 1, dtype=torch.float64, device=device)
         # The variance is the difference of the squares and the squared means: sums of centred
         # rows keep its digits, where float32 sums of thousands of similar rows lose them.
         centre = features[:CENTRE_ROWS].mean(0)
-        for rows in blocks(len(z), read_rows(device)):
+        for rows in blocks(len(features), read_rows(device)):
             read, kept = features[rows], z.take(self._nodes_of(rows))
             for block in blocks(len(read), gemm_rows(device, n_classes)):
                 ends = rows.start + block.start, rows.start + block.stop
                 centred = self._centred.get(ends)
                 if centred is None:
                     centred = read[block] - centre
-                    if len(z) * len(centre) <= KEPT_ENTRIES:
+                    if len(features) * len(centre) <= self.kept_entries:
                         self._centred[ends] = centred
                 _add_class_sums(kept.take(block), centred, sums, counts)
-        sums.addr_(counts, centre.double())
-        return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)
+        return sums.addr_(counts, centre.double()), counts
 
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
         """sum_ij A_ij z_i.z_j and sum_ik z_ik log z_ik of the mass kept, float64 scalars."""
+        pairwise, entropy = self.row_energies(z).sum(0)
+        return pairwise, entropy
+
+    def row_energies(self, z: Assignments) -> torch.Tensor:
+        """The terms of `energies` of each node, (N, 2) float64."""
 
         def part(block: tuple[slice, Affinity]) -> torch.Tensor:
             rows, edges = block
@@ -209,13 +235,11 @@ class TorchOps:
             if z.classes is not None:
                 messages = messages.gather(1, z.classes[rows].long())
             values, messages = values.clamp_min(SMALLEST), F.hardshrink(messages, SMALLEST)
-            pairwise = torch.linalg.vecdot(values, messages).sum(dtype=torch.float64)
-            entropy = torch.linalg.vecdot(values, values.log()).sum(dtype=torch.float64)
-            return torch.stack([pairwise, entropy])
+            pairwise = torch.linalg.vecdot(values, messages)
+            entropy = torch.linalg.vecdot(values, values.log())
+            return torch.stack([pairwise, entropy], 1).double()
 
-        terms = parallel_map(part, self._edges(z.n_classes), z.values.device)
-        pairwise, entropy = torch.stack(terms).sum(0)
-        return pairwise, entropy
+        return torch.cat(parallel_map(part, self._edges(z.n_classes), z.values.device))
 
     def expectation(self, z: Assignments, log_prior: torch.Tensor) -> torch.Tensor:
         """
@@ -232,7 +256,13 @@ class TorchOps:
 
         device = z.values.device
         size = block_rows(device, z.n_classes)
-        return torch.stack(parallel_map(part, blocks(len(z), size), device)).sum()
+        return torch.stack(parallel_map(part, blocks(len(log_prior), size), device)).sum()
+
+    def received(self, z: Assignments, messages: Messages) -> torch.Tensor:
+        """sum_ik z_ik times the messages about class k to row i, float64 scalar."""
+        rows = messages.rows()
+        mass = z.at(rows if self._nodes is None else self._nodes[rows], messages.classes)
+        return (mass.double() * messages.weights).sum()
 
     def heard(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
@@ -245,10 +275,9 @@ class TorchOps:
         shape = (len(neighbors), z.n_classes) if classes is None else classes.shape
         total = z.values.new_zeros(shape)
         for nodes, exists in zip(neighbors.clamp_min(0).T, there.T, strict=True):
-            received = z.take(nodes)
-            values = received.values * exists[:, None]
-            if received.classes is not None and classes is not None:
-                same = received.classes[:, None] == classes[:, :, None]  # (n, C, R)
+            values = z.values[nodes] * exists[:, None]
+            if z.classes is not None and classes is not None:
+                same = z.classes[nodes][:, None] == classes[:, :, None]  # (n, C, R)
                 values = torch.where(same, values[:, None], 0).sum(2)
             total += values
         return total / there.sum(1, keepdim=True).clamp_min(1)
@@ -336,7 +365,7 @@ def _add_class_sums(
         counts[-1] += dropped.sum(dtype=torch.float64)
 
 
-def _top_rows(values: torch.Tensor) -> torch.Tensor:
+def top_rows(values: torch.Tensor) -> torch.Tensor:
     """Positions (8, K) of the largest values of each column, equal ones from the top."""
     n = min(START_ROWS, len(values))
     top = values.topk(n, dim=0)

@@ -19,7 +19,7 @@ from transclip_fast.kernels import score as fused
 from transclip_fast.kernels.products import HalfWeights, product
 from transclip_fast.kernels.segments import SegmentedAffinity
 from transclip_fast.ops.blocks import blocks, read_rows
-from transclip_fast.ops.torch_backend import TorchOps, share_dropped
+from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 
@@ -76,20 +76,19 @@ class TritonOps(TorchOps):
         sweep.sweep(base, self._graph, z, out=out, bounded=bounded)
         return out
 
-    def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         parts = (
             class_sums.class_sums(z.take(self._nodes_of(rows)), features[rows])
-            for rows in blocks(len(z), read_rows(features.device))
+            for rows in blocks(len(features), read_rows(features.device))
         )
         sums, counts = next(parts)
         for more_sums, more_counts in parts:
             sums += more_sums
             counts += more_counts
-        return share_dropped(sums, counts)
+        return sums, counts
 
-    def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
-        pairwise, entropy = energies.energies(self._graph, z)
-        return pairwise, entropy
+    def row_energies(self, z: Assignments) -> torch.Tensor:
+        return energies.energies(self._graph, z).double()
 
 
 def _products(features: UnitRows, weights: HalfWeights) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -182,7 +182,7 @@ def opinions(
         some = rows[start : start + SCORED_ROWS]
         unit = unit_sample(matrix, torch.tensor(some))
         if text is not None:
-            scores = LinearPrior(text).at(torch.tensor(some), unit).exp()
+            scores = LinearPrior(text).at(unit).exp()
             by_text |= _most_likely(some, scores)
         if isinstance(strength, int | float):
             prior = LinearPrior(torch.zeros_like(mixture.means, dtype=torch.float32))

@@ -44,11 +44,14 @@ def calibrated_confidences(
     base, z
         Of all nodes.
     neighbors : ndarray (N, k)
-        Rows, -1 where there is none.
+        Rows, -1 where there is none; after the N rows come those of other processes.
     nodes : Tensor (N,) int64, optional
         Node of each row, where they are not the same.
     """
-    device, labels, out = z.values.device, z.best()[0], torch.empty_like(z.bound)
+    device, labels, out = z.values.device, z.best()[0], torch.empty_like(base.tail)
+    n_rows, z = len(base.tail), ops.with_heard(z)
+    if nodes is not None:
+        nodes = torch.cat([nodes, torch.arange(n_rows, len(z), device=device)])
 
     def part(rows: slice) -> None:
         found = torch.from_numpy(np.ascontiguousarray(neighbors[rows])).to(device).long()
@@ -65,5 +68,5 @@ def calibrated_confidences(
         out[rows] = shares.gather(1, place)[:, 0]
 
     width = base.values.shape[1] * (1 if z.classes is None else z.values.shape[1])
-    parallel_map(part, blocks(len(z), max(1, BLOCK_ENTRIES // width)), device)
+    parallel_map(part, blocks(n_rows, max(1, BLOCK_ENTRIES // width)), device)
     return out

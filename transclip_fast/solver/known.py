@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.data.feature_rows import Rows, Tensors
 from transclip_fast.solver.mixture import Moments
 from transclip_fast.types import Assignments, Scores
 
@@ -28,9 +28,9 @@ class KnownRows:
     Parameters
     ----------
     rows, labels : Tensor (m,) int64
-        Their numbers among the queries, and their classes.
+        Their numbers among the queries of this process, and their classes.
     moments : Moments
-        Of these rows with their one-hot labels.
+        Of these rows, of all processes, with their one-hot labels.
     """
 
     rows: torch.Tensor
@@ -38,13 +38,19 @@ class KnownRows:
     moments: Moments
 
     @classmethod
-    def of(cls, known: torch.Tensor, features: UnitRows, n_classes: int) -> KnownRows:
-        """The rows of features (N, d) with known >= 0, of `known` (N,) int64."""
+    def of(cls, known: torch.Tensor, features: Rows, n_classes: int) -> KnownRows:
+        """The rows of features with known >= 0, of `known` (n,) int64 of own rows."""
+        own, dim = features.local(), features.shape[1]
+
+        def leaf(part: slice) -> Tensors:
+            moments = Moments.zero(n_classes, dim, known.device)
+            for some in torch.split(part.start + (known[part] >= 0).nonzero()[:, 0], READ_ROWS):
+                moments = moments + Moments.of(own[some], known[some], n_classes)
+            return moments.counts, moments.sums, moments.squares
+
+        sums = features.total(leaf, [(n_classes,), (n_classes, dim), (dim,)])
         rows = (known >= 0).nonzero()[:, 0]
-        moments = Moments.zero(n_classes, features.shape[1], known.device)
-        for some in torch.split(rows, READ_ROWS):
-            moments = moments + Moments.of(features[some], known[some], n_classes)
-        return cls(rows, known[rows], moments)
+        return cls(rows, known[rows], Moments(*sums))
 
     def of_classes(self, classes: torch.Tensor) -> KnownRows:
         """The same with the classes (K',), sorted, numbered anew; no other one is known."""

@@ -97,11 +97,17 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
-def limit_of(device: torch.device, memory: int | None) -> int:
-    """Most bytes that the process may use, or its part of a GPU: `memory`, else what is free."""
+def limit_of(device: torch.device, memory: int | None, processes: int = 1) -> int:
+    """
+    Most bytes that the process may use, or its part of a GPU: `memory`, else what is free.
+
+    On a CPU that is shared by `processes` of this machine.
+    """
     if memory is not None:
         return memory
-    return free_bytes(device) + (resident_bytes() if device.type == "cpu" else 0)
+    if device.type != "cpu":
+        return free_bytes(device)
+    return free_bytes(device) // processes + resident_bytes()
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,8 @@ class Size:
         Values of gamma that are tried.
     halved : bool
         Whether held features have a copy in float16.
+    shared : int, optional
+        Most rows of one of the processes that share the N rows; bytes are of those.
     """
 
     n_rows: int
@@ -137,6 +145,12 @@ class Size:
     linear: bool = True
     runs: int = 1
     halved: bool = False
+    shared: int | None = None
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of this process."""
+        return self.n_rows if self.shared is None else self.shared
 
     def used(self, device: torch.device) -> int:
         """Bytes in use before a solve: a constant, so that a resumed solve has the same layout."""
@@ -161,7 +175,7 @@ class Layout:
 
     def bytes(self, size: Size, device: torch.device) -> dict[str, int]:
         """The most bytes that each part of a solve takes on the device."""
-        n, n_classes, d, k = size.n_rows, size.n_classes, size.dim, size.n_neighbors
+        n, n_classes, d, k = size.own_rows, size.n_classes, size.dim, size.n_neighbors
         # A GPU computes on a block that was read, while two more are on their way.
         workers, reads = (n_threads(), 2) if device.type == "cpu" else (1, 3)
         read = 4 * d * min(n, read_rows(device))
@@ -182,7 +196,7 @@ class Layout:
         """Bytes of an approximate neighbour search; an exact one of few rows takes less."""
         features = self.bytes(size, device)["features"]
         index = size.dim * (4 if self.held and device.type == "cpu" else 2)
-        return features + (SEARCH_ROW_BYTES + index) * size.n_rows
+        return features + (SEARCH_ROW_BYTES + index) * size.own_rows
 
 
 def dense_is_faster(size: Size, device: torch.device) -> bool:
@@ -232,7 +246,7 @@ def choose_layout(
         if form == "dense" and size.n_classes > FEWEST_CANDIDATES:
             remedy = "choose assignments='sparse', or allow more"
         raise InputError(
-            f"memory: {size.n_rows:,} rows and {size.n_classes:,} classes, {form}, need at least "
+            f"memory: {size.own_rows:,} rows and {size.n_classes:,} classes, {form}, need at least "
             f"{show_bytes(needed)}, there are {show_bytes(limit)}; {remedy}"
         )
     held = replace(layout, held=True)
@@ -243,7 +257,7 @@ def choose_layout(
 def _candidates_that_fit(size: Size, device: torch.device, room: int) -> int:
     """The usual number, halved until the lists fit into `room` bytes or it is the fewest."""
     fixed = sum(Layout(0, held=False).bytes(size, device).values())
-    fits = (room - fixed) // (ENTRY_BYTES * size.n_rows)
+    fits = (room - fixed) // (ENTRY_BYTES * size.own_rows)
     kept = max(USUAL_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * size.n_rows))
     while kept > FEWEST_CANDIDATES and min(kept, size.n_classes) > fits:
         kept = max(FEWEST_CANDIDATES, kept // 2)  # in steps: a little less memory changes nothing

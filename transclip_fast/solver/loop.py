@@ -18,6 +18,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
+from transclip_fast.ops.ranked import heard
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.solver.confidence import calibrated_confidences
@@ -82,15 +83,15 @@ def solve(
             update_means(state)
             update_variance(state)
             before, labels = labels, state.labels()
-            history.append(objective(state), int((labels != before).sum()))
+            history.append(objective(state), state.count(labels != before))
             drop_absent_classes(state)
             checkpoint.keep(partial(saved, state, history))
             report()
         n_iter = len(history)
         update_assignments(state, bounded=True)
-        history.append(objective(state), int((state.labels() != labels).sum()))
+        history.append(objective(state), state.count(state.labels() != labels))
         confidences = calibrated_confidences(
-            state.ops, state.base, state.z, graph.neighbors, state.nodes
+            state.ops, state.base, state.z, heard(inputs.features, graph.neighbors)[0], state.nodes
         )
     return Solution.of(state, gamma, n_iter, history, confidences)
 
@@ -187,13 +188,13 @@ def objective(state: State) -> float:
     elif kl_weight and inputs.prior.weights is not None:
         # Linear in the features, so the moments suffice and no row is read.
         log_prior = (inputs.prior.weights * state.moments.sums).sum()
-        value = value - kl_weight * (log_prior - state.prior_normaliser.double().sum())
+        value = value - kl_weight * (log_prior - state.prior_normaliser)
     likelihood = mixture.log_likelihood(state.moments)
     for moments, weight in state.labelled:
         shots = mixture.log_likelihood(moments)
         likelihood = likelihood + weight * len(inputs.features) * shots
     if inputs.support is not None:
-        value = value - inputs.support.received(state.z, state.nodes)
+        value = value - state.ops.received(state.z, inputs.support.messages)
     if state.class_cost is not None:
         value = value + state.class_cost.total(state.moments.counts)
     return float(value - state.settings.parameters.likelihood_weight * likelihood)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from transclip_fast.data.checks import as_tensor
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.data.priors import as_log_probabilities, as_logits
 from transclip_fast.device import exact_float32
+from transclip_fast.errors import InputError
 from transclip_fast.ops.torch_backend import linear_log_prior
 
 PREDICT_ROWS = 16384  # of a block
+Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class LinearPrior:
     def to(self, device: torch.device) -> LinearPrior:
         return LinearPrior(self.weights.to(device))
 
-    def at(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """log y_hat (n, K) of the rows `ids` (n,), which are `rows` (n, d)."""
+    def at(self, rows: torch.Tensor) -> torch.Tensor:
+        """log y_hat (n, K) of rows (n, d)."""
         return linear_log_prior(rows.to(self.weights.device), self.weights)
 
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
@@ -64,10 +67,6 @@ class GivenPrior:
     def to(self, device: torch.device) -> GivenPrior:
         return GivenPrior(self.log_probabilities.to(device))
 
-    def at(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """log y_hat (n, K) of the rows `ids` (n,), which are `rows` (n, d)."""
-        return self.log_probabilities[ids]
-
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
         return _most_likely(_blocks(self.log_probabilities))
@@ -76,15 +75,46 @@ class GivenPrior:
 Prior = LinearPrior | GivenPrior
 
 
-def given_prior(prior: Any, prior_logits: Any, *, rows: int) -> GivenPrior:
-    """Check probabilities (N, K), or else logits (N, K), of another method for that many rows."""
-    if prior is not None:
-        return GivenPrior(as_log_probabilities(prior, "prior", rows=rows))
-    return GivenPrior(as_logits(prior_logits, "prior_logits", rows=rows))
+def log_prior_of(
+    prior: Prior, ids: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor], pick: Pick
+) -> torch.Tensor:
+    """
+    log y_hat (n, K) of the rows `ids` (n,).
+
+    `read` returns rows of the features, and `pick` those of a table of all rows.
+    """
+    if prior.weights is None:
+        return pick(prior.log_probabilities, ids)
+    return prior.at(read(ids).float())
+
+
+def given_prior(
+    prior: Any, prior_logits: Any, *, rows: int, own: slice | None = None
+) -> GivenPrior:
+    """
+    Check probabilities (N, K), or else logits (N, K), of another method for that many rows.
+
+    With `own`, those rows only, unless they are wrong.
+    """
+    array, name, check = prior, "prior", as_log_probabilities
+    if prior is None:
+        array, name, check = prior_logits, "prior_logits", as_logits
+    if own is None:
+        return GivenPrior(check(array, name, rows=rows))
+    array = array.tocsr() if hasattr(array, "tocsr") else as_tensor(array, name)
+    read = own if own.start < own.stop else slice(0, 1)
+    try:
+        if array.shape[0] != rows:
+            raise InputError(f"{name}: has {array.shape[0]} rows, expected {rows}, one per query")
+        part = check(array[read], name, rows=read.stop - read.start)
+    except InputError:
+        check(array, name, rows=rows)  # names the row by its number among all
+        raise
+    return GivenPrior(part[: own.stop - own.start])
 
 
 def _blocks(rows: UnitRows) -> Iterator[torch.Tensor]:
-    for start in range(0, len(rows), PREDICT_ROWS):
+    for start in range(0, max(len(rows), 1), PREDICT_ROWS):
         yield rows[start : start + PREDICT_ROWS]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,16 +26,20 @@ from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.graph.exact import nearest
+from transclip_fast.graph.exact import nearest_of_all
 from transclip_fast.metrics import check_class_order
 from transclip_fast.ops import choose_backend
+from transclip_fast.ops.exchange import Exchange, Partition
+from transclip_fast.ops.ranked import RankedRows
+from transclip_fast.ranks import Ranks, check_same
 from transclip_fast.solver.known import KnownRows
-from transclip_fast.solver.layout import Layout, Size, choose_layout, parse_memory
+from transclip_fast.solver.layout import Layout, Size, choose_layout, limit_of, parse_memory
 from transclip_fast.solver.parameters import GAMMAS, Parameters
-from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
+from transclip_fast.solver.prior import LinearPrior, Prior, given_prior, log_prior_of
 from transclip_fast.solver.support import Support, default_gamma, enough
 from transclip_fast.solver.truncation import choose_truncation
-from transclip_fast.types import NeighborGraph, Truncation
+from transclip_fast.types import Truncation
+from transclip_fast.version import __version__
 
 LabelledRows = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
 PRIOR_SAMPLE_ROWS = 512  # enough to know the mean mass of the largest classes to about 1 %
@@ -61,6 +68,8 @@ class Problem:
     corrected : bool
         Whether known queries were picked as they seemed wrong: then zero-shot's errors among them
         say nothing of the order of the classes.
+    exchange : Exchange, optional
+        With the other processes that share the rows; a prior (N, K) is then that of own rows.
     """
 
     features: torch.Tensor | StoredRows
@@ -71,6 +80,7 @@ class Problem:
     validation: LabelledRows | None
     known: torch.Tensor | None
     corrected: bool = False
+    exchange: Exchange | None = None
 
     @classmethod
     def check(
@@ -87,9 +97,10 @@ class Problem:
         validation_features: Any = None,
         validation_labels: Any = None,
         known_labels: Any = None,
+        ranks: Ranks | None = None,
     ) -> Problem:
         """
-        Check the arrays of `TransCLIP.fit`, which documents them.
+        Check the arrays of `TransCLIP.fit`, which documents them; `ranks` share their rows.
 
         Raises
         ------
@@ -98,6 +109,7 @@ class Problem:
         """
         matrix = unread_matrix(X, "X")
         n_rows, d = matrix.shape
+        exchange = None if ranks is None else Exchange(Partition(n_rows, ranks))
         if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
             raise InputError("give one of prior, prior_logits and prototypes, not several")
 
@@ -107,7 +119,8 @@ class Problem:
             text = LinearPrior.from_prototypes(text_features, logit_scale)
         chosen: Prior | None = text
         if prior is not None or prior_logits is not None:
-            chosen = given_prior(prior, prior_logits, rows=n_rows)
+            own = None if exchange is None else exchange.partition.rows
+            chosen = given_prior(prior, prior_logits, rows=n_rows, own=own)
         elif prototypes is not None:
             rows = as_unit_rows(prototypes, "prototypes", columns=d)
             chosen = LinearPrior.from_prototypes(rows, logit_scale)
@@ -127,6 +140,7 @@ class Problem:
             as_labelled_rows("support", support_features, support_labels, d, n_classes),
             as_labelled_rows("validation", validation_features, validation_labels, d, n_classes),
             _known(known_labels, n_rows, n_classes),
+            exchange=exchange,
         )
 
     def gammas(self, parameters: Parameters) -> Sequence[float | None]:
@@ -144,10 +158,12 @@ class Problem:
     def size(self, parameters: Parameters, device: torch.device) -> Size:
         """The sizes on which memory depends."""
         n_rows, dim = self.features.shape
-        own = n_rows * dim * self.features.dtype.itemsize
+        shared = None if self.exchange is None else self.exchange.partition.most_rows
+        held_rows = n_rows if shared is None else shared
+        own = held_rows * dim * self.features.dtype.itemsize
         linear = isinstance(self.prior, LinearPrior)
         # A prior (N, K), its logarithm, and the temporaries of computing it.
-        table = 0 if linear else 16 * n_rows * self.prior.n_classes
+        table = 0 if linear else 16 * held_rows * self.prior.n_classes
         in_place = isinstance(self.features, torch.Tensor) and is_aligned(self.features)
         return Size(
             n_rows,
@@ -160,18 +176,53 @@ class Problem:
             linear=linear,
             runs=len(self.gammas(parameters)),
             halved=parameters.precision == "float16",
+            shared=shared,
         )
+
+    def facts(self, parameters: Parameters) -> dict[str, str]:
+        """What all processes that share the rows must have in common, as hashes or text."""
+        ids = evenly_spaced_rows(len(self.features), PRIOR_SAMPLE_ROWS)
+        arrays = {
+            "support": self.support,
+            "validation": self.validation,
+            "known labels": self.known,
+            "prior": self.prior.weights,
+            "text features": self.zero_shot.weights,
+        }
+        return {
+            "version": __version__,
+            "parameters": json.dumps(_deciding(parameters), sort_keys=True),
+            "features": f"{tuple(self.features.shape)} {_hash(unit_sample(self.features, ids))}",
+            **{name: _hash(array) for name, array in arrays.items()},
+        }
+
+    def limit(self, parameters: Parameters, device: torch.device) -> int | None:
+        """The bytes that the user allows, or that the processes agree on; None: what is free."""
+        memory = parse_memory(parameters.memory)
+        if self.exchange is None:
+            return memory
+        ranks = self.exchange.ranks
+        limits = ranks.all_gather(limit_of(device, memory, ranks.on_this_machine))
+        return min(map(int, limits))
 
     @exact_float32()
     def prior_sample(self, rows: int = PRIOR_SAMPLE_ROWS) -> torch.Tensor:
         """log y_hat (n, K) of at most so many rows, evenly spaced."""
         ids = evenly_spaced_rows(len(self.features), rows)
-        return self.prior.at(ids, unit_sample(self.features, ids))
+
+        def pick(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return table[ids] if self.exchange is None else self.exchange.pick(table, ids)
+
+        return log_prior_of(self.prior, ids, partial(unit_sample, self.features), pick)
 
     def load(self, settings: Settings) -> Inputs:
         """Read the features once and bring everything to the device."""
         device, parameters = settings.device, settings.parameters
-        features = Rows(self.features, "X", device, held=settings.layout.held)
+        if self.exchange is None:
+            features = Rows(self.features, "X", device, held=settings.layout.held)
+        else:
+            held = settings.layout.held
+            features = RankedRows(self.features, "X", device, self.exchange, held=held)
         prior = self.prior.to(device)
         zero_shot = prior if self.zero_shot is self.prior else self.zero_shot.to(device)
         support = validation = known = None
@@ -185,18 +236,19 @@ class Problem:
                 n_neighbors=parameters.n_neighbors,
                 clamp_similarity=parameters.clamp_similarity,
             )
-            _warn_of_order("support", labels, prior, rows, support.neighbors[:, 0])
+            _warn_of_order("support", labels, prior, rows, features, support.neighbors[:, 0])
         if self.validation is not None:
             rows, labels = (tensor.to(device) for tensor in self.validation)
-            queries = nearest(rows, features, 1)[0][:, 0]
-            _warn_of_order("validation", labels, prior, rows, queries)
-            validation = queries.cpu().numpy(), labels.cpu().numpy()
+            queries = nearest_of_all(rows, features, 1)[0][:, 0]
+            _warn_of_order("validation", labels, prior, rows, features, queries)
+            validation = queries, labels
         if self.known is not None:
-            known = KnownRows.of(self.known.to(device), features, prior.n_classes)
-            some = evenly_spaced_rows(len(known.rows), ORDER_SAMPLE_ROWS, device)
-            rows, labels = known.rows[some], known.labels[some]
+            known = KnownRows.of(self.known[features.own].to(device), features, prior.n_classes)
+            rows = (self.known >= 0).nonzero()[:, 0]
+            rows = rows[evenly_spaced_rows(len(rows), ORDER_SAMPLE_ROWS)]
+            labels, rows = self.known[rows], rows.to(device)
             if not self.corrected:
-                _warn_of_order("known", labels, prior, features[rows], rows)
+                _warn_of_order("known", labels, prior, features[rows], features, rows)
         return Inputs(features, prior, zero_shot, support, validation, known)
 
 
@@ -239,13 +291,18 @@ class Settings:
             does not fit into memory.
         """
         parameters.check()
-        device = resolve_device(parameters.device)
+        name = parameters.device
+        if problem.exchange is not None:
+            ranks = problem.exchange.ranks
+            check_same(ranks, problem.facts(parameters))
+            name = ranks.device(name)
+        device = resolve_device(name)
         layout = choose_layout(
             problem.size(parameters, device),
             device,
             form=parameters.form,
             candidates=parameters.candidates,
-            memory=parse_memory(parameters.memory),
+            memory=problem.limit(parameters, device),
         )
         kl_weight = parameters.kl_weight
         if kl_weight is None:
@@ -260,6 +317,11 @@ class Settings:
                 rank=parameters.rank,
             )
         backend = choose_backend(parameters.backend, device, truncation)
+        if backend == "triton" and problem.exchange is not None:
+            raise InputError(
+                "backend='triton' is for one process; processes that share the rows take "
+                "backend='torch'"
+            )
         if parameters.precision == "float16" and backend != "triton":
             raise InputError(
                 f"precision='float16' is for backend='triton', here {backend} computes; leave "
@@ -268,17 +330,15 @@ class Settings:
         own = {field.name: getattr(parameters, field.name) for field in fields(Parameters)}
         return cls(Parameters(**own), device, kl_weight, layout, truncation, backend)
 
-    def identity(self, gamma: float | None, graph: NeighborGraph) -> dict[str, Any]:
+    def identity(self, gamma: float | None, graph_sha256: str) -> dict[str, Any]:
         """All that the result of a run depends on, except the arrays of the problem."""
-        irrelevant = ("memory", "verbose")
-        parameters = {k: v for k, v in asdict(self.parameters).items() if k not in irrelevant}
-        return parameters | {
+        return _deciding(self.parameters) | {
             "kl_weight": self.kl_weight,
             "gamma": gamma,
             "truncation": self.truncation and asdict(self.truncation),
             "backend": self.backend,
             "device": self.device.type,
-            "graph_sha256": graph.sha256(),
+            "graph_sha256": graph_sha256,
         }
 
 
@@ -293,7 +353,7 @@ class Inputs:
         Unit rows.
     prior, zero_shot : Prior
     support : Support, optional
-    validation : tuple of ndarray (V,), (V,), optional
+    validation : tuple of Tensor (V,), (V,), optional
         The most similar query of each validation row, and the labels.
     known : KnownRows, optional
     """
@@ -302,8 +362,23 @@ class Inputs:
     prior: Prior
     zero_shot: Prior
     support: Support | None = None
-    validation: tuple[np.ndarray, np.ndarray] | None = None
+    validation: tuple[torch.Tensor, torch.Tensor] | None = None
     known: KnownRows | None = None
+
+
+def _deciding(parameters: Parameters) -> dict[str, Any]:
+    """The parameters on which a result depends."""
+    irrelevant = ("memory", "verbose")
+    names = (field.name for field in fields(Parameters))
+    return {name: getattr(parameters, name) for name in names if name not in irrelevant}
+
+
+def _hash(arrays: torch.Tensor | tuple[torch.Tensor, ...] | None) -> str:
+    digest = hashlib.sha256()
+    for array in (arrays,) if isinstance(arrays, torch.Tensor) else arrays or ():
+        digest.update(f"{array.dtype} {tuple(array.shape)}".encode())
+        digest.update(array.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _known(labels: Any, n_rows: int, n_classes: int) -> torch.Tensor | None:
@@ -315,12 +390,17 @@ def _known(labels: Any, n_rows: int, n_classes: int) -> torch.Tensor | None:
 
 
 def _warn_of_order(
-    name: str, labels: torch.Tensor, prior: Prior, rows: torch.Tensor, queries: torch.Tensor
+    name: str,
+    labels: torch.Tensor,
+    prior: Prior,
+    rows: torch.Tensor,
+    features: Rows,
+    queries: torch.Tensor,
 ) -> None:
     """Warn where labels (M,) contradict the prior of rows (M, d), or of their nearest queries."""
     if isinstance(prior, LinearPrior):
         zero_shot = prior.predict(rows)[0]
     else:
-        zero_shot = prior.log_probabilities[queries].argmax(1).cpu().numpy()
+        zero_shot = features.pick(prior.log_probabilities, queries).argmax(1).cpu().numpy()
     for message in check_class_order(zero_shot, labels.cpu().numpy()):
         warnings.warn(f"{name}_labels: {message}", stacklevel=4)

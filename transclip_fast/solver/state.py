@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +12,12 @@ from transclip_fast.callbacks import SavedState
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops import backend_class
+from transclip_fast.ops.ranked import RankedBackend, RankedRows
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
 from transclip_fast.solver.known import KNOWN_WEIGHT
 from transclip_fast.solver.mixture import Mixture, Moments
-from transclip_fast.solver.prior import LinearPrior, Prior
+from transclip_fast.solver.prior import LinearPrior, Prior, log_prior_of
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
 from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
@@ -37,8 +39,8 @@ class State:
         Moments that join those of the queries, and their weights.
     squares : Tensor (d,) float64
         sum_i f_i^2.
-    prior_normaliser : Tensor (N,) float32
-        The log-sum-exp that made log y_hat of the prior's logits.
+    prior_normaliser : Tensor
+        Sum over rows of the log-sum-exp that made log y_hat of the prior's logits, float64 scalar.
     prior_best : tuple of Tensor (N,), (N,)
         Label and probability of each row by the prior alone.
     n_effective : float
@@ -85,6 +87,11 @@ class State:
         """Most likely class of each node, (N,) int64."""
         labels = self.z.best()[0]
         return labels if self.in_use is None else self.in_use[labels]
+
+    def count(self, marks: torch.Tensor) -> int:
+        """How many of all nodes are marked, by (n,) bool of own ones."""
+        (found,) = self.inputs.features.total(lambda rows: (marks[rows].sum().double(),), [()])
+        return int(found)
 
     def means(self) -> torch.Tensor:
         """mu of all classes, (K, d)."""
@@ -153,9 +160,7 @@ class Solution:
         confidences: torch.Tensor,
     ) -> Solution:
         """The result at a state, which is not used again; z in the order of the features."""
-        z, cost = state.z, state.class_cost
-        if state.nodes is not None:
-            z = z.take_into(state.nodes, out=state.spare)
+        z, cost, features = in_row_order(state), state.class_cost, state.inputs.features
         if state.in_use is not None and z.classes is not None:
             names = state.in_use.int().index_select(0, z.classes.flatten())
             z = replace(z, classes=names.view_as(z.classes), n_classes=len(state.means()))
@@ -167,20 +172,21 @@ class Solution:
             replace(state.mixture, means=state.means()),
             n_iter,
             history,
-            float(state.base.tail.max()),
+            features.largest(state.base.tail),
             *state.prior_best,
             state.n_effective,
             None if cost is None else cost.tangent(state.counts()),
             confidences,
         )
 
-    def accuracy(self, validation: tuple[np.ndarray, np.ndarray] | None) -> float:
-        """Share of queries (V,) that have their labels (V,); 0 without any."""
-        if validation is None:
+    def accuracy(self, inputs: Inputs) -> float:
+        """Share of the validation's queries that have its labels; 0 without any."""
+        if inputs.validation is None:
             return 0.0
-        queries, labels = validation
-        predicted = self.assignments.best()[0].cpu().numpy()
-        return float((predicted[queries] == labels).mean())
+        queries, labels = inputs.validation
+        features = inputs.features
+        predicted = features.pick(self.assignments.best()[0], queries)
+        return float((predicted == labels).double().mean())
 
 
 def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float | None) -> State:
@@ -191,12 +197,18 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     """
     features, prior, support = inputs.features, inputs.prior, inputs.support
     n_rows, n_classes, device = len(features), prior.n_classes, features.device
-    backend, parameters = backend_class(settings.backend), settings.parameters
-    z = Assignments.empty(n_rows, n_classes, settings.truncation, device)
+    n_own = features.own.stop - features.own.start
+    backend: Any = backend_class(settings.backend)
+    parameters, exchange = settings.parameters, None
+    if isinstance(features, RankedRows):
+        exchange = features.exchange
+        backend = RankedBackend(backend, exchange)
+    z = Assignments.empty(n_own, n_classes, settings.truncation, device)
     normaliser, log_weights, rows = backend.start(
         features, prior.weights, prior.log_probabilities, out=z
     )
     shots = None if support is None or gamma is None else support.moments
+    (prior_normaliser,) = features.total(lambda rows: (normaliser[rows].double().sum(),), [()])
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
     n_effective = effective_classes(_prior_counts(z, features, prior))
@@ -205,7 +217,7 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         # Neighbours mostly share a label: sorted by label, their lists are close in memory.
         order = prior_best[0].argsort(stable=True)
         nodes = torch.empty_like(order)
-        nodes[order] = torch.arange(n_rows, device=device)
+        nodes[order] = torch.arange(n_own, device=device)
         z = z.take(order)
     if inputs.known is not None:
         inputs.known.clamp(z, nodes)
@@ -215,22 +227,23 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         clamp_similarity=parameters.clamp_similarity,
         nodes=nodes,
         device=device,
+        exchange=exchange,
     )
-    dim = features.shape[1]
+    ops, dim = backend(weights, nodes), features.shape[1]
     zero = Moments.zero(n_classes, dim, device)
     return State(
         inputs=inputs,
         settings=settings,
-        ops=backend(weights, nodes),
+        ops=ops,
         labelled=_labelled(inputs, gamma),
         squares=backend.sum_of_squares(features),
-        prior_normaliser=normaliser,
+        prior_normaliser=prior_normaliser,
         prior_best=prior_best,
         n_effective=n_effective,
         class_cost=ClassCost.of(n_effective, n_rows, n_classes, dim) if charged else None,
         nodes=nodes,
-        z=z,
-        spare=z.empty_like(),
+        z=ops.room(z),
+        spare=ops.room(z.empty_like()),
         base=Scores.empty(weights.max_message(), n_classes, settings.truncation),
         mixture=mixture,
         moments=zero,
@@ -251,15 +264,18 @@ def _labelled(inputs: Inputs, gamma: float | None) -> list[tuple[Moments, float]
 
 def _prior_counts(z: Assignments, features: Rows, prior: Prior) -> torch.Tensor:
     """sum_i y_hat_ik (K,) float64; z is y_hat, of which sparse rows lack the smallest entries."""
-    counts = z.counts()
+    (counts,) = features.total(lambda rows: (z.take(rows).counts(),), [(z.n_classes,)])
     if z.classes is None:
         return counts
     # All entries of some rows tell among which classes the dropped mass is spread.
-    ids = evenly_spaced_rows(len(z), PRIOR_SAMPLE_ROWS, z.values.device)
-    whole = prior.at(ids, features[ids].float()).exp()
-    dropped = (whole - z.take(ids).dense()).clamp_min(0).sum(0, dtype=torch.float64)
+    ids = evenly_spaced_rows(len(features), PRIOR_SAMPLE_ROWS, z.values.device)
+    whole = log_prior_of(prior, ids, features.__getitem__, features.pick).exp()
+    kept = replace(
+        z, values=features.pick(z.values, ids), classes=features.pick(z.classes, ids)
+    ).dense()
+    dropped = (whole - kept).clamp_min(0).sum(0, dtype=torch.float64)
     share = dropped / dropped.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return counts + (len(z) - counts.sum()).clamp_min(0) * share
+    return counts + (len(features) - counts.sum()).clamp_min(0) * share
 
 
 def drop_absent_classes(state: State) -> None:
@@ -277,8 +293,10 @@ def drop_absent_classes(state: State) -> None:
     if 2 * len(classes) <= len(counts):
         candidates = min(state.base.values.shape[1], len(classes))
         if truncation.floor:  # else every entry is to stay
-            rows = evenly_spaced_rows(len(state.z), PRIOR_SAMPLE_ROWS, counts.device)
-            candidates = needed_candidates(state.base.values[rows], len(state.z), candidates)
+            features = state.inputs.features
+            rows = evenly_spaced_rows(len(features), PRIOR_SAMPLE_ROWS, counts.device)
+            some = features.pick(state.base.values, rows, state.nodes)
+            candidates = needed_candidates(some, len(features), candidates)
         keep_classes(state, classes, candidates)
 
 
@@ -301,9 +319,14 @@ def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
     state.settings = replace(settings, truncation=truncation)
     state.spare = state.z  # so that there are never more than three lists
     state.base = state.base.lists(len(classes), candidates)
-    state.z = state.z.of_classes(classes, rank)
-    state.spare = state.z.empty_like()
+    state.z = state.ops.room(state.z.of_classes(classes, rank))
+    state.spare = state.ops.room(state.z.empty_like())
     state.in_use = classes if state.in_use is None else state.in_use[classes]
+
+
+def in_row_order(state: State) -> Assignments:
+    """z in the order of the features; without nodes it is, else it takes the spare's memory."""
+    return state.z if state.nodes is None else state.z.take_into(state.nodes, out=state.spare)
 
 
 def saved(state: State, history: History) -> dict[str, np.ndarray]:
@@ -318,7 +341,9 @@ def saved(state: State, history: History) -> dict[str, np.ndarray]:
         tensors["candidates"] = torch.tensor(state.base.values.shape[1])
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     arrays |= {name: np.array(values) for name, values in vars(history).items()}
-    return {**arrays, **state.z.state()}
+    # Nodes differ between numbers of processes, rows do not.
+    z = in_row_order(state) if isinstance(state.inputs.features, RankedRows) else state.z
+    return {**arrays, **z.state()}
 
 
 def restore(state: State, arrays: SavedState | None) -> History:
@@ -334,5 +359,9 @@ def restore(state: State, arrays: SavedState | None) -> History:
     if "in_use" in arrays:
         classes = torch.from_numpy(arrays["in_use"]).to(device)
         keep_classes(state, classes, int(arrays["candidates"]))
-    state.z.restore(arrays)
+    if isinstance(state.inputs.features, RankedRows) and state.nodes is not None:
+        state.spare.restore(arrays)
+        state.spare.take_into(state.nodes.argsort(), out=state.z)
+    else:
+        state.z.restore(arrays)
     return History(arrays["objective"].tolist(), arrays["changed"].tolist())

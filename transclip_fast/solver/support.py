@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from transclip_fast.data.feature_rows import UnitRows
-from transclip_fast.graph.exact import nearest
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.graph.exact import nearest_of_all
 from transclip_fast.solver.mixture import Moments
-from transclip_fast.types import Assignments, Messages
+from transclip_fast.types import Messages
 
 # Shots of every class: with fewer of some class than of another, `bench.accuracy.known_labels`
 # measures that the few-shot form can be worse than no shots.
@@ -44,7 +44,7 @@ class Support:
     neighbors, similarities : Tensor (M, k + 1) int64, float64
         The most similar queries of each row, best first; fewer where there are no more.
     messages : Messages
-        W_S^T Y / 2k: messages to the queries about each class.
+        W_S^T Y / 2k: messages to the queries of this process about each class.
     """
 
     labels: torch.Tensor
@@ -58,29 +58,27 @@ class Support:
         cls,
         support: torch.Tensor,
         labels: torch.Tensor,
-        features: UnitRows,
+        features: Rows,
         *,
         n_classes: int,
         n_neighbors: int,
         clamp_similarity: bool = False,
     ) -> Support:
         """Support rows (M, d) with labels (M,), each joined to its k most similar queries."""
-        ids, similarities = nearest(support, features, n_neighbors + 1)
+        ids, similarities = nearest_of_all(support, features, n_neighbors + 1)
         if clamp_similarity:
             similarities = similarities.clamp_min(0)
         weights = similarities[:, :n_neighbors] / (2 * n_neighbors)
-        shape = (len(features), n_classes)
-        messages = support_messages(ids[:, :n_neighbors], weights, labels, shape)
+        own = features.own
+        shape = (own.stop - own.start, n_classes)
+        queries = ids[:, :n_neighbors]
+        here = (queries >= own.start) & (queries < own.stop)
+        queries = (queries - own.start).where(here, -1)
+        messages = support_messages(queries, weights, labels, shape)
         return cls(labels, Moments.of(support, labels, n_classes), ids, similarities, messages)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def received(self, z: Assignments, nodes: torch.Tensor | None) -> torch.Tensor:
-        """sum_ik z_ik times the messages, float64 scalar; `nodes` (N,) are the rows of z."""
-        rows = self.messages.rows()
-        mass = z.at(rows if nodes is None else nodes[rows], self.messages.classes)
-        return (mass.double() * self.messages.weights).sum()
 
 
 def support_messages(
@@ -94,5 +92,5 @@ def support_messages(
     # the shots, as sums by atomic additions would differ from run to run on a GPU.
     cells, order = cells[present].sort(stable=True)
     cells, lengths = torch.unique_consecutive(cells, return_counts=True)
-    totals = torch.segment_reduce(weights[present][order], "sum", lengths=lengths)
+    totals = torch.segment_reduce(weights[present][order], "sum", lengths=lengths, unsafe=True)
     return Messages.of(cells // n_classes, cells % n_classes, totals.float(), n_queries)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import torch
 
+from transclip_fast.data.feature_rows import Rows, Tensors
 from transclip_fast.errors import InputError
 from transclip_fast.solver.layout import ENTRY_BYTES, FEWEST_CANDIDATES, FREE_LIST_BYTES
 from transclip_fast.types import FLOOR, Assignments, Truncation
@@ -80,9 +81,17 @@ def needed_candidates(log_p: torch.Tensor, n_rows: int, most: int) -> int:
     return min(needed, most)
 
 
-def losses(truncation: Truncation, z: Assignments, tail_mass: float) -> dict[str, float]:
+def losses(
+    truncation: Truncation, z: Assignments, tail_mass: float, features: Rows
+) -> dict[str, float]:
     """The truncation and the mass that it lost, as in `TransCLIP.truncation_`."""
-    dropped = float(1 - z.values.sum(1, dtype=torch.float64).mean())
+
+    def leaf(rows: slice) -> Tensors:
+        kept = z.values[rows].sum(dtype=torch.float64)
+        return kept, z.bound[rows].sum(dtype=torch.float64)
+
+    kept, bounds = (float(x) / len(features) for x in features.total(leaf, [(), ()]))
+    dropped = 1 - kept
     if dropped > LARGE_DROPPED_MASS:
         warnings.warn(
             f"sparse assignments keep {100 * (1 - dropped):.0f} % of the mass only; raise "
@@ -92,6 +101,6 @@ def losses(truncation: Truncation, z: Assignments, tail_mass: float) -> dict[str
     return asdict(truncation) | {
         "mean_dropped": max(dropped, 0.0),
         "tail_mass": tail_mass,
-        "largest_bound": float(z.bound.max()),
-        "mean_bound": float(z.bound.mean()),
+        "largest_bound": features.largest(z.bound),
+        "mean_bound": bounds,
     }

@@ -59,6 +59,13 @@ def read_array(path: str | Path, name: str) -> Any:
     return one_array(open_arrays(path), path, name)
 
 
+def mapped_array(path: str | Path, name: str) -> Any:
+    """The array in a .npy file, which stays there."""
+    path = _existing(path)
+    with reading(path):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
 def one_array(arrays: Mapping[str, Any], path: str | Path, name: str) -> Any:
     """Of the arrays in the file `path` the one called `name`, or the only one there is."""
     if name in arrays:

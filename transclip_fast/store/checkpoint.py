@@ -14,10 +14,13 @@ import numpy as np
 import torch
 
 from transclip_fast.errors import InputError
+from transclip_fast.ranks import Ranks
 from transclip_fast.store.arrays import array_sha256, read_arrays
-from transclip_fast.store.atomic import beside, writing
+from transclip_fast.store.atomic import beside, read_json, remove, write_json, writing
 from transclip_fast.store.tensors import read_tensors, write_tensors
 from transclip_fast.whole_files import new_file, partial_of
+
+ROW_ARRAYS = ("z", "classes", "lengths")  # of a state, by rows; see `Assignments.state`
 
 
 class FileCheckpoint:
@@ -66,16 +69,117 @@ class FileCheckpoint:
 
     def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
         """The state in the file and its identity."""
-        state = read_arrays(self.file)
-        identity, sha256 = (str(state.pop(name, "")) for name in ("identity", "sha256"))
-        _check_state(self.file, state, sha256)
-        return state, identity
+        return _read_state(self.file)
 
     def _write(self, state: Mapping[str, np.ndarray]) -> None:
-        texts = {"identity": self.identity, "sha256": _state_sha256(state)}
-        arrays: dict[str, Any] = {name: np.array(text) for name, text in texts.items()} | {**state}
-        with new_file(self.file) as partial, open(partial, "wb") as file:
-            np.savez(file, **arrays)
+        _write_state(self.file, state, self.identity)
+
+
+class RankedCheckpoint:
+    """
+    The state of a solve whose rows several processes share, to resume from by any number of them.
+
+    Each writes z of its own rows, and the first one the rest; a step counts when all have written
+    it, and the first one has written an index that says so. Parameters as of `FileCheckpoint`;
+    `rows` are those of this process.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        name: str,
+        identity: Mapping[str, Any],
+        seconds: float,
+        *,
+        ranks: Ranks,
+        rows: slice,
+    ) -> None:
+        self.path, self.name, self.seconds = path, name, seconds
+        self.ranks, self.rows = ranks, rows
+        self.identity = json.dumps(identity, sort_keys=True)
+        self._last = time.monotonic()
+
+    def load(self) -> Mapping[str, np.ndarray] | None:
+        """The last state of this very work that all had written, of own rows; or None."""
+        index = self.ranks.broadcast(self._index() if self.ranks.leads else None)
+        if index is None:
+            return None
+        state, error = {}, ""
+        try:
+            if index["identity"] != self.identity:
+                raise InputError(f"{self._file()}: is of other input or parameters")
+            state = self._read(index["step"], index["parts"])
+        except InputError as found:
+            error = str(found)
+        errors = [found for found in self.ranks.all_gather(error) if found]
+        if errors:
+            warnings.warn(f"{errors[0]}; {self.name} begins anew", stacklevel=2)
+            return None
+        return state
+
+    def keep(self, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Write the state if the last one is old enough."""
+        if not self.ranks.broadcast(time.monotonic() - self._last >= self.seconds):
+            return
+        arrays = dict(state())
+        z = {name: arrays.pop(name) for name in ROW_ARRAYS if name in arrays}
+        step, own = len(arrays["objective"]), [self.rows.start, self.rows.stop]
+        with writing(self.path):
+            if own[0] < own[1]:
+                _write_state(self._file(step, own), z)
+            if self.ranks.leads:
+                _write_state(self._file(step), arrays)
+            parts = [part for part in self.ranks.all_gather(own) if part[0] < part[1]]
+            if self.ranks.leads:
+                self._commit(step, parts)
+        self._last = time.monotonic()
+
+    def _commit(self, step: int, parts: list[list[int]]) -> None:
+        """Make a step that all have written the last one; removes those before it."""
+        kept = {self._file(), self._file(step), *(self._file(step, part) for part in parts)}
+        with new_file(self._file()) as partial:
+            write_json(partial, {"identity": self.identity, "step": step, "parts": parts})
+        for file in ranked_files(self.path, self.name):
+            if file not in kept:
+                remove(file)
+
+    def _index(self) -> dict[str, Any] | None:
+        """Identity, step and parts of the last state; None if there is no whole one."""
+        if not self._file().exists():
+            return None
+        try:
+            index = read_json(self._file())
+            whole = isinstance(index["identity"], str) and isinstance(index["step"], int)
+            parts = [[int(first), int(last)] for first, last in index["parts"]]
+        except (InputError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            warnings.warn(f"{self._file()}: is damaged; {self.name} begins anew", stacklevel=3)
+            return None
+        return {"identity": index["identity"], "step": index["step"], "parts": parts}
+
+    def _read(self, step: int, parts: list[list[int]]) -> dict[str, np.ndarray]:
+        """The arrays of a step, those of rows of own ones."""
+        pieces = []
+        for first, last in parts:
+            low, high = max(first, self.rows.start), min(last, self.rows.stop)
+            if low < high or first == 0:  # a process without rows needs arrays, too
+                arrays, _ = _read_state(self._file(step, [first, last]))
+                low, high = (low, high) if low < high else (first, first)
+                pieces.append(_rows_of(arrays, low - first, high - first))
+        if not pieces or sum(len(p.get("lengths", p["z"])) for p in pieces) != (
+            self.rows.stop - self.rows.start
+        ):
+            raise InputError(f"{self._file()}: lacks rows")
+        joined = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+        return {**_read_state(self._file(step))[0], **joined}
+
+    def _file(self, step: int | None = None, part: list[int] | None = None) -> Path:
+        """The index; the file of a step; or that of its rows."""
+        if step is None:
+            return beside(self.path, f"{self.name}.ranks.index")
+        rows = "" if part is None else f".{part[0]}-{part[1]}"
+        return beside(self.path, f"{self.name}.ranks.{step}{rows}.npz")
 
 
 class TensorCheckpoint(FileCheckpoint):
@@ -110,3 +214,38 @@ def files(path: str | Path, name: str, suffix: str = FileCheckpoint.suffix) -> l
     """The files of a checkpoint: the state, and its hidden neighbour while it is written."""
     file = beside(path, f"{name}.{suffix}")
     return [file, partial_of(file)]
+
+
+def ranked_files(path: str | Path, name: str) -> list[Path]:
+    """The files that `RankedCheckpoint` has written, also those of a step that was interrupted."""
+    start = beside(path, f"{name}.ranks.")
+    return [file for file in start.parent.iterdir() if file.name.startswith(start.name)]
+
+
+def _write_state(target: Path, state: Mapping[str, np.ndarray], identity: str = "") -> None:
+    texts = {"identity": identity, "sha256": _state_sha256(state)}
+    arrays: dict[str, Any] = {name: np.array(text) for name, text in texts.items()} | {**state}
+    with new_file(target) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read_state(file: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The state in a file of `_write_state`, and its identity."""
+    state = dict(read_arrays(file))
+    identity, sha256 = (str(state.pop(name, "")) for name in ("identity", "sha256"))
+    _check_state(file, state, sha256)
+    return state, identity
+
+
+def _rows_of(arrays: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
+    """Consecutive rows of z as `Assignments.state` has them."""
+    if "lengths" not in arrays:
+        return {"z": arrays["z"][first:last]}
+    lengths = arrays["lengths"]
+    ends = np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
+    entries = slice(ends[first], ends[last])
+    return {
+        "z": arrays["z"][entries],
+        "classes": arrays["classes"][entries],
+        "lengths": lengths[first:last],
+    }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import inside, npy_bytes, read_array
+from transclip_fast.store.arrays import inside, mapped_array, npy_bytes, read_array
 from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.json_text import value_of
 from transclip_fast.types import NeighborGraph
@@ -27,13 +27,18 @@ def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> 
     write_json(folder / "manifest.json", {**graph.info, **manifest})
 
 
-def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
-    """The graph in a folder; InputError if it was built from other features, or is damaged."""
+def load_graph(path: str | Path, features_sha256: str, *, mapped: bool = False) -> NeighborGraph:
+    """
+    The graph in a folder; InputError if it was built from other features, or is damaged.
+
+    A `mapped` one stays in its files: processes that share its rows read their own.
+    """
+    read = mapped_array if mapped else read_array
     folder, manifest = Path(path), load_manifest(path)
     if manifest.get("features_sha256") != features_sha256:
         raise InputError(f"{path}: was built from other features; build it again")
-    neighbors = read_array(inside(folder, "neighbors.npy"), "neighbors")
-    similarities = read_array(inside(folder, "similarities.npy"), "similarities")
+    neighbors = read(inside(folder, "neighbors.npy"), "neighbors")
+    similarities = read(inside(folder, "similarities.npy"), "similarities")
     for name, array in (("neighbors", neighbors), ("similarities", similarities)):
         if not array.dtype.isnative:  # the hash is of the bytes
             raise InputError(f"{folder / name}.npy: has bytes in another order; build it again")
@@ -53,7 +58,7 @@ def load_graph(path: str | Path, features_sha256: str) -> NeighborGraph:
     }
     graph = NeighborGraph(neighbors, similarities, info)
     if neighbors.ndim == 2:
-        graph.check(neighbors.shape[0], neighbors.shape[1], str(path))
+        graph.check(neighbors.shape[0], neighbors.shape[1], name=str(path))
     if "sha256" in manifest and manifest["sha256"] != graph.sha256():  # earlier ones have none
         raise InputError(f"{path}: its arrays differ from its manifest; build it again")
     return graph

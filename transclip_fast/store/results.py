@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +33,7 @@ HASHED = ("predictions.parquet", "mixture.safetensors")
 FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
 TRUTH, CALIBRATED = "true_label", "calibrated_confidence"  # columns
 TOP_CLASSES = 5  # listed for each row
+PART = "part-{:015}.parquet"  # of predictions, by its first row
 TABLE_ROWS = 1 << 16  # converted to a block of the table at a time
 
 
@@ -125,7 +126,9 @@ def prediction_tables(
     zero_shot: tuple[np.ndarray, np.ndarray],
     features: Features,
     labels: np.ndarray | None = None,
-    **more: np.ndarray,
+    *,
+    first: int = 0,
+    columns: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[pa.Table]:
     """
     The table of predictions in blocks: each query's label and most likely classes, and its
@@ -133,19 +136,21 @@ def prediction_tables(
 
     Of a sparse row of `distributions` (N, K) float32 only the stored classes are listed.
     `zero_shot` are labels and confidences (N,) each, `labels` (N,) the truth, -1 where unknown,
-    `more` further columns (N,), or (N, n) of lists without what is negative.
+    `columns` further ones (N,), or (N, n) of lists without what is negative. All of these may be of
+    some of the rows, from `first` on.
     """
     n_rows, n_classes = distributions.shape
     names = pa.array(features.class_names or map(str, range(n_classes)), pa.string())
     for start in range(0, n_rows, TABLE_ROWS):
         block = slice(start, min(start + TABLE_ROWS, n_rows))
-        rows = np.arange(block.start, block.stop)
+        here = slice(first + block.start, first + block.stop)
+        rows = np.arange(here.start, here.stop)
         values, classes = _top(distributions[block])
         label = classes[:, 0]
-        keys = None if features.keys is None else features.keys[block]
-        columns = {
+        keys = None if features.keys is None else features.keys[here]
+        found = {
             "row": rows,
-            "source_row": rows if features.source_rows is None else features.source_rows[block],
+            "source_row": rows if features.source_rows is None else features.source_rows[here],
             "key": pa.array(keys or [None] * len(rows), pa.string()),
             "label": label,
             "label_name": names.take(pa.array(label)),
@@ -158,12 +163,12 @@ def prediction_tables(
             "top5_label_names": pa.ListArray.from_arrays(top.offsets, names.take(top.values)),
             "top5_confidences": _lists(values, values >= 0),
         }
-        for name, column in more.items():
+        for name, column in (columns or {}).items():
             part = column[block]
-            columns[name] = part if part.ndim == 1 else _lists(part, part >= 0)
+            found[name] = part if part.ndim == 1 else _lists(part, part >= 0)
         if labels is not None:
-            columns[TRUTH] = pa.array(labels[block], mask=labels[block] < 0)
-        yield pa.table(columns)
+            found[TRUTH] = pa.array(labels[block], mask=labels[block] < 0)
+        yield pa.table(found)
 
 
 def save_result(
@@ -202,6 +207,32 @@ def save_result(
     run = {**run, "sha256": {name: file_sha256(folder / name) for name in written}}
     write_json(folder / "run.json", run)
     return run
+
+
+def write_part(folder: Path, first: int, tables: Iterable[pa.Table]) -> None:
+    """Write the predictions from row `first` on into the folder that others write to, too."""
+    blocks = iter(tables)
+    if (block := next(blocks, None)) is None:
+        return
+    with pq.ParquetWriter(folder / PART.format(first), block.schema) as writer:
+        for table in chain([block], blocks):
+            writer.write_table(table)
+
+
+def joined_parts(folder: Path) -> Iterator[pa.Table]:
+    """The predictions of all `write_part`, in the blocks of `prediction_tables`; removes them."""
+    rest: list[pa.Table] = []
+    for file in sorted(folder.glob(PART.format(0).replace("0", "[0-9]"))):
+        with pq.ParquetFile(file) as part:
+            for group in range(part.num_row_groups):
+                rest.append(part.read_row_group(group))
+                while sum(map(len, rest)) >= TABLE_ROWS:
+                    whole = pa.concat_tables(rest)
+                    yield whole[:TABLE_ROWS].combine_chunks()
+                    rest = [whole[TABLE_ROWS:]]
+        file.unlink()
+    if sum(map(len, rest)):
+        yield pa.concat_tables(rest).combine_chunks()
 
 
 def _flat(table: pa.Table) -> pa.Table:

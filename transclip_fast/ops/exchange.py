@@ -1,0 +1,351 @@
+"""
+Ranks, processes that share the rows of a solve: who owns which rows, and all that they send.
+
+Rows are cut into parts whose number and length depend on N alone, and each rank owns consecutive
+parts. Sums over rows are those of the parts, added along one binary tree, so they have the same
+bits for any number of ranks. A rank hears the neighbours of its rows that it does not own, H rows,
+and G is how often others hear rows of its own. With P ranks, a rank sends, in bytes:
+
+    start    the 8 most confident rows of each class: 96 K (P - 1)
+             the features of those that it owns, and of a sample, n rows: 4 d n (P - 1)
+             edges to rows of others ("symmetric"), E of them: 20 E
+             how many of both, and the numbers of the rows that it hears: 16 (P - 1) + 8 H
+    sweep    z of the rows that others hear: 4 K G if dense; sparse 4 G + 8 for each entry in use
+    energies the same once more, and sums of 2 numbers
+    step     class sums and masses, 8 (K + 1) (d + 1): see below
+    end      z as in a sweep; outlier scores, three times: 12 G; `solve` also both labels and the
+             outlier score of its n rows to all: 20 n (P - 1)
+
+A sum of s bytes goes up the tree, s for each of a rank's subtrees that joins one of another rank,
+and from rank 0 back to all, s (P - 1). A few more sums of one number are taken at the start, after
+every step and at the end, and z of the sample. Few-shot and known labels add class sums, and the
+nearest rows of each shot, 16 (k + 1) (P - 1), at the start. `Exchange.sent` counts all of it but
+small JSON messages (`transclip_fast.ranks`). Tensors of a GPU travel through its host's memory.
+
+Beside its rows, and what any process takes, a rank holds z of the H rows that it hears, twice,
+8 R H or 4 K H each; what the start merges, 96 K P; and the sums of at most 7 parts, 8 K d each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed
+
+from transclip_fast.data.feature_rows import Tensors, UnitRows
+from transclip_fast.ranks import Ranks, lost_rank_as_input_error
+from transclip_fast.types import Assignments
+
+# Rows of a part: whole blocks of every product, so that a small problem is cut where its blocks
+# end; and enough that adding sums (K, d) is little work beside the products of these rows.
+UNIT_ROWS = 512
+FEWEST_PARTS, MOST_PARTS = 16, 64
+ENOUGH_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class Partition:
+    """
+    The parts of N rows, and the ranks that own them.
+
+    Parameters
+    ----------
+    n_rows : int
+        N.
+    ranks : Ranks
+    """
+
+    n_rows: int
+    ranks: Ranks
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of every part but the last."""
+        rows = min(-(-self.n_rows // FEWEST_PARTS), ENOUGH_ROWS)
+        rows = max(rows, -(-self.n_rows // MOST_PARTS))
+        return -(-rows // UNIT_ROWS) * UNIT_ROWS
+
+    @property
+    def n_parts(self) -> int:
+        return -(-self.n_rows // self.part_rows)
+
+    def first_part(self, rank: int) -> int:
+        """The first part of a rank; rank 0 owns part 0."""
+        return -(-rank * self.n_parts // self.ranks.size)
+
+    def owner(self, part: int) -> int:
+        """The rank that owns a part."""
+        return part * self.ranks.size // self.n_parts
+
+    def first_row(self, rank: int) -> int:
+        """The first row of a rank; of the rank after the last, N."""
+        return min(self.first_part(rank) * self.part_rows, self.n_rows)
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows of a rank: the first has them."""
+        return self.first_row(1)
+
+    @property
+    def rows(self) -> slice:
+        """The rows of this rank."""
+        rank = self.ranks.rank
+        return slice(self.first_row(rank), self.first_row(rank + 1))
+
+    @property
+    def parts(self) -> list[slice]:
+        """This rank's parts, as slices of its own rows."""
+        rows, size = self.rows, self.part_rows
+        starts = range(0, rows.stop - rows.start, size)
+        return [slice(first, min(first + size, rows.stop - rows.start)) for first in starts]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """
+    The rows of other ranks that this one's rows hear.
+
+    Parameters
+    ----------
+    ids : Tensor (H,) int64
+        Their numbers, ascending.
+    counts : list of int
+        How many of them each rank owns.
+    wanted : Tensor (G,) int64
+        Own rows that others hear, those of the first rank first.
+    wanted_counts : list of int
+        How many each rank hears.
+    """
+
+    ids: torch.Tensor
+    counts: list[int]
+    wanted: torch.Tensor
+    wanted_counts: list[int]
+
+
+class Exchange:
+    """
+    All that ranks send each other in a solve.
+
+    Attributes
+    ----------
+    sent : int
+        Bytes that this rank has sent.
+    device : torch.device
+        Of its tensors.
+    """
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition, self.ranks = partition, partition.ranks
+        self.sent, self.device = 0, torch.device("cpu")
+        none = torch.empty(0, dtype=torch.int64)
+        self.heard = Heard(none, [0] * self.ranks.size, none, [0] * self.ranks.size)
+        firsts = [partition.first_row(rank) for rank in range(1, self.ranks.size)]
+        self._firsts = torch.tensor(firsts, dtype=torch.int64)
+
+    def total(self, leaf: Callable[[slice], Tensors], shapes: Sequence[Sequence[int]]) -> Tensors:
+        """
+        The sum over all rows of what `leaf` returns for those of a part, float64, on every rank.
+
+        `leaf` takes a slice of own rows and returns tensors of these `shapes`.
+        """
+        found = self._tree(leaf, 0, self.partition.n_parts)
+        if found is None:
+            options: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
+            found = tuple(torch.empty(tuple(shape), **options) for shape in shapes)
+        return tuple(self._broadcast(tensor, 0) for tensor in found)
+
+    def _tree(self, leaf: Callable[[slice], Tensors], low: int, high: int) -> Tensors | None:
+        """The sum of the parts from `low` to `high`, on the rank that owns the first; else None."""
+        partition, rank = self.partition, self.ranks.rank
+        first = partition.first_part(rank)
+        if high <= first or low >= partition.first_part(rank + 1):
+            return None
+        if high - low == 1:
+            return leaf(partition.parts[low - first])
+        middle = (low + high) // 2
+        left, right = self._tree(leaf, low, middle), self._tree(leaf, middle, high)
+        taker, giver = partition.owner(low), partition.owner(middle)
+        if rank == giver != taker and right is not None:
+            for tensor in right:
+                self._send(tensor, taker)
+        if rank != taker or left is None:
+            return None
+        for i, tensor in enumerate(left):
+            tensor += self._receive(tensor, giver) if right is None else right[i]
+        return left
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, of one shape."""
+        parts = [values if r == self.ranks.rank else torch.empty_like(values) for r in self._all]
+        return [self._broadcast(part, rank) for rank, part in enumerate(parts)]
+
+    def pick(
+        self, table: UnitRows, ids: torch.Tensor, nodes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Of the tables of all ranks, each of its own rows, those of the rows `ids` (n,).
+
+        `nodes` (n,) are the places of own rows in the table.
+        """
+        device, ids = ids.device, ids.cpu()
+        owners = self._owners(ids)
+        rank = self.ranks.rank
+        places = (ids[owners == rank] - self.partition.rows.start).to(device)
+        own = table[places if nodes is None else nodes[places]]
+        counts = torch.bincount(owners, minlength=self.ranks.size).tolist()
+        parts = [
+            self._broadcast(own if r == rank else own.new_empty(counts[r], *own.shape[1:]), r)
+            for r in self._all
+        ]
+        found = torch.cat(parts)
+        return found[owners.argsort(stable=True).argsort().to(device)]
+
+    def join(self, values: torch.Tensor) -> torch.Tensor:
+        """The values (N,) of all rows, of which each rank has those of its own."""
+        firsts = [self.partition.first_row(rank) for rank in range(self.ranks.size + 1)]
+        parts = [
+            self._broadcast(
+                values if rank == self.ranks.rank else values.new_empty(last - first), rank
+            )
+            for rank, (first, last) in enumerate(pairwise(firsts))
+        ]
+        return torch.cat(parts)
+
+    def edges(
+        self, targets: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the edges (E,) of all ranks those whose target this one owns, in order of sources."""
+        owners = self._owners(targets.cpu())
+        order, counts = owners.argsort(stable=True), self._counts(owners)
+        coming = self._counts_from_all(counts)
+        order = order.to(targets.device)
+        targets, sources, weights = (
+            self._all_to_all(x[order], counts, coming) for x in (targets, sources, weights)
+        )
+        return targets, sources, weights
+
+    def hear(self, ids: torch.Tensor) -> torch.Tensor:
+        """
+        Say which rows `ids` this rank hears; returns where z has them.
+
+        Own rows come first there, then those of others, in the order of their numbers.
+        """
+        rows = self.partition.rows
+        own = (ids >= rows.start) & (ids < rows.stop)
+        others = torch.unique(ids[~own])
+        owners = self._owners(others.cpu())
+        counts = self._counts(owners)
+        coming = self._counts_from_all(counts)
+        wanted = self._all_to_all(others, counts, coming) - rows.start
+        self.heard = Heard(others, counts, wanted, coming)
+        return self.places(ids)
+
+    def places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where z has rows, which are own or heard; -1 for -1."""
+        rows, others = self.partition.rows, self.heard.ids.to(ids.device)
+        own = (ids >= rows.start) & (ids < rows.stop)
+        places = torch.searchsorted(others, ids) + rows.stop - rows.start
+        return torch.where(own, ids - rows.start, places).where(ids >= 0, -1)
+
+    def fetch(self, z: Assignments, nodes: torch.Tensor | None) -> Assignments:
+        """z of own rows and, in the memory behind them, of those heard."""
+        heard, n_own = self.heard, len(z)
+        n_heard = len(heard.ids)
+        whole = z.extended(n_heard)
+        if self.ranks.size == 1:
+            return whole
+        wanted = heard.wanted if nodes is None else nodes[heard.wanted]
+        if z.classes is None or whole.classes is None:
+            rows = self._all_to_all(z.values[wanted], heard.wanted_counts, heard.counts)
+            whole.values[n_own:] = rows
+            return whole
+        # Entries in use come first: few columns have any.
+        lengths = (z.values > 0).sum(1, dtype=torch.int32)[wanted]
+        coming = self._all_to_all(lengths, heard.wanted_counts, heard.counts)
+        used, places = (
+            torch.arange(int(n.max()) if len(n) else 0, device=n.device) < n[:, None]
+            for n in (lengths, coming)
+        )
+        sent, received = (
+            [int(part.sum()) for part in torch.split(n, counts)]
+            for n, counts in ((lengths, heard.wanted_counts), (coming, heard.counts))
+        )
+        for own, all_rows in ((z.values, whole.values), (z.classes, whole.classes)):
+            entries = own[:, : used.shape[1]][wanted][used]
+            others = all_rows[n_own:].zero_()[:, : places.shape[1]]
+            others[places] = self._all_to_all(entries, sent, received)
+        return whole
+
+    def extend(self, values: torch.Tensor) -> torch.Tensor:
+        """Numbers (n,) of own rows, then those of the rows heard."""
+        heard = self.heard
+        wanted = values[heard.wanted.to(values.device)]
+        return torch.cat([values, self._all_to_all(wanted, heard.wanted_counts, heard.counts)])
+
+    def digest(self, leaf: Callable[[slice], str]) -> str:
+        """Hash of the hashes of all parts, of which `leaf` makes one of own rows."""
+        own = [leaf(part) for part in self.partition.parts]
+        hashes = [found for part in self.ranks.all_gather(own) for found in part]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    @property
+    def _all(self) -> range:
+        return range(self.ranks.size)
+
+    def _owners(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rank that owns each row."""
+        return torch.bucketize(ids, self._firsts, right=True)
+
+    def _counts(self, owners: torch.Tensor) -> list[int]:
+        counts: list[int] = torch.bincount(owners, minlength=self.ranks.size).tolist()
+        return counts
+
+    def _counts_from_all(self, counts: list[int]) -> list[int]:
+        """What each rank announces to this one, of what this one announces to each."""
+        even = [1] * self.ranks.size
+        coming: list[int] = self._all_to_all(torch.tensor(counts), even, even).tolist()
+        return coming
+
+    def _send(self, tensor: torch.Tensor, rank: int) -> None:
+        self._count(tensor)
+        with lost_rank_as_input_error():
+            torch.distributed.send(tensor.cpu(), rank)
+
+    def _receive(self, like: torch.Tensor, rank: int) -> torch.Tensor:
+        received = torch.empty_like(like, device="cpu")
+        with lost_rank_as_input_error():
+            torch.distributed.recv(received, rank)
+        return received.to(like.device)
+
+    def _broadcast(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """A rank's tensor on every rank, in the memory of this one's."""
+        if self.ranks.size == 1:
+            return tensor
+        if rank == self.ranks.rank:
+            self._count(tensor, self.ranks.size - 1)
+        on_host = tensor.cpu().contiguous()
+        with lost_rank_as_input_error():
+            torch.distributed.broadcast(on_host, rank)
+        return on_host.to(tensor.device)
+
+    def _all_to_all(
+        self, values: torch.Tensor, counts: list[int], coming: list[int]
+    ) -> torch.Tensor:
+        """Send each rank its `counts` rows of values; returns the rows that come from each."""
+        if self.ranks.size == 1:
+            return values
+        elsewhere = len(values) - counts[self.ranks.rank]
+        self._count(values[:elsewhere])
+        received = values.new_empty(sum(coming), *values.shape[1:], device="cpu")
+        with lost_rank_as_input_error():
+            torch.distributed.all_to_all_single(received, values.cpu().contiguous(), coming, counts)
+        return received.to(values.device)
+
+    def _count(self, tensor: torch.Tensor, times: int = 1) -> None:
+        self.sent += tensor.numel() * tensor.element_size() * times
