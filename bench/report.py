@@ -1,9 +1,10 @@
 """Tables and plots of the documents, from `bench/results/*.jsonl` alone.
 
-The text between `<!-- report: NAME -->` and `<!-- end -->` in README.md and bench/README.md and the
-plots in bench/plots/ are generated. `--check` writes nothing and exits with 1 where a document or a
-plot differs from the results, or where README states a time or a memory outside the markers. Of
-each measurement the newest line counts, among lines recorded with a clean tree.
+The text between `<!-- report: NAME -->` and `<!-- end -->` in README.md, docs/ and bench/README.md
+and the plots in bench/plots/ are generated. `--check` writes nothing and exits with 1 where a
+document or a plot differs from the results, or where README or a page of docs/ states a time or a
+memory outside the markers. Of each measurement the newest line counts, among lines recorded with a
+clean tree.
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ from bench.faults import tables as fault_tables
 from bench.tables import Row, compared, newest
 
 BLOCKS = tables.BLOCKS | wild_tables.BLOCKS | correction_tables.BLOCKS | fault_tables.BLOCKS
-DOCUMENTS = ("README.md", "bench/README.md")
+DOCUMENTS = ("README.md", "docs/speed.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 STATED = re.compile(r"\d ?(?:[smx]\b|ms\b|[kKMGT]i?B\b|seconds\b|minutes\b|hours\b|times faster\b)")
 HERE = Path(__file__).parent
 
 
-def rewritten(text: str, folder: Path) -> str:
-    """Return a document with the text between its markers generated from `folder`."""
+def rewritten(text: str, folder: Path, name: str) -> str:
+    """Return the document `name` with the text between its markers generated from `folder`."""
+    up = "../" if name.startswith("docs/") else ""  # links are from README.md
 
     def block(found: re.Match[str]) -> str:
-        name = found[2]
-        if name not in BLOCKS:
-            raise SystemExit(f"no report is named {name!r}; there are {', '.join(BLOCKS)}")
-        return f"{found[1]}{BLOCKS[name](folder)}\n{found[4]}"
+        block_name = found[2]
+        if block_name not in BLOCKS:
+            raise SystemExit(f"no report is named {block_name!r}; there are {', '.join(BLOCKS)}")
+        made = BLOCKS[block_name](folder).replace("](bench/", f"]({up}bench/")
+        return f"{found[1]}{made}\n{found[4]}"
 
     return MARKED.sub(block, text)
 
@@ -84,11 +87,12 @@ def check(root: Path) -> list[str]:
     folder, wrong = root / "bench" / "results", []
     for name in DOCUMENTS:
         text = (root / name).read_text()
-        if rewritten(text, folder) != text:
+        if rewritten(text, folder, name) != text:
             wrong.append(f"{name} differs from bench/results")
     wrong += [
-        f"README.md states outside its markers: {x}"
-        for x in stated((root / DOCUMENTS[0]).read_text())
+        f"{file.relative_to(root)} states outside its markers: {x}"
+        for file in (root / "README.md", *sorted((root / "docs").glob("*.md")))
+        for x in stated(file.read_text())
     ]
     wrong += [
         f"bench/plots/{x}.png is stale" for x in stale_plots(folder, root / "bench" / "plots")
@@ -101,7 +105,7 @@ def write(root: Path) -> None:
     folder = root / "bench" / "results"
     for name in DOCUMENTS:
         file = root / name
-        file.write_text(rewritten(file.read_text(), folder))
+        file.write_text(rewritten(file.read_text(), folder, name))
     stale = stale_plots(folder, root / "bench" / "plots")
     for name, rows in drawn_from(folder).items():
         if name in stale:

@@ -41,12 +41,12 @@ def test_every_block_has_its_place():
 
 
 def test_a_figure_that_was_changed_by_hand_is_found(copy, capsys):
-    readme = copy / "README.md"
+    page = copy / "docs" / "speed.md"
     figure = tables.seconds(tables.newest("graph", "case", "queries", "dim")[-1]["seconds"])
-    assert figure in readme.read_text()
-    readme.write_text(readme.read_text().replace(figure, "1 s"))
+    assert figure in page.read_text()
+    page.write_text(page.read_text().replace(figure, "1 s"))
     assert report.main(["--check"]) == 1
-    assert "README.md differs from bench/results" in capsys.readouterr().out
+    assert "docs/speed.md differs from bench/results" in capsys.readouterr().out
 
 
 def test_a_new_result_makes_documents_and_plots_stale(copy, capsys):
@@ -56,12 +56,12 @@ def test_a_new_result_makes_documents_and_plots_stale(copy, capsys):
     file.write_text(file.read_text() + json.dumps(row) + "\n")
     assert report.main(["--check"]) == 1
     printed = capsys.readouterr().out
-    assert "README.md differs from bench/results" in printed
+    assert "docs/speed.md differs from bench/results" in printed
     assert "bench/plots/sparse.png is stale" in printed
     assert "speed.png" not in printed
     pytest.importorskip("matplotlib")
     assert report.main([]) == 0
-    assert "| 123 s |" in (copy / "README.md").read_text()
+    assert "| 123 s |" in (copy / "docs" / "speed.md").read_text()
     assert report.main(["--check"]) == 0
 
 
@@ -115,7 +115,7 @@ def test_a_figure_outside_the_markers_is_found(text):
 
 def test_an_unknown_name_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="no report is named 'nothing'"):
-        report.rewritten("<!-- report: nothing -->\n<!-- end -->", tmp_path)
+        report.rewritten("<!-- report: nothing -->\n<!-- end -->", tmp_path, "README.md")
 
 
 def stream_line(classes):
