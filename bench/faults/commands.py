@@ -171,6 +171,18 @@ CASES = {
     "evaluate": Case(
         write_features, "evaluate result", ("solve features.npz --out result",), whole=("result",)
     ),
+    "report": Case(
+        write_features,
+        "report result --out page.html",
+        ("solve features.npz --out result",),
+        whole=("result", "page.html"),
+    ),
+    "suggest": Case(
+        write_features,
+        "suggest result -n 5 --csv check.csv",
+        ("solve features.npz --out result",),
+        whole=("result", "check.csv"),
+    ),
     "train-head taskres": Case(
         write_features,
         "train-head taskres features.npz --out head.safetensors",
