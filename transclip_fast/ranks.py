@@ -337,7 +337,10 @@ def _watch(ranks: Ranks, connections: dict[socket.socket, int], told: socket.soc
             for key, _ in ready:
                 connection: Any = key.fileobj
                 if connection is told:
-                    if told.recv(1)[0] == signal.SIGTERM:
+                    number = told.recv(1)
+                    if not number:  # this rank has closed it
+                        return
+                    if number[0] == signal.SIGTERM:
                         patience = TERM_SECONDS
                     continue
                 try:

@@ -140,3 +140,19 @@ def test_a_page_of_predictions(named, arrays, save, succeeds, tmp_path):
         succeeds("report", tmp_path / "new", "--out", tmp_path / "page.html", "--json")
     )
     assert summary["shown"]["suggested"] == 9
+
+
+def test_suggest_on_results_of_the_first_version_and_where_all_are_known(
+    succeeds, refused, tmp_path
+):
+    out = succeeds("suggest", "tests/formats/v0/dense", "-n", 2, "--csv", tmp_path / "new/a.csv")
+    assert "zero-shot" in out
+    assert (tmp_path / "new/a.csv").read_text().count("\n") == 3
+    draw = np.random.default_rng(0)
+    labels = draw.integers(3, size=20)
+    texts = np.eye(3, 8)
+    rows = texts[labels] + 0.1 * draw.normal(size=(20, 8))
+    file = tmp_path / "a.npz"
+    np.savez(file, image_features=rows, text_features=texts, known_labels=labels)
+    succeeds("solve", file, "--out", tmp_path / "result")
+    assert "there is none to correct" in refused("suggest", tmp_path / "result")

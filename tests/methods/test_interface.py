@@ -210,7 +210,7 @@ def test_refused_arrays(arrays, name, settings, change, message):
         ("stata", {"beta": 1}, "stata has no setting 'beta'; its settings: alpha, n_neighbors"),
         ("zero-shot", {"tau": 1}, "its settings: none"),
         ("stata", {"n_neighbors": 2.5}, "n_neighbors must be a whole number, got 2.5"),
-        ("stata", {"n_neighbors": 0}, "n_neighbors must be at least 1, got 0"),
+        ("stata", {"n_neighbors": 0}, "n_neighbors must be at least 1 and at most 1000, got 0"),
         ("stata", {"alpha": -1}, "alpha must be at least 0, got -1"),
         ("stata", {"alpha": float("nan")}, "alpha must be a number, got nan"),
         ("stata", {"alpha": True}, "alpha must be a number, got True"),

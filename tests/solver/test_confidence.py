@@ -40,7 +40,8 @@ def lists(values, width, empty):
 def test_against_the_reference(width, backend, shuffled):
     log_p, z, neighbors = made(width or 0)
     tail = np.zeros(N)
-    if width == 4:  # other classes are one more, which no neighbour has
+    n_others = 0 if width != 4 else K - width  # which share the tail, and no neighbour has them
+    if width == 4:
         kept = reference.largest(log_p, width, -np.inf)
         tail = np.where(kept, 0, np.exp(log_p)).sum(1)
         z = np.where(kept, z, 0)
@@ -61,8 +62,9 @@ def test_against_the_reference(width, backend, shuffled):
     ops = backend_class(backend)(no_edges, nodes)
     found = calibrated_confidences(ops, base, own, neighbors, nodes)
     with np.errstate(divide="ignore"):
-        more = np.concatenate([log_p, np.log(tail)[:, None]], 1)
-    z = np.concatenate([z, np.zeros((N, 1))], 1)
+        each = np.log(tail / max(n_others, 1))[:, None].repeat(n_others, 1)
+    more = np.concatenate([log_p, each], 1)
+    z = np.concatenate([z, np.zeros((N, n_others))], 1)
     expected = reference.calibrated_confidences(more, z, neighbors)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 

@@ -15,7 +15,6 @@ from transclip_fast.cli.comparison_table import KeptRows
 from transclip_fast.cli.graph import kept_graph, search_of
 from transclip_fast.cli.method import FIT_ARRAYS, USED_ARRAYS, arguments_of
 from transclip_fast.cli.solution import check_class_names, true_labels
-from transclip_fast.cli.summary import TRANSCLIP
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -29,6 +28,7 @@ from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.atomic import beside
 from transclip_fast.store.features import Features
 from transclip_fast.store.graphs import load_graph
+from transclip_fast.store.results import TRANSCLIP
 from transclip_fast.types import NeighborGraph
 from transclip_fast.version import __version__
 

@@ -15,7 +15,7 @@ from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftover
 from transclip_fast.cli.outlook import describe_changes
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import check_class_names, path_from, true_labels
-from transclip_fast.cli.summary import TRANSCLIP, of_labelled, run_summary
+from transclip_fast.cli.summary import of_labelled, run_summary
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
@@ -28,7 +28,7 @@ from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import CONTENTS, prediction_tables, save_result
+from transclip_fast.store.results import CONTENTS, TRANSCLIP, prediction_tables, save_result
 from transclip_fast.types import NeighborGraph
 
 NAMES = (TRANSCLIP, *METHODS)

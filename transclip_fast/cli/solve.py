@@ -22,7 +22,7 @@ from transclip_fast.cli.method import (
 )
 from transclip_fast.cli.session import command_line
 from transclip_fast.cli.solution import Output, solve_features
-from transclip_fast.cli.summary import TRANSCLIP, describe_solution
+from transclip_fast.cli.summary import describe_solution
 from transclip_fast.cli.towers import tower_options
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
@@ -32,6 +32,7 @@ from transclip_fast.store.corrections import corrected, read_corrections
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.linear_maps import map_features
+from transclip_fast.store.results import TRANSCLIP
 from transclip_fast.types import NeighborGraph
 
 

@@ -10,6 +10,7 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import command_line, counted
+from transclip_fast.errors import InputError
 from transclip_fast.report import suggest
 from transclip_fast.store.atomic import writing
 from transclip_fast.store.corrections import guarded
@@ -48,6 +49,11 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
         [name for name in (*COLUMNS, "confidence") if loaded.has(name)]
     )
     found = rows.take(chosen).to_pylist()
+    names = loaded.run["class_names"] or [str(k) for k in range(loaded.run["n_classes"])]
+    for row in found:  # results of earlier versions have no names of zero-shot's labels
+        row.setdefault("zero_shot_label_name", names[row["zero_shot_label"]])
+    if not found:
+        raise InputError(f"{result}: the class of every image was given; there is none to correct")
     lines = [
         f"{_shown(row['key'] or str(row['row']))}: {_shown(row['label_name'])} "
         f"({100 * row['confidence']:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
@@ -68,6 +74,8 @@ def _shown(text: str) -> str:
 def _write(path: Path, found: list[dict[str, Any]]) -> None:
     """A table to fill in: rows by key, or by number if one has no key."""
     name = "row" if any(row["key"] is None for row in found) else "key"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with (
         writing(path),
         new_file(path) as partial,

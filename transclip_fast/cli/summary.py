@@ -15,8 +15,7 @@ from transclip_fast.cli.session import counted
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.metrics import accuracy
 from transclip_fast.store.features import Features
-
-TRANSCLIP = "transclip"  # the method of a result that names no other
+from transclip_fast.store.results import TRANSCLIP
 
 
 def run_summary(

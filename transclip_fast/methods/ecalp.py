@@ -55,7 +55,7 @@ class ECALP(Method):
     matrices = 2
     needs_graph = False
     grid: ClassVar[Grid] = {
-        "n_neighbors": Setting(8, least=1, whole=True),
+        "n_neighbors": Setting(8, least=1, most=1000, whole=True),
         "n_texts": Setting(3, least=1, whole=True),
         "n_shots": Setting(8, least=1, whole=True),
         "gamma": Setting(10.0),

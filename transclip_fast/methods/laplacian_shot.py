@@ -47,7 +47,7 @@ class LaplacianShot(Method):
     kinds = ("shots", "texts", "both", "probabilities")
     matrices = 3
     grid: ClassVar[Grid] = {
-        "n_neighbors": Setting(3, (3, 5, 10), least=1, whole=True),
+        "n_neighbors": Setting(3, (3, 5, 10), least=1, most=1000, whole=True),
         "smoothness": Setting(0.7, (0.1, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5)),
     }
 

@@ -50,7 +50,7 @@ class StatA(Method):
     matrices = 3
     grid: ClassVar[Grid] = {
         "alpha": Setting(1.0),
-        "n_neighbors": Setting(3, least=1, whole=True),
+        "n_neighbors": Setting(3, least=1, most=1000, whole=True),
         "max_iter": Setting(10, whole=True),
         "inner_iter": Setting(5, least=1, whole=True),
     }

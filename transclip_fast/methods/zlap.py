@@ -57,7 +57,7 @@ class ZLaP(Method):
     kinds = ("texts", "shots", "both")
     matrices = 2
     grid: ClassVar[Grid] = {
-        "n_neighbors": Setting(4, least=1, whole=True),
+        "n_neighbors": Setting(4, least=1, most=1000, whole=True),
         "n_labels": Setting(5, least=1, whole=True),
         "gamma": Setting(5.0),
         "alpha": Setting(0.3, most=0.99),

@@ -17,6 +17,7 @@ from transclip_fast.report.thumbnails import Pictures, pictures_in, pictures_of,
 from transclip_fast.report.view import Opinion, View, feature_folder, opinions, solved_features
 from transclip_fast.store.corrections import GUARDED
 from transclip_fast.store.features import Features
+from transclip_fast.store.results import TRANSCLIP
 
 NEIGHBORS = 6  # of an image that are shown
 SIDE, NEIGHBOR_SIDE = 160, 80  # pixels of a thumbnail
@@ -66,7 +67,8 @@ class Content:
         keys, features, said = view.keys([*sides]), None, {"joint": view.joint(main)}
         try:
             features = solved_features(view.result)
-            said["text"], said["mixture"] = opinions(view.result, features, main)
+            if view.run.get("method", TRANSCLIP) == TRANSCLIP:
+                said["text"], said["mixture"] = opinions(view.result, features, main)
         except InputError as error:
             notes.append(f"What text and mixture say alone is not shown: {error}.")
         pictures = _pictures(features, images, keys, notes)
@@ -129,8 +131,9 @@ class Content:
 
     def _command(self) -> str | None:
         """What solves again with the corrections that the page saves."""
-        if not isinstance(self.view.run.get("features"), str):
-            return None
+        run = self.view.run
+        if not isinstance(run.get("features"), str) or run.get("method", TRANSCLIP) != TRANSCLIP:
+            return None  # other methods take no corrections
         folder = self.view.result.folder
         features = os.path.relpath(folder.resolve() / self.view.run["features"])
         out = folder.with_name(f"{folder.name}-corrected")

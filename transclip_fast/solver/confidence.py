@@ -7,6 +7,8 @@ is text and mixture, and z_bar the mean z of its neighbours,
 
     c_ik = (e^b_ik (z_bar_ik + eps))^(1/T), and the confidence is c_ik of the label over sum_k c_ik.
 
+Of sparse scores the classes that are no candidates share their mass evenly, and are in no z_bar.
+
 `bench.accuracy.calibration` chooses T and eps, and holds the confidence against z.
 """
 
@@ -60,8 +62,10 @@ def calibrated_confidences(
             found, own = torch.where(found >= 0, nodes[found], -1), nodes[rows]
         classes = None if base.classes is None else base.classes[own]
         scores = base.values[own] + (ops.heard(z, found, classes) + UNHEARD).log()
-        others = base.tail[own].log() + math.log(UNHEARD)  # the classes that are no candidates
-        shares = torch.softmax(torch.cat([scores, others[:, None]], 1) / TEMPERATURE, 1)
+        number = base.n_classes - (scores > -torch.inf).sum(1)  # of classes that are no candidates
+        each = (base.tail[own] / number.clamp_min(1)).log() + math.log(UNHEARD)
+        others = each / TEMPERATURE + number.log()
+        shares = torch.softmax(torch.cat([scores / TEMPERATURE, others[:, None]], 1), 1)
         place = labels[own, None]
         if classes is not None:
             place = (classes == place).int().argmax(1, keepdim=True)

@@ -29,6 +29,7 @@ from transclip_fast.store.json_text import value_of
 
 CSV_FILE = "predictions.csv"
 CONTENTS = frozenset({"predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json"})
+TRANSCLIP = "transclip"  # the method of a result that names no other
 HASHED = ("predictions.parquet", "mixture.safetensors")
 FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
 TRUTH, CALIBRATED = "true_label", "calibrated_confidence"  # columns
