@@ -152,6 +152,7 @@ def test_suggest_on_results_of_the_first_version_and_where_all_are_known(
     labels = draw.integers(3, size=20)
     texts = np.eye(3, 8)
     rows = texts[labels] + 0.1 * draw.normal(size=(20, 8))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     file = tmp_path / "a.npz"
     np.savez(file, image_features=rows, text_features=texts, known_labels=labels)
     succeeds("solve", file, "--out", tmp_path / "result")

@@ -11,7 +11,7 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.summary import TRANSCLIP, of_labelled, run_summary
+from transclip_fast.cli.summary import of_labelled, run_summary
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device
@@ -53,10 +53,10 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"), session.collected_warnings({}) as noted:
         solved = results.load_run(result)
-        if (method := solved.get("method", TRANSCLIP)) != TRANSCLIP:
+        if (method := solved.get("method", results.TRANSCLIP)) != results.TRANSCLIP:
             raise InputError(
                 f"{result}: was solved by {method}, which has no mixture to label other rows with; "
-                f"name a result of {TRANSCLIP}"
+                f"name a result of {results.TRANSCLIP}"
             )
         mixture, weights = results.load_mixture(result)
         prior = values["prior"] or values["prior_logits"]
