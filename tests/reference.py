@@ -274,10 +274,10 @@ def predict(features, solution, log_y, kl_weight, likelihood_weight=1 / 50):
 
 def calibrated_confidences(log_p, z, neighbors):
     """c_ik = (p_ik (z_bar_ik + 1e-4))^(1/4), the label's share of a row; -1 is no neighbour."""
-    heard = np.array(
+    neighbor_means = np.array(
         [np.mean([z[j] for j in row if j >= 0] or [0 * z[0]], axis=0) for row in neighbors]
     )
-    c = np.exp(log_softmax((log_p + np.log(heard + 1e-4)) / 4))
+    c = np.exp(log_softmax((log_p + np.log(neighbor_means + 1e-4)) / 4))
     return c[np.arange(len(z)), z.argmax(1)]
 
 

@@ -17,7 +17,7 @@ from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.metrics import outlier_scores
-from transclip_fast.ops.ranked import RankedRows, heard
+from transclip_fast.ops.ranked import RankedRows, neighbor_places
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.ranks import check_same, current_ranks
 from transclip_fast.solver.loop import passes_before, predict, solve
@@ -329,7 +329,7 @@ class TransCLIP(Parameters):
             predicted = inputs.zero_shot.predict(inputs.features.local())
             self.zero_shot_labels_, self.zero_shot_confidences_ = predicted
         self.calibrated_confidences_ = solution.confidences.cpu().numpy()
-        neighbors, extend = heard(inputs.features, graph.neighbors)
+        neighbors, extend = neighbor_places(inputs.features, graph.neighbors)
         self.outlier_score_ = outlier_scores(self.zero_shot_confidences_, neighbors, extend)
         if inputs.known is not None:
             self.outlier_score_[inputs.known.rows.cpu().numpy()] = 0
@@ -429,7 +429,7 @@ class TransCLIP(Parameters):
         return hasattr(self, "_mixture")
 
 
-def _unheard(progress: Progress) -> None:
+def _ignored(progress: Progress) -> None:
     pass
 
 
@@ -445,7 +445,7 @@ def _solutions(
     parameters, features, meter = settings.parameters, inputs.features, None
     sha256 = checkpoint and features.digest(lambda rows: graph.part(rows).sha256())
     if report is None and isinstance(features, RankedRows):
-        report = _unheard  # steps are counted by all processes or by none
+        report = _ignored  # steps are counted by all processes or by none
     if report is not None:
         passes, steps = passes_before(inputs.prior), parameters.max_iter
         meter = FitProgress(len(features.local()), passes, steps, len(gammas), report)

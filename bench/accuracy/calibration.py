@@ -34,7 +34,7 @@ NAMES = (
     *((FEW, x) for x in ("Dirichlet sizes", "64 rows at random")),
     *((FINE, x) for x in ("each set, its own list", "one set in 184 classes", "5 of 184 classes")),
 )
-TEMPERATURES, UNHEARD = (2.0, 3.0, 4.0, 5.0), (1e-4, 1e-3, 1e-2)
+TEMPERATURES, SMOOTHINGS = (2.0, 3.0, 4.0, 5.0), (1e-4, 1e-3, 1e-2)
 Figures = dict[str, float]
 
 
@@ -53,9 +53,9 @@ def every_variant() -> Iterator[dict[str, np.ndarray]]:
     once = confidence.calibrated_confidences
 
     def all_of_them(*arguments: Any) -> torch.Tensor:
-        for temperature, unheard in product(TEMPERATURES, UNHEARD):
-            with mock.patch.multiple(confidence, TEMPERATURE=temperature, UNHEARD=unheard):
-                found[f"T {temperature:g}, eps {unheard:g}"] = once(*arguments).numpy()
+        for temperature, smoothing in product(TEMPERATURES, SMOOTHINGS):
+            with mock.patch.multiple(confidence, TEMPERATURE=temperature, SMOOTHING=smoothing):
+                found[f"T {temperature:g}, eps {smoothing:g}"] = once(*arguments).numpy()
         return once(*arguments)
 
     with mock.patch.object(loop, "calibrated_confidences", all_of_them):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from tests.conftest import balanced
 from transclip_fast.cli import main
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -135,4 +136,16 @@ def contents(folder):
     return {
         path.relative_to(folder): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
+    }
+
+
+def with_shots(arrays, number):
+    """The arrays with so many shots of each class, and validation rows."""
+    features, labels = arrays["image_features"], arrays["labels"]
+    shots = balanced(labels, number)
+    return arrays | {
+        "support_features": features[shots],
+        "support_labels": labels[shots],
+        "validation_features": features[20:40],
+        "validation_labels": labels[20:40],
     }

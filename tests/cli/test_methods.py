@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cli.conftest import contents
+from tests.cli.conftest import contents, with_shots
 from tests.conftest import balanced
 from transclip_fast.cli import compare
 from transclip_fast.cli.comparison import Comparison
@@ -22,14 +22,7 @@ FEW = "transclip,zero-shot,stata,bd-cspn"
 @pytest.fixture
 def few_shot(arrays):
     """The arrays with two shots a class and validation rows."""
-    features, labels = arrays["image_features"], arrays["labels"]
-    shots = balanced(labels, 2)
-    return arrays | {
-        "support_features": features[shots],
-        "support_labels": labels[shots],
-        "validation_features": features[20:40],
-        "validation_labels": labels[20:40],
-    }
+    return with_shots(arrays, 2)
 
 
 @pytest.fixture

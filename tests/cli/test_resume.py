@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.cli.conftest import contents
-from tests.conftest import balanced
+from tests.cli.conftest import contents, with_shots
 from transclip_fast.cli import solution
 from transclip_fast.solver import loop
 
@@ -21,14 +20,7 @@ def after_every_step(monkeypatch):
 @pytest.fixture
 def few_shot(arrays):
     """Four values of gamma to choose from: four runs."""
-    features, labels = arrays["image_features"], arrays["labels"]
-    shots = balanced(labels, 3)
-    return arrays | {
-        "support_features": features[shots],
-        "support_labels": labels[shots],
-        "validation_features": features[20:40],
-        "validation_labels": labels[20:40],
-    }
+    return with_shots(arrays, 3)
 
 
 @pytest.fixture

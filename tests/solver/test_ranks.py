@@ -164,11 +164,11 @@ def bytes_sent():
     own, exchange = partition.rows, Exchange(partition)
     n_own = own.stop - own.start
     features = RankedRows(np.ones((2100, 5), np.float32), "X", torch.device("cpu"), exchange)
-    # Every row hears row 7, that of the first rank.
-    columns = exchange.hear(torch.full((n_own,), 7))
+    # Row 7 is a neighbour of every row, that of the first rank.
+    columns = exchange.set_halo(torch.full((n_own,), 7))
     offsets = torch.arange(n_own + 1)
     affinity = Affinity(offsets, columns, torch.ones(n_own))
-    heard_by = 0 if ranks.rank else ranks.size - 1
+    halos = 0 if ranks.rank else ranks.size - 1
     for truncation, row_bytes in ((None, 4 * 6), (Truncation(3, 3), 4 + 8 * 2)):
         z = Assignments.empty(n_own, 6, truncation, torch.device("cpu"))
         z.values[:, :2] = 0.5
@@ -176,7 +176,7 @@ def bytes_sent():
         z, exchange.sent = ops.room(z), 0
         ops.energies(z)
         sums_of_two = joins(partition) * 16 + (0 if ranks.rank else 16 * (ranks.size - 1))
-        found.append((exchange.sent, heard_by * row_bytes + sums_of_two))
+        found.append((exchange.sent, halos * row_bytes + sums_of_two))
         exchange.sent = 0
         ops.class_sums(z, features)
         times = joins(partition) + (0 if ranks.rank else ranks.size - 1)

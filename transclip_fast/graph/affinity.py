@@ -31,7 +31,7 @@ def affinity(
         The row of A for each row of the graph; the same one by default.
     exchange : Exchange, optional
         Through which other processes send edges to these rows, of which the graph has the lists.
-        The columns after those of own rows are then the rows of others that these hear.
+        The columns after those of own rows are then the halo, the neighbours that others own.
     """
     # Memory maps are read-only; torch warns of them.
     neighbors = torch.from_numpy(np.require(graph.neighbors, np.int64, "W")).to(device)
@@ -52,9 +52,9 @@ def affinity(
     else:
         weights = weights / graph.n_neighbors
     if exchange is not None:
-        rows, columns = rows - exchange.partition.rows.start, exchange.hear(columns)
+        rows, columns = rows - exchange.partition.rows.start, exchange.set_halo(columns)
         if nodes is not None:
-            others = torch.arange(len(exchange.heard.ids), device=nodes.device) + len(nodes)
+            others = torch.arange(len(exchange.halo.ids), device=nodes.device) + len(nodes)
             nodes = torch.cat([nodes, others])
     if nodes is not None:
         rows, columns = nodes[rows], nodes[columns]

@@ -1,4 +1,4 @@
-"""BD-CSPN: prototypes rectified by the rows that are surest of each class."""
+"""BD-CSPN: prototypes rectified by the rows most similar to each class."""
 
 from __future__ import annotations
 

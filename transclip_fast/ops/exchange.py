@@ -3,14 +3,14 @@ Ranks, processes that share the rows of a solve: who owns which rows, and all th
 
 Rows are cut into parts whose number and length depend on N alone, and each rank owns consecutive
 parts. Sums over rows are those of the parts, added along one binary tree, so they have the same
-bits for any number of ranks. A rank hears the neighbours of its rows that it does not own, H rows,
-and G is how often others hear rows of its own. With P ranks, a rank sends, in bytes:
+bits for any number of ranks. The neighbours of its rows that a rank does not own are its halo, of H
+rows, and G is how often its own rows are in halos. With P ranks, a rank sends, in bytes:
 
     start    the 8 most confident rows of each class: 96 K (P - 1)
              the features of those that it owns, and of a sample, n rows: 4 d n (P - 1)
              edges to rows of others ("symmetric"), E of them: 20 E
-             how many of both, and the numbers of the rows that it hears: 16 (P - 1) + 8 H
-    sweep    z of the rows that others hear: 4 K G if dense; sparse 4 G + 8 for each entry in use
+             how many of both, and the numbers of its halo: 16 (P - 1) + 8 H
+    sweep    z of the rows in halos of others: 4 K G if dense; sparse 4 G + 8 for each entry in use
     energies the same once more, and sums of 2 numbers
     step     class sums and masses, 8 (K + 1) (d + 1): see below
     end      z as in a sweep; outlier scores, three times: 12 G; `solve` also both labels and the
@@ -22,8 +22,8 @@ every step and at the end, and z of the sample. Few-shot and known labels add cl
 nearest rows of each shot, 16 (k + 1) (P - 1), at the start. `Exchange.sent` counts all of it but
 small JSON messages (`transclip_fast.ranks`). Tensors of a GPU travel through its host's memory.
 
-Beside its rows, and what any process takes, a rank holds z of the H rows that it hears, twice,
-8 R H or 4 K H each; what the start merges, 96 K P; and the sums of at most 7 parts, 8 K d each.
+Beside its rows, and what any process takes, a rank holds z of its halo, twice, 8 R H or 4 K H each;
+what the start merges, 96 K P; and the sums of at most 7 parts, 8 K d each.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ class Partition:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Halo:
     """
-    The rows of other ranks that this one's rows hear.
+    The rows of other ranks that are neighbours of this one's.
 
     Parameters
     ----------
@@ -117,9 +117,9 @@ class Heard:
     counts : list of int
         How many of them each rank owns.
     wanted : Tensor (G,) int64
-        Own rows that others hear, those of the first rank first.
+        Own rows in halos of others, those of the first rank first.
     wanted_counts : list of int
-        How many each rank hears.
+        How many are in the halo of each rank.
     """
 
     ids: torch.Tensor
@@ -144,7 +144,7 @@ class Exchange:
         self.partition, self.ranks = partition, partition.ranks
         self.sent, self.device = 0, torch.device("cpu")
         none = torch.empty(0, dtype=torch.int64)
-        self.heard = Heard(none, [0] * self.ranks.size, none, [0] * self.ranks.size)
+        self.halo = Halo(none, [0] * self.ranks.size, none, [0] * self.ranks.size)
         firsts = [partition.first_row(rank) for rank in range(1, self.ranks.size)]
         self._firsts = torch.tensor(firsts, dtype=torch.int64)
 
@@ -230,9 +230,9 @@ class Exchange:
         )
         return targets, sources, weights
 
-    def hear(self, ids: torch.Tensor) -> torch.Tensor:
+    def set_halo(self, ids: torch.Tensor) -> torch.Tensor:
         """
-        Say which rows `ids` this rank hears; returns where z has them.
+        Make the rows `ids` of others the halo; returns where z has all of `ids`.
 
         Own rows come first there, then those of others, in the order of their numbers.
         """
@@ -243,38 +243,38 @@ class Exchange:
         counts = self._counts(owners)
         coming = self._counts_from_all(counts)
         wanted = self._all_to_all(others, counts, coming) - rows.start
-        self.heard = Heard(others, counts, wanted, coming)
+        self.halo = Halo(others, counts, wanted, coming)
         return self.places(ids)
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
-        """Where z has rows, which are own or heard; -1 for -1."""
-        rows, others = self.partition.rows, self.heard.ids.to(ids.device)
+        """Where z has rows, own ones or of the halo; -1 for -1."""
+        rows, others = self.partition.rows, self.halo.ids.to(ids.device)
         own = (ids >= rows.start) & (ids < rows.stop)
         places = torch.searchsorted(others, ids) + rows.stop - rows.start
         return torch.where(own, ids - rows.start, places).where(ids >= 0, -1)
 
     def fetch(self, z: Assignments, nodes: torch.Tensor | None) -> Assignments:
-        """z of own rows and, in the memory behind them, of those heard."""
-        heard, n_own = self.heard, len(z)
-        n_heard = len(heard.ids)
-        whole = z.extended(n_heard)
+        """z of own rows and, in the memory behind them, of the halo."""
+        halo, n_own = self.halo, len(z)
+        n_halo = len(halo.ids)
+        whole = z.extended(n_halo)
         if self.ranks.size == 1:
             return whole
-        wanted = heard.wanted if nodes is None else nodes[heard.wanted]
+        wanted = halo.wanted if nodes is None else nodes[halo.wanted]
         if z.classes is None or whole.classes is None:
-            rows = self._all_to_all(z.values[wanted], heard.wanted_counts, heard.counts)
+            rows = self._all_to_all(z.values[wanted], halo.wanted_counts, halo.counts)
             whole.values[n_own:] = rows
             return whole
         # Entries in use come first: few columns have any.
         lengths = (z.values > 0).sum(1, dtype=torch.int32)[wanted]
-        coming = self._all_to_all(lengths, heard.wanted_counts, heard.counts)
+        coming = self._all_to_all(lengths, halo.wanted_counts, halo.counts)
         used, places = (
             torch.arange(int(n.max()) if len(n) else 0, device=n.device) < n[:, None]
             for n in (lengths, coming)
         )
         sent, received = (
             [int(part.sum()) for part in torch.split(n, counts)]
-            for n, counts in ((lengths, heard.wanted_counts), (coming, heard.counts))
+            for n, counts in ((lengths, halo.wanted_counts), (coming, halo.counts))
         )
         for own, all_rows in ((z.values, whole.values), (z.classes, whole.classes)):
             entries = own[:, : used.shape[1]][wanted][used]
@@ -283,10 +283,10 @@ class Exchange:
         return whole
 
     def extend(self, values: torch.Tensor) -> torch.Tensor:
-        """Numbers (n,) of own rows, then those of the rows heard."""
-        heard = self.heard
-        wanted = values[heard.wanted.to(values.device)]
-        return torch.cat([values, self._all_to_all(wanted, heard.wanted_counts, heard.counts)])
+        """Numbers (n,) of own rows, then those of the halo."""
+        halo = self.halo
+        wanted = values[halo.wanted.to(values.device)]
+        return torch.cat([values, self._all_to_all(wanted, halo.wanted_counts, halo.counts)])
 
     def digest(self, leaf: Callable[[slice], str]) -> str:
         """Hash of the hashes of all parts, of which `leaf` makes one of own rows."""
@@ -340,8 +340,8 @@ class Exchange:
         """Send each rank its `counts` rows of values; returns the rows that come from each."""
         if self.ranks.size == 1:
             return values
-        elsewhere = len(values) - counts[self.ranks.rank]
-        self._count(values[:elsewhere])
+        outgoing = len(values) - counts[self.ranks.rank]
+        self._count(values[:outgoing])
         received = values.new_empty(sum(coming), *values.shape[1:], device="cpu")
         with lost_rank_as_input_error():
             torch.distributed.all_to_all_single(received, values.cpu().contiguous(), coming, counts)

@@ -164,13 +164,15 @@ class NumbaOps(TorchOps):
         parallel_map(part, blocks(n_rows, equal_rows(n_rows, SWEEP_ROWS)))
         return torch.from_numpy(terms)
 
-    def heard(
+    def neighbor_means(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
     ) -> torch.Tensor:
         if classes is None:
             raise TypeError("this backend has no dense assignments")
         out = torch.empty(classes.shape, dtype=torch.float32)
-        loops.heard(*_arrays(z), neighbors.numpy(), classes.numpy(), z.n_classes, out.numpy())
+        loops.neighbor_means(
+            *_arrays(z), neighbors.numpy(), classes.numpy(), z.n_classes, out.numpy()
+        )
         return out
 
     def _node_ids(self, n_rows: int) -> np.ndarray:

@@ -370,7 +370,7 @@ def add_squares(rows, out):  # type: ignore[no-untyped-def]
 @compiled(
     "void(float32[:, ::1], int32[:, ::1], int64[:, ::1], int32[:, ::1], int64, float32[:, ::1])"
 )
-def heard(z, classes, neighbors, wanted, n_classes, out):  # type: ignore[no-untyped-def]
+def neighbor_means(z, classes, neighbors, wanted, n_classes, out):  # type: ignore[no-untyped-def]
     """Mean z of neighbours (n, k), nodes or -1, at the wanted classes (n, C), into `out` (n, C)."""
     total = np.zeros(n_classes, np.float32)
     for i in range(len(neighbors)):

@@ -75,10 +75,10 @@ class RankedRows(Rows):
         return self.exchange.pick(table, ids, nodes)
 
 
-def heard(
+def neighbor_places(
     features: Rows, neighbors: np.ndarray
 ) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Places (n, k) of neighbours among own rows and those heard; and what appends the latter."""
+    """Places (n, k) of neighbours among own rows and the halo; and what appends the latter."""
     if not isinstance(features, RankedRows):
         return neighbors, lambda values: values
     exchange = features.exchange
@@ -135,7 +135,7 @@ class RankedOps(TorchOps):
     """
     The operations of a backend `local`, whose z, scores and affinity have the rows of this process.
 
-    The columns of the affinity are those and, after them, the rows of others that they hear.
+    The columns of the affinity are those and, after them, the halo.
     """
 
     def __init__(
@@ -148,15 +148,15 @@ class RankedOps(TorchOps):
         }
 
     def room(self, z: Assignments) -> Assignments:
-        return z.with_room(len(self._exchange.heard.ids))
+        return z.with_room(len(self._exchange.halo.ids))
 
-    def with_heard(self, z: Assignments) -> Assignments:
+    def with_halo(self, z: Assignments) -> Assignments:
         return self._exchange.fetch(z, self._nodes)
 
-    def heard(
+    def neighbor_means(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
     ) -> torch.Tensor:
-        return self._local.heard(z, neighbors, classes)
+        return self._local.neighbor_means(z, neighbors, classes)
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
         rows = _local(features)

@@ -187,8 +187,8 @@ class TorchOps:
         """z where sweeps can read and write it."""
         return z
 
-    def with_heard(self, z: Assignments) -> Assignments:
-        """z with, after its own rows, those of other processes that these hear."""
+    def with_halo(self, z: Assignments) -> Assignments:
+        """z with, after its own rows, the halo, the neighbours that others own."""
         return z
 
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,7 +264,7 @@ class TorchOps:
         mass = z.at(rows if self._nodes is None else self._nodes[rows], messages.classes)
         return (mass.double() * messages.weights).sum()
 
-    def heard(
+    def neighbor_means(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
     ) -> torch.Tensor:
         """

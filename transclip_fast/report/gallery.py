@@ -81,7 +81,7 @@ def _galleries(view: View) -> Iterator[Gallery]:
     yield Gallery(
         "typical",
         "Most typical",
-        "The surest images of the largest classes.",
+        "The most certain images of the largest classes.",
         [*_typical(view)],
     )
 
@@ -92,7 +92,7 @@ def _marked(name: str, title: str, text: str, marked: np.ndarray) -> Gallery:
 
 
 def _changes(view: View) -> Iterator[Group]:
-    """The largest flows, each with images from the surest to the least sure."""
+    """The largest flows, each with images from the most to the least certain."""
     n_classes = view.run["n_classes"]
     codes = view.zero_shot * n_classes + view.labels
     for before, after, size in flows(view.zero_shot, view.labels, n_classes, FLOWS).tolist():
@@ -106,9 +106,9 @@ def _typical(view: View) -> Iterator[Group]:
     for k in np.argsort(-sizes, kind="stable")[:CLASSES]:
         rows = np.flatnonzero(view.labels == k)
         by = view.zero_shot_confidence[rows], view.confidence[rows]
-        surest = rows[np.lexsort(by)[::-1][:OF_CLASS]]
+        certain = rows[np.lexsort(by)[::-1][:OF_CLASS]]
         if sizes[k]:
-            yield Group(surest.tolist(), after=int(k), size=int(sizes[k]))
+            yield Group(certain.tolist(), after=int(k), size=int(sizes[k]))
 
 
 def _spread(rows: np.ndarray, most: int) -> list[int]:

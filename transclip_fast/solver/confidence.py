@@ -25,7 +25,7 @@ from transclip_fast.parallel import parallel_map
 from transclip_fast.types import Assignments, Scores
 
 TEMPERATURE = 4.0
-UNHEARD = 1e-4  # eps, what is left to a class that no neighbour has
+SMOOTHING = 1e-4  # eps, what is left to a class that no neighbour has
 BLOCK_ENTRIES = 1 << 20  # of a comparison of candidates with the classes of a neighbour
 
 
@@ -51,7 +51,7 @@ def calibrated_confidences(
         Node of each row, where they are not the same.
     """
     device, labels, out = z.values.device, z.best()[0], torch.empty_like(base.tail)
-    n_rows, z = len(base.tail), ops.with_heard(z)
+    n_rows, z = len(base.tail), ops.with_halo(z)
     if nodes is not None:
         nodes = torch.cat([nodes, torch.arange(n_rows, len(z), device=device)])
 
@@ -61,9 +61,9 @@ def calibrated_confidences(
         if nodes is not None:
             found, own = torch.where(found >= 0, nodes[found], -1), nodes[rows]
         classes = None if base.classes is None else base.classes[own]
-        scores = base.values[own] + (ops.heard(z, found, classes) + UNHEARD).log()
+        scores = base.values[own] + (ops.neighbor_means(z, found, classes) + SMOOTHING).log()
         number = base.n_classes - (scores > -torch.inf).sum(1)  # of classes that are no candidates
-        each = (base.tail[own] / number.clamp_min(1)).log() + math.log(UNHEARD)
+        each = (base.tail[own] / number.clamp_min(1)).log() + math.log(SMOOTHING)
         others = each / TEMPERATURE + number.log()
         shares = torch.softmax(torch.cat([scores / TEMPERATURE, others[:, None]], 1), 1)
         place = labels[own, None]

@@ -18,7 +18,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
-from transclip_fast.ops.ranked import heard
+from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.solver.confidence import calibrated_confidences
@@ -90,9 +90,8 @@ def solve(
         n_iter = len(history)
         update_assignments(state, bounded=True)
         history.append(objective(state), state.count(state.labels() != labels))
-        confidences = calibrated_confidences(
-            state.ops, state.base, state.z, heard(inputs.features, graph.neighbors)[0], state.nodes
-        )
+        neighbors, _ = neighbor_places(inputs.features, graph.neighbors)
+        confidences = calibrated_confidences(state.ops, state.base, state.z, neighbors, state.nodes)
     return Solution.of(state, gamma, n_iter, history, confidences)
 
 
