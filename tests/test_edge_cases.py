@@ -9,7 +9,7 @@ from tests.agreement import assert_agrees, dense_weights, zero_shot_log_prior
 from tests.conftest import unit
 from transclip_fast import TransCLIP
 from transclip_fast.graph.exact import nearest
-from transclip_fast.types import NeighborGraph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 
 
 def identical_rows(features):

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from transclip_fast.encode.folder import encode_images
     from transclip_fast.estimator import TransCLIP
     from transclip_fast.graph.build import build_graph
+    from transclip_fast.graph.neighbor_graph import NeighborGraph
     from transclip_fast.heads import fit_head
     from transclip_fast.store.features import load_features
-    from transclip_fast.types import NeighborGraph
 
 __all__ = [
     "TransCLIP",
@@ -31,7 +31,7 @@ __all__ = [
 _HOMES = {
     "TransCLIP": "estimator",
     "build_graph": "graph.build",
-    "NeighborGraph": "types",
+    "NeighborGraph": "graph.neighbor_graph",
     "load_features": "store.features",
     "encode_images": "encode.folder",
     "fit_head": "heads",

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
+from transclip_fast.callbacks import Checkpoint, Progress
 from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
-from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.build import given_graph
+from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import outlier_scores
 from transclip_fast.ops.ranked import RankedRows, neighbor_places
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.ranks import check_same, current_ranks
-from transclip_fast.solver.loop import passes_before, predict, solve
-from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.loop import predict
+from transclip_fast.solver.parameters import Chosen, Parameters
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.solver.problem import Inputs, Problem, Settings
+from transclip_fast.solver.runs import solve_each
 from transclip_fast.solver.state import Solution
 from transclip_fast.solver.truncation import losses
-from transclip_fast.types import Chosen, NeighborGraph
 
 SAMPLE_ROWS = 512  # of a graph, by which processes know that they have the same one
-GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -277,21 +277,16 @@ class TransCLIP(Parameters):
             graph = self._graph(graph, inputs.features)
             with bar as show:
                 report = progress if show is None else shown_on(show, progress)
-                solutions = _solutions(inputs, graph, settings, gammas, report, checkpoint)
+                solutions = solve_each(inputs, graph, settings, gammas, report, checkpoint)
                 solution = max(solutions, key=lambda run: run.accuracy(inputs))
             values = {"gamma": solution.gamma, "kl_weight": settings.kl_weight}
             self.chosen_ = Chosen(values, len(gammas))
             return self._keep(solution, inputs, settings, graph)
 
     def _graph(self, graph: GraphSource, features: Rows) -> NeighborGraph:
-        if graph is None:
-            if isinstance(features, RankedRows):
-                raise InputError("graph: several processes need one; build it with `graph` before")
-            graph = build_graph(features, self.n_neighbors)
-        elif not isinstance(graph, NeighborGraph):
-            if not callable(graph):
-                raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
-            graph = graph(features)
+        if graph is None and isinstance(features, RankedRows):
+            raise InputError("graph: several processes need one; build it with `graph` before")
+        graph = given_graph(graph, features, self.n_neighbors)
         if isinstance(features, RankedRows):
             some = evenly_spaced_rows(len(graph), SAMPLE_ROWS).numpy()
             sample = NeighborGraph(graph.neighbors[some], graph.similarities[some])
@@ -413,47 +408,5 @@ class TransCLIP(Parameters):
             found["class_costs"] = self._class_costs
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
-    # Of the interface of scikit-learn, which is not a dependency; the rest is in `Parameters`.
-
-    def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
-
-        return Tags(
-            estimator_type="classifier",
-            target_tags=TargetTags(required=False),
-            classifier_tags=ClassifierTags(),
-            input_tags=InputTags(),
-        )
-
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_mixture")
-
-
-def _ignored(progress: Progress) -> None:
-    pass
-
-
-def _solutions(
-    inputs: Inputs,
-    graph: NeighborGraph,
-    settings: Settings,
-    gammas: Sequence[float | None],
-    report: Callable[[Progress], None] | None,
-    checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None,
-) -> Iterator[Solution]:
-    """Solve with each gamma in turn."""
-    parameters, features, meter = settings.parameters, inputs.features, None
-    sha256 = checkpoint and features.digest(lambda rows: graph.part(rows).sha256())
-    if report is None and isinstance(features, RankedRows):
-        report = _ignored  # steps are counted by all processes or by none
-    if report is not None:
-        passes, steps = passes_before(inputs.prior), parameters.max_iter
-        meter = FitProgress(len(features.local()), passes, steps, len(gammas), report)
-        features.on_read = meter.rows
-    if parameters.precision == "float16":
-        inputs = replace(inputs, features=features.half())
-    for run, gamma in enumerate(gammas):
-        saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, sha256 or ""))
-        step = None if meter is None else meter.run(run)
-        yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
-    features.on_read = None

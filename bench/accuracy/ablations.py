@@ -20,7 +20,7 @@ from bench.common import record
 from bench.tables import table
 from transclip_fast import TransCLIP
 from transclip_fast.graph.build import build_graph
-from transclip_fast.types import NeighborGraph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 
 K = 3
 PAPER = {"likelihood_weight": 1.0, "unit_means": False, "clamp_similarity": True}

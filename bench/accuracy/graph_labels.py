@@ -18,7 +18,7 @@ from bench.accuracy.golden import accuracy, effects, problems
 from bench.common import record
 from transclip_fast import TransCLIP
 from transclip_fast.graph.build import build_graph
-from transclip_fast.types import NeighborGraph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 
 ALLOWED_CHANGES = 0.002  # of the labels, by a graph with a recall of 0.99
 K = 3

@@ -31,7 +31,7 @@ from bench.rivals import stata
 from bench.wild_tables import head, line
 from transclip_fast import TransCLIP
 from transclip_fast.graph.build import build_graph
-from transclip_fast.types import NeighborGraph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 
 K = 3
 DENSE_ROWS = 5000  # most for StatA, which is dense

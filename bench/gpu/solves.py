@@ -17,6 +17,7 @@ from bench.gpu.timing import Stopwatch, bits_differ, setting
 from bench.rivals import baseline
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import current_device
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops import backend_class
 from transclip_fast.solver import loop as solver
 from transclip_fast.solver import state
@@ -24,7 +25,7 @@ from transclip_fast.solver.layout import Layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.solver.problem import Inputs, Problem, Settings
-from transclip_fast.types import NeighborGraph, Truncation
+from transclip_fast.types import Truncation
 
 WIDTH = 16  # candidates, and entries of z
 OTHER_LABELS = 1 - SAME_LABELS  # largest share of rows whose label may differ from the first arm's

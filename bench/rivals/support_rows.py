@@ -15,10 +15,10 @@ import torch
 
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.solver.loop import solve
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.solver.support import Support, support_messages
-from transclip_fast.types import NeighborGraph
 
 
 def fit_published_rows(model: TransCLIP, X: Any, text_features: Any, **arrays: Any) -> TransCLIP:

@@ -32,7 +32,7 @@ from bench.common import (
 from bench.processes import measured, run_isolated
 from bench.rivals import baseline
 from transclip_fast import TransCLIP
-from transclip_fast.types import NeighborGraph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 
 N_NEIGHBORS = 3
 N_SCORES = 11  # of the schedule, one GEMM each

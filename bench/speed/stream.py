@@ -21,10 +21,10 @@ from bench.processes import process_memory, reset_peak_memory, run_isolated
 from transclip_fast import TransCLIP
 from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.device import resolve_device
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.solver.layout import USUAL_CANDIDATES, Layout
 from transclip_fast.solver.problem import Settings
 from transclip_fast.store.features import load_features
-from transclip_fast.types import NeighborGraph
 
 SHARDS = 4
 N_NEIGHBORS = 3

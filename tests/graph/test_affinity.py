@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.agreement import dense_weights
 from transclip_fast.graph.affinity import affinity
-from transclip_fast.types import NeighborGraph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 
 
 def random_graph(n, k, seed, dtype=np.int64):

@@ -19,6 +19,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.methods import METHODS, Method
 from transclip_fast.methods.task import Arrays
 from transclip_fast.metrics import accuracy, check_class_order
@@ -29,7 +30,6 @@ from transclip_fast.store.atomic import beside
 from transclip_fast.store.features import Features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import TRANSCLIP
-from transclip_fast.types import NeighborGraph
 from transclip_fast.version import __version__
 
 # Options on which a row depends, beside the arrays.

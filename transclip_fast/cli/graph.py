@@ -19,12 +19,12 @@ from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.faiss_index import faiss_installed, is_file
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.store.atomic import HIDDEN, beside, clean, new_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
-from transclip_fast.types import NeighborGraph
 
 SEARCH_OPTIONS = ("search", "recall", "index")  # of a `GraphSearch`
 CHECKPOINT = "search"  # name of the search's checkpoint

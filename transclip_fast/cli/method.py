@@ -20,6 +20,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.methods import METHODS, Method, method_class
 from transclip_fast.methods.task import ANCHORS
 from transclip_fast.metrics import check_assignments, check_class_order
@@ -29,7 +30,6 @@ from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.atomic import beside, new_folder, writing
 from transclip_fast.store.features import Features
 from transclip_fast.store.results import CONTENTS, TRANSCLIP, prediction_tables, save_result
-from transclip_fast.types import NeighborGraph
 
 NAMES = (TRANSCLIP, *METHODS)
 # Of `solve`, what is there for every method.

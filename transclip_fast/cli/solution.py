@@ -26,7 +26,8 @@ from transclip_fast.cli.summary import of_others, run_summary, solver_summary
 from transclip_fast.data.checks import as_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
-from transclip_fast.estimator import GraphSource, TransCLIP
+from transclip_fast.estimator import TransCLIP
+from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import check_assignments, check_class_order, rejected_rows
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.progress_bar import progress_bar, shown_on
@@ -45,7 +46,6 @@ from transclip_fast.store.results import (
     save_result,
     write_part,
 )
-from transclip_fast.types import NeighborGraph
 from transclip_fast.version import __version__
 
 CHECKPOINT_SECONDS = 1.0  # the most work that a crash costs

@@ -26,6 +26,7 @@ from transclip_fast.cli.summary import describe_solution
 from transclip_fast.cli.towers import tower_options
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import HEADS
 from transclip_fast.ranks import Ranks, current_ranks, joined
 from transclip_fast.store.corrections import corrected, read_corrections
@@ -33,7 +34,6 @@ from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.linear_maps import map_features
 from transclip_fast.store.results import TRANSCLIP
-from transclip_fast.types import NeighborGraph
 
 
 @click.command("solve", cls=options.SectionedCommand)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.exchange import Exchange
-from transclip_fast.types import Affinity, NeighborGraph
+from transclip_fast.types import Affinity
 
 GRAPH_MODES = ("symmetric", "directed")
 

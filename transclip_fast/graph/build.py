@@ -27,9 +27,9 @@ from transclip_fast.graph.candidates import (
 )
 from transclip_fast.graph.cuvs import cuvs_installed, search_cuvs
 from transclip_fast.graph.exact import search_exact
+from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.graph.recall import RecallSample
 from transclip_fast.parallel import parallel_map, single_threaded_torch
-from transclip_fast.types import NeighborGraph
 
 SEARCHES = ("auto", "faiss", "exact", "cuvs")
 # Up to which "auto" searches exactly: a second or two on a CPU, some seconds on a GPU.
@@ -163,6 +163,17 @@ def build_graph(
                 rounding = math.inf
             info |= _measured(rows, found, sample, recall)
         return NeighborGraph(*_final_lists(rows, found, n_neighbors, rounding), info)
+
+
+def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> NeighborGraph:
+    """The graph of the `features` that a fit is given, or its own; `check` follows."""
+    if graph is None:
+        return build_graph(features, n_neighbors)
+    if isinstance(graph, NeighborGraph):
+        return graph
+    if not callable(graph):
+        raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
+    return graph(features)
 
 
 def choose_search(n_rows: int, device: torch.device, held: bool) -> str:

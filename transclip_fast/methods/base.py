@@ -18,17 +18,16 @@ from transclip_fast.callbacks import Count
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import current_device, exact_float32, resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.build import given_graph
 from transclip_fast.graph.exact import nearest
+from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.methods.task import ANCHORS, Arrays, Labelled, Task
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.layout import PROCESS_BYTES, limit_of, parse_memory, show_bytes
-from transclip_fast.solver.parameters import check_scale, check_weight
-from transclip_fast.types import Chosen, NeighborGraph
+from transclip_fast.solver.parameters import Chosen, check_scale, check_weight
 
 Fitted = TypeVar("Fitted", bound="Method")
 Settings = SimpleNamespace  # settings by name, all of them set
-GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None
 
 
 @dataclass(frozen=True)
@@ -246,8 +245,7 @@ class Method(ABC):
 
         @cache
         def whole() -> NeighborGraph:
-            found = build_graph(features, most) if graph is None else graph
-            return found if isinstance(found, NeighborGraph) else found(features)
+            return given_graph(graph, features, most)
 
         device = features.device
         task = Task(

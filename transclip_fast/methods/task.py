@@ -18,9 +18,9 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.mixture import Moments
-from transclip_fast.types import NeighborGraph
 
 ANCHORS = ("shots", "texts", "both", "probabilities")
 Pair = tuple[Any, Any]  # rows and labels as given, or None and None

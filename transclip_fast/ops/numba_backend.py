@@ -19,14 +19,10 @@ import torch
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.ops import numba_loops as loops
 from transclip_fast.ops import numba_topk as topk
+from transclip_fast.ops.block_scores import block_scores, prior_scores
 from transclip_fast.ops.blocks import blocks, gemm_rows, read_rows
 from transclip_fast.ops.int8_scores import int8_scores
-from transclip_fast.ops.torch_backend import (
-    START_ROWS,
-    TorchOps,
-    block_scores,
-    prior_scores,
-)
+from transclip_fast.ops.torch_backend import START_ROWS, TorchOps
 from transclip_fast.parallel import CPU, ThreadBuffer, n_threads, parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 

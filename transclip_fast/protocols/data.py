@@ -19,11 +19,11 @@ from transclip_fast.data.patches import PatchedRows
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import ensemble
 from transclip_fast.heads.task import Labelled
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.types import NeighborGraph
 
 POOLS = {"train": "support", "val": "validation"}  # of a folder of splits
 SPLIT_ARRAYS = ("image_features", "labels", "local_features")

@@ -18,7 +18,7 @@ from transclip_fast.encode.walk import printable
 from transclip_fast.errors import InputError, one_line
 from transclip_fast.parallel import parallel_map
 from transclip_fast.store.arrays import read_table
-from transclip_fast.store.features import numbered
+from transclip_fast.store.feature_shards import numbered
 
 PATHS = ("path", "image_path")  # columns of metadata, the first that there is
 STAMPS = ("size", "mtime_ns")  # columns that `encode` writes; a size alone may be anything

@@ -18,6 +18,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.class_cost import ClassCost, effective_classes
@@ -34,7 +35,7 @@ from transclip_fast.solver.state import (
     saved,
     start,
 )
-from transclip_fast.types import LinearScore, Messages, NeighborGraph
+from transclip_fast.types import LinearScore, Messages
 
 
 def solve(

@@ -31,6 +31,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """
+    The settings of a fit that were left open: `values` by name, the best of so many `runs`.
+
+    A single run has the published defaults.
+    """
+
+    values: dict[str, Any]
+    runs: int
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class Parameters:
     """The parameters of `transclip_fast.TransCLIP`, which documents each of them."""
@@ -102,6 +114,17 @@ class Parameters:
                 raise ValueError(f"{own} has no parameter {name!r}; it has {', '.join(known)}")
             setattr(self, name, value)
         return self
+
+    def __sklearn_tags__(self) -> Any:
+        # Imported when scikit-learn, which is no dependency, asks for them.
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=False),
+            classifier_tags=ClassifierTags(),
+            input_tags=InputTags(),
+        )
 
     def __repr__(self) -> str:
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default)

@@ -14,7 +14,7 @@ from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.data.priors import as_log_probabilities, as_logits
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
-from transclip_fast.ops.torch_backend import linear_log_prior
+from transclip_fast.ops.block_scores import linear_log_prior
 
 PREDICT_ROWS = 16384  # of a block
 Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -11,6 +11,7 @@ import torch
 from transclip_fast.callbacks import SavedState
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.affinity import affinity
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.ranked import RankedBackend, RankedRows
 from transclip_fast.ops.torch_backend import TorchOps
@@ -21,7 +22,7 @@ from transclip_fast.solver.prior import LinearPrior, Prior, log_prior_of
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
 from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
-from transclip_fast.types import Assignments, NeighborGraph, Scores
+from transclip_fast.types import Assignments, Scores
 
 ABSENT_NATS = 5.0  # cost from which a class without mass is left out
 

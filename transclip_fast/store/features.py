@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from transclip_fast.data.names import plain_name
-from transclip_fast.data.npy_shards import Shard, StoredRows
+from transclip_fast.data.npy_shards import Shard
 from transclip_fast.data.priors import ListedPrior
 from transclip_fast.data.texts import templates_first
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError
 from transclip_fast.solver.layout import free_bytes
 from transclip_fast.store.arrays import (
     SINGLE,
     array_sha256,
-    file_sha256,
     inside,
     open_arrays,
     read_array,
     read_rows,
-    read_table,
 )
 from transclip_fast.store.atomic import read_json
+from transclip_fast.store.feature_shards import (
+    OWN,
+    SHARDS,
+    check_hashes,
+    joined,
+    joined_local,
+    metadata_columns,
+    numbered,
+)
 from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
 from transclip_fast.store.json_text import value_of
 from transclip_fast.store.labels import as_array, as_positions, read_labels
 from transclip_fast.store.names import as_names, read_names
-from transclip_fast.store.tables import LABEL, find_column
 
 ARRAYS = (
     "image_features",
@@ -59,14 +63,6 @@ ENCODER = {
     "weights": str,
     "quick_gelu": bool,
 }  # entries of a manifest that identify a backbone
-OWN = {"complete", "config", "rows", "shards", "version"}  # not in a manifest of other programs
-KEY_COLUMNS = ("key", "path", "image_path")  # the first of these columns there is names the rows
-# The kinds of files in a feature folder, and the manifest's entry for the hash of each.
-SHARDS = {
-    "img_emb": (".npy", "features_sha256"),
-    "metadata": (".parquet", "metadata_sha256"),
-    "local_emb": (".npy", "local_sha256"),
-}
 
 
 @dataclass
@@ -264,7 +260,7 @@ def _load_file(path: Path, local: bool) -> Features:
     arrays: Mapping[str, Any]
     if path.suffix == ".npy":
         found = read_rows(path, "image_features")
-        arrays = {"image_features": _joined([found]) if isinstance(found, Shard) else found}
+        arrays = {"image_features": joined([found]) if isinstance(found, Shard) else found}
     else:
         arrays = open_arrays(path)
         if SINGLE in arrays:
@@ -304,18 +300,18 @@ def _load_folder(folder: Path, local: bool) -> Features:
             raise InputError(f"{image}: expected numbers, got an array of {part.dtype}")
         if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
             raise InputError(f"{image}: has shape {part.shape}, the first shard {parts[0].shape}")
-    arrays, origins = {"image_features": _joined(parts)}, {}
+    arrays, origins = {"image_features": joined(parts)}, {}
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
     if files.get("local_emb"):
-        arrays["local_features"] = _local(files["local_emb"].values(), parts)
-    _check_hashes(folder, manifest, files)
+        arrays["local_features"] = joined_local(files["local_emb"].values(), parts)
+    check_hashes(folder, manifest, files)
     names = manifest.get("class_names")
     if names is not None:
         origins["class_names"] = f"{file}: class_names"
         names = as_names(names, origins["class_names"])
-    columns = _columns(folder, files["metadata"].values(), parts)
+    columns = metadata_columns(folder, files["metadata"].values(), parts)
     if "label" in columns and columns["label"].null_count < len(columns["label"]):
         origins["labels"] = f"{folder / 'metadata'}: label"
         arrays["labels"] = as_array(columns["label"].to_numpy(), origins["labels"])
@@ -330,60 +326,6 @@ def _load_folder(folder: Path, local: bool) -> Features:
     )
 
 
-def numbered(folder: Path, kind: str) -> dict[int, Path]:
-    """The files KIND/KIND_<number>.SUFFIX by their numbers, in order."""
-    suffix, _ = SHARDS[kind]
-    pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")
-    found: dict[int, Path] = {}
-    for path in folder.glob(f"{kind}/{kind}_*{suffix}"):
-        if match := pattern.fullmatch(path.name):
-            number = int(match[1])
-            if number in found:
-                raise InputError(f"{path}: has the same number as {found[number].name}")
-            found[number] = inside(folder, f"{kind}/{path.name}")
-    return dict(sorted(found.items()))
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """All shards as one array: on disk, if they can stay there."""
-    parts = [part for part in parts if part.shape[0]] or parts[:1]
-    if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
-        return StoredRows(parts)
-    return np.concatenate([p.read(0, p.shape[0]) if isinstance(p, Shard) else p for p in parts])
-
-
-def _local(files: Iterable[Path], images: Sequence[Any]) -> Any:
-    """Local features (N, L d) of all shards, checked against the shards of the images."""
-    parts = []
-    for file, image in zip(files, images, strict=True):
-        shape = (part := read_rows(file, "local_features")).shape
-        if len(shape) != 2 or shape[0] != image.shape[0] or shape[1] % image.shape[1]:
-            raise InputError(f"{file}: has shape {shape}, the features of its images {image.shape}")
-        parts.append(part)
-    return _joined(parts)
-
-
-def _check_hashes(
-    folder: Path, manifest: dict[str, Any], files: Mapping[str, Mapping[int, Path]]
-) -> None:
-    """Raise InputError if the files differ from those that the manifest lists."""
-    if not manifest.keys() & OWN:
-        return
-    entries = value_of(manifest, "shards", dict, folder / "manifest.json")
-    if set(entries) != {str(number) for number in files["img_emb"]}:
-        raise InputError(f"{folder}: its shards are not those of its manifest; encode it again")
-    expected = {folder / "prototypes.npy": manifest.get("prototypes_sha256")}
-    for kind, found in files.items():
-        suffix, entry_name = SHARDS[kind]
-        for number, listed in entries.items() if found or kind != "local_emb" else ():
-            name = f"{kind}/{kind}_{int(number):05}{suffix}"
-            sha256 = listed.get(entry_name) if isinstance(listed, dict) else None
-            expected[found.get(int(number), folder / name)] = sha256
-    for file, sha256 in expected.items():
-        if (file.exists() or sha256) and not (file.exists() and file_sha256(file) == sha256):
-            raise InputError(f"{file}: differs from its manifest; encode it again")
-
-
 def _encoder(manifest: Mapping[str, Any], origin: Path) -> dict[str, Any] | None:
     if "config" not in manifest:
         return None
@@ -395,30 +337,3 @@ def _encoder(manifest: Mapping[str, Any], origin: Path) -> dict[str, Any] | None
         for name, kind in ENCODER.items()
         if name in config
     }
-
-
-def _columns(
-    folder: Path, files: Collection[Path], images: Sequence[Any]
-) -> dict[str, pa.ChunkedArray]:
-    """The metadata's columns source_row, key (or path) and label, if all shards have them."""
-    if not files:
-        return {}
-    tables = [read_table(file) for file in files]
-    for file, table, image in zip(files, tables, images, strict=True):
-        if table.num_rows != image.shape[0]:
-            raise InputError(f"{file}: has {table.num_rows} rows, its features {image.shape[0]}")
-    everywhere = set.intersection(*(set(table.column_names) for table in tables))
-    names = [name for name in tables[0].column_names if name in everywhere]
-    key = next((name for name in KEY_COLUMNS if name in names), None)
-    label = find_column(folder / "metadata", names, LABEL)
-    wanted = {"source_row": "source_row", "key": key, "label": label}
-    wanted = {column: name for column, name in wanted.items() if name in everywhere}
-    with reading(folder / "metadata", "has columns of odd types"):
-        table = pa.concat_tables(
-            [table.select([*wanted.values()]) for table in tables], promote_options="permissive"
-        )
-        columns = {column: table[name] for column, name in wanted.items()}
-        for name, kind in (("key", pa.string()), ("source_row", pa.int64())):
-            if name in columns:
-                columns[name] = columns[name].cast(kind)
-    return columns

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from transclip_fast.errors import InputError
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.store.arrays import inside, mapped_array, npy_bytes, read_array
 from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.json_text import value_of
-from transclip_fast.types import NeighborGraph
 
 CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
 # Entries of the manifest that describe the search.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from transclip_fast import InputError
-from transclip_fast.types import NeighborGraph
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 
 
 def graph(**changes):

@@ -1,0 +1,97 @@
+"""Neighbour lists, and the ways in which a fit is given them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class NeighborGraph:
+    """
+    Directed k-nearest-neighbour lists, best first.
+
+    Parameters
+    ----------
+    neighbors : ndarray (N, k) int64
+        Row ids, -1 where there is none.
+    similarities : ndarray (N, k) float32
+        Inner products with the neighbours.
+    info : mapping
+        How the lists were made: at least `search` and `recall`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from transclip_fast import NeighborGraph
+    >>> similarities = np.array([[0.9], [0.9], [0.8]], np.float32)
+    >>> graph = NeighborGraph(np.array([[1], [0], [1]]), similarities)
+    >>> len(graph), graph.n_neighbors
+    (3, 1)
+    """
+
+    neighbors: np.ndarray
+    similarities: np.ndarray
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.neighbors)
+
+    @property
+    def n_neighbors(self) -> int:
+        return int(self.neighbors.shape[1])
+
+    def part(self, rows: slice) -> NeighborGraph:
+        """The lists of consecutive rows, which name rows as before."""
+        return NeighborGraph(self.neighbors[rows], self.similarities[rows], self.info)
+
+    def sha256(self) -> str:
+        """Hash of the lists."""
+        digest = hashlib.sha256(self.neighbors.tobytes())
+        digest.update(self.similarities.tobytes())
+        return digest.hexdigest()
+
+    def check(
+        self, n_rows: int, n_neighbors: int, own: slice | None = None, name: str = "graph"
+    ) -> NeighborGraph:
+        """
+        Check that the graph fits `n_rows` rows; returns it with the `n_neighbors` best only.
+
+        With `own`, the lists of these rows only are checked and returned.
+
+        Raises
+        ------
+        InputError
+            Other number of rows, shorter lists, or ids that are no row.
+        """
+        if self.neighbors.shape != self.similarities.shape or self.neighbors.ndim != 2:
+            raise InputError(f"{name}: neighbors and similarities differ in shape")
+        if len(self) != n_rows:
+            raise InputError(f"{name}: has {len(self)} rows, the features have {n_rows}")
+        if self.n_neighbors < n_neighbors:
+            raise InputError(
+                f"{name}: lists have {self.n_neighbors} neighbours, {n_neighbors} are needed; "
+                "build the graph again or lower n_neighbors"
+            )
+        if self.neighbors.dtype.kind != "i":
+            raise InputError(f"{name}: neighbors must be integers, got {self.neighbors.dtype}")
+        own = own or slice(0, n_rows)
+        neighbors = self.neighbors[own, :n_neighbors]
+        similarities = self.similarities[own, :n_neighbors]
+        wrong = (neighbors < -1) | (neighbors >= n_rows)
+        wrong |= neighbors == np.arange(own.start, own.stop)[:, None]
+        wrong |= ~np.isfinite(similarities)
+        if wrong.any():
+            row = own.start + int(wrong.any(1).argmax())
+            raise InputError(f"{name}: row {row} has an impossible neighbour; build it again")
+        return NeighborGraph(neighbors, similarities, self.info)
+
+
+GraphSource = NeighborGraph | Callable[[Rows], NeighborGraph] | None

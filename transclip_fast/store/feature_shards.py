@@ -1,0 +1,107 @@
+"""The shards of a feature folder: their files, arrays, hashes and metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from transclip_fast.data.npy_shards import Shard, StoredRows
+from transclip_fast.errors import InputError, reading
+from transclip_fast.store.arrays import file_sha256, inside, read_rows, read_table
+from transclip_fast.store.json_text import value_of
+from transclip_fast.store.tables import LABEL, find_column
+
+OWN = {"complete", "config", "rows", "shards", "version"}  # not in a manifest of other programs
+KEY_COLUMNS = ("key", "path", "image_path")  # the first of these columns there is names the rows
+# The kinds of files in a feature folder, and the manifest's entry for the hash of each.
+SHARDS = {
+    "img_emb": (".npy", "features_sha256"),
+    "metadata": (".parquet", "metadata_sha256"),
+    "local_emb": (".npy", "local_sha256"),
+}
+
+
+def numbered(folder: Path, kind: str) -> dict[int, Path]:
+    """The files KIND/KIND_<number>.SUFFIX by their numbers, in order."""
+    suffix, _ = SHARDS[kind]
+    pattern = re.compile(rf"{kind}_(\d+){re.escape(suffix)}")
+    found: dict[int, Path] = {}
+    for path in folder.glob(f"{kind}/{kind}_*{suffix}"):
+        if match := pattern.fullmatch(path.name):
+            number = int(match[1])
+            if number in found:
+                raise InputError(f"{path}: has the same number as {found[number].name}")
+            found[number] = inside(folder, f"{kind}/{path.name}")
+    return dict(sorted(found.items()))
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """All shards as one array: on disk, if they can stay there."""
+    parts = [part for part in parts if part.shape[0]] or parts[:1]
+    if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
+        return StoredRows(parts)
+    return np.concatenate([p.read(0, p.shape[0]) if isinstance(p, Shard) else p for p in parts])
+
+
+def joined_local(files: Iterable[Path], images: Sequence[Any]) -> Any:
+    """Local features (N, L d) of all shards, checked against the shards of the images."""
+    parts = []
+    for file, image in zip(files, images, strict=True):
+        shape = (part := read_rows(file, "local_features")).shape
+        if len(shape) != 2 or shape[0] != image.shape[0] or shape[1] % image.shape[1]:
+            raise InputError(f"{file}: has shape {shape}, the features of its images {image.shape}")
+        parts.append(part)
+    return joined(parts)
+
+
+def check_hashes(
+    folder: Path, manifest: dict[str, Any], files: Mapping[str, Mapping[int, Path]]
+) -> None:
+    """Raise InputError if the files differ from those that the manifest lists."""
+    if not manifest.keys() & OWN:
+        return
+    entries = value_of(manifest, "shards", dict, folder / "manifest.json")
+    if set(entries) != {str(number) for number in files["img_emb"]}:
+        raise InputError(f"{folder}: its shards are not those of its manifest; encode it again")
+    expected = {folder / "prototypes.npy": manifest.get("prototypes_sha256")}
+    for kind, found in files.items():
+        suffix, entry_name = SHARDS[kind]
+        for number, listed in entries.items() if found or kind != "local_emb" else ():
+            name = f"{kind}/{kind}_{int(number):05}{suffix}"
+            sha256 = listed.get(entry_name) if isinstance(listed, dict) else None
+            expected[found.get(int(number), folder / name)] = sha256
+    for file, sha256 in expected.items():
+        if (file.exists() or sha256) and not (file.exists() and file_sha256(file) == sha256):
+            raise InputError(f"{file}: differs from its manifest; encode it again")
+
+
+def metadata_columns(
+    folder: Path, files: Collection[Path], images: Sequence[Any]
+) -> dict[str, pa.ChunkedArray]:
+    """The metadata's columns source_row, key (or path) and label, if all shards have them."""
+    if not files:
+        return {}
+    tables = [read_table(file) for file in files]
+    for file, table, image in zip(files, tables, images, strict=True):
+        if table.num_rows != image.shape[0]:
+            raise InputError(f"{file}: has {table.num_rows} rows, its features {image.shape[0]}")
+    everywhere = set.intersection(*(set(table.column_names) for table in tables))
+    names = [name for name in tables[0].column_names if name in everywhere]
+    key = next((name for name in KEY_COLUMNS if name in names), None)
+    label = find_column(folder / "metadata", names, LABEL)
+    wanted = {"source_row": "source_row", "key": key, "label": label}
+    wanted = {column: name for column, name in wanted.items() if name in everywhere}
+    with reading(folder / "metadata", "has columns of odd types"):
+        table = pa.concat_tables(
+            [table.select([*wanted.values()]) for table in tables], promote_options="permissive"
+        )
+        columns = {column: table[name] for column, name in wanted.items()}
+        for name, kind in (("key", pa.string()), ("source_row", pa.int64())):
+            if name in columns:
+                columns[name] = columns[name].cast(kind)
+    return columns
