@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -106,6 +108,104 @@ def test_checkpoints_of_training_scripts(small, tmp_path, wrap):
     backbone = load_backbone("small-clip", str(tmp_path / "tuned.pt"), torch.device("cpu"))
     for name, tensor in backbone.model.state_dict().items():
         assert name == "logit_scale" or torch.equal(tensor, weights[name])
+
+
+def trained(net_weights):
+    """What an optimizer keeps of these weights; open_clip's schedule makes its rates NumPy's."""
+    weight = torch.nn.Parameter(net_weights["text_projection"].clone())
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5 * (1 + np.cos(np.pi / 3)) * 1e-6
+    return optimizer.state_dict()
+
+
+PUBLISHED = {
+    "NegCLIP": lambda weights: {
+        "epoch": 5,
+        "name": "negclip_256_1e-6",
+        "state_dict": weights,
+        "optimizer": trained(weights),
+        "scaler": {"scale": 65536.0, "_growth_tracker": 7},
+    },
+    "CLIP-KD": lambda weights: {
+        "epoch": 32,
+        "state_dict": {f"module.{name}": tensor for name, tensor in weights.items()},
+        "optimizer": trained(weights),
+        "best": np.array([np.float32(42.1)]),
+    },
+    "CoN-CLIP": lambda weights: {
+        "model": weights,
+        "optimizer": trained(weights),
+        "args": Namespace(learning_rate=1e-6, experiment_name="conclip_b32"),
+    },
+    "NegationCLIP": lambda weights: {name: tensor.float() for name, tensor in weights.items()},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoints_as_they_are_published(small, tmp_path, name, zipped):
+    """With the optimizer and the options of the training beside the weights."""
+    net = open_clip.create_model("small-clip")
+    weights = {name: tensor + 0.25 for name, tensor in net.state_dict().items()}
+    file = tmp_path / f"{name}.pt"
+    torch.save(PUBLISHED[name](weights), file, _use_new_zipfile_serialization=zipped)
+    backbone = load_backbone("small-clip", str(file), torch.device("cpu"))
+    loaded = backbone.model.state_dict()
+    assert loaded.keys() == weights.keys()
+    for tensor in weights:
+        assert torch.equal(loaded[tensor], weights[tensor])
+
+
+def test_a_distilled_student_is_a_folder(tmp_path):
+    """CLIP-KD's own architectures: a network of timm beside a small text tower."""
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {
+            "timm_model_name": "test_resnet",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 32,
+        },
+        "text_cfg": {"context_length": 77, "width": 32, "heads": 2, "layers": 2},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    net = open_clip.CLIP(**config).eval()
+    torch.save(PUBLISHED["CLIP-KD"](net.state_dict()), tmp_path / "epoch_32.pt")
+    backbone = load_backbone(str(tmp_path), None, torch.device("cpu"))
+    image, tokens = torch.ones(1, 3, 32, 32), backbone.tokenizer(["a cat"])
+    with torch.inference_mode():
+        assert torch.equal(backbone.model.encode_image(image), net.encode_image(image))
+        assert torch.equal(backbone.model.encode_text(tokens), net.encode_text(tokens))
+
+
+class Marks:
+    """Makes a file if it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_other_objects_beside_the_weights_are_refused(small, tmp_path, zipped):
+    mark = tmp_path / "mark"
+    content = {"state_dict": {"a": torch.ones(1)}, "args": Namespace(hook=Marks(mark))}
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match="pickled Python objects, which are never loaded"):
+        load_backbone("small-clip", str(tmp_path / "w.pt"), torch.device("cpu"))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("beside", [np.float64(1), np.ones(2), Namespace(lr=1)])
+def test_what_stands_beside_the_weights_is_no_weight(small, tmp_path, beside):
+    torch.save({"state_dict": {"logit_scale": beside}}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="expected a tensor"):
+        load_backbone("small-clip", str(tmp_path / "w.pt"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

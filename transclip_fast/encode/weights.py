@@ -34,6 +34,16 @@ FOLDER_CHECKPOINTS = (  # of a folder, the first that exists
 )
 NOT_WEIGHTS = frozenset({"input_resolution", "context_length", "vocab_size"})  # in OpenAI's files
 TORCHSCRIPT_RECORD = "constants.pkl"  # that archives of `torch.save` do not have
+BESIDE_WEIGHTS = (  # of what training scripts save: NumPy's numbers and arrays, and their options
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"{module}.multiarray.{name}"  # of NumPy 1 and 2
+        for module in ("numpy.core", "numpy._core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    "argparse.Namespace",
+)
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,9 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
     It is a .safetensors file, a file of `torch.save`, or the .index.json of several files.
     Dictionaries that training scripts wrap around the tensors (`WRAPPERS`) and prefixes that all
-    names share (`PREFIXES`) are removed. InputError if it is missing, damaged, or holds anything
-    but tensors and plain numbers.
+    names share (`PREFIXES`) are removed; what they save beside them (`BESIDE_WEIGHTS`), such as
+    the learning rates of an optimizer, is left out, and nothing of it is built. InputError if the
+    file is missing, damaged, or holds other objects.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -143,12 +154,23 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             )
         if mapped:
             check_torch_zip(path)
-        tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals([(_LeftOut, name) for name in BESIDE_WEIGHTS]):
+            tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         while inner := _wrapped(tensors):
             tensors = inner
         if not isinstance(tensors, Mapping) or not tensors:
             raise ValueError("expected tensors by name")
         return {str(name): as_numbers(path, tensor) for name, tensor in tensors.items()}
+
+
+class _LeftOut:
+    """Takes the place of an object of `BESIDE_WEIGHTS`, and keeps nothing of it."""
+
+    def __init__(self, *parts: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _is_torchscript(path: Path) -> bool:
