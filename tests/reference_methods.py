@@ -248,9 +248,10 @@ def adam(loss, w, *, rate, steps, width=1e-6):
     return w
 
 
-def pt_map(x, s, y, k, *, rate=0.2, max_iter=10, max_scalings=1000):
+def pt_map(x, s, y, k, *, rate=0.2, max_iter=10, max_scalings=1000, shares=None):
     f, g = (np.sqrt(np.maximum(rows, 0) + 1e-6) for rows in (x, s))
-    labels, mass = one_hot(y, k), len(x) // k
+    labels = one_hot(y, k)
+    mass = len(x) // k if shares is None else len(x) * shares / shares.sum()
     w = class_means(g, y, k)
 
     def plan():

@@ -10,10 +10,11 @@ import pytest
 
 from tests.cli.conftest import contents, with_shots
 from tests.conftest import balanced
+from tests.reference import unit
 from transclip_fast.cli import compare
 from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.method import FIT_ARRAYS
-from transclip_fast.methods import METHODS, StatA
+from transclip_fast.methods import BDCSPN, METHODS, StatA
 from transclip_fast.methods.base import Setting
 
 FEW = "transclip,zero-shot,stata,bd-cspn"
@@ -66,6 +67,40 @@ def test_the_result_is_evaluated_and_not_predicted_from(save, arrays, succeeds, 
     assert "was solved by bd-cspn, which has no mixture" in ran.err
 
 
+def test_without_texts_labels_are_compared_with_the_means_of_the_shots(
+    save, few_shot, cli, succeeds, refused, tmp_path
+):
+    del few_shot["text_features"]
+    shots = few_shot["support_features"]
+    noisy = shots + np.random.default_rng(0).normal(scale=0.2, size=shots.shape)
+    few_shot["support_features"] = unit(noisy).astype(np.float32)
+    x, s = (few_shot[f"{use}_features"].astype(np.float64) for use in ("image", "support"))
+    means = np.stack([s[few_shot["support_labels"] == k].mean(0) for k in range(6)])
+    nearest = (x @ unit(means).T).argmax(1)
+    options = ("--method", "bd-cspn", "--set", "n_rows=3", "--set", "eps=10")
+    ran = cli("solve", save(few_shot), *options, "--out", tmp_path / "result")
+    model = BDCSPN(n_rows=3, eps=10, device="cpu").fit(
+        few_shot["image_features"],
+        support_features=few_shot["support_features"],
+        support_labels=few_shot["support_labels"],
+    )
+    table = pq.read_table(tmp_path / "result" / "predictions.parquet")
+    np.testing.assert_array_equal(table["label"], model.transduction_)
+    np.testing.assert_array_equal(table["zero_shot_label"], nearest)
+    run = json.loads((tmp_path / "result" / "run.json").read_text())
+    assert (run["anchors"], run["zero_shot_from"], run["runs"]) == ("shots", "shots", 1)
+    assert run["n_flipped"] == (model.transduction_ != nearest).sum() > 0
+    warning = "text_features: none; zero-shot here is the nearest mean of the shots"
+    assert ran.err.count(warning) == run["warnings"].count(warning) == 1
+    assert f"{run['n_flipped']} labels changed from the nearest mean of the shots" in ran.out
+    assert "% the nearest mean of the shots ->" in ran.out
+    assert "zero-shot ->" in succeeds("evaluate", tmp_path / "result")
+    message = refused("solve", save(few_shot), "--method", "stata", "--out", tmp_path / "other")
+    assert "stata with anchors 'texts' needs text_features" in message
+    few_shot["class_names"] = list("abcdefg")
+    assert "7 names for 6 classes" in refused("solve", save(few_shot), *options, "--out", "other")
+
+
 def test_solve_says_what_validation_chose_and_what_a_method_assumes(
     save, few_shot, succeeds, tmp_path
 ):
@@ -89,7 +124,7 @@ def test_solve_says_what_validation_chose_and_what_a_method_assumes(
         ({}, ["--anchors", "both"], "--anchors is for methods other than transclip"),
         ({}, ["--set", "alpha=1"], "--set is for methods other than transclip"),
         ({"known_labels": [0] * 77}, ["--method", "stata"], "known_labels: method stata takes"),
-        ({"text_features": None}, ["--method", "bd-cspn"], "text_features: solve compares with"),
+        ({"text_features": None}, ["--method", "bd-cspn"], "no text features and no shots"),
         ({"class_names": ["a"]}, ["--method", "stata"], "1 name for 6 classes"),
     ],
 )

@@ -112,6 +112,11 @@ def test_caches(caches, cli, succeeds, refused, tmp_path):
     # Which support makes no difference to these.
     succeeds("graph", caches, "--out", tmp_path / "graph")
     succeeds("predict", tmp_path / "b", caches, "--out", tmp_path / "c")
+    (caches / "text_weights_template.pt").unlink()
+    assert "text" in refused("solve", caches, "--shots", 2, "--out", tmp_path / "d")
+    command = ("solve", caches, "--shots", 2, "--method", "laplacianshot", "--out", tmp_path / "d")
+    assert cli(*command).code == 0
+    assert run_of(tmp_path / "d")["zero_shot_from"] == "shots"
 
 
 def test_maps(arrays, save, succeeds, refused, tmp_path):

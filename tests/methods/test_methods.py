@@ -184,6 +184,23 @@ def test_pt_map(problem, anchors, settings):
     agrees(fitted("pt-map", problem, {"anchors": anchors, **settings}), z, 2e-3)
 
 
+@pytest.mark.parametrize("kind", [list, np.float32])
+def test_pt_map_with_the_shares_of_the_classes(problem, kind):
+    x, _, s, y, labels = problem
+    shares = np.bincount(labels, minlength=K) + np.arange(K)  # of any scale, and uneven
+    given = kind(shares) if kind is list else shares.astype(kind)
+    z = truth.pt_map(x, s, y, K, shares=shares)
+    model = fitted("pt-map", problem, {"class_prior": given})
+    agrees(model, z, 2e-3)
+    np.testing.assert_allclose(
+        model.label_distributions_.sum(0), len(x) * shares / shares.sum(), rtol=0.02
+    )
+    assert not model.assumes_balanced
+    rare = fitted("pt-map", problem, {"class_prior": [1, 1e-300, *shares[2:]]})
+    np.testing.assert_allclose(rare.label_distributions_.sum(1), 1, atol=1e-5)
+    assert fitted("pt-map", problem, {}).assumes_balanced
+
+
 @EVERY_ANCHOR
 @pytest.mark.parametrize("c", [0.316, 1e4])
 def test_logistic_regression(problem, anchors, c):

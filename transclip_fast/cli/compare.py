@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from transclip_fast.cli import options, session
-from transclip_fast.cli.comparison import Comparison, checked_arrays
+from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.comparison_table import SUFFIXES, as_text, write_table
 from transclip_fast.cli.graph import leftovers
 from transclip_fast.cli.method import (
     FIT_ARRAYS,
     NAMES,
     anchors_option,
+    checked_arrays,
 )
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP

@@ -13,7 +13,7 @@ import numpy as np
 from transclip_fast.cli import session
 from transclip_fast.cli.comparison_table import KeptRows
 from transclip_fast.cli.graph import kept_graph, search_of
-from transclip_fast.cli.method import FIT_ARRAYS, USED_ARRAYS, arguments_of
+from transclip_fast.cli.method import USED_ARRAYS, arguments_of, checked_arrays
 from transclip_fast.cli.solution import check_class_names, true_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -34,13 +34,6 @@ from transclip_fast.version import __version__
 
 # Options on which a row depends, beside the arrays.
 IDENTITY = ("anchors", "gamma", "logit_scale", "device", "search", "index", "recall")
-
-
-def checked_arrays(features: Features) -> Arrays:
-    """The checked arrays of every method."""
-    found = [features.get(name) for name in ("image_features", *FIT_ARRAYS)]
-    X, texts, shots, labels, validation, validation_labels = found
-    return Arrays.check(X, texts, (shots, labels), (validation, validation_labels))
 
 
 @dataclass
@@ -174,7 +167,7 @@ class Comparison:
             "searched": searched,
             "runs": chosen.runs,
             "n_iter": model.n_iter_,
-            "assumes_balanced": isinstance(model, Method) and model.balanced,
+            "assumes_balanced": isinstance(model, Method) and model.assumes_balanced,
         }
 
     def _anchors(self, model: TransCLIP | Method) -> str:

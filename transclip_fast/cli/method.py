@@ -17,12 +17,11 @@ from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import check_class_names, path_from, true_labels
 from transclip_fast.cli.summary import of_labelled, run_summary
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.methods import METHODS, Method, method_class
-from transclip_fast.methods.task import ANCHORS
+from transclip_fast.methods.task import ANCHORS, Arrays
 from transclip_fast.metrics import check_assignments, check_class_order
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.solver.layout import peak_bytes
@@ -89,14 +88,8 @@ def method_of(values: Mapping[str, Any], features: Features) -> Method | None:
     for array in features.arrays:
         if array not in USED_ARRAYS:
             raise InputError(f"{array}: method {name} takes none; leave it out")
-    if features.get("text_features") is None:
-        raise InputError(
-            f"text_features: solve compares with zero-shot and needs them; `compare` runs {name} "
-            "without"
-        )
-    anchors = values["anchors"] or method_class(name).possible_anchors(
-        texts=True, shots=features.get("support_features") is not None
-    )
+    texts, shots = (features.get(f"{use}_features") is not None for use in ("text", "support"))
+    anchors = values["anchors"] or method_class(name).possible_anchors(texts=texts, shots=shots)
     shared: dict[str, Any] = {k: values[k] for k in ("device", "memory", "logit_scale")}
     return method_class(name)(anchors=anchors, **shared, **_settings(values["settings"]))
 
@@ -125,6 +118,13 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def checked_arrays(features: Features) -> Arrays:
+    """The checked arrays of every method."""
+    found = [features.get(name) for name in ("image_features", *FIT_ARRAYS)]
+    X, texts, shots, labels, validation, validation_labels = found
+    return Arrays.check(X, texts, (shots, labels), (validation, validation_labels))
+
+
 @contextmanager
 def arguments_of(features: Features, rows: Rows) -> Iterator[dict[str, Any]]:
     """The arguments of a method's `fit`; `rows` are the features, with their warnings given."""
@@ -143,7 +143,11 @@ def solve_with_method(
     *,
     csv: bool = False,
 ) -> dict[str, Any]:
-    """Label features, write the result folder `out`, without a mixture, and return its run.json."""
+    """
+    Label features, write the result folder `out`, without a mixture, and return its run.json.
+
+    Without texts the zero-shot columns have the nearest mean of the shots.
+    """
     own_graph = beside(out, "graph")
     origins = features.origins | {"X": features.origins["image_features"], out: out}
     origins[str(own_graph)] = out
@@ -154,9 +158,10 @@ def solve_with_method(
     ):
         with session.errors_about(origins, features.path):
             rows = Rows(features.get("image_features"), "X")
-            texts = ensemble(features.get("text_features"), columns=features.dim)
-            check_class_names(features, len(texts))
-            truth = true_labels(features, len(texts))
+            arrays = checked_arrays(features)
+            n_classes = arrays.n_classes
+            check_class_names(features, n_classes)
+            truth = true_labels(features, n_classes)
 
             def source(rows: Rows) -> NeighborGraph:
                 found = graph
@@ -165,21 +170,24 @@ def solve_with_method(
                 used.append(found)
                 return found
 
-            zero_shot = LinearPrior.from_prototypes(texts, method.logit_scale).predict(rows)
             with (
                 stages.time("solve"),
                 progress_bar(method.name, "steps") as show,
                 arguments_of(features, rows) as arguments,
             ):
                 method.fit(**arguments, graph=source, progress=show)
-        labels = method.transduction_
-        signs = check_assignments(labels, zero_shot[0], len(texts), features.class_names)
+        labels, prototypes = method.transduction_, arrays.prototypes
+        zero_shot = LinearPrior.from_prototypes(prototypes, method.logit_scale).predict(rows)
+        signs = check_assignments(labels, zero_shot[0], n_classes, features.class_names)
+        if arrays.texts is None:
+            signs.append("text_features: none; zero-shot here is the nearest mean of the shots")
         if truth is not None:
             signs += check_class_order(zero_shot[0], truth)
         for sign in signs:
             session.warn(messages, sign)
-        run = run_summary("solve", features, labels, zero_shot[0], truth, tuple(texts.shape))
+        run = run_summary("solve", features, labels, zero_shot[0], truth, tuple(prototypes.shape))
         run |= describe_method(method) | {
+            "zero_shot_from": "shots" if arrays.texts is None else "texts",
             "features": path_from(out, features.path),
             "n_iter": method.n_iter_,
             "graph": {"n_neighbors": used[0].n_neighbors, **used[0].info} if used else None,
@@ -204,7 +212,7 @@ def describe_method(method: Method) -> dict[str, Any]:
         "anchors": method.anchors,
         "chosen": method.chosen_.values,
         "runs": method.chosen_.runs,
-        "assumes_balanced": method.balanced,
+        "assumes_balanced": method.assumes_balanced,
     }
 
 
@@ -214,18 +222,19 @@ def describe_result(run: Mapping[str, Any], out: str) -> str:
     tried = (
         f"the best of {counted(run['runs'], 'run')}" if run["runs"] > 1 else "as set or published"
     )
+    before = "zero-shot" if run["zero_shot_from"] == "texts" else "the nearest mean of the shots"
     lines = [
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{run['method']} from {run['anchors']}" + (f": {settings}, {tried}" if settings else ""),
-        f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
+        f"{counted(run['n_flipped'], 'label')} changed from {before}",
         *describe_changes(run["size_changes"], run["class_names"]),
     ]
     if run["assumes_balanced"]:
         lines.append(f"{run['method']} assumes equally many images of every class")
     if run["accuracy"] is not None:
         lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
+            f"accuracy {run['zero_shot_accuracy']:.2f} % {before} -> {run['accuracy']:.2f} %"
             f"{of_labelled(run)}"
         )
     if run["graph"] is not None:

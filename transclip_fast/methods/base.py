@@ -153,6 +153,11 @@ class Method(ABC):
                 return kind
         return None
 
+    @property
+    def assumes_balanced(self) -> bool:
+        """Whether it assumes that all classes are equally frequent."""
+        return self.balanced
+
     @abstractmethod
     def solve(self, task: Task, s: Settings) -> Solution:
         """One run on the anchored task."""

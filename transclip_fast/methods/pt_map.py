@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 import torch
 
+from transclip_fast.data.checks import as_tensor
 from transclip_fast.errors import InputError
 from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
 from transclip_fast.methods.dense import Dense, in_blocks
@@ -26,7 +28,8 @@ class PTMAP(Method):
     sums N / K, rounded down, by Sinkhorn's scaling; p_k <- p_k + rate (mean of its labelled rows
     and of all rows weighted by z - p_k). Ten steps, and z once more, its rows scaled to sums of 1.
 
-    It assumes equally many rows of every class, and loses much where that is wrong.
+    It assumes equally many rows of every class, and loses much where that is wrong. With
+    `class_prior` the column sums are N times that.
 
     Only the potentials u and v change in a scaling, the array does not. One (N, K) array, read
     twice in each of at most 1,000 scalings a step: a million rows and 1,000 classes take 4 GB, and
@@ -34,6 +37,8 @@ class PTMAP(Method):
 
     Parameters
     ----------
+    class_prior : array_like (K,), optional
+        Share of the rows of each class, greater than 0, scaled to a sum of 1.
     rate : float
     max_iter : int
         Steps.
@@ -56,18 +61,22 @@ class PTMAP(Method):
         "max_scalings": Setting(1000, least=1, whole=True),
     }
 
+    def __init__(self, *, class_prior: Any = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.class_prior = None if class_prior is None else _shares(class_prior)
+
+    @property
+    def assumes_balanced(self) -> bool:
+        return self.class_prior is None
+
     def solve(self, task: Task, s: Settings) -> Solution:
-        (n_rows, dim), n_classes = task.features.shape, task.n_classes
-        if n_rows < n_classes:
-            raise InputError(
-                f"{self.name} gives each class as many rows, and there are {n_rows} rows for "
-                f"{n_classes} classes"
-            )
+        dim, n_classes = task.features.shape[1], task.n_classes
+        mass = self._masses(len(task.features), n_classes).to(task.device)
         labelled = Labelled(_powers(task.labelled.rows), task.labelled.labels)
         moments = Moments.of(labelled.rows, labelled.labels, n_classes)
         prototypes = moments.sums / moments.counts[:, None]
         dense = Dense(task.features.mapped(_powers, dim), n_classes)
-        scores, mass = dense.new_scores(), n_rows // n_classes
+        scores = dense.new_scores()
         for step in range(s.max_iter + 1):
             half = prototypes.square().sum(1) / 2
             dense.scores(2 * SHARPNESS * prototypes, -2 * SHARPNESS * half, out=scores)
@@ -84,16 +93,47 @@ class PTMAP(Method):
         in_blocks(scores.values, to_distributions)
         return Solution(scores.values, s.max_iter)
 
+    def _masses(self, n_rows: int, n_classes: int) -> torch.Tensor:
+        """Rows of each class (K,) float64."""
+        if self.class_prior is None:
+            if n_rows < n_classes:
+                raise InputError(
+                    f"{self.name} gives each class as many rows, and there are {n_rows} rows for "
+                    f"{n_classes} classes"
+                )
+            return torch.full((n_classes,), n_rows // n_classes, dtype=torch.float64)
+        if len(self.class_prior) != n_classes:
+            raise InputError(
+                f"class_prior: {len(self.class_prior)} shares for {n_classes} classes; give one a "
+                "class"
+            )
+        return n_rows * self.class_prior
+
+
+def _shares(class_prior: Any) -> torch.Tensor:
+    """The checked shares (K,) float64 of the classes."""
+    shares = as_tensor(class_prior, "class_prior").double()
+    if shares.ndim != 1 or not len(shares):
+        raise InputError(f"class_prior: expected shares (K,), got shape {tuple(shares.shape)}")
+    for k, share in enumerate(shares.tolist()):
+        if not 0 < share < math.inf:
+            raise InputError(
+                f"class_prior: class {k} has share {share:g}, and needs one greater than 0; leave "
+                "out the texts and shots of a class that does not occur"
+            )
+    return shares.cpu() / shares.sum()
+
 
 def _powers(rows: torch.Tensor) -> torch.Tensor:
     return (rows.relu() + 1e-6).sqrt()
 
 
-def to_plan(values: torch.Tensor, mass: float, most: int) -> None:
+def to_plan(values: torch.Tensor, mass: torch.Tensor, most: int) -> None:
     """
     Scores (N, K) to the plan u exp(values) v with row sums 1, then column sums `mass`, in place.
 
-    At most so many scalings, until no row's sum changes by more than one in a million.
+    `mass` (K,) is greater than 0. At most so many scalings, until no row's sum changes by more than
+    one in a million.
     """
 
     def to_kernel(rows: slice) -> None:
@@ -110,7 +150,7 @@ def to_plan(values: torch.Tensor, mass: float, most: int) -> None:
             return (u[rows] @ values[rows]).double()
 
         totals = torch.stack(in_blocks(values, sent)).sum(0)
-        v = (mass / totals.clamp_min(SMALLEST)).float()
+        v = (mass / totals.clamp_min(SMALLEST)).clamp_min(SMALLEST).float()
 
         def received_of(rows: slice, v: torch.Tensor = v) -> torch.Tensor:
             return values[rows] @ v

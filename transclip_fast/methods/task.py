@@ -47,6 +47,11 @@ class Labelled:
         """The same on another device."""
         return Labelled(self.rows.to(device), self.labels.to(device))
 
+    def means(self, n_classes: int) -> torch.Tensor:
+        """Mean row of each class, (K, d) float64, not scaled to unit norm."""
+        moments = Moments.of(self.rows, self.labels, n_classes)
+        return moments.sums / moments.counts[:, None]
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -58,6 +63,15 @@ class Arrays:
     shots: Labelled | None
     validation: Labelled | None
     n_classes: int
+
+    @property
+    def prototypes(self) -> torch.Tensor:
+        """What labels each row by itself (K, d): the texts, or without any the mean shots."""
+        if self.texts is not None:
+            return self.texts
+        if self.shots is None:
+            raise TypeError("there are neither texts nor shots")
+        return unit(self.shots.means(self.n_classes))
 
     @classmethod
     def check(cls, X: Any, text_features: Any, shots: Pair, validation: Pair) -> Arrays:
@@ -172,8 +186,7 @@ class Task:
     @cached_property
     def means(self) -> torch.Tensor:
         """Mean labelled row of each class, (K, d) float64, not scaled to unit norm."""
-        moments = Moments.of(self.labelled.rows, self.labelled.labels, self.n_classes)
-        return moments.sums / moments.counts[:, None]
+        return self.labelled.means(self.n_classes)
 
     def anchored(self, anchors: str, name: str, *, every_class: bool = True) -> Task:
         """
