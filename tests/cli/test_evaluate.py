@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import unit
 from transclip_fast.metrics import evaluate
 
 
@@ -56,6 +57,67 @@ def test_warns_of_classes_in_another_order(solved, cli, tmp_path):
     assert ran.code == 0
     assert ran.err.startswith("warning: ")
     assert json.loads(ran.out)["warnings"] == [ran.err.removeprefix("warning: ").rstrip()]
+
+
+def gap_of(images, texts):
+    """The distance of the means of unit rows and their cosine, in float64."""
+    image, text = (unit(np.asarray(rows, np.float64)).mean(0) for rows in (images, texts))
+    norms = np.linalg.norm(image) * np.linalg.norm(text)
+    return {"distance": np.linalg.norm(image - text), "cosine": image @ text / norms}
+
+
+@pytest.mark.parametrize("method", ["transclip", "stata"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_modality_gap(save, arrays, cli, tmp_path, method, streamed):
+    """Of unit rows, whatever their scale is in the file."""
+    arrays["image_features"] = 3 * arrays["image_features"]
+    solve = ["solve", save(arrays), "--out", tmp_path / "result", "--method", method]
+    if streamed:
+        np.save(tmp_path / "rows.npy", arrays["image_features"])
+        np.save(tmp_path / "texts.npy", arrays["text_features"])
+        np.save(tmp_path / "labels.npy", arrays["labels"])
+        solve[1] = tmp_path / "rows.npy"
+        solve += ["--text-features", tmp_path / "texts.npy", "--labels", tmp_path / "labels.npy"]
+    assert cli(*solve).code == 0
+    expected = gap_of(arrays["image_features"], arrays["text_features"])
+    gap = json.loads(cli("evaluate", tmp_path / "result", "--json").out)["modality_gap"]
+    assert gap == pytest.approx(expected, abs=2e-6)
+    line = (
+        f"modality gap {expected['distance']:.3f} from the mean image to the mean class text, "
+        f"their cosine {expected['cosine']:.3f}"
+    )
+    assert line in cli("evaluate", tmp_path / "result").out.splitlines()
+
+
+def test_the_gap_is_of_the_texts_that_were_solved(save, arrays, succeeds, tmp_path):
+    """Of several templates, after a map."""
+    texts, turn = arrays["text_features"], np.linalg.qr(np.vander(np.arange(33) / 33 + 0.5))[0]
+    arrays["text_features"] = np.stack([texts, texts[:, ::-1]])
+    np.save(tmp_path / "map.npy", turn)
+    file = save(arrays)
+    succeeds("solve", file, "--out", tmp_path / "a", "--text-map", tmp_path / "map.npy")
+    mapped = (texts @ turn.T + texts[:, ::-1] @ turn.T) / 2
+    gap = json.loads(succeeds("evaluate", tmp_path / "a", "--json"))["modality_gap"]
+    assert gap == pytest.approx(gap_of(arrays["image_features"], mapped), abs=2e-6)
+
+
+def test_no_gap_without_texts_and_no_cosine_of_a_mean_of_zero(save, arrays, succeeds, tmp_path):
+    texts = arrays.pop("text_features")
+    succeeds("solve", save(arrays | {"prototypes": texts}), "--out", tmp_path / "a")
+    assert json.loads(succeeds("evaluate", tmp_path / "a", "--json"))["modality_gap"] is None
+    assert "modality gap" not in succeeds("evaluate", tmp_path / "a")
+    texts[1::2] = -texts[::2]
+    succeeds("solve", save(arrays | {"text_features": texts}), "--out", tmp_path / "b")
+    gap = json.loads(succeeds("evaluate", tmp_path / "b", "--json"))["modality_gap"]
+    assert gap["cosine"] is None
+    assert "one of which is zero" in succeeds("evaluate", tmp_path / "b")
+
+
+@pytest.mark.parametrize("gap", [[], {"distance": "x", "cosine": 0.1}, {"cosine": 0.5}])
+def test_a_tampered_gap(solved, refused, gap):
+    run = json.loads((solved / "run.json").read_text())
+    (solved / "run.json").write_text(json.dumps(run | {"modality_gap": gap}))
+    assert "run.json: " in refused("evaluate", solved)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,14 @@ def test_from_files(layout, stored, tmp_path):
         np.testing.assert_array_equal(stored.get(f"{kind}_features"), expected)
 
 
+def test_texts_of_several_templates(stored, tmp_path):
+    layer, texts = torch.nn.Linear(33, 9), np.array(stored.get("text_features"))
+    stored.arrays["text_features"] = np.stack([texts, texts[::-1]])
+    map_features(stored, text=saved(tmp_path, layer.state_dict()))
+    expected = linear_map(texts, layer.weight, layer.bias)
+    np.testing.assert_array_equal(stored.get("text_features"), [expected, expected.flip(0)])
+
+
 def test_files_that_are_no_map(stored, tmp_path):
     two = saved(tmp_path, {"a": torch.eye(33), "b": torch.eye(33)})
     with pytest.raises(InputError, match=r"map\.pt: has no array 'weight', only a, b"):

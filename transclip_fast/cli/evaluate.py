@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import click
 import numpy as np
@@ -13,6 +12,7 @@ from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.metrics import Evaluation, evaluate
+from transclip_fast.store.json_text import value_of
 from transclip_fast.store.labels import as_positions, read_labels
 from transclip_fast.store.results import Result, load_result
 
@@ -31,23 +31,37 @@ SHOWN_ROWS = 5  # of each table
 def command(result: str, labels: str | None, as_json: bool) -> None:
     """Compare the labels in RESULT with the truth: accuracy, changed labels, the worst classes.
 
+    The modality gap, the distance of the mean image from the mean class text, and their cosine are
+    those that `solve` found in the features; a result without texts has none.
+
     \b
     Example:
       transclip-fast evaluate result --labels labels.npy
     """
     with session.collected_warnings({}):
-        scores, class_name = evaluate_result(result, labels)
-    for message in scores.warnings:
+        found = evaluate_result(result, labels)
+    for message in found.scores.warnings:
         session.warn([], message)
-    session.print_summary(asdict(scores), describe_evaluation(scores, class_name), as_json)
+    summary = asdict(found.scores) | {"modality_gap": found.gap}
+    session.print_summary(summary, describe_evaluation(found), as_json)
 
 
-def evaluate_result(
-    result: str, labels: str | None = None
-) -> tuple[Evaluation, Callable[[int], str]]:
-    """The evaluation of a result folder, and the name of each class."""
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation of a result, the names of its classes, and the `modality_gap` of run.json."""
+
+    scores: Evaluation
+    class_names: list[str] | None
+    gap: dict[str, float | None] | None
+
+    def name_of(self, k: int) -> str:
+        """The name of a class."""
+        return self.class_names[k] if self.class_names else f"class {k}"
+
+
+def evaluate_result(result: str, labels: str | None = None) -> Evaluated:
+    """The evaluation of a result folder."""
     loaded = load_result(result)
-    names = loaded.run["class_names"]
     predicted = loaded.labels("label")
     if labels is not None:
         truth = _given_labels(loaded, labels)
@@ -56,7 +70,19 @@ def evaluate_result(
     else:
         raise InputError(f"{result}: was solved without labels; give --labels")
     scores = evaluate(predicted, loaded.labels("zero_shot_label"), truth)
-    return scores, lambda k: str(names[k]) if names else f"class {k}"
+    return Evaluated(scores, loaded.run["class_names"], _modality_gap(loaded))
+
+
+def _modality_gap(result: Result) -> dict[str, float | None] | None:
+    """That of run.json; earlier results have none."""
+    gap, file = result.run.get("modality_gap"), result.folder / "run.json"
+    if gap is None:
+        return None
+    gap = value_of(result.run, "modality_gap", dict, file)
+    return {
+        "distance": value_of(gap, "distance", float, file),
+        "cosine": value_of(gap, "cosine", (float, type(None)), file),  # a mean of zero has none
+    }
 
 
 def _given_labels(result: Result, file: str) -> np.ndarray:
@@ -70,8 +96,9 @@ def _given_labels(result: Result, file: str) -> np.ndarray:
     return truth.numpy()
 
 
-def describe_evaluation(scores: Evaluation, class_name: Callable[[int], str]) -> str:
+def describe_evaluation(found: Evaluated) -> str:
     """An evaluation as text."""
+    scores, class_name = found.scores, found.name_of
     lines = [
         counted(scores.n_queries, "image")
         + (
@@ -83,9 +110,14 @@ def describe_evaluation(scores: Evaluation, class_name: Callable[[int], str]) ->
         f"mean over classes {scores.mean_class_accuracy:.2f} %",
         f"{counted(scores.n_flipped, 'label')} changed: {scores.corrected:,} corrected, "
         f"{scores.broken:,} broken",
-        "",
-        "worst classes           images  zero-shot  transductive",
     ]
+    if found.gap is not None:
+        cosine = found.gap["cosine"]
+        lines.append(
+            f"modality gap {found.gap['distance']:.3f} from the mean image to the mean class text, "
+            + ("one of which is zero" if cosine is None else f"their cosine {cosine:.3f}")
+        )
+    lines += ["", "worst classes           images  zero-shot  transductive"]
     for k, rows, before, after in scores.per_class[:SHOWN_ROWS]:
         lines.append(f"  {class_name(k):20.20}  {rows:7,}  {before:7.2f} %     {after:7.2f} %")
     if scores.confusions:

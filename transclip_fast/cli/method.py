@@ -15,7 +15,8 @@ from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftover
 from transclip_fast.cli.outlook import describe_changes
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import check_class_names, path_from, true_labels
-from transclip_fast.cli.summary import of_labelled, run_summary
+from transclip_fast.cli.summary import modality_gap, of_labelled, run_summary
+from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -189,6 +190,9 @@ def solve_with_method(
         run |= describe_method(method) | {
             "zero_shot_from": "shots" if arrays.texts is None else "texts",
             "features": path_from(out, features.path),
+            "modality_gap": modality_gap(
+                unread_matrix(features.get("image_features"), "X"), arrays.texts
+            ),
             "n_iter": method.n_iter_,
             "graph": {"n_neighbors": used[0].n_neighbors, **used[0].info} if used else None,
             "config": {"method": method.name, "anchors": method.anchors, **method.chosen_.values},

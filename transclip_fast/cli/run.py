@@ -129,7 +129,7 @@ def solve_folder(
         clean(result, solve_leftovers(str(result)))
     text = describe_solution(run, str(result))
     if run["accuracy"] is not None:
-        text = f"{text}\n\n{describe_evaluation(*evaluate_result(str(result)))}"
+        text = f"{text}\n\n{describe_evaluation(evaluate_result(str(result)))}"
     return run, text
 
 

@@ -22,7 +22,7 @@ from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
-from transclip_fast.cli.summary import of_others, run_summary, solver_summary
+from transclip_fast.cli.summary import modality_gap, of_others, run_summary, solver_summary
 from transclip_fast.data.checks import as_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -149,6 +149,9 @@ def solve_features(
                 columns["rejected"] &= ~known
         run |= solver_summary(model) | {
             "features": path_from(out, features.path),
+            "modality_gap": modality_gap(
+                problem.features, solved.get("text_features"), problem.exchange
+            ),
             "known_labels": of_others("known", known, labels, before, truth),
             "rejected": of_others("rejected", columns.get("rejected"), labels, before, truth),
             "n_shots": 0 if problem.support is None else len(problem.support[1]),

@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from transclip_fast.cli import session
 from transclip_fast.cli.graph import describe
 from transclip_fast.cli.options import requested
 from transclip_fast.cli.outlook import describe_changes, size_changes, use_of_classes
 from transclip_fast.cli.session import counted
+from transclip_fast.data.checks import unit_sample
+from transclip_fast.data.npy_shards import StoredRows
+from transclip_fast.data.texts import ensemble
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.metrics import accuracy
+from transclip_fast.ops.exchange import Exchange
 from transclip_fast.store.features import Features
 from transclip_fast.store.results import TRANSCLIP
+
+MEAN_ROWS = 8192  # added up at a time
 
 
 def run_summary(
@@ -64,6 +71,36 @@ def solver_summary(model: TransCLIP) -> dict[str, Any]:
             "gamma": model.gamma_,
             "class_cost": model.class_costs_ is not None,
         },
+    }
+
+
+def modality_gap(
+    matrix: torch.Tensor | StoredRows, text_features: Any, exchange: Exchange | None = None
+) -> dict[str, float | None] | None:
+    """
+    How far the mean image is from the mean class text, and their cosine; None without texts.
+
+    Of the features (N, d) as unit rows and of the texts of `ensemble`; the distance is that of
+    arXiv:2203.02053. A mean of zero has no cosine. Ranks that share the rows all call this.
+    """
+    if text_features is None:
+        return None
+    n_rows, dim = matrix.shape
+    first = 0 if exchange is None else exchange.partition.rows.start
+
+    def leaf(own: slice) -> tuple[torch.Tensor]:
+        total = torch.zeros(dim, dtype=torch.float64)
+        for ids in torch.split(torch.arange(first + own.start, first + own.stop), MEAN_ROWS):
+            total += unit_sample(matrix, ids).sum(0, dtype=torch.float64).cpu()
+        return (total if exchange is None else total.to(exchange.device),)
+
+    sums = leaf(slice(0, n_rows)) if exchange is None else exchange.total(leaf, [(dim,)])
+    image = sums[0].cpu() / n_rows
+    text = ensemble(text_features, columns=dim).cpu().double().mean(0)
+    norms = float(image.norm() * text.norm())
+    return {
+        "distance": round(float((image - text).norm()), 6),
+        "cosine": round(float(image @ text) / norms, 6) if norms > 0 else None,
     }
 
 

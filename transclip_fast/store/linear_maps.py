@@ -89,8 +89,12 @@ def map_features(features: Features, **files: str | None) -> None:
         if not present:
             raise InputError(f"{file}: there are no {kind} features to map")
         for name in present:
-            names = (features.origins[name], str(file))
-            features.arrays[name] = linear_map(features.arrays[name], weight, bias, names=names)
+            names, array = (features.origins[name], str(file)), features.arrays[name]
+            if len(array.shape) == 3:  # texts of several templates, (P, K, d)
+                parts = [linear_map(part, weight, bias, names=names) for part in array]
+                features.arrays[name] = torch.stack(parts)
+            else:
+                features.arrays[name] = linear_map(array, weight, bias, names=names)
         hashes = [array_sha256(array) for array in (weight, bias) if array is not None]
         features.maps[f"{kind}_map"] = " ".join(hashes)
 
