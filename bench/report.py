@@ -15,12 +15,18 @@ import json
 import re
 from pathlib import Path
 
-from bench import correction_tables, tables, wild_tables
+from bench import correction_tables, head_tables, tables, wild_tables
 from bench.common import ROOT
 from bench.faults import tables as fault_tables
 from bench.tables import Row, compared, newest
 
-BLOCKS = tables.BLOCKS | wild_tables.BLOCKS | correction_tables.BLOCKS | fault_tables.BLOCKS
+BLOCKS = (
+    tables.BLOCKS
+    | head_tables.BLOCKS
+    | wild_tables.BLOCKS
+    | correction_tables.BLOCKS
+    | fault_tables.BLOCKS
+)
 DOCUMENTS = ("README.md", "docs/speed.md", "bench/README.md")
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)

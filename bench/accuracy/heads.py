@@ -86,7 +86,7 @@ def measure(name: str, arrays: Arrays) -> dict[str, Any]:
         "alone": right(alone),
         "plain": right(plain),
         "with_transclip": right(model.transduction_),
-        "parameters": {key: round(value, 4) for key, value in head.parameters.items()},
+        "parameters": {key: float(f"{value:.4g}") for key, value in head.parameters.items()},
         "seconds": {
             "fit": round(fitted - start, 2),
             "predict": round(predicted - fitted, 3),

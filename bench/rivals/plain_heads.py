@@ -5,7 +5,8 @@ Full batches until the loss stands still, even grids, none of the library's code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,26 +46,48 @@ def tip_adapter_f(a: Arrays) -> np.ndarray:
     return _searched(a, keys.detach().numpy())
 
 
-def clip_adapter(a: Arrays) -> np.ndarray:
-    """Take the ratio of 0.2 to 0.8 that is best on validation rows; starts as the library does."""
+def clip_adapter(a: Arrays, *, sides: Sequence[str] = ("image",)) -> np.ndarray:
+    """Try ratios of 0.2 to 0.8, of one side after the other; starts as the library does."""
+    ratios = dict.fromkeys(sides, 0.2)
+    best, found = _adapted(a, ratios)
+    for side in sides:
+        start = ratios
+        for ratio in (0.4, 0.6, 0.8):
+            right, logits = _adapted(a, {**start, side: ratio})
+            if right > best:
+                best, found, ratios = right, logits, {**start, side: ratio}
+    return found
+
+
+def clip_adapter_blend(a: Arrays) -> np.ndarray:
+    """Train both bottlenecks and the network of the ratios, which start at a half."""
+    draw, text = torch.Generator().manual_seed(0), torch.tensor(a["text_features"])
+    d = text.shape[1]
+    image, texts = _bottleneck(draw, d), _bottleneck(draw, d)
+    network = [_uniform(draw, d // 4, d, 2 * d) for _ in range(2)]
+    ends = [torch.zeros(d // 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def logits(rows: np.ndarray) -> torch.Tensor:
+        x = torch.tensor(rows)
+        hidden = torch.relu(x @ network[0].T + text.mean(0) @ network[1].T)
+        r, s = (1 / (1 + torch.exp(-hidden @ end[:, None])) for end in ends)  # (n, 1)
+        mixed, adapted = r * _through(x, image) + (1 - r) * x, _through(text, texts)
+        own = [s * adapted[k] + (1 - s) * text[k] for k in range(len(text))]  # (n, d) each
+        return TAU * torch.stack([torch.cosine_similarity(mixed, of) for of in own], 1)
+
+    weights = [*image, *texts, *network, *ends]
+    _descend(weights, lambda: logits(a["support_features"]), a["support_labels"], 2e-3)
+    with torch.no_grad():
+        return logits(a["image_features"]).numpy()
+
+
+def unmix_clip(a: Arrays) -> np.ndarray:
+    """Take the alpha that is best on validation rows; starts as the library does."""
     best, found = -1.0, np.empty(0)
-    for ratio in (0.2, 0.4, 0.6, 0.8):
-        draw, d = torch.Generator().manual_seed(0), a["text_features"].shape[1]
-        down = (2 * torch.rand(d // 4, d, generator=draw) - 1).double() / d**0.5
-        up = (2 * torch.rand(d, d // 4, generator=draw) - 1).double() / (d // 4) ** 0.5
-        layers = [down.requires_grad_(), up.requires_grad_()]
-
-        def logits(
-            rows: np.ndarray, mlp: Sequence[torch.Tensor] = layers, r: float = ratio
-        ) -> torch.Tensor:
-            x = torch.tensor(rows)
-            mixed = r * torch.relu(torch.relu(x @ mlp[0].T) @ mlp[1].T) + (1 - r) * x
-            return _cosines(mixed, torch.tensor(a["text_features"]))
-
-        _descend(layers, lambda: logits(a["support_features"]), a["support_labels"], 2e-3)
-        right = logits(a["validation_features"]).argmax(1).numpy() == a["validation_labels"]
-        if right.mean() > best:
-            best, found = right.mean(), logits(a["image_features"]).detach().numpy()
+    for alpha in (7e-5, 7e-4, 7e-3):
+        right, logits = _unmixed(a, alpha)
+        if right > best:
+            best, found = right, logits
     return found
 
 
@@ -111,9 +134,75 @@ PLAIN: dict[str, Callable[[Arrays], np.ndarray]] = {
     "tip-adapter": tip_adapter,
     "tip-adapter-f": tip_adapter_f,
     "clip-adapter": clip_adapter,
+    "clip-adapter-text": partial(clip_adapter, sides=("text",)),
+    "clip-adapter-both": partial(clip_adapter, sides=("image", "text")),
+    "clip-adapter-blend": clip_adapter_blend,
+    "unmix-clip": unmix_clip,
     "taskres": task_res,
     "linear-probe": linear_probe,
 }
+
+
+def _adapted(a: Arrays, ratios: Mapping[str, float]) -> tuple[float, np.ndarray]:
+    """Return the validation accuracy and logits of CLIP-Adapter with these ratios of its sides."""
+    draw, d = torch.Generator().manual_seed(0), a["text_features"].shape[1]
+    mlps = {side: _bottleneck(draw, d) for side in ratios}
+
+    def mixed(rows: np.ndarray, side: str) -> torch.Tensor:
+        x = torch.tensor(rows)
+        if side not in ratios:
+            return x
+        return ratios[side] * _through(x, mlps[side]) + (1 - ratios[side]) * x
+
+    def logits(rows: np.ndarray) -> torch.Tensor:
+        return _cosines(mixed(rows, "image"), mixed(a["text_features"], "text"))
+
+    weights = [w for mlp in mlps.values() for w in mlp]
+    _descend(weights, lambda: logits(a["support_features"]), a["support_labels"], 2e-3)
+    return _measured(a, logits)
+
+
+def _unmixed(a: Arrays, alpha: float) -> tuple[float, np.ndarray]:
+    """Return the validation accuracy and logits of Unmix-CLIP with this alpha."""
+    draw, text = torch.Generator().manual_seed(0), torch.tensor(a["text_features"])
+    d = text.shape[1]
+    shapes = ((d // 2, d), (3 * d // 4, d), (d // 2, 3 * d // 4))
+    image, *mlp = layers = [_uniform(draw, *shape, shape[1]) for shape in shapes]
+
+    def logits(rows: np.ndarray) -> torch.Tensor:
+        return _cosines(torch.tensor(rows) @ image.T, torch.relu(text @ mlp[0].T) @ mlp[1].T)
+
+    def penalty() -> torch.Tensor:
+        found, rows = torch.zeros(()), torch.relu(text @ mlp[0].T) @ mlp[1].T
+        for i in range(len(rows)):
+            products = torch.cosine_similarity(rows, rows[i : i + 1])
+            others = torch.cat([products[:i], products[i + 1 :]])
+            found = found + (products[i] - 1) ** 2 + 0.2 * others.square().sum()
+        return alpha * found
+
+    shots = a["support_features"], a["support_labels"]
+    _descend(layers, lambda: logits(shots[0]), shots[1], 2e-3, penalty=penalty)
+    return _measured(a, logits)
+
+
+def _measured(a: Arrays, logits: Callable[[np.ndarray], torch.Tensor]) -> tuple[float, np.ndarray]:
+    """Return the accuracy on validation rows, and the logits of the queries."""
+    right = logits(a["validation_features"]).argmax(1).numpy() == a["validation_labels"]
+    return float(right.mean()), logits(a["image_features"]).detach().numpy()
+
+
+def _bottleneck(draw: torch.Generator, d: int) -> list[torch.Tensor]:
+    return [_uniform(draw, d // 4, d, d), _uniform(draw, d, d // 4, d // 4)]
+
+
+def _uniform(draw: torch.Generator, rows: int, columns: int, inputs: int) -> torch.Tensor:
+    """Return weights of up to 1 / sqrt(inputs), which take gradients."""
+    found: torch.Tensor = (2 * torch.rand(rows, columns, generator=draw) - 1).double() / inputs**0.5
+    return found.requires_grad_()
+
+
+def _through(x: torch.Tensor, mlp: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.relu(torch.relu(x @ mlp[0].T) @ mlp[1].T)
 
 
 def _tip(a: Arrays, rows: np.ndarray, keys: np.ndarray, alpha: float, beta: float) -> np.ndarray:
@@ -140,12 +229,15 @@ def _descend(
     labels: np.ndarray,
     rate: float,
     steps: int = 500,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> None:
     optimizer = torch.optim.Adam(parameters, lr=rate)
     before = float("inf")
     for _ in range(steps):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(logits(), torch.tensor(labels))
+        if penalty is not None:
+            loss = loss + penalty()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if abs(before - loss.item()) < 1e-6:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_problem
 from transclip_fast.errors import InputError
-from transclip_fast.heads import HEADS, clip_adapter, fit_head
+from transclip_fast.heads import HEADS, fit_head
 from transclip_fast.heads.files import ENTRY, StoredHead, read_head, save_head
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
@@ -60,8 +60,7 @@ def changed(path, tensors=None, entry=None, raw=None):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_on_features(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_adapter, "EPOCHS", 5)
+def test_every_head_on_features(name, tmp_path, short):
     features, text, labels = make_problem(n=137)
     head = fit_head(
         name,
@@ -143,6 +142,25 @@ def other_settings(head):
 def test_learners_whose_parts_do_not_fit(place, name, tensor, expected, tmp_path):
     file = tmp_path / "head.safetensors"
     save_head(file, StoredHead(other_heads()[place], "x", NAMES, None))
+    changed(file, {name: tensor})
+    with pytest.raises(InputError, match=expected):
+        read_head(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("blend_ratio", torch.zeros(5), "blend_ratio has shape .5,., expected .u. with .*u = 8"),
+        ("mean_text", torch.zeros(32), "mean_text has shape .32,., expected .d. with .*d = 33"),
+        ("text_up", torch.zeros(33, 7), "text_up has shape .33, 7., expected .d, v. with .*v = 8"),
+        ("blend_text", None, "is no head of this version: its tensors lacks blend_text"),
+    ],
+)
+def test_blends_whose_parts_do_not_fit(name, tensor, expected, tmp_path, short):
+    features, text, labels = make_problem(n=40)
+    file = tmp_path / "head.safetensors"
+    head = fit_head("clip-adapter-blend", text, features, labels)
+    save_head(file, StoredHead(head, "clip-adapter-blend", NAMES, None))
     changed(file, {name: tensor})
     with pytest.raises(InputError, match=expected):
         read_head(file)

@@ -9,6 +9,7 @@ import torch
 from bench.accuracy import heads as bench_heads
 from bench.rivals.plain_heads import fit as fit_plainly
 from tests.conftest import unit
+from tests.heads.shots import TAU, fitted, logits_of, without_validation
 from tests.ordered_sums import OrderedSums
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.heads import (
@@ -18,62 +19,27 @@ from transclip_fast.heads import (
     ensemble,
     fit_head,
     linear_probe,
-    task_res,
     tip_adapter,
-    tip_adapter_f,
+    unmix_clip,
 )
 from transclip_fast.heads.task import Labelled, Task
 
-TRAINED = ("tip-adapter-f", "clip-adapter", "taskres", "linear-probe")
+ADAPTERS = ("clip-adapter", "clip-adapter-text", "clip-adapter-both", "clip-adapter-blend")
+DRAWN = (*ADAPTERS, "unmix-clip")  # start at random weights
+TRAINED = ("tip-adapter-f", *DRAWN, "taskres", "linear-probe")
 BOUND = ("prompt-ensemble", "tip-adapter", "tip-adapter-f", "taskres", "linear-probe")
-TAU = 100.0
-
-
-@pytest.fixture
-def task(problem):
-    """Arrays of a FEATURES file with 8 shots and 4 validation rows a class."""
-    features, text, labels = problem(n=400, noise=0.06)
-    order = np.argsort(labels, kind="stable")
-    place = np.concatenate([np.arange(n) for n in np.bincount(labels)])
-    groups = {"support": place < 8, "validation": (place >= 8) & (place < 12), "image": place >= 12}
-    arrays = {"text_features": text}
-    for name, chosen in groups.items():
-        arrays[f"{name}_features"] = features[order[chosen]]
-        arrays[f"{name}_labels"] = labels[order[chosen]]
-    arrays["labels"] = arrays.pop("image_labels")
-    return arrays
-
-
-def fitted(name, arrays, **more):
-    """The head of some arrays."""
-    shots = {key: a for key, a in arrays.items() if key.startswith(("support_", "validation_"))}
-    return fit_head(name, arrays["text_features"], **shots, **more)
-
-
-def without_validation(arrays):
-    return {key: a for key, a in arrays.items() if not key.startswith("validation")}
-
-
-def logits_of(head, arrays):
-    return head.logits(torch.from_numpy(arrays["image_features"])).numpy()
 
 
 def right(logits, arrays):
     return 100 * (logits.argmax(1) == arrays["labels"]).mean()
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Trainings that are over soon, for what does not depend on their length."""
-    for head in (tip_adapter_f, clip_adapter):
-        monkeypatch.setattr(head, "EPOCHS", 10)
-    monkeypatch.setattr(task_res, "EPOCHS", 10)
-
-
 @pytest.mark.parametrize("name", HEADS)
 def test_as_good_as_the_plain_fit(name, task, monkeypatch):
-    # The plain fit stops when the loss stands still: 200 steps of a single batch are too few.
+    # The plain fit stops when the loss stands still: 200 steps of a single batch are too few, and
+    # a falling rate goes half as far as the 500 steps of its constant rate.
     monkeypatch.setattr(clip_adapter, "EPOCHS", 600)
+    monkeypatch.setattr(unmix_clip, "EPOCHS", 1000)
     head, plain = logits_of(fitted(name, task), task), fit_plainly(name, task)
     assert abs(right(head, task) - right(plain, task)) <= 1
     if name in TRAINED:
@@ -142,31 +108,12 @@ def test_training_lowers_the_loss_of_the_shots(name, task):
     assert loss(fitted(name, task).logits(rows), labels) < 0.7 * loss(before, labels)
 
 
-@pytest.mark.parametrize("name", ["prompt-ensemble", "taskres", "linear-probe"])
+@pytest.mark.parametrize(
+    "name", ["prompt-ensemble", "clip-adapter-text", "taskres", "linear-probe"]
+)
 def test_prototypes_are_unit_rows(name, task):
     prototypes = fitted(name, task).prior(torch.empty(0, 33))["prototypes"]
     np.testing.assert_allclose(prototypes.norm(dim=1), 1, atol=1e-6)
-
-
-def test_clip_adapter_is_its_formula(task):
-    head = fitted("clip-adapter", task)
-    rows = task["image_features"].astype(np.float64)
-    adapted = np.maximum(np.maximum(rows @ head.down.numpy().T, 0) @ head.up.numpy().T, 0)
-    mixed = unit(head.ratio * adapted + (1 - head.ratio) * rows)
-    np.testing.assert_allclose(
-        logits_of(head, task), TAU * mixed @ task["text_features"].T, atol=1e-3
-    )
-    assert head.down.shape == (8, 33)
-
-
-def test_clip_adapter_takes_the_ratio_that_validates_best(task):
-    rows, labels = (torch.from_numpy(task[f"validation_{n}"]) for n in ("features", "labels"))
-    chosen = fitted("clip-adapter", task)
-    first = fitted("clip-adapter", without_validation(task))
-    assert first.parameters == {"ratio": 0.2}
-    scores = [(head.predict(rows) == labels).double().mean() for head in (chosen, first)]
-    assert scores[0] >= scores[1]
-    assert (chosen.ratio == 0.2) == (scores[0] == scores[1])
 
 
 def test_prompt_ensemble_is_the_unit_mean(task):
@@ -198,7 +145,7 @@ def test_the_same_seed_gives_the_same_head(name, task, short):
     heads = [fitted(name, task, seed=seed) for seed in (3, 3, 4)]
     first, same, other = (logits_of(head, task) for head in heads)
     np.testing.assert_array_equal(first, same)
-    assert (first != other).any() or name != "clip-adapter"  # which draws its start
+    assert (first != other).any() or name not in DRAWN
 
 
 @pytest.mark.parametrize("name", ["taskres", "tip-adapter-f"])
@@ -216,15 +163,6 @@ def test_restricted_to_some_classes(name, task, short):
     classes = torch.tensor([4, 0, 3])
     restricted = logits_of(head.restrict(classes), task)
     np.testing.assert_allclose(restricted, logits_of(head, task)[:, classes], atol=1e-4)
-
-
-def test_clip_adapter_goes_to_other_classes(task, problem, short):
-    _, other, _ = problem(k=9, seed=5)
-    moved = fitted("clip-adapter", task).transfer(torch.from_numpy(other))
-    logits = logits_of(moved, task)
-    assert logits.shape == (328, 9)
-    same = fitted("clip-adapter", task)
-    np.testing.assert_array_equal(logits_of(moved.transfer(same.text), task), logits_of(same, task))
 
 
 @pytest.mark.parametrize("name", BOUND[1:])

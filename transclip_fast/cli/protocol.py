@@ -133,8 +133,8 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
     Base classes are the first half (of an odd number one more), new ones the others; queries of
     one half are classified among its own classes only, and TransCLIP runs on top of each head. The
     table has base, new and their harmonic mean. Prompt learners go to the new classes with their
-    names, clip-adapter and prompt-ensemble with their texts; other heads are bound to the classes
-    they were trained on.
+    names; the forms of clip-adapter, unmix-clip and prompt-ensemble go with their texts; other
+    heads are bound to the classes they were trained on.
 
     \b
     Example:
@@ -150,8 +150,9 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
 def cross_dataset(source: str, targets: tuple[str, ...], **options: Any) -> None:
     """Train each head on SOURCE and use it on TARGETS, which have other classes.
 
-    Prompt learners go to TARGETS with the names of their classes, clip-adapter and prompt-ensemble
-    with their texts; other heads are bound to the classes they were trained on.
+    Prompt learners go to TARGETS with the names of their classes; the forms of clip-adapter,
+    unmix-clip and prompt-ensemble go with their texts; other heads are bound to the classes they
+    were trained on.
 
     \b
     Example:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
 from transclip_fast.heads import (
     clip_adapter,
+    clip_adapter_blend,
     linear_probe,
     prompt_ensemble,
     task_res,
     tip_adapter,
     tip_adapter_f,
+    unmix_clip,
 )
 from transclip_fast.heads.base import Head, PrototypeHead
 from transclip_fast.heads.prompts import (
@@ -64,6 +67,10 @@ HEADS = {
     "tip-adapter": Method(tip_adapter.fit),
     "tip-adapter-f": Method(tip_adapter_f.fit),
     "clip-adapter": Method(clip_adapter.fit, transfers=True),
+    "clip-adapter-text": Method(partial(clip_adapter.fit, names=clip_adapter.TEXT), transfers=True),
+    "clip-adapter-both": Method(partial(clip_adapter.fit, names=clip_adapter.BOTH), transfers=True),
+    "clip-adapter-blend": Method(clip_adapter_blend.fit, transfers=True),
+    "unmix-clip": Method(unmix_clip.fit, transfers=True),
     "taskres": Method(task_res.fit),
     "linear-probe": Method(linear_probe.fit),
 }

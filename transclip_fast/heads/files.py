@@ -16,11 +16,13 @@ import torch
 from transclip_fast.data.checks import UNIT_NORM_TOLERANCE
 from transclip_fast.errors import InputError, reading
 from transclip_fast.heads.base import Head, PrototypeHead
-from transclip_fast.heads.clip_adapter import AdapterHead
+from transclip_fast.heads.clip_adapter import AdapterHead, BothAdaptersHead, TextAdapterHead
+from transclip_fast.heads.clip_adapter_blend import BlendedHead
 from transclip_fast.heads.prompts.cocoop import ConditionalHead
 from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.heads.tip_adapter import CacheHead
+from transclip_fast.heads.unmix_clip import ProjectedHead
 from transclip_fast.store.json_text import parse_json
 from transclip_fast.store.tensors import read_tensors, write_tensors
 
@@ -38,7 +40,18 @@ ENTRY_TYPES: dict[str, Any] = {
 }
 KINDS: dict[str, type[Head]] = {
     head.kind: head
-    for head in (PrototypeHead, CacheHead, AdapterHead, PromptHead, ConditionalHead, TransportHead)
+    for head in (
+        PrototypeHead,
+        CacheHead,
+        AdapterHead,
+        TextAdapterHead,
+        BothAdaptersHead,
+        BlendedHead,
+        ProjectedHead,
+        PromptHead,
+        ConditionalHead,
+        TransportHead,
+    )
 }
 
 

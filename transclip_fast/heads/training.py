@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
+from transclip_fast.heads.base import Head, percent_right
 from transclip_fast.heads.task import Task
 
 BATCH_ROWS = 256
+AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def train(
@@ -19,6 +22,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     *,
     epochs: int,
+    penalty: Callable[[], torch.Tensor] | None = None,
     place: int = 0,
     trainings: int = 1,
 ) -> None:
@@ -26,7 +30,8 @@ def train(
     Minimise the cross-entropy of the shots, in shuffled batches of 256 under a cosine schedule.
 
     `logits` takes rows (n, d) and returns logits (n, K) with gradients to the parameters of the
-    optimizer. `place` is the position of this training among several, for the progress.
+    optimizer; the result of `penalty`, if given, is added to each cross-entropy. `place` is the
+    position of this training among several, for the progress.
     """
     features, labels = task.shots.features, task.shots.labels
     draw = torch.Generator().manual_seed(task.seed)
@@ -36,10 +41,21 @@ def train(
         order = torch.randperm(len(labels), generator=draw)
         for rows in torch.split(order, BATCH_ROWS):
             optimizer.zero_grad()
-            F.cross_entropy(logits(features[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+            loss = F.cross_entropy(logits(features[rows]), labels[rows])
+            if penalty is not None:
+                loss = loss + penalty()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         task.progress(place * epochs + epoch + 1, trainings * epochs)
+
+
+def best_validated(heads: Sequence[AnyHead], task: Task) -> AnyHead:
+    """The first head of the best validation accuracy; the first of all without such rows."""
+    held_out = task.validation
+    if held_out is None:
+        return heads[0]
+    return max(heads, key=lambda h: percent_right(h.logits(held_out.features), held_out.labels))
 
 
 def first_weights(draw: torch.Generator, inputs: int, *shape: int) -> torch.Tensor:
@@ -50,3 +66,8 @@ def first_weights(draw: torch.Generator, inputs: int, *shape: int) -> torch.Tens
 def trainable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies that take gradients."""
     return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+def detached(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Trained weights by name, without gradients."""
+    return {name: weight.detach() for name, weight in weights.items()}
