@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from scipy import sparse
 from tests.conftest import make_problem, unit
 from tests.ranks import on_ranks
 from transclip_fast import InputError, NeighborGraph, TransCLIP
+from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
+from transclip_fast.metrics import outlier_scores
 from transclip_fast.ops.exchange import Exchange, Partition
-from transclip_fast.ops.ranked import RankedBackend, RankedRows
+from transclip_fast.ops.ranked import RankedBackend, RankedRows, neighbor_places
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.ranks import Ranks, current_ranks
-from transclip_fast.types import Affinity, Assignments, Truncation
+from transclip_fast.types import Assignments, Scores, Truncation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,30 +161,73 @@ def damaged(values, arrays):
 
 
 def bytes_sent():
-    """Bytes that ranks say they sent, and what their docstring says; for a sweep and a sum."""
-    found, ranks = [], current_ranks()
-    partition = Partition(2100, ranks)
+    """Of every line of the docstring, what ranks say they sent, and what it says they do."""
+    n_rows, n_classes, dim, ranks = 2100, 6, 5, current_ranks()
+    rng, device, others = np.random.default_rng(0), torch.device("cpu"), ranks.size - 1
+    neighbors = (np.arange(n_rows)[:, None] + rng.integers(1, n_rows, (n_rows, 3))) % n_rows
+    partition = Partition(n_rows, ranks)
     own, exchange = partition.rows, Exchange(partition)
     n_own = own.stop - own.start
-    features = RankedRows(np.ones((2100, 5), np.float32), "X", torch.device("cpu"), exchange)
-    # Row 7 is a neighbour of every row, that of the first rank.
-    columns = exchange.set_halo(torch.full((n_own,), 7))
-    offsets = torch.arange(n_own + 1)
-    affinity = Affinity(offsets, columns, torch.ones(n_own))
-    halos = 0 if ranks.rank else ranks.size - 1
-    for truncation, row_bytes in ((None, 4 * 6), (Truncation(3, 3), 4 + 8 * 2)):
-        z = Assignments.empty(n_own, 6, truncation, torch.device("cpu"))
-        z.values[:, :2] = 0.5
-        ops = RankedBackend(TorchOps, exchange)(affinity)
-        z, exchange.sent = ops.room(z), 0
-        ops.energies(z)
-        sums_of_two = joins(partition) * 16 + (0 if ranks.rank else 16 * (ranks.size - 1))
-        found.append((exchange.sent, halos * row_bytes + sums_of_two))
+    features = RankedRows(np.eye(n_rows, dim, dtype=np.float32) + 1, "X", device, exchange)
+    backend, found = RankedBackend(TorchOps, exchange), {}
+
+    def sends(name, expected, action, *arguments):
         exchange.sent = 0
-        ops.class_sums(z, features)
-        times = joins(partition) + (0 if ranks.rank else ranks.size - 1)
-        found.append((exchange.sent, 8 * 7 * 6 * times))
+        result = action(*arguments)
+        found[name] = exchange.sent, expected
+        return result
+
+    z = Assignments.empty(n_own, n_classes, None, device)
+    weights = torch.ones(n_classes, dim)
+    sends("start", 96 * n_classes * others, partial(backend.start, out=z), features, weights, None)
+    ids = torch.arange(0, n_rows, 7)
+    n_ids = int(((ids >= own.start) & (ids < own.stop)).sum())
+    sends("features", 4 * dim * n_ids * others, features.__getitem__, ids)
+
+    n_halo, n_wanted, n_edges = sizes_of_halos(partition, neighbors)
+    graph = NeighborGraph(neighbors[own], np.ones((n_own, 3), np.float32))
+    expected = 20 * n_edges + 16 * others + 8 * n_halo + 8 * n_wanted
+    edges = sends("edges", expected, partial(affinity, graph, exchange=exchange))
+
+    ops = backend(edges)
+    times = joins(partition) + (0 if ranks.rank else others)  # that a sum is sent
+    forms = {"dense": (None, 4 * n_classes, 0), "sparse": (Truncation(3, 3), 8 * 2, 8 * others)}
+    for form, (truncation, row_bytes, more) in forms.items():
+        z = Assignments.empty(n_own, n_classes, truncation, device)
+        z.values[:, :2] = 0.5
+        base = Scores.empty(torch.ones(n_own), n_classes, truncation)
+        base.values.zero_()
+        z, spare = ops.room(z), ops.room(z.empty_like())
+        halo = row_bytes * n_wanted + more
+        sweep = partial(ops.sweep, base, z, out=spare)
+        sends(f"{form} sweep", halo, sweep)
+        sends(f"{form} sweep of the same z", 0, sweep)
+        spare.values[:, 2:] = 0
+        spare.values[:, :2] = 0.5
+        sends(f"{form} energies", halo + 16 * times, ops.energies, spare)
+        sends(f"{form} sweep after them", 0, partial(ops.sweep, base, spare, out=z))
+        sends(f"{form} class sums", 8 * 7 * 6 * times, ops.class_sums, spare, features)
+
+    places, extend = neighbor_places(features, graph.neighbors)
+    scores = np.ones(n_own, np.float32)
+    sends("outlier scores", 20 * n_wanted, outlier_scores, scores, places, extend)
+    columns = torch.zeros(n_own, dtype=torch.int64), torch.zeros(n_own)
+    sends("labels", 8 * n_own * others, exchange.join, columns[0])
+    sends("scores", 4 * n_own * others, exchange.join, columns[1])
     return found
+
+
+def sizes_of_halos(partition, neighbors):
+    """H, G and E of this rank, by going through all pairs of rows."""
+    rank, size = partition.ranks.rank, partition.ranks.size
+    firsts = [partition.first_row(r) for r in range(1, size)]
+    owners = (np.arange(len(neighbors))[:, None] >= firsts).sum(1)
+    ends = np.stack([np.repeat(np.arange(len(neighbors)), 3), neighbors.ravel()])
+    pairs = np.concatenate([ends, ends[::-1]], axis=1)
+    needed = np.unique(np.stack([owners[pairs[0]], pairs[1]]), axis=1)  # a rank, and a row
+    needed = needed[:, needed[0] != owners[needed[1]]]
+    n_edges = ((owners[ends[0]] == rank) & (owners[ends[1]] != rank)).sum()
+    return (needed[0] == rank).sum(), (owners[needed[1]] == rank).sum(), n_edges
 
 
 def joins(partition, low=0, high=None):
@@ -213,7 +259,7 @@ def test_uneven_work_bytes_and_refusals():
     assert "X: row 599 contains NaN" in ranks[2][3]  # the rank that has the row
     assert all("another rank ended early" in ranks[rank][3] for rank in (0, 1, 3))
     for _, sent, refusals, _ in ranks:
-        assert all(found == expected for found, expected in sent)
+        assert {name: x for name, (x, _) in sent.items()} == {n: x for n, (_, x) in sent.items()}
         for name, refusal in zip(("features", "parameters", "graph"), refusals, strict=True):
             assert f"{name}: rank 1 has other ones than rank 0" in refusal
 

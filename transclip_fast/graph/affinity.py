@@ -53,7 +53,7 @@ def affinity(
     else:
         weights = weights / graph.n_neighbors
     if exchange is not None:
-        rows, columns = rows - exchange.partition.rows.start, exchange.set_halo(columns)
+        rows, columns = rows - exchange.partition.rows.start, exchange.set_halo(columns, nodes)
         if nodes is not None:
             others = torch.arange(len(exchange.halo.ids), device=nodes.device) + len(nodes)
             nodes = torch.cat([nodes, others])

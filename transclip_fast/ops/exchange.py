@@ -9,12 +9,13 @@ rows, and G is how often its own rows are in halos. With P ranks, a rank sends, 
     start    the 8 most confident rows of each class: 96 K (P - 1)
              the features of those that it owns, and of a sample, n rows: 4 d n (P - 1)
              edges to rows of others ("symmetric"), E of them: 20 E
-             how many of both, and the numbers of its halo: 16 (P - 1) + 8 H
-    sweep    z of the rows in halos of others: 4 K G if dense; sparse 4 G + 8 for each entry in use
-    energies the same once more, and sums of 2 numbers
+             how many of both, numbers and places of the halo: 16 (P - 1) + 8 H + 8 G
+    sweep    z of the rows in halos of others: 4 K G if dense; sparse, 8 for each entry in use and
+             8 (P - 1); nothing where z is that of the last fetch, as after the energies
+    energies the same of the new z, and sums of 2 numbers
     step     class sums and masses, 8 (K + 1) (d + 1): see below
-    end      z as in a sweep; outlier scores, three times: 12 G; `solve` also both labels and the
-             outlier score of its n rows to all: 20 n (P - 1)
+    end      outlier scores, once in float32, twice in float64: 20 G; `solve` also both labels and
+             the outlier score of its n rows to all: 20 n (P - 1)
 
 A sum of s bytes goes up the tree, s for each of a rank's subtrees that joins one of another rank,
 and from rank 0 back to all, s (P - 1). A few more sums of one number are taken at the start, after
@@ -31,7 +32,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ import torch.distributed
 
 from transclip_fast.data.feature_rows import Tensors, UnitRows
 from transclip_fast.ranks import Ranks, lost_rank_as_input_error
-from transclip_fast.types import Assignments
 
 # Rows of a part: whole blocks of every product, so that a small problem is cut where its blocks
 # end; and enough that adding sums (K, d) is little work beside the products of these rows.
@@ -114,6 +114,8 @@ class Halo:
     ----------
     ids : Tensor (H,) int64
         Their numbers, ascending.
+    places : Tensor (H,) int64
+        Where z has each of them, after own rows.
     counts : list of int
         How many of them each rank owns.
     wanted : Tensor (G,) int64
@@ -123,6 +125,7 @@ class Halo:
     """
 
     ids: torch.Tensor
+    places: torch.Tensor
     counts: list[int]
     wanted: torch.Tensor
     wanted_counts: list[int]
@@ -144,7 +147,7 @@ class Exchange:
         self.partition, self.ranks = partition, partition.ranks
         self.sent, self.device = 0, torch.device("cpu")
         none = torch.empty(0, dtype=torch.int64)
-        self.halo = Halo(none, [0] * self.ranks.size, none, [0] * self.ranks.size)
+        self.halo = Halo(none, none, [0] * self.ranks.size, none, [0] * self.ranks.size)
         firsts = [partition.first_row(rank) for rank in range(1, self.ranks.size)]
         self._firsts = torch.tensor(firsts, dtype=torch.int64)
 
@@ -230,63 +233,58 @@ class Exchange:
         )
         return targets, sources, weights
 
-    def set_halo(self, ids: torch.Tensor) -> torch.Tensor:
+    def set_halo(self, ids: torch.Tensor, nodes: torch.Tensor | None = None) -> torch.Tensor:
         """
         Make the rows `ids` of others the halo; returns where z has all of `ids`.
 
-        Own rows come first there, then those of others, in the order of their numbers.
+        Own rows come first there, then those of others, each owner's in the order in which it has
+        them: `nodes` (n,) are the places of own rows.
         """
         rows = self.partition.rows
         own = (ids >= rows.start) & (ids < rows.stop)
         others = torch.unique(ids[~own])
-        owners = self._owners(others.cpu())
-        counts = self._counts(owners)
+        counts = self._counts(self._owners(others.cpu()))
         coming = self._counts_from_all(counts)
         wanted = self._all_to_all(others, counts, coming) - rows.start
-        self.halo = Halo(others, counts, wanted, coming)
+        # In its own order a rank reads its lists one after the other, and like ones stay close.
+        kept = torch.split(wanted if nodes is None else nodes[wanted], coming)
+        orders = [part.argsort() for part in kept]
+        found = torch.split(wanted, coming)
+        wanted = torch.cat([part[order] for part, order in zip(found, orders, strict=True)])
+        places = self._all_to_all(torch.cat([x.argsort() for x in orders]), coming, counts)
+        lengths = torch.tensor(counts, device=places.device)
+        places += torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        self.halo = Halo(others, places, counts, wanted, coming)
         return self.places(ids)
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Where z has rows, own ones or of the halo; -1 for -1."""
-        rows, others = self.partition.rows, self.halo.ids.to(ids.device)
+        rows, halo = self.partition.rows, self.halo
         own = (ids >= rows.start) & (ids < rows.stop)
-        places = torch.searchsorted(others, ids) + rows.stop - rows.start
-        return torch.where(own, ids - rows.start, places).where(ids >= 0, -1)
+        found, others = torch.where(own, ids - rows.start, -1), ~own & (ids >= 0)
+        places = halo.places[torch.searchsorted(halo.ids, ids[others].to(halo.ids.device))]
+        found[others] = places.to(ids.device) + rows.stop - rows.start
+        return found
 
-    def fetch(self, z: Assignments, nodes: torch.Tensor | None) -> Assignments:
-        """z of own rows and, in the memory behind them, of the halo."""
-        halo, n_own = self.halo, len(z)
-        n_halo = len(halo.ids)
-        whole = z.extended(n_halo)
-        if self.ranks.size == 1:
-            return whole
-        wanted = halo.wanted if nodes is None else nodes[halo.wanted]
-        if z.classes is None or whole.classes is None:
-            rows = self._all_to_all(z.values[wanted], halo.wanted_counts, halo.counts)
-            whole.values[n_own:] = rows
-            return whole
-        # Entries in use come first: few columns have any.
-        lengths = (z.values > 0).sum(1, dtype=torch.int32)[wanted]
-        coming = self._all_to_all(lengths, halo.wanted_counts, halo.counts)
-        used, places = (
-            torch.arange(int(n.max()) if len(n) else 0, device=n.device) < n[:, None]
-            for n in (lengths, coming)
-        )
-        sent, received = (
-            [int(part.sum()) for part in torch.split(n, counts)]
-            for n, counts in ((lengths, halo.wanted_counts), (coming, halo.counts))
-        )
-        for own, all_rows in ((z.values, whole.values), (z.classes, whole.classes)):
-            entries = own[:, : used.shape[1]][wanted][used]
-            others = all_rows[n_own:].zero_()[:, : places.shape[1]]
-            others[places] = self._all_to_all(entries, sent, received)
-        return whole
+    def fetch(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of the halo, from their owners; `rows` are the own ones that others want."""
+        return self._all_to_all(rows, self.halo.wanted_counts, self.halo.counts)
+
+    def fetch_lists(self, entries: torch.Tensor, ends: torch.Tensor) -> Sequence[torch.Tensor]:
+        """
+        As `fetch`, of lists: each rank's entries (E, 2).
+
+        `entries` (E, 2) are those of the own lists that others want, one after the other; `ends`
+        (G,) counts them up to the end of each list.
+        """
+        before = torch.cat([ends.new_zeros(1), ends])
+        counts = before[list(accumulate(self.halo.wanted_counts, initial=0))].diff().tolist()
+        coming = self._counts_from_all(counts)
+        return torch.split(self._all_to_all(entries, counts, coming), coming)
 
     def extend(self, values: torch.Tensor) -> torch.Tensor:
         """Numbers (n,) of own rows, then those of the halo."""
-        halo = self.halo
-        wanted = values[halo.wanted.to(values.device)]
-        return torch.cat([values, self._all_to_all(wanted, halo.wanted_counts, halo.counts)])
+        return torch.cat([values, self.fetch(values[self.halo.wanted.to(values.device)])])
 
     def digest(self, leaf: Callable[[slice], str]) -> str:
         """Hash of the hashes of all parts, of which `leaf` makes one of own rows."""

@@ -17,17 +17,20 @@ import numpy as np
 import torch
 
 from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.ops import numba_lists as lists
 from transclip_fast.ops import numba_loops as loops
 from transclip_fast.ops import numba_topk as topk
 from transclip_fast.ops.block_scores import block_scores, prior_scores
 from transclip_fast.ops.blocks import blocks, gemm_rows, read_rows
 from transclip_fast.ops.int8_scores import int8_scores
+from transclip_fast.ops.packed_lists import not_lists
 from transclip_fast.ops.torch_backend import START_ROWS, TorchOps
 from transclip_fast.parallel import CPU, ThreadBuffer, n_threads, parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end together
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
+PACKED_ROWS = 4096  # rows of a block of lists that are packed
 SQUARE_ROWS = 2048  # rows of a block of squares
 CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
 # Writes the candidates of a block of rows to their lists. Two arrays (8, K) receive the largest
@@ -170,6 +173,29 @@ class NumbaOps(TorchOps):
             *_arrays(z), neighbors.numpy(), classes.numpy(), z.n_classes, out.numpy()
         )
         return out
+
+    def pack(self, z: Assignments, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        arrays, ends = _arrays(z), torch.empty_like(rows)
+
+        def part(block: slice) -> torch.Tensor:
+            size = block.stop - block.start
+            out = np.empty((size * z.values.shape[1], 2), np.int32)
+            own = ends.numpy()[block]
+            n = lists.pack(rows.numpy()[block], *arrays, out, out.view(np.float32), own)
+            return torch.from_numpy(out[:n])
+
+        parts = list(blocks(len(rows), PACKED_ROWS))
+        found = parallel_map(part, parts)
+        before = 0
+        for block, entries in zip(parts, found, strict=True):
+            ends[block] += before
+            before += len(entries)
+        return torch.cat(found) if found else torch.empty(0, 2, dtype=torch.int32), ends
+
+    def unpack(self, entries: torch.Tensor, out: Assignments) -> None:
+        array = entries.numpy()
+        if not lists.unpack(array, array.view(np.float32), *_arrays(out), out.n_classes):
+            raise not_lists()
 
     def _node_ids(self, n_rows: int) -> np.ndarray:
         """Node of each row of the features, (N,) int64."""

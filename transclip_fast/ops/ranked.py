@@ -6,6 +6,7 @@ The operations on rows that several processes share: any backend's on each one's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows, Tensors, UnitRows
 from transclip_fast.ops.exchange import Exchange
 from transclip_fast.ops.torch_backend import START_ROWS, TorchOps, share_dropped, top_rows
+from transclip_fast.parallel import parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
 
 
@@ -141,17 +143,33 @@ class RankedOps(TorchOps):
     def __init__(
         self, local: TorchOps, exchange: Exchange, nodes: torch.Tensor | None = None
     ) -> None:
-        self._local, self._exchange, self._nodes = local, exchange, nodes
-        partition = exchange.partition
+        self._local, self.exchange, self._nodes = local, exchange, nodes
+        self._fetched: Assignments | None = None  # z whose halo is that of its rows
+        wanted, partition = exchange.halo.wanted, exchange.partition
+        self._wanted = wanted if nodes is None else nodes[wanted]
         self._parts = {
             part.start: local.of_rows(part, partition.n_parts) for part in partition.parts
         }
 
     def room(self, z: Assignments) -> Assignments:
-        return z.with_room(len(self._exchange.halo.ids))
+        self._fetched = None  # frees it, too
+        return z.with_room(len(self.exchange.halo.ids))
 
     def with_halo(self, z: Assignments) -> Assignments:
-        return self._exchange.fetch(z, self._nodes)
+        n_halo, n_own = len(self.exchange.halo.ids), len(z)
+        whole = z.extended(n_halo)
+        if z is self._fetched or self.exchange.ranks.size == 1:
+            return whole
+        if z.classes is None:
+            whole.values[n_own:] = self.exchange.fetch(z.values[self._wanted])
+        else:
+            found = self.exchange.fetch_lists(*self._local.pack(z, self._wanted))
+            ends = [n_own + end for end in accumulate(self.exchange.halo.counts, initial=0)]
+            halo = [whole.take(slice(first, last)) for first, last in pairwise(ends)]
+            lists = zip(found, halo, strict=True)
+            parallel_map(lambda part: self._local.unpack(*part), lists, z.values.device)
+        self._fetched = z
+        return whole
 
     def neighbor_means(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
@@ -160,7 +178,7 @@ class RankedOps(TorchOps):
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
         rows = _local(features)
-        for part in self._exchange.partition.parts:
+        for part in self.exchange.partition.parts:
             written = out.take(part) if self._nodes is None else out
             self._parts[part.start].score(rows.part(part), score.take(part), out=written)
         return out
@@ -168,7 +186,9 @@ class RankedOps(TorchOps):
     def sweep(
         self, base: Scores, z: Assignments, *, out: Assignments, bounded: bool = True
     ) -> Assignments:
-        whole = self._exchange.fetch(z, self._nodes)
+        whole = self.with_halo(z)
+        if out is self._fetched:
+            self._fetched = None
         if len(out):
             self._local.sweep(base, whole, out=out, bounded=bounded)
         return out
@@ -180,17 +200,17 @@ class RankedOps(TorchOps):
             read = z.take(part) if self._nodes is None else z
             return self._parts[part.start].kept_sums(read, rows.part(part))
 
-        sums, counts = self._exchange.total(leaf, [(n_classes, dim), (n_classes,)])
+        sums, counts = self.exchange.total(leaf, [(n_classes, dim), (n_classes,)])
         return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)
 
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = self._exchange.fetch(z, self._nodes)
+        whole = self.with_halo(z)
         terms = z.values.new_empty(0, 2, dtype=torch.float64)
         if len(z):
             terms = self._local.row_energies(whole)
         if self._nodes is not None:
             terms = terms[self._nodes]
-        ((pairwise, entropy),) = self._exchange.total(lambda part: (terms[part].sum(0),), [(2,)])
+        ((pairwise, entropy),) = self.exchange.total(lambda part: (terms[part].sum(0),), [(2,)])
         return pairwise, entropy
 
     def expectation(self, z: Assignments, log_prior: torch.Tensor) -> torch.Tensor:
@@ -198,14 +218,14 @@ class RankedOps(TorchOps):
             read = z.take(part) if self._nodes is None else z
             return (self._parts[part.start].expectation(read, log_prior[part]),)
 
-        return self._exchange.total(leaf, [()])[0]
+        return self.exchange.total(leaf, [()])[0]
 
     def received(self, z: Assignments, messages: Messages) -> torch.Tensor:
         def leaf(part: slice) -> Tensors:
             read = z.take(part) if self._nodes is None else z
             return (self._parts[part.start].received(read, messages.take(part)),)
 
-        return self._exchange.total(leaf, [()])[0]
+        return self.exchange.total(leaf, [()])[0]
 
 
 def _local(features: UnitRows) -> Rows:

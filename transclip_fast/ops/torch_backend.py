@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.ops import packed_lists
 from transclip_fast.ops.block_scores import block_scores, prior_scores
 from transclip_fast.ops.blocks import GEMM_ROWS, block_rows, blocks, gemm_rows, read_rows
 from transclip_fast.parallel import parallel_map
@@ -282,6 +283,14 @@ class TorchOps:
                 values = torch.where(same, values[:, None], 0).sum(2)
             total += values
         return total / there.sum(1, keepdim=True).clamp_min(1)
+
+    def pack(self, z: Assignments, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `packed_lists.pack`."""
+        return packed_lists.pack(z, rows)
+
+    def unpack(self, entries: torch.Tensor, out: Assignments) -> None:
+        """As `packed_lists.unpack`."""
+        packed_lists.unpack(entries, out)
 
     def _edges(self, n_classes: int) -> list[tuple[slice, Affinity]]:
         """Blocks of nodes with their rows of A, cut once: sweeps would spend a third on it."""
