@@ -1,4 +1,4 @@
-"""The tables of `bench.accuracy.wild`, `outliers`, `calibration` and `default_gamma`."""
+"""The tables of `bench.accuracy.wild`, `outliers`, `calibration` and other accuracies."""
 
 from __future__ import annotations
 
@@ -117,6 +117,24 @@ def outliers(folder: Path) -> str:
     return "\n\n".join([table(head, lines), source(rows)])
 
 
+def centred_prior(folder: Path) -> str:
+    """Tabulate the text prediction, and TransCLIP on it, before and after centring."""
+    rows = newest("centred_prior", "scenario", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.accuracy.centred_prior`."
+    variants = list(rows[0]["accuracy"])
+    head = ["scenario", "problems", *variants]
+    lines = []
+    for row in rows:
+        values = [row["accuracy"][x] for x in variants]
+        before = [row["accuracy"][f"as it is: {x.partition(': ')[2]}"] for x in variants]
+        worst = [np.min(np.subtract(x, y)) for x, y in zip(values, before, strict=True)]
+        cells = [f"{np.mean(x):.2f} ({y:+.1f})" for x, y in zip(values, worst, strict=True)]
+        lines.append([row["scenario"], str(len(values[0])), *cells])
+    text = "Mean accuracy, and in brackets the worst change of a problem against the same as it is."
+    return "\n\n".join([text, table(head, lines), source(rows)])
+
+
 CONFIDENCES = ("z", "calibrated")
 CALIBRATION_HEAD = ["scenario", "draws"] + [
     f"{name}: {figure}" for figure in ("error, mean / worst", "area") for name in CONFIDENCES
@@ -167,6 +185,7 @@ BLOCKS = {
     "wild": families,
     "wild-scenarios": scenarios,
     "outliers": outliers,
+    "centred-prior": centred_prior,
     "calibration": calibration,
     "default-gamma": default_gamma,
 }
