@@ -8,6 +8,8 @@ from pathlib import Path
 from bench.names import FEATURES
 from bench.tables import newest, source, table
 
+ALLOWED_POINTS = 1.0  # of accuracy, between a head and its plain fit
+
 
 def heads(folder: Path) -> str:
     """Tabulate heads alone and below TransCLIP."""
@@ -25,6 +27,14 @@ def heads(folder: Path) -> str:
     text = "Accuracy of the head alone → of TransCLIP on top, with 16 shots; zero-shot has " + (
         ", ".join(f"{zero_shot[x]:.2f} on {FEATURES[x].split(',')[0]}" for x in sets) + "."
     )
+    apart = [row for row in rows if abs(row["alone"] - row["plain"]) > ALLOWED_POINTS]
+    if apart:
+        text += " More than a point from the plain fit: " + ", ".join(
+            f"{row['head']} on {FEATURES[row['features']].split(',')[0]}, {row['alone']:.2f} "
+            f"against {row['plain']:.2f}"
+            for row in apart
+        )
+        text += "."
     return "\n\n".join([text, table(head, lines), source(rows)])
 
 

@@ -18,6 +18,7 @@ import torch
 
 from bench.accuracy.golden import accuracy, golden_folder, rows_of_each_class
 from bench.common import command_line, record, unit_rows
+from bench.head_tables import ALLOWED_POINTS
 from bench.rivals.plain_heads import fit as fit_plainly
 from transclip_fast import TransCLIP
 from transclip_fast.data.checks import as_unit_rows
@@ -26,7 +27,6 @@ from transclip_fast.heads import HEADS, fit_head
 
 SETS = ("oxford_pets_vitb32", "dtd_vitb32", "whurs19_clip_vit-b-32")
 SHOTS, HELD_OUT, TEXTS = 16, 4, 4  # rows of a class
-ALLOWED_POINTS = 1.0  # of accuracy, between a head and its plain fit
 Arrays = dict[str, np.ndarray]
 
 
