@@ -67,16 +67,6 @@ def test_help_has_an_example(name, succeeds):
     assert f"\n    transclip-fast {name}" in out
 
 
-def test_help_has_sections(succeeds):
-    out = succeeds("solve", "--help")
-    titles = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
-    assert titles[0] == "Options:"
-    assert len(titles) == 4
-    assert out.index(titles[1]) < out.index("--text-features FILE") < out.index(titles[2])
-    assert out.index(titles[2]) < out.index("--kl-weight") < out.index(titles[3])
-    assert out.index(titles[3]) < out.index("--backend")
-
-
 def test_help_lists_the_commands(succeeds):
     out = succeeds("--help")
     assert all(f"  {name} " in out for name in COMMANDS)

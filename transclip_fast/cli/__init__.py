@@ -12,23 +12,34 @@ import click
 from transclip_fast.errors import InputError, one_line, printable
 from transclip_fast.version import __version__
 
-COMMANDS = {
-    "demo": "Label handwritten digits, from images to labels, offline.",
-    "run": "Label images with class names, in one go.",
-    "encode": "Encode images and class names into a feature folder.",
-    "convert": "Convert a checkpoint to one file that loads without a copy.",
-    "train-head": "Train a few-shot method, such as CoOp, on features.",
-    "solve": "Label the rows of features, all of them jointly.",
-    "compare": "Compare methods on the same features, in one table.",
-    "predict": "Label new rows with the mixture of a result.",
-    "report": "Write a page that shows a result, for the browser.",
-    "suggest": "List the images whose correction helps most.",
-    "evaluate": "Compare a result with the true labels.",
-    "graph": "Search the neighbours of features, for several solves.",
-    "plan": "Predict memory and time of a solve.",
-    "protocol": "Make tables over data sets, shots and seeds, as papers have them.",
-    "doctor": "Check versions, devices and known conflicts.",
+GROUPS = {
+    "Start here": {
+        "demo": "Label handwritten digits, from images to labels, offline.",
+        "run": "Label images with class names, in one go.",
+        "doctor": "Check versions, devices and known conflicts.",
+    },
+    "One stage at a time": {
+        "encode": "Encode images and class names into a feature folder.",
+        "graph": "Search the neighbours of features, for several solves.",
+        "plan": "Predict memory and time of a solve.",
+        "solve": "Label the rows of features, all of them jointly.",
+        "predict": "Label new rows with the mixture of a result.",
+    },
+    "Look at a result, and correct it": {
+        "report": "Write a page that shows a result, for the browser.",
+        "suggest": "List the images whose correction helps most.",
+        "evaluate": "Compare a result with the true labels.",
+    },
+    "Few-shot and other methods": {
+        "train-head": "Train a few-shot method, such as CoOp, on features.",
+        "compare": "Compare methods on the same features, in one table.",
+        "protocol": "Make tables over data sets and seeds, as papers do.",
+    },
+    "Large models": {
+        "convert": "Convert a checkpoint to one file, loaded without a copy.",
+    },
 }
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 
 
 RESUMED = ("demo", "run", "encode", "train-head", "solve", "graph", "protocol")
@@ -49,8 +60,9 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:

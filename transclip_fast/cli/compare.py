@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.command import Command
 from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.comparison_table import SUFFIXES, as_text, write_table
 from transclip_fast.cli.graph import leftovers
@@ -31,7 +32,9 @@ from transclip_fast.store.foreign import is_cache
 ARRAYS = (*FIT_ARRAYS, "labels", "class_names")
 
 
-@click.command("compare", cls=options.SectionedCommand)
+@click.command(
+    "compare", cls=Command, shown="methods out shots graph_folder text_features labels as_json"
+)
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @click.option(
     "--methods",
@@ -60,22 +63,21 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     """Label FEATURES with every method, on the same rows and graph, and show one table.
 
     FEATURES are those of `solve`, or a folder of the feature folders test/, train/ and val/.
-    Settings left open are chosen on the validation rows, over the published grids; the table
-    has how many runs that took, and which methods assume that all classes are equally frequent.
-    Methods that learn from shots take the texts as shots where there are none; --anchors changes
-    that for those that can do otherwise, and the column "text" has what each took.
     Accuracy is of the rows with a true label, "changed" the labels that differ from zero-shot,
-    time that of all runs without the graph, and memory the peak of the process.
-
-    With --out, run the same command again after a crash, or with more methods: those that are
-    done are kept, in a hidden file beside the table. With many rows and classes name fast methods:
-    tim-adm takes 150 passes over the features, alpha-tim and tim-gd 1,000, and validation rows
-    multiply all passes by the runs.
+    time that of all runs without the graph, and memory the peak of the process. With --out, run the
+    same command again after a crash, or with more methods: those that are done are kept.
 
     \b
     Examples:
       transclip-fast compare features.npz --out table.md
-      transclip-fast compare pets --shots 4 --methods transclip,tim-adm,laplacianshot
+      transclip-fast compare pets --shots 4 --methods transclip,laplacianshot
+    \f
+    Settings left open are chosen on the validation rows, over the published grids; the table
+    has how many runs that took, and which methods assume that all classes are equally frequent.
+    Methods that learn from shots take the texts as shots where there are none; --anchors changes
+    that for those that can do otherwise, and the column "text" has what each took. With many rows
+    and classes name fast methods: tim-adm takes 150 passes over the features, alpha-tim and tim-gd
+    1,000, and validation rows multiply all passes by the runs.
     """
     names = _names(methods)
     if out is not None and (Path(out).suffix not in SUFFIXES or Path(out).is_dir()):

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import session
+from transclip_fast.cli.command import Command
 from transclip_fast.cli.options import (
     PATH,
     POSITIVE,
@@ -81,7 +82,11 @@ encode_options = options_of(
 )
 
 
-@click.command("encode")
+@click.command(
+    "encode",
+    cls=Command,
+    shown="out pretrained precision classes templates labels_from_folders batch_size device",
+)
 @click.argument("images", type=PATH, required=False)
 @click.option("--out", type=PATH, help="Folder to write. A killed encode is resumed.")
 @click.option(
@@ -104,23 +109,27 @@ def command(
     """Encode IMAGES into a feature folder.
 
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
-    webdataset tars, or a .json of splits as CoOp has them. --out receives img_emb/, metadata/,
-    manifest.json, failures.csv and, with --classes, prototypes.npy: a folder that `graph` and
-    `solve` open. --local-features adds local_emb/, a feature for each patch of an image. Started by
-    torchrun, all processes encode into the same folder, each its shards. Run the same command again
-    after a crash: it resumes from the last whole shard. Run it again after images were added,
-    removed or replaced: it encodes those that are new or changed, tries failures again and keeps
-    the rest; the files are those of one run.
+    webdataset tars, or a .json of splits as CoOp has them. `graph` and `solve` open the folder
+    --out. Run the same command again after a crash, or after images were added, removed or
+    replaced: it encodes those that are new or changed, and the files are those of one run.
 
     \b
-    Examples:
-      transclip-fast encode photos --model ViT-B-32 --pretrained openai --classes names.txt \\
-          --out features
+    Example:
+      transclip-fast encode photos --classes names.txt --model ViT-B-32 \\
+          --pretrained openai --out features
+    \f
+    \b
+    More examples:
       transclip-fast encode split_zhou_OxfordPets.json --split test --model ViT-B-32 \\
           --pretrained openai --out pets/test
       torchrun --nproc-per-node 8 -m transclip_fast.cli encode photos --model EVA-CLIP-8B \\
           --pretrained eva-clip-8b.safetensors --precision bf16 --out features
       transclip-fast encode --synthetic --model ViT-B-32 --pretrained none
+
+    --out receives img_emb/, metadata/, manifest.json, failures.csv and, with --classes,
+    prototypes.npy. --local-features adds local_emb/, a feature for each patch of an image. Started
+    by torchrun, all processes encode into the same folder, each its shards. After a crash it
+    resumes from the last whole shard; failures are tried again.
     """
     if synthetic:
         session.print_summary(*time_model(values), as_json)

@@ -59,11 +59,6 @@ COMPUTATION = {
 }
 TYPES = {"kl_weight": float, "gamma": float, "candidates": int, "rank": int, "memory": str}
 ESTIMATOR = PARAMETERS | COMPUTATION  # all but the device
-SECTIONS = {
-    "Files that replace or complete FEATURES": ARRAYS,
-    "Parameters of the method": PARAMETERS,
-    "Computation": {"device", *COMPUTATION},
-}
 
 
 class AutoSwitch(click.Choice):  # type: ignore[type-arg]
@@ -157,22 +152,6 @@ search_options = options_of(
 image_map_option = click.option(
     "--image-map", type=PATH, help="Matrix (d, d) that maps the image features."
 )
-
-
-class SectionedCommand(click.Command):
-    """A command whose --help lists files, parameters and computation in sections of their own."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {"Options": [], **{s: [] for s in SECTIONS}}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                titles = (title for title, names in SECTIONS.items() if parameter.name in names)
-                sections[next(titles, "Options")].append(record)
-        for title, records in sections.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
 
 
 def model_of(options: Mapping[str, Any]) -> TransCLIP:

@@ -11,6 +11,7 @@ import click
 import torch
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.command import Command
 from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
@@ -95,7 +96,11 @@ class Plan:
         return {**asdict(self), "peak": self.peak}
 
 
-@click.command("plan", cls=options.SectionedCommand)
+@click.command(
+    "plan",
+    cls=Command,
+    shown="queries classes dim graph_folder search text_features assignments memory device as_json",
+)
 @click.argument("features", type=options.PATH, required=False)
 @click.option(
     "--queries", type=options.POSITIVE, help="Number of rows, if there are no FEATURES yet."

@@ -46,7 +46,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
 
     \b
     Example:
-      transclip-fast predict result more_features.npz --out more_labels
+      transclip-fast predict result more.npz --out more
     """
     if Path(out).resolve() == Path(result).resolve():
         raise InputError(f"{out}: is the result to predict from; name another folder")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import session
+from transclip_fast.cli.command import Command
 from transclip_fast.cli.options import PATH, POSITIVE, device_option, json_option, options_of
 from transclip_fast.cli.towers import Prompter, tower_options
 from transclip_fast.heads import HEADS, LEARNERS
@@ -25,7 +26,7 @@ HEAD_NAMES = (*HEADS, *LEARNERS, plans.TRANSCLIP_FS)
 FEW_SHOT_HEADS = (*(x for x in HEADS if HEADS[x].needs_shots), plans.TRANSCLIP_FS)
 
 
-class ListsCommand(click.Command):
+class ListsCommand(Command):
     """Accepts `--shots 1 2 4` and `--head a b`, where click needs `--shots 1 --shots 2 ...`.
 
     Only whole numbers and names of heads continue a list, so that FEATURES may follow.
@@ -104,7 +105,12 @@ def command() -> None:
     """
 
 
-@command.command("few-shot", cls=ListsCommand, short_help="Heads over numbers of shots.")
+_protocol = partial(
+    command.command, cls=ListsCommand, shown="heads shots seeds subsets epochs device as_json"
+)
+
+
+@_protocol("few-shot", short_help="Heads over numbers of shots.")
 @click.argument("features", nargs=-1, required=True, type=PATH)
 @_options(FEW_SHOT_HEADS, SHOTS)
 def few_shot(features: tuple[str, ...], **options: Any) -> None:
@@ -122,9 +128,7 @@ def few_shot(features: tuple[str, ...], **options: Any) -> None:
     _carry_out(partial(plans.few_shot, features), options)
 
 
-@command.command(
-    "base-to-new", cls=ListsCommand, short_help="From half of the classes to the others."
-)
+@_protocol("base-to-new", short_help="From half of the classes to the others.")
 @click.argument("features", nargs=-1, required=True, type=PATH)
 @_options(("clip-adapter",), (16,))
 def base_to_new(features: tuple[str, ...], **options: Any) -> None:
@@ -143,7 +147,7 @@ def base_to_new(features: tuple[str, ...], **options: Any) -> None:
     _carry_out(partial(plans.base_to_new, features), options)
 
 
-@command.command("cross-dataset", cls=ListsCommand, short_help="From one data set to others.")
+@_protocol("cross-dataset", short_help="From one data set to others.")
 @click.argument("source", type=PATH)
 @click.argument("targets", nargs=-1, required=True, type=PATH)
 @_options(("clip-adapter",), (16,))
@@ -161,7 +165,7 @@ def cross_dataset(source: str, targets: tuple[str, ...], **options: Any) -> None
     _carry_out(partial(plans.cross_dataset, source, targets), options)
 
 
-@command.command("domains", cls=ListsCommand, short_help="From a data set to its variants.")
+@_protocol("domains", short_help="From a data set to its variants.")
 @click.argument("source", type=PATH)
 @click.argument("targets", nargs=-1, required=True, type=PATH)
 @click.option(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.command import Command
 from transclip_fast.cli.encode import encode_options, encode_progress, report
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import (
@@ -35,7 +36,11 @@ from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
 REPORT = "report.html"
 
 
-@click.command("run")
+@click.command(
+    "run",
+    cls=Command,
+    shown="pretrained classes templates labels_from_folders class_cost memory device csv",
+)
 @click.argument("images", type=options.PATH)
 @options.out_option
 @encode_options
@@ -60,13 +65,15 @@ def command(
     IMAGES is a folder of images, ImageNet's folders, a .txt, .csv or .parquet list of paths,
     webdataset tars, or a .json of splits as CoOp has them. --out receives the folders features/,
     graph/ and result/, and report.html, which shows the result in a browser. Run the same command
-    again after a crash: it skips the stages that are done and resumes the one that is not. Run it
-    again after images were added, removed or replaced: it encodes those that are new or changed,
-    and computes the graph and the labels anew.
+    again after a crash, or after images were added, removed or replaced: it does what is missing.
 
     \b
     Example:
       transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
+    \f
+    After a crash it skips the stages that are done and resumes the one that is not. Where images
+    have changed it encodes those that are new or changed, and computes the graph and the labels
+    anew.
     """
     if values["classes"] is None and Path(images).suffix != ".json":
         raise InputError("run needs --classes: a file of names, or imagenet")

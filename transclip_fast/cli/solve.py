@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.command import Command
 from transclip_fast.cli.graph import GraphSearch, search_of
 from transclip_fast.cli.head import apply_head, read_choice
 from transclip_fast.cli.method import (
@@ -36,7 +37,11 @@ from transclip_fast.store.linear_maps import map_features
 from transclip_fast.store.results import TRANSCLIP
 
 
-@click.command("solve", cls=options.SectionedCommand)
+@click.command(
+    "solve",
+    cls=Command,
+    shown="graph_folder text_features labels class_names corrections class_cost memory device csv",
+)
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @options.out_option
 @click.option("--graph", "graph_folder", type=options.PATH, help="Graph folder of these features.")
@@ -72,35 +77,41 @@ from transclip_fast.store.results import TRANSCLIP
 def command(path: str, out: str, head: str | None, as_json: bool, **values: Any) -> None:
     """Label all rows of FEATURES jointly.
 
-    FEATURES is a feature folder; or a file (.npz, .pt, .safetensors) with image_features (N, d),
-    text_features (K, d) and any of labels (N,), class_names (K,), support_features (M, d),
-    support_labels (M,), validation_features (V, d), validation_labels (V,), known_labels (N,), and
-    of another method one of prior (N, K), prior_logits (N, K) and prototypes (K, d); or a folder of
-    few-shot caches (test_f.pt, keys_16shots.pt, ...). Labels are positions in the list of classes,
-    class names, or one-hot. A sparse prior is a scipy CSR file, or
-    prior_indices (N, m) and prior_values (N, m) with the largest classes of each row.
-
-    The folder --out receives predictions.parquet, mixture.safetensors and run.json. Run the same
-    command again after a crash: it resumes from the last checkpoint and gives bit-identical
-    results. Methods other than transclip have no mixture, and keep only the graph after a crash.
-
-    Started by torchrun, processes on one or more machines that see the same folders share the rows;
-    labels have the same bits for any number of them, also when another number resumes after a
-    crash. Without --graph, one of them searches for all.
+    FEATURES is a feature folder, a file (.npz, .pt, .safetensors) with image_features (N, d) and
+    text_features (K, d), or a folder of few-shot caches. --out receives predictions.parquet,
+    mixture.safetensors and run.json. Run the same command again after a crash: it resumes and gives
+    bit-identical results. Few-shot, priors, other methods and parameters: --help-all.
 
     \b
     Examples:
       transclip-fast solve features.npz --out result
+      transclip-fast solve images.npy --text-features text.npy --out result
+      transclip-fast solve features --corrections corrections.csv --out result2
+    \f
+    \b
+    More examples:
       transclip-fast solve images.npy --text-features text.npy --class-names names.txt --out result
       transclip-fast solve features.npz --support-features shots.npy --support-labels y.npy \\
           --gamma 0.02 --out result
       transclip-fast solve features.npz --known-labels checked.npy --out result
-      transclip-fast solve features --corrections corrections.csv --out result2
       transclip-fast solve caches/dtd --shots 16 --text-features text.pt --out result
       transclip-fast solve features.npz --head taskres --out result
       transclip-fast solve features --head coop.safetensors --out result
       transclip-fast solve features.npz --method stata --set alpha=2 --out result
       torchrun --nproc-per-node 4 -m transclip_fast.cli solve features --graph graph --out result
+
+    A file may also hold labels (N,), class_names (K,), support_features (M, d), support_labels
+    (M,), validation_features (V, d), validation_labels (V,), known_labels (N,), and of another
+    method one of prior (N, K), prior_logits (N, K) and prototypes (K, d). Caches are test_f.pt,
+    keys_16shots.pt, ... Labels are positions in the list of classes, class names, or one-hot. A
+    sparse prior is a scipy CSR file, or prior_indices (N, m) and prior_values (N, m) with the
+    largest classes of each row.
+
+    Methods other than transclip have no mixture, and keep only the graph after a crash.
+
+    Started by torchrun, processes on one or more machines that see the same folders share the rows;
+    labels have the same bits for any number of them, also when another number resumes after a
+    crash. Without --graph, one of them searches for all.
     """
     with joined(together=True) as ranks:
         run = _solve(path, out, head, ranks, quiet=as_json, **values)

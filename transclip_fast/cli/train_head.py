@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.command import Command
 from transclip_fast.cli.head import LABELLED
 from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.towers import Prompter, encoder_of, tower_options
@@ -33,7 +34,7 @@ PROMPT_OPTIONS = ("model", "pretrained", "precision", "n_ctx", "start", "class_s
 SHOWN_CLASSES = 5  # contexts whose words are printed
 
 
-@click.command("train-head", cls=options.SectionedCommand)
+@click.command("train-head", cls=Command, shown="shots seed start epochs model pretrained device")
 @click.argument("name")
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @click.option("--shots", type=options.POSITIVE, help="Rows of a class.  [default: all]")
@@ -79,18 +80,22 @@ def command(
     FEATURES is a folder of the feature folders train/, test/ and perhaps val/, or a file with
     support_features, support_labels and perhaps validation rows; see `solve`. NAME is coop,
     prograd, cocoop or plot, which learn prompts through the text tower of the model that encoded
-    FEATURES, or a method on features alone, see `solve --head`. Plot transports to the
-    patches of images, as `encode --local-features` writes them, or local_features (N, L, d),
-    support_local_features and validation_local_features of a file; without them it warns and takes
-    the mean of its prompts. Run the same command again after a crash: the training of prompts
-    resumes from its last checkpoint.
+    FEATURES, or a method on features alone, see `solve --head`. Run the same command again after a
+    crash: the training of prompts resumes from its last checkpoint.
 
     \b
     Examples:
       transclip-fast train-head coop pets --shots 16 --out coop.safetensors
+      transclip-fast solve pets/test --head coop.safetensors --out result
+    \f
+    \b
+    More examples:
       transclip-fast train-head prograd features.npz --shots 4 --start "a photo of a" \\
           --model ViT-B-32 --pretrained openai --out prograd.safetensors
-      transclip-fast solve pets/test --head coop.safetensors --out result
+
+    Plot transports to the patches of images, as `encode --local-features` writes them, or
+    local_features (N, L, d), support_local_features and validation_local_features of a file;
+    without them it warns and takes the mean of its prompts.
     """
     method = method_named(name)
     if not out.endswith(SUFFIX):
