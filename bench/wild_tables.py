@@ -181,7 +181,32 @@ def default_gamma(folder: Path) -> str:
     return "\n\n".join([chosen, table(GAMMA_HEAD, gamma_lines(rows[0])), source(rows)])
 
 
+def published(folder: Path) -> str:
+    """Tabulate how many published accuracies are ours."""
+    rows = newest("published", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.accuracy.published CHECKOUT`."
+    row = rows[0]
+    lines = [
+        [name, f"{n:,}", str(sum(x["of"].endswith(f": {name}") for x in row["differing"]))]
+        for name, n in row["equal"].items()
+    ]
+    norms = row["float32_norms"]
+    parts = [table(["accuracies of", "equal", "differing"], lines)]
+    parts += [
+        f"- {x['of']}: {x['published']} images right as published, {x['ours']} here."
+        for x in row["differing"]
+    ]
+    text = (
+        f"With rows normalised in float32, {norms['changed']} of {norms['compared']} accuracies of "
+        f"TransCLIP on features in half precision change, at most by {norms['most_images']} images "
+        f"({norms['at']})."
+    )
+    return "\n\n".join([parts[0], "\n".join(parts[1:]), text, source(rows)])
+
+
 BLOCKS = {
+    "published": published,
     "wild": families,
     "wild-scenarios": scenarios,
     "outliers": outliers,

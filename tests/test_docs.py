@@ -18,7 +18,8 @@ from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.heads import SETTINGS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = "README.md", "CONTRIBUTING.md", "CHANGELOG.md"
+PAGES = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 CODE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.py"))
