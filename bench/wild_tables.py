@@ -101,6 +101,45 @@ def scenarios(folder: Path) -> str:
     return "\n\n".join([*parts, source([row for rows in found.values() for row in rows])])
 
 
+POOLS = {  # of `recorded`, with their text
+    "whurs19 rn50": "WHU-RS19, CLIP RN50",
+    "whurs19 vit-b-32": "WHU-RS19, CLIP ViT-B/32",
+    "whurs19 vit-l-14": "WHU-RS19, CLIP ViT-L/14",
+    "caltech101 among LVIS": "Caltech101 among the names of LVIS, ViT-B/32",
+    "dtd, made text 41%": "DTD, ViT-B/32, made text",
+    "oxford_pets": "Oxford Pets, ViT-B/32, class means as text",
+    "dtd": "DTD, ViT-B/32, class means as text",
+    "caltech101": "Caltech101, ViT-B/32, class means as text",
+}
+SITUATIONS = {
+    "all classes": ("all", "each set, its own list"),
+    "2 to 5 classes": ("2 to 5 classes, all rows",),
+    "long tail": ("long tail",),
+}
+
+
+def of_pool(rows: list[Row], pool: str) -> str:
+    """Format zero-shot's mean accuracy and the default's over the draws of a pool."""
+    found = [
+        [row["accuracy"][method][draw] for method in ("zero_shot", "default")]
+        for row in rows
+        for draw, name in enumerate(row["pool"])
+        if name == pool
+    ]
+    return " → ".join(f"{value:.1f}" for value in np.mean(found, 0)) if found else ""
+
+
+def sets(folder: Path) -> str:
+    """Tabulate each data set and backbone."""
+    rows = [row for family in recorded(folder).values() for row in family]
+    if not rows:
+        return NOTHING
+    parts = [[row for row in rows if row["scenario"] in names] for names in SITUATIONS.values()]
+    lines = [[title, *(of_pool(part, pool) for part in parts)] for pool, title in POOLS.items()]
+    shown = [row for part in parts for row in part]
+    return "\n\n".join([table(["features", *SITUATIONS], lines), source(shown)])
+
+
 def outliers(folder: Path) -> str:
     """Tabulate the area under the ROC curve of each pool."""
     rows = newest("outliers", "pool", "logit_scale", folder=folder)
@@ -207,6 +246,7 @@ def published(folder: Path) -> str:
 
 BLOCKS = {
     "published": published,
+    "sets": sets,
     "wild": families,
     "wild-scenarios": scenarios,
     "outliers": outliers,

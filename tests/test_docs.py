@@ -30,6 +30,7 @@ NOT_OURS = {  # starts of shell lines that no test runs, and what does
     "pip install ": ".ci/run installs into a fresh environment",
     "pre-commit install": "changes the reader's repository",
     "pytest ": ".ci/run",
+    "python -m bench.gpu.check ": "needs a GPU; tests/bench/gpu runs its parts in the interpreter",
     "bash .ci/run": "runs this test",
 }
 
