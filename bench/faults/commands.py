@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bench.common import make_problem, unit_rows
+from transclip_fast.solver.layout import Layout, Size
 
 NAMES = ("cat", "dog", "owl")
 MODEL_CONFIG = {
@@ -50,6 +51,8 @@ class Case:
         Files and folders that appear whole, so that each is the old or the new one at any time.
     features : str, optional
         A feature folder that grows; while it is neither the old nor the new one, it is refused.
+    workers : bool
+        Whether processes help, so that one that is killed may be one of them.
     """
 
     prepare: Callable[[], None]
@@ -58,6 +61,7 @@ class Case:
     change: Callable[[], None] | None = None
     whole: tuple[str, ...] = ()
     features: str | None = None
+    workers: bool = False
 
 
 def write_features() -> None:
@@ -70,6 +74,22 @@ def write_features() -> None:
     np.savez("features.npz", **arrays)
     np.save("images.npy", problem.features[:30])
     np.save("texts.npy", problem.prototypes)
+
+
+def write_shards() -> None:
+    """A feature folder of three shards, as other programs write them."""
+    problem = make_problem(60, 4, 8, seed=1)
+    Path("shards/img_emb").mkdir(parents=True)
+    for shard in range(3):
+        rows = problem.features[20 * shard : 20 * (shard + 1)]
+        np.save(f"shards/img_emb/img_emb_{shard}.npy", rows)
+    np.save("shards/prototypes.npy", problem.prototypes)
+
+
+def least_memory(assignments: int | None) -> int:
+    """Bytes with which the rows of `write_shards` are just solved, and not held in memory."""
+    size, cpu = Size(60, 4, 8, file_bytes=4 * 60 * 8), torch.device("cpu")
+    return size.used(cpu) + sum(Layout(assignments, held=False).bytes(size, cpu).values())
 
 
 def write_few() -> None:
@@ -135,6 +155,12 @@ CASES = {
         whole=("new/weights.safetensors",),
     ),
     "encode": Case(write_images, f"{ENCODE} --local-features 2", features="features"),
+    "encode with workers": Case(
+        write_images,
+        ENCODE.replace("--workers 0", "--workers 2"),
+        features="features",
+        workers=True,
+    ),
     "encode grown": Case(write_images, ENCODE, (ENCODE,), change_images, features="features"),
     "encode relabelled": Case(
         write_images, ENCODE, (ENCODE.replace("--labels-from-folders ", ""),), features="features"
@@ -161,6 +187,29 @@ CASES = {
         "solve images.npy --text-features texts.npy --assignments sparse --max-iter 3 "
         "--out new/result",
         whole=("new/result",),
+    ),
+    "solve streamed, dense": Case(
+        write_shards,
+        f"solve shards --assignments dense --memory {least_memory(None)} --max-iter 3 --out result",
+        ("solve shards --max-iter 1 --out result",),
+        whole=("result",),
+    ),
+    "solve streamed, sparse": Case(
+        write_shards,
+        f"solve shards --assignments sparse --memory {least_memory(4)} --max-iter 3 --out result",
+        whole=("result",),
+    ),
+    "solve --method": Case(
+        write_features,
+        "solve features.npz --method zlap --out result",
+        ("solve features.npz --max-iter 1 --out result",),
+        whole=("result",),
+    ),
+    "compare": Case(
+        write_features,
+        "compare features.npz --methods transclip,zero-shot,zlap --out table.md",
+        ("compare features.npz --methods zero-shot --out table.md",),
+        whole=("table.md",),
     ),
     "predict": Case(
         write_features,
