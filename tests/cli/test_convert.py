@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 
 import pytest
@@ -98,19 +99,23 @@ def test_convert_refuses(weights, tmp_path, refused):
     )
 
 
-def test_a_checkpoint_that_changes_is_refused(tiny, weights, tmp_path, monkeypatch):
-    save_file(weights, tmp_path / "official.safetensors")
+@pytest.mark.parametrize("change", ["written", "cut"])
+def test_a_checkpoint_that_changes_is_refused(change, tiny, weights, tmp_path, monkeypatch):
+    file = tmp_path / "official.safetensors"
+    save_file(weights, file)
 
     def then_changed(*arguments):
         found = match_weights(*arguments)
-        with open(tmp_path / "official.safetensors", "r+b") as file:
-            file.seek(-1, 2)
-            file.write(b"x")
+        if change == "cut":
+            os.truncate(file, file.stat().st_size // 2)
+        else:
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         return found
 
     monkeypatch.setattr("transclip_fast.cli.convert.match_weights", then_changed)
     out = tmp_path / "new/out.safetensors"
-    arguments = [tmp_path / "official.safetensors", "--model", tiny, "--out", out]
+    arguments = [file, "--model", tiny, "--out", out]
     with pytest.raises(InputError, match="official.safetensors: changed while it was in use"):
         command.main([*map(str, arguments)], standalone_mode=False)
     assert not list(out.parent.iterdir())

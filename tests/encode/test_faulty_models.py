@@ -8,7 +8,6 @@ import os
 import sys
 import types
 import warnings
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -27,6 +26,7 @@ from transclip_fast.encode.text import ClassPrompts, encode_text
 from transclip_fast.encode.weights import WatchedFiles, read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
+from transclip_fast.store.tensors import unmapped
 
 CPU = torch.device("cpu")
 
@@ -355,19 +355,24 @@ def test_a_folders_configuration_is_watched(small, tmp_path):  # noqa: F811
         watched.check()
 
 
-def test_weights_that_change_while_they_are_loaded(weights, save, monkeypatch):
-    file, copied = Path(save(weights)), []
+@pytest.mark.parametrize("length", [None, 0, 9000])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_that_change_while_they_are_loaded(suffix, length, weights, tmp_path, monkeypatch):
+    """Also if they are cut: the system kills a process that reads the map of a file beyond."""
+    file, copied = tmp_path / f"w.{suffix}", []
+    (save_file if suffix == "safetensors" else torch.save)(weights, file)
 
-    def copy_then_change(self, *arguments, **options):
-        copied.append(self)
+    def copy_then_change(tensor):
+        copied.append(tensor)
         if len(copied) == 3:
-            os.utime(file)
-        return torch.clone(self)
+            os.utime(file) if length is None else os.truncate(file, length)
+        return unmapped(tensor)
 
     net = networks.empty_network(network_config("small-clip"))
     watched = WatchedFiles.of([file])
-    tensors = read_checkpoint(file)
-    monkeypatch.setattr(torch.Tensor, "to", copy_then_change)
-    with pytest.raises(InputError, match="w.safetensors: changed while it was in use"):
-        networks.load_weights(net, tensors, str(file), CPU, watched.check)
-    assert len(copied) == 3  # no more of them are touched
+    monkeypatch.setattr(networks, "unmapped", copy_then_change)
+    with (
+        pytest.raises(InputError, match=f"w.{suffix}: changed while it was in use"),
+        watched.in_use(),
+    ):
+        networks.load_weights(net, read_checkpoint(file), str(file), CPU)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.tensors import write_tensors
+from transclip_fast.store.tensors import unmapped, write_tensors
 
 
 def ignore(done, total):
@@ -85,3 +85,33 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device"):
         write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)}, torch.float32, ignore)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(700, 1100),  # longer than what is copied at a time
+        torch.arange(24).reshape(2, 3, 4).permute(2, 0, 1),
+        torch.randn(9, 5)[1:8:3, ::2].to(torch.bfloat16),
+        torch.tensor(3.0),
+        torch.empty(0, 4),
+        torch.tensor([True, False]),
+        torch.ones(1).expand(3, 2),
+    ],
+)
+def test_unmapped(tensor):
+    copy = unmapped(tensor)
+    assert torch.equal(copy, tensor)
+    assert copy.dtype == tensor.dtype
+    assert copy.data_ptr() != tensor.data_ptr() or not tensor.numel()
+
+
+@pytest.mark.parametrize("length", [0, 1 << 20])
+def test_a_tensor_of_a_file_that_was_cut(length, tmp_path):
+    """The system would end this process if it read the map itself."""
+    np.save(tmp_path / "x.npy", np.ones((1000, 1000), np.float32))
+    mapped = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
+    assert unmapped(mapped).sum() == 1_000_000
+    os.truncate(tmp_path / "x.npy", length)
+    with pytest.raises(InputError, match="their file was cut"):
+        unmapped(mapped)

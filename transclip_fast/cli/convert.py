@@ -46,13 +46,14 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
         with reading(model, "does not describe a network", "correct its configuration"):
             net = empty_network(config)
         watched = WatchedFiles.of(checkpoint_files(Path(checkpoint)))
-        tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
 
         def step(done: int, total: int) -> None:
             watched.check()
             show(done, total)
 
-        size = write_tensors(out, tensors, PRECISIONS[dtype], step)
+        with watched.in_use():
+            tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
+            size = write_tensors(out, tensors, PRECISIONS[dtype], step)
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     summary = {
         "out": out,

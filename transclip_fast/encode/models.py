@@ -201,7 +201,8 @@ def _from_files(
         networks.draw_weights(net, device)
     else:
         watched = WatchedFiles.of(checkpoint_files(file))
-        networks.load_weights(net, read_checkpoint(file), str(file), device, watched.check)
+        with watched.in_use():
+            networks.load_weights(net, read_checkpoint(file), str(file), device)
     cfg = preprocessing_of(model, file, net.visual.image_size)
     preprocess = image_transform_v2(cfg, is_train=False)
     return net, preprocess, tokenizer_of(model), asdict(cfg)

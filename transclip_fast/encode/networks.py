@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from transclip_fast.encode import eva
 from transclip_fast.errors import InputError
+from transclip_fast.store.tensors import unmapped
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_ENCODING = frozenset({"logit_scale", "logit_bias"})  # encoding does without them
@@ -45,21 +46,16 @@ def empty_network(config: Mapping[str, Any], precision: str = "fp32") -> Any:
     return net.eval()
 
 
-def load_weights(
-    net: Any, weights: StateDict, origin: str, device: torch.device, check: Callable[[], None]
-) -> None:
+def load_weights(net: Any, weights: StateDict, origin: str, device: torch.device) -> None:
     """
     Give a network of `empty_network` its weights, in its own types.
 
     Tensors are converted and copied to the device one at a time. On a CPU, too: they are mapped
-    from a file that may be cut later. `check` is called before each, and at the end; it raises
-    InputError if the file has changed. Other errors are those of `match_weights`.
+    from a file that may be cut later. Errors are those of `match_weights` and `unmapped`.
     """
     wanted, loaded = net.state_dict(), {}
     for name, tensor in match_weights(net, weights, origin).items():
-        check()
-        loaded[name] = tensor.to(device, wanted[name].dtype, copy=True)
-    check()
+        loaded[name] = unmapped(tensor).to(device, wanted[name].dtype)
     for name in wanted.keys() - loaded.keys():
         loaded[name] = torch.zeros_like(wanted[name], device=device)
     net.load_state_dict(loaded, assign=True)
@@ -92,6 +88,9 @@ def match_weights(net: Any, weights: StateDict, origin: str) -> StateDict:
     if eva.OFFICIAL_NAME in weights:
         weights = {eva.open_clip_name(name): tensor for name, tensor in weights.items()}
     weights = factory.convert_state_dict(net, dict(weights))
+    for name in weights:
+        if name.endswith("positional_embedding"):  # which may be interpolated below
+            weights[name] = unmapped(weights[name])
     if "positional_embedding" in weights and not hasattr(net, "positional_embedding"):
         weights = factory.convert_to_custom_text_state_dict(weights)
     weights.pop("text.transformer.embeddings.position_ids", None)  # of older transformers

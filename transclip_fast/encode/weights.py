@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,16 @@ class WatchedFiles:
                     "or name a new --out"
                 )
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Check at the end, and where a block that reads the files finds anything wrong."""
+        try:
+            yield
+        except InputError:
+            self.check()
+            raise
+        self.check()
+
 
 def _state(file: Path) -> tuple[int, ...]:
     with suppress(OSError):
@@ -77,8 +87,8 @@ def _state(file: Path) -> tuple[int, ...]:
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """
-    Map the tensors of a checkpoint from disk; check `WatchedFiles` before each is copied, as the
-    system kills a process that touches the map of a file that was cut.
+    Map the tensors of a checkpoint from disk. Read each by `unmapped`, as the system kills a
+    process that reads the map of a file that was cut; `WatchedFiles` notice other changes.
 
     It is a .safetensors file, a file of `torch.save`, or the .index.json of several files.
     Dictionaries that training scripts wrap around the tensors (`WRAPPERS`) and prefixes that all

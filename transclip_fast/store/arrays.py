@@ -19,7 +19,7 @@ import torch
 from transclip_fast.data.npy_shards import Shard
 from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.store.archives import NpzArrays, check_npy_file, check_torch_zip, checked_texts
-from transclip_fast.store.tensors import DTYPES, read_tensors
+from transclip_fast.store.tensors import DTYPES, read_tensors, unmapped
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in memory at a time
@@ -173,7 +173,7 @@ def as_numbers(path: Path, tensor: Any) -> torch.Tensor:
         raise InputError(f"{path}: repeats few numbers; save it again with .contiguous()")
     if tensor.dtype not in UNSIGNED:
         return tensor.detach()
-    signed = tensor.to(torch.int64)
+    signed = unmapped(tensor).to(torch.int64)
     if (signed < 0).any():
         raise InputError(f"{path}: holds whole numbers beyond int64")
     return signed

@@ -36,6 +36,7 @@ DTYPES = {
 }
 HEADER_ALIGNMENT = 8  # bytes
 CHUNK_ENTRIES = 1 << 22  # converted in memory at a time: 32 MiB at most
+COPIED_BYTES = 1 << 20  # at a time, in a file in memory
 
 
 def write_tensors(
@@ -113,6 +114,32 @@ def _read(file: BinaryIO, begin: int, entry: Mapping[str, Any]) -> torch.Tensor:
     return tensor
 
 
+def unmapped(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    A copy of a tensor that may be mapped from a file; InputError if that was cut or cannot be read.
+
+    The system makes it, through a file in memory: a process that reads the map itself is killed.
+    """
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in strides) if tensor.numel() else 0
+    copy = torch.empty(span, dtype=tensor.dtype)
+    source, target = (
+        flat.view(torch.uint8).numpy().data for flat in (tensor.as_strided((span,), (1,)), copy)
+    )
+    through, done = os.memfd_create("copy"), 0
+    try:
+        while done < len(source):
+            size = os.pwrite(through, source[done : done + COPIED_BYTES], 0)
+            done += os.preadv(through, [target[done : done + size]], 0)
+    except OSError as error:
+        raise InputError(
+            "weights: cannot be read any more: their file was cut, or its disk fails"
+        ) from error
+    finally:
+        os.close(through)
+    return copy.as_strided(tensor.shape, tensor.stride())
+
+
 def check_header(path: Path) -> None:
     """ValueError if a .safetensors file names a tensor twice, of which the library takes one."""
     with open(path, "rb") as file:
@@ -123,5 +150,6 @@ def check_header(path: Path) -> None:
 
 def _chunks(tensor: torch.Tensor, buffer: torch.Tensor) -> Iterator[memoryview]:
     """A tensor's bytes in the type of `buffer`, which each chunk overwrites."""
-    for part in torch.split(tensor.contiguous().reshape(-1), len(buffer)):
-        yield buffer[: len(part)].copy_(part).view(torch.uint8).numpy().data
+    whole = tensor if tensor.is_contiguous() else unmapped(tensor).contiguous()
+    for part in torch.split(whole.reshape(-1), len(buffer)):
+        yield buffer[: len(part)].copy_(unmapped(part)).view(torch.uint8).numpy().data
