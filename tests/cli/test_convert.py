@@ -107,7 +107,7 @@ def test_a_checkpoint_that_changes_is_refused(change, tiny, weights, tmp_path, m
     def then_changed(*arguments):
         found = match_weights(*arguments)
         if change == "cut":
-            os.truncate(file, file.stat().st_size // 2)
+            os.truncate(file, 0)
         else:
             content = file.read_bytes()
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

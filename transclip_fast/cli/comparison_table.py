@@ -58,7 +58,8 @@ class KeptRows:
         self.rows[name] = row
         if self._file is not None and self._out is not None:
             with writing(self._out), new_file(self._file) as partial:
-                write_json(partial, {"identity": self._identity, "rows": self.rows})
+                rows = dict(sorted(self.rows.items()))  # in whatever order they came
+                write_json(partial, {"identity": self._identity, "rows": rows})
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
