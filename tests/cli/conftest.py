@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import balanced
 from transclip_fast.cli import main
+from transclip_fast.store.arrays import file_sha256
 from transclip_fast.store.checkpoint import FileCheckpoint
+
+DEEP = "[" * 200_000 + "]" * 200_000  # JSON in which a parser that calls itself gives up
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,45 @@ def save(tmp_path):
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def accuracy(save, arrays, succeeds, tmp_path):
+    """The accuracy of a solve with labels in a file, by default of all arrays."""
+
+    def run(file=None, *options):
+        command = "solve", file or save(arrays), *options, "--out", tmp_path / "result", "--json"
+        out = succeeds(*command)
+        return json.loads(out[out.index("{") :])["accuracy"]
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, arrays):
+    """A feature folder with a manifest."""
+    folder = tmp_path / "folder"
+    (folder / "img_emb").mkdir(parents=True)
+    (folder / "metadata").mkdir()
+    np.save(folder / "img_emb/img_emb_00000.npy", arrays["image_features"])
+    np.save(folder / "prototypes.npy", arrays["text_features"])
+    metadata = folder / "metadata/metadata_00000.parquet"
+    pq.write_table(pa.table({"key": [str(row) for row in range(77)]}), metadata)
+    shard = {
+        "rows": 77,
+        "features_sha256": file_sha256(folder / "img_emb/img_emb_00000.npy"),
+        "metadata_sha256": file_sha256(metadata),
+        "failures": [],
+    }
+    manifest = {
+        "complete": True,
+        "rows": 77,
+        "config": {"model": "m", "weights": "w", "quick_gelu": False},
+        "prototypes_sha256": file_sha256(folder / "prototypes.npy"),
+        "shards": {"0": shard},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture
