@@ -89,7 +89,8 @@ def of_tar(content: bytes, draw: random.Random) -> bytes:
     header = data[start : start + 512]
     match draw.randrange(6):
         case 0:
-            header[124:136] = draw.choice(SIZES)
+            size = int(header[124:135], 8) + draw.choice((512, 1024, 2048, 4096))  # takes in others
+            header[124:136] = draw.choice((*SIZES, b"%011o\0" % size))
         case 1:
             header[156:157] = draw.choice(
                 (b"1", b"2", b"3", b"5", b"6", b"7", b"S", b"L", b"x", b"g")

@@ -140,6 +140,25 @@ def test_sizes_that_cannot_be_are_refused(tar, size, kind):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("more", [1, 2, 5])
+def test_a_size_that_takes_in_the_next_files_is_a_failure(more, tar):
+    """The checksum is right, and decoders ignore what follows an image."""
+    sizes = [len(member(*row)) for row in ROWS]
+    size = sum(sizes[2 : 3 + more]) - BLOCK
+    start = sum(sizes[:2])
+    grown = patched(WHOLE[start : start + BLOCK], 124, b"%011o\0" % size)
+    source = open_source(tar(WHOLE[:start] + grown + WHOLE[start + BLOCK :]))
+    with pytest.raises(InputError, match="takes in the next file; pack it again"):
+        source.read(2)
+    kept = [(key, source.read(row)) for row, key in enumerate(source.keys) if row != 2]
+    assert [(key.split("/")[-1] + ".jpg", x) for key, x in kept] == ROWS[:2] + ROWS[3 + more :]
+
+
+def test_an_image_may_hold_the_words_of_a_header(tar):
+    content = bytes(300) + b"ustar" + bytes(300)
+    assert rows(tar(member("a.jpg", content) + END)) == [("a.tar/a", content)]
+
+
 def test_a_header_takes_no_more_memory_than_a_header(tar):
     block = patched(header("name", type=b"L"), 124, b"%011o\0" % (len(WHOLE) + 100 * BLOCK))
     with pytest.raises(InputError, match=r"a.tar: .*the header of name claims 72,192 bytes"):

@@ -20,7 +20,7 @@ from transclip_fast.data.labels import UNKNOWN, label_positions
 from transclip_fast.data.names import first_difference
 from transclip_fast.encode.lists import check_any_there, read_path_list
 from transclip_fast.encode.pixels import suffixes
-from transclip_fast.encode.tars import Sample, read_samples
+from transclip_fast.encode.tars import Sample, check_alone, read_samples
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
 from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.parallel import parallel_map
@@ -64,8 +64,9 @@ class Source:
         Raises
         ------
         InputError
-            The file is no regular one (a FIFO would wait, a device may never end), too large, or
-            not as it was when it was listed; or the row is one of `refusals`.
+            The file is no regular one (a FIFO would wait, a device may never end), too large, not
+            as it was when it was listed, or has others of its tar in it; or the row is one of
+            `refusals`.
         OSError
             A tar is not as it was: nothing is known of where its images are now.
         """
@@ -85,6 +86,8 @@ class Source:
             if self.spans is not None:
                 raise OSError(errno.ESTALE, f"{self.files[row]} changed after it was listed")
             raise InputError("changed after it was listed; run again")
+        if self.spans is not None:
+            check_alone(content)
         return content
 
     def _stamps(self) -> np.ndarray:

@@ -25,6 +25,7 @@ EXTENSIONS = (  # headers that hold a name or attributes of the next
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
+MAGIC, MAGIC_AT = b"ustar", 257  # of every header but those of the seventies
 # Words for what is left out and not counted by its suffix.
 HIDDEN, UNPAIRED = "hidden", "labels without an image"
 SHOWN_NAMES = 3
@@ -72,6 +73,19 @@ def read_samples(tar: Path, left_out: Counter[str]) -> list[Sample]:
     with open(tar, "rb") as content:
         found = (_sample(key, files, content, left_out) for key, files in samples.items())
         return [sample for sample in found if sample is not None]
+
+
+def check_alone(content: bytes) -> None:
+    """
+    InputError if an image has a header in it, as one that claims too large a size has.
+
+    Decoders take no notice of what follows an image, so that the next files would be lost.
+    """
+    place = content.find(MAGIC)
+    while place >= 0:
+        if place % tarfile.BLOCKSIZE == MAGIC_AT:
+            raise InputError("claims a size in its tar that takes in the next file; pack it again")
+        place = content.find(MAGIC, place + 1)
 
 
 def _sample(
