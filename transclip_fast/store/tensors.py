@@ -34,8 +34,9 @@ DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.bool: "BOOL",
 }
+Buffers = Mapping[torch.dtype, torch.Tensor]  # (CHUNK_ENTRIES,) of each type
 HEADER_ALIGNMENT = 8  # bytes
-CHUNK_ENTRIES = 1 << 22  # converted in memory at a time: 32 MiB at most
+CHUNK_ENTRIES = 1 << 20  # converted in memory at a time: 8 MiB at most
 COPIED_BYTES = 1 << 20  # at a time, in a file in memory
 
 
@@ -69,14 +70,15 @@ def write_tensors(
         }
     text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **header}).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    buffers = {kind: torch.empty(CHUNK_ENTRIES, dtype=kind) for kind in set(types.values())}
+    kinds = {*types.values(), *(tensor.dtype for tensor in tensors.values())}
+    buffers = {kind: torch.empty(CHUNK_ENTRIES, dtype=kind) for kind in kinds}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as partial, open(partial, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             done = 0
             for name, tensor in tensors.items():
-                for chunk in _chunks(tensor, buffers[types[name]]):
+                for chunk in _chunks(tensor, buffers, types[name]):
                     done += file.write(chunk)
                 step(done, end)
     return 8 + len(text) + end
@@ -123,9 +125,14 @@ def unmapped(tensor: torch.Tensor) -> torch.Tensor:
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     span = 1 + sum((size - 1) * stride for size, stride in strides) if tensor.numel() else 0
     copy = torch.empty(span, dtype=tensor.dtype)
-    source, target = (
-        flat.view(torch.uint8).numpy().data for flat in (tensor.as_strided((span,), (1,)), copy)
-    )
+    return _copy(tensor.as_strided((span,), (1,)), copy).as_strided(tensor.shape, tensor.stride())
+
+
+def _copy(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out`, with the numbers of a tensor of the same type; both are contiguous (n,)."""
+    # Tensors of one number or none may have any stride.
+    flat = (part.as_strided((len(part),), (1,)) for part in (tensor, out))
+    source, target = (part.view(torch.uint8).numpy().data for part in flat)
     through, done = os.memfd_create("copy"), 0
     try:
         while done < len(source):
@@ -137,7 +144,7 @@ def unmapped(tensor: torch.Tensor) -> torch.Tensor:
         ) from error
     finally:
         os.close(through)
-    return copy.as_strided(tensor.shape, tensor.stride())
+    return out
 
 
 def check_header(path: Path) -> None:
@@ -148,8 +155,11 @@ def check_header(path: Path) -> None:
             parse_json(file.read(length))
 
 
-def _chunks(tensor: torch.Tensor, buffer: torch.Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes in the type of `buffer`, which each chunk overwrites."""
+def _chunks(tensor: torch.Tensor, buffers: Buffers, dtype: torch.dtype) -> Iterator[memoryview]:
+    """A tensor's bytes as `dtype`; each chunk overwrites the one before."""
     whole = tensor if tensor.is_contiguous() else unmapped(tensor).contiguous()
-    for part in torch.split(whole.reshape(-1), len(buffer)):
-        yield buffer[: len(part)].copy_(unmapped(part)).view(torch.uint8).numpy().data
+    for part in torch.split(whole.reshape(-1), CHUNK_ENTRIES):
+        chunk = _copy(part, buffers[tensor.dtype][: len(part)])
+        if dtype != tensor.dtype:
+            chunk = buffers[dtype][: len(part)].copy_(chunk)
+        yield chunk.view(torch.uint8).numpy().data
