@@ -142,6 +142,22 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     assert contents(tmp_path / "out") == before
 
 
+def test_the_result_tells_of_its_images(images, names, tiny, cli, tmp_path):
+    """What encoding took and warned of is in run.json and on the page, which is written later."""
+    (images(12) / "notes.heic").touch()
+    (images(12) / "broken.png").touch()
+    ran = cli("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert ran.code == 0
+    run = json.loads((tmp_path / "out/result/run.json").read_text())
+    warning = "1 file is no image that can be read here: .heic 1"
+    assert [text.endswith(warning) for text in run["warnings"]].count(True) == 1
+    assert list(run["seconds"]) == ["list", "load", "text", "images", "graph", "solve"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert warning in page
+    assert "1 image has no label, as it could not be read" in page
+    assert str(tmp_path / "out/graph") in page  # of the command that solves again
+
+
 def test_a_run_that_is_done_removes_what_a_killed_one_left(images, names, tiny, cli, tmp_path):
     command = ("run", images(6), "--classes", names, *tiny, "--out", tmp_path / "out")
     assert cli(*command).code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -360,3 +361,12 @@ def known_file(arrays, folder):
     known[:5] = arrays["labels"][:5]
     np.save(folder / "known.npy", known)
     return folder / "known.npy"
+
+
+@pytest.mark.parametrize("method", ["transclip", "stata"])
+def test_the_files_that_were_written_are_named(method, save, arrays, done, tmp_path):
+    out, features = tmp_path / "result", save(arrays)
+    for options in ((), ("--csv",)):
+        said = done("solve", features, "--method", method, "--out", out, *options)
+        (line,) = (line for line in said.splitlines() if line.startswith("written to "))
+        assert {*line.removeprefix(f"written to {out}: ").split(", ")} == {*os.listdir(out)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny import tiny_backbone
+from transclip_fast.cli import main
 from transclip_fast.cli.run import solve_folder
 from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
@@ -67,6 +69,20 @@ def label(images, folder):
     encode_source(source, tiny_backbone(), folder / "features", text)
     solve_folder(folder, TransCLIP(device="cpu"))
     return Made(folder, source.keys)
+
+
+@pytest.fixture
+def cli_in_process(monkeypatch):
+    """Run a command that must succeed."""
+
+    def run(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["transclip-fast", *map(str, words)])
+            with pytest.raises(SystemExit) as stopped:
+                main()
+        assert not stopped.value.code
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-import sys
 from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.report.conftest import HOSTILE, NAMES
-from transclip_fast.cli import main
 from transclip_fast.report.page import write_report
 from transclip_fast.store.corrections import read_corrections
 
@@ -135,8 +134,10 @@ def saved(page, folder):
     return file
 
 
-def test_images_are_corrected_and_solved_again(opened, page_file, made_once, tmp_path, monkeypatch):
-    with opened(page_file) as page:
+def test_images_are_corrected_and_solved_again(opened, made, cli_in_process, tmp_path, monkeypatch):
+    """With the command that the page shows, where its corrections are."""
+    write_report(made.result, tmp_path / "page.html")
+    with opened(tmp_path / "page.html") as page:
         rows = correct(page, ["pla", "=cmd", "line"])
         page.keyboard.press("Enter")  # the fourth has its class already
         assert page.locator("#count").text_content() == "4 corrections"
@@ -148,22 +149,17 @@ def test_images_are_corrected_and_solved_again(opened, page_file, made_once, tmp
     assert file.name == "corrections.csv"
     assert not any(line.startswith(("=", "+", "-", "@")) for line in file.read_text().split('"'))
     expected = dict(zip(rows, (NAMES.index("plain"), 2, NAMES.index("line\nbreak")), strict=True))
-    assert read_corrections(file, made_once.keys, NAMES, len(made_once.keys)) == expected
-    assert command.startswith("transclip-fast solve ")
-    assert command.split()[3:5] == ["--corrections", "corrections.csv"]
+    assert read_corrections(file, made.keys, NAMES, len(made.keys)) == expected
 
-    out = tmp_path / "corrected"
-    words = ("solve", made_once.folder / "features", "--corrections", file, "--out", out)
-    monkeypatch.setattr(sys, "argv", ["transclip-fast", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert not stopped.value.code
+    monkeypatch.chdir(tmp_path)
+    cli_in_process(*shlex.split(command)[1:])
+    out = made.folder / "result-corrected"
     table = pq.read_table(out / "predictions.parquet").to_pylist()
     assert {row: table[row]["label"] for row in rows} == expected
     assert [row for row, line in enumerate(table) if line["known"]] == sorted(rows)
 
     after = tmp_path / "after.html"
-    write_report(out, after, before=str(made_once.result))
+    write_report(out, after, before=str(made.result))
     with opened(after) as page:
         tab = page.get_by_role("tab", name="Corrected")
         assert tab.text_content() == "Corrected3"
@@ -186,6 +182,13 @@ def test_every_hostile_key_is_saved_and_read_back(opened, page_file, made_once, 
     found = read_corrections(file, keys, NAMES, len(keys))
     labels = pq.read_table(made_once.result / "predictions.parquet")["label"].to_pylist()
     assert found == {row: labels[row] for row in given}
+
+
+def test_only_all_is_100_percent(opened, page_file):
+    with opened(page_file) as page:
+        shown = page.evaluate("[1, 0.99996, 0.9961, 0, null].map(percent)")
+        assert shown == ["100 %", "99.9 %", "99.6 %", "0.0 %", ""]
+        assert page.evaluate("[1, 0.999, 0.5].map(share)") == ["100 %", "99 %", "50 %"]
 
 
 def test_unsaved_corrections_are_asked_for(opened, page_file, tmp_path):

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import shutil
 import tarfile
 
@@ -226,6 +227,93 @@ def test_what_corrections_moved(made, tmp_path):
     assert given not in shown["suggested"]
     write_report(tmp_path / "after", tmp_path / "page.html", before=str(made.result))
     assert read(tmp_path / "page.html")["images"][str(away)]["earlier"] == labels[away]
+
+
+@pytest.fixture
+def command(cli_in_process, tmp_path):
+    """Solve the features of a result with options; the words of the command that the page shows."""
+
+    def solve(made, *options):
+        cli_in_process("solve", made.folder / "features", "--out", tmp_path / "a result", *options)
+        write_report(tmp_path / "a result", tmp_path / "page.html")
+        shown = read(tmp_path / "page.html")["command"]
+        return shown and shlex.split(shown)
+
+    return solve
+
+
+def test_the_command_repeats_the_solve(made, command, cli_in_process, tmp_path, monkeypatch):
+    (tmp_path / "a 'quoted' file.csv").write_text("key,label\nplain/00.png,plain\n")
+    monkeypatch.chdir(tmp_path)
+    words = command(
+        made, "--corrections", "a 'quoted' file.csv", "--no-unit-means", "--class-cost", "off",
+        "--kl-weight", "0.75", "--n-neighbors", "2", "--csv", "--reject", "0.1", "--json",
+    )  # fmt: skip
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/corrections.csv").write_text("key,label\nplain/01.png,plain\n")
+    assert words[0] == "transclip-fast"
+    cli_in_process(*words[1:])
+    first, again = (load_result(tmp_path / f"a result{x}") for x in ("", "-corrected"))
+    assert again.run["parameters"] == first.run["parameters"]
+    assert again.run["parameters"]["kl_weight"] == 0.75
+    assert again.run["parameters"]["class_cost"] is False
+    assert (tmp_path / "a result-corrected/predictions.csv").is_file()
+    assert again.run["rejected"]["n_rejected"] == first.run["rejected"]["n_rejected"] > 0
+    both = [made.keys.index(f"plain/{i:02}.png") for i in (0, 1)]
+    assert np.flatnonzero(first.known()).tolist() == both[:1]
+    assert np.flatnonzero(again.known()).tolist() == both
+    assert again.labels("label")[both].tolist() == [NAMES.index("plain")] * 2
+    page = (tmp_path / "page.html").read_text()
+    assert "with the other options" not in page
+
+
+def test_a_result_that_does_not_say_its_options(made, tmp_path):
+    for options in (None, "x", [{"option": 3}], [{"option": "--csv", "run": "x"}], [["--csv"]]):
+        set_run(made.result, options=options)
+        write_report(made.result, tmp_path / "page.html")
+        words = shlex.split(read(tmp_path / "page.html")["command"])
+        assert words[2:4] == [str(made.folder / "features"), "--corrections"]
+        assert "with the other options" in (tmp_path / "page.html").read_text()
+
+
+def test_the_page_of_another_method(made, command, tmp_path):
+    assert command(made, "--method", "tim-gd") is None
+    page = (tmp_path / "page.html").read_text()
+    assert "<dt>labelled by</dt><dd>tim-gd</dd>" in page
+    assert "Labelled by the method tim-gd, which takes no corrections" in page
+    data = read(tmp_path / "page.html")
+    assert data["galleries"][0]["title"] == "Check these first"
+    assert all("picture" in image and "mixture" not in image for image in data["images"].values())
+
+
+def test_the_page_of_predict(made, cli_in_process, tmp_path):
+    """Pictures, text and mixture are those of the new rows."""
+    cli_in_process("predict", made.result, made.folder / "features", "--out", tmp_path / "new")
+    summary = write_report(tmp_path / "new", tmp_path / "page.html")
+    (note,) = summary["notes"]
+    assert note.startswith("Labelled by predict: each row by itself")
+    assert summary["thumbnails"] == len(made.keys)
+    data = read(tmp_path / "page.html")
+    assert data["command"] is None
+    write_report(made.result, tmp_path / "solved.html")
+    solved = read(tmp_path / "solved.html")["images"]
+    said = {row: image for row, image in data["images"].items() if "mixture" in image}
+    assert len(said) == len(made.keys)
+    for row, image in said.items():
+        assert (image["text"], image["mixture"]) == (solved[row]["text"], solved[row]["mixture"])
+
+
+def test_images_that_could_not_be_read_are_counted(tmp_path):
+    made = make_result(tmp_path / "run", n_plain=3)
+    write_report(made.result, tmp_path / "page.html")
+    assert "could not be read" not in (tmp_path / "page.html").read_text()
+    for name in ("two\nlines.png", "b.png"):
+        (tmp_path / "run/images" / name).write_bytes(b"no image")
+    made = label(tmp_path / "run/images", tmp_path / "run")
+    (note,) = write_report(made.result, tmp_path / "page.html")["notes"]
+    file = tmp_path / "run/features/failures.csv"
+    assert note == f"2 images have no label, as they could not be read; {file} says why."
 
 
 def test_a_result_of_other_images_is_refused(made, tmp_path):

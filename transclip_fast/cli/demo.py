@@ -71,8 +71,10 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
         write_images(folder / "images", shift)
     source = open_source(folder / "images", labels_from_folders=True)
     with encode_progress() as progress:
-        encode_source(source, loaded, folder / "features", class_prompts(), progress=progress)
-    return solve_folder(folder, TransCLIP(device=device))[0]
+        encoded = encode_source(
+            source, loaded, folder / "features", class_prompts(), progress=progress
+        )
+    return solve_folder(folder, TransCLIP(device=device), stages=session.Stages(encoded.seconds))[0]
 
 
 def _summary(runs: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from transclip_fast.cli import options, session
 from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
 from transclip_fast.cli.outlook import describe_changes
 from transclip_fast.cli.session import counted
-from transclip_fast.cli.solution import check_class_names, path_from, true_labels
-from transclip_fast.cli.summary import modality_gap, of_labelled, run_summary
+from transclip_fast.cli.solution import Output, check_class_names, true_labels
+from transclip_fast.cli.summary import describe_files, modality_gap, of_labelled, run_summary
 from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -141,8 +141,7 @@ def solve_with_method(
     method: Method,
     graph: NeighborGraph | GraphSearch,
     stages: session.Stages,
-    *,
-    csv: bool = False,
+    output: Output,
 ) -> dict[str, Any]:
     """
     Label features, write the result folder `out`, without a mixture, and return its run.json.
@@ -189,7 +188,8 @@ def solve_with_method(
         run = run_summary("solve", features, labels, zero_shot[0], truth, tuple(prototypes.shape))
         run |= describe_method(method) | {
             "zero_shot_from": "shots" if arrays.texts is None else "texts",
-            "features": path_from(out, features.path),
+            "features": options.path_from(out, features.path),
+            "options": [*output.options],
             "modality_gap": modality_gap(
                 unread_matrix(features.get("image_features"), "X"), arrays.texts
             ),
@@ -198,14 +198,14 @@ def solve_with_method(
             "config": {"method": method.name, "anchors": method.anchors, **method.chosen_.values},
             "memory": {"peak": peak_bytes()},
             "seconds": stages.seconds,
-            "warnings": messages,
+            "warnings": [*output.warnings, *messages],
         }
         columns = {"neighbors": used[0].neighbors} if used else {}
         tables = prediction_tables(
             method.label_distributions_, zero_shot, features, truth, columns=columns
         )
         with writing(out):
-            run = save_result(folder, tables, run, None, csv=csv)
+            run = save_result(folder, tables, run, None, csv=output.csv)
     return run
 
 
@@ -244,5 +244,5 @@ def describe_result(run: Mapping[str, Any], out: str) -> str:
     if run["graph"] is not None:
         lines.append(f"graph {describe(run['graph'])}")
     lines.append(f"solve {run['seconds']['solve']:.1f} s")
-    lines.append(f"written to {out}: predictions.parquet, run.json")
+    lines.append(describe_files(out))
     return "\n".join(lines)

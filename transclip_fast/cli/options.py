@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from transclip_fast.device import resolve_device
 from transclip_fast.estimator import TransCLIP
@@ -165,3 +167,32 @@ def model_of(options: Mapping[str, Any]) -> TransCLIP:
 def requested(model: TransCLIP) -> dict[str, Any]:
     """The parameters but memory, before data decide those left open."""
     return {name: getattr(model, name) for name in ESTIMATOR if name != "memory"}
+
+
+def path_from(folder: str, path: str) -> str:
+    """A path relative to a folder, so that both can move together."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
+    """
+    Those of the options with these names that the command was given, for run.json.
+
+    Each has its flag, and a "value"; or a "file", relative to the folder `out`.
+    """
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = str(option.name)
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if not given or not isinstance(option, click.Option) or name not in names:
+            continue
+        value = context.params[name]
+        if option.is_flag:
+            yield {"option": (option.opts if value else option.secondary_opts)[0]}
+            continue
+        for one in value if option.multiple else [value]:
+            if isinstance(one, str) and (option.type is PATH or os.path.exists(one)):
+                yield {"option": option.opts[0], "file": path_from(out, one)}
+            else:
+                text = ("on" if one else "off") if isinstance(one, bool) else str(one)
+                yield {"option": option.opts[0], "value": text}

@@ -11,7 +11,7 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.summary import of_labelled, run_summary
+from transclip_fast.cli.summary import describe_files, of_labelled, run_summary
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device
@@ -91,6 +91,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         labels = distributions.argmax(1)
         run = run_summary("predict", features, labels, zero_shot[0], truth, (n_classes, dim))
         run |= {"device": str(device), "config": solved["config"]}
+        run["features"] = options.path_from(out, features.path)
         run |= {"seconds": stages.seconds, "warnings": [*noted, *warnings]}
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
         tables = results.prediction_tables(distributions, zero_shot, features, truth)
@@ -102,7 +103,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
             f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
             f"{of_labelled(run)}"
         )
-    session.print_summary(run, f"{text}\nwritten to {out}", as_json)
+    session.print_summary(run, f"{text}\n{describe_files(out)}", as_json)
 
 
 def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
 
 REPORT = "report.html"
+SOLVE_OPTIONS = ("class_cost", "memory", "device", "csv")  # of `solve`, beside the graph
 
 
 @click.command(
@@ -96,15 +98,18 @@ def command(
                 images, folder / "features", progress=progress, on_sizes=print_plan, **encoding
             )
         encode_summary, encode_text = report(encoded)
+        stages = session.Stages(encode_summary["seconds"])
+        again = options.given_options(str(folder / "result"), SOLVE_OPTIONS)
+        output = Output(csv=csv, options=[*again], warnings=warnings)
         quiet = as_json or bool(planned)
-        solve_summary, solve_text = solve_folder(folder, model, search, csv=csv, quiet=quiet)
+        solve_summary, solve_text = solve_folder(folder, model, search, stages, output, quiet=quiet)
         page = write_report(folder / "result", folder / REPORT)
     summary = {
         **solve_summary,
         "failures": encode_summary["failures"],
         "throughput": encode_summary["throughput"],
         "seconds": {**encode_summary["seconds"], **solve_summary["seconds"]},
-        "warnings": [*warnings, *solve_summary["warnings"]],
+        "warnings": [*dict.fromkeys([*warnings, *solve_summary["warnings"]])],
         "report": str(folder / REPORT),
     }
     text = f"{encode_text}\n{solve_text}\n{describe_report(page, folder / REPORT)}"
@@ -117,19 +122,25 @@ def solve_folder(
     folder: Path,
     model: TransCLIP,
     search: GraphSearch | None = None,
+    stages: session.Stages | None = None,
+    output: Output | None = None,
     *,
-    csv: bool = False,
     quiet: bool = True,
 ) -> tuple[dict[str, Any], str]:
-    """Solve folder/features into folder/graph and folder/result; run.json, and the same as text."""
-    stages = session.Stages()
+    """
+    Solve folder/features into folder/graph and folder/result; run.json, and the same as text.
+
+    `stages` has the time of what went before, and receives that of what is done now.
+    """
+    stages, output = stages or session.Stages(), output or Output()
     features = load_features(folder / "features")
     result = folder / "result"
     run = _finished_run(result, features, model)
-    if run is None or (csv and not (result / CSV_FILE).is_file()):
+    if run is None or (output.csv and not (result / CSV_FILE).is_file()):
         search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
         graph = kept_graph(folder / "graph", features, search, stages)
-        output = Output(csv=csv)
+        found = {"option": "--graph", "file": options.path_from(str(result), str(folder / "graph"))}
+        output = replace(output, options=[found, *output.options])
         run = solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
     else:
         clean(folder / "graph", search_leftovers(folder / "graph"))

@@ -25,8 +25,8 @@ from transclip_fast.version import __version__
 class Stages:
     """Seconds of each stage of a command, by name; a stage inside another counts once."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = {**(seconds or {})}
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import session
 from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
+from transclip_fast.cli.options import path_from
 from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.plan import plan_of, problem_of
 from transclip_fast.cli.session import counted
@@ -53,11 +53,25 @@ CHECKPOINT_SECONDS = 1.0  # the most work that a crash costs
 
 @dataclass(frozen=True)
 class Output:
-    """What a result has beside labels: `reject`, the share of rows to mark as none of the classes,
-    and `csv`, whether predictions are written as .csv, too."""
+    """
+    What a result has beside labels.
+
+    Parameters
+    ----------
+    reject : float, optional
+        Share of the rows to mark as none of the classes.
+    csv : bool
+        Write the predictions as .csv, too.
+    options : list of dict
+        Of the command that solves so again, see `given_options`.
+    warnings : list of str
+        Of what went before.
+    """
 
     reject: float | None = None
     csv: bool = False
+    options: Sequence[Mapping[str, str]] = ()
+    warnings: Sequence[str] = ()
 
 
 def solve_features(
@@ -149,6 +163,7 @@ def solve_features(
                 columns["rejected"] &= ~known
         run |= solver_summary(model) | {
             "features": path_from(out, features.path),
+            "options": [*output.options],
             "modality_gap": modality_gap(
                 problem.features, solved.get("text_features"), problem.exchange
             ),
@@ -179,7 +194,8 @@ def solve_features(
             said = ranks.all_gather({"peak": peak_bytes(), "warnings": warnings})
             peak = max(found["peak"] for found in said)
             run["memory"] = {"planned": plan.peak, "allowed": plan.limit, "peak": peak}
-            run["warnings"] = list(dict.fromkeys(x for found in said for x in found["warnings"]))
+            now = [text for found in said for text in found["warnings"]]
+            run["warnings"] = [*dict.fromkeys([*output.warnings, *now])]
             if ranks.leads:
                 run = save_result(folder, tables, run, model.tensors(), csv=output.csv)
     return run
@@ -246,11 +262,6 @@ def true_labels(features: Features, n_classes: int) -> np.ndarray | None:
         warnings.warn("labels: no row has one, so that there is no accuracy", stacklevel=2)
         return None
     return truth
-
-
-def path_from(folder: str, path: str) -> str:
-    """A path relative to a folder, so that both can move together."""
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def check_class_names(features: Features, n_classes: int) -> None:

@@ -156,26 +156,17 @@ def _solve(
         else:
             graph = search_of(values, needed)
     features.origins["graph"] = values["graph_folder"] or "graph"
+    again = [*options.given_options(out, {*values, "head"})]
+    output = Output(values["reject"], values["csv"], again, noted)
     if method is not None:
-        run = solve_with_method(features, out, method, graph, stages, csv=values["csv"])
-        run["warnings"] = [*noted, *run["warnings"]]
-        return run
+        return solve_with_method(features, out, method, graph, stages, output)
     make_head = None
     if head is not None:
         features.origins[head] = head  # if it is a file
         make_head = partial(apply_head, head, stored, values, model, stages)
-    run = solve_features(
-        features,
-        out,
-        model,
-        graph,
-        stages,
-        Output(values["reject"], values["csv"]),
-        make_head=make_head,
-        quiet=quiet,
+    return solve_features(
+        features, out, model, graph, stages, output, make_head=make_head, quiet=quiet
     )
-    run["warnings"] = [*noted, *run["warnings"]]
-    return run
 
 
 def corrected_features(features: Features, files: Sequence[str]) -> Features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.metrics import accuracy
 from transclip_fast.ops.exchange import Exchange
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import TRANSCLIP
+from transclip_fast.store.results import FILES, TRANSCLIP
 
 MEAN_ROWS = 8192  # added up at a time
 
@@ -167,9 +168,14 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
     graph = f"{describe(run['graph'])}, {built}"
     lines += [
         f"graph {graph}, solve {seconds['solve']:.1f} s on {run['device']}",
-        f"written to {out}: predictions.parquet, mixture.safetensors, run.json",
+        describe_files(out),
     ]
     return "\n".join(lines)
+
+
+def describe_files(out: str) -> str:
+    """The files of a result folder, as text."""
+    return f"written to {out}: {', '.join(name for name in FILES if (Path(out) / name).is_file())}"
 
 
 def of_labelled(run: Mapping[str, Any]) -> str:

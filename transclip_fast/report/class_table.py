@@ -54,9 +54,12 @@ def class_table(view: View, named: Collection[int]) -> dict[str, Any]:
 
 
 def _ratios(parts: np.ndarray, wholes: np.ndarray) -> list[float | None]:
-    """Quotients, None where there is nothing to divide by."""
-    pairs = zip(parts.tolist(), wholes.tolist(), strict=True)
-    return [round(part / whole, 4) if whole else None for part, whole in pairs]
+    """Quotients, None where there is nothing to divide by; 1 is not by rounding."""
+    found: list[float | None] = []
+    for part, whole in zip(parts.tolist(), wholes.tolist(), strict=True):
+        ratio = round(part / whole, 4) if whole else None
+        found.append(0.9999 if ratio == 1 and part < whole else ratio)
+    return found
 
 
 def _fitting_length(names: Sequence[str]) -> int:

@@ -26,7 +26,10 @@ const labelOf = (k) => {
   return i in classes.label ? classes.label[i] : classes.name[i];
 };
 const number = (value) => value.toLocaleString("en");
-const percent = (value) => (value === null ? "" : `${(100 * value).toFixed(value > 0.995 ? 0 : 1)} %`);
+/* 100 % is all; 99.97 % is shown as 99.9 %. */
+const percent = (value) => (value === null ? "" : value === 1 ? "100 %" : `${Math.min(100 * value, 99.9).toFixed(1)} %`);
+/* In whole percent, where 100 % is all. */
+const share = (value) => `${value === 1 ? 100 : Math.min(Math.round(100 * value), 99)} %`;
 const keyOf = (row) => (images[row].key === null ? `row ${row}` : images[row].key);
 const labelNow = (row) => (given.has(row) ? given.get(row) : images[row].label);
 

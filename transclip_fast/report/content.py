@@ -14,8 +14,17 @@ from transclip_fast.errors import InputError
 from transclip_fast.report.class_table import class_table
 from transclip_fast.report.gallery import LISTED_FLOWS, Gallery, flows, galleries
 from transclip_fast.report.thumbnails import Pictures, pictures_in, pictures_of, thumbnails
-from transclip_fast.report.view import Opinion, View, feature_folder, opinions, solved_features
+from transclip_fast.report.view import (
+    PREDICT,
+    Opinion,
+    View,
+    failures_in,
+    feature_folder,
+    opinions,
+    solved_features,
+)
 from transclip_fast.store.corrections import GUARDED
+from transclip_fast.store.feature_writer import FAILURES
 from transclip_fast.store.features import Features
 from transclip_fast.store.results import TRANSCLIP
 
@@ -60,17 +69,18 @@ class Content:
         shown, notes = galleries(view), list[str]()
         main = [*dict.fromkeys(row for gallery in shown for row in gallery.rows)]
         around = {row: view.neighbors(row, NEIGHBORS) for row in main}
-        if not view.result.has("neighbors"):
+        if not view.result.has("neighbors") and view.labelled_by != PREDICT:
             notes.append("Neighbours are not shown: the result does not hold them.")
         sides = dict.fromkeys((row for rows in around.values() for row in rows), NEIGHBOR_SIDE)
         sides = dict.fromkeys(main, SIDE) | {k: v for k, v in sides.items() if k not in around}
         keys, features, said = view.keys([*sides]), None, {"joint": view.joint(main)}
         try:
-            features = solved_features(view.result)
-            if view.run.get("method", TRANSCLIP) == TRANSCLIP:
+            features = solved_features(view)
+            if view.labelled_by in (TRANSCLIP, PREDICT):
                 said["text"], said["mixture"] = opinions(view.result, features, main)
         except InputError as error:
             notes.append(f"What text and mixture say alone is not shown: {error}.")
+        notes += _about(view, features)
         pictures = _pictures(features, images, keys, notes)
         found, missing = thumbnails(pictures, sides.items(), THUMBNAIL_BYTES)
         for why, number in missing.most_common():
@@ -130,15 +140,54 @@ class Content:
         return "row" if long else "key"
 
     def _command(self) -> str | None:
-        """What solves again with the corrections that the page saves."""
-        run = self.view.run
-        if not isinstance(run.get("features"), str) or run.get("method", TRANSCLIP) != TRANSCLIP:
-            return None  # other methods take no corrections
-        folder = self.view.result.folder
-        features = os.path.relpath(folder.resolve() / self.view.run["features"])
-        out = folder.with_name(f"{folder.name}-corrected")
-        words = ["solve", features, "--corrections", "corrections.csv", "--out", str(out)]
+        """What solves again with the corrections that the page saves; None if nothing does."""
+        view = self.view
+        if not isinstance(view.run.get("features"), str) or view.labelled_by != TRANSCLIP:
+            return None
+        out = f"{os.path.realpath(view.result.folder)}-corrected"
+        words = ["solve", view.path(view.run["features"]), *(self.options or ())]
+        words += ["--corrections", "corrections.csv", "--out", out]
         return shlex.join(["transclip-fast", *words])
+
+    @property
+    def options(self) -> list[str] | None:
+        """The words of the options that it was solved with; None if the result does not say."""
+        found = self.view.run.get("options")
+        if not isinstance(found, list):
+            return None
+        words = []
+        for option in found:
+            known = isinstance(option, dict) and {*option} <= {"option", "value", "file"}
+            if not known or not all(isinstance(text, str) for text in option.values()):
+                return None
+            words.append(option.get("option", ""))
+            if "file" in option:
+                words.append(self.view.path(option["file"]))
+            elif "value" in option:
+                words.append(option["value"])
+        return words
+
+
+def _about(view: View, features: Features | None) -> list[str]:
+    """What a reader has to know about the whole result."""
+    notes = []
+    if view.labelled_by == PREDICT:
+        notes.append(
+            "Labelled by predict: each row by itself, with the mixture of another result, and so "
+            "without neighbours. Corrections are for a solve of these features."
+        )
+    elif view.labelled_by != TRANSCLIP:
+        notes.append(
+            f"Labelled by the method {view.labelled_by}, which takes no corrections; a solve with "
+            f"method {TRANSCLIP} does."
+        )
+    if (folder := feature_folder(features)) is not None and (failed := failures_in(folder)):
+        are = "image has" if failed == 1 else "images have"
+        notes.append(
+            f"{failed:,} {are} no label, as {'it' if failed == 1 else 'they'} could not be read; "
+            f"{folder / FAILURES} says why."
+        )
+    return notes
 
 
 def _pictures(

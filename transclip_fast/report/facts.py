@@ -10,6 +10,7 @@ import numpy as np
 
 from transclip_fast.metrics import accuracy
 from transclip_fast.report.view import View
+from transclip_fast.store.results import TRANSCLIP
 
 
 class Fact(NamedTuple):
@@ -24,6 +25,8 @@ def facts(view: View) -> list[Fact]:
     """The summary of a result."""
     run, n = view.run, len(view)
     found = [Fact("images", f"{n:,}"), Fact("classes", f"{run['n_classes']:,}", _used(view))]
+    if view.labelled_by != TRANSCLIP:
+        found.append(Fact("labelled by", view.labelled_by))
     if view.truth is not None and (view.truth >= 0).any():
         found.append(_accuracy(view, view.truth))
     changed = int((view.labels != view.zero_shot).sum())

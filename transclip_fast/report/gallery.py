@@ -9,7 +9,7 @@ import numpy as np
 
 from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.view import View
-from transclip_fast.store.results import CALIBRATED
+from transclip_fast.store.results import CALIBRATED, TRANSCLIP
 
 SUGGESTED, UNCERTAIN, MOVED = 30, 48, 48  # images
 FLOWS, OF_FLOW = 14, 6  # flows, and images of each
@@ -61,12 +61,12 @@ def _galleries(view: View) -> Iterator[Gallery]:
         yield _marked("moved", "Moved by corrections", text, view.moved & ~view.moved_back)
         text = "Images that corrections gave the label back that they had by zero-shot."
         yield _marked("back", "Moved back", text, view.moved_back)
-    yield Gallery(
-        "suggested",
-        "Correct these first",
-        "The solution wavers between classes here: to correct these images gains most.",
-        [Group(suggested_rows(view.result, SUGGESTED).tolist())],
-    )
+    title = "Correct these first"
+    text = "The solution wavers between classes here: to correct these images gains most."
+    if view.labelled_by != TRANSCLIP:  # corrections would not spread
+        title, text = "Check these first", "The labels with the lowest confidence."
+    first = suggested_rows(view.result, SUGGESTED).tolist()
+    yield Gallery("suggested", title, text, [Group(first)])
     yield Gallery(
         "changed",
         "Changed labels",

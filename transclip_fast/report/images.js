@@ -25,7 +25,7 @@ function fill(node, row) {
   }
   const earlier = "earlier" in image && image.earlier !== label ? image.earlier : image.zeroShot;
   const before = given.has(row) ? image.label : earlier;
-  const was = `${Math.round(100 * image.confidence)} %${before === label ? "" : `, was ${nameOf(before)}`}`;
+  const was = `${share(image.confidence)}${before === label ? "" : `, was ${nameOf(before)}`}`;
   node.replaceChildren(
     box,
     isolated(nameOf(label), `name ${tone}`),

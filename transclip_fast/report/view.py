@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,26 @@ import pyarrow.compute as pc
 import torch
 
 from transclip_fast.data.checks import unit_sample, unread_matrix
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.solver.loop import predict
 from transclip_fast.solver.prior import LinearPrior
+from transclip_fast.store.feature_writer import FAILURES
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.results import CALIBRATED, TRUTH, Result, load_mixture, load_result
+from transclip_fast.store.results import (
+    CALIBRATED,
+    TRANSCLIP,
+    TRUTH,
+    Result,
+    load_mixture,
+    load_result,
+)
 
 COLUMNS = (
     *("key", "label", "confidence", "zero_shot_label", "zero_shot_confidence"),
     *(CALIBRATED, "neighbors", "known", TRUTH),
 )
 TOP = ("top5_labels", "top5_confidences")
+PREDICT = "predict"  # the kind of its results
 SHOWN_CLASSES = 3  # of an opinion
 SCORED_ROWS = 256  # at a time: 21,000 classes of each take 22 MB
 Opinion = list[tuple[int, float]]  # classes and probabilities, the largest first
@@ -61,6 +71,18 @@ class View:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def labelled_by(self) -> str:
+        """What gave the labels: the method that solved, or `PREDICT`."""
+        if self.run.get("kind") == PREDICT:
+            return PREDICT
+        method = self.run.get("method")
+        return method if isinstance(method, str) else TRANSCLIP
+
+    def path(self, path: str) -> str:
+        """A path in run.json, which starts at the folder, as an absolute one."""
+        return os.path.normpath(os.path.join(os.path.realpath(self.result.folder), path))
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -155,16 +177,16 @@ class View:
         }
 
 
-def solved_features(result: Result) -> Features:
+def solved_features(view: View) -> Features:
     """The features that a result was solved from; InputError if they are gone or others."""
-    path = result.run.get("features")
+    path = view.run.get("features")
     if not isinstance(path, str):
         raise InputError("the result does not name its features; solve again")
-    path = os.path.normpath(os.path.join(os.path.realpath(result.folder), path))
+    path = view.path(path)
     if not os.path.exists(path):
         raise InputError(f"the features are gone: {path}")
     features = load_features(path, shots=0 if os.path.isdir(path) else None)
-    if features.sha256() != result.features_sha256:
+    if features.sha256() != view.result.features_sha256:
         raise InputError(f"the features have changed, or a map was put on them: {path}")
     return features
 
@@ -202,3 +224,12 @@ def feature_folder(features: Features | None) -> Path | None:
     if features is None or not (Path(features.path) / "metadata").is_dir():
         return None
     return Path(features.path)
+
+
+def failures_in(folder: Path) -> int:
+    """How many images of a feature folder could not be read."""
+    file = folder / FAILURES
+    if not file.exists():  # of other programs
+        return 0
+    with reading(file), open(file, newline="", encoding="utf-8") as lines:
+        return sum(1 for _ in csv.DictReader(lines))

@@ -28,7 +28,8 @@ from transclip_fast.store.features import Features
 from transclip_fast.store.json_text import value_of
 
 CSV_FILE = "predictions.csv"
-CONTENTS = frozenset({"predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json"})
+FILES = ("predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json")
+CONTENTS = frozenset(FILES)
 TRANSCLIP = "transclip"  # the method of a result that names no other
 HASHED = ("predictions.parquet", "mixture.safetensors")
 FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
