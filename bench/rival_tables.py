@@ -1,4 +1,4 @@
-"""The tables of `bench.accuracy.rivals`, and where TransCLIP is not ahead."""
+"""The tables of `bench.accuracy.rivals` and `bench.speed.methods`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.accuracy.rivals import (
     Arm,
     settings,
 )
-from bench.tables import Row, newest, source, spread, table
+from bench.tables import Row, newest, seconds, size, source, spread, table
 
 NOTHING = "Not recorded yet: `python -m bench.accuracy.rivals`."
 Found = dict[tuple[str, str], Row]  # the line of a family and a setting
@@ -152,4 +152,25 @@ def _family(found: Found, family: str, cell: Callable[[Row, Row], str]) -> str:
     return table([family, "learns from", "settings tried", "assumes", *lines], cells)
 
 
-BLOCKS = {"rivals": short, "rivals-lost": lost, "rivals-settings": every}
+def costs(folder: Path) -> str:
+    """Tabulate time and memory of methods on many rows."""
+    rows = newest("methods", "queries", "classes", "dim", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.speed.methods`."
+    cells = [
+        [
+            *(f"{line[x]:,}" for x in ("queries", "classes", "dim")),
+            row["method"],
+            row["text"],
+            seconds(row["seconds"]),
+            size(row["peak_bytes"]),
+            f"{row['accuracy']:.1f}",
+        ]
+        for line in rows
+        for row in line["rows"]
+    ]
+    head = ["N", "K", "d", "method", "learns from", "time", "peak of the process", "accuracy"]
+    return table(head, cells) + "\n\n" + source(rows)
+
+
+BLOCKS = {"method-costs": costs, "rivals": short, "rivals-lost": lost, "rivals-settings": every}

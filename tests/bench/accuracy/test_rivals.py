@@ -12,6 +12,7 @@ from bench import rival_tables, tables
 from bench.accuracy import rivals
 from bench.common import record
 from tests.conftest import balanced
+from transclip_fast.errors import InputError
 from transclip_fast.methods import METHODS
 
 
@@ -148,6 +149,21 @@ def test_tables(results):
     file = results / "rivals.jsonl"
     file.write_text("\n".join(file.read_text().splitlines()[1:]))
     assert all("Not recorded" in block(results) for block in rival_tables.BLOCKS.values())
+
+
+def test_costs_are_tabulated(tmp_path, monkeypatch):
+    from bench.speed import methods
+
+    monkeypatch.setattr(methods, "record", partial(record, folder=tmp_path))
+    command = ["--queries", "200", "--classes", "9", "--dim", "16", "--methods", "stata", "zlap"]
+    assert methods.main(command) == 0
+    file = tmp_path / "methods.jsonl"
+    file.write_text(file.read_text().replace('"dirty": true', '"dirty": false'))
+    found = rival_tables.costs(tmp_path)
+    assert "| 200 | 9 | 16 | stata | texts | " in found
+    monkeypatch.setattr(methods, "MOST_BYTES", 1 << 20)
+    with pytest.raises(InputError, match="memory: stata keeps 3 arrays"):
+        methods.run_method("stata", 200, 9, 16)
 
 
 def test_only_lines_of_a_clean_tree_count(results):
