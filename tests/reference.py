@@ -94,10 +94,30 @@ def effective_classes(y_hat):
     return np.exp(-(mean * np.log(np.where(mean > 0, mean, 1))).sum())
 
 
-def class_cost(y_hat, dim):
+def sharpness(log_y, graph):
+    """T from 1 to 16: softmax(T log y_hat) is as confident as neighbours agree on its labels."""
+    labels = log_y.argmax(1)
+    rows, neighbors = np.nonzero(graph)
+    agreement = (labels[rows] == labels[neighbors]).mean()
+
+    def confidence(power):
+        return np.exp(log_softmax(power * log_y)).max(1).mean()
+
+    low, high = 1.0, 16.0
+    if confidence(low) >= agreement:
+        return low
+    if confidence(high) < agreement:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if confidence(middle) < agreement else (low, middle)
+    return low
+
+
+def class_cost(z, dim):
     """w and beta: a class of mass n costs w beta n / (n + beta)."""
-    n, n_classes = y_hat.shape
-    effective = effective_classes(y_hat)
+    n, n_classes = z.shape
+    effective = effective_classes(z)
     full = min(1, n / (8 * effective))
     f = max(0, 1 - effective / (0.8 * n_classes)) ** (2 - full)
     return f * (60 + 60 * full) * dim / 512, max(1, 0.05 * n / effective)
@@ -166,19 +186,21 @@ def solve(
     variances = np.full(d, 1 / d)
     kl_term = lam * log_y if lam else np.zeros_like(log_y)
     weight, beta = 0.0, 1.0
+    sharp = log_softmax(sharpness(log_y, graph) * log_y)
     charged = p.class_cost
     if charged == "auto":
-        charged = not few_shot and effective_classes(y_hat) < 0.8 * n_classes
+        charged = not few_shot and effective_classes(np.exp(sharp)) < 0.8 * n_classes
     z = fixed(y_hat)
     if charged:
-        weight, beta = class_cost(y_hat, d)
-        score = log_y
         if few_shot:
             score = kl_term + p.likelihood_weight * log_gaussian(f, means, variances)
+        else:
+            score = sharp
+            z = fixed(np.exp(log_softmax(score)))
         for _ in range(p.inner_iter):
             z = fixed(np.exp(log_softmax(score + messages_to_queries(z))))
-        if few_shot:  # the shots decide which classes are in use, and remain the means
-            weight, beta = class_cost(z, d)
+        weight, beta = class_cost(z, d)
+        if few_shot:  # the shots remain the means
             weight *= lam
         else:
             means = np.where(z.sum(0)[:, None] > 0, unit(z.T @ f), means)

@@ -124,7 +124,8 @@ class TransCLIP(Parameters):
     chosen_ : Chosen
         Both, and how many values of gamma they are the best of.
     n_effective_classes_ : float
-        Classes over which the prior spreads: exp of the entropy of its mean over the queries.
+        Classes over which the prior spreads, made as confident as neighbours agree on its labels:
+        exp of the entropy of its mean over the queries.
     class_costs_ : ndarray (K,) float64 or None
         Nats by which the class cost lowered the score of each class; None in the published method.
     device_ : torch.device

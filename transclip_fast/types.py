@@ -260,17 +260,35 @@ class Assignments:
     def __len__(self) -> int:
         return len(self.values)
 
-    def counts(self) -> torch.Tensor:
-        """The mass kept of each class, (K,) float64: the same bits however rows are split."""
-        if self.classes is None:
-            return self.values.sum(0, dtype=torch.float64)
-        total = torch.zeros(self.n_classes, dtype=torch.int64, device=self.values.device)
-        # Sums of integers do not depend on their order, which a GPU leaves open.
+    def sharpen(self, power: float) -> Assignments:
+        """z <- z^power in place, rows scaled to 1; dropped mass counts as one class more."""
         for start in range(0, len(self), BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            units = (self.values[rows] * MASS_UNITS).long()
-            total.scatter_add_(0, self.classes[rows].long().flatten(), units.flatten())
-        return total.double() / MASS_UNITS
+            values = self.values[start : start + BLOCK_ROWS]
+            used = values > 0
+            dropped = (1 - values.sum(1)).clamp_min(0).pow(power)
+            values.pow_(power).div_((values.sum(1) + dropped)[:, None])
+            # No entry in use may underflow: a list ends at its first 0.
+            values.clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
+        return self
+
+    def counts(self, power: float = 1.0) -> torch.Tensor:
+        """
+        The mass kept of each class, (K,) float64: the same bits however rows are split.
+
+        With `power`, that of the sharpened z.
+        """
+        total = torch.zeros(self.n_classes, dtype=torch.float64, device=self.values.device)
+        units = total.long()
+        for start in range(0, len(self), BLOCK_ROWS):
+            z = self.take(slice(start, start + BLOCK_ROWS))
+            if power != 1:
+                z = replace(z, values=z.values.clone()).sharpen(power)
+            if z.classes is None:
+                total += z.values.sum(0, dtype=torch.float64)
+            else:  # sums of integers do not depend on their order, which a GPU leaves open
+                mass = (z.values * MASS_UNITS).long()
+                units.scatter_add_(0, z.classes.long().flatten(), mass.flatten())
+        return total if self.classes is None else units.double() / MASS_UNITS
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Most likely class of each row (N,) int64, the lowest of equal ones, and its z (N,)."""

@@ -40,6 +40,22 @@ def test_plan_tells_how_many_classes_are_in_use(few, succeeds):
     )
 
 
+def test_soft_text_is_sharpened(few, save, problem, succeeds, tmp_path):
+    """Logits divided by eight spread over most classes; `plan` and `solve` count the same few."""
+    features, text, labels = problem(n=600, k=20)
+    chosen = labels < 3
+    log_prior = reference.log_prior(features[chosen].astype(float), text.astype(float), 300.0 / 8)
+    soft = np.exp(log_prior)
+    assert reference.effective_classes(soft) > 0.8 * 20
+    file = save({"image_features": features[chosen], "prior": soft})
+    found = json.loads(succeeds("plan", file, "--json"))["outlook"]
+    succeeds("solve", file, "--out", tmp_path / "result")
+    run, _ = read(tmp_path / "result")
+    assert found["n_effective_classes"] < 0.5 * 20
+    assert found["n_effective_classes"] == pytest.approx(run["n_effective_classes"], rel=1e-3)
+    assert found["class_cost"] is run["config"]["class_cost"] is True
+
+
 def test_few_rows_stand_for_many(few, succeeds, monkeypatch):
     """The rest is not read twice: 2^10 entries are those of 31 rows, of 20 classes and d = 33."""
     monkeypatch.setattr("transclip_fast.cli.outlook.SAMPLE_ENTRIES", 1 << 10)

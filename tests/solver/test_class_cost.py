@@ -15,8 +15,9 @@ from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.ops.numba_backend import NumbaOps
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.solver import loop, state
-from transclip_fast.solver.class_cost import ClassCost, effective_classes
+from transclip_fast.solver.class_cost import ClassCost, agreement, effective_classes, sharpness
 from transclip_fast.store.checkpoint import FileCheckpoint
+from transclip_fast.types import Assignments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,6 +35,15 @@ def few():
         return features.astype(np.float32), prototypes.astype(np.float32), labels
 
     return make
+
+
+def zero_shot_classes(features, prototypes, logit_scale=100.0):
+    """K_eff of zero-shot by the reference."""
+    features = features.astype(float)
+    log_y = reference.log_prior(features, prototypes.astype(float), logit_scale)
+    graph = reference.knn_weights(features, features, 3, True, False)
+    sharp = reference.sharpness(log_y, graph) * log_y
+    return reference.effective_classes(np.exp(reference.log_softmax(sharp)))
 
 
 def everything(backend, **values):
@@ -105,8 +115,7 @@ def test_auto_charges_below_four_fifths_of_the_classes(few, problem):
     model = TransCLIP(device="cpu")
     features, prototypes, _ = few()
     model.fit(features, prototypes)
-    y_hat = np.exp(reference.log_prior(features.astype(float), prototypes.astype(float)))
-    effective = reference.effective_classes(y_hat)
+    effective = zero_shot_classes(features, prototypes)
     assert effective < 0.8 * 20
     assert model.n_effective_classes_ == pytest.approx(effective, rel=1e-5)
     assert model.class_costs_.shape == (20,)
@@ -138,6 +147,45 @@ def test_effective_classes_by_hand():
     assert effective_classes(torch.tensor([3.0, 3.0, 0.0]).double()) == pytest.approx(2)
     entropy = -(0.75 * log(0.75) + 0.25 * log(0.25))
     assert effective_classes(torch.tensor([6.0, 2.0]).double()) == pytest.approx(exp(entropy))
+
+
+def test_sharpness_by_hand():
+    """Two classes at odds 1 : e^-x have the odds e^-Tx, and a confidence of 1 / (1 + e^-Tx)."""
+    log_y_hat = torch.tensor([[0.0, -0.4, -torch.inf]]).expand(5, 3).log_softmax(1)
+    assert sharpness(log_y_hat, 1 / (1 + exp(-1.0))) == pytest.approx(2.5, rel=1e-5)
+    assert sharpness(log_y_hat, 0.55) == 1  # it is more confident already
+    assert sharpness(log_y_hat, 1.0) == pytest.approx(16)
+    assert sharpness(log_y_hat, float("nan")) == 1  # no row has a neighbour
+
+
+def test_agreement_by_hand():
+    """Of three neighbours that there are, two have the label of their row."""
+    found = agreement(torch.tensor([4, 0]), torch.tensor([[4, 4], [-1, 4]]))
+    assert found == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_sharpened_assignments(form):
+    values = torch.tensor([[0.6, 0.3, 0.1], [1.0, 0.0, 0.0], [0.5, 1e-30, 0.5]])
+    classes = None if form == "dense" else torch.tensor([[4, 2, 0], [1, 0, 0], [3, 2, 1]]).int()
+    z = Assignments(values.clone(), classes, 5, torch.zeros(3))
+    z.sharpen(3.0)
+    expected = values.double() ** 3
+    torch.testing.assert_close(z.values.double(), expected / expected.sum(1, True))
+    assert torch.equal(z.values > 0, values > 0)  # what underflows stays in use
+
+
+def test_soft_text_counts_no_absent_classes(golden):
+    """5 of 19 classes: divided by three, logits spread over nearly all, and few are charged for."""
+    labels, text = golden["labels"], golden["text_features"]
+    rows = np.isin(labels, [0, 4, 9, 13, 17])
+    features = golden["image_features"][rows].astype(np.float32)
+    for scale in (100.0, 33.0):
+        model = TransCLIP(device="cpu", logit_scale=scale).fit(features, text)
+        zero_shot = np.mean(model.zero_shot_labels_ == labels[rows])
+        assert np.mean(model.transduction_ == labels[rows]) > zero_shot
+        assert model.n_effective_classes_ < 0.8 * 19
+        assert model.class_costs_.max() > 30
 
 
 def test_the_tangent_bounds_the_cost():
@@ -172,8 +220,7 @@ def test_short_lists_count_what_they_leave_out(problem, backend, logit_scale):
     )
     with pytest.warns(UserWarning, match="raise candidates"):
         model.fit(features, prototypes)
-    log_y = reference.log_prior(features.astype(float), prototypes.astype(float), logit_scale)
-    expected = reference.effective_classes(np.exp(log_y))
+    expected = zero_shot_classes(features, prototypes, logit_scale)
     assert model.n_effective_classes_ == pytest.approx(expected, rel=0.01)
 
 

@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from transclip_fast.cli.session import counted
-from transclip_fast.solver.class_cost import effective_classes, is_charged
+from transclip_fast.data.checks import unit_sample
+from transclip_fast.data.feature_rows import evenly_spaced_rows
+from transclip_fast.graph.exact import nearest
+from transclip_fast.solver.class_cost import (
+    agreement,
+    effective_classes,
+    is_charged,
+    sharpness,
+)
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Problem
 
 SAMPLE_ENTRIES = 1 << 22  # of the prior and of the rows that it is of, worth computing twice
+NEIGHBOR_ROWS = 4096  # among which neighbours are searched: a fraction of a second
 RARE = 0.05  # of a fair share of the rows
 NAMED = 3  # classes of a line
 
@@ -27,7 +37,8 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     n_classes = problem.prior.n_classes
     widest = max(n_classes, problem.features.shape[1])
     log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // widest))
-    shares = log_prior.double().exp().mean(0)
+    power = _sharpness(problem, log_prior, parameters.n_neighbors)
+    shares = torch.softmax(power * log_prior.double(), 1).mean(0)
     effective = effective_classes(shares)
     few_shot = None not in problem.gammas(parameters)
     return {
@@ -36,6 +47,15 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
         "class_cost": is_charged(parameters.class_cost, effective, n_classes, few_shot=few_shot),
         "rare_classes": (n_classes * shares < RARE).nonzero()[:, 0].tolist(),
     }
+
+
+def _sharpness(problem: Problem, log_prior: torch.Tensor, n_neighbors: int) -> float:
+    """T of `transclip_fast.solver.class_cost`, from some rows and their neighbours among these."""
+    some = evenly_spaced_rows(len(log_prior), NEIGHBOR_ROWS)
+    ids = evenly_spaced_rows(len(problem.features), len(log_prior))[some]
+    rows, labels = unit_sample(problem.features, ids), log_prior[some].argmax(1)
+    neighbors, _ = nearest(rows, rows, n_neighbors, own=torch.arange(len(rows)))
+    return sharpness(log_prior[some], agreement(labels, labels[neighbors]))
 
 
 def describe_outlook(found: dict[str, Any], n_classes: int, names: Sequence[str] | None) -> str:

@@ -6,8 +6,13 @@ rows away from these. Here each class of mass n_k = sum_i z_ik adds w beta n_k /
 a soft count of the classes in use. It is concave in n, so its tangent at the n of the step before
 bounds it from above (majorise-minimise): a constant per class in the score.
 
-Of the zero-shot prediction alone: K_eff = exp(H(mean_i y_hat_i)), the classes over which it
-spreads. With r = min(1, N / 8 K_eff), 1 where a class in use has 8 rows or more:
+All of it is decided without labels. y_hat is what zero-shot predicts; a text that is too soft, as
+of a small logit scale, also spreads over classes that do not occur. So it is sharpened to y_hat^T,
+T >= 1 the least with which its mean confidence is the share of neighbours that have the same
+zero-shot label: that is about how often zero-shot is right. With K_eff(z) = exp(H(mean_i z_i)), the
+classes over which z spreads, "auto" charges for classes where K_eff(y_hat^T) < 0.8 K. What they
+cost depends on K_eff of z after some sweeps from y_hat^T alone. With r = min(1, N / 8 K_eff), 1
+where a class in use has 8 rows or more:
 
     w = (1 - K_eff / 0.8 K)^(2 - r) (60 + 60 r) d / 512 nats,  beta = max(1, 0.05 N / K_eff) rows.
 
@@ -25,11 +30,29 @@ CLASS_SHARE = 0.05  # of the rows of a mean class: beta, which costs half the mo
 NATS, NATS_OF_FULL_CLASSES = 60.0, 60.0  # of an unused class at d = 512
 FULL_CLASS_ROWS = 8  # rows of a mean class from which it costs the most
 DIM = 512
+SHARPEST = 16.0  # T at most: confidences are near 1 then
+HALVINGS = 30  # of the interval of T, on a logarithmic scale: to float32's rounding
 
 
 def effective_classes(counts: torch.Tensor) -> float:
     """K_eff, exp of the entropy of the shares of the classes; `counts` (K,) >= 0."""
     return float(torch.special.entr(counts / counts.sum()).sum().exp())
+
+
+def agreement(labels: torch.Tensor, neighbor_labels: torch.Tensor) -> float:
+    """Share of the neighbours (S, k) with the label of their row (S,); -1 where there is none."""
+    same = neighbor_labels == labels[:, None]
+    return float(same[neighbor_labels >= 0].double().mean())
+
+
+def sharpness(log_y_hat: torch.Tensor, confidence: float) -> float:
+    """T, at least 1, with which y_hat^T of the rows (S, K) has the mean `confidence`."""
+    low, high = 1.0, SHARPEST
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        found = torch.softmax(middle * log_y_hat, 1).amax(1).mean(dtype=torch.float64)
+        low, high = (middle, high) if float(found) < confidence else (low, middle)
+    return low
 
 
 def is_charged(class_cost: bool | str, effective: float, n_classes: int, *, few_shot: bool) -> bool:

@@ -98,17 +98,20 @@ def solve(
 
 def start_from_neighbors(state: State) -> None:
     """
-    z <- softmax_k(log y_hat + A z + messages of the support), some sweeps; mu <- unit(Z^T F).
+    z <- softmax_k(T log y_hat + A z + messages of the support), some sweeps; mu <- unit(Z^T F).
 
     Where few classes occur, the 8 rows that are most confident of an absent class are not its own.
+    T is that of `class_cost`, and the cost that of the classes over which z then spreads.
     """
+    state.z.sharpen(state.sharpness)
     if state.inputs.support is None:
         state.base.set_log(state.z)
     else:
-        _score(state, likelihood_weight=0.0, kl_weight=1.0)
+        _score(state, likelihood_weight=0.0, kl_weight=state.sharpness)
     _sweeps(state)
     update_moments(state)
     state.mixture = state.mixture.update_means(state.moments)
+    state.class_cost = _cost(state)
 
 
 def start_from_shots(state: State) -> None:
@@ -124,9 +127,14 @@ def start_from_shots(state: State) -> None:
     )
     _sweeps(state)
     update_moments(state)
-    n_classes, (n_rows, dim) = state.z.n_classes, state.inputs.features.shape
-    cost = ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
+    cost = _cost(state)
     state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
+
+
+def _cost(state: State) -> ClassCost:
+    """The class cost where z is that of the last `update_moments`."""
+    n_classes, (n_rows, dim) = state.z.n_classes, state.inputs.features.shape
+    return ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
 
 
 def update_assignments(state: State, *, bounded: bool = False) -> None:

@@ -15,7 +15,13 @@ from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.ranked import RankedBackend, RankedRows
 from transclip_fast.ops.torch_backend import TorchOps
-from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
+from transclip_fast.solver.class_cost import (
+    ClassCost,
+    agreement,
+    effective_classes,
+    is_charged,
+    sharpness,
+)
 from transclip_fast.solver.known import KNOWN_WEIGHT
 from transclip_fast.solver.mixture import Mixture, Moments
 from transclip_fast.solver.prior import LinearPrior, Prior, log_prior_of
@@ -24,6 +30,7 @@ from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
 from transclip_fast.types import Assignments, Scores
 
+SHARPNESS_ENTRIES = 1 << 22  # of the rows that T is taken from: 4,096 rows of 1,000 classes
 ABSENT_NATS = 5.0  # cost from which a class without mass is left out
 
 
@@ -44,8 +51,10 @@ class State:
         Sum over rows of the log-sum-exp that made log y_hat of the prior's logits, float64 scalar.
     prior_best : tuple of Tensor (N,), (N,)
         Label and probability of each row by the prior alone.
+    sharpness : float
+        T of `class_cost`, 1 unless the text is too soft.
     n_effective : float
-        K_eff, the classes over which y_hat spreads.
+        K_eff, the classes over which y_hat^T spreads.
     class_cost : ClassCost, optional
         What classes in use cost; None in the published method.
     nodes : Tensor (N,) int64, optional
@@ -72,6 +81,7 @@ class State:
     squares: torch.Tensor
     prior_normaliser: torch.Tensor
     prior_best: tuple[torch.Tensor, torch.Tensor]
+    sharpness: float
     n_effective: float
     class_cost: ClassCost | None
     nodes: torch.Tensor | None
@@ -212,7 +222,8 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     (prior_normaliser,) = features.total(lambda rows: (normaliser[rows].double().sum(),), [()])
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
-    n_effective = effective_classes(_prior_counts(z, features, prior))
+    power = _sharpness(prior, prior_best[0], features, graph)
+    n_effective = effective_classes(_prior_counts(z, features, prior, power))
     charged = is_charged(parameters.class_cost, n_effective, n_classes, few_shot=gamma is not None)
     if settings.truncation is not None:
         # Neighbours mostly share a label: sorted by label, their lists are close in memory.
@@ -240,7 +251,9 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         squares=backend.sum_of_squares(features),
         prior_normaliser=prior_normaliser,
         prior_best=prior_best,
+        sharpness=power,
         n_effective=n_effective,
+        # Where it costs anything; the start of `solve` counts the classes again.
         class_cost=ClassCost.of(n_effective, n_rows, n_classes, dim) if charged else None,
         nodes=nodes,
         z=ops.room(z),
@@ -263,20 +276,31 @@ def _labelled(inputs: Inputs, gamma: float | None) -> list[tuple[Moments, float]
     return found
 
 
-def _prior_counts(z: Assignments, features: Rows, prior: Prior) -> torch.Tensor:
-    """sum_i y_hat_ik (K,) float64; z is y_hat, of which sparse rows lack the smallest entries."""
-    (counts,) = features.total(lambda rows: (z.take(rows).counts(),), [(z.n_classes,)])
+def _prior_counts(z: Assignments, features: Rows, prior: Prior, power: float) -> torch.Tensor:
+    """Mass (K,) float64 of y_hat^power; z is y_hat, and sparse rows lack its smallest entries."""
+    (counts,) = features.total(lambda rows: (z.take(rows).counts(power),), [(z.n_classes,)])
     if z.classes is None:
         return counts
     # All entries of some rows tell among which classes the dropped mass is spread.
     ids = evenly_spaced_rows(len(features), PRIOR_SAMPLE_ROWS, z.values.device)
-    whole = log_prior_of(prior, ids, features.__getitem__, features.pick).exp()
-    kept = replace(
-        z, values=features.pick(z.values, ids), classes=features.pick(z.classes, ids)
-    ).dense()
+    log_prior = log_prior_of(prior, ids, features.__getitem__, features.pick)
+    whole = torch.softmax(power * log_prior, 1)
+    values, classes = features.pick(z.values, ids), features.pick(z.classes, ids)
+    kept = replace(z, values=values, classes=classes).sharpen(power).dense()
     dropped = (whole - kept).clamp_min(0).sum(0, dtype=torch.float64)
     share = dropped / dropped.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return counts + (len(features) - counts.sum()).clamp_min(0) * share
+
+
+def _sharpness(prior: Prior, labels: torch.Tensor, features: Rows, graph: NeighborGraph) -> float:
+    """T of `class_cost`, from y_hat of some rows, the labels (N,), and the lists of own rows."""
+    sample = max(PRIOR_SAMPLE_ROWS, SHARPNESS_ENTRIES // prior.n_classes)
+    ids = evenly_spaced_rows(len(features), sample, labels.device)
+    lists = torch.from_numpy(np.require(graph.neighbors, requirements="W"))
+    neighbors = features.pick(lists, ids.cpu()).to(ids.device)  # (S, k)
+    theirs = features.pick(labels, neighbors.clamp_min(0).flatten()).view(neighbors.shape)
+    shared = agreement(features.pick(labels, ids), theirs.where(neighbors >= 0, -1))
+    return sharpness(log_prior_of(prior, ids, features.__getitem__, features.pick), shared)
 
 
 def drop_absent_classes(state: State) -> None:
