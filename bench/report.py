@@ -15,7 +15,7 @@ import json
 import re
 from pathlib import Path
 
-from bench import correction_tables, head_tables, rival_tables, tables, wild_tables
+from bench import correction_tables, head_tables, rank_tables, rival_tables, tables, wild_tables
 from bench.common import ROOT
 from bench.faults import tables as fault_tables
 from bench.tables import Row, compared, newest
@@ -25,10 +25,17 @@ BLOCKS = (
     | head_tables.BLOCKS
     | wild_tables.BLOCKS
     | rival_tables.BLOCKS
+    | rank_tables.BLOCKS
     | correction_tables.BLOCKS
     | fault_tables.BLOCKS
 )
-DOCUMENTS = ("README.md", "docs/methods.md", "docs/speed.md", "bench/README.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/methods.md",
+    "docs/scale.md",
+    "docs/speed.md",
+    "bench/README.md",
+)
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 STATED = re.compile(r"\d ?(?:[smx]\b|ms\b|[kKMGT]i?B\b|seconds\b|minutes\b|hours\b|times faster\b)")

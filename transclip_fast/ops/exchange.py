@@ -24,7 +24,8 @@ nearest rows of each shot, 16 (k + 1) (P - 1), at the start. `Exchange.sent` cou
 small JSON messages (`transclip_fast.ranks`). Tensors of a GPU travel through its host's memory.
 
 Beside its rows, and what any process takes, a rank holds z of its halo, twice, 8 R H or 4 K H each;
-what the start merges, 96 K P; and the sums of at most 7 parts, 8 K d each.
+what the start merges, 96 K P; the sums of at most 7 parts, 8 K d each; and while lists travel, what
+is sent and what comes, packed.
 """
 
 from __future__ import annotations
