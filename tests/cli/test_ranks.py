@@ -38,8 +38,8 @@ def solve(size, *arguments, dies=None, other=None):
     """
     Exit codes of so many ranks that solve, and what they wrote to standard error.
 
-    `dies` are a rank and the number of its broadcasts after which SIGKILL ends it; `other` are a
-    rank and the file that it has instead.
+    `dies` are a rank and the number of its broadcasts since the first checkpoint after which
+    SIGKILL ends it; `other` are a rank and the file that it has instead.
     """
     context, port = multiprocessing.get_context("fork"), free_port()
     (told, written) = zip(*(os.pipe() for _ in range(size)), strict=True)
@@ -61,21 +61,27 @@ def solve(size, *arguments, dies=None, other=None):
     return [rank.exitcode for rank in ranks], errors
 
 
+def checkpoint_index(out):
+    return out.with_name(f".{out.name}.solve-0.ranks.index")
+
+
 def run(rank, size, port, errors, arguments, dies, other):
     become(rank, size, port)
     os.dup2(errors, 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     solution.CHECKPOINT_SECONDS = 0
-    broadcast, left = Exchange._broadcast, [dies[1] if dies and dies[0] == rank else -1]
+    if dies and dies[0] == rank:
+        broadcast, left = Exchange._broadcast, [dies[1]]
+        saved = checkpoint_index(arguments[arguments.index("--out") + 1])
 
-    def counted(*values):
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return broadcast(*values)
+        def counted(*values):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= saved.exists()
+            return broadcast(*values)
 
-    Exchange._broadcast = counted
+        Exchange._broadcast = counted
     file = other[1] if other and other[0] == rank else arguments[0]
     sys.argv = ["transclip-fast", "solve", str(file), *map(str, arguments[1:]), "--json"]
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -114,7 +120,7 @@ def test_any_number_of_ranks_writes_the_same_result(features, tmp_path):
     assert not rejected[::10].any()  # of known class
 
 
-@pytest.mark.parametrize(("lost", "after", "again"), [(1, 60, 2), (0, 80, 1)])
+@pytest.mark.parametrize(("lost", "after", "again"), [(1, 5, 2), (0, 20, 1)])
 def test_a_lost_rank_ends_all_and_any_number_resumes(features, tmp_path, lost, after, again):
     settings = ["--device", "cpu", "--assignments", "sparse"]
     assert solve(2, features, "--out", tmp_path / "whole", *settings)[0] == [0, 0]
@@ -124,7 +130,7 @@ def test_a_lost_rank_ends_all_and_any_number_resumes(features, tmp_path, lost, a
         lines = [line for line in errors[rank].splitlines() if line.startswith("error")]
         assert lines == [f"error: rank {lost} ended early; run the same command again to continue"]
     assert not (tmp_path / "out").exists()
-    index = json.loads((tmp_path / ".out.solve-0.ranks.index").read_text())
+    index = json.loads(checkpoint_index(tmp_path / "out").read_text())
     assert 0 < index["step"] < 10
     codes, errors = solve(again, features, "--out", tmp_path / "out", *settings)
     assert codes == [0] * again, errors
