@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from tests.encode.test_encoder import contents, encode
 from transclip_fast.encode import encoder, feed
+from transclip_fast.encode.sources import open_source
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
@@ -113,6 +115,32 @@ def test_a_lost_worker_is_replaced(images, backbone, tmp_path, quick, trouble):
     backbone.preprocess = first_time_bad
     encode(folder, backbone, tmp_path / "out", workers=1)
     assert seen.exists()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_worker_that_ends_before_torch_watches_it_is_replaced_at_once(
+    images, backbone, tmp_path, monkeypatch
+):
+    """Torch would wait for its batch until `HUNG_SECONDS` have passed."""
+    folder, start, ended = images(7), BaseProcess.start, []
+    encode(folder, backbone, tmp_path / "whole")
+
+    def start_and_end_the_first(process):
+        start(process)
+        if not ended:
+            process.kill()
+            process.join()
+            ended.append(process.exitcode)
+
+    monkeypatch.setattr(BaseProcess, "start", start_and_end_the_first)
+    loader = feed.feed(open_source(folder), backbone, [[0, 1]], 1)
+    with pytest.raises(RuntimeError, match="worker ended at its start") as error:
+        next(loader)
+    assert feed.is_worker_lost(error.value)
+    assert ended == [-signal.SIGKILL]
+    ended.clear()
+    encode(folder, backbone, tmp_path / "out", workers=1)
+    assert ended == [-signal.SIGKILL]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import active_children
 from typing import Any
 
 import numpy as np
@@ -71,12 +72,15 @@ def feed(
         timeout=HUNG_SECONDS if workers else 0,
         pin_memory=backbone.device.type == "cuda",
     )
+    others = {*active_children()}
     try:
         decoded = iter(loader)
     except OSError as error:
         raise InputError(
             f"workers cannot start ({one_line(error)}); free /dev/shm or give --workers 0"
         ) from error
+    if len({*active_children()} - others) < workers:  # torch watches them from now on only
+        raise RuntimeError("DataLoader worker ended at its start")
     for batch in decoded:
         for failure in batch.failures:
             if failure.fatal:
