@@ -140,18 +140,42 @@ def test_sizes_that_cannot_be_are_refused(tar, size, kind):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def grown(tar):
+    """Maker of a tar in which the file at a place takes in more files, with a right checksum."""
+
+    def make(files, place, more):
+        sizes = [len(member(*file)) for file in files]
+        start = sum(sizes[:place])
+        content = b"".join(member(*file) for file in files) + END
+        size = sum(sizes[place : place + 1 + more]) - BLOCK
+        block = patched(content[start : start + BLOCK], 124, b"%011o\0" % size)
+        return tar(content[:start] + block + content[start + BLOCK :])
+
+    return make
+
+
 @pytest.mark.parametrize("more", [1, 2, 5])
-def test_a_size_that_takes_in_the_next_files_is_a_failure(more, tar):
-    """The checksum is right, and decoders ignore what follows an image."""
-    sizes = [len(member(*row)) for row in ROWS]
-    size = sum(sizes[2 : 3 + more]) - BLOCK
-    start = sum(sizes[:2])
-    grown = patched(WHOLE[start : start + BLOCK], 124, b"%011o\0" % size)
-    source = open_source(tar(WHOLE[:start] + grown + WHOLE[start + BLOCK :]))
-    with pytest.raises(InputError, match="takes in the next file; pack it again"):
+def test_an_image_that_takes_in_the_next_files_stops_the_encode(more, grown, tmp_path):
+    """Decoders ignore what follows an image, and nobody would miss the others."""
+    file = grown(ROWS, 2, more)
+    source = open_source(file)
+    with pytest.raises(OSError, match="takes in the next file; pack it again"):
         source.read(2)
-    kept = [(key, source.read(row)) for row, key in enumerate(source.keys) if row != 2]
-    assert [(key.split("/")[-1] + ".jpg", x) for key, x in kept] == ROWS[:2] + ROWS[3 + more :]
+    others = [source.read(row) for row in range(len(source)) if row != 2]
+    assert others == [content for _, content in ROWS[:2] + ROWS[3 + more :]]
+    for by_content in (False, True):
+        source.by_content = by_content
+        with pytest.raises(InputError, match=r"a.tar.*takes in the next file; pack it again"):
+            encode_source(source, tiny_backbone(), tmp_path / "out", None, batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["2.cls", "2.txt", "2.npy", "README", ".hidden"])
+def test_a_tar_in_which_another_file_takes_in_an_image_is_refused(name, grown):
+    files = [*ROWS[:3], (name, b"1"), *ROWS[3:]]
+    assert len(tars.read_samples(grown(files, 3, 0), Counter())) == len(ROWS)
+    with pytest.raises(InputError, match=rf"a.tar: {name} .*takes in the next file; pack it again"):
+        open_source(grown(files, 3, 2))
 
 
 def test_an_image_may_hold_the_words_of_a_header(tar):

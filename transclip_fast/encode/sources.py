@@ -20,7 +20,7 @@ from transclip_fast.data.labels import UNKNOWN, label_positions
 from transclip_fast.data.names import first_difference
 from transclip_fast.encode.lists import check_any_there, read_path_list
 from transclip_fast.encode.pixels import suffixes
-from transclip_fast.encode.tars import Sample, check_alone, read_samples
+from transclip_fast.encode.tars import Sample, read_samples, takes_in_next
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
 from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.parallel import parallel_map
@@ -30,8 +30,10 @@ from transclip_fast.store.row_table import RowTable
 MAX_FILE_BYTES = 2**30  # of an image
 SPLITS = ("train", "val", "test")
 HASHED_ROWS = 1024  # at a time, by one thread
-# Errors of the machine, not of the image: a later run can read it.
-FATAL_ERRNOS = frozenset({errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE})
+# Errors of the machine or of a whole tar, not of the image: a later run can read it.
+FATAL_ERRNOS = frozenset(
+    {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EBADMSG}
+)
 
 
 @dataclass
@@ -64,11 +66,11 @@ class Source:
         Raises
         ------
         InputError
-            The file is no regular one (a FIFO would wait, a device may never end), too large, not
-            as it was when it was listed, or has others of its tar in it; or the row is one of
-            `refusals`.
+            The file is no regular one (a FIFO would wait, a device may never end), too large, or
+            not as it was when it was listed; or the row is one of `refusals`.
         OSError
-            A tar is not as it was: nothing is known of where its images are now.
+            A tar is not as it was: nothing is known of where its images are now. Or the image has
+            others of its tar in it, which would be lost without a count.
         """
         if row in self.refusals:
             raise InputError(self.refusals[row])
@@ -86,8 +88,9 @@ class Source:
             if self.spans is not None:
                 raise OSError(errno.ESTALE, f"{self.files[row]} changed after it was listed")
             raise InputError("changed after it was listed; run again")
-        if self.spans is not None:
-            check_alone(content)
+        if self.spans is not None and takes_in_next(content):
+            reason = "claims a size in its tar that takes in the next file; pack it again"
+            raise OSError(errno.EBADMSG, reason)
         return content
 
     def _stamps(self) -> np.ndarray:

@@ -18,6 +18,7 @@ from transclip_fast.store.json_text import parse_json
 LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has holds its label
 MAX_LABEL_BYTES = 2**20  # a larger file holds no label
 MAX_HEADER_BYTES = 2**14  # of a name or attributes, which tarfile parses in quadratic time
+SEARCHED_BYTES = 2**16  # a larger file that is no image is not read, as that would take long
 EXTENSIONS = (  # headers that hold a name or attributes of the next
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -75,24 +76,25 @@ def read_samples(tar: Path, left_out: Counter[str]) -> list[Sample]:
         return [sample for sample in found if sample is not None]
 
 
-def check_alone(content: bytes) -> None:
+def takes_in_next(content: bytes) -> bool:
     """
-    InputError if an image has a header in it, as one that claims too large a size has.
+    Whether a file's content has a header in it: its own claims a size that is too large.
 
     Decoders take no notice of what follows an image, so that the next files would be lost.
     """
     place = content.find(MAGIC)
     while place >= 0:
         if place % tarfile.BLOCKSIZE == MAGIC_AT:
-            raise InputError("claims a size in its tar that takes in the next file; pack it again")
+            return True
         place = content.find(MAGIC, place + 1)
+    return False
 
 
 def _sample(
     key: str, files: dict[str, _File], content: io.BufferedReader, left_out: Counter[str]
 ) -> Sample | None:
     """The sample with these files, by the rest of their names; None without an image."""
-    pictures = [rest for rest in files if f".{_suffix(rest)}".lower() in suffixes()]
+    pictures = [rest for rest in files if _is_image(rest)]
     plain = [rest for rest in pictures if "." not in rest]  # x.jpg, where x.mask.png is no second
     images = plain or pictures
     prefix = images[0].removesuffix(_suffix(images[0])) if images else ""  # "0." of x.0.jpg
@@ -129,6 +131,10 @@ def _suffix(rest: str) -> str:
     return rest.rpartition(".")[2]
 
 
+def _is_image(name: str) -> bool:
+    return f".{_suffix(name)}".lower() in suffixes()
+
+
 def _label(suffix: str, file: _File, content: io.BufferedReader) -> int | str | None:
     offset, size = file.span
     if file.refusal:
@@ -148,9 +154,17 @@ def _label(suffix: str, file: _File, content: io.BufferedReader) -> int | str | 
 def _files(tar: Path) -> list[_File]:
     """The files of a tar, each name once."""
     files: dict[str, _File] = {}
-    for member in _members(tar):
-        if not member.isdir():
+    with open(tar, "rb") as content:
+        for member in _members(tar):
+            if member.isdir():
+                continue
             file, name = _file(member, files), member.name
+            if tarfile.BLOCKSIZE < file.span[1] <= SEARCHED_BYTES and not _is_image(name):
+                content.seek(file.span[0])
+                if takes_in_next(content.read(file.span[1])):
+                    raise InputError(
+                        f"{tar}: {name} claims a size that takes in the next file; pack it again"
+                    )
             if name in files:
                 file = _File(name, refusal=f"{name} is in the tar twice; keep one")
             files[name] = file
