@@ -22,6 +22,7 @@ def _tiles(request, monkeypatch):
     monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 40)
     monkeypatch.setattr(exact, "STEP_ROWS", 80)
     monkeypatch.setattr(exact, "GROUP_COLUMNS", 16)
+    monkeypatch.setattr(exact, "GROUPS_PER_ENTRY", 1)
 
 
 def brute_force(rows, queries, k, same=True):

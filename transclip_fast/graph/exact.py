@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 PANEL_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are searched at a time,
 TILE_ROWS = {"cpu": 8192, "cuda": 16384}  # and that they are compared with
 STEP_ROWS = 1 << 14  # between two checkpoints
-GROUP_COLUMNS = 32  # of a tile, whose maximum is taken first
+GROUP_COLUMNS = 32  # of a tile, whose maximum is taken first,
+GROUPS_PER_ENTRY = 8  # if there are so many: fewer columns are sorted as soon
 INT8_PRODUCTS = 1 << 27  # at least: it takes most of a second to load compiled code
 GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
 GPU_CANDIDATES = 8  # of each row: KEPT of `transclip_fast.kernels.neighbors`
@@ -65,21 +66,23 @@ def _search_panel(rows: Rows, found: Candidates, panel: slice) -> None:
     """Fill the entries of some rows, from all their products."""
     block, own = rows[panel], torch.arange(panel.start, panel.stop, device=rows.device)
     size = found.size + 1  # with the row itself
-    ids = torch.full((len(block), size), -1, device=rows.device)
-    values = torch.full((len(block), size), -torch.inf, device=rows.device)
-    for tile in blocks(len(rows), TILE_ROWS[block.device.type]):
+    first, *others = blocks(len(rows), TILE_ROWS[block.device.type])
+    values, ids = largest(block @ rows[first].T, size)
+    for tile in others:
         more_values, more = largest(block @ rows[tile].T, size)
-        values, order = torch.cat([values, more_values], 1).topk(size, dim=1)
-        ids = torch.cat([ids, more + tile.start], 1).gather(1, order)
+        values, ids = torch.cat([values, more_values], 1), torch.cat([ids, more + tile.start], 1)
+        values, order = values.topk(min(size, values.shape[1]), dim=1)
+        ids = ids.gather(1, order)
     # By id: copies of a row are its neighbours.
-    found.ids[panel], found.values[panel] = without_self(ids, values, own)
+    ids, values = without_self(ids, values, own)
+    found.ids[panel, : ids.shape[1]], found.values[panel, : ids.shape[1]] = ids, values
 
 
 def largest(products: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `size` largest entries of each row (R, C), all C if there are fewer; their columns."""
     n_columns = products.shape[1]
     n_groups = n_columns // GROUP_COLUMNS
-    if n_groups < size:
+    if n_groups < GROUPS_PER_ENTRY * size:
         return products.topk(min(size, n_columns), dim=1)
     # The largest entries are in the groups of the largest maxima, which are found sooner.
     n_grouped = n_groups * GROUP_COLUMNS

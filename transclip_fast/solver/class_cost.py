@@ -31,7 +31,7 @@ NATS, NATS_OF_FULL_CLASSES = 60.0, 60.0  # of an unused class at d = 512
 FULL_CLASS_ROWS = 8  # rows of a mean class from which it costs the most
 DIM = 512
 SHARPEST = 16.0  # T at most: confidences are near 1 then
-HALVINGS = 30  # of the interval of T, on a logarithmic scale: to float32's rounding
+PRECISION = 1e-7  # of T and of the mean confidence: float32's rounding
 
 
 def effective_classes(counts: torch.Tensor) -> float:
@@ -47,12 +47,29 @@ def agreement(labels: torch.Tensor, neighbor_labels: torch.Tensor) -> float:
 
 def sharpness(log_y_hat: torch.Tensor, confidence: float) -> float:
     """T, at least 1, with which y_hat^T of the rows (S, K) has the mean `confidence`."""
+
+    def excess(power: float) -> float:
+        mean = torch.softmax(power * log_y_hat, 1).amax(1).mean(dtype=torch.float64)
+        return float(mean) - confidence
+
     low, high = 1.0, SHARPEST
-    for _ in range(HALVINGS):
-        middle = (low * high) ** 0.5
-        found = torch.softmax(middle * log_y_hat, 1).amax(1).mean(dtype=torch.float64)
-        low, high = (middle, high) if float(found) < confidence else (low, middle)
-    return low
+    below = excess(low)
+    if not below < 0:
+        return low
+    above, side = excess(high), 0.0
+    # Regula falsi; an end that stays twice counts half (Illinois), so that both ends move.
+    while above > 0 and high - low > PRECISION * low:
+        power = (low * above - high * below) / (above - below)
+        found = excess(power)
+        if abs(found) < PRECISION:
+            return power
+        stays = 0.5 if found * side > 0 else 1.0
+        if found < 0:
+            low, below, above = power, found, above * stays
+        else:
+            high, above, below = power, found, below * stays
+        side = found
+    return high
 
 
 def is_charged(class_cost: bool | str, effective: float, n_classes: int, *, few_shot: bool) -> bool:
