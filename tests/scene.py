@@ -28,7 +28,7 @@ NOT_RUN = {
     "convert": "needs a checkpoint of EVA-CLIP-8B; tests/cli/test_convert.py has a small one",
 }
 DIGITS = ["--templates", "digits.txt", "--workers", "0"]  # which is all that the demo's model reads
-ADDED = {"run": DIGITS, "encode": DIGITS}
+ADDED = {"run": DIGITS, "encode": DIGITS, "evaluate-pairs": ["--workers", "0"]}
 MADE_BY_COMMANDS = f"""
 transclip-fast run photos --classes names.txt {MODEL} --out out
 transclip-fast graph features --out graph --index Flat --save-index image.index
@@ -58,6 +58,7 @@ def make(folder, run):
         (folder / name).write_text("".join(f"{name}\n" for name in CLASS_NAMES))
     (folder / "digits.txt").write_text("a photo of the digit {}.\n")
     _write_splits(folder)
+    _write_pairs(folder)
     prompts = ClassPrompts([*CLASS_NAMES], [[f"a photo of a {x}."] for x in CLASS_NAMES], "simple")
     source = open_source(folder / "photos", labels_from_folders=True)
     encode_source(source, demo.backbone(), folder / "features", prompts)
@@ -78,6 +79,17 @@ def _write_splits(folder):
         entries.append([Path(copy).name, CLASS_NAMES.index(name), name])
     parts = {name: entries[place::3] for place, name in enumerate(("train", "val", "test"))}
     (folder / "split_zhou_OxfordPets.json").write_text(json.dumps(parts))
+
+
+def _write_pairs(folder):
+    entries = []
+    for place, name in enumerate(CLASS_NAMES):
+        for file in sorted((folder / "photos" / name).iterdir()):
+            other = CLASS_NAMES[(place + 1) % len(CLASS_NAMES)]
+            captions = {"caption": name, "negative": other}
+            captions = {key: f"a photo of the digit {x}." for key, x in captions.items()}
+            entries.append({"image": f"{name}/{file.name}", **captions, "group": name})
+    (folder / "pairs.json").write_text(json.dumps(entries))
 
 
 def _write_arrays(folder, features):

@@ -43,3 +43,8 @@ def tiny_backbone():
     return Backbone(
         TinyTowers().eval(), preprocess, tokenizer, {"model": "tiny", "weights": "none"}
     )
+
+
+def padded_tokenizer(texts):
+    """The same in a context of 40: an embedding does not depend on the other texts of a batch."""
+    return tokenizer([text.ljust(40, "\0") for text in texts])

@@ -286,3 +286,33 @@ def test_what_travels_is_bytes_and_what_is_computed_has_channels_last():
     assert (images.dtype, images.shape) == (torch.uint8, (2, SIZE, SIZE, 3))
     assert images.is_contiguous()
     assert pixels.scale(images).is_contiguous(memory_format=torch.channels_last)
+
+
+BOXES = [(0, 0, 61, 47), (7, 3, 8, 47), (20, 30, 61, 31), (-9, -4, 40, 40), (30, 20, 70, 50)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("box", BOXES)
+def test_a_box_is_pillows_crop(box, kind):
+    data = file(made(61, 47), kind)
+    cropped = np.asarray(plain(data).crop(box))
+    np.testing.assert_array_equal(decode(data, box), cropped)
+    np.testing.assert_array_equal(np.asarray(rgb(data, box)), cropped)
+    pixels = Pixels.of(vars(PreprocessCfg(size=SIZE)))
+    assert torch.equal(pixels.read(data, box), pixels.read(file(Image.fromarray(cropped), "PNG")))
+
+
+def test_a_box_is_of_the_upright_image():
+    exif = Image.Exif()
+    exif[module.ORIENTATION] = 6  # to be turned by a quarter, clockwise
+    data, box = file(made(61, 47), "PNG", exif=exif), (5, 20, 40, 60)
+    turned = plain(data).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(decode(data, box), np.asarray(turned.crop(box)))
+
+
+@pytest.mark.parametrize(
+    "box", [(61, 0, 70, 47), (0, 47, 61, 60), (-20, -20, -1, -1), (40, 0, 90, 47), (0, 0, 640, 480)]
+)
+def test_a_box_of_another_image_is_refused(box):
+    with pytest.raises(InputError, match=r"its box, .* is mostly outside of its 61 x 47 pixels"):
+        decode(file(made(61, 47)), box)

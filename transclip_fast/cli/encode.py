@@ -62,14 +62,15 @@ TYPES: dict[str, Any] = {
 }
 
 
-def _encode_option(name: str) -> Callable[..., Any]:
+def encode_option(name: str, *, optional: bool = False) -> Callable[..., Any]:
+    """A parameter of `encode_images`, with its default; an `optional` one may be left out."""
     default = inspect.signature(encode_images).parameters[name].default
-    required = default is inspect.Parameter.empty
+    required = default is inspect.Parameter.empty and not optional
     return click.option(
         "--compile" if name == "compiled" else flag_of(name),
         name,
         required=required,
-        default=None if required else default,
+        default=None if default is inspect.Parameter.empty else default,
         is_flag=default is False,
         type=TYPES.get(name),
         help=ENCODE[name],
@@ -77,7 +78,7 @@ def _encode_option(name: str) -> Callable[..., Any]:
 
 
 encode_options = options_of(
-    *map(_encode_option, ENCODE),
+    *map(encode_option, ENCODE),
     click.option("--strict", is_flag=True, help="Exit code 1 if an image could not be read."),
 )
 

@@ -161,7 +161,7 @@ class _Images(Dataset[Any]):
     def __getitem__(self, row: int) -> tuple[torch.Tensor, str] | Failure:
         try:
             data = self.source.read(row)
-            return self.read(data), hashlib.sha256(data).hexdigest()
+            return self.read(data, self.source.boxes.get(row)), hashlib.sha256(data).hexdigest()
         except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
             # The buffer's address differs from run to run, and the manifest must not.
             reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))

@@ -27,7 +27,7 @@ from transclip_fast.encode.architectures import (
     unknown,
 )
 from transclip_fast.encode.patches import LocalEncoder
-from transclip_fast.encode.pixels import RESIZE, Pixels, rgb
+from transclip_fast.encode.pixels import RESIZE, Box, Pixels, rgb
 from transclip_fast.encode.weights import (
     WatchedFiles,
     checkpoint_files,
@@ -83,8 +83,8 @@ class Backbone:
         return (self.dim,) if self.local is None else (1 + self.local.n_patches, self.dim)
 
     @property
-    def read(self) -> Callable[[bytes], torch.Tensor]:
-        """A function of an image file's content to what `embed` takes, without the model."""
+    def read(self) -> Callable[[bytes, Box | None], torch.Tensor]:
+        """A function of an image file's content, and of a box to cut, to what `embed` takes."""
         if self.pixels is not None:
             return self.pixels.read
         return functools.partial(_preprocessed, self.preprocess)
@@ -127,8 +127,10 @@ class Backbone:
         return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
 
-def _preprocessed(preprocess: Callable[[Any], torch.Tensor], data: bytes) -> torch.Tensor:
-    return preprocess(rgb(data))
+def _preprocessed(
+    preprocess: Callable[[Any], torch.Tensor], data: bytes, box: Box | None = None
+) -> torch.Tensor:
+    return preprocess(rgb(data, box))
 
 
 def load_backbone(

@@ -39,6 +39,7 @@ ORIENTATION = 0x112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to turn
 PHOTOMETRIC = 0x106  # TIFF tag: 0 stands for "zero is white"
 UNSIGNED_16_BITS = frozenset({"JPEG2000", "PNG", "PPM", "TIFF"})  # formats; others have a sign
 MIN_LEVELS = 16  # of 256, that the largest value of a 16-bit or float image reaches
+Box = tuple[int, int, int, int]  # left, top, right and bottom, in pixels of the upright image
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Pixels:
             return None
         return cls(sides.pop(), tuple(preprocessing["mean"]), tuple(preprocessing["std"]), kind)
 
-    def read(self, data: bytes) -> torch.Tensor:
-        """An image file to (S, S, 3) uint8."""
-        array = decode(data)  # (H, W, 3)
+    def read(self, data: bytes, box: Box | None = None) -> torch.Tensor:
+        """An image file, or a box of it, to (S, S, 3) uint8."""
+        array = decode(data, box)  # (H, W, 3)
         height, width = array.shape[:2]
         short, long = min(height, width), max(height, width)
         if long > STRIP * short:
@@ -129,9 +130,9 @@ def suffixes() -> frozenset[str]:
     return frozenset(s for s, name in Image.registered_extensions().items() if name in known)
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, box: Box | None = None) -> np.ndarray:
     """
-    Decode an image file to its pixels (H, W, 3) uint8, upright.
+    Decode an image file to its pixels (H, W, 3) uint8, upright; with a box, to those in it.
 
     Of 16-bit images the upper 8 bits are taken, as Pillow does where they have colours. Floats and
     32-bit integers are scaled from the least of the ranges 0 to 1 (floats), 0 to 255 and 0 to
@@ -140,7 +141,7 @@ def decode(data: bytes) -> np.ndarray:
     Raises
     ------
     InputError
-        Too many pixels, or values that fit no range.
+        Too many pixels, or values that fit no range; a box that is not of this image.
     Exception
         Pillow raises any if the file is damaged or no image.
     """
@@ -161,12 +162,30 @@ def decode(data: bytes) -> np.ndarray:
         pixels = pixels.transpose(1, 0, 2)
     rows = -1 if orientation in (3, 4, 7, 8) else 1
     columns = -1 if orientation in (2, 3, 6, 7) else 1
-    return np.ascontiguousarray(pixels[::rows, ::columns])
+    upright = pixels[::rows, ::columns]
+    return np.ascontiguousarray(upright if box is None else _cut(upright, box))
 
 
-def rgb(data: bytes) -> Image.Image:
+def rgb(data: bytes, box: Box | None = None) -> Image.Image:
     """Decode an image file to a Pillow image with three channels, see `decode`."""
-    return Image.fromarray(decode(data))
+    return Image.fromarray(decode(data, box))
+
+
+def _cut(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """The pixels in a box, black beyond the image as Pillow's crop; most of it is in the image."""
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = box
+    rows = slice(max(top, 0), max(min(bottom, height), 0))
+    columns = slice(max(left, 0), max(min(right, width), 0))
+    inside = pixels[rows, columns]
+    if 2 * inside.shape[0] * inside.shape[1] < (bottom - top) * (right - left):
+        raise InputError(
+            f"its box, from ({left}, {top}) to ({right}, {bottom}), is mostly outside of its "
+            f"{width} x {height} pixels"
+        )
+    cut = np.zeros((bottom - top, right - left, 3), np.uint8)
+    cut[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = inside
+    return cut
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -19,7 +19,7 @@ import numpy as np
 from transclip_fast.data.labels import UNKNOWN, label_positions
 from transclip_fast.data.names import first_difference
 from transclip_fast.encode.lists import check_any_there, read_path_list
-from transclip_fast.encode.pixels import suffixes
+from transclip_fast.encode.pixels import Box, suffixes
 from transclip_fast.encode.tars import Sample, read_samples, takes_in_next
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
 from transclip_fast.errors import InputError, check_regular, reading
@@ -40,7 +40,7 @@ FATAL_ERRNOS = frozenset(
 class Source:
     """The images to encode, in a fixed order; row r is the r-th image."""
 
-    kind: str  # "folder", "list", "webdataset" or "split"
+    kind: str  # "folder", "list", "webdataset", "split" or "pairs"
     keys: list[str]  # name of each image within the source
     files: list[str]  # file that holds each image
     spans: list[tuple[int, int]] | None = None  # its offset and size there; None: the whole file
@@ -49,6 +49,7 @@ class Source:
     refusals: dict[int, str] = field(default_factory=dict)  # why a row is known not to be readable
     left_out: str = ""  # what is there besides and is not read, in words
     own_keys: bool = False  # keys are a column of the list, no paths
+    boxes: Mapping[int, Box] = field(default_factory=dict)  # what is cut from the image of a row
     by_content: bool = False  # images change with their content, not with size and time
     # (rows, 2) int64: size of each image, time of its file in nanoseconds; -1 if unknown.
     stamps: np.ndarray = field(init=False)
@@ -271,10 +272,10 @@ def _split(path: Path, split: str, root: str | Path | None) -> Source:
         raise InputError(f"{path}: has no split {split!r}, only {', '.join(lists) or 'none'}")
     names = _split_classes(path, lists)
     keys = [str(entry[0]) for entry in lists[split]]
-    folder = _root(path, keys) if root is None else Path(root)
+    folder = first_root(path, keys) if root is None else Path(root)
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
-    files = [str(_below(folder, key, path)) for key in keys]
+    files = [str(below(folder, key, path)) for key in keys]
     check_any_there(path, keys, files)
     labels = [int(entry[1]) for entry in lists[split]]
     return Source("split", [printable(key) for key in keys], files, None, labels, names)
@@ -301,8 +302,8 @@ def _split_classes(path: Path, lists: Mapping[str, list[Any]]) -> list[str]:
     return [names[k].replace("_", " ") for k in range(len(names))]
 
 
-def _root(path: Path, keys: Sequence[str]) -> Path:
-    """The folder of a .json of splits, or the one folder in it, with the first image."""
+def first_root(path: Path, keys: Sequence[str]) -> Path:
+    """The folder of a list of images, or the one folder in it, with the first image."""
     folders = [path.parent, *sorted(entry for entry in path.parent.iterdir() if entry.is_dir())]
     found = [folder for folder in folders if keys and os.path.isfile(folder / keys[0])]
     if keys and len(found) != 1:
@@ -312,7 +313,8 @@ def _root(path: Path, keys: Sequence[str]) -> Path:
     return found[0] if found else path.parent
 
 
-def _below(folder: Path, key: str, path: Path) -> Path:
+def below(folder: Path, key: str, path: Path) -> Path:
+    """A file of a folder; InputError, about the list `path`, if `key` leads out of it."""
     file = folder / key
     try:
         inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))

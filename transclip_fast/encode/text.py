@@ -120,16 +120,9 @@ def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
     equal then. InputError if a prototype is not finite.
     """
     flat = [prompt for of_class in text.prompts for prompt in of_class]
-    rows, cut = [], set[str]()
-    with torch.inference_mode():
-        for start in range(0, len(flat), PROMPTS_PER_BATCH):
-            prompts = flat[start : start + PROMPTS_PER_BATCH]
-            tokens = backbone.tokenizer(prompts)
-            cut |= _cut_prompts(backbone.tokenizer, prompts, tokens)
-            embedded = backbone.model.encode_text(tokens.to(backbone.device)).float()
-            rows.append(torch.nn.functional.normalize(embedded, dim=1).cpu())
+    rows, cut = embed_texts(backbone, flat)
     _warn_of_cuts(backbone.tokenizer, text, cut)
-    parts = torch.split(torch.cat(rows), [len(of_class) for of_class in text.prompts])
+    parts = torch.split(rows, [len(of_class) for of_class in text.prompts])
     means = torch.stack([part.mean(0) for part in parts])
     unit: np.ndarray = torch.nn.functional.normalize(means, dim=1).numpy()
     for name, row in zip(text.names, unit, strict=True):
@@ -137,6 +130,24 @@ def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
             raise InputError(f"class {name!r}: its text embedding is {backbone.not_finite}")
     backbone.weights.check()
     return unit
+
+
+def embed_texts(
+    backbone: Backbone,
+    texts: Sequence[str],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[torch.Tensor, set[str]]:
+    """Unit embeddings (len(texts), d) float32, and the texts that the context length cuts."""
+    rows, cut = [], set[str]()
+    with torch.inference_mode():
+        for start in range(0, len(texts), PROMPTS_PER_BATCH):
+            prompts = texts[start : start + PROMPTS_PER_BATCH]
+            tokens = backbone.tokenizer(prompts)
+            cut |= _cut_prompts(backbone.tokenizer, prompts, tokens)
+            embedded = backbone.model.encode_text(tokens.to(backbone.device)).float()
+            rows.append(torch.nn.functional.normalize(embedded, dim=1).cpu())
+            progress(start + len(prompts), len(texts))
+    return torch.cat(rows), cut
 
 
 def _cut_prompts(tokenizer: Any, prompts: Sequence[str], tokens: torch.Tensor) -> set[str]:

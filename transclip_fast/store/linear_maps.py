@@ -84,7 +84,7 @@ def map_features(features: Features, **files: str | None) -> None:
     for kind, file in files.items():
         if file is None:
             continue
-        weight, bias = _read_map(Path(file))
+        weight, bias = read_map(Path(file))
         present = [name for name in MAPPED[kind] if features.get(name) is not None]
         if not present:
             raise InputError(f"{file}: there are no {kind} features to map")
@@ -99,8 +99,8 @@ def map_features(features: Features, **files: str | None) -> None:
         features.maps[f"{kind}_map"] = " ".join(hashes)
 
 
-def _read_map(path: Path) -> tuple[Any, Any]:
-    """A and, if there is one, b."""
+def read_map(path: Path) -> tuple[Any, Any]:
+    """A map's matrix A (e, d) and, if there is one, its bias b (e,), in a file."""
     arrays = open_arrays(path)
     parts = {name.rpartition(".")[2]: name for name in arrays}
     if "weight" not in parts or len(parts) < len(arrays):
