@@ -28,7 +28,12 @@ NOT_RUN = {
     "convert": "needs a checkpoint of EVA-CLIP-8B; tests/cli/test_convert.py has a small one",
 }
 DIGITS = ["--templates", "digits.txt", "--workers", "0"]  # which is all that the demo's model reads
-ADDED = {"run": DIGITS, "encode": DIGITS, "evaluate-pairs": ["--workers", "0"]}
+ADDED = {
+    "run": DIGITS,
+    "encode": DIGITS,
+    "train-map": ["--workers", "0"],
+    "evaluate-pairs": ["--workers", "0"],
+}
 MADE_BY_COMMANDS = f"""
 transclip-fast run photos --classes names.txt {MODEL} --out out
 transclip-fast graph features --out graph --index Flat --save-index image.index
@@ -90,6 +95,8 @@ def _write_pairs(folder):
             captions = {key: f"a photo of the digit {x}." for key, x in captions.items()}
             entries.append({"image": f"{name}/{file.name}", **captions, "group": name})
     (folder / "pairs.json").write_text(json.dumps(entries))
+    lines = ["image,caption,negative", *(",".join([*entry.values()][:3]) for entry in entries)]
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
 
 
 def _write_arrays(folder, features):

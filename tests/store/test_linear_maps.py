@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import unit
 from transclip_fast import InputError
 from transclip_fast.store.features import load_features
-from transclip_fast.store.linear_maps import linear_map, map_features
+from transclip_fast.store.linear_maps import linear_map, map_features, read_map, save_map
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -107,3 +108,36 @@ def test_files_that_are_no_map(stored, tmp_path):
     del stored.arrays["text_features"]
     with pytest.raises(InputError, match=r"map\.pt: there are no text features to map"):
         map_features(stored, text=narrow)
+
+
+ENCODER = {"model": "ViT-B-32", "weights": "openai", "quick_gelu": True}
+
+
+@pytest.mark.parametrize("encoder", [None, ENCODER])
+def test_a_trained_map_is_for_its_model(encoder, tmp_path):
+    path, weight = tmp_path / "map.safetensors", torch.arange(6.0).reshape(2, 3)
+    save_map(path, torch.zeros(1, 1), {"encoder": ENCODER})
+    save_map(path, weight, {"encoder": encoder})  # replaces an earlier one
+    for given in (None, ENCODER):
+        found, bias = read_map(path, given)
+        assert torch.equal(found, weight)
+        assert bias is None
+    other = {**ENCODER, "weights": "laion2b_s34b_b79k"}
+    if encoder is None:  # of features of which no model is known
+        assert torch.equal(read_map(path, other)[0], weight)
+        return
+    expected = (
+        r"was trained on texts of ViT-B-32 \(openai, QuickGELU\), these are of ViT-B-32 \(laion"
+    )
+    with pytest.raises(InputError, match=expected):
+        read_map(path, other)
+
+
+@pytest.mark.parametrize("about", ["[]", "{", '{"encoder": 5}'])
+def test_damaged_metadata(about, tmp_path):
+    path = tmp_path / "map.safetensors"
+    save_file({"weight": torch.eye(3)}, path, {"transclip_fast.text_map": about})
+    with pytest.raises(InputError, match=r"map\.safetensors: damaged or truncated"):
+        read_map(path)
+    with pytest.raises(InputError, match="is there and is no trained map"):
+        save_map(path, torch.eye(3), {"encoder": None})

@@ -34,6 +34,7 @@ GROUPS = {
         "train-head": "Train a few-shot method, such as CoOp, on features.",
         "compare": "Compare methods on the same features, in one table.",
         "protocol": "Make tables over data sets and seeds, as papers do.",
+        "train-map": "Train a linear map of texts on captions, as LABCLIP does.",
         "evaluate-pairs": "Count the images closer to their caption than to a false one.",
     },
     "Large models": {

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.pairs import LoadedPairs, load_pairs, pair_options
+from transclip_fast.cli.pairs import LoadedPairs, load_pairs, pair_options, text_lines
 from transclip_fast.cli.session import counted
 from transclip_fast.data.pairs import PairFeatures
 from transclip_fast.encode.pairs import Pairs
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError
 from transclip_fast.protocols.pairs import PairScores, evaluate_pairs
 from transclip_fast.store.linear_maps import linear_map, read_map
 
@@ -59,7 +57,7 @@ def command(path: str, as_json: bool, **values: Any) -> None:
     """
     stages = session.Stages()
     with session.collected_warnings({}) as warnings:
-        left_out = [] if values["leave_out"] is None else _lines(values["leave_out"])
+        left_out = [] if values["leave_out"] is None else text_lines(values["leave_out"])
         with stages.time("load"):
             loaded = load_pairs(path, values, _with_negatives)
         features = _mapped(loaded, path, values["text_map"])
@@ -90,7 +88,7 @@ def _mapped(loaded: LoadedPairs, path: str, file: str | None) -> PairFeatures:
     features = loaded.features
     if file is None:
         return features
-    weight, bias = read_map(Path(file))
+    weight, bias = read_map(file, loaded.encoder)
     captions, negatives = (
         linear_map(texts, weight, bias, names=(f"{path}: {name}", file))
         for name, texts in (("captions", features.captions), ("negatives", features.negatives))
@@ -98,13 +96,6 @@ def _mapped(loaded: LoadedPairs, path: str, file: str | None) -> PairFeatures:
     if (found := captions.shape[1]) != (expected := features.images.shape[1]):
         raise InputError(f"{file}: maps to {found} columns, expected {expected}, those of images")
     return replace(features, captions=captions, negatives=negatives)
-
-
-def _lines(file: str) -> Collection[str]:
-    """The lines of a text file that are not empty."""
-    with reading(file, "cannot be read as a list"):
-        content = Path(file).read_text(encoding="utf-8-sig")
-    return [*dict.fromkeys(line.strip() for line in content.splitlines() if line.strip())]
 
 
 def _text(scores: PairScores) -> list[str]:

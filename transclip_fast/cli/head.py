@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from transclip_fast.cli import session
-from transclip_fast.cli.towers import describe_encoder, load_tower
+from transclip_fast.cli.towers import load_tower
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.data.texts import prompt_texts
@@ -24,7 +24,7 @@ from transclip_fast.heads.files import SUFFIX, StoredHead, read_head
 from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
-from transclip_fast.store.features import LOCAL, Features
+from transclip_fast.store.features import LOCAL, Features, describe_encoder
 
 LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
 PRIORS = ("prior", "prior_logits", "prototypes")

@@ -19,7 +19,7 @@ from transclip_fast.data.pairs import PairFeatures
 from transclip_fast.device import resolve_device
 from transclip_fast.encode import models
 from transclip_fast.encode.pairs import Pairs, encode_pairs, read_pairs
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.ranks import ALONE
 from transclip_fast.store.arrays import SUFFIXES, open_arrays
@@ -118,10 +118,20 @@ def load_pairs(
         found.features,
         pairs.grouped_by,
         encoder_of(backbone),
-        None if scale is None else float(scale.exp()),
+        None if scale is None else float(scale.detach().exp()),
         found.failures,
         found.n_failed,
     )
+
+
+def text_lines(file: str) -> list[str]:
+    """The lines of a text file that are not empty, each once."""
+    with reading(file, "cannot be read as a list"):
+        content = Path(file).read_text(encoding="utf-8-sig")
+    found = [*dict.fromkeys(line.strip() for line in content.splitlines() if line.strip())]
+    if not found:
+        raise InputError(f"{file}: holds no line; write one a name")
+    return found
 
 
 def _stored(path: str) -> PairFeatures:

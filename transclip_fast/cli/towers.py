@@ -18,10 +18,9 @@ from transclip_fast.heads import SETTINGS
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
 from transclip_fast.heads.text_tower import AUTOCAST
 from transclip_fast.protocols.data import DataSet
-from transclip_fast.store.features import ENCODER, Features
+from transclip_fast.store.features import ENCODER, SHA256_DIGITS, Features, describe_encoder
 
 DEMO = "demo"
-SHA256_DIGITS = 64  # model names and weight tags are shorter
 
 tower_options = options_of(
     click.option(
@@ -106,13 +105,6 @@ class Prompter:
 def encoder_of(backbone: Backbone) -> dict[str, Any]:
     """The encoder entry that a manifest has for a backbone."""
     return {name: backbone.identity[name] for name in ENCODER if name in backbone.identity}
-
-
-def describe_encoder(encoder: Mapping[str, Any] | None) -> str:
-    """Model and weights for a reader."""
-    model, weights = (str((encoder or {}).get(name)) for name in ("model", "weights"))
-    gelu = ", QuickGELU" if (encoder or {}).get("quick_gelu") else ""
-    return f"{model[:12] if len(model) == SHA256_DIGITS else model} ({weights[:12]}{gelu})"
 
 
 def _encoder_names(features: Features | DataSet) -> tuple[str, str | None]:

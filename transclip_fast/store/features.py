@@ -63,6 +63,7 @@ ENCODER = {
     "weights": str,
     "quick_gelu": bool,
 }  # entries of a manifest that identify a backbone
+SHA256_DIGITS = 64  # model names and weight tags are shorter
 
 
 @dataclass
@@ -217,6 +218,13 @@ def load_features(
             )
         arrays["prior"] = prior.dense(origins["prior"], rows=len(rows), n_classes=k)
     return features
+
+
+def describe_encoder(encoder: Mapping[str, Any] | None) -> str:
+    """Model and weights for a reader."""
+    model, weights = (str((encoder or {}).get(name)) for name in ("model", "weights"))
+    gelu = ", QuickGELU" if (encoder or {}).get("quick_gelu") else ""
+    return f"{model[:12] if len(model) == SHA256_DIGITS else model} ({weights[:12]}{gelu})"
 
 
 def _replace(features: Features, name: str, file: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,14 @@ import numpy as np
 import torch
 
 from transclip_fast.data.checks import as_matrix
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import array_sha256, one_array, open_arrays
-from transclip_fast.store.features import Features
+from transclip_fast.store.features import Features, describe_encoder
+from transclip_fast.store.json_text import parse_json
+from transclip_fast.store.tensors import read_tensors, write_tensors
 
+SUFFIX = ".safetensors"  # of the maps that are written here
+ENTRY = "transclip_fast.text_map"  # key of the JSON in their metadata
 BLOCK_ROWS = 8192  # mapped in float64 at a time
 MAPPED = {
     "text": ("text_features",),
@@ -84,7 +91,7 @@ def map_features(features: Features, **files: str | None) -> None:
     for kind, file in files.items():
         if file is None:
             continue
-        weight, bias = read_map(Path(file))
+        weight, bias = read_map(file, features.encoder)
         present = [name for name in MAPPED[kind] if features.get(name) is not None]
         if not present:
             raise InputError(f"{file}: there are no {kind} features to map")
@@ -99,10 +106,56 @@ def map_features(features: Features, **files: str | None) -> None:
         features.maps[f"{kind}_map"] = " ".join(hashes)
 
 
-def read_map(path: Path) -> tuple[Any, Any]:
-    """A map's matrix A (e, d) and, if there is one, its bias b (e,), in a file."""
+def read_map(path: str | Path, encoder: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+    """
+    A map's matrix A (e, d) and, if there is one, its bias b (e,), in a file.
+
+    InputError if it is one of `save_map` for texts of another model than `encoder`.
+    """
+    path = Path(path)
     arrays = open_arrays(path)
+    if path.suffix == SUFFIX:
+        trained_on = _about(path).get("encoder")
+        if trained_on and encoder and trained_on != encoder:
+            raise InputError(
+                f"{path}: was trained on texts of {describe_encoder(trained_on)}, these are of "
+                f"{describe_encoder(encoder)}; train a map on theirs"
+            )
     parts = {name.rpartition(".")[2]: name for name in arrays}
     if "weight" not in parts or len(parts) < len(arrays):
         return one_array(arrays, path, "weight"), None
     return arrays[parts["weight"]], arrays[parts["bias"]] if "bias" in parts else None
+
+
+def save_map(path: str | Path, weight: torch.Tensor, about: Mapping[str, Any]) -> None:
+    """
+    Write a trained map as a .safetensors file, with JSON about it; whole or not at all.
+
+    InputError as `check_map_file`, or if it cannot be written.
+    """
+    check_map_file(path)
+    write_tensors(path, {"weight": weight}, None, metadata={ENTRY: json.dumps(about)})
+
+
+def check_map_file(path: str | Path) -> None:
+    """Raise InputError if a map cannot have this name, or would replace another file."""
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise InputError(f"{path}: name a file that ends in {SUFFIX}")
+    if os.path.lexists(path):
+        try:
+            known = bool(_about(path))
+        except InputError:
+            known = False
+        if not known:
+            raise InputError(f"{path}: is there and is no trained map; name another file")
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What the metadata of a map say of it; other files say nothing."""
+    metadata = read_tensors(path)[1]
+    with reading(path):
+        found = parse_json(metadata.get(ENTRY, "{}"))
+    if not isinstance(found, dict) or not isinstance(found.get("encoder"), dict | None):
+        raise InputError(f"{path}: damaged or truncated; train it again")
+    return found
