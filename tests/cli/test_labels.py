@@ -147,10 +147,11 @@ def folder(named, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--labels", "--known-labels"])
-def test_keys_tell_the_rows(option, folder, arrays, succeeds, tmp_path):
+@pytest.mark.parametrize(("column", "end"), [("path", ".jpg"), ("row", "")])
+def test_a_column_tells_the_rows(option, column, end, folder, arrays, succeeds, tmp_path):
     labels, rows = arrays["labels"], [60, 3, 7]
-    lines = [f"{row}.jpg, {NAMES[labels[row]]}\n" for row in rows]
-    (tmp_path / "some.csv").write_text("".join(["path, label\n", *lines]))
+    lines = [f"{row}{end}, {NAMES[labels[row]]}\n" for row in rows]
+    (tmp_path / "some.csv").write_text("".join([f"{column}, label\n", *lines]))
     succeeds("solve", folder, option, tmp_path / "some.csv", "--out", tmp_path / "by-key")
     by_row = np.full(77, -1)
     by_row[rows] = labels[rows]

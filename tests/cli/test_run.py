@@ -136,7 +136,8 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
         monkeypatch.setattr(f"transclip_fast.{stage}", None)
     again = cli(*command)
     lines = first.out.splitlines(keepends=True)
-    assert (again.code, again.out) == (0, lines[1] + "".join(lines[3:]))
+    kept = f"0 of 12 images encoded, 12 kept in {tmp_path / 'out/features'}\n"
+    assert (again.code, again.out) == (0, kept + "".join(lines[3:]))
     assert lines[0].startswith("plan: dense, features held, exact graph, at most ")
     assert "images a second in batches of 16; time spent waiting for images" in lines[2]
     assert contents(tmp_path / "out") == before
@@ -203,7 +204,12 @@ def test_images_compared_by_content(images, tiny, cli, tmp_path, as_was):
         shutil.copy(tmp_path / "images/cat/000.png", tmp_path / "images/cat/002.png")
     again = cli(*command).out
     assert ("1 of 12 images encoded, 11 kept" in again) != as_was
-    assert ("12 images encoded into" in again) == as_was
+    assert ("0 of 12 images encoded, 12 kept" in again) == as_was
+
+
+def test_one_image_is_counted_as_one(images, tiny, cli, tmp_path):
+    out = cli("encode", images(1), *tiny, "--out", tmp_path / "out").out
+    assert out.startswith("1 image encoded into ")
 
 
 @pytest.mark.parametrize(

@@ -125,13 +125,46 @@ def test_webdataset_with_class_numbers(images):
 
 @pytest.mark.parametrize(
     ("member", "content", "label"),
-    [("x.json", json.dumps({"label": "dog"}).encode(), 1), ("x.txt", b"cat", 0)],
+    [
+        ("x.json", json.dumps({"label": "dog"}).encode(), 1),
+        ("x.json", b'{"label": null, "class": 1.0, "caption": "a cat"}', 1),
+        ("x.json", b'"dog"', 1),
+        ("x.json", b"1", 1),
+        ("x.JSON", b'{"label": "1"}', 1),
+        ("x.CLS", b"1", 1),
+        ("x.txt", b"cat", 0),
+        ("x.Txt", b"dog", 1),
+    ],
 )
 def test_webdataset_with_class_names(images, member, content, label):
     picture = (images(1) / "cat/000.png").read_bytes()
     tar = images(1).parent / "a.tar"
     write_tar(tar, [("x.jpg", picture), (member, content)])
     assert resolve_labels(open_source(tar), ["cat", "dog"]).tolist() == [label]
+
+
+@pytest.mark.parametrize("content", [b'{"label": [0, 1]}', b'{"cls": {"id": 1}}', b"[1]"])
+def test_labels_that_are_no_numbers_are_counted(images, content):
+    picture = (images(1) / "cat/000.png").read_bytes()
+    tar = images(1).parent / "a.tar"
+    write_tar(tar, [("x.jpg", picture), ("x.json", content), ("y.jpg", picture), ("y.cls", b"1")])
+    with pytest.warns(UserWarning, match="here: labels that are neither number nor text 1$"):
+        source = open_source(tar)
+    assert resolve_labels(source, ["cat", "dog"]).tolist() == [-1, 1]
+
+
+def test_suffixes_in_any_case(images):
+    folder = images(2)
+    picture = (folder / "cat/000.png").read_bytes()
+    shards = folder.parent / "shards"
+    shards.mkdir()
+    write_tar(shards / "A.TAR", [("x.PNG", picture), ("x.Cls", b"1")])
+    assert open_source(shards).keys == open_source(shards / "A.TAR").keys == ["A.TAR/x"]
+    (folder / "L.CSV").write_text("path,label\ncat/000.png,1\n")
+    (folder / "L.TXT").write_text("cat/000.png\n")
+    assert open_source(folder / "L.CSV").keys == open_source(folder / "L.TXT").keys
+    (folder / "S.JSON").write_text(json.dumps({"test": [["cat/000.png", 0, "cat"]]}))
+    assert open_source(folder / "S.JSON", split="test").keys == ["cat/000.png"]
 
 
 def test_captions_are_not_labels(images):

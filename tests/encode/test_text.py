@@ -99,6 +99,30 @@ def test_doubtful_names(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("# birds", "begins with '#' ('# birds') and is a class, no comment; take it out if it"),
+        ('"owl"', "is in quotes ('\"owl\"'), which go into the prompts; take them off"),
+        ("owl\tbird of prey", r"has characters that do not show, or a tab ('owl\tbird of prey'), "),
+        ("owl\u200b", r"has characters that do not show, or a tab ('owl\u200b'), which go into"),
+        ("\ufeffowl", r"has characters that do not show, or a tab ('\ufeffowl'), which go into"),
+    ],
+)
+def test_odd_names(name, message):
+    with pytest.warns(UserWarning, match="class names") as warned:
+        found = ClassPrompts.read(["hawk", name], "simple")
+    assert found.names[1] == name
+    assert len(warned) == 1
+    assert str(warned[0].message).startswith(f"class names: class 1 {message}")
+
+
+def test_names_that_are_not_odd(recwarn):
+    names = ["rock 'n' roll", "C#", "नमस्ते", "क्\u200dष", "cafe\u0301", '5" disk', "日本"]
+    assert ClassPrompts.read(names, "simple").names == names
+    assert not recwarn.list
+
+
 def test_names_of_a_list_are_checked_too():
     with pytest.raises(InputError, match="class names: class 1 is empty"):
         ClassPrompts.read(["cat", " "], "simple")

@@ -18,8 +18,8 @@ TEXTS = ["dog", "Cat", "", unicodedata.normalize("NFD", "café"), "cat"]
 KEYS = [f"é{row}.jpg" for row in range(5)]
 
 
-def read(file, keys=None):
-    found = as_positions(read_labels(file, "labels", keys), NAMES, "labels")
+def read(file, *of_rows):
+    found = as_positions(read_labels(file, "labels", *of_rows), NAMES, "labels")
     return np.nan_to_num(np.asarray(found, dtype=float), nan=-1).tolist()
 
 
@@ -72,6 +72,28 @@ def test_keys_tell_the_rows(column, tmp_path):
     assert read(tmp_path / "y.csv") == read(tmp_path / "y.csv", [None, *KEYS[1:]]) == expected
 
 
+@pytest.mark.parametrize("keys", [None, [None] * 5, KEYS])
+def test_a_column_row_tells_the_rows(keys, tmp_path):
+    lines = [f"{row},{TEXTS[row]}" for row in (4, 0, 3, 1)]
+    (tmp_path / "y.csv").write_text("\n".join(["row,label", *lines]), encoding="utf-8")
+    assert read(tmp_path / "y.csv", keys, 5) == WANTED
+    table = {"label": [1.0, 2.0, 0.0, np.nan], "Row ": [3, 0, 4, 2]}
+    pq.write_table(pa.table(table), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet", keys, 5) == [2, -1, -1, 1, 0]
+
+
+def test_keys_go_before_row_numbers(tmp_path):
+    (tmp_path / "y.csv").write_text("row,key,label\n0,b,dog\n1,a,cat\n")
+    assert read(tmp_path / "y.csv", ["a", "b"], 2) == [0, 2]
+    assert read(tmp_path / "y.csv", None, 2) == [2, 0]
+
+
+def test_a_key_without_label_in_parquet(tmp_path):
+    table = {"key": ["b", "a", "a"], "label": [1.0, np.nan, np.nan]}
+    pq.write_table(pa.table(table), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet", ["a", "b"]) == [-1, 1]
+
+
 def test_keys_of_no_row_are_counted(tmp_path):
     (tmp_path / "y.csv").write_text("key,label\nb,dog\nx,cat\na,cat\n")
     with pytest.warns(UserWarning, match=r"y\.csv: 1 of 3 keys are no row's, e\.g\. 'x'"):
@@ -86,6 +108,9 @@ def test_keys_of_no_row_are_counted(tmp_path):
         ("y.csv", "key,label\nx,1\n", "none of its keys is a row's, e.g. 'x'; .* such as 'a'"),
         ("y.csv", "key,label\na,1\na,2\n", "'a' is there with two labels"),
         ("y.csv", "key,label\na,1,2\n", "line 2 has 3 values"),
+        ("y.csv", "row,label\n1,1\n2,0\n", "'2' is no row; they are 0 .. 1"),
+        ("y.csv", "row,label\na.jpg,1\n", "'a.jpg' is no row"),
+        ("y.csv", "row,label\n1,1\n1,0\n", "1 is there with two labels"),
         ("y.csv", "label, label\na,1\n", "several columns 'label'"),
         ("y.parquet", "nonsense", "cannot be read as a table"),
         ("y.txt", b"\xff", "UTF-8"),
@@ -99,7 +124,7 @@ def test_bad_files(file, content, message, tmp_path):
         data = content if isinstance(content, bytes) else content.encode()
         (tmp_path / file).write_bytes(data)
     with pytest.raises(InputError, match=message) as error:
-        read_labels(tmp_path / file, "labels", ["a", "b"])
+        read_labels(tmp_path / file, "labels", ["a", "b"], 2)
     assert str(error.value).startswith(f"{tmp_path / file}: ")
 
 

@@ -97,6 +97,8 @@ def test_imagenet():
         ("n.txt", "0 cat\n1 dog\n", "line 1 begins with a number"),
         ("n.txt", "1. cat\n2. dog\n", "line 1 begins with a number"),
         ("n.txt", "n02123045\nn02123159\n", "holds synsets"),
+        ("n.txt", "tench\nn01443537 goldfish\n", "line 2 begins with a synset"),
+        ("n.json", ["n01440764 tench", "n01443537 goldfish"], "class 0 begins with a synset"),
         ("n.yaml", "- cat\n", "class names are read from"),
         ("n.json", "{", "is not JSON"),
         ("n.json", [], "holds no class names"),

@@ -176,11 +176,11 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
         "versions": session.versions(),
     }
     encoded_now = encoded.n_rows - encoded.n_kept
-    lines = [f"{encoded.n_rows:,} images encoded into {encoded.folder}"]
-    if speed is not None and encoded.n_kept:
+    images = session.counted(encoded.n_rows, "image")
+    lines = [f"{images} encoded into {encoded.folder}"]
+    if encoded.n_kept:
         lines = [
-            f"{encoded_now:,} of {encoded.n_rows:,} images encoded, {encoded.n_kept:,} kept in "
-            f"{encoded.folder}"
+            f"{encoded_now:,} of {images} encoded, {encoded.n_kept:,} kept in {encoded.folder}"
         ]
     if speed is not None:
         waits = ", ".join(f"{stage} {share:.0%}" for stage, share in speed.shares().items())

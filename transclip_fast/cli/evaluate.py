@@ -25,7 +25,7 @@ SHOWN_ROWS = 5  # of each table
     "--labels",
     type=options.PATH,
     help="True labels (N,), if the result has none: positions or "
-    "names in a .npy, .csv, .txt or .parquet; a column key or path tells the rows.",
+    "names in a .npy, .csv, .txt or .parquet; a column key, path or row tells the rows.",
 )
 @options.json_option
 def command(result: str, labels: str | None, as_json: bool) -> None:
@@ -89,7 +89,8 @@ def _given_labels(result: Result, file: str) -> np.ndarray:
     """The labels (N,) int64 in a file, -1 where it has none."""
     table, run = result.predictions, result.run
     keys = table.column("key").to_pylist() if "key" in table.column_names else None
-    given = as_positions(read_labels(file, "labels", keys), run["class_names"], file)
+    labels = read_labels(file, "labels", keys, table.num_rows)
+    given = as_positions(labels, run["class_names"], file)
     truth = as_labels(given, file, rows=table.num_rows, n_classes=run["n_classes"], lowest=-1)
     if (truth < 0).all():
         raise InputError(f"{file}: no row has a label")

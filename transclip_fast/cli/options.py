@@ -22,7 +22,7 @@ PATH = click.Path(readable=False)  # why a file cannot be read is known, in one 
 ARRAYS = {
     "text_features": "Text embeddings (K, d), or of several templates (P, K, d).",
     "labels": "True labels (N,), to report the accuracy: positions or class names, in a .npy, "
-    ".csv, .parquet or .txt (one a line); a column key or path tells the rows.",
+    ".csv, .parquet or .txt (one a line); a column key, path or row tells the rows.",
     "class_names": "Class names (K,): a .txt (one a line), .json, .csv, .parquet or .npy.",
     "support_features": "Labelled rows (M, d): few-shot.",
     "support_labels": "Their labels (M,), in a file as of --labels.",

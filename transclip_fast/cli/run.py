@@ -77,7 +77,7 @@ def command(
     have changed it encodes those that are new or changed, and computes the graph and the labels
     anew.
     """
-    if values["classes"] is None and Path(images).suffix != ".json":
+    if values["classes"] is None and Path(images).suffix.lower() != ".json":
         raise InputError("run needs --classes: a file of names, or imagenet")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")

@@ -25,7 +25,7 @@ def read_path_list(path: Path) -> tuple[list[str] | None, list[str], list[Any] |
     InputError
         A file that cannot be read, no column of paths, or a row without a path.
     """
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         with reading(path, "cannot be read as a list"):
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         paths = [line.strip() for line in lines if line.strip()]
@@ -49,11 +49,12 @@ def check_any_there(path: Path, paths: Sequence[str], files: Sequence[str]) -> N
     """
     if not files or any(map(os.path.exists, files)):
         return
-    for gap in re.finditer(r"[\s,;]+", paths[0]) if path.suffix == ".txt" else ():
+    lines = path.suffix.lower() == ".txt"
+    for gap in re.finditer(r"[\s,;]+", paths[0]) if lines else ():
         start = paths[0][: gap.start()]
         if os.path.isfile(path.parent / start):
             raise InputError(f"{path}: {paths[0]!r} is no file, but {start!r} is; {REMEDY}")
     raise InputError(
         f"{path}: none of its {len(files)} files exists, the first should be {files[0]}; correct "
-        "the start of the paths" + (f"; {REMEDY}" if path.suffix == ".txt" else "")
+        "the start of the paths" + (f"; {REMEDY}" if lines else "")
     )

@@ -20,7 +20,7 @@ from transclip_fast.data.labels import UNKNOWN, label_positions
 from transclip_fast.data.names import first_difference
 from transclip_fast.encode.lists import check_any_there, read_path_list
 from transclip_fast.encode.pixels import Box, suffixes
-from transclip_fast.encode.tars import Sample, read_samples, takes_in_next
+from transclip_fast.encode.tars import Sample, is_tar, read_samples, takes_in_next
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
 from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.parallel import parallel_map
@@ -44,7 +44,7 @@ class Source:
     keys: list[str]  # name of each image within the source
     files: list[str]  # file that holds each image
     spans: list[tuple[int, int]] | None = None  # its offset and size there; None: the whole file
-    labels: Sequence[int | str | None] | None = None  # positions, class names or synsets
+    labels: Sequence[float | str | None] | None = None  # positions, class names or synsets
     class_names: list[str] | None = None  # of a source that defines them; labels are positions
     refusals: dict[int, str] = field(default_factory=dict)  # why a row is known not to be readable
     left_out: str = ""  # what is there besides and is not read, in words
@@ -172,12 +172,12 @@ def open_source(
         leads out of its folder.
     """
     path = Path(path)
-    if path.suffix != ".json" and (split or root):
+    if path.suffix.lower() != ".json" and (split or root):
         raise InputError(f"{path}: split and root are for a .json of splits; leave them out")
     if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise InputError(f"{path}: no such file or folder")
     if path.is_dir():
-        tars = sorted(file for file in path.glob("*.tar") if not file.is_dir())
+        tars = sorted(file for file in path.iterdir() if is_tar(file) and not file.is_dir())
         if tars:
             source = _webdataset(tars, _beside_tars(path))
         else:
@@ -227,18 +227,19 @@ def resolve_labels(
     except InputError as error:
         if source.kind != "webdataset" or not any(isinstance(label, str) for label in labels):
             raise
-        warnings.warn(f"{error}; texts are taken for captions", stacklevel=2)
+        message = f"{error}; texts are taken for captions"
+        warnings.warn(message, stacklevel=1)  # from one place, so that it is shown once
         return None
     return found if (found != UNKNOWN).any() else None
 
 
 def _file(path: Path, split: str | None, root: str | Path | None) -> Source:
     check_regular(path)
-    if path.suffix == ".tar":
+    if is_tar(path):
         return _webdataset([path], Counter())
-    if path.suffix in (".txt", ".csv", ".parquet"):
+    if path.suffix.lower() in (".txt", ".csv", ".parquet"):
         return _list(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return _split(path, split or "test", root)
     raise InputError(
         f"{path}: expected a folder, a .tar, a .txt, .csv or .parquet list, or a .json of splits"

@@ -16,6 +16,7 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.store.json_text import parse_json
 
 LABEL_SUFFIXES = ("cls", "json", "txt")  # the first that a sample has holds its label
+JSON_LABELS = ("label", "cls", "class")  # keys, the first that an object has
 MAX_LABEL_BYTES = 2**20  # a larger file holds no label
 MAX_HEADER_BYTES = 2**14  # of a name or attributes, which tarfile parses in quadratic time
 SEARCHED_BYTES = 2**16  # a larger file that is no image is not read, as that would take long
@@ -29,6 +30,7 @@ EXTENSIONS = (  # headers that hold a name or attributes of the next
 MAGIC, MAGIC_AT = b"ustar", 257  # of every header but those of the seventies
 # Words for what is left out and not counted by its suffix.
 HIDDEN, UNPAIRED = "hidden", "labels without an image"
+ODD_LABEL = "labels that are neither number nor text"
 SHOWN_NAMES = 3
 
 
@@ -38,7 +40,7 @@ class Sample:
 
     key: str
     span: tuple[int, int]  # offset and size of its image in the tar
-    label: int | str | None
+    label: float | str | None
     refusal: str | None  # why it is no image that can be read
 
 
@@ -76,6 +78,11 @@ def read_samples(tar: Path, left_out: Counter[str]) -> list[Sample]:
         return [sample for sample in found if sample is not None]
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a path has the suffix of a tar."""
+    return path.suffix.lower() == ".tar"
+
+
 def takes_in_next(content: bytes) -> bool:
     """
     Whether a file's content has a header in it: its own claims a size that is too large.
@@ -98,13 +105,15 @@ def _sample(
     plain = [rest for rest in pictures if "." not in rest]  # x.jpg, where x.mask.png is no second
     images = plain or pictures
     prefix = images[0].removesuffix(_suffix(images[0])) if images else ""  # "0." of x.0.jpg
+    plain_case = {rest.lower(): rest for rest in files}
     labels = {
-        suffix: prefix + suffix if prefix + suffix in files else suffix for suffix in LABEL_SUFFIXES
+        suffix: plain_case.get(f"{prefix}{suffix}".lower(), plain_case.get(suffix))
+        for suffix in LABEL_SUFFIXES
     }
     for rest in files.keys() - {*labels.values(), *images}:
         left_out[f".{rest} beside an image" if rest in pictures else f".{_suffix(rest)}"] += 1
     if not images:
-        left_out[UNPAIRED] += any(rest in files for rest in labels.values())
+        left_out[UNPAIRED] += any(labels.values())
         return None
     try:
         if len(images) > 1:
@@ -117,10 +126,11 @@ def _sample(
         image = files[images[0]]
         if image.refusal:
             raise InputError(image.refusal)
-        label = None
-        for suffix, rest in labels.items():
-            if rest in files and label is None:
-                label = _label(suffix, files[rest], content)
+        found = (_label(s, files[rest], content) for s, rest in labels.items() if rest is not None)
+        label = next((value for value in found if value is not None), None)
+        if not isinstance(label, int | float | str | None):
+            left_out[ODD_LABEL] += 1
+            label = None
     except InputError as error:
         return Sample(key, (0, 0), None, str(error))
     return Sample(key, image.span, label, None)
@@ -135,7 +145,8 @@ def _is_image(name: str) -> bool:
     return f".{_suffix(name)}".lower() in suffixes()
 
 
-def _label(suffix: str, file: _File, content: io.BufferedReader) -> int | str | None:
+def _label(suffix: str, file: _File, content: io.BufferedReader) -> Any:
+    """The label in a file; of JSON any value, or the first of an object's `JSON_LABELS`."""
     offset, size = file.span
     if file.refusal:
         raise InputError(file.refusal)
@@ -147,8 +158,8 @@ def _label(suffix: str, file: _File, content: io.BufferedReader) -> int | str | 
         if suffix != "json":
             return int(text) if suffix == "cls" else text
         value = parse_json(text)
-    found: Any = map(value.get, ("label", "cls", "class")) if isinstance(value, dict) else ()
-    return next((label for label in found if isinstance(label, int | str)), None)
+    found = map(value.get, JSON_LABELS) if isinstance(value, dict) else [value]
+    return next((label for label in found if label is not None), None)
 
 
 def _files(tar: Path) -> list[_File]:

@@ -22,6 +22,25 @@ from transclip_fast.store.names import ClassNames, check_names, place, read_name
 
 PROMPTS_PER_BATCH = 256
 SHOWN_NAMES = 5  # of classes, in a warning
+JOINERS = "\u200c\u200d"  # between the letters of some scripts
+ODD_NAMES: Sequence[tuple[str, str, Callable[[str], Any]]] = (  # what is odd, remedy, whether so
+    ("has '_' ({!r}), which goes into the prompts", "write spaces", lambda name: "_" in name),
+    (
+        "begins with '#' ({!r}) and is a class, no comment",
+        "take it out if it is none",
+        lambda name: name.startswith("#"),
+    ),
+    (
+        "is in quotes ({!r}), which go into the prompts",
+        "take them off",
+        lambda name: len(name) > 1 and name[0] == name[-1] and name[0] in "\"'`",
+    ),
+    (
+        "has characters that do not show, or a tab ({!r}), which go into the prompts",
+        "write it again",
+        lambda name: not all(c.isprintable() or c in JOINERS for c in name),
+    ),
+)
 Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
 
 
@@ -44,7 +63,9 @@ def templates(spec: str) -> Templates:
         raise InputError(f"{spec}: cannot be read; give openai, simple or a file")
     with reading(path, "cannot be read", "give openai, simple or a file"):
         content = path.read_text(encoding="utf-8-sig")
-    return _from_json(path, content) if path.suffix == ".json" else _from_lines(path, content)
+    return (
+        _from_json(path, content) if path.suffix.lower() == ".json" else _from_lines(path, content)
+    )
 
 
 @dataclass(frozen=True)
@@ -78,13 +99,11 @@ class ClassPrompts:
 
     def doubts(self, origin: str) -> Iterator[str]:
         """What is odd about the names in the file `origin` and their prompts."""
-        underscored = [k for k, name in enumerate(self.names) if "_" in name]
-        if underscored:
-            k = underscored[0]
-            yield (
-                f"{place(origin, k)} has '_' ({self.names[k]!r}), which goes into the prompts"
-                f"{_more(underscored)}; write spaces"
-            )
+        for what, remedy, is_odd in ODD_NAMES:
+            odd = [k for k, name in enumerate(self.names) if is_odd(name)]
+            if odd:
+                found = what.format(self.names[odd[0]])
+                yield f"{place(origin, odd[0])} {found}{_more(odd)}; {remedy}"
         same_name = _repeats(map(plain_name, self.names))
         if same_name:
             first, k = same_name[0]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from transclip_fast.encode.pixels import decode
 from transclip_fast.encode.sources import Source, open_source
-from transclip_fast.encode.tars import read_samples
+from transclip_fast.encode.tars import is_tar, read_samples
 from transclip_fast.encode.walk import printable
 from transclip_fast.errors import InputError, one_line
 from transclip_fast.parallel import parallel_map
@@ -67,7 +67,7 @@ def pictures_of(folder: Path, keys: Mapping[int, str | None]) -> Pictures:
     paths, sizes = metadata_of(folder, rows)
     spans: dict[int, tuple[int, int] | None] = dict.fromkeys(paths)
     refusals = {}
-    for tar in {path for path in paths.values() if path.endswith(".tar")}:
+    for tar in {path for path in paths.values() if is_tar(Path(path))}:
         in_tar, refused = _in_tar(Path(tar))
         for row in (row for row, path in paths.items() if path == tar):
             spans[row] = in_tar.get(str(keys[row]), (0, 0))

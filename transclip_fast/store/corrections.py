@@ -17,7 +17,7 @@ import numpy as np
 from transclip_fast.data.labels import WHOLE
 from transclip_fast.data.names import plain_name, positions_by_name
 from transclip_fast.errors import InputError
-from transclip_fast.store.tables import KEY, LABEL, PATH, ROW, read_columns
+from transclip_fast.store.tables import KEY, LABEL, PATH, ROW, read_columns, row_number
 
 GUARDED = "=+-@\t\r'"  # starts of texts that a ' goes before
 COLUMNS = {"key": (*KEY, *PATH), "row": ROW, "label": LABEL}
@@ -109,11 +109,7 @@ def _row_finder(
         raise InputError(f"{path}: has no column {'key' if keyed else 'row'!r}{why}")
 
     def by_number(line: int) -> int:
-        text = str(columns["row"][line]).strip()
-        number = WHOLE.fullmatch(text)
-        if not number or int(number[1]) >= n_rows:
-            raise InputError(f"{path}: {text!r} is no row; they are 0 .. {n_rows - 1}")
-        return int(number[1])
+        return row_number(path, columns["row"][line], n_rows)
 
     return by_number
 

@@ -242,8 +242,8 @@ def _replace(features: Features, name: str, file: Path) -> None:
     elif name == "prior":
         arrays[name] = read_prior(file)
     elif name in LABELS:
-        keys = features.keys if name in OF_ROWS else None
-        arrays[name] = as_rows(file, read_labels(file, name, keys), rows)
+        of_rows = (features.keys, len(rows)) if name in OF_ROWS else ()
+        arrays[name] = as_rows(file, read_labels(file, name, *of_rows), rows)
     else:
         arrays[name] = as_rows(file, read_array(file, name), rows)
 

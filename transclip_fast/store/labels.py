@@ -14,20 +14,33 @@ from transclip_fast.data.labels import label_positions
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import SUFFIXES, read_array
 from transclip_fast.store.names import as_names
-from transclip_fast.store.tables import KEY, LABEL, PATH, TABLE_SUFFIXES, read_columns
+from transclip_fast.store.tables import (
+    KEY,
+    LABEL,
+    PATH,
+    ROW,
+    TABLE_SUFFIXES,
+    read_columns,
+    row_number,
+)
 
 TEXT_SUFFIX = ".txt"
-COLUMNS = {"label": LABEL, "key": (*KEY, *PATH)}
+COLUMNS = {"label": LABEL, "key": (*KEY, *PATH), "row": ROW}
 
 
-def read_labels(path: str | Path, name: str, keys: Sequence[str | None] | None = None) -> Any:
+def read_labels(
+    path: str | Path,
+    name: str,
+    keys: Sequence[str | None] | None = None,
+    n_rows: int | None = None,
+) -> Any:
     """
     Labels from a file: numbers, or texts that `data.labels.label_positions` understands.
 
     | file | labels |
     |---|---|
     | .npy, .npz, .pt, .safetensors | the array `name` or the only one |
-    | .csv, .parquet | the column `label`; a column `key` or `path` tells the rows |
+    | .csv, .parquet | the column `label`; a column `key`, `path` or `row` tells the rows |
     | .txt | one a line, an empty one where there is none |
 
     Parameters
@@ -37,8 +50,10 @@ def read_labels(path: str | Path, name: str, keys: Sequence[str | None] | None =
         Of the array.
     keys : sequence of str (N,), optional
         Of the rows. Labels with a key go to the row that has it, in any order; rows that the file
-        does not have get no label. Without keys on either side the labels are those of all rows in
-        their order.
+        does not have get no label.
+    n_rows : int, optional
+        N, where the rows are numbered: without keys on either side, labels go to their number in a
+        column `row`; without that, too, they are those of all rows in their order.
 
     Returns
     -------
@@ -48,7 +63,8 @@ def read_labels(path: str | Path, name: str, keys: Sequence[str | None] | None =
     Raises
     ------
     InputError
-        A file that cannot be read or has no labels; keys of no row, or twice with two labels.
+        A file that cannot be read or has no labels; keys or numbers of no row, or twice with
+        two labels.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -65,6 +81,10 @@ def read_labels(path: str | Path, name: str, keys: Sequence[str | None] | None =
     labels = columns["label"]
     if "key" in columns and keys is not None and None not in keys:
         labels = _by_key(path, columns["key"], labels, keys)
+    elif "row" in columns and n_rows is not None:
+        rows = [row_number(path, row, n_rows) for row in columns["row"]]
+        by_row = _each_once(path, rows, labels)
+        labels = [by_row.get(row) for row in range(n_rows)]
     return as_array(labels, str(path))
 
 
@@ -89,10 +109,7 @@ def _by_key(
     path: Path, given: Sequence[Any], labels: Sequence[Any], keys: Sequence[str | None]
 ) -> list[Any]:
     """The label of each of `keys`, None where the file does not have it."""
-    found: dict[str, Any] = {}
-    for key, label in zip(map(_plain_key, given), labels, strict=True):
-        if found.setdefault(key, label) != label:
-            raise InputError(f"{path}: {key!r} is there with two labels")
+    found = _each_once(path, [*map(_plain_key, given)], labels)
     rows = [_plain_key(key) for key in keys]
     missing = found.keys() - set(rows)
     if len(missing) == len(found):
@@ -106,6 +123,16 @@ def _by_key(
             stacklevel=2,
         )
     return [found.get(key) for key in rows]
+
+
+def _each_once(path: Path, places: Sequence[Any], labels: Sequence[Any]) -> dict[Any, Any]:
+    """The label of each place, None for NaN; InputError if one has two."""
+    found: dict[Any, Any] = {}
+    for place, label in zip(places, labels, strict=True):
+        known = None if label != label else label
+        if found.setdefault(place, known) != known:
+            raise InputError(f"{path}: {place!r} is there with two labels")
+    return found
 
 
 def _plain_key(key: Any) -> str:

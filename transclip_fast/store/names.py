@@ -93,6 +93,11 @@ def check_names(origin: str | Path, names: Sequence[str]) -> list[str]:
             f"{origin}: holds synsets, of which no prompts can be made; give lines such as "
             f"'{stripped[0]} NAME'"
         )
+    if (k := next((k for k, name in enumerate(stripped) if SYNSET.match(name)), None)) is not None:
+        raise InputError(
+            f"{origin}: {place(origin, k)} begins with a synset ({stripped[k]!r}), which would go "
+            "into the prompts; give every class one, as lines of a .txt, or none"
+        )
     return stripped
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from transclip_fast.data.labels import WHOLE
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import read_table
 
@@ -71,6 +72,14 @@ def find_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str
             if found:
                 return found[0]
     return None
+
+
+def row_number(path: Path, value: Any, n_rows: int) -> int:
+    """The row that a cell of a column `row` names; InputError if there is none."""
+    number = WHOLE.fullmatch(str(value).strip())
+    if not number or int(number[1]) >= n_rows:
+        raise InputError(f"{path}: {str(value).strip()!r} is no row; they are 0 .. {n_rows - 1}")
+    return int(number[1])
 
 
 def _singular(name: str) -> str:
