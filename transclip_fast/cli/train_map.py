@@ -91,8 +91,8 @@ def command(path: str, out: str, as_json: bool, **values: Any) -> None:
     """Train a linear map of texts on the captions of FILE, as LABCLIP does.
 
     FILE is as for `evaluate-pairs`; rows without a negative get their caption with two attributes
-    swapped, and rows with fewer than two train without one. `solve`, `compare` and
-    `evaluate-pairs` take the map as --text-map.
+    swapped, and rows with fewer than two train without one. `solve` and `evaluate-pairs` take the
+    map as --text-map.
 
     \b
     Example:
@@ -124,16 +124,7 @@ def command(path: str, out: str, as_json: bool, **values: Any) -> None:
             session.errors_about({"pairs": path}, path),
         ):
             found = train_text_map(loaded.features, training, show)
-    run: dict[str, Any] = {
-        "epoch": found.epoch,
-        "accuracy": found.accuracies[found.epoch],
-        "identity_accuracy": found.accuracies[0],
-        "loss": found.losses[found.epoch],
-        "identity_loss": found.losses[0],
-        "n_trained": found.n_trained,
-        "n_held_out": found.n_held_out,
-        "training": asdict(training),
-    }
+    run = _figures(found, training)
     save_map(out, found.weight, {"encoder": loaded.encoder, "version": __version__, **run})
     run |= {
         "n_given": negatives.given,
@@ -145,6 +136,20 @@ def command(path: str, out: str, as_json: bool, **values: Any) -> None:
         "versions": session.versions(),
     }
     session.print_summary(run, "\n".join(_text(found, training, negatives, loaded, out)), as_json)
+
+
+def _figures(found: TextMap, training: MapTraining) -> dict[str, Any]:
+    """How a map was trained, and how it did on the pairs held out, as its file says it."""
+    return {
+        "epoch": found.epoch,
+        "accuracy": found.accuracies[found.epoch],
+        "identity_accuracy": found.accuracies[0],
+        "loss": found.losses[found.epoch],
+        "identity_loss": found.losses[0],
+        "n_trained": found.n_trained,
+        "n_held_out": found.n_held_out,
+        "training": asdict(training),
+    }
 
 
 def _text(

@@ -141,6 +141,19 @@ def encode_pairs(
     ------
     InputError
         No image can be read, or one is outside of the root; what `encode_source` refuses.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> from transclip_fast.demo import backbone
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("RGB", (28, 28)).save(Path(folder, "a.png"))
+    ...     file = Path(folder, "pairs.csv")
+    ...     _ = file.write_text("image,caption,negative\\na.png,a photo,a number\\n")
+    ...     found = encode_pairs(read_pairs(file), backbone(), Path(folder, "features"))
+    >>> found.features.images.shape, found.failures
+    (torch.Size([1, 512]), [])
     """
     source = _source(pairs, root)
     encoded = encode_source(
@@ -246,7 +259,7 @@ def _json_columns(path: Path) -> dict[str, list[Any]]:
 def _text(path: Path, row: int, values: Sequence[Any], what: str) -> str:
     value = values[row]
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{path}: row {row} has no {what}, but {value!r}; write one")
+        raise InputError(f"{path}: row {row} has no {what}, but {value!r:.40}; write one")
     return value
 
 

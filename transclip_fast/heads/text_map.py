@@ -80,7 +80,8 @@ def train_text_map(
 
     Source: Koishigarina et al. 2025, CLIP Behaves like a Bag-of-Words Model Cross-modally but not
     Uni-modally (LABCLIP): one linear map of the text embeddings, both encoders frozen. The loss is
-    that of NegCLIP (Yuksekgonul et al. 2023). Sizes of batches and epochs are ours.
+    that of NegCLIP (Yuksekgonul et al. 2023). The start, Adam's rate, batches and epochs are
+    settings of this package, and so is training rows without a false caption beside the others.
 
     Raises
     ------
