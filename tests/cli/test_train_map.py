@@ -131,6 +131,14 @@ def test_the_map_of_another_model_is_refused(captions, folder, succeeds, refused
     assert "map.safetensors: was trained on texts of tiny (none), these are of m (w)" in message
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_images_are_encoded(
+    captions, backbone, refused, monkeypatch
+):
+    monkeypatch.setattr(backbone.model, "encode_image", lambda _: pytest.fail("encoded"))
+    out = "/proc/map.safetensors"
+    assert "cannot be written" in refused("train-map", captions, *MODEL, "--out", out)
+
+
 def test_bad_input(captions, bound, save, refused, tmp_path):
     out = tmp_path / "map.safetensors"
     assert "ends in .safetensors" in refused("train-map", captions, *MODEL, "--out", tmp_path / "m")

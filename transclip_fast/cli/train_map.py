@@ -17,6 +17,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.heads.swapped_captions import ATTRIBUTES, attribute_swapper
 from transclip_fast.heads.text_map import MapTraining, TextMap, train_text_map
 from transclip_fast.progress_bar import progress_bar
+from transclip_fast.store.atomic import locked
 from transclip_fast.store.linear_maps import check_map_file, save_map
 from transclip_fast.version import __version__
 
@@ -106,7 +107,7 @@ def command(path: str, out: str, as_json: bool, **values: Any) -> None:
     """
     stages = session.Stages()
     check_map_file(out)
-    with session.collected_warnings({}) as warnings:
+    with session.collected_warnings({}) as warnings, locked(out):
         words = ATTRIBUTES if values["attributes"] is None else text_lines(values["attributes"])
         negatives = _Negatives(words)
         with stages.time("load"):
@@ -124,8 +125,8 @@ def command(path: str, out: str, as_json: bool, **values: Any) -> None:
             session.errors_about({"pairs": path}, path),
         ):
             found = train_text_map(loaded.features, training, show)
-    run = _figures(found, training)
-    save_map(out, found.weight, {"encoder": loaded.encoder, "version": __version__, **run})
+        run = _figures(found, training)
+        save_map(out, found.weight, {"encoder": loaded.encoder, "version": __version__, **run})
     run |= {
         "n_given": negatives.given,
         "n_swapped": negatives.swapped,
