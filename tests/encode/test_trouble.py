@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from tests.encode.test_encoder import contents, encode
 from transclip_fast.encode import encoder, feed
@@ -97,6 +98,7 @@ def die():
 def quick(monkeypatch):
     """Not minutes until a worker is given up."""
     monkeypatch.setattr(feed, "HUNG_SECONDS", 4.0)
+    monkeypatch.setattr(feed, "WATCH_SECONDS", 0.5)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
 
 
@@ -118,10 +120,9 @@ def test_a_lost_worker_is_replaced(images, backbone, tmp_path, quick, trouble):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_worker_that_ends_before_torch_watches_it_is_replaced_at_once(
-    images, backbone, tmp_path, monkeypatch
+def test_a_worker_that_ends_before_torch_watches_it_is_replaced(
+    images, backbone, tmp_path, quick, monkeypatch
 ):
-    """Torch would wait for its batch until `HUNG_SECONDS` have passed."""
     folder, start, ended = images(7), BaseProcess.start, []
     encode(folder, backbone, tmp_path / "whole")
 
@@ -132,16 +133,67 @@ def test_a_worker_that_ends_before_torch_watches_it_is_replaced_at_once(
             process.join()
             ended.append(process.exitcode)
 
+    monkeypatch.setattr(feed, "HUNG_SECONDS", 1e6)  # torch alone would wait until then
     monkeypatch.setattr(BaseProcess, "start", start_and_end_the_first)
-    loader = feed.feed(open_source(folder), backbone, [[0, 1]], 1)
-    with pytest.raises(RuntimeError, match="worker ended at its start") as error:
-        next(loader)
-    assert feed.is_worker_lost(error.value)
-    assert ended == [-signal.SIGKILL]
-    ended.clear()
     encode(folder, backbone, tmp_path / "out", workers=1)
     assert ended == [-signal.SIGKILL]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_slow_image_costs_no_worker(images, backbone, quick):
+    read = backbone.preprocess
+
+    def slow(image):
+        time.sleep(2)  # four times as long as until torch looks for lost workers
+        return read(image)
+
+    backbone.preprocess = slow
+    source = open_source(images(1))
+    assert [len(batch) for batch in feed.feed(source, backbone, [[0]], 1)] == [1]
+
+
+@pytest.fixture
+def loader(monkeypatch):
+    """Let torch's loader first raise some errors: of a lost worker, then of something else."""
+    start = DataLoader.__iter__
+    lost = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def raising(*errors):
+        pending = [lost, *errors]
+
+        def begin(self):
+            if not pending:
+                return start(self)
+            error = pending.pop(0)
+            if error is not lost:
+                raise error
+            try:
+                raise lost  # from a signal handler, anywhere
+            except RuntimeError:
+                raise KeyError("thread") from None
+
+        monkeypatch.setattr(DataLoader, "__iter__", begin)
+
+    raising.lost = lost
+    return raising
+
+
+def test_the_end_of_a_worker_may_become_another_error(images, backbone, tmp_path, loader):
+    """As where it ends while a thread is started."""
+    folder = images(7)
+    encode(folder, backbone, tmp_path / "whole")
+    loader()
+    encode(folder, backbone, tmp_path / "out", workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_an_error_after_that_of_a_lost_worker_is_not_taken_for_it(
+    images, backbone, tmp_path, loader, times
+):
+    loader(*[loader.lost] * times, ValueError("other"))
+    with pytest.raises(ValueError, match="other"):
+        encode(images(3), backbone, tmp_path / "out", workers=1)
 
 
 def test_without_room_in_shared_memory_images_come_through_pipes(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.encode.feed import Batch, deadly_rows, feed, is_worker_lost
+from transclip_fast.encode.feed import Batch, deadly_rows, feed, lost_worker
 from transclip_fast.encode.models import Backbone
 from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import Source
@@ -125,29 +125,31 @@ def encode_shards(
             source, backbone, writer, workers, thread, progress, done=done, total=done + planned
         )
         while pending:
-            retry = pending[0] == lost_shard
+            retry, lost = pending[0] == lost_shard, ""
             try:
                 # Workers fetch ahead and may die on a later shard, so a retry covers one alone.
                 loop.run(pending, 1 if retry else len(pending), batch_size)
-            except (RuntimeError, MemoryError) as error:
-                if is_worker_lost(error) and not retry:
-                    lost_shard = pending[0]
-                elif is_worker_lost(error) and _refused(source, backbone, writer.rows(pending[0])):
-                    continue
-                elif _is_out_of_memory(error) and batch_size > 1:
+            except InputError:
+                raise
+            except Exception as error:
+                lost = lost_worker(error)
+                if not lost and _is_out_of_memory(error) and batch_size > 1:
                     batch_size //= 2
-                elif _is_out_of_memory(error):
+                elif not lost and _is_out_of_memory(error):
                     raise InputError(
                         f"not even one image fits into memory ({one_line(error)})"
                     ) from error
-                elif is_worker_lost(error):
-                    rows = writer.rows(pending[0])
-                    raise InputError(
-                        f"{source.keys[rows[0]]} to {source.keys[rows[-1]]}: workers hang or die "
-                        f"twice ({one_line(error)}); run again with --workers 0 to see where"
-                    ) from error
-                else:
+                elif not lost:
                     raise
+            # Not while the error is handled: it would be the context of those that follow.
+            if lost and not retry:
+                lost_shard = pending[0]
+            elif lost and not _refused(source, backbone, writer.rows(pending[0])):
+                rows = writer.rows(pending[0])
+                raise InputError(
+                    f"{source.keys[rows[0]]} to {source.keys[rows[-1]]}: workers hang or die "
+                    f"twice ({lost}); run again with --workers 0 to see where"
+                )
         loop.wait_for_writing()
     seconds = time.perf_counter() - loop.start
     return Throughput(planned, seconds, loop.waited, batch_size)

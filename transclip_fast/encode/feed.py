@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import active_children
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from transclip_fast.store.feature_writer import Failure
 
 PREFETCHED_BATCHES = 4  # of each worker
 HUNG_SECONDS = 300.0  # without a batch; slow storage takes less
+WATCH_SECONDS = 5.0  # without a batch, until torch looks for workers whose end it did not notice
 MACHINE_AT_FAULT = 4  # images, the first of all, that lose their worker one after the other
 
 
@@ -60,8 +61,9 @@ def feed(
     InputError
         The machine fails to read an image, or to start workers; a later run may not.
     RuntimeError
-        No batch for `HUNG_SECONDS`, or a worker that was killed (see `is_worker_lost`). Torch
-        raises the latter from a signal handler, wherever this process is at that moment.
+        No batch for `HUNG_SECONDS`, or a worker that was killed. Torch raises the latter from a
+        signal handler, wherever this process is at that moment, so that it may become another
+        error (see `lost_worker`).
     """
     loader: DataLoader[Any] = DataLoader(
         _Images(source, backbone),
@@ -69,23 +71,34 @@ def feed(
         collate_fn=_collate,
         num_workers=workers,
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
-        timeout=HUNG_SECONDS if workers else 0,
+        timeout=WATCH_SECONDS if workers else 0,
         pin_memory=backbone.device.type == "cuda",
     )
-    others = {*active_children()}
     try:
         decoded = iter(loader)
     except OSError as error:
         raise InputError(
             f"workers cannot start ({one_line(error)}); free /dev/shm or give --workers 0"
         ) from error
-    if len({*active_children()} - others) < workers:  # torch watches them from now on only
-        raise RuntimeError("DataLoader worker ended at its start")
-    for batch in decoded:
+    for batch in iter(lambda: _next(decoded), None):
         for failure in batch.failures:
             if failure.fatal:
                 raise InputError(f"{failure.key}: {failure.reason}; run again to continue")
         yield batch
+
+
+def _next(decoded: Iterator[Batch]) -> Batch | None:
+    """The next batch, for which torch's loader can be asked again; None after the last."""
+    deadline = time.monotonic() + HUNG_SECONDS
+    while True:
+        try:
+            return next(decoded, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            if time.monotonic() > deadline:
+                reason = f"DataLoader had no batch for {HUNG_SECONDS:.0f} seconds"
+                raise RuntimeError(reason) from error
 
 
 def _shareable(images: torch.Tensor | None) -> torch.Tensor | np.ndarray | None:
@@ -119,37 +132,41 @@ def _warn_of_pipes() -> None:
     )
 
 
-def is_worker_lost(error: Exception) -> bool:
-    """Whether torch's loader raised this error about its workers."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader ")
+def lost_worker(error: BaseException | None) -> str:
+    """What torch's loader says of a lost worker, in an error or what led to it; or nothing."""
+    while error is not None and not isinstance(error, InputError):
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
+            return one_line(error)
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def deadly_rows(source: Source, backbone: Backbone, rows: Sequence[int]) -> list[int]:
     """The rows whose image alone makes a worker hang or die; none if all of the first few do."""
     pending, deadly = deque(rows), list[int]()
     while pending:
-        try:
-            for _ in feed(source, backbone, [[row] for row in pending], 1):
-                pending.popleft()
-        except RuntimeError as error:
-            if not is_worker_lost(error):
-                raise
-            row = pending.popleft()  # or one of the next, as a worker is ahead
-            if _is_deadly(source, backbone, row):
-                deadly.append(row)
-            if len(deadly) == MACHINE_AT_FAULT and deadly == [*rows[:MACHINE_AT_FAULT]]:
-                return []
+        for _ in range(_count_read(source, backbone, pending)):
+            pending.popleft()
+        if not pending:
+            break
+        row = pending.popleft()  # or one of the next, as a worker is ahead
+        if not _count_read(source, backbone, [row]):
+            deadly.append(row)
+        if len(deadly) == MACHINE_AT_FAULT and deadly == [*rows[:MACHINE_AT_FAULT]]:
+            return []
     return deadly
 
 
-def _is_deadly(source: Source, backbone: Backbone, row: int) -> bool:
+def _count_read(source: Source, backbone: Backbone, rows: Iterable[int]) -> int:
+    """The number of rows that one worker reads until it hangs or dies."""
+    n_read = 0
     try:
-        list(feed(source, backbone, [[row]], 1))
-    except RuntimeError as error:
-        if not is_worker_lost(error):
+        for _ in feed(source, backbone, [[row] for row in rows], 1):
+            n_read += 1
+    except Exception as error:
+        if not lost_worker(error):
             raise
-        return True
-    return False
+    return n_read
 
 
 class _Images(Dataset[Any]):
