@@ -126,6 +126,11 @@ def check_same(ranks: Ranks, facts: Mapping[str, str]) -> None:
                 )
 
 
+def started_ranks() -> int:
+    """How many ranks the environment describes; 1 where this process was started by itself."""
+    return _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+
+
 @contextmanager
 def joined(*, together: bool = False) -> Iterator[Ranks]:
     """
@@ -137,7 +142,7 @@ def joined(*, together: bool = False) -> Iterator[Ranks]:
     reached, or one of them ended early when this one needs it; if they work `together`, all others
     then end at once, with one line that names it.
     """
-    size = _number("WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+    size = started_ranks()
     if size <= 1 and "MASTER_PORT" not in os.environ:
         yield ALONE
         return

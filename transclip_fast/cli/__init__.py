@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any
 
@@ -44,6 +45,7 @@ GROUPS = {
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 
 
+SHARED = ("encode", "graph", "run", "solve")  # say themselves what several processes do
 RESUMED = ("demo", "run", "encode", "train-head", "solve", "graph", "protocol")
 
 
@@ -83,7 +85,8 @@ class _Commands(click.Group):
     },
 )
 @click.version_option(__version__, prog_name="transclip-fast")
-def _cli() -> None:
+@click.pass_context
+def _cli(context: click.Context) -> None:
     """Label images with a CLIP-like model, all of them jointly, without training.
 
     \b
@@ -91,6 +94,12 @@ def _cli() -> None:
       transclip-fast run photos --classes names.txt --model ViT-B-32 --pretrained openai --out out
       transclip-fast solve features.npz --out result
     """
+    name = context.invoked_subcommand
+    if "WORLD_SIZE" in os.environ and name not in SHARED:
+        from transclip_fast.ranks import started_ranks  # needs torch
+
+        if started_ranks() > 1:
+            raise InputError(f"{name} is one process; run it without torchrun")
 
 
 def main() -> None:

@@ -141,6 +141,9 @@ def _solve(
     shared = current_ranks() is not None
     if head is not None and shared:
         raise InputError("--head: is trained and applied in one process; run `solve` without ranks")
+    if values["method"] != TRANSCLIP and shared:
+        name = values["method"]
+        raise InputError(f"--method: {name} is one process; run `solve` without ranks")
     if values["reject"] is not None and math.isnan(values["reject"]):  # in any range, for click
         raise InputError("--reject: must be a share between 0 and 1, got nan")
     model = options.model_of(values)
@@ -154,8 +157,6 @@ def _solve(
         map_features(features, text=values["text_map"], image=image_map)
         features = corrected_features(features, values["corrections"])
         method = method_of(values, features)
-        if method is not None and shared:
-            raise InputError(f"--method: {method.name} is one process; run `solve` without ranks")
         graph: NeighborGraph | GraphSearch
         needed = neighbors_of(method or model, features)
         if values["graph_folder"] and not needed:
