@@ -15,7 +15,7 @@ from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
-from transclip_fast.graph.build import given_graph
+from transclip_fast.graph.build import build_graph, given_graph
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import outlier_scores
 from transclip_fast.ops.ranked import RankedRows, neighbor_places
@@ -275,7 +275,7 @@ class TransCLIP(Parameters):
         bar = progress_bar("solve", "rows") if self.verbose else nullcontext()
         with current_device(settings.device):
             inputs, gammas = problem.load(settings), problem.gammas(settings.parameters)
-            graph = self._graph(graph, inputs.features)
+            graph = self._graph(graph, inputs.features, problem)
             with bar as show:
                 report = progress if show is None else shown_on(show, progress)
                 solutions = solve_each(inputs, graph, settings, gammas, report, checkpoint)
@@ -284,9 +284,11 @@ class TransCLIP(Parameters):
             self.chosen_ = Chosen(values, len(gammas))
             return self._keep(solution, inputs, settings, graph)
 
-    def _graph(self, graph: GraphSource, features: Rows) -> NeighborGraph:
+    def _graph(self, graph: GraphSource, features: Rows, problem: Problem) -> NeighborGraph:
+        """The lists of own rows, checked."""
         if graph is None and isinstance(features, RankedRows):
-            raise InputError("graph: several processes need one; build it with `graph` before")
+            whole = Rows(problem.features, "X", features.device, held=not problem.in_file)
+            return build_graph(whole, self.n_neighbors, own_rows=True)
         graph = given_graph(graph, features, self.n_neighbors)
         if isinstance(features, RankedRows):
             some = evenly_spaced_rows(len(graph), SAMPLE_ROWS).numpy()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -22,7 +21,7 @@ LINE = (
 
 
 @contextmanager
-def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
+def progress_bar(name: str, unit: str, *, shown: bool = True) -> Iterator[Callable[..., None]]:
     """
     Show the progress of long-running work on standard error.
 
@@ -31,7 +30,8 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
     that is resumed.
 
     `name` is the work, `unit` what is counted, in the plural. Call the yielded function with
-    (done, total), both int, and any figures to show as keyword arguments.
+    (done, total), both int, and any figures to show as keyword arguments. Of processes that share
+    the work one has it `shown`.
 
     Examples
     --------
@@ -43,6 +43,8 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
 
     def show(done: int, total: int, **figures: Any) -> None:
         nonlocal bar
+        if not shown:
+            return
         if bar is None:
             bar = _make_bar(name, unit, done, total)
         bar.total = max(done, total)
@@ -54,32 +56,6 @@ def progress_bar(name: str, unit: str) -> Iterator[Callable[..., None]]:
     finally:
         if bar is not None:
             bar.close()
-
-
-@contextmanager
-def announced(text: str) -> Iterator[None]:
-    """
-    Say on standard error what may take long and has no steps to count.
-
-    A terminal shows it at once, until it is over; anything else gets a line after 10 s.
-    """
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{text} ...\r")
-        sys.stderr.flush()
-        try:
-            yield
-        finally:
-            sys.stderr.write(f"{' ' * len(f'{text} ...')}\r")
-            sys.stderr.flush()
-        return
-    timer = threading.Timer(LINE_SECONDS, print, (f"{text} ...",), {"file": sys.stderr})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # encoding forks workers, which needs a process without other threads
 
 
 def shown_on(

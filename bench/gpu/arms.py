@@ -21,12 +21,12 @@ from bench.gpu.problems import (
     sweep_error,
 )
 from bench.gpu.timing import INPUT_SETS, Arm, setting
-from transclip_fast.callbacks import NoCheckpoint
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph import exact as exact_search
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.candidates import SPARE_CANDIDATES, Candidates
+from transclip_fast.graph.job import Job
 from transclip_fast.ops import backend_class
 from transclip_fast.types import LinearScore
 
@@ -159,7 +159,7 @@ def neighbours(suite: Suite, sizes: tuple[int, int, int] = NEIGHBOURS, d: int = 
 
     def search(rows: Rows) -> int:
         found = Candidates.empty(len(rows), 3 + SPARE_CANDIDATES, rows.device)
-        return exact_search.search_certified(rows, found, 3, lambda *_: None, NoCheckpoint())
+        return exact_search.search_certified(rows, found, 3, Job.of(len(rows)))
 
     small = Rows(features[:some].contiguous(), device=device)
     half = small.half()[:]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.test_solve import read
 from transclip_fast.cli import graph as graph_command
-from transclip_fast.graph import approximate, exact
+from transclip_fast.graph import exact, lists
 from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -186,7 +186,8 @@ def test_a_saved_index_is_searched_again(save, arrays, succeeds, refused, tmp_pa
 def test_a_killed_search_goes_on(search, save, arrays, cli, succeeds, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_command, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(exact, "STEP_ROWS", 30)
-    monkeypatch.setattr(approximate, "BATCH_BLOCKS", 2)
+    monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 15)
+    monkeypatch.setattr(lists, "BATCH_BLOCKS", 2)
     command = ("graph", save(arrays), "--search", search, "--out")
     succeeds(*command, tmp_path / "whole")
     keep, kept = FileCheckpoint.keep, []

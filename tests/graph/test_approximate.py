@@ -10,7 +10,7 @@ from tests.conftest import unit
 from tests.graph.test_exact import brute_force
 from transclip_fast import InputError
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import approximate, build, centres, exact, faiss_index, recall
+from transclip_fast.graph import approximate, build, centres, exact, faiss_index, lists, recall
 from transclip_fast.graph.build import build_graph
 
 SEARCHES = ("exact", "faiss")
@@ -22,8 +22,8 @@ def _small_blocks(monkeypatch):
     monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
     monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 50)
     monkeypatch.setattr(exact, "STEP_ROWS", 100)
-    monkeypatch.setattr(approximate, "BLOCK_PRODUCTS", 512)
-    monkeypatch.setattr(approximate, "BATCH_BLOCKS", 9)
+    monkeypatch.setattr(lists, "BLOCK_PRODUCTS", 512)
+    monkeypatch.setattr(lists, "BATCH_BLOCKS", 9)
     monkeypatch.setattr(approximate, "PANEL_ROWS", 60)
     monkeypatch.setattr(approximate, "STEP_ROWS", 300)
     monkeypatch.setattr(centres, "BLOCK_ROWS", 33)
@@ -89,14 +89,14 @@ def test_as_few_probes_as_reach_the_recall(target):
     middles = centres.kmeans_centres(rows)
     sample = recall.RecallSample.draw(rows, 3)
     order = np.argsort(-features.astype(float) @ middles.numpy().T.astype(float), axis=1)
-    lists = order[:, 0]
+    own = order[:, 0]
     truth, _ = brute_force(features, features, 3)
 
     def lower_bound(probes):
-        found = (order[:, :probes, None] == lists[truth][:, None]).any(1).mean(1)
+        found = (order[:, :probes, None] == own[truth][:, None]).any(1).mean(1)
         return found.mean() - 1.645 * found.std() / np.sqrt(len(found))
 
-    probes = sample.probes(middles, torch.from_numpy(lists[sample.neighbors.numpy()]), target)
+    probes = sample.probes(middles, torch.from_numpy(own[sample.neighbors.numpy()]), target)
     assert lower_bound(probes) >= target
     assert probes == 1 or lower_bound(probes - 1) < target
 

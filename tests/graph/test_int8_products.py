@@ -74,7 +74,7 @@ def test_nothing_is_missed(features, size, tile, seed):
         patch.setattr(int8_products, "TILE_ROWS", tile)
         patch.setattr(int8_products, "BLOCK_ROWS", 19)
         for start, stop in pairwise(cuts):
-            products.search(found, slice(start, stop))
+            products.search(slice(start, stop), found.part(slice(start, stop)))
     expected = -np.sort(-truth, axis=1)[:, :size]
     room = min(size, n - 1)
     np.testing.assert_allclose(found.values[:, :room], expected[:, :room], atol=1e-5)
@@ -88,7 +88,7 @@ def test_nothing_is_missed(features, size, tile, seed):
 def test_of_copies_the_first_are_found():
     features = np.repeat(rows_of("any", 3, 20, 0), [400, 1, 1], axis=0)
     found = Candidates.empty(402, 3)
-    Int8Products(Rows(features)).search(found, slice(0, 402))
+    Int8Products(Rows(features)).search(slice(0, 402), found)
     assert found.ids[0].tolist() == [1, 2, 3]
     assert found.ids[399].tolist() == [0, 1, 2]
 

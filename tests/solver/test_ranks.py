@@ -241,6 +241,15 @@ def joins(partition, low=0, high=None):
     return sends + joins(partition, low, middle) + joins(partition, middle, high)
 
 
+def test_a_fit_without_a_graph_searches_it_over_ranks():
+    features, text, _ = make_problem(n=N_ROWS, k=6, noise=0.06)
+    cases = [({"assignments": "sparse"}, {})]
+    given = on_ranks(1, all_fitted, (features, text), build_graph(features, 3), cases)
+    found = on_ranks(3, all_fitted, (features, text), None, cases)
+    for expected, array in zip(given[0][0][0], joined_rows(found, 0), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
 def several_checks():
     refusals = [refused(change) for change in (other_features, other_parameters, other_graph)]
     return odd_problems(), bytes_sent(), refusals, refused(damaged, range(4))

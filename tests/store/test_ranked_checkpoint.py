@@ -10,8 +10,10 @@ from transclip_fast.store.checkpoint import RankedCheckpoint, ranked_files
 class Told(Ranks):
     """A rank that hears what a test says the others send."""
 
+    index = None  # of the first rank, as another one hears it
+
     def broadcast(self, value):
-        return True if isinstance(value, bool) else value
+        return True if isinstance(value, bool) else value or self.index
 
     def all_gather(self, value):
         return [[0, 5], [5, 7]] if isinstance(value, list) else [value]
@@ -72,10 +74,23 @@ def test_another_or_damaged_state_begins_anew(tmp_path, damage):
 
 
 def test_later_steps_replace_earlier_ones(tmp_path):
-    for steps in (1, 2):
-        for rank, rows in ((1, (5, 7)), (0, (0, 5))):
-            state = dense_state(*rows) | {"objective": np.arange(float(steps))}
-            checkpoint(tmp_path, slice(*rows), rank=rank).keep(lambda state=state: state)
+    ranks = [checkpoint(tmp_path, slice(5, 7), rank=1), checkpoint(tmp_path, slice(0, 5))]
+    for _ in range(2):
+        for rank in ranks:
+            rank.keep(lambda rank=rank: dense_state(rank.rows.start, rank.rows.stop))
     names = sorted(file.name for file in ranked_files(tmp_path / "out", "solve-0"))
     ends = ["2.0-5.npz", "2.5-7.npz", "2.npz", "index"]
     assert names == [f".out.solve-0.ranks.{end}" for end in ends]
+
+
+def test_other_work_leaves_the_files_of_a_step_until_all_have_written_its_own(tmp_path):
+    checkpoint(tmp_path, slice(5, 7), rank=1).keep(lambda: dense_state(5, 7))
+    checkpoint(tmp_path, slice(0, 5)).keep(lambda: dense_state(0, 5))
+    index = {"identity": '{"x": "a"}', "step": 1, "parts": [[0, 5], [5, 7]]}
+    other = checkpoint(tmp_path, slice(5, 7), rank=1, identity="b")
+    other.ranks.index = index
+    with pytest.warns(UserWarning, match="begins anew"):
+        assert other.load() is None
+    other.keep(lambda: {"objective": np.array([4.0]), "z": np.zeros((2, 2))})
+    found = checkpoint(tmp_path, slice(0, 7)).load()
+    np.testing.assert_array_equal(found["z"], dense_state(0, 7)["z"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import click
 import torch
 
+from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.data.feature_rows import Rows
@@ -20,11 +21,13 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.faiss_index import faiss_installed, is_file
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.ops.exchange import Partition
 from transclip_fast.progress_bar import progress_bar
-from transclip_fast.store.atomic import HIDDEN, beside, clean, new_folder, writing
-from transclip_fast.store.checkpoint import FileCheckpoint, files
+from transclip_fast.ranks import ALONE, check_same, current_ranks, joined
+from transclip_fast.store.atomic import HIDDEN, beside, clean, shared_folder, writing
+from transclip_fast.store.checkpoint import FileCheckpoint, RankedCheckpoint, files, ranked_files
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph
+from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph, save_lists
 
 SEARCH_OPTIONS = ("search", "recall", "index")  # of a `GraphSearch`
 CHECKPOINT = "search"  # name of the search's checkpoint
@@ -49,7 +52,8 @@ class GraphSearch:
 
 def search_of(values: Mapping[str, Any], n_neighbors: int) -> GraphSearch:
     """The search that --device and the options of `options.search_options` ask for."""
-    device = resolve_device(values["device"])
+    ranks = current_ranks() or ALONE
+    device = resolve_device(ranks.device(values["device"]))
     return GraphSearch(n_neighbors, device, *(values[name] for name in SEARCH_OPTIONS))
 
 
@@ -74,11 +78,12 @@ def command(
     Examples:
       transclip-fast graph features.npz --out graph
       transclip-fast graph images.npy --index image.index --recall 0.99 --out graph
+      torchrun --nproc-per-node 4 -m transclip_fast.cli graph features --out graph
+
+    Started by torchrun, processes on one or more machines that see the same folders share the work;
+    the graph has the same bits for any number of them, also when another number resumes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("graph is one process; run it without torchrun, then torchrun the `solve`")
     stages = session.Stages()
-    search = search_of(values, n_neighbors)
     if save_index is not None and Path(out).resolve() in (
         Path(save_index).resolve(),
         *Path(save_index).resolve().parents,
@@ -86,14 +91,18 @@ def command(
         raise InputError(
             f"{save_index}: is in --out, which is replaced as a whole; name another file"
         )
-    with stages.time("load"):
-        features = load_features(path, shots=0)
-    graph, manifest = graph_features(features, out, search, stages, save_index=save_index)
+    with joined(together=True) as ranks:
+        search = search_of(values, n_neighbors)
+        with stages.time("load"):
+            features = load_features(path, shots=0)
+        graph, manifest = graph_features(features, out, search, stages, save_index=save_index)
+    if not ranks.leads:
+        return
     text = (
-        f"{counted(len(graph), 'row')}, {counted(n_neighbors, 'neighbour')} each: "
+        f"{counted(manifest['n_rows'], 'row')}, {counted(n_neighbors, 'neighbour')} each: "
         f"{describe(graph.info)}, {stages.seconds['graph']:.1f} s\nwritten to {out}"
     )
-    session.print_summary({**graph.info, **manifest}, text, as_json)
+    session.print_summary(manifest, text, as_json)
 
 
 def describe(info: Mapping[str, Any]) -> str:
@@ -117,40 +126,61 @@ def graph_features(
     rows: Rows | None = None,  # unit rows of the features, if they are loaded already
     save_index: str | None = None,
 ) -> tuple[NeighborGraph, dict[str, Any]]:
-    """Search the neighbours of all rows and write the graph folder `out`; graph and manifest."""
-    identity = _identity(features, search)
-    state_of = identity | {"faiss": faiss_installed()}  # on which "auto" depends
+    """
+    Search the neighbours of all rows and write the graph folder `out`; graph and manifest.
+
+    Ranks that share the rows all call this: each writes and returns the lists of its own, the first
+    one writes everything else, and returns the whole manifest.
+    """
+    ranks, identity = current_ranks() or ALONE, _identity(features, search)
+    own = Partition(len(features.get("image_features")), ranks).rows
     origins = {"features": features.origins["image_features"]}
     with (
-        session.collected_warnings(origins) as warnings,
-        new_folder(out, CONTENTS, obsolete=search_leftovers(out)) as folder,
+        session.collected_warnings(origins, shown=ranks.leads) as warnings,
+        shared_folder(out, CONTENTS, ranks, obsolete=search_leftovers(out)) as folder,
     ):
         with (
             session.errors_about(origins, features.path),
             stages.time("graph"),
-            progress_bar("graph", "rows") as show,
+            progress_bar("graph", "rows", shown=ranks.leads) as show,
         ):
+            check_same(ranks, {"search": json.dumps(identity)})
             graph = build_graph(
                 features.get("image_features") if rows is None else rows,
                 save_index=save_index,
                 progress=show,
-                checkpoint=FileCheckpoint(out, CHECKPOINT, state_of, CHECKPOINT_SECONDS),
+                checkpoint=_checkpoint(out, identity, own),
+                own_rows=True,
                 **vars(search),
             )
+        with writing(out):
+            if len(graph):
+                save_lists(folder, graph, own.start)
+            # All ranks have written theirs when they say this.
+            said = ranks.all_gather(warnings)
         manifest = {
-            "n_rows": len(graph),
+            "n_rows": len(features.get("image_features")),
             "n_neighbors": search.n_neighbors,
             "features_sha256": features.sha256(),
-            "sha256": graph.sha256(),
             "identity": identity,
             "seconds": stages.seconds,
             "device": str(search.device),
             "versions": session.versions(),
-            "warnings": warnings,
+            "warnings": [*dict.fromkeys(text for found in said for text in found)],
         }
-        with writing(out):
-            save_graph(folder, graph, manifest)
+        if ranks.leads:
+            with writing(out):
+                manifest = save_graph(folder, graph.info, manifest)
     return graph, manifest
+
+
+def _checkpoint(out: str, identity: Mapping[str, Any], own: slice) -> Checkpoint:
+    """The checkpoint of a search for the neighbours of own rows."""
+    of = {**identity, "faiss": faiss_installed(), "arrays": 2}  # "auto" depends on FAISS
+    ranks = current_ranks()
+    if ranks is None:
+        return FileCheckpoint(out, CHECKPOINT, of, CHECKPOINT_SECONDS)
+    return RankedCheckpoint(out, CHECKPOINT, of, CHECKPOINT_SECONDS, ranks=ranks, rows=own)
 
 
 def kept_graph(
@@ -160,19 +190,34 @@ def kept_graph(
     stages: session.Stages,
     rows: Rows | None = None,
 ) -> NeighborGraph:
-    """The graph in `folder` if the same search made it; otherwise search and write it there."""
+    """
+    The graph in `folder` if the same search made it; otherwise search and write it there.
+
+    Ranks that share the rows all call this; the graph then stays in its files.
+    """
+    group, graph = current_ranks(), None
+    ranks, shared = group or ALONE, group is not None
     with contextlib.suppress(InputError):  # no such folder, or a damaged one
         if load_manifest(folder).get("identity") == _identity(features, search):
-            graph = load_graph(folder, features.sha256())
+            graph = load_graph(folder, features.sha256(), mapped=shared)
             graph = graph.check(len(features.get("image_features")), search.n_neighbors)
-            clean(folder, search_leftovers(folder))
-            return graph
-    return graph_features(features, str(folder), search, stages, rows)[0]
+    kept = all(ranks.all_gather(graph is not None))
+    if graph is None or not kept:
+        graph, _ = graph_features(features, str(folder), search, stages, rows)
+        return load_graph(folder, features.sha256(), mapped=True) if shared else graph
+    if ranks.leads:
+        clean(folder, search_leftovers(folder))
+    return graph
 
 
-def search_leftovers(folder: str | Path) -> list[Path]:
-    """The checkpoint beside a graph folder, which it needs no more once it is whole."""
-    return files(folder, CHECKPOINT)
+def search_leftovers(folder: str | Path) -> Iterator[Path]:
+    """
+    The checkpoints beside a graph folder, which it needs no more once it is whole.
+
+    They are looked for when they are asked for.
+    """
+    yield from files(folder, CHECKPOINT)
+    yield from ranked_files(folder, CHECKPOINT)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,14 +30,13 @@ from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import check_assignments, check_class_order, rejected_rows
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.progress_bar import progress_bar, shown_on
-from transclip_fast.ranks import ALONE, Ranks, check_same, current_ranks
+from transclip_fast.ranks import ALONE, check_same, current_ranks
 from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.parameters import GAMMAS
 from transclip_fast.solver.problem import Problem, Settings
-from transclip_fast.store.atomic import beside, new_folder, writing
+from transclip_fast.store.atomic import beside, shared_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, RankedCheckpoint, files, ranked_files
 from transclip_fast.store.features import Features
-from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import (
     CONTENTS,
     joined_parts,
@@ -103,7 +101,7 @@ def solve_features(
     origins[str(own_graph)] = out
     with (
         session.collected_warnings(origins, shown=ranks.leads) as warnings,
-        _result_folder(out, ranks) as folder,
+        shared_folder(out, CONTENTS, ranks, obsolete=solve_leftovers(out)) as folder,
     ):
         with session.errors_about(origins, features.path):
             check_same(ranks, {"arrays": json.dumps(features.inputs_sha256(), sort_keys=True)})
@@ -135,7 +133,7 @@ def solve_features(
                 rows = problem.exchange.partition.rows
                 return RankedCheckpoint(*arguments, ranks=ranks, rows=rows)
 
-            bar = progress_bar("solve", "rows") if ranks.leads else nullcontext(_unseen)
+            bar = progress_bar("solve", "rows", shown=ranks.leads)
             with stages.time("solve"), bar as show:
                 model.fit_problem(
                     problem, settings, source, progress=shown_on(show), checkpoint=checkpoint
@@ -201,19 +199,6 @@ def solve_features(
     return run
 
 
-@contextmanager
-def _result_folder(out: str, ranks: Ranks) -> Iterator[Path]:
-    """The hidden folder that ranks fill together; the first one makes it, and publishes it."""
-    if ranks.leads:
-        with new_folder(out, CONTENTS, obsolete=solve_leftovers(out)) as folder:
-            ranks.broadcast("begun")
-            yield folder
-    else:
-        ranks.broadcast(None)
-        yield beside(out, "partial")
-    ranks.broadcast("published")
-
-
 def solve_leftovers(out: str) -> Iterator[Path]:
     """
     The checkpoints and the graph beside a result, which it needs no more once it is whole.
@@ -229,14 +214,9 @@ def solve_leftovers(out: str) -> Iterator[Path]:
 def _searched(
     folder: Path, features: Features, search: GraphSearch, stages: session.Stages, rows: Rows
 ) -> NeighborGraph:
-    """The graph in `folder`, which is searched unless it is there; by one rank, for all."""
-    if not isinstance(rows, RankedRows):
-        return kept_graph(folder, features, search, stages, rows)
-    ranks = rows.exchange.ranks
-    if ranks.leads:
-        kept_graph(folder, features, search, stages)
-    ranks.broadcast("searched")
-    return load_graph(folder, features.sha256(), mapped=True)
+    """The graph in `folder`, which is searched unless it is there; by all ranks together."""
+    whole = None if isinstance(rows, RankedRows) else rows
+    return kept_graph(folder, features, search, stages, whole)
 
 
 def _of_all_rows(problem: Problem, column: np.ndarray) -> np.ndarray:
@@ -245,10 +225,6 @@ def _of_all_rows(problem: Problem, column: np.ndarray) -> np.ndarray:
         return column
     found: np.ndarray = problem.exchange.join(torch.from_numpy(column)).numpy()
     return found
-
-
-def _unseen(done: int, total: int, **figures: Any) -> None:
-    """The progress of a rank that is not the first."""
 
 
 def true_labels(features: Features, n_classes: int) -> np.ndarray | None:

@@ -1,22 +1,20 @@
 """
 Approximate search in a FAISS index: each row is compared with the lists nearest to it.
 
-A list holds the rows whose nearest centre is the same. All rows that probe a list are multiplied
-with it at once, by torch: FAISS's wheels choose old kernels on CPUs that they do not know. How
-many lists are probed follows from 1,000 rows with exact neighbours. An index whose lists do not
-hold the rows themselves is searched by FAISS.
+A list holds the rows whose nearest centre is the same; `graph.lists` searches them: FAISS's wheels
+choose old kernels on CPUs that they do not know. How many lists are probed follows from 1,000 rows
+with exact neighbours. An index whose lists do not hold the rows themselves is searched by FAISS.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from transclip_fast.callbacks import Checkpoint, Count, SavedState
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.candidates import Candidates, without_self
 from transclip_fast.graph.centres import kmeans_centres, nearest_centres
@@ -28,19 +26,15 @@ from transclip_fast.graph.faiss_index import (
     load_faiss,
     old_kernel,
     open_index,
-    read_list,
 )
+from transclip_fast.graph.job import Job
+from transclip_fast.graph.lists import Blocks, ListSearch
 from transclip_fast.graph.recall import RecallSample, confirms
-from transclip_fast.ops.blocks import blocks
-from transclip_fast.parallel import parallel_map
+from transclip_fast.ranks import check_same
 
-BLOCK_PRODUCTS = 1 << 20  # of rows with members of a list that they probe, 4 MB in float32
-FEWEST_QUERIES, MOST_QUERIES = 256, 4096  # of a block: a list may be one row, or all
-BATCH_BLOCKS = 64  # between two merges: results do not depend on the number of cores
 PANEL_ROWS, STEP_ROWS = 256, 1 << 14  # that FAISS searches at a time, and between two checkpoints
 FEWEST_EF, MOST_EF = 16, 4096  # HNSW's efSearch
 LEAST_GAIN = 2e-3  # of recall, by four times the effort: compressed rows gain no more
-Block = tuple[int, slice, torch.Tensor]  # a list, members of it, and the rows that probe it
 
 
 class IndexSearch:
@@ -56,11 +50,12 @@ class IndexSearch:
         To be reached with 95 % confidence.
     source : faiss.Index, str or Path, optional
         An index, its file, or a factory string; by default one is made here.
-    checkpoint : Checkpoint
+    job : Job
 
     Attributes
     ----------
     index : faiss.Index
+        One made here has the lists that this process searches.
     info : dict
         `index`, its description, and where lists are probed `probes` and `lists`.
     unrounded : bool
@@ -68,131 +63,89 @@ class IndexSearch:
     """
 
     def __init__(
-        self, rows: Rows, sample: RecallSample, recall: float, source: Any, checkpoint: Checkpoint
+        self, rows: Rows, sample: RecallSample, recall: float, source: Any, job: Job
     ) -> None:
-        self._rows, self._sample, self._recall = rows, sample, recall
-        self._checkpoint, self._state = checkpoint, checkpoint.load() or {}
+        self._rows, self._sample, self._recall, self._job = rows, sample, recall, job
+        self._state = job.checkpoint.load() or {}
         self.info: dict[str, Any] = {}
         self.unrounded = False
+        self._lists: ListSearch | None = None
         if source is None:
             self._make_index()
             return
         self.index = open_index(source, rows)
         self.info["index"] = source if isinstance(source, str) else type(self.index).__name__
-        self._nearest: torch.Tensor | None = None
+        self._check_same()
         lists = lists_of(self.index)
         if lists is not None:
             quantizer = load_faiss().downcast_index(self.index.quantizer)
             centres = torch.from_numpy(quantizer.reconstruct_n(0, self.index.nlist))
-            self._rank_lists(centres, lists[sample.neighbors])
+            nearest = self._rank_lists(centres, lists[sample.neighbors])
+            blocks = self._blocks(torch.bincount(lists, minlength=len(centres)), nearest)
+            self._lists = ListSearch(rows, self.index, blocks, centres, nearest, job)
 
     def _make_index(self) -> None:
         """Lists around centres from k-means."""
-        rows, sample = self._rows, self._sample
+        rows, sample, exchange = self._rows, self._sample, self._job.exchange
         saved = self._state.get("centres")
-        centres = kmeans_centres(rows) if saved is None else torch.from_numpy(saved)
+        made = None if saved is None else torch.from_numpy(saved)
+        centres = kmeans_centres(rows, exchange.ranks) if made is None else made
         neighbors = rows[sample.neighbors.flatten()]
         own_lists = nearest_centres(neighbors, centres, 1).view(sample.neighbors.shape)
         nearest = self._rank_lists(centres, own_lists)
-        self.index, self.unrounded = list_index(rows, centres, nearest[:, 0])
+        sizes = exchange.sum(torch.bincount(nearest[:, 0], minlength=len(centres)))
+        blocks = self._blocks(sizes, nearest)
+        members = torch.from_numpy(blocks.pairs(nearest[:, :1], exchange))
+        ids, order = (members % len(rows)).sort()  # a file is read in order
+        lists = members[order].div_(len(rows), rounding_mode="floor")
+        self.index, unrounded = list_index(rows, centres, ids, lists)
+        self.unrounded = all(exchange.ranks.all_gather(unrounded))
         self.info["index"] = f"IVF{len(centres)},{'Flat' if rows.held else 'SQfp16'}"
+        self._lists = ListSearch(rows, self.index, blocks, centres, nearest, self._job)
 
     def _rank_lists(self, centres: torch.Tensor, lists: torch.Tensor) -> torch.Tensor:
-        """The lists (N, P) that each row probes; `lists` (S, k) are of the sample's neighbours."""
+        """The lists (n, P) that own rows probe; `lists` (S, k) are of the sample's neighbours."""
         probes = self._sample.probes(centres, lists, self._recall)
+        probes = self._job.exchange.ranks.broadcast(probes)
         if not np.array_equal(self._state.get("centres", ()), centres.numpy()):
             self._state = {}  # another index: FAISS's training may differ between machines
-        saved = self._state.get("nearest")
-        self._nearest = (
-            nearest_centres(self._rows, centres, probes)
-            if saved is None
-            else torch.from_numpy(saved)
-        )
-        self._centres = centres
         self.info |= {"probes": probes, "lists": len(centres)}
-        return self._nearest
+        saved = self._state.get("nearest")
+        if saved is not None:
+            return torch.from_numpy(saved)
+        return nearest_centres(self._rows.part(self._job.own), centres, probes)
 
-    def fill(self, found: Candidates, progress: Count) -> None:
-        """Fill the entries of every row."""
+    def _blocks(self, sizes: torch.Tensor, nearest: torch.Tensor) -> Blocks:
+        """The blocks of lists of such sizes (L,), that own rows probe as `nearest` (n, P) says."""
+        exchange = self._job.exchange
+        probing = exchange.sum(torch.bincount(nearest.flatten(), minlength=len(sizes)))
+        return Blocks(sizes.numpy(), probing.numpy(), exchange.ranks)
+
+    def _check_same(self) -> None:
+        """InputError unless all processes have the same index, as far as a search tells."""
+        _, found = self.index.search(self._sample.rows.numpy(), 1)
+        sha256 = hashlib.sha256(found.tobytes()).hexdigest()
+        check_same(self._job.exchange.ranks, {"index": sha256})
+
+    def fill(self, found: Candidates) -> None:
+        """Fill the entries of own rows."""
         with faiss_errors("index"), faiss_threads(1):
-            if self._nearest is None:
-                self._search_index(found, progress)
+            if self._lists is None:
+                self._search_index(found)
             else:
-                self._search_lists(self._nearest, found, progress)
+                self._lists.fill(found, self._state)
 
-    def _search_lists(self, nearest: torch.Tensor, found: Candidates, progress: Count) -> None:
-        """Fill `found` from the lists (N, P) that are nearest to each row."""
-        faiss, rows = load_faiss(), self._rows
-        heaps, done = faiss.ResultHeap(len(rows), found.size + 1, keep_max=True), 0
-        if self._state:
-            heaps.D[:], heaps.I[:] = self._state["values"], self._state["ids"]
-            done, self._state = int(self._state["blocks"]), {}
-
-        def find(block: Block) -> Any:
-            faiss.omp_set_num_threads(1)  # of this thread: the pool's threads are the parallelism
-            number, members, queries = block
-            ids, others = read_list(self.index, number, members)
-            products = (rows[queries] @ others.T).numpy()
-            heap = faiss.ResultHeap(len(queries), found.size + 1, keep_max=True)
-            heap.D[:] = heaps.D[queries, :1]  # what is no larger than a row's least would not stay
-            heap.add_result_subset(np.arange(len(queries)), products, ids)
-            return heap
-
-        def state() -> SavedState:
-            arrays = {"values": heaps.D, "ids": heaps.I, "blocks": np.asarray(done)}
-            return arrays | {"centres": self._centres.numpy(), "nearest": nearest.numpy()}
-
-        tasks = self._probing_blocks(nearest)
-        while done < len(tasks):
-            batch = tasks[done : done + BATCH_BLOCKS]
-            for (*_, queries), heap in zip(batch, parallel_map(find, batch), strict=True):
-                heaps.add_result_subset(queries.numpy(), heap.D, heap.I)
-            done += len(batch)
-            progress(len(rows) * done // len(tasks), len(rows))
-            self._checkpoint.keep(state)
-        heaps.finalize()
-        own = torch.arange(len(rows))
-        best = without_self(torch.from_numpy(heaps.I), torch.from_numpy(heaps.D), own)
-        found.ids, found.values = best
-
-    def _probing_blocks(self, nearest: torch.Tensor) -> list[Block]:
-        """Every list, in parts, with some of the rows that probe it."""
-        queries = (
-            nearest.flatten().argsort(stable=True).div_(nearest.shape[1], rounding_mode="floor")
-        )
-        counts = torch.bincount(nearest.flatten(), minlength=self.index.nlist).tolist()
-        tasks: list[Block] = []
-        for number, probing in enumerate(torch.split(queries, counts)):
-            length = self.index.invlists.list_size(number)
-            if length and len(probing):
-                n_queries = min(max(BLOCK_PRODUCTS // length, FEWEST_QUERIES), MOST_QUERIES)
-                parts = list(blocks(length, max(1, BLOCK_PRODUCTS // n_queries)))
-                tasks += [
-                    (number, part, some)
-                    for some in torch.split(probing, n_queries)
-                    for part in parts
-                ]
-        return tasks
-
-    def _search_index(self, found: Candidates, progress: Count) -> None:
+    def _search_index(self, found: Candidates) -> None:
         """Fill `found` by FAISS's own search."""
         if line := old_kernel():
             warnings.warn(line, stacklevel=2)
-        rows, start = self._rows, 0
         self._set_effort(found.size)
-        if self._state:
-            found.restore(self._state)
-            start, self._state = int(self._state["rows"]), {}
 
-        def search(panel: slice) -> None:
+        def search(panel: slice, part: Candidates) -> None:
             own = torch.arange(panel.start, panel.stop)
-            found.ids[panel], found.values[panel] = self._top(rows[panel], own, found.size)
+            part.ids[:], part.values[:] = self._top(self._rows[panel], own, part.size)
 
-        for first in range(start, len(rows), STEP_ROWS):
-            stop = min(first + STEP_ROWS, len(rows))
-            parallel_map(search, list(blocks(stop, PANEL_ROWS, first)))
-            progress(stop, len(rows))
-            self._checkpoint.keep(partial(found.state, rows=stop))
+        self._job.search_panels(search, found, PANEL_ROWS, STEP_ROWS, self._state or None)
 
     def _top(
         self, rows: torch.Tensor, own: torch.Tensor, size: int

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from transclip_fast.callbacks import Checkpoint, Count, NoCheckpoint
-from transclip_fast.data.feature_rows import Rows
+from transclip_fast.callbacks import Checkpoint, Count
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph import faiss_index
@@ -27,13 +27,17 @@ from transclip_fast.graph.candidates import (
 )
 from transclip_fast.graph.cuvs import cuvs_installed, search_cuvs
 from transclip_fast.graph.exact import search_exact
+from transclip_fast.graph.job import Job
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.graph.recall import RecallSample
 from transclip_fast.parallel import parallel_map, single_threaded_torch
+from transclip_fast.ranks import ALONE, check_same, current_ranks
+from transclip_fast.version import __version__
 
 SEARCHES = ("auto", "faiss", "exact", "cuvs")
 # Up to which "auto" searches exactly: a second or two on a CPU, some seconds on a GPU.
 EXACT_ROWS = {"cpu": 20_000, "cuda": 1_500_000}
+COMPARED_ROWS = 512  # by which processes know that they have the same features
 
 
 def build_graph(
@@ -47,9 +51,13 @@ def build_graph(
     device: torch.device | str = "cpu",
     progress: Count | None = None,
     checkpoint: Checkpoint | None = None,
+    own_rows: bool = False,
 ) -> NeighborGraph:
     """
     The `n_neighbors` most similar other rows of each row, by inner product.
+
+    In an initialised process group of torch.distributed all processes call this with the same
+    arguments and share the work: the graph has the same bits for any number of them.
 
     Parameters
     ----------
@@ -77,6 +85,9 @@ def build_graph(
         Called with (rows done, rows in all) after every block.
     checkpoint : Checkpoint, optional
         Saves the state of the search, from which a later call resumes.
+    own_rows : bool, default False
+        Of several processes, each returns the lists of its own rows alone: those of
+        `transclip_fast.ops.exchange.Partition`.
 
     Returns
     -------
@@ -92,7 +103,8 @@ def build_graph(
     InputError
         Features that are not finite non-zero rows, `n_neighbors` below 1, `recall` outside 0 .. 1,
         an unknown search, one whose library is missing, or an index that cannot be made or read, or
-        that holds other rows.
+        that holds other rows. Several processes that differ in their arguments; "cuvs", a factory
+        string and `save_index` are for one.
 
     Examples
     --------
@@ -123,7 +135,12 @@ def build_graph(
     own_index = index is not None or save_index is not None
     if own_index and search in ("exact", "cuvs"):
         raise InputError(f"search {search!r} uses no FAISS index: leave index and save_index out")
+    ranks = current_ranks() or ALONE
+    if ranks.size > 1:
+        _check_shared(search, index, save_index)
     rows = features if isinstance(features, Rows) else Rows(features, "features", device)
+    parameters = repr((n_neighbors, search, recall))
+    check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
     if n_neighbors >= len(rows):
         warnings.warn(
             f"n_neighbors: {n_neighbors} is not below the number of rows, {len(rows)}; the "
@@ -131,7 +148,8 @@ def build_graph(
             stacklevel=2,
         )
     if search == "auto":
-        search = "faiss" if own_index else choose_search(len(rows), rows.device, rows.held)
+        search = choose_search(len(rows), rows.device, rows.held and ranks.size == 1)
+        search = "faiss" if own_index else search
     if search == "cuvs" and not (rows.device.type == "cuda" and rows.held):
         raise InputError("search 'cuvs' needs rows that a GPU holds, with device='cuda'")
     if search == "faiss":
@@ -140,19 +158,21 @@ def build_graph(
         faiss_index.check_place(Path(save_index))
         if index is not None and (not isinstance(index, str) or faiss_index.is_file(index)):
             raise InputError("save_index: is for an index that is made here, and index is one")
-    found = Candidates.empty(len(rows), min(n_neighbors, len(rows)) + SPARE_CANDIDATES, rows.device)
-    progress, checkpoint = progress or (lambda done, total: None), checkpoint or NoCheckpoint()
+    job = Job.of(len(rows), ranks, progress, checkpoint)
+    job.exchange.device = rows.device
+    size = min(n_neighbors, len(rows)) + SPARE_CANDIDATES
+    found = Candidates.empty(job.own.stop - job.own.start, size, rows.device)
     info: dict[str, Any] = {"search": search}
     rounding = float32_rounding(rows.shape[1])
     with exact_float32(), current_device(rows.device), single_threaded_torch():
         if search == "exact":
-            search_exact(rows, found, n_neighbors, progress, checkpoint)
+            search_exact(rows, found, n_neighbors, job)
             info["recall"] = 1.0
         else:
-            sample = RecallSample.draw(rows, n_neighbors)
+            sample = RecallSample.draw(rows, n_neighbors, job.exchange)
             if search == "faiss":
-                indexed = IndexSearch(rows, sample, recall, index, checkpoint)
-                indexed.fill(found, progress)
+                indexed = IndexSearch(rows, sample, recall, index, job)
+                indexed.fill(found)
                 info |= indexed.info | {"blas": faiss_index.blas_kernel()}
                 if not indexed.unrounded:
                     rounding = math.inf
@@ -161,8 +181,12 @@ def build_graph(
             else:
                 search_cuvs(rows, found)
                 rounding = math.inf
-            info |= _measured(rows, found, sample, recall)
-        return NeighborGraph(*_final_lists(rows, found, n_neighbors, rounding), info)
+            info |= _measured(rows, job.exchange.pick(found.ids, sample.ids), sample, recall)
+        lists = _final_lists(rows, found, n_neighbors, rounding, job.own)
+        if not own_rows:
+            lists = tuple(map(job.exchange.join, lists))
+        neighbors, similarities = (array.cpu().numpy() for array in lists)
+        return NeighborGraph(neighbors, similarities, info)
 
 
 def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> NeighborGraph:
@@ -174,6 +198,25 @@ def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> Neighbo
     if not callable(graph):
         raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
     return graph(features)
+
+
+def _check_shared(search: str, index: Any, save_index: str | Path | None) -> None:
+    """InputError for what several processes cannot do."""
+    if search == "cuvs":
+        raise InputError("search 'cuvs' is for one process; run it without torchrun")
+    if save_index is not None:
+        raise InputError("save_index: an index is written by one process; run it without torchrun")
+    if isinstance(index, str) and not faiss_index.is_file(index):
+        raise InputError(
+            f"index: {index!r} is trained in one process; save it with save_index, and give "
+            "its file"
+        )
+
+
+def _facts(rows: Rows) -> dict[str, str]:
+    """What all processes that share the rows must have in common."""
+    some = rows[evenly_spaced_rows(len(rows), COMPARED_ROWS, rows.device)].cpu().numpy()
+    return {"features": f"{rows.shape} {hashlib.sha256(some.tobytes()).hexdigest()}"}
 
 
 def choose_search(n_rows: int, device: torch.device, held: bool) -> str:
@@ -188,9 +231,15 @@ def choose_search(n_rows: int, device: torch.device, held: bool) -> str:
     return "exact"
 
 
-def _measured(rows: Rows, found: Candidates, sample: RecallSample, recall: float) -> dict[str, Any]:
-    """What `info` says of an approximate search; warns if it missed the recall."""
-    shares, error = sample.measure(rows, found.ids[sample.ids])
+def _measured(
+    rows: Rows, candidates: torch.Tensor, sample: RecallSample, recall: float
+) -> dict[str, Any]:
+    """
+    What `info` says of an approximate search that found these candidates (S, C) of the sample.
+
+    Warns if it missed the recall.
+    """
+    shares, error = sample.measure(rows, candidates)
     reached = float(shares.mean())
     if reached < recall:
         warnings.warn(
@@ -207,26 +256,25 @@ def _measured(rows: Rows, found: Candidates, sample: RecallSample, recall: float
 
 
 def _final_lists(
-    rows: Rows, found: Candidates, k: int, rounding: float
-) -> tuple[np.ndarray, np.ndarray]:
+    rows: Rows, found: Candidates, k: int, rounding: float, own: slice
+) -> tuple[torch.Tensor, ...]:
     """
-    Neighbours (N, k) int64 and similarities (N, k) float32, -1 and 0 for none.
+    Neighbours (n, k) int64 and similarities (n, k) float32 of own rows, -1 and 0 for none.
 
     `rounding` is that of the difference of two of the candidates' products.
     """
     neighbors = found.ids[:, :k].clone()
-    similarities = found.values.new_empty(neighbors.shape)
+    similarities, part = found.values.new_empty(neighbors.shape), rows.part(own)
 
     def rerank(ids: torch.Tensor) -> None:
-        neighbors[ids] = rerank_float64(rows[ids], rows, found.ids[ids], neighbors.shape[1])[0]
+        neighbors[ids] = rerank_float64(part[ids], rows, found.ids[ids], neighbors.shape[1])[0]
 
     def weigh(block: slice) -> None:
-        similarities[block] = products_float64(rows[block], rows, neighbors[block]).float()
+        similarities[block] = products_float64(part[block], rows, neighbors[block]).float()
 
     ambiguous = found.ambiguous_rows(k, rounding)
     parallel_map(rerank, torch.split(ambiguous, RERANK_ROWS), rows.device)
-    parallel_map(weigh, rows.blocks(), rows.device)
+    parallel_map(weigh, part.blocks(), rows.device)
     similarities[neighbors < 0] = 0
     missing = (0, k - neighbors.shape[1])  # if N < k
-    neighbors, similarities = pad(neighbors, missing, value=-1), pad(similarities, missing)
-    return neighbors.cpu().numpy(), similarities.cpu().numpy()
+    return pad(neighbors, missing, value=-1), pad(similarities, missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,10 @@ class Candidates:
         """C."""
         return self.ids.shape[1]
 
+    def part(self, rows: slice) -> Candidates:
+        """Those of consecutive rows, in the same memory."""
+        return Candidates(self.ids[rows], self.values[rows])
+
     def ambiguous_rows(self, k: int, rounding: float) -> torch.Tensor:
         """Rows (n,) int64 whose k best may be misordered: two products differ by that rounding."""
         gaps = -self.values[:, : k + 1].diff(dim=1)
@@ -65,6 +70,15 @@ def without_self(
     values = values.masked_fill((ids == own[:, None]) | (ids < 0), -torch.inf)
     values, order = values.topk(ids.shape[1] - 1, dim=1)
     return ids.gather(1, order).masked_fill_(values == -torch.inf, -1), values
+
+
+def best(found: Sequence[torch.Tensor], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `size` largest of values (B, C) with ids (B, C); of equal ones those of the lower ids."""
+    values, ids = found
+    order = ids.argsort(dim=1)
+    values, ids = values.gather(1, order), ids.gather(1, order)
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :size]
+    return values.gather(1, order), ids.gather(1, order)
 
 
 def rerank_float64(

@@ -9,11 +9,13 @@ import torch
 from transclip_fast.data.feature_rows import Rows, UnitRows
 from transclip_fast.graph.candidates import float32_rounding, rerank_float64
 from transclip_fast.ops.blocks import blocks
+from transclip_fast.ops.exchange import UNIT_ROWS, Exchange, Partition
 from transclip_fast.parallel import parallel_map
+from transclip_fast.ranks import ALONE, Ranks
 
 LISTS_PER_SQRT_ROWS = 2.0  # products of a few large lists are faster than of many small ones
 SAMPLE_ROWS_PER_LIST, KMEANS_STEPS = 40, 4
-BLOCK_ROWS = 1024
+BLOCK_ROWS = UNIT_ROWS  # so that blocks of a rank's rows are blocks of all rows
 SAMPLE_SEED = 0
 
 
@@ -29,20 +31,26 @@ def random_rows(rows: Rows, size: int) -> torch.Tensor:
     return rows[ordered.values][ordered.indices.argsort()]
 
 
-def kmeans_centres(rows: Rows) -> torch.Tensor:
-    """Centres (L, d): random rows, moved by a few steps of spherical k-means on a sample."""
+def kmeans_centres(rows: Rows, ranks: Ranks = ALONE) -> torch.Tensor:
+    """
+    Centres (L, d): random rows, moved by a few steps of spherical k-means on a sample.
+
+    Ranks compare a part of the sample each, and get the same bits.
+    """
     n_lists = default_n_lists(len(rows))
     sample = random_rows(rows, SAMPLE_ROWS_PER_LIST * n_lists)
     centres = sample[:n_lists]
+    exchange = Exchange(Partition(len(sample), ranks))
+    part = sample[exchange.partition.rows]
     for _ in range(KMEANS_STEPS):
-        nearest = nearest_centres(sample, centres, 1)[:, 0]
+        nearest = exchange.join(nearest_centres(part, centres, 1)[:, 0])
         sums = torch.zeros(centres.shape, dtype=torch.float64).index_add_(
             0, nearest.long(), sample.double()
         )
         means = torch.nn.functional.normalize(sums, dim=1).float()
         # A centre without rows does not move.
         centres = means.where((sums != 0).any(1, keepdim=True), centres)
-    return centres
+    return exchange.of_first(centres)
 
 
 def nearest_centres(rows: UnitRows, centres: torch.Tensor, size: int) -> torch.Tensor:

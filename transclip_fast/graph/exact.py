@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transclip_fast.callbacks import Checkpoint, Count
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32, multiplies_bytes
 from transclip_fast.graph.candidates import (
     SPARE_CANDIDATES,
     Candidates,
+    best,
     rerank_float64,
     without_self,
 )
+from transclip_fast.graph.job import Job
 from transclip_fast.ops.blocks import blocks
+from transclip_fast.ops.exchange import Exchange
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 
@@ -42,28 +44,19 @@ GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
 GPU_CANDIDATES = 8  # of each row: KEPT of `transclip_fast.kernels.neighbors`
 
 
-def search_exact(
-    rows: Rows, found: Candidates, k: int, progress: Count, checkpoint: Checkpoint
-) -> None:
-    """Fill `found` so that the k nearest other rows of every row are among its entries."""
+def search_exact(rows: Rows, found: Candidates, k: int, job: Job) -> None:
+    """Fill `found` so that the k nearest other rows of each own row are among its entries."""
     if certifiable(rows, found.size):
-        search_certified(rows, found, k, progress, checkpoint)
+        search_certified(rows, found, k, job)
         return
     int8 = int8_products(rows)
-    search = partial(_search_panel, rows, found) if int8 is None else partial(int8.search, found)
-    state, start = checkpoint.load(), 0
-    if state is not None:
-        found.restore(state)
-        start = int(state["rows"])
-    for first in range(start, len(rows), STEP_ROWS):
-        stop = min(first + STEP_ROWS, len(rows))
-        parallel_map(search, blocks(stop, PANEL_ROWS[rows.device.type], first), rows.device)
-        progress(stop, len(rows))
-        checkpoint.keep(partial(found.state, rows=stop))
+    search = partial(_search_panel, rows) if int8 is None else int8.search
+    panel_rows = PANEL_ROWS[rows.device.type]
+    job.search_panels(search, found, panel_rows, STEP_ROWS, job.checkpoint.load())
 
 
-def _search_panel(rows: Rows, found: Candidates, panel: slice) -> None:
-    """Fill the entries of some rows, from all their products."""
+def _search_panel(rows: Rows, panel: slice, found: Candidates) -> None:
+    """Fill `found` for a panel of rows, from all their products."""
     block, own = rows[panel], torch.arange(panel.start, panel.stop, device=rows.device)
     size = found.size + 1  # with the row itself
     first, *others = blocks(len(rows), TILE_ROWS[block.device.type])
@@ -75,7 +68,7 @@ def _search_panel(rows: Rows, found: Candidates, panel: slice) -> None:
         ids = ids.gather(1, order)
     # By id: copies of a row are its neighbours.
     ids, values = without_self(ids, values, own)
-    found.ids[panel, : ids.shape[1]], found.values[panel, : ids.shape[1]] = ids, values
+    found.ids[:, : ids.shape[1]], found.values[:, : ids.shape[1]] = ids, values
 
 
 def largest(products: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,16 +99,26 @@ def int8_products(rows: Rows) -> Int8Products | None:
 
 
 def nearest(
-    rows: torch.Tensor, queries: Rows | torch.Tensor, k: int, *, own: torch.Tensor | None = None
+    rows: torch.Tensor,
+    queries: Rows | torch.Tensor,
+    k: int,
+    *,
+    own: torch.Tensor | None = None,
+    exchange: Exchange | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The k most similar queries (N, d) of each row (M, d), best first: their ids (M, k) int64, and
     similarities (M, k) float64; k is cut to the number of queries.
 
-    `own` (M,) int64 is the query that each row itself is, which is not its own neighbour.
+    `own` (M,) int64 is the query that each row itself is, which is not its own neighbour. With
+    `exchange`, several processes that have the same rows and queries share the work.
     """
     size = min(k + SPARE_CANDIDATES + 1, len(queries))  # with the row itself
-    ids = torch.empty(len(rows), size, dtype=torch.int64, device=rows.device)
+    ids = torch.full((len(rows), size), -1, device=rows.device)
+    values = torch.full((len(rows), size), -torch.inf, device=rows.device)
+    tiles = list(blocks(len(queries), TILE_ROWS[rows.device.type]))
+    if exchange is not None:
+        tiles = exchange.ranks.part(tiles)
 
     def top(block: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
         values, places = largest(block @ queries[tile].T, size)
@@ -123,10 +126,11 @@ def nearest(
 
     with exact_float32(), single_threaded_torch():
         for part in blocks(len(rows), PANEL_ROWS[rows.device.type]):
-            tiles = blocks(len(queries), TILE_ROWS[rows.device.type])
-            parts = parallel_map(partial(top, rows[part]), tiles, rows.device)
-            values, candidates = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
-            ids[part] = candidates.gather(1, values.topk(size, dim=1).indices)
+            found = parallel_map(partial(top, rows[part]), tiles, rows.device)
+            columns = zip((values[part], ids[part]), *found, strict=True)
+            values[part], ids[part] = best([torch.cat(parts, 1) for parts in columns], size)
+        if exchange is not None:
+            values, ids = best([torch.cat(exchange.gather(x), 1) for x in (values, ids)], size)
         if own is not None:
             ids[ids == own[:, None]] = -1
         return rerank_float64(rows, queries, ids, min(k, len(queries) - (own is not None)))
@@ -143,10 +147,9 @@ def nearest_of_all(rows: torch.Tensor, features: Rows, k: int) -> tuple[torch.Te
         found, similarities = nearest(rows, own, k)
         ids[:, : found.shape[1]] = found + features.own.start
         values[:, : found.shape[1]] = similarities
-    ids, values = (torch.cat(features.exchange.gather(x), 1) for x in (ids, values))
-    # Ranks have ascending ids: of equal values the lower id comes first, as within a rank.
-    order = values.argsort(dim=1, descending=True, stable=True)[:, : min(k, len(features))]
-    return ids.gather(1, order), values.gather(1, order)
+    gathered = [torch.cat(features.exchange.gather(x), 1) for x in (values, ids)]
+    values, ids = best(gathered, min(k, len(features)))
+    return ids, values
 
 
 def certifiable(rows: Rows, size: int) -> bool:
@@ -155,43 +158,41 @@ def certifiable(rows: Rows, size: int) -> bool:
     return fits and _compiled_module("transclip_fast.kernels.neighbors") is not None
 
 
-def search_certified(
-    rows: Rows, found: Candidates, k: int, progress: Count, checkpoint: Checkpoint
-) -> int:
+def search_certified(rows: Rows, found: Candidates, k: int, job: Job) -> int:
     """
-    Fill `found` on a GPU; the k nearest other rows of every row are proven to be in it.
+    Fill `found` on a GPU; the k nearest other rows of each own row are proven to be in it.
 
     Returns the number of rows whose candidates were not proven and that were searched again in
-    float32.
+    float32; of those that the checkpoint did not have.
     """
     from transclip_fast.kernels.neighbors import candidates, certified  # needs Triton
 
     (n_rows, dim), half = rows.shape, rows.half()[:]
     lost = (rows[block].double() - half[block].double() for block in rows.blocks())
     errors = torch.cat([torch.linalg.vector_norm(block, dim=1).float() for block in lost])
-    state, start, again = checkpoint.load(), 0, 0
-    if state is not None:
-        found.restore(state)
-        start, again = state["place"].tolist()
+    again: list[int] = []
 
-    def enter(ids: torch.Tensor, nearest_ids: torch.Tensor, similarities: torch.Tensor) -> None:
-        found.ids[ids, : nearest_ids.shape[1]] = nearest_ids
-        values = similarities.float().masked_fill_(nearest_ids < 0, -torch.inf)
-        found.values[ids, : nearest_ids.shape[1]] = values
+    def enter(
+        part: Candidates, places: torch.Tensor, ids: torch.Tensor, similarities: torch.Tensor
+    ) -> None:
+        part.ids[places, : ids.shape[1]] = ids
+        values = similarities.float().masked_fill_(ids < 0, -torch.inf)
+        part.values[places, : ids.shape[1]] = values
 
-    for first in range(start, n_rows, GPU_STEP_ROWS):
-        ids = torch.arange(first, min(first + GPU_STEP_ROWS, n_rows), device=rows.device)
-        places, products = candidates(half, first, first + len(ids))
-        places, similarities = rerank_float64(rows[ids], rows, places, found.size)
-        enter(ids, places, similarities)
+    def search(panel: slice, part: Candidates) -> None:
+        ids = torch.arange(panel.start, panel.stop, device=rows.device)
+        nearest_ids, products = candidates(half, panel.start, panel.stop)
+        nearest_ids, similarities = rerank_float64(rows[ids], rows, nearest_ids, part.size)
+        enter(part, ids - panel.start, nearest_ids, similarities)
         kth = similarities[:, min(k, n_rows - 1) - 1]
         unproven = ids[~certified(kth, products, errors[ids], errors.max(), dim)]
         if len(unproven):
-            enter(unproven, *nearest(rows[unproven], rows, found.size, own=unproven))
-        again += len(unproven)
-        progress(first + len(ids), n_rows)
-        checkpoint.keep(partial(found.state, place=[first + len(ids), again]))
-    return again
+            more = nearest(rows[unproven], rows, part.size, own=unproven)
+            enter(part, unproven - panel.start, *more)
+        again.append(len(unproven))
+
+    job.search_panels(search, found, GPU_STEP_ROWS, GPU_STEP_ROWS, job.checkpoint.load())
+    return sum(again)
 
 
 def _compiled_module(name: str) -> Any:

@@ -114,9 +114,12 @@ def old_kernel() -> str | None:
     )
 
 
-def list_index(rows: Rows, centres: torch.Tensor, lists: torch.Tensor) -> tuple[Any, bool]:
+def list_index(
+    rows: Rows, centres: torch.Tensor, ids: torch.Tensor, lists: torch.Tensor
+) -> tuple[Any, bool]:
     """
-    An index of all rows in the lists (N,) of the centres (L, d), and whether it rounds none.
+    An index of the rows `ids` (n,) in the lists (n,) of the centres (L, d), and whether it rounds
+    none.
 
     Rows in files are kept in float16, others in float32.
     """
@@ -132,9 +135,10 @@ def list_index(rows: Rows, centres: torch.Tensor, lists: torch.Tensor) -> tuple[
             quantizer, d, n_lists, kind, faiss.METRIC_INNER_PRODUCT, False
         )
     index.is_trained, unrounded = True, True
-    for block in blocks(len(rows), ADD_ROWS):
-        x, own = rows[block], lists[block].long().numpy()
-        index.add_core(len(x), faiss.swig_ptr(x.numpy()), None, faiss.swig_ptr(own))
+    for block in blocks(len(ids), ADD_ROWS):
+        x, numbers, own = rows[ids[block]], ids[block].numpy(), lists[block].numpy()
+        pointers = (faiss.swig_ptr(array) for array in (x.numpy(), numbers, own))
+        index.add_core(len(x), *pointers)
         unrounded &= rows.held or bool((x.half() == x).all())
     return index, unrounded
 

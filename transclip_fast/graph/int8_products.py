@@ -14,6 +14,7 @@ from transclip_fast.compiled_loops import compiled
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.candidates import Candidates, float32_rounding
 from transclip_fast.ops.blocks import blocks
+from transclip_fast.ops.numba_candidates import insert
 from transclip_fast.ops.numba_loops import FAST, LOWEST_SCORE, F, enter
 from transclip_fast.ops.numba_topk import CHUNK_ENTRIES, at_least, chunk_maxima, dot, to_int8
 from transclip_fast.parallel import parallel_map
@@ -43,18 +44,19 @@ class Int8Products:
 
         parallel_map(encode, rows.blocks())
 
-    def search(self, found: Candidates, panel: slice) -> None:
-        """Fill the entries of some rows, from all their products."""
-        lists = found.values.numpy(), found.ids.numpy()
+    def search(self, panel: slice, found: Candidates) -> None:
+        """Fill `found` for a panel of rows, from all their products."""
         for block in blocks(panel.stop, BLOCK_ROWS, panel.start):
-            lists[0][block] = LOWEST_SCORE
+            part = found.part(slice(block.start - panel.start, block.stop - panel.start))
+            lists = part.values.numpy(), part.ids.numpy()
+            lists[0][:] = LOWEST_SCORE
             for tile in blocks(len(self._rows), TILE_ROWS):
                 products = torch._int_mm(self._codes[block], self._codes[tile].T).numpy()
                 errors = self.errors(block, tile)
                 enter_largest(
                     products, block.start, tile.start, self._rows, self._terms, errors, *lists
                 )
-            lists[0][block][lists[1][block] < 0] = -np.inf
+            lists[0][lists[1] < 0] = -np.inf
 
     def errors(self, block: slice, others: slice) -> np.ndarray:
         """Bound (n,) of the error of the products of some rows with any of the others."""
@@ -89,16 +91,6 @@ def to_products(products, step, along, steps, others_along, out):  # type: ignor
         out[j] = step * steps[j] * F(products[j]) + along + others_along[j]
 
 
-@compiled("void(float32, int64, float32[::1], int64[::1])")
-def insert(x, j, values, ids):  # type: ignore[no-untyped-def]
-    """Insert the product x with row j into a list (C,), in falling order; its last entry leaves."""
-    place = len(values) - 1
-    while place > 0 and x > values[place - 1]:
-        values[place], ids[place] = values[place - 1], ids[place - 1]
-        place -= 1
-    values[place], ids[place] = x, j
-
-
 @compiled(
     "void(int32[:, ::1], int64, int64, float32[:, ::1], float32[:, ::1], float32[::1],"
     "float32[:, ::1], int64[:, ::1])"
@@ -107,7 +99,7 @@ def enter_largest(  # type: ignore[no-untyped-def]
     products, first_row, first, features, terms, errors, values, ids
 ):
     """
-    Enter int8 products (n, C) into the lists (N, size) of the rows `first_row` and on.
+    Enter int8 products (n, C) into the lists (n, size) of the rows `first_row` and on.
 
     Their columns are the rows `first` and on, in rising order: of equal products, the first stays.
     """
@@ -123,17 +115,16 @@ def enter_largest(  # type: ignore[no-untyped-def]
         if first <= i < first + n_columns:
             row[i - first] = LOWEST_SCORE  # by id: copies of a row are its neighbours
         largest = chunk_maxima(row, maxima)
-        low = values[i, size - 1] - errors[r]
+        low = values[r, size - 1] - errors[r]
         if largest < low:
             continue
-        if ids[i, size - 1] < 0:
+        if ids[r, size - 1] < 0:
             # The size-th largest product is at least the size-th largest of the chunks' maxima.
             enter(maxima, where, LOWEST_SCORE / F(2), F(4), tops, unused, LOWEST_SCORE)
             low = max(low, tops.min() - F(2) * errors[r])
         low = max(low, LOWEST_SCORE / F(2))
         for c in range(at_least(row, maxima, low, where)):
             j = where[c]
-            if row[j] >= values[i, size - 1] - errors[r]:
+            if row[j] >= values[r, size - 1] - errors[r]:
                 exact = dot(features[i], features[first + j])
-                if exact > values[i, size - 1]:
-                    insert(exact, first + j, values[i], ids[i])
+                insert(exact, first + j, values[r], ids[r])

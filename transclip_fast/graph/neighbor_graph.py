@@ -54,8 +54,8 @@ class NeighborGraph:
 
     def sha256(self) -> str:
         """Hash of the lists."""
-        digest = hashlib.sha256(self.neighbors.tobytes())
-        digest.update(self.similarities.tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.neighbors).data)
+        digest.update(np.ascontiguousarray(self.similarities).data)
         return digest.hexdigest()
 
     def check(

@@ -10,6 +10,7 @@ import torch
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.candidates import rerank_float64
 from transclip_fast.graph.exact import nearest
+from transclip_fast.ops.exchange import Exchange
 
 SAMPLE_ROWS, SAMPLE_SEED = 1000, 1
 CONFIDENCE_STANDARD_ERRORS = 1.645  # one-sided 95 %
@@ -26,12 +27,12 @@ class RecallSample:
     similarities: torch.Tensor  # (S, k) float64
 
     @classmethod
-    def draw(cls, rows: Rows, k: int) -> RecallSample:
-        """At most 1,000 random rows, searched exactly."""
+    def draw(cls, rows: Rows, k: int, exchange: Exchange | None = None) -> RecallSample:
+        """At most 1,000 random rows, searched exactly; by all processes of an exchange together."""
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SAMPLE_SEED))
         ids = order[:SAMPLE_ROWS].sort().values.to(rows.device)
         own = rows[ids]
-        return cls(ids, own, *nearest(own, rows, k, own=ids))
+        return cls(ids, own, *nearest(own, rows, k, own=ids, exchange=exchange))
 
     def measure(self, rows: Rows, candidates: torch.Tensor) -> tuple[torch.Tensor, float]:
         """

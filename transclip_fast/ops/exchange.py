@@ -1,5 +1,5 @@
 """
-Ranks, processes that share the rows of a solve: who owns which rows, and all that they send.
+Ranks, processes that share the rows of a graph or a solve: who owns which rows, and all they send.
 
 Rows are cut into parts whose number and length depend on N alone, and each rank owns consecutive
 parts. Sums over rows are those of the parts, added along one binary tree, so they have the same
@@ -17,6 +17,20 @@ rows, and G is how often its own rows are in halos. With P ranks, a rank sends, 
     end      outlier scores, once in float32, twice in float64: 20 G; `solve` also both labels and
              the outlier score of its n rows to all: 20 n (P - 1)
 
+To search the graph, of k neighbours a row, a rank with n of the N rows sends, in bytes:
+
+    exact    nothing
+    faiss    the nearest of S rows whose recall is measured: 12 S (k + 5) (P - 1), and what was
+             found for s of them: 8 s (k + 4) (P - 1)
+             the nearest of L centres to m rows of the sample of k-means: 16 m (P - 1); and the
+             centres, from rank 0: 4 d L (P - 1)
+             how many rows each list has, and how many search it: 16 L (P - 1)
+             places of these rows: 8 to each other rank that has blocks of products of the list
+             how many they are, and of the next line, in each of R rounds: 8 (R + 2) (P - 1)
+             what a block finds for a row of another rank: 8 + 12 (k + 4)
+    end      where every rank wants all lists (`build_graph`, not `fit` and the commands):
+             12 k n (P - 1)
+
 A sum of s bytes goes up the tree, s for each of a rank's subtrees that joins one of another rank,
 and from rank 0 back to all, s (P - 1). A few more sums of one number are taken at the start, after
 every step and at the end, and z of the sample. Few-shot and known labels add class sums, and the
@@ -25,7 +39,9 @@ small JSON messages (`transclip_fast.ranks`). Tensors of a GPU travel through it
 
 Beside its rows, and what any process takes, a rank holds z of its halo, twice, 8 R H or 4 K H each;
 what the start merges, 96 K P; the sums of at most 7 parts, 8 K d each; and while lists travel, what
-is sent and what comes, packed.
+is sent and what comes, packed. In a search it holds candidates of its rows, 12 (k + 4) each; with
+faiss about N / P rows of d numbers, those of its lists, the places of the rows that search these,
+8 each, and what a round finds for others.
 """
 
 from __future__ import annotations
@@ -134,7 +150,7 @@ class Halo:
 
 class Exchange:
     """
-    All that ranks send each other in a solve.
+    All that ranks send each other.
 
     Attributes
     ----------
@@ -189,6 +205,19 @@ class Exchange:
         parts = [values if r == self.ranks.rank else torch.empty_like(values) for r in self._all]
         return [self._broadcast(part, rank) for rank, part in enumerate(parts)]
 
+    def of_first(self, values: torch.Tensor) -> torch.Tensor:
+        """The first rank's values, where every rank has some of one shape."""
+        return self._broadcast(values, 0)
+
+    def sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum of the counts (n,) of all ranks."""
+        return torch.stack(self.gather(counts)).sum(0)
+
+    def swap(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Send each rank its part; returns what all send this one, that of the first rank first."""
+        counts = [len(part) for part in parts]
+        return self._all_to_all(torch.cat(list(parts)), counts, self._counts_from_all(counts))
+
     def pick(
         self, table: UnitRows, ids: torch.Tensor, nodes: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -211,11 +240,14 @@ class Exchange:
         return found[owners.argsort(stable=True).argsort().to(device)]
 
     def join(self, values: torch.Tensor) -> torch.Tensor:
-        """The values (N,) of all rows, of which each rank has those of its own."""
+        """The values (N, ...) of all rows, of which each rank has those of its own."""
         firsts = [self.partition.first_row(rank) for rank in range(self.ranks.size + 1)]
         parts = [
             self._broadcast(
-                values if rank == self.ranks.rank else values.new_empty(last - first), rank
+                values
+                if rank == self.ranks.rank
+                else values.new_empty(last - first, *values.shape[1:]),
+                rank,
             )
             for rank, (first, last) in enumerate(pairwise(firsts))
         ]

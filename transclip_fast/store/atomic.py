@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from transclip_fast.errors import InputError, reading
+from transclip_fast.ranks import Ranks
 from transclip_fast.store.json_text import parse_json
 from transclip_fast.whole_files import sync
 
@@ -57,6 +58,21 @@ def new_folder(
                 remove(entry)
         finally:
             remove(partial)
+
+
+@contextmanager
+def shared_folder(
+    path: str | Path, contents: frozenset[str], ranks: Ranks, *, obsolete: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """As `new_folder`, which ranks fill together: the first one makes it, and publishes it."""
+    if ranks.leads:
+        with new_folder(path, contents, obsolete=obsolete) as folder:
+            ranks.broadcast("begun")
+            yield folder
+    else:
+        ranks.broadcast(None)
+        yield beside(path, "partial")
+    ranks.broadcast("published")
 
 
 def beside(path: str | Path, name: str) -> Path:

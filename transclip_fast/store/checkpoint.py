@@ -20,7 +20,9 @@ from transclip_fast.store.atomic import beside, read_json, remove, write_json, w
 from transclip_fast.store.tensors import read_tensors, write_tensors
 from transclip_fast.whole_files import new_file, partial_of
 
-ROW_ARRAYS = ("z", "classes", "lengths")  # of a state, by rows; see `Assignments.state`
+# Arrays of a state, by rows: of a solve (see `Assignments.state`), and of a search for neighbours.
+ENTRY_ARRAYS = ("z", "classes")  # one after the other where there are lengths
+ROW_ARRAYS = (*ENTRY_ARRAYS, "lengths", "ids", "values", "searched", "nearest")
 
 
 class FileCheckpoint:
@@ -77,11 +79,11 @@ class FileCheckpoint:
 
 class RankedCheckpoint:
     """
-    The state of a solve whose rows several processes share, to resume from by any number of them.
+    The state of work whose rows several processes share, to resume from by any number of them.
 
-    Each writes z of its own rows, and the first one the rest; a step counts when all have written
-    it, and the first one has written an index that says so. Parameters as of `FileCheckpoint`;
-    `rows` are those of this process.
+    Each writes what is about its own rows, and the first one the rest; a step counts when all have
+    written it, and the first one has written an index that says so. Parameters as of
+    `FileCheckpoint`; `rows` are those of this process.
     """
 
     def __init__(
@@ -97,13 +99,15 @@ class RankedCheckpoint:
         self.path, self.name, self.seconds = path, name, seconds
         self.ranks, self.rows = ranks, rows
         self.identity = json.dumps(identity, sort_keys=True)
-        self._last = time.monotonic()
+        self._last, self._step = time.monotonic(), 0
 
     def load(self) -> Mapping[str, np.ndarray] | None:
         """The last state of this very work that all had written, of own rows; or None."""
         index = self.ranks.broadcast(self._index() if self.ranks.leads else None)
         if index is None:
             return None
+        # Later steps have other files, also those of other work: the index names these until then.
+        self._step = index["step"]
         state, error = {}, ""
         try:
             if index["identity"] != self.identity:
@@ -122,17 +126,17 @@ class RankedCheckpoint:
         if not self.ranks.broadcast(time.monotonic() - self._last >= self.seconds):
             return
         arrays = dict(state())
-        z = {name: arrays.pop(name) for name in ROW_ARRAYS if name in arrays}
-        step, own = len(arrays["objective"]), [self.rows.start, self.rows.stop]
+        by_row = {name: arrays.pop(name) for name in ROW_ARRAYS if name in arrays}
+        step, own = self._step + 1, [self.rows.start, self.rows.stop]
         with writing(self.path):
             if own[0] < own[1]:
-                _write_state(self._file(step, own), z)
+                _write_state(self._file(step, own), by_row)
             if self.ranks.leads:
                 _write_state(self._file(step), arrays)
             parts = [part for part in self.ranks.all_gather(own) if part[0] < part[1]]
             if self.ranks.leads:
                 self._commit(step, parts)
-        self._last = time.monotonic()
+        self._last, self._step = time.monotonic(), step
 
     def _commit(self, step: int, parts: list[list[int]]) -> None:
         """Make a step that all have written the last one; removes those before it."""
@@ -167,9 +171,7 @@ class RankedCheckpoint:
                 arrays, _ = _read_state(self._file(step, [first, last]))
                 low, high = (low, high) if low < high else (first, first)
                 pieces.append(_rows_of(arrays, low - first, high - first))
-        if not pieces or sum(len(p.get("lengths", p["z"])) for p in pieces) != (
-            self.rows.stop - self.rows.start
-        ):
+        if sum(map(_n_rows, pieces)) != self.rows.stop - self.rows.start or not pieces:
             raise InputError(f"{self._file()}: lacks rows")
         joined = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
         return {**_read_state(self._file(step))[0], **joined}
@@ -238,14 +240,14 @@ def _read_state(file: Path) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _rows_of(arrays: Mapping[str, np.ndarray], first: int, last: int) -> dict[str, np.ndarray]:
-    """Consecutive rows of z as `Assignments.state` has them."""
-    if "lengths" not in arrays:
-        return {"z": arrays["z"][first:last]}
-    lengths = arrays["lengths"]
-    ends = np.concatenate([[0], lengths.cumsum(dtype=np.int64)])
-    entries = slice(ends[first], ends[last])
-    return {
-        "z": arrays["z"][entries],
-        "classes": arrays["classes"][entries],
-        "lengths": lengths[first:last],
-    }
+    """Consecutive rows of the arrays by rows."""
+    rows = entries = slice(first, last)
+    if "lengths" in arrays:
+        ends = np.concatenate([[0], arrays["lengths"].cumsum(dtype=np.int64)])
+        entries = slice(ends[first], ends[last])
+    return {name: x[entries if name in ENTRY_ARRAYS else rows] for name, x in arrays.items()}
+
+
+def _n_rows(arrays: Mapping[str, np.ndarray]) -> int:
+    """The rows of the arrays by rows."""
+    return len(arrays.get("lengths", next(iter(arrays.values()))))

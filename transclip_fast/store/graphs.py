@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
 from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
@@ -11,7 +14,9 @@ from transclip_fast.store.arrays import inside, mapped_array, npy_bytes, read_ar
 from transclip_fast.store.atomic import read_json, write_json
 from transclip_fast.store.json_text import value_of
 
+LISTS = ("neighbors", "similarities")
 CONTENTS = frozenset({"neighbors.npy", "similarities.npy", "manifest.json"})
+PART = "{}-{:012}.npy"  # of the lists of a graph, and the number of the first row
 # Entries of the manifest that describe the search.
 INFO: dict[str, Any] = {
     "search": str, "index": str, "blas": (str, type(None)), "probes": int, "lists": int,
@@ -20,11 +25,42 @@ INFO: dict[str, Any] = {
 TOGETHER = ({"probes", "lists"}, {"recall_rows", "weight_error"})
 
 
-def save_graph(folder: Path, graph: NeighborGraph, manifest: dict[str, Any]) -> None:
-    """Write a graph into the folder of a `new_folder`; see `load_graph` for `manifest`."""
-    for name, array in (("neighbors", graph.neighbors), ("similarities", graph.similarities)):
-        (folder / f"{name}.npy").write_bytes(npy_bytes(array))
-    write_json(folder / "manifest.json", {**graph.info, **manifest})
+def save_lists(folder: Path, graph: NeighborGraph, first: int) -> None:
+    """Write the lists of row `first` and on into a folder to which other processes write others."""
+    for name in LISTS:
+        (folder / PART.format(name, first)).write_bytes(npy_bytes(getattr(graph, name)))
+
+
+def save_graph(
+    folder: Path, info: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    Complete a graph folder in which the lists of all rows are, by `save_lists`.
+
+    See `load_graph` for `manifest`; returns all that the one in the folder has.
+    """
+    for name in LISTS:
+        _join_parts(sorted(folder.glob(f"{name}-*.npy")), folder / f"{name}.npy")
+    lists = (mapped_array(folder / f"{name}.npy", name) for name in LISTS)
+    whole = {**info, **manifest, "sha256": NeighborGraph(*lists).sha256()}
+    write_json(folder / "manifest.json", whole)
+    return whole
+
+
+def _join_parts(parts: Sequence[Path], file: Path) -> None:
+    """Make the arrays in the files `parts` one, along their rows; of one file its name."""
+    if len(parts) == 1:
+        parts[0].rename(file)
+        return
+    arrays = [mapped_array(part, file.stem) for part in parts]
+    header = header_data_from_array_1_0(arrays[0])
+    header["shape"] = sum(map(len, arrays)), arrays[0].shape[1]
+    with open(file, "wb") as whole:
+        write_array_header_1_0(whole, header)
+        for array in arrays:
+            whole.write(array)
+    for part in parts:
+        part.unlink()
 
 
 def load_graph(path: str | Path, features_sha256: str, *, mapped: bool = False) -> NeighborGraph:

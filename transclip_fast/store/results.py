@@ -80,13 +80,13 @@ class Result:
         """How sure each label is, (N,) float64; calibrated, if the result has that."""
         return self.shares(CALIBRATED if self.has(CALIBRATED) else "confidence")
 
-    def flags(self, name: str) -> np.ndarray:
-        """A column (N,) of bool, all False if it is missing; InputError if it holds others."""
-        if not self.has(name):
+    def known(self) -> np.ndarray:
+        """Whether the class of each row was given, (N,) bool."""
+        if not self.has("known"):
             return np.zeros(len(self), bool)
-        column = self._column(name)
+        column = self._column("known")
         if not pa.types.is_boolean(column.type) or column.null_count:
-            raise self._damaged(name)
+            raise self._damaged("known")
         found: np.ndarray = column.to_numpy()
         return found
 
