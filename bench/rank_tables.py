@@ -1,10 +1,23 @@
-"""The table of a solve that several processes share, from the newest clean line of its bench."""
+"""Tables of a solve that several processes share, from the newest clean line of its bench."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from bench.tables import newest, seconds, size, source, table
+import torch
+
+from bench.tables import Row, newest, seconds, size, source, table
+from transclip_fast import TransCLIP
+from transclip_fast.cli.plan import plan_of_size
+from transclip_fast.cli.traffic import Traffic
+from transclip_fast.solver.layout import show_bytes
+from transclip_fast.solver.parameters import Parameters
+
+BILLION, RANKS = (10**9, 21_000, 1024), 64  # rows, classes, dimensions
+GPUS = (("80GiB", 16), ("131GiB", 16), ("131GiB", 32))  # memory, and candidates for which it is
+NETWORK = 25e9  # bytes a second that a rank sends
+ENTRY_BYTES = 8  # of a class and its z
 
 
 def ranks(folder: Path) -> str:
@@ -29,4 +42,42 @@ def ranks(folder: Path) -> str:
     return table(head, cells) + "\n\n" + source(rows)
 
 
-BLOCKS = {"ranks": ranks}
+def used_entries(row: Row) -> int:
+    """Entries of z in use that a rank of a recorded solve sent of a row, by the most ranks."""
+    arm: dict[str, float] = list(row["arms"].values())[-1]
+    return math.ceil(arm["sweep_bytes"] / arm["halo_rows"] / ENTRY_BYTES)
+
+
+def projection(folder: Path) -> str:
+    """Tabulate what a solve of a billion images would take of each GPU."""
+    rows = newest("ranks", "queries", "classes", "dim", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.speed.ranks`."
+    columns = [_projected(memory, kept, used_entries(rows[-1])) for memory, kept in GPUS]
+    cells = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    gpus = [f"{memory}, {kept} candidates" for memory, kept in GPUS]
+    return table([f"each of {RANKS} GPUs", *gpus], cells)
+
+
+def _projected(memory: str, kept: int, entries: int) -> dict[str, str]:
+    """What a GPU with so much memory takes, by name."""
+    model = TransCLIP(candidates=kept, memory=memory)
+    plan = plan_of_size(BILLION, model, None, RANKS, torch.device("cuda"))
+    found = {
+        "images": f"{plan.size.own_rows:,}",
+        "images of others, at most": f"{plan.size.most_remote * plan.size.own_rows:,}",
+        "features": "held" if plan.layout.held else f"read {plan.passes} times",
+        "memory of the GPU": show_bytes(plan.peak),
+        "memory of its host": show_bytes(max(stage.host for stage in plan.stages)),
+        "read and written": show_bytes(sum(stage.disk for stage in plan.stages)),
+        "products": f"{sum(stage.work for stage in plan.stages) / 1e15:.2f} PFLOP",
+    }
+    for name, rank in (("lists full", kept), (f"{entries} entries in use", entries)):
+        sent = Traffic.of(plan.size, plan.layout, Parameters(rank=rank)).by_rank
+        for part, stage in (("a step", "step"), ("in all", "all")):
+            found[f"sent {part}, {name}"] = show_bytes(sent[stage])
+            found[f"at {NETWORK / 1e9:.0f} GB/s {part}, {name}"] = seconds(sent[stage] / NETWORK)
+    return found
+
+
+BLOCKS = {"ranks": ranks, "projection": projection}

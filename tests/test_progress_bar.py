@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 
-from transclip_fast.progress_bar import progress_bar
+from transclip_fast.progress_bar import announced, progress_bar
 
 
 @pytest.fixture
@@ -52,6 +53,32 @@ def test_two_at_once(capsys, clock):
             clock[0] += 12
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["solve", "graph"]
+
+
+def test_what_takes_long_is_announced_in_a_file(capsys, monkeypatch):
+    started = []
+
+    class Clock(threading.Timer):
+        def start(self):
+            started.append(self)
+            super().start()
+
+    monkeypatch.setattr("threading.Timer", Clock)
+    with announced("loading model"):
+        pass
+    assert capsys.readouterr().err == ""  # it was over before
+    assert not started[0].is_alive()
+    with announced("loading model"):
+        started[1].function(*started[1].args, **started[1].kwargs)  # as after its seconds
+    assert capsys.readouterr().err == "loading model ...\n"
+    assert started[1].interval == 10
+
+
+def test_what_takes_long_is_announced_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with announced("loading model"):
+        assert capsys.readouterr().err == "loading model ...\r"
+    assert capsys.readouterr().err == " " * len("loading model ...") + "\r"
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch):

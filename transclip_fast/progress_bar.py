@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -56,6 +57,32 @@ def progress_bar(name: str, unit: str, *, shown: bool = True) -> Iterator[Callab
     finally:
         if bar is not None:
             bar.close()
+
+
+@contextmanager
+def announced(text: str) -> Iterator[None]:
+    """
+    Say on standard error what may take long and has no steps to count.
+
+    A terminal shows it at once, until it is over; anything else gets a line after 10 s.
+    """
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{text} ...\r")
+        sys.stderr.flush()
+        try:
+            yield
+        finally:
+            sys.stderr.write(f"{' ' * len(f'{text} ...')}\r")
+            sys.stderr.flush()
+        return
+    timer = threading.Timer(LINE_SECONDS, print, (f"{text} ...",), {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # encoding forks workers, which needs a process without other threads
 
 
 def shown_on(

@@ -59,7 +59,7 @@ def test_runs_of_gamma_and_given_priors_count(save, arrays, succeeds):
     prior = {"prior": np.full((77, 6), 1 / 6, np.float32)}
     given = plan_of(succeeds, save(arrays | prior))
     assert given["passes"] == 24
-    assert given["size"]["input_bytes"] == plain["size"]["input_bytes"] + 16 * 77 * 6
+    assert given["stages"][0]["host"] == plain["stages"][0]["host"] + 16 * 77 * 6
 
 
 def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
@@ -132,3 +132,52 @@ def test_the_class_cost_may_read_once_more(succeeds):
     shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 512, "--memory", "16GiB")
     assert plan_of(succeeds, *shape)["passes"] == 25
     assert plan_of(succeeds, *shape, "--class-cost", "off")["passes"] == 24
+
+
+MANY = ("--queries", 10**9, "--classes", 21_000, "--dim", 1024, "--graph", "none")
+GPU = ("--device", "cuda:1", "--memory", "200GiB")  # not here
+
+
+def test_of_ranks(succeeds):
+    shape = ("--queries", 200_000, "--classes", 1000, "--dim", 512, "--device", "cpu")
+    alone, shared = (plan_of(succeeds, *shape, "--graph", "g", "--ranks", x) for x in (1, 4))
+    assert alone["traffic"] is None
+    assert shared["size"]["ranks"] == 4
+    work = [plan["stages"][1]["work"] for plan in (alone, shared)]
+    assert work[0] / 4 <= work[1] < work[0] / 3.5
+    text = succeeds("plan", *shape, "--graph", "g", "--ranks", 4, "--network", "2GB/s")
+    assert "4 ranks of at most 51,200 rows, assumed to be neighbours of 153,600 rows" in text
+    (sent,) = (line for line in text.splitlines() if line.startswith("all "))
+    assert float(sent.split()[-2]) == pytest.approx(
+        shared["traffic"]["by_rank"]["all"] / 2e9, rel=1e-2
+    )
+    searched, for_all = (plan_of(succeeds, *shape, "--ranks", x)["stages"][1] for x in (4, 1))
+    assert searched["work"] == for_all["work"]  # one rank searches for all
+    assert searched["host"] >= for_all["host"]
+
+
+def test_of_gpus_that_are_elsewhere(succeeds, refused):
+    found = plan_of(succeeds, *MANY, *GPU, "--ranks", 64)
+    solve = found["stages"][1]
+    assert 0 < solve["device"] <= found["limit"] == 200 << 30
+    assert found["core_seconds"] is None
+    text = succeeds("plan", *MANY, *GPU, "--ranks", 64)
+    assert "computing: not predicted" in text
+    message = refused("plan", *MANY, *GPU, "--ranks", 16)
+    assert "share the rows among" in message
+    number = int(message.partition("share the rows among ")[2].split()[0])
+    assert plan_of(succeeds, *MANY, *GPU, "--ranks", number)["peak"] <= 200 << 30
+    assert "solve fewer rows" in refused("plan", *MANY, "--device", "cuda", "--memory", "9GiB")
+
+
+def test_ranks_of_features(save, arrays, succeeds, refused):
+    file = save(arrays)
+    alone, shared = (plan_of(succeeds, file, "--ranks", ranks) for ranks in (1, 2))
+    # Every process has the whole file, and the labels of all rows.
+    assert alone["stages"][0]["host"] < shared["stages"][0]["host"] < alone["peak"] + 77 * 40
+    assert shared["traffic"]["by_all"]["step"] > 0
+    assert shared["outlook"] == alone["outlook"]
+    assert "--network: one process sends nothing" in refused("plan", file, "--network", "1GB/s")
+    for rate in ("1GB", "fast", "0GB/s", "-1GB/s", "nanGB/s"):
+        message = refused("plan", file, "--ranks", 2, "--network", rate)
+        assert "expected a rate like 25GB/s" in message

@@ -143,6 +143,22 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     assert contents(tmp_path / "out") == before
 
 
+def test_run_again_sorts_the_images_that_are_there_now(images, names, tiny, cli, tmp_path):
+    command = (
+        "run", images(5), "--classes", names, *tiny,
+        "--out", tmp_path / "out", "--sort-into", tmp_path / "sorted",
+    )  # fmt: skip
+    assert cli(*command).out.splitlines()[-1].startswith("5 images sorted into ")
+    (tmp_path / "images/dog/001.png").unlink()
+    again = cli(*command)
+    assert (again.code, again.out.splitlines()[-1][:21]) == (0, "4 images sorted into ")
+    links = [path for path in (tmp_path / "sorted").rglob("*") if path.is_symlink()]
+    found = {path.resolve() for path in links}
+    assert found == {path.resolve() for path in (tmp_path / "images").rglob("*.png")}
+    inside = cli(*command[:-1], tmp_path / "images/sorted")
+    assert (inside.code, inside.err.count("is in ")) == (2, 1)
+
+
 def test_the_result_tells_of_its_images(images, names, tiny, cli, tmp_path):
     """What encoding took and warned of is in run.json and on the page, which is written later."""
     (images(12) / "notes.heic").touch()

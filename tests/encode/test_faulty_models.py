@@ -8,6 +8,7 @@ import os
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -315,6 +316,45 @@ def test_weights_that_change_stop_the_encode(weights, save, images, tmp_path, ch
     for kind in ("img_emb", "metadata"):
         for shard in (tmp_path / "whole" / kind).iterdir():
             assert (tmp_path / "out" / kind / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_terminal_shows_that_a_model_is_loaded(weights, save, monkeypatch, capsys):
+    file = save(weights)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    load_backbone("small-clip", file, CPU)
+    shown = capsys.readouterr().err
+    assert f"reading {file} ...\r" in shown
+    assert f"loading model small-clip, pretrained {file} ...\r" in shown
+    assert shown.endswith(" \r")
+
+
+def hub_cache(folder, monkeypatch, weights):
+    """The weights as org/name in a cache of the hub, and a tag of small-clip that names them."""
+    snapshot = folder / "models--org--name/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0123")
+    weights.rename(folder / "blob")
+    (snapshot / "open_clip_model.safetensors").symlink_to(folder / "blob")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    tags = {"web": {"hf_hub": "org/name/"}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-clip", tags)
+    return folder / "blob"
+
+
+def test_cached_weights_of_a_tag_are_watched(weights, save, images, tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    blob = hub_cache(tmp_path / "hub", monkeypatch, Path(save(weights)))
+    options = {"model": "small-clip", "pretrained": "web", "device": "cpu", "workers": 0}
+    encoded = encode_images(images(3), tmp_path / "whole", **options)
+    assert (encoded.n_rows, encoded.config["weights"]) == (3, "web")
+
+    def change(state):
+        blob.write_bytes(blob.read_bytes()[::-1])
+
+    with pytest.raises(InputError, match=r"open_clip_model\.safetensors: changed while it was in"):
+        encode_images(images(3), tmp_path / "out", progress=change, batch_size=1, **options)
+    assert not list(tmp_path.glob("out/img_emb/*"))
 
 
 def test_weights_are_watched_before_they_are_hashed(weights, save, images, tmp_path, monkeypatch):

@@ -261,8 +261,8 @@ def test_the_command_repeats_the_solve(made, command, cli_in_process, tmp_path, 
     assert (tmp_path / "a result-corrected/predictions.csv").is_file()
     assert again.run["rejected"]["n_rejected"] == first.run["rejected"]["n_rejected"] > 0
     both = [made.keys.index(f"plain/{i:02}.png") for i in (0, 1)]
-    assert np.flatnonzero(first.known()).tolist() == both[:1]
-    assert np.flatnonzero(again.known()).tolist() == both
+    assert np.flatnonzero(first.flags("known")).tolist() == both[:1]
+    assert np.flatnonzero(again.flags("known")).tolist() == both
     assert again.labels("label")[both].tolist() == [NAMES.index("plain")] * 2
     page = (tmp_path / "page.html").read_text()
     assert "with the other options" not in page

@@ -1,5 +1,8 @@
 """The layout that is chosen for the memory there is."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -160,12 +163,51 @@ def test_size_of_what_is_given(tmp_path):
     assert size_of(aligned).halved
     parameters.precision = "float32"
     found = size_of(in_file, prior_logits=np.zeros((30, 5)))
-    assert found == Size(30, 5, 8, 4, file_bytes=480, input_bytes=16 * 30 * 5, linear=False)
+    assert found == Size(30, 5, 8, 4, file_bytes=480, linear=False)
+    assert found.used(CPU) == size_of(in_file).used(CPU) + 16 * 30 * 5
     parameters.gamma = None
     shots = {name: np.eye(5, 8) for name in ("support_features", "validation_features")}
     labels = {name: np.arange(5) for name in ("support_labels", "validation_labels")}
     found = size_of(in_file, text_features=np.eye(5, 8), **shots, **labels)
-    assert found == Size(30, 5, 8, 4, file_bytes=480, runs=4)
+    assert found == Size(30, 5, 8, 4, file_bytes=480, runs=4, labelled=10)
+    known = np.arange(30) % 5 - 1
+    found = size_of(images, text_features=np.eye(5, 8), known_labels=known)
+    assert found == Size(30, 5, 8, 4, input_bytes=480, known=True)
+
+
+def test_processes_that_share_the_rows():
+    """Each has its part, and z of the rows of others that are neighbours of its own, twice."""
+    layout = Layout(64, held=False)
+    one, two, ten = (layout.bytes(replace(MILLION, ranks=ranks), CPU) for ranks in (1, 2, 10))
+    most = Size(1_000_000, 1000, 512, ranks=10).own_rows
+    assert 100_000 <= most < 120_000
+    assert one["halo"] == one["exchange"] == 0
+    assert ten["assignments"] == one["assignments"] * most // 1_000_000
+    assert ten["halo"] >= 2 * 8 * 64 * 6 * most  # 3 neighbours of a row, and it is one of 3
+    assert 2 * 8 * 64 * 500_000 <= two["halo"] < 2 * 8 * 64 * 600_000  # there are no more rows
+    assert ten["classes"] == one["classes"]
+
+
+def test_a_refusal_tells_how_many_processes_fit():
+    def refused(**values):
+        size = replace(Size(100_000_000, 1000, 512), **values)
+        with pytest.raises(InputError) as error:
+            choose_layout(size, CPU, form="sparse", memory=20 << 30)
+        return size, str(error.value)
+
+    size, message = refused()
+    number = int(re.search(r"share the rows among (\d+) processes", message)[1])
+    choose_layout(replace(size, ranks=number), CPU, form="sparse", memory=20 << 30)
+    assert f"among {number} processes" in refused(ranks=number - 1)[1]
+    assert "allow more, or solve fewer rows at a time" in refused(n_classes=10**6)[1]
+
+
+def test_lists_leave_room_for_those_of_other_processes():
+    size = replace(MILLION, ranks=4)
+    for limit, candidates in ((2.5, 32), (4, 64), (5.5, 128)):
+        found = choose_layout(size, CPU, form="sparse", memory=int(limit * 2**30))
+        assert found.candidates == candidates
+        assert (1 << 30) + sum(found.bytes(size, CPU).values()) <= limit * 2**30
 
 
 def test_memory_of_a_container(monkeypatch, tmp_path):

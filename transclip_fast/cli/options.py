@@ -130,6 +130,11 @@ csv_option = click.option(
     is_flag=True,
     help="Also write predictions.csv, without the lists; ' goes before what spreadsheets run.",
 )
+sort_option = click.option(
+    "--sort-into",
+    type=PATH,
+    help="Also write a folder for each class with links to its images, copies of those in tars.",
+)
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 search_option = click.option(
     "--search",

@@ -13,7 +13,8 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.outlook import describe_outlook, outlook
-from transclip_fast.device import resolve_device
+from transclip_fast.cli.traffic import Traffic, bytes_a_second
+from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import choose_search
@@ -22,7 +23,7 @@ from transclip_fast.graph.recall import SAMPLE_ROWS
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.ranks import current_ranks
 from transclip_fast.solver import layout as layouts
-from transclip_fast.solver.layout import PROCESS_BYTES, Layout, Size, parse_memory, show_bytes
+from transclip_fast.solver.layout import Layout, Size, parse_memory, show_bytes
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
@@ -32,6 +33,10 @@ CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, n
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 TABLE_ROW_BYTES = 90  # of predictions.parquet
 CHECKPOINT_ROW_BYTES = 40  # of a sparse state
+# Core-seconds of a row and step of 5 sweeps, operations a second of products, and the solves that
+# tell them, in bench/results: `bench.speed.stream` and `bench.speed.ranks`.
+STEP_ROW_SECONDS, OPERATIONS = 5e-6, 1.1e11
+MEASURED_ROWS, MEASURED_CLASSES, MEASURED_DIM = (50_000, 1_000_000), (1000, 21_000), 512
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Plan:
     graph: str  # the neighbour search, or "given"
     limit: int  # bytes that may be used
     stages: tuple[Stage, ...]
+    traffic: Traffic | None  # of several ranks
+    core_seconds: float | None  # of solving; None where nothing like it was measured
 
     @property
     def peak(self) -> int:
@@ -72,13 +79,14 @@ class Plan:
         kept = self.layout.candidates
         form = "dense" if kept is None else f"sparse, {kept} candidates a row"
         features = "held" if self.layout.held else f"read {self.passes} times"
+        each = "" if self.traffic is None else " in a rank"
         return (
             f"plan: {form}, features {features}, {self.graph} graph, at most "
-            f"{show_bytes(self.peak)} of {show_bytes(self.limit)}"
+            f"{show_bytes(self.peak)} of {show_bytes(self.limit)}{each}"
         )
 
-    def table(self) -> str:
-        """The plan as text, a line a stage."""
+    def table(self, network: float | None = None) -> str:
+        """The plan as text, a line a stage; `network` has so many bytes a second."""
         size = self.size
         lines = [
             f"{size.n_rows:,} rows, {size.n_classes:,} classes, {size.dim} dimensions, "
@@ -89,7 +97,19 @@ class Plan:
             work = f"{stage.work / 1e9:,.3g}" if stage.work < 1e12 else f"{stage.work / 1e9:,.0f}"
             sizes = [show_bytes(x) if x else "" for x in (stage.disk, stage.host, stage.device)]
             lines.append(f"{stage.name:<8}{work:>12}" + "".join(f"{x:>10}" for x in sizes))
+        if self.traffic is not None:
+            lines[1:1] = [
+                f"{size.ranks} ranks of at most {size.own_rows:,} rows, assumed to be neighbours "
+                f"of {size.most_remote * size.own_rows:,} rows of others"
+            ]
+            lines += [self.traffic.table(network), self._core_time()]
         return "\n".join([*lines, self.line()])
+
+    def _core_time(self) -> str:
+        """The time of computing, of all ranks."""
+        if self.core_seconds is None:
+            return "computing: not predicted, as no solve like it was measured"
+        return f"computing: about {self.core_seconds:,.0f} core-seconds with AVX512-VNNI"
 
     def summary(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -108,12 +128,23 @@ class Plan:
 @click.option("--classes", type=options.POSITIVE, help="Classes.")
 @click.option("--dim", type=options.POSITIVE, help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=options.PATH, help="A graph folder: no search.")
+@click.option(
+    "--ranks", default=1, type=options.POSITIVE, help="Processes of torchrun that share the rows."
+)
+@click.option("--network", help="What a rank sends in a second, as 25GB/s: how long it takes.")
 @options.search_options
 @options.device_option
 @options.json_option
 @options.array_options(*options.ARRAYS)
 @options.parameter_options
-def command(features: str | None, search: str, as_json: bool, **values: Any) -> None:
+def command(
+    features: str | None,
+    search: str,
+    ranks: int,
+    network: str | None,
+    as_json: bool,
+    **values: Any,
+) -> None:
     """Show the memory, disk traffic and work of solving FEATURES.
 
     The arguments are FEATURES and the options of `solve`; or, without FEATURES, numbers of rows,
@@ -124,7 +155,19 @@ def command(features: str | None, search: str, as_json: bool, **values: Any) -> 
     Examples:
       transclip-fast plan features
       transclip-fast plan --queries 10000000 --classes 21000 --dim 1024 --memory 32GiB
+      transclip-fast plan features --ranks 4 --network 1GB/s
+    \f
+    With --ranks memory, disk and work are those of the rank that has most, but of the search, which
+    one rank makes for all. What ranks send is an upper bound, where all neighbours of a row are on
+    other ranks and edges are spread evenly. A GPU that is planned for without FEATURES need not be
+    here if --memory tells what it has.
     """
+    if network is not None and ranks == 1:
+        raise InputError("--network: one process sends nothing; give --ranks, too")
+    rate = None if network is None else bytes_a_second(network)
+    device = None
+    if features is None and values["memory"] and values["device"].startswith("cuda"):
+        device, values["device"] = torch.device("cuda"), "cpu"
     model = options.model_of(values)
     sizes = [values[name] for name in ("queries", "classes", "dim")]
     searched: str | None = "faiss" if values["index"] else search
@@ -138,16 +181,16 @@ def command(features: str | None, search: str, as_json: bool, **values: Any) -> 
         origins = stored.origins | {"X": stored.origins["image_features"]}
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
-            plan = plan_of(problem, Settings.resolve(model, problem), searched)
+            plan = plan_of(problem, Settings.resolve(model, problem, ranks), searched, ranks)
             found = outlook(problem, model)
         text = describe_outlook(found, problem.prior.n_classes, stored.class_names)
         summary = plan.summary() | {"outlook": found}
-        session.print_summary(summary, f"{plan.table()}\n{text}", as_json)
+        session.print_summary(summary, f"{plan.table(rate)}\n{text}", as_json)
         return
     if None in sizes:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
-    plan = plan_of_size(sizes, model, searched)
-    session.print_summary(plan.summary(), plan.table(), as_json)
+    plan = plan_of_size(sizes, model, searched, ranks, device)
+    session.print_summary(plan.summary(), plan.table(rate), as_json)
 
 
 def problem_of(features: Features, model: TransCLIP) -> Problem:
@@ -164,18 +207,35 @@ def problem_of(features: Features, model: TransCLIP) -> Problem:
     return problem
 
 
-def plan_of(problem: Problem, settings: Settings, search: str | None) -> Plan:
-    """The plan of a problem; `search` finds the neighbours, None where there is a graph."""
+def plan_of(
+    problem: Problem, settings: Settings, search: str | None, ranks: int | None = None
+) -> Plan:
+    """
+    The plan of a problem, by default for the ranks there are.
+
+    `search` finds the neighbours, None where there is a graph.
+    """
     parameters, device = settings.parameters, settings.device
     kept = None if settings.truncation is None else settings.truncation.candidates
     layout = replace(settings.layout, candidates=kept)
-    return make_plan(problem.size(parameters, device), layout, parameters, device, search)
+    return make_plan(problem.size(parameters, device, ranks), layout, parameters, device, search)
 
 
-def plan_of_size(shape: Sequence[int], model: TransCLIP, search: str | None) -> Plan:
-    """The plan of solving float16 files of (rows, classes, dimensions), with what fits of z."""
-    (n_rows, n_classes, dim), device = shape, resolve_device(model.device)
-    size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=2 * n_rows * dim)
+def plan_of_size(
+    shape: Sequence[int],
+    model: TransCLIP,
+    search: str | None,
+    ranks: int = 1,
+    device: torch.device | None = None,
+) -> Plan:
+    """
+    The plan of solving float16 files of (rows, classes, dimensions), with what fits of z.
+
+    On the model's device, or on one that need not be here.
+    """
+    (n_rows, n_classes, dim), device = shape, device or resolve_device(model.device)
+    files = 2 * n_rows * dim
+    size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=files, ranks=ranks)
     layout = layouts.choose_layout(
         size,
         device,
@@ -199,7 +259,11 @@ def make_plan(
     stages = _stages(size, layout, device, search, steps, passes)
     block = gemm_rows(device, size.n_classes)
     limit = layouts.limit_of(device, parse_memory(parameters.memory))
-    plan = Plan(size, layout, passes, block, search or "given", limit, stages)
+    traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
+    seconds = None
+    if size.ranks > 1 and multiplies_bytes(size.dim):  # as where it was measured
+        seconds = core_seconds(size, layout, parameters, device)
+    plan = Plan(size, layout, passes, block, search or "given", limit, stages, traffic, seconds)
     if plan.peak <= limit:
         return plan
     remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
@@ -215,24 +279,51 @@ def make_plan(
 def _stages(
     size: Size, layout: Layout, device: torch.device, search: str | None, steps: int, passes: int
 ) -> tuple[Stage, ...]:
-    n, n_classes, d = size.n_rows, size.n_classes, size.dim
+    n, n_classes, d, own = size.n_rows, size.n_classes, size.dim, size.own_rows
     solving = sum(layout.bytes(size, device).values())
-    read = size.file_bytes * (1 if layout.held else passes)
+    own_files = size.file_bytes * own // n
+    read = own_files * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
+    # What is sent from a GPU, or comes to it, is in its host's memory, too.
+    travelling = layout.travelling_bytes(size) if device.type == "cuda" else 0
 
-    def stage(name: str, work: float, disk: int, memory: int) -> Stage:
+    def stage(name: str, work: float, disk: int, memory: int, host: int = 0) -> Stage:
         if device.type == "cuda":
-            return Stage(name, work, disk, PROCESS_BYTES + size.input_bytes, memory)
-        return Stage(name, work, disk, size.used(device) + memory, 0)
+            return Stage(name, work, disk, size.host_bytes + host, memory)
+        return Stage(name, work, disk, size.used(device) + memory + host, 0)
 
-    stages = [stage("load", 0, CHECK_PASSES * size.file_bytes, 0)]
+    checks = (CHECK_PASSES - 1) * size.file_bytes + own_files
+    stages = [stage("load", 0, checks, 0)]
     if search is not None:
         work, lists = 2.0 * d * _search_products(n, search), 12 * n * size.n_neighbors
-        stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
-    work = 2.0 * n * n_classes * d * (steps + 1) * size.runs
-    stages.append(stage("solve", work, read + size.runs * steps * n * row_bytes, solving))
-    stages.append(stage("write", 0, TABLE_ROW_BYTES * n + 12 * n_classes * d, solving))
+        alone = layout.search_bytes(replace(size, ranks=1), device)
+        stages.append(stage("graph", work, lists, alone))
+    work = 2.0 * own * n_classes * d * (steps + 1) * size.runs
+    saved = size.runs * steps * own * row_bytes
+    stages.append(stage("solve", work, read + saved, solving, travelling))
+    table = TABLE_ROW_BYTES * own + 12 * n_classes * d
+    stages.append(stage("write", 0, table, solving))
     return tuple(stages)
+
+
+def core_seconds(
+    size: Size, layout: Layout, parameters: Parameters, device: torch.device
+) -> float | None:
+    """The time that all cores spend in a solve; None unless one like it was measured."""
+    measured = (
+        device.type == "cpu"
+        and layout.candidates is not None
+        and size.linear
+        and size.runs == 1
+        and parameters.inner_iter == 5
+        and size.dim == MEASURED_DIM
+        and MEASURED_CLASSES[0] <= size.n_classes <= MEASURED_CLASSES[1]
+        and MEASURED_ROWS[0] <= size.own_rows <= MEASURED_ROWS[1]
+    )
+    if not measured:
+        return None
+    products = 2.0 * size.n_classes * size.dim / OPERATIONS
+    return size.n_rows * (parameters.max_iter + 2) * (products + STEP_ROW_SECONDS)
 
 
 def _search_products(n_rows: int, search: str) -> float:

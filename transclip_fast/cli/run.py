@@ -24,12 +24,13 @@ from transclip_fast.cli.graph import (
 from transclip_fast.cli.plan import Plan, plan_of_size
 from transclip_fast.cli.report import describe_report
 from transclip_fast.cli.solution import Output, solve_features, solve_leftovers
-from transclip_fast.cli.summary import describe_solution
+from transclip_fast.cli.summary import describe_solution, sorted_into
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.report.page import write_report
+from transclip_fast.report.sorting import check_target
 from transclip_fast.store.atomic import clean
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
@@ -41,7 +42,7 @@ SOLVE_OPTIONS = ("class_cost", "memory", "device", "csv")  # of `solve`, beside 
 @click.command(
     "run",
     cls=Command,
-    shown="pretrained classes templates labels_from_folders class_cost memory device csv",
+    shown="pretrained classes templates labels_from_folders class_cost memory device csv sort_into",
 )
 @click.argument("images", type=options.PATH)
 @options.out_option
@@ -51,6 +52,7 @@ SOLVE_OPTIONS = ("class_cost", "memory", "device", "csv")  # of `solve`, beside 
 @options.parameter_option("memory")
 @options.device_option
 @options.csv_option
+@options.sort_option
 @options.json_option
 def command(
     images: str,
@@ -59,6 +61,7 @@ def command(
     memory: str | None,
     strict: bool,
     csv: bool,
+    sort_into: str | None,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -82,6 +85,8 @@ def command(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
+    if sort_into is not None:
+        check_target(sort_into, [images, folder / "features", folder / "graph", folder / "result"])
     model = TransCLIP(device=values["device"], memory=memory, class_cost=class_cost)
     planned: list[Plan] = []
     search = search_of(values, model.n_neighbors)
@@ -104,6 +109,7 @@ def command(
         quiet = as_json or bool(planned)
         solve_summary, solve_text = solve_folder(folder, model, search, stages, output, quiet=quiet)
         page = write_report(folder / "result", folder / REPORT)
+        found, lines = sorted_into(sort_into, folder / "result", folder / "features")
     summary = {
         **solve_summary,
         "failures": encode_summary["failures"],
@@ -111,9 +117,10 @@ def command(
         "seconds": {**encode_summary["seconds"], **solve_summary["seconds"]},
         "warnings": [*dict.fromkeys([*warnings, *solve_summary["warnings"]])],
         "report": str(folder / REPORT),
+        **found,
     }
-    text = f"{encode_text}\n{solve_text}\n{describe_report(page, folder / REPORT)}"
-    session.print_summary(summary, text, as_json)
+    lines = [encode_text, solve_text, describe_report(page, folder / REPORT), *lines]
+    session.print_summary(summary, "\n".join(lines), as_json)
     if strict and encoded.failures:
         sys.exit(1)
 

@@ -23,13 +23,14 @@ from transclip_fast.cli.method import (
 )
 from transclip_fast.cli.session import command_line
 from transclip_fast.cli.solution import Output, solve_features
-from transclip_fast.cli.summary import describe_solution
+from transclip_fast.cli.summary import describe_solution, sorted_into
 from transclip_fast.cli.towers import tower_options
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import HEADS
 from transclip_fast.ranks import Ranks, current_ranks, joined
+from transclip_fast.report.sorting import check_paths, check_target
 from transclip_fast.store.corrections import corrected, read_corrections
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import load_graph
@@ -56,6 +57,7 @@ from transclip_fast.store.results import TRANSCLIP
 @tower_options
 @options.device_option
 @options.csv_option
+@options.sort_option
 @options.json_option
 @options.array_options(*options.ARRAYS)
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
@@ -74,7 +76,9 @@ from transclip_fast.store.results import TRANSCLIP
     help="Share of the rows to mark as none of the classes: those with the highest outlier score.",
 )
 @options.parameter_options
-def command(path: str, out: str, head: str | None, as_json: bool, **values: Any) -> None:
+def command(
+    path: str, out: str, head: str | None, sort_into: str | None, as_json: bool, **values: Any
+) -> None:
     """Label all rows of FEATURES jointly.
 
     FEATURES is a feature folder, a file (.npz, .pt, .safetensors) with image_features (N, d) and
@@ -113,15 +117,20 @@ def command(path: str, out: str, head: str | None, as_json: bool, **values: Any)
     labels have the same bits for any number of them, also when another number resumes after a
     crash. Without --graph, they share the search for it, too.
     """
+    if sort_into is not None:
+        check_paths(path)
+        check_target(sort_into, [path, out])
     with joined(together=True) as ranks:
         run = _solve(path, out, head, ranks, quiet=as_json, **values)
     if not ranks.leads:
         return
     if run["method"] != TRANSCLIP:
-        text = describe_result(run, out)
+        lines = [describe_result(run, out)]
     else:
-        text = f"{describe_solution(run, out)}\nto look at it: {command_line('report', out)}"
-    session.print_summary(run, text, as_json)
+        lines = [describe_solution(run, out), f"to look at it: {command_line('report', out)}"]
+    with session.collected_warnings({}):
+        found, sorted_lines = sorted_into(sort_into, out, path)
+    session.print_summary({**run, **found}, "\n".join([*lines, *sorted_lines]), as_json)
 
 
 def _solve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transclip_fast.data.texts import ensemble
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.metrics import accuracy
 from transclip_fast.ops.exchange import Exchange
+from transclip_fast.report.sorting import sort_images
 from transclip_fast.store.features import Features
 from transclip_fast.store.results import FILES, TRANSCLIP
 
@@ -176,6 +178,20 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
 def describe_files(out: str) -> str:
     """The files of a result folder, as text."""
     return f"written to {out}: {', '.join(name for name in FILES if (Path(out) / name).is_file())}"
+
+
+def sorted_into(
+    target: str | None, result: str | Path, features: str | Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Sort the images of a result into a folder if there is one; say so in JSON and in text."""
+    if target is None:
+        return {}, []
+    found = sort_images(result, features, target)
+    copied = f", {found.n_copied:,} of them copied from tars" if found.n_copied else ""
+    rejected = f", {found.n_rejected:,} of them rejected" if found.n_rejected else ""
+    images, folders = counted(found.n_images, "image"), counted(found.n_folders, "folder")
+    line = f"{images} sorted into {folders} of {target}{copied}{rejected}"
+    return {"sorted": asdict(found)}, [line]
 
 
 def of_labelled(run: Mapping[str, Any]) -> str:

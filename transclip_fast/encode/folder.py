@@ -205,7 +205,10 @@ def encode_images(
             backbone = models.load_backbone(
                 model, pretrained, torch_device, precision, compiled, identity, allow_hub
             )
-            backbone.weights = weights
+            # Those of a tag may not have been on disk before.
+            backbone.weights = (
+                weights if weights.states else models.watch_weights(model, pretrained)
+            )
             if local_features is not None:
                 backbone.local = LocalEncoder.of(backbone.model, local_features, model)
         if on_sizes is not None and text is not None:

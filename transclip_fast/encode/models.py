@@ -30,11 +30,13 @@ from transclip_fast.encode.patches import LocalEncoder
 from transclip_fast.encode.pixels import RESIZE, Box, Pixels, rgb
 from transclip_fast.encode.weights import (
     WatchedFiles,
+    cached_files,
     checkpoint_files,
     checkpoint_in,
     read_checkpoint,
 )
 from transclip_fast.errors import InputError, one_line
+from transclip_fast.progress_bar import announced
 from transclip_fast.store.arrays import file_sha256
 
 RANDOM = "none"  # pretrained: random weights from a fixed seed
@@ -158,7 +160,7 @@ def load_backbone(
     identity = {**(identity or identify(model, pretrained, precision, compiled))}
     ours = model_folder(model) is not None or (eva.CONFIGS / f"{model}.json").is_file()
     try:
-        with _without_log():
+        with _without_log(), announced(f"loading {origin}"):
             if pretrained in known_tags(model) or (pretrained == RANDOM and not ours):
                 parts = _from_open_clip(model, str(pretrained), identity, precision, device)
             else:
@@ -271,10 +273,14 @@ def _without_log() -> Iterator[None]:
 
 
 def watch_weights(model: str, pretrained: str | None) -> WatchedFiles:
-    """Watch a model folder's configuration and the checkpoint's files; a tag has none."""
+    """Watch a model folder's configuration and the files of its weights, also of a tag's."""
+    import open_clip
+
     folder = model_folder(model)
     files = [] if folder is None else [folder / FOLDER_CONFIG]
-    if pretrained != RANDOM and pretrained not in known_tags(model):
+    if pretrained in known_tags(model):
+        files += cached_files(open_clip.get_pretrained_cfg(model, str(pretrained)))
+    elif pretrained != RANDOM:
         files += checkpoint_files(_weights_file(model, pretrained))
     return WatchedFiles.of(files)
 
@@ -298,7 +304,8 @@ def identify(
         weights, quick_gelu = pretrained, bool(known.get("quick_gelu", False))
     else:
         files = checkpoint_files(_weights_file(model, pretrained))
-        hashes = [file_sha256(file) for file in files]
+        with announced(f"reading {files[0]}"):
+            hashes = [file_sha256(file) for file in files]
         whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
         weights = hashes[0] if len(hashes) == 1 else whole
     return {

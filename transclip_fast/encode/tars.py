@@ -42,6 +42,7 @@ class Sample:
     span: tuple[int, int]  # offset and size of its image in the tar
     label: float | str | None
     refusal: str | None  # why it is no image that can be read
+    suffix: str = ""  # of the image, as ".jpg"
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _sample(
             label = None
     except InputError as error:
         return Sample(key, (0, 0), None, str(error))
-    return Sample(key, image.span, label, None)
+    return Sample(key, image.span, label, None, f".{_suffix(images[0])}")
 
 
 def _suffix(rest: str) -> str:

@@ -20,6 +20,7 @@ from transclip_fast.store.arrays import as_numbers, inside
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.tensors import check_header
 
+SUFFIXES = (".safetensors", ".bin", ".pt")
 INDEX_SUFFIX = ".index.json"
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.", "clip_model.", "clip.")
@@ -109,7 +110,7 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 def checkpoint_in(folder: Path) -> Path:
     """The checkpoint of a folder: one of `FOLDER_CHECKPOINTS`, or the only one there is."""
     found = [name for name in FOLDER_CHECKPOINTS if (folder / name).is_file()] or sorted(
-        file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt")
+        file.name for file in folder.iterdir() if file.suffix in SUFFIXES
     )
     if not found or (len(found) > 1 and found[0] not in FOLDER_CHECKPOINTS):
         raise InputError(
@@ -117,6 +118,20 @@ def checkpoint_in(folder: Path) -> Path:
             f"call the one to load {FOLDER_CHECKPOINTS[0]}"
         )
     return inside(folder, found[0])
+
+
+def cached_files(known: Mapping[str, Any]) -> list[Path]:
+    """The weights of an open_clip tag that are on disk, by what it knows of the tag."""
+    from huggingface_hub import snapshot_download
+
+    found = [Path(known["file"])] if known.get("file") else []
+    if known.get("url"):
+        found.append(Path("~/.cache/clip").expanduser() / os.path.basename(known["url"]))
+    if repository := os.path.split(known.get("hf_hub") or "")[0]:
+        with suppress(OSError, ValueError):  # not in the hub's cache
+            folder = Path(snapshot_download(repository, local_files_only=True))
+            found += [file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES]
+    return [file for file in found if os.path.isfile(file)]
 
 
 def checkpoint_files(path: Path) -> list[Path]:

@@ -16,5 +16,5 @@ COLUMNS = ("confidence", "known")  # of the predictions
 
 def suggested_rows(result: Result, n: int) -> np.ndarray:
     """At most `n` rows of a result whose class was not given, the first to correct first."""
-    rows = np.flatnonzero(~result.known())
+    rows = np.flatnonzero(~result.flags("known"))
     return rows[np.argsort(result.shares("confidence")[rows], kind="stable")[:n]]

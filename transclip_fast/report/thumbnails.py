@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from PIL import Image
 
 from transclip_fast.encode.pixels import decode
 from transclip_fast.encode.sources import Source, open_source
-from transclip_fast.encode.tars import is_tar, read_samples
+from transclip_fast.encode.tars import Sample, is_tar, read_samples
 from transclip_fast.encode.walk import printable
 from transclip_fast.errors import InputError, one_line
 from transclip_fast.parallel import parallel_map
@@ -33,6 +34,7 @@ class Pictures:
     source: Source
     places: Mapping[int, int]
     sizes: Mapping[int, int]  # bytes of each row's image when it was encoded, where known
+    suffixes: Mapping[int, str]  # as ".jpg", of the images in tars that `pictures_of` found
 
     def read(self, row: int, side: int) -> str:
         """A thumbnail of at most `side` x `side` pixels, a JPEG in base64; any error if damaged."""
@@ -58,7 +60,7 @@ def pictures_in(
     source = open_source(images)
     place = {key: k for k, key in enumerate(source.keys)}
     places = {row: place[key] for row, key in keys.items() if key in place}
-    return Pictures(source, places, sizes)
+    return Pictures(source, places, sizes, {})
 
 
 def pictures_of(folder: Path, keys: Mapping[int, str | None]) -> Pictures:
@@ -66,13 +68,17 @@ def pictures_of(folder: Path, keys: Mapping[int, str | None]) -> Pictures:
     rows = sorted(keys)
     paths, sizes = metadata_of(folder, rows)
     spans: dict[int, tuple[int, int] | None] = dict.fromkeys(paths)
-    refusals = {}
-    for tar in {path for path in paths.values() if is_tar(Path(path))}:
-        in_tar, refused = _in_tar(Path(tar))
-        for row in (row for row, path in paths.items() if path == tar):
-            spans[row] = in_tar.get(str(keys[row]), (0, 0))
-            if str(keys[row]) not in in_tar:
+    refusals, suffixes = dict[int, str](), dict[int, str]()
+    tars = {path: _in_tar(Path(path)) for path in {*paths.values()} if is_tar(Path(path))}
+    for row, path in paths.items():
+        if path in tars:
+            in_tar, refused = tars[path]
+            sample = in_tar.get(str(keys[row]))
+            spans[row] = (0, 0) if sample is None else sample.span
+            if sample is None:
                 refusals[row] = refused or "not in its tar any more"
+            else:
+                suffixes[row] = sample.suffix
     places = {row: place for place, row in enumerate(paths)}
     files = [*paths.values()]
     whole = {place: _size(Path(file)) for place, file in enumerate(files)}
@@ -83,7 +89,7 @@ def pictures_of(folder: Path, keys: Mapping[int, str | None]) -> Pictures:
         [spans[row] or (0, whole[place]) for row, place in places.items()],
         refusals={places[row]: why for row, why in refusals.items()},
     )
-    return Pictures(source, places, sizes)
+    return Pictures(source, places, sizes, suffixes)
 
 
 def metadata_of(folder: Path, rows: Sequence[int]) -> tuple[dict[int, str], dict[int, int]]:
@@ -91,7 +97,8 @@ def metadata_of(folder: Path, rows: Sequence[int]) -> tuple[dict[int, str], dict
     paths, sizes, start = dict[int, str](), dict[int, int](), 0
     for file in numbered(folder, "metadata").values():
         table = read_table(file, (*PATHS, *STAMPS))
-        here = [row for row in rows if start <= row < start + table.num_rows]
+        stop = start + table.num_rows
+        here = rows[bisect_left(rows, start) : bisect_left(rows, stop)]
         column = next((name for name in PATHS if name in table.column_names), None)
         part = table.take([row - start for row in here])
         if column is not None:
@@ -99,7 +106,7 @@ def metadata_of(folder: Path, rows: Sequence[int]) -> tuple[dict[int, str], dict
             paths |= {row: path for row, path in found if path is not None}
         if set(STAMPS) <= set(table.column_names):
             sizes |= zip(here, part.column("size").to_pylist(), strict=True)
-        start += table.num_rows
+        start = stop
     return paths, sizes
 
 
@@ -140,13 +147,13 @@ def _reason(error: Exception) -> str:
     return one_line(error) if isinstance(error, InputError) else "damaged"
 
 
-def _in_tar(tar: Path) -> tuple[dict[str, tuple[int, int]], str]:
-    """Offset and size of each sample of a tar by key, or why there are none."""
+def _in_tar(tar: Path) -> tuple[dict[str, Sample], str]:
+    """The samples of a tar by key, or why there are none."""
     try:
         samples = read_samples(tar, Counter())
     except (InputError, OSError) as error:
         return {}, _reason(error)
-    return {printable(f"{tar.name}/{sample.key}"): sample.span for sample in samples}, ""
+    return {printable(f"{tar.name}/{sample.key}"): sample for sample in samples}, ""
 
 
 def _size(file: Path) -> int:

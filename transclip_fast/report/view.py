@@ -107,7 +107,7 @@ class View:
     @functools.cached_property
     def known(self) -> np.ndarray:
         """Whether the class of each row was given."""
-        return self.result.known()
+        return self.result.flags("known")
 
     @functools.cached_property
     def earlier(self) -> np.ndarray | None:
@@ -119,7 +119,9 @@ class View:
         """Rows whose class was given since `before`, or given otherwise."""
         if self.before is None or self.earlier is None:
             return np.zeros(len(self), bool)
-        found: np.ndarray = self.known & (~self.before.known() | (self.labels != self.earlier))
+        found: np.ndarray = self.known & (
+            ~self.before.flags("known") | (self.labels != self.earlier)
+        )
         return found
 
     @functools.cached_property

@@ -10,7 +10,9 @@ import torch
 
 from transclip_fast.errors import InputError
 from transclip_fast.ops.blocks import gemm_rows, read_rows
+from transclip_fast.ops.exchange import Partition
 from transclip_fast.parallel import n_threads
+from transclip_fast.ranks import Ranks
 
 FORMS = ("auto", "dense", "sparse")  # of the assignments
 CGROUP = Path("/sys/fs/cgroup")
@@ -29,6 +31,10 @@ ROW_BYTES = 320
 PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
 SEARCH_ROW_BYTES = 800  # candidates of a row and its lists, and the copies of sorting them
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights and temporaries of computing them
+PART_SUMS = 7  # (K, d) float64: of parts of the rows, on their way up a tree
+START_BYTES = 96  # of a class: the 8 rows that one process is most confident of
+COLUMNS_BYTES = 28  # of a row of any process: labels, zero-shot's, outlier scores; one twice
+HALO_ID_BYTES = 24  # number and place of a row of another process, place of an own one it wants
 
 
 def parse_memory(value: str | int | None) -> int | None:
@@ -53,11 +59,11 @@ def parse_memory(value: str | int | None) -> int | None:
 
 def show_bytes(number: float) -> str:
     """A size as text, "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
         number /= 1024
-    return f"{number:.3g} GiB"
+    return f"{number:.3g} TiB"
 
 
 def resident_bytes() -> int:
@@ -122,17 +128,21 @@ class Size:
     file_bytes : int
         Of features in files; 0 if they are in memory.
     input_bytes : int
-        In memory before a solve: the features, and a prior (N, K).
+        Of features in memory, which every process has whole.
     copied : bool
         Whether features held on the device are a copy of the input.
     linear : bool
-        Whether the prior is that of prototypes.
+        Whether the prior is that of prototypes; otherwise it is (N, K).
     runs : int
         Values of gamma that are tried.
     halved : bool
         Whether held features have a copy in float16.
-    shared : int, optional
-        Most rows of one of the processes that share the N rows; bytes are of those.
+    labelled : int
+        Support and validation rows.
+    known : bool
+        Whether the class of some queries is known.
+    ranks : int
+        Processes that share the rows.
     """
 
     n_rows: int
@@ -145,16 +155,36 @@ class Size:
     linear: bool = True
     runs: int = 1
     halved: bool = False
-    shared: int | None = None
+    labelled: int = 0
+    known: bool = False
+    ranks: int = 1
+
+    @property
+    def partition(self) -> Partition:
+        """How processes share the rows."""
+        return Partition(self.n_rows, Ranks(0, self.ranks))
 
     @property
     def own_rows(self) -> int:
-        """Rows of this process."""
-        return self.n_rows if self.shared is None else self.shared
+        """The most rows of a process."""
+        return self.partition.most_rows
+
+    @property
+    def most_remote(self) -> int:
+        """The most neighbours of an own row that other processes have: both ways, none twice."""
+        return min(self.ranks - 1, 2 * self.n_neighbors)
+
+    @property
+    def host_bytes(self) -> int:
+        """In the memory of a process before a solve."""
+        # A prior (N, K), its logarithm, and the temporaries of computing it.
+        table = 0 if self.linear else 16 * self.own_rows * self.n_classes
+        columns = COLUMNS_BYTES * self.n_rows if self.ranks > 1 else 0
+        return PROCESS_BYTES + self.input_bytes + table + columns
 
     def used(self, device: torch.device) -> int:
         """Bytes in use before a solve: a constant, so that a resumed solve has the same layout."""
-        return PROCESS_BYTES + self.input_bytes if device.type == "cpu" else 0
+        return self.host_bytes if device.type == "cpu" else 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +204,11 @@ class Layout:
     held: bool
 
     def bytes(self, size: Size, device: torch.device) -> dict[str, int]:
-        """The most bytes that each part of a solve takes on the device."""
+        """
+        The most bytes that each part of a solve takes on the device.
+
+        Edges between the rows of several processes are taken to be spread evenly.
+        """
         n, n_classes, d, k = size.own_rows, size.n_classes, size.dim, size.n_neighbors
         # A GPU computes on a block that was read, while two more are on their way.
         workers, reads = (n_threads(), 2) if device.type == "cpu" else (1, 3)
@@ -184,13 +218,21 @@ class Layout:
         if self.candidates is not None:
             kept, lists = 8 * self.candidates, ENTRY_BYTES * self.candidates
         best = kept if size.runs > 1 else 0  # of the runs so far
+        merged = START_BYTES * size.ranks * n_classes + PART_SUMS * 8 * n_classes * d
         return {
             "features": entry * n * d if self.held else 0,
             "graph": n * (12 * k + 8 + 24 * k),  # lists, and both ends of each edge
             "assignments": n * (lists + best + ROW_BYTES),
             "classes": CLASS_MATRICES * 8 * n_classes * d,
             "blocks": reads * read + workers * 4 * gemm_rows(device, n_classes) * (n_classes + d),
+            "halo": size.most_remote * n * (2 * kept + HALO_ID_BYTES),  # z, twice
+            "exchange": self.travelling_bytes(size) + (merged if size.ranks > 1 else 0),
         }
+
+    def travelling_bytes(self, size: Size) -> int:
+        """Bytes of z that leave a process and come to it in a sweep, at most."""
+        kept = 4 * size.n_classes if self.candidates is None else 8 * self.candidates
+        return 2 * size.most_remote * size.own_rows * kept
 
     def search_bytes(self, size: Size, device: torch.device) -> int:
         """Bytes of an approximate neighbour search; an exact one of few rows takes less."""
@@ -242,7 +284,10 @@ def choose_layout(
         layout = Layout(min(kept, size.n_classes), held=False)
     needed = used + sum(layout.bytes(size, device).values())
     if needed > limit:
+        number = _ranks_that_fit(size, layout, device, limit)
         remedy = "allow more, or solve fewer rows at a time"
+        if number is not None:
+            remedy = f"allow more, or share the rows among {number} processes with as much each"
         if form == "dense" and size.n_classes > FEWEST_CANDIDATES:
             remedy = "choose assignments='sparse', or allow more"
         raise InputError(
@@ -256,9 +301,18 @@ def choose_layout(
 
 def _candidates_that_fit(size: Size, device: torch.device, room: int) -> int:
     """The usual number, halved until the lists fit into `room` bytes or it is the fewest."""
-    fixed = sum(Layout(0, held=False).bytes(size, device).values())
-    fits = (room - fixed) // (ENTRY_BYTES * size.own_rows)
+    fixed, one = (sum(Layout(x, held=False).bytes(size, device).values()) for x in (0, 1))
+    fits = (room - fixed) // (one - fixed)
     kept = max(USUAL_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * size.n_rows))
     while kept > FEWEST_CANDIDATES and min(kept, size.n_classes) > fits:
         kept = max(FEWEST_CANDIDATES, kept // 2)  # in steps: a little less memory changes nothing
     return kept
+
+
+def _ranks_that_fit(size: Size, layout: Layout, device: torch.device, limit: int) -> int | None:
+    """The fewest processes to share the rows for which a layout fits, None if none does."""
+    for ranks in range(size.ranks + 1, size.partition.n_parts + 1):
+        shared = replace(size, ranks=ranks)
+        if shared.used(device) + sum(layout.bytes(shared, device).values()) <= limit:
+            return ranks
+    return None

@@ -155,28 +155,28 @@ class Problem:
             return (default_gamma(len(self.support[1]), self.prior.n_classes),)
         return GAMMAS
 
-    def size(self, parameters: Parameters, device: torch.device) -> Size:
-        """The sizes on which memory depends."""
+    def size(self, parameters: Parameters, device: torch.device, ranks: int | None = None) -> Size:
+        """The sizes on which memory depends, by default for the processes that there are."""
         n_rows, dim = self.features.shape
-        shared = None if self.exchange is None else self.exchange.partition.most_rows
-        held_rows = n_rows if shared is None else shared
-        own = held_rows * dim * self.features.dtype.itemsize
-        linear = isinstance(self.prior, LinearPrior)
-        # A prior (N, K), its logarithm, and the temporaries of computing it.
-        table = 0 if linear else 16 * held_rows * self.prior.n_classes
+        if ranks is None:
+            ranks = 1 if self.exchange is None else self.exchange.ranks.size
+        whole = n_rows * dim * self.features.dtype.itemsize
         in_place = isinstance(self.features, torch.Tensor) and is_aligned(self.features)
+        labelled = (rows for rows in (self.support, self.validation) if rows is not None)
         return Size(
             n_rows,
             self.prior.n_classes,
             dim,
             parameters.n_neighbors,
-            file_bytes=own if self.in_file else 0,
-            input_bytes=table if self.in_file else table + own,
+            file_bytes=whole if self.in_file else 0,
+            input_bytes=0 if self.in_file else whole,
             copied=self.in_file or not in_place or device.type != "cpu",
-            linear=linear,
+            linear=isinstance(self.prior, LinearPrior),
             runs=len(self.gammas(parameters)),
             halved=parameters.precision == "float16",
-            shared=shared,
+            labelled=sum(len(labels) for _, labels in labelled),
+            known=self.known is not None,
+            ranks=ranks,
         )
 
     def facts(self, parameters: Parameters) -> dict[str, str]:
@@ -280,9 +280,11 @@ class Settings:
     backend: str
 
     @classmethod
-    def resolve(cls, parameters: Parameters, problem: Problem) -> Settings:
+    def resolve(
+        cls, parameters: Parameters, problem: Problem, ranks: int | None = None
+    ) -> Settings:
         """
-        Resolve the parameters that are None or "auto".
+        Resolve the parameters that are None or "auto", for so many processes if it is a plan.
 
         Raises
         ------
@@ -293,12 +295,11 @@ class Settings:
         parameters.check()
         name = parameters.device
         if problem.exchange is not None:
-            ranks = problem.exchange.ranks
-            check_same(ranks, problem.facts(parameters))
-            name = ranks.device(name)
+            check_same(problem.exchange.ranks, problem.facts(parameters))
+            name = problem.exchange.ranks.device(name)
         device = resolve_device(name)
         layout = choose_layout(
-            problem.size(parameters, device),
+            problem.size(parameters, device, ranks),
             device,
             form=parameters.form,
             candidates=parameters.candidates,

@@ -80,13 +80,13 @@ class Result:
         """How sure each label is, (N,) float64; calibrated, if the result has that."""
         return self.shares(CALIBRATED if self.has(CALIBRATED) else "confidence")
 
-    def known(self) -> np.ndarray:
-        """Whether the class of each row was given, (N,) bool."""
-        if not self.has("known"):
+    def flags(self, name: str) -> np.ndarray:
+        """A column (N,) of bool, all False if it is missing; InputError if it holds others."""
+        if not self.has(name):
             return np.zeros(len(self), bool)
-        column = self._column("known")
+        column = self._column(name)
         if not pa.types.is_boolean(column.type) or column.null_count:
-            raise self._damaged("known")
+            raise self._damaged(name)
         found: np.ndarray = column.to_numpy()
         return found
 

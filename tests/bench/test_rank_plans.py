@@ -1,0 +1,82 @@
+"""The plan of several processes beside what was measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.common import RESULTS
+from bench.rank_tables import projection, used_entries
+from bench.tables import newest
+from transclip_fast import TransCLIP
+from transclip_fast.cli.plan import core_seconds, plan_of_size
+from transclip_fast.cli.traffic import Traffic
+from transclip_fast.solver.layout import Layout, Size
+from transclip_fast.solver.parameters import Parameters
+
+CPU = torch.device("cpu")
+FACTOR = 1.5  # within which a prediction has to hold
+SHAPE = ("queries", "classes", "dim")
+(SHARED,) = newest("ranks", *SHAPE, folder=RESULTS)
+ARMS = {name: arm for name, arm in SHARED["arms"].items() if name != "plain"}
+STREAMED = [
+    (row, size)
+    for row in newest("stream", "classes", "dim", "present", "published", folder=RESULTS)
+    for size in row["sizes"]
+    if row.get("present") is None or row["published"]  # else most classes are left out
+]
+
+
+def planned(ranks):
+    shape = [SHARED[name] for name in SHAPE]
+    return plan_of_size(shape, TransCLIP(memory="16GiB", device="cpu"), None, ranks)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_memory_and_bytes_are_bounds_of_what_was_measured(name):
+    plan, arm = planned(int(name)), ARMS[name]
+    assert sum(plan.layout.bytes(plan.size, CPU).values()) >= arm["peak_bytes"]
+    sent = Traffic.of(plan.size, plan.layout, Parameters()).by_all["all"]
+    assert sent >= arm["sent_bytes"]
+    usual = Traffic.of(plan.size, plan.layout, Parameters(rank=used_entries(SHARED)))
+    assert usual.by_all["all"] <= FACTOR * arm["sent_bytes"]
+    assert usual.by_all["all"] >= arm["sent_bytes"] / FACTOR
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_core_time_of_processes_holds(name):
+    plan = planned(int(name))
+    found = core_seconds(plan.size, plan.layout, Parameters(), CPU)
+    assert 1 / FACTOR <= found / ARMS[name]["median"] <= FACTOR
+
+
+@pytest.mark.parametrize(("row", "measured"), STREAMED)
+def test_core_time_of_a_process_holds(row, measured):
+    queries = row["queries"][row["sizes"].index(measured)]
+    size = Size(queries, row["classes"], row["dim"])
+    layout = Layout(measured["truncation"]["candidates"], held=measured["held"])
+    found = core_seconds(size, layout, Parameters(), CPU)
+    assert (
+        found is None
+        or 1 / FACTOR <= found / (row["machine"]["cores"] * measured["seconds"]) <= FACTOR
+    )
+    assert found is not None or queries < 50_000
+
+
+def test_no_time_is_told_where_nothing_was_measured():
+    shape, layout = Size(10**6, 1000, 512, ranks=4), Layout(32, held=True)
+    assert core_seconds(shape, layout, Parameters(), CPU) > 0
+    assert core_seconds(shape, layout, Parameters(), torch.device("cuda")) is None
+    assert core_seconds(shape, layout, Parameters(inner_iter=1), CPU) is None
+    assert core_seconds(shape, Layout(None, held=True), Parameters(), CPU) is None
+    for size in (Size(10**6, 1000, 768), Size(10**6, 100, 512), Size(10**8, 1000, 512)):
+        assert core_seconds(size, layout, Parameters(), CPU) is None
+
+
+def test_the_projection_is_for_memory_that_suffices():
+    head, _, *lines = projection(RESULTS).splitlines()
+    limits = [float(cell.split("GiB")[0]) for cell in head.split("|")[2:-1]]
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines}
+    used = [float(cell.split()[0]) for cell in cells["memory of the GPU"]]
+    assert all(0 < x <= limit for x, limit in zip(used, limits, strict=True))
+    assert set(cells["images"]) == {" 15,625,216 "}
