@@ -77,6 +77,21 @@ def test_it_fits_and_holds_nothing_but_itself(scheme, width, opened, page_file):
         assert page.locator("#plots svg").count() == 3
 
 
+def test_pictures_stand_in_rows_whatever_their_names(opened, page_file):
+    with opened(page_file) as page:
+        page.evaluate(
+            "document.querySelectorAll('.card .name').forEach((name, k) => {"
+            "name.textContent = k ? 'short' : 'long '.repeat(9); })"
+        )
+        places = page.evaluate(
+            "[...document.querySelectorAll('.card')].map(card => card.querySelector('.picture')"
+            ".getBoundingClientRect()).map(box => [Math.round(box.left), Math.round(box.top)])"
+        )
+        columns = len({left for left, _ in places})
+        assert columns > 1
+        assert len({top for _, top in places}) == -(-len(places) // columns)
+
+
 def test_classes_are_sorted_and_searched(opened, page_file, made_once):
     labels = pq.read_table(made_once.result / "predictions.parquet")["label"].to_pylist()
     sizes = sorted((labels.count(k) for k in range(len(NAMES))), reverse=True)

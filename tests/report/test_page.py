@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib import rc_context
 from PIL import Image
 
 from tests.report.conftest import NAMES, label, make_result
 from transclip_fast.errors import InputError
 from transclip_fast.report import class_table
+from transclip_fast.report.figures import STYLE, steps_plot
 from transclip_fast.report.gallery import galleries
 from transclip_fast.report.page import write_report
 from transclip_fast.report.suggest import suggested_rows
@@ -385,3 +387,13 @@ def test_odd_entries_of_a_run_are_left_out(value, made, tmp_path):
     names = ("objective", "changed", "graph", "seconds", "warnings", "inputs_sha256", "accuracy")
     set_run(made.result, **dict.fromkeys(names, value), features=value)
     assert write_report(made.result, tmp_path / "page.html")["shown"]["typical"]
+
+
+@pytest.mark.parametrize("changed", [[0, 0, 0], [1, 0, 0], [70, 3, 0]])
+def test_labels_changed_are_counted_from_zero(changed):
+    with rc_context(STYLE):
+        plot = steps_plot([-1.0, -2.0, -2.5], changed)
+    ticks = re.findall(r">([^<>]*)</text>", plot)
+    right = [int(tick) for tick in ticks[: ticks.index("labels changed")]]
+    assert right[0] == 0
+    assert max(1, *changed) / 2 <= right[-1] <= max(1, *changed)

@@ -51,14 +51,15 @@ def figures(view: View) -> list[tuple[str, str]]:
     with rc_context(STYLE):
         objective, changed = (numbers(view.run.get(name)) for name in ("objective", "changed"))
         if objective:
-            found.append(("Objective and labels changed, by step", _steps(objective, changed)))
+            found.append(("Objective and labels changed, by step", steps_plot(objective, changed)))
         confidences = _confidences(view.zero_shot_confidence, view.confidence)
         found.append(("Confidence", confidences))
         found.append(("Class sizes, largest first", _sizes(view)))
     return found
 
 
-def _steps(objective: Sequence[float], changed: Sequence[float]) -> str:
+def steps_plot(objective: Sequence[float], changed: Sequence[float]) -> str:
+    """The objective and the number of labels changed in each step, as SVG."""
     figure = Figure(figsize=SIZE, layout="constrained")
     steps = np.arange(1, len(objective) + 1)
     axes = figure.add_subplot()
@@ -72,6 +73,7 @@ def _steps(objective: Sequence[float], changed: Sequence[float]) -> str:
         other.bar(steps, changed, color=BEFORE, alpha=0.45, width=0.7)
         other.set_ylabel("labels changed")
         other.grid(visible=False)
+        other.set_ylim(0, 1.05 * max(1, *changed))  # also where nothing has changed
         other.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_zorder(other.get_zorder() + 1)
         axes.patch.set_visible(False)
