@@ -166,7 +166,7 @@ def _label(suffix: str, file: _File, content: io.BufferedReader) -> Any:
 def _files(tar: Path) -> list[_File]:
     """The files of a tar, each name once."""
     files: dict[str, _File] = {}
-    with open(tar, "rb") as content:
+    with reading(tar), open(tar, "rb") as content:
         for member in _members(tar):
             if member.isdir():
                 continue
