@@ -306,11 +306,14 @@ def kills(folder: Path) -> str:
     """Tabulate killed commands that end in the same bytes."""
     head = ["command", "kills", "runs", "ended in the same bytes"]
     cells, rows = [], []
-    for name in ("encode", "solve"):
+    for name in ("encode", "solve", "ranks"):
         for row in newest(f"kill_{name}", folder=folder):
             rows.append(row)
             numbers = sum(row["kills"]), row["runs"], row["identical"]
-            cells.append([f"`{name}`", *map(str, numbers)])
+            command = f"`{row['options'].get('what', name)}`"
+            if name == "ranks":
+                command += f" on {' or '.join(map(str, row['options']['ranks']))} processes"
+            cells.append([command, *map(str, numbers)])
     return table(head, cells) + "\n\n" + source(rows)
 
 

@@ -2,7 +2,8 @@
 
 One uninterrupted run in its own process, then runs that are killed with SIGKILL at random moments
 until they end; every folder must equal the first one's, byte for byte (without the times and
-memory in run.json).
+memory in run.json). With `solve --ranks 2 3` torchrun starts one of these numbers of processes each
+time; a random one of them is killed, once in a run, and all others must end within 30 seconds.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ from bench.common import command_line, make_problem, record
 RUN = [sys.executable, "-m", "transclip_fast.cli"]
 VARYING = ("seconds", "memory", "warnings")  # of run.json
 EARLIEST, LATEST = 0.1, 0.95  # a kill, as a share of an uninterrupted run
+ENDING_SECONDS = 30  # that ranks may take to end after one of them was killed
 
 
 def digest(folder: Path) -> str:
@@ -41,23 +46,59 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def run_until_done(command: list[str], seconds: float, draw: random.Random) -> int:
-    """Run a command, killing it at random moments until it ends; return the number of kills."""
-    killed = 0
+def run_until_done(
+    command: list[str], ranks: list[int], seconds: float, draw: random.Random
+) -> list[int]:
+    """
+    Run a command, killing it at random moments until it ends; where ranks share it, once.
+
+    Returns the number of ranks each time, which is drawn from `ranks`; 1 without torchrun.
+    """
+    numbers = []
     while True:
+        numbers.append(draw.choice(ranks))
         process = subprocess.Popen(  # noqa: S603
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            launched(command, numbers[-1]),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        last = ranks != [1] and len(numbers) > 1
+        moment = None if last else draw.uniform(EARLIEST, LATEST) * seconds
         try:
-            _, errors = process.communicate(timeout=draw.uniform(EARLIEST, LATEST) * seconds)
+            _, errors = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            killed += 1
+            if numbers[-1] == 1:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+            else:
+                kill_a_rank(process, draw)
             continue
         if process.returncode:
             raise RuntimeError(f"ended with {process.returncode}: {errors}")
-        return killed
+        return numbers
+
+
+def launched(command: list[str], ranks: int) -> list[str]:
+    """Return a command line of this Python as torchrun starts it, unless it is one process."""
+    if ranks == 1:
+        return command
+    python, *arguments = command
+    torchrun = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return [*torchrun, "--master-port", str(free.getsockname()[1]), *arguments]
+
+
+def kill_a_rank(process: subprocess.Popen[str], draw: random.Random) -> None:
+    """Kill one of the processes of torchrun, once there are any; all others must end."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not (ranks := children.read_text().split()):
+        time.sleep(0.05)
+    if process.poll() is None:
+        with suppress(ProcessLookupError):  # it has ended just now
+            os.kill(int(draw.choice(ranks)), signal.SIGKILL)
+    process.communicate(timeout=ENDING_SECONDS)
 
 
 def write_features(queries: int, classes: int, dim: int, folder: Path) -> Path:
@@ -90,27 +131,31 @@ def main() -> int:
     solve.add_argument("--queries", type=int, default=50_000)
     solve.add_argument("--classes", type=int, default=1000)
     solve.add_argument("--dim", type=int, default=256)
+    solve.add_argument("--ranks", type=int, nargs="+", default=[1], help="of torchrun, in turns")
     for kind in (encode, solve):
         kind.add_argument("--kills", type=int, default=20, help="at least")
         kind.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)  # noqa: S311
-    same, kills = 0, list[int]()
+    ranks = getattr(options, "ranks", [1])
+    same, numbers = 0, list[list[int]]()
     with tempfile.TemporaryDirectory() as scratch:
         command = command_of(options, Path(scratch))
         start = time.monotonic()
-        subprocess.run([*command, f"{scratch}/whole"], check=True, capture_output=True)  # noqa: S603
+        whole = launched([*command, f"{scratch}/whole"], max(ranks))
+        subprocess.run(whole, check=True, capture_output=True)  # noqa: S603
         seconds = time.monotonic() - start
         expected = digest(Path(scratch, "whole"))
-        while sum(kills) < options.kills:
-            out = Path(scratch, f"run-{len(kills)}")
-            kills.append(run_until_done([*command, str(out)], seconds, draw))
+        while sum(map(len, numbers)) - len(numbers) < options.kills:
+            out = Path(scratch, f"run-{len(numbers)}")
+            numbers.append(run_until_done([*command, str(out)], ranks, seconds, draw))
             same += digest(out) == expected
-            print(
-                f"run {len(kills)}: {kills[-1]} kills, identical {same} of {len(kills)}", flush=True
-            )
+            done = f"run {len(numbers)}: on {numbers[-1]} processes, the last one whole"
+            print(f"{done}; identical {same} of {len(numbers)}", flush=True)
+    kills = [len(found) - 1 for found in numbers]
     row = {"options": vars(options), "runs": len(kills), "identical": same, "kills": kills}
-    record(f"kill_{options.what}", row | {"seconds": seconds})
+    name = options.what if ranks == [1] else "ranks"
+    record(f"kill_{name}", row | {"seconds": seconds, "numbers": numbers})
     return 0 if same == len(kills) else 1
 
 

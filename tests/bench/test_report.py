@@ -138,3 +138,10 @@ def test_streams_beside_their_plan(tmp_path):
 )
 def test_nearly_all_is_not_all(share, text):
     assert tables.percent(share) == text
+
+
+def test_kills_of_one_of_several_processes_are_told(tmp_path):
+    options = {"what": "solve", "ranks": [2, 3], "kills": 10}
+    row = line(options=options, runs=10, identical=10, kills=[1] * 10, numbers=[[2, 3]] * 10)
+    (tmp_path / "kill_ranks.jsonl").write_text(row + "\n")
+    assert "| `solve` on 2 or 3 processes | 10 | 10 | 10 |" in tables.kills(tmp_path)
