@@ -134,7 +134,8 @@ def started_ranks() -> int:
 @contextmanager
 def joined(*, together: bool = False) -> Iterator[Ranks]:
     """
-    Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+    Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or be of those that
+    this process has joined.
 
     Ranks exchange small JSON messages over gloo; features go through the folder that all of them
     see. If MASTER_ADDR is this machine's loopback address, ranks listen there alone; the store of
@@ -142,6 +143,9 @@ def joined(*, together: bool = False) -> Iterator[Ranks]:
     reached, or one of them ended early when this one needs it; if they work `together`, all others
     then end at once, with one line that names it.
     """
+    if (ranks := current_ranks()) is not None:
+        yield ranks
+        return
     size = started_ranks()
     if size <= 1 and "MASTER_PORT" not in os.environ:
         yield ALONE

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from tests.cli.conftest import contents
+from tests.cli.test_ranks import start
+from transclip_fast.encode import encoder
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.store.features import load_features
 
@@ -83,10 +86,44 @@ def test_synthetic(tiny, succeeds, refused, monkeypatch):
     assert "needs IMAGES and --out" in refused("encode", *tiny)
 
 
-def test_run_is_one_process(images, names, tiny, refused, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    command = ("run", images(), "--classes", names, *tiny, "--out", tmp_path / "out")
-    assert "run is one process" in refused(*command)
+def test_ranks_share_a_run(images, names, tiny, tmp_path):
+    """Also one that has finished, of which the report is written again."""
+    command = "run", images(24), "--classes", names, *tiny, "--workers", 1, "--shard-rows", 5
+    command += "--labels-from-folders", "--device", "cpu", "--csv", "--out"
+    for size in (1, 3):
+        codes, errors = start(size, *command, tmp_path / f"{size}")
+        assert codes == [0] * size, errors
+    (tmp_path / "3/report.html").unlink()
+    assert start(2, *command, tmp_path / "3")[0] == [0, 0]
+    assert (tmp_path / "3/report.html").exists()
+    names = ("graph/neighbors.npy", "graph/similarities.npy", "features/prototypes.npy")
+    names += "result/predictions.parquet", "result/predictions.csv", "result/mixture.safetensors"
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
+    features = [load_features(tmp_path / f"{n}/features").get("image_features") for n in (1, 3)]
+    np.testing.assert_array_equal(features[0][:], features[1][:])
+    folders = [tmp_path / f"3{place}" for place in ("", "/features", "/graph", "/result")]
+    assert [file for folder in folders for file in folder.iterdir() if file.name[0] == "."] == []
+
+
+def test_a_rank_lost_in_an_encode_ends_a_run(images, names, tiny, tmp_path, monkeypatch):
+    """Also where the processes that decode for it have its connections, too."""
+    command = "run", images(24), "--classes", names, *tiny, "--workers", 1, "--shard-rows", 5
+    command += "--device", "cpu", "--out", tmp_path / "out"
+    launch = encoder._launch
+
+    def dies(*arguments):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return launch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "_launch", dies)
+        codes, errors = start(2, *command)
+    assert codes == [2, -signal.SIGKILL]
+    lines = [line for line in errors[0].splitlines() if line.startswith("error")]
+    assert lines == ["error: rank 1 ended early; run the same command again to continue"]
+    assert start(1, *command)[0] == [0]
 
 
 @pytest.mark.parametrize(("precision", "error"), [("bf16", 3e-2), ("fp16", 3e-3)])

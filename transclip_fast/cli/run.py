@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
+from transclip_fast.ranks import ALONE, current_ranks, joined
 from transclip_fast.report.page import write_report
 from transclip_fast.report.sorting import check_target
 from transclip_fast.store.atomic import clean
@@ -78,26 +78,27 @@ def command(
     \f
     After a crash it skips the stages that are done and resumes the one that is not. Where images
     have changed it encodes those that are new or changed, and computes the graph and the labels
-    anew.
+    anew. Started by torchrun, processes that see the same folders share every stage but the report.
     """
     if values["classes"] is None and Path(images).suffix.lower() != ".json":
         raise InputError("run needs --classes: a file of names, or imagenet")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("run is one process; torchrun the `encode` into OUT/features, then run")
     folder = Path(out)
     if sort_into is not None:
         check_target(sort_into, [images, folder / "features", folder / "graph", folder / "result"])
     model = TransCLIP(device=values["device"], memory=memory, class_cost=class_cost)
     planned: list[Plan] = []
-    search = search_of(values, model.n_neighbors)
     encoding = {k: value for k, value in values.items() if k not in SEARCH_OPTIONS}
 
     def print_plan(*shape: int) -> None:
-        planned.append(plan_of_size(shape, model, search.planned))
-        if not as_json:
+        planned.append(plan_of_size(shape, model, search.planned, ranks.size))
+        if ranks.leads and not as_json:
             session.say(planned[0].line())
 
-    with session.collected_warnings({}) as warnings:
+    with (
+        joined(together=True) as ranks,
+        session.collected_warnings({}, shown=ranks.leads) as warnings,
+    ):
+        search = search_of(values, model.n_neighbors)
         with encode_progress() as progress:
             encoded = encode_images(
                 images, folder / "features", progress=progress, on_sizes=print_plan, **encoding
@@ -107,7 +108,10 @@ def command(
         again = options.given_options(str(folder / "result"), SOLVE_OPTIONS)
         output = Output(csv=csv, options=[*again], warnings=warnings)
         quiet = as_json or bool(planned)
-        solve_summary, solve_text = solve_folder(folder, model, search, stages, output, quiet=quiet)
+        solve_summary = solve_folder(folder, model, search, stages, output, quiet=quiet)
+        if not ranks.leads:
+            return
+        solve_text = describe_folder(folder, solve_summary)
         page = write_report(folder / "result", folder / REPORT)
         found, lines = sorted_into(sort_into, folder / "result", folder / "features")
     summary = {
@@ -133,29 +137,38 @@ def solve_folder(
     output: Output | None = None,
     *,
     quiet: bool = True,
-) -> tuple[dict[str, Any], str]:
+) -> dict[str, Any]:
     """
-    Solve folder/features into folder/graph and folder/result; run.json, and the same as text.
+    Solve folder/features into folder/graph and folder/result; run.json, as of `solve_features`.
 
     `stages` has the time of what went before, and receives that of what is done now.
     """
+    ranks = current_ranks() or ALONE
     stages, output = stages or session.Stages(), output or Output()
     features = load_features(folder / "features")
     result = folder / "result"
     run = _finished_run(result, features, model)
-    if run is None or (output.csv and not (result / CSV_FILE).is_file()):
+    finished = run is not None and (not output.csv or (result / CSV_FILE).is_file())
+    kept = all(ranks.all_gather(finished))
+    if run is None or not kept:
         search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
         graph = kept_graph(folder / "graph", features, search, stages)
         found = {"option": "--graph", "file": options.path_from(str(result), str(folder / "graph"))}
         output = replace(output, options=[found, *output.options])
-        run = solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
-    else:
+        return solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
+    if ranks.leads:
         clean(folder / "graph", search_leftovers(folder / "graph"))
         clean(result, solve_leftovers(str(result)))
-    text = describe_solution(run, str(result))
+    return run
+
+
+def describe_folder(folder: Path, run: dict[str, Any]) -> str:
+    """The run.json of `solve_folder` as text, with the evaluation where there are labels."""
+    result = str(folder / "result")
+    text = describe_solution(run, result)
     if run["accuracy"] is not None:
-        text = f"{text}\n\n{describe_evaluation(evaluate_result(str(result)))}"
-    return run, text
+        text = f"{text}\n\n{describe_evaluation(evaluate_result(result))}"
+    return text
 
 
 def _finished_run(result: Path, features: Features, model: TransCLIP) -> dict[str, Any] | None:
