@@ -274,6 +274,22 @@ def test_images_that_are_gone_are_named(photos, backbone, tmp_path):
     assert load_features(tmp_path / "out").keys == ["50.bmp", "60.bmp"]
 
 
+def test_another_folder_of_images_does_not_replace_the_features(photos, backbone, tmp_path):
+    """As where a command is given again with a wrong IMAGES or --out: hours of work would go."""
+    encode(photos, backbone, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(photos / "00.bmp", other / "new.bmp")
+    message = r"out: has features of 7 other images, such as 00\.bmp, and of none of these; name"
+    with pytest.raises(InputError, match=message):
+        encode(other, backbone, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    shutil.copy(photos / "60.bmp", other / "60.bmp")
+    with pytest.warns(UserWarning, match="lose their rows: 6"):
+        assert encode(other, backbone, tmp_path / "out").n_rows == 2
+
+
 def test_the_keys_of_a_list_do_not_name_files(photos, backbone, tmp_path, seen):
     """Bitmaps of one size, unpacked in one second, numbered anew when one is added in front."""
     files = sorted(photos.iterdir())

@@ -100,6 +100,16 @@ def test_two_images_of_one_name_are_kept_apart(images, tmp_path):
     assert sorted(names) == ["X (2).PNG", "x (1) (3).png", "x (1).png", "x.b", "x.png"]
 
 
+def test_a_name_that_is_no_utf_8(images, tmp_path):
+    folder = images(2)
+    name = os.fsencode(folder) + b"/cat/\xe9t\xe9.png"
+    os.rename(folder / "cat/000.png", name)
+    made = label(folder, tmp_path)
+    found = sort_images(made.result, made.folder / "features", tmp_path / "sorted")
+    assert found.n_images == 2
+    assert {os.fsencode(target) for target in tree(tmp_path / "sorted").values()} > {name}
+
+
 def test_images_of_tars_are_copied(images, tmp_path):
     source = images(2)
     first, second = ((source / key).read_bytes() for key in ("cat/000.png", "dog/001.png"))

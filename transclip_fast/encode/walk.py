@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.errors import InputError
 
+ESCAPE = re.compile(rb"\\x([89a-f][0-9a-f])")  # of a byte that is not UTF-8
 NO_SUFFIX = "no suffix"
 SHOWN = 8  # kinds of files that are left out, the most frequent; links to folders
 
@@ -72,6 +74,15 @@ def _leads_back(folder: str) -> bool:
 
 def _unreadable(error: OSError) -> None:
     raise InputError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def path_of(shown: str) -> str:
+    """The path that `printable` shows so: with the escapes as bytes, if there is such a file."""
+    if ESCAPE.search(os.fsencode(shown)) and not os.path.lexists(shown):
+        unescaped = ESCAPE.sub(lambda byte: bytes([int(byte[1], 16)]), os.fsencode(shown))
+        if os.path.lexists(unescaped):
+            return os.fsdecode(unescaped)
+    return shown
 
 
 def printable(name: str) -> str:

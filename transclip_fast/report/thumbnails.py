@@ -15,7 +15,7 @@ from PIL import Image
 from transclip_fast.encode.pixels import decode
 from transclip_fast.encode.sources import Source, open_source
 from transclip_fast.encode.tars import Sample, is_tar, read_samples
-from transclip_fast.encode.walk import printable
+from transclip_fast.encode.walk import path_of, printable
 from transclip_fast.errors import InputError, one_line
 from transclip_fast.parallel import parallel_map
 from transclip_fast.store.arrays import read_table
@@ -103,7 +103,7 @@ def metadata_of(folder: Path, rows: Sequence[int]) -> tuple[dict[int, str], dict
         part = table.take([row - start for row in here])
         if column is not None:
             found = zip(here, part.column(column).to_pylist(), strict=True)
-            paths |= {row: path for row, path in found if path is not None}
+            paths |= {row: path_of(path) for row, path in found if path is not None}
         if set(STAMPS) <= set(table.column_names):
             sizes |= zip(here, part.column("size").to_pylist(), strict=True)
         start = stop

@@ -266,7 +266,23 @@ class FeatureWriter:
         for number, entry in [*entries, *self._records()]:
             if self._has_files(number, entry):
                 self._count(number, entry, begun.get("source") == self.config["source"])
+        self._check_source()
         self._list_records()
+
+    def _check_source(self) -> None:
+        """Refuse a source without a single image of the folder, which would lose all its rows."""
+        keys = list[str]()
+        for number, entry in self.stale.items():
+            if "metadata_sha256" in entry:  # else all of its images failed
+                stored = read_table(self.folder / METADATA.format(number), ("key",))
+                keys += stored["key"].to_pylist()
+                if len(self.table.absent(stored)) < len({*stored["key"].to_pylist()}):
+                    return
+        if keys and not self.shards:
+            raise InputError(
+                f"{self.folder}: has features of {len(keys):,} other images, such as {keys[0]}, "
+                "and of none of these; name a new folder"
+            )
 
     def _records(self) -> list[tuple[int, dict[str, Any]]]:
         """Number and entry of the shards that were written but are not in the manifest yet."""
