@@ -6,10 +6,12 @@ import importlib
 import logging
 import os
 import sys
+from difflib import get_close_matches
 from typing import Any
 
 import click
 
+from transclip_fast.cli.libraries import broken_library, describe_broken
 from transclip_fast.errors import InputError, one_line, printable
 from transclip_fast.version import __version__
 
@@ -68,6 +70,15 @@ class _Commands(click.Group):
             with formatter.section(title):
                 formatter.write_dl(list(commands.items()))
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            nearest = get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            ctx.fail(f"No such command {printable(args[0])!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
@@ -103,14 +114,21 @@ def _cli(context: click.Context) -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input, or a disk that fails, is one line and exit code 2."""
+    """Run the command line; bad input, a broken library or disk is one line and exit code 2."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of its caches
     try:
         _cli(prog_name="transclip-fast")
     except InputError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(2)
-    except OSError as error:  # any call can meet it, and it is no mistake of the program
+    except (ImportError, RuntimeError, OSError) as error:  # no mistake of the program
+        library = broken_library(error)
+        if library is not None:
+            text = f"{describe_broken(library, error)}; `transclip-fast doctor` checks all of them"
+            click.echo(f"error: {printable(text)}", err=True)
+            sys.exit(2)
+        if not isinstance(error, OSError):  # which any call can meet
+            raise
         what, reason = error.filename or "a file", error.strerror or one_line(error)
         text = printable(f"{what}: cannot be read or written ({reason})")
         click.echo(f"error: {text}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import click
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.libraries import DISTRIBUTIONS, describe_broken
 from transclip_fast.errors import InputError
 from transclip_fast.graph.faiss_index import (
     avx2_kernels,
@@ -18,8 +20,6 @@ from transclip_fast.graph.faiss_index import (
     check_products,
     old_kernel,
 )
-
-IMPORTED = (("numba", "numba"), ("torchvision", "torchvision"), ("open_clip", "open_clip_torch"))
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def command(as_json: bool) -> None:
     Example:
       transclip-fast doctor
     """
-    findings = [check_torch(), check_faiss(), *(check_import(*names) for names in IMPORTED)]
+    numba = check_import("numba", DISTRIBUTIONS["numba"])
+    findings = [check_torch(), check_faiss(), numba, *check_open_clip()]
     versions = session.versions()
     summary = {"versions": versions, "findings": [asdict(finding) for finding in findings]}
     lines = [f"{name} {version}" for name, version in versions.items()]
@@ -102,6 +103,15 @@ def check_import(module: str, distribution: str) -> Finding:
         importlib.import_module(module)
         return Finding(module, True, f"{distribution} {metadata.version(distribution)}")
     except (ImportError, RuntimeError, OSError) as error:  # torchvision: unknown operators
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        message = f"cannot be imported ({reason}); reinstall {distribution} to match this torch"
+        _, _, message = describe_broken(module, error).partition(": ")
         return Finding(module, False, message)
+
+
+def check_open_clip() -> Iterator[Finding]:
+    """torchvision, and open_clip, which is not to blame where torchvision cannot be imported."""
+    first = check_import("torchvision", DISTRIBUTIONS["torchvision"])
+    yield first
+    if first.ok:
+        yield check_import("open_clip", DISTRIBUTIONS["open_clip"])
+    else:
+        yield Finding("open_clip", False, "needs torchvision; repair that first")

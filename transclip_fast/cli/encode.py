@@ -65,12 +65,13 @@ TYPES: dict[str, Any] = {
 def encode_option(name: str, *, optional: bool = False) -> Callable[..., Any]:
     """A parameter of `encode_images`, with its default; an `optional` one may be left out."""
     default = inspect.signature(encode_images).parameters[name].default
-    required = default is inspect.Parameter.empty and not optional
+    needed = default is inspect.Parameter.empty
+    # click takes any default of a required option, even None, for its value.
+    settings = {"required": not optional} if needed else {"default": default}
     return click.option(
         "--compile" if name == "compiled" else flag_of(name),
         name,
-        required=required,
-        default=None if default is inspect.Parameter.empty else default,
+        **settings,
         is_flag=default is False,
         type=TYPES.get(name),
         help=ENCODE[name],

@@ -1,0 +1,138 @@
+"""The command line used wrongly: what click and `main` say before a command begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+import pytest
+from PIL import Image
+
+from transclip_fast import cli as command_line
+
+
+def commands(command: click.Command, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command below a command, with the words that call it."""
+    if not isinstance(command, click.Group):
+        yield path, command
+        return
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        below = command.get_command(context, name)
+        assert below is not None
+        yield from commands(below, *path, name)
+
+
+def test_what_is_required_and_left_out_is_named(cli):
+    tried = 0
+    for path, command in commands(command_line._cli):
+        needed = [parameter for parameter in command.params if parameter.required]
+        for missing in needed:
+            words = {
+                parameter: [parameter.opts[0], "x"] if parameter.opts[0][0] == "-" else ["x"]
+                for parameter in needed
+                if parameter is not missing
+            }
+            ran = cli(*path, *(word for pair in words.values() for word in pair))
+            *_, last = ran.err.splitlines()
+            assert (ran.code, ran.out) == (2, ""), (path, missing)
+            what, name = last.removeprefix("Error: Missing ").split()[:2]
+            assert what == missing.param_type_name
+            if what == "option":
+                assert name == f"'{missing.opts[0]}'."
+            tried += 1
+    assert tried > len(command_line.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("solv", "solve"), ("evalute", "evaluate"), ("train_head", "train-head"), ("xyz", None)],
+)
+def test_a_command_that_is_none(word, meant, cli):
+    ran = cli(word)
+    assert (ran.code, ran.out) == (2, "")
+    hint = f" Did you mean {meant}?" if meant else ""
+    assert ran.err.endswith(f"Error: No such command '{word}'.{hint}\n")
+
+
+BROKEN = {  # a module's file that fails, and what the line says of it
+    "torchvision": (
+        'raise RuntimeError("operator torchvision::nms does not exist")',
+        "torchvision: cannot be imported (operator torchvision::nms does not exist); torch and "
+        "torchvision must come from one index: pip install --force-reinstall torch torchvision",
+    ),
+    "open_clip": (
+        'raise OSError("libfoo.so: cannot open shared object file")',
+        "open_clip: cannot be imported (libfoo.so: cannot open shared object file); reinstall it: "
+        "pip install --force-reinstall --no-deps open_clip_torch",
+    ),
+}
+BROKEN["open_clip "] = (
+    "import gone_elsewhere",
+    "open_clip: cannot be imported (No module named 'gone_elsewhere'); install what it needs: pip "
+    "install gone_elsewhere",
+)
+
+
+@pytest.fixture
+def broken(monkeypatch, tmp_path):
+    """Put a file in a library's place, which is not imported yet."""
+
+    def install(library, text):
+        folder = tmp_path / "libraries"
+        folder.mkdir()
+        (folder / f"{library}.py").write_text(text)
+        monkeypatch.syspath_prepend(folder)
+        for name in [*command_line.sys.modules]:
+            if name.partition(".")[0] in ("torchvision", "open_clip"):
+                monkeypatch.delitem(command_line.sys.modules, name)
+        monkeypatch.delitem(command_line.sys.modules, "transclip_fast.demo.model", raising=False)
+        monkeypatch.delitem(command_line.sys.modules, "transclip_fast.cli.demo", raising=False)
+
+    return install
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "demo --out out",
+        "run photos --classes names.txt --model RN50 --out out",
+        "encode photos --model RN50 --out out",
+        "convert x.pt --model RN50 --out y.safetensors",
+    ],
+)
+def test_a_library_that_cannot_be_imported(words, case, broken, cli, tmp_path, monkeypatch):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "x.pt").write_bytes(b"x")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 7)).save(tmp_path / "photos" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    text, expected = BROKEN[case]
+    broken(case.strip(), text)
+    ran = cli(*words.split())
+    assert ran.code == 2
+    assert ran.err.startswith(f"error: {expected}")
+    assert ran.err.endswith("; `transclip-fast doctor` checks all of them\n")
+    assert ran.err.count("\n") == 1
+
+
+def test_errors_of_the_program_stay_errors(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(command_line, "_cli", fail)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        command_line.main()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_doctor_blames_the_library_that_is_broken(case, broken, cli):
+    text, expected = BROKEN[case]
+    broken(case.strip(), text)
+    ran = cli("doctor")
+    problems = [line for line in ran.out.splitlines() if line.startswith("PROBLEM")]
+    assert ran.code == 1
+    assert problems[0].startswith(f"PROBLEM  {expected}")
+    after = ["PROBLEM  open_clip: needs torchvision; repair that first"]
+    assert problems[1:] == (after if case == "torchvision" else [])
