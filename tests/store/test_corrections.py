@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.corrections import (
-    corrected,
-    guarded,
-    label_texts,
-    read_corrections,
-    unguarded,
-)
+from transclip_fast.store.corrections import corrected, label_texts, read_corrections
+from transclip_fast.store.tables import guarded, unguarded
 
 HOSTILE = [
     "=cmd()",
@@ -73,6 +68,13 @@ def test_rows_without_keys_are_named_by_number(tmp_path):
     assert read_corrections(file, ["a", "a", "b"], NAMES, 3) == {2: 1, 0: 0}
 
 
+def test_a_row_with_its_key(tmp_path):
+    """A key beside a number is checked where the row has one; of one key the number tells rows."""
+    rows = [("2", "twin", "dog"), ("0", " a", "cat"), ("3", "any", "7"), ("1", "", "cat")]
+    file = write(tmp_path / "c.csv", rows, ("row", "key", "label"))
+    assert read_corrections(file, ["a", "twin", "twin", None], NAMES, 4) == {2: 1, 0: 0, 3: 4, 1: 0}
+
+
 def test_texts_of_classes_with_one_name(tmp_path):
     """Classes that share a name are called by position, unless that is a name, too."""
     names = ["crane", "kite", "crane", "0"]
@@ -98,6 +100,7 @@ def test_texts_of_classes_with_one_name(tmp_path):
         ([("15", "cat")], ("row", "label"), "'15' is no row"),
         ([("-1", "cat")], ("row", "label"), "'-1' is no row"),
         ([("twin", "cat")], ("key", "label"), "'twin' is the key of several rows"),
+        ([("1", "@x", "cat")], ("row", "key", "label"), "key '@x' for row 1, whose key is \"'=cmd"),
     ],
 )
 def test_refused(rows, head, message, tmp_path):

@@ -67,9 +67,53 @@ def test_keys_tell_the_rows(column, tmp_path):
     lines = [f"{key},{TEXTS[row]}" for key, row in zip(decomposed, known, strict=True)]
     (tmp_path / "y.csv").write_text("\n".join([f"{column},label", *lines]), encoding="utf-8")
     assert read(tmp_path / "y.csv", KEYS) == WANTED
-    # Without keys of the rows their order counts.
-    expected = [WANTED[row] for row in known]
-    assert read(tmp_path / "y.csv") == read(tmp_path / "y.csv", [None, *KEYS[1:]]) == expected
+    # A row without a key, which no line can name, has no label.
+    assert read(tmp_path / "y.csv", [*KEYS, None], 6) == [*WANTED, -1]
+
+
+@pytest.mark.parametrize("rows", [(None, 4), ([None] * 4, 4), (None, None)])
+def test_keys_of_rows_without_keys_are_refused(rows, tmp_path):
+    (tmp_path / "y.csv").write_text("key,label\nd,0\nb,1\nc,2\na,0\n")
+    with pytest.raises(InputError, match=r"keys such as 'd', but the rows have none; name them by"):
+        read(tmp_path / "y.csv", *rows)
+    (tmp_path / "y.csv").write_text("key,label\n3,0\n1,1\n2,2\n4,0\n")  # counted from 1
+    with pytest.raises(InputError, match="the rows have none"):
+        read(tmp_path / "y.csv", *rows)
+    (tmp_path / "y.csv").write_text("key,label\n3,0\n1,1\n1,1\n0,0\n2,2\n")
+    with pytest.raises(InputError, match="the rows have none"):
+        read(tmp_path / "y.csv", *rows)
+
+
+@pytest.mark.parametrize("rows", [(None, 4), ([None] * 4, 4), (None, None)])
+def test_keys_that_number_the_rows(rows, tmp_path):
+    (tmp_path / "y.csv").write_text("key,label\n3,dog\n1,cat\n0,café\n2,dog\n", "utf-8")
+    assert read(tmp_path / "y.csv", *rows) == [1, 0, 2, 2]
+    table = {"key": [3, 1, 0, 2], "label": [2, 0, 1, 2]}
+    pq.write_table(pa.table(table), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet", *rows) == [1, 0, 2, 2]
+
+
+def test_a_key_column_without_keys(tmp_path):
+    table = {"key": pa.nulls(3, pa.string()), "label": [2, 0, 1]}
+    pq.write_table(pa.table(table), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet", None, 3) == read(tmp_path / "y.parquet") == [2, 0, 1]
+
+
+def test_a_key_of_several_rows_is_refused(tmp_path):
+    (tmp_path / "y.csv").write_text("key,label\na,1\ntwin,2\n")
+    with pytest.raises(InputError, match="'twin' is the key of several rows; name a row by its"):
+        read(tmp_path / "y.csv", ["twin", "a", "twin"], 3)
+    assert read(tmp_path / "y.csv", ["a", "b", "twin"], 3) == [1, -1, 2]
+    (tmp_path / "y.csv").write_text("row,key,label\n2,twin,2\n1,a,1\n")
+    assert read(tmp_path / "y.csv", ["twin", "a", "twin"], 3) == [-1, 1, 2]
+
+
+def test_keys_in_two_unicode_forms(tmp_path):
+    forms = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    (tmp_path / "y.csv").write_text(f"key,label\n{forms[1]},1\n{forms[0]},2\n", "utf-8")
+    assert read(tmp_path / "y.csv", forms) == [2, 1]
+    with pytest.raises(InputError, match="key of several rows"):
+        read(tmp_path / "y.csv", [forms[1]] * 2)
 
 
 @pytest.mark.parametrize("keys", [None, [None] * 5, KEYS])
@@ -82,10 +126,34 @@ def test_a_column_row_tells_the_rows(keys, tmp_path):
     assert read(tmp_path / "y.parquet", keys, 5) == [2, -1, -1, 1, 0]
 
 
-def test_keys_go_before_row_numbers(tmp_path):
-    (tmp_path / "y.csv").write_text("row,key,label\n0,b,dog\n1,a,cat\n")
-    assert read(tmp_path / "y.csv", ["a", "b"], 2) == [0, 2]
-    assert read(tmp_path / "y.csv", None, 2) == [2, 0]
+def test_a_row_and_its_key_agree(tmp_path):
+    (tmp_path / "y.csv").write_text("row,key,label\n1,b,dog\n0,,cat\n2,'-c,dog\n")
+    assert read(tmp_path / "y.csv", ["a", "b", "-c"], 3) == [0, 2, 2]
+    assert read(tmp_path / "y.csv", None, 3) == read(tmp_path / "y.csv") == [0, 2, 2]
+    with pytest.raises(InputError, match="the key 'b' for row 1, whose key is 'a'; leave out"):
+        read(tmp_path / "y.csv", ["b", "a", "-c"], 3)
+
+
+def test_rows_of_arrays_that_have_no_count_are_all_numbered(tmp_path):
+    """As of a support, where each row has a label."""
+    (tmp_path / "y.csv").write_text("row,label\n2,dog\n0,cat\n1,dog\n")
+    assert read(tmp_path / "y.csv") == [0, 2, 2]
+    (tmp_path / "y.csv").write_text("row,label\n3,dog\n0,cat\n1,dog\n")
+    with pytest.raises(InputError, match="'3' is no row; they are 0 .. 2"):
+        read(tmp_path / "y.csv")
+
+
+@pytest.mark.parametrize("start", ["", "label\n"])
+def test_last_rows_without_a_label(start, tmp_path):
+    """An empty line is a row without one; empty lines after the last row are none."""
+    file = tmp_path / ("y.csv" if start else "y.txt")
+    for text in ("2\n0\n\n\n", "2\n0\n\n\n\n\n"):
+        file.write_text(start + text)
+        assert read(file, None, 4) == [2, 0, -1, -1]
+    file.write_text(start + "2\n0\n\n1\n\n\n")
+    assert read(file, None, 4) == read(file) == [2, 0, -1, 1]
+    file.write_text(start + "2\n0\n\n")
+    assert len(read(file, None, 4)) == 3  # and refused by its length
 
 
 def test_a_key_without_label_in_parquet(tmp_path):
@@ -110,7 +178,8 @@ def test_keys_of_no_row_are_counted(tmp_path):
         ("y.csv", "key,label\na,1,2\n", "line 2 has 3 values"),
         ("y.csv", "row,label\n1,1\n2,0\n", "'2' is no row; they are 0 .. 1"),
         ("y.csv", "row,label\na.jpg,1\n", "'a.jpg' is no row"),
-        ("y.csv", "row,label\n1,1\n1,0\n", "1 is there with two labels"),
+        ("y.csv", "row,label\n1,1\n1,0\n", "row 1 is there twice"),
+        ("y.csv", "row,label\n1,1\n1,1\n", "row 1 is there twice"),
         ("y.csv", "label, label\na,1\n", "several columns 'label'"),
         ("y.parquet", "nonsense", "cannot be read as a table"),
         ("y.txt", b"\xff", "UTF-8"),

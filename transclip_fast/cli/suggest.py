@@ -13,8 +13,8 @@ from transclip_fast.cli.session import command_line, counted
 from transclip_fast.errors import InputError
 from transclip_fast.report import suggest
 from transclip_fast.store.atomic import writing
-from transclip_fast.store.corrections import guarded
 from transclip_fast.store.results import load_result
+from transclip_fast.store.tables import guarded
 from transclip_fast.whole_files import new_file
 
 COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_label_name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
+from typing import Any
 
 
 def plain_name(name: str) -> str:
@@ -26,10 +27,14 @@ def first_difference(names: Sequence[str], others: Sequence[str]) -> int | None:
     return None
 
 
+def positions(texts: Iterable[Any]) -> dict[Any, int | None]:
+    """The position of each text; None where several are equal."""
+    found: dict[Any, int | None] = {}
+    for k, text in enumerate(texts):
+        found[text] = None if text in found else k
+    return found
+
+
 def positions_by_name(names: Iterable[str]) -> dict[str, int | None]:
     """The position of each plain name; None where several names are one."""
-    positions: dict[str, int | None] = {}
-    for k, name in enumerate(names):
-        plain = plain_name(name)
-        positions[plain] = None if plain in positions else k
-    return positions
+    return positions(map(plain_name, names))

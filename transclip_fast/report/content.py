@@ -23,10 +23,10 @@ from transclip_fast.report.view import (
     opinions,
     solved_features,
 )
-from transclip_fast.store.corrections import GUARDED
 from transclip_fast.store.feature_writer import FAILURES
 from transclip_fast.store.features import Features
 from transclip_fast.store.results import TRANSCLIP
+from transclip_fast.store.tables import GUARDED
 
 NEIGHBORS = 6  # of an image that are shown
 SIDE, NEIGHBOR_SIDE = 160, 80  # pixels of a thumbnail

@@ -10,27 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from transclip_fast.data.labels import WHOLE
-from transclip_fast.data.names import plain_name, positions_by_name
+from transclip_fast.data.names import plain_name, positions, positions_by_name
 from transclip_fast.errors import InputError
-from transclip_fast.store.tables import KEY, LABEL, PATH, ROW, read_columns, row_number
-
-GUARDED = "=+-@\t\r'"  # starts of texts that a ' goes before
-COLUMNS = {"key": (*KEY, *PATH), "row": ROW, "label": LABEL}
-
-
-def guarded(text: str) -> str:
-    """A text as it is written into a cell; `unguarded` is its inverse."""
-    return f"'{text}" if text.startswith(tuple(GUARDED)) else text
-
-
-def unguarded(text: str) -> str:
-    """The text that a cell holds; one that nobody guarded is taken as it is."""
-    return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
+from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
+from transclip_fast.store.tables import LABEL, read_columns, unguarded
 
 
 def label_texts(
@@ -42,17 +29,17 @@ def label_texts(
 
     None of a class that neither would tell from the others.
     """
-    positions = [str(k) for k in range(n_classes)]
+    numbers = [str(k) for k in range(n_classes)]
     if names is None:
-        return [*positions]
-    single = _exact(names)
+        return [*numbers]
+    single = positions(names)
     return [
         name
         if single[name] is not None and name.strip() and len(name[:longest]) == len(name)
         else None
         if number in single
         else number
-        for name, number in zip(names, positions, strict=True)
+        for name, number in zip(names, numbers, strict=True)
     ]
 
 
@@ -62,8 +49,8 @@ def read_corrections(
     """
     The class of each row in a .csv or .parquet table of corrections; none where a label is empty.
 
-    Rows are named by a column `key` (or `path`), and if they have no keys by their numbers in a
-    column `row`. A label is the name of a class; or its position, if no class has that name.
+    Rows are named by a column `key` (or `path`), by their numbers in a column `row`, or by both, as
+    in `rows_of_lines`. A label is the name of a class; or its position, if no class has that name.
 
     Raises
     ------
@@ -72,51 +59,37 @@ def read_corrections(
         be two; a row with two labels.
     """
     path = Path(path)
-    columns, _ = read_columns(path, COLUMNS, "label", exact=True)
-    labels = [None if x is None else unguarded(str(x)) for x in columns["label"]]
-    row_of, class_of = _row_finder(path, columns, keys, n_rows), _class_finder(path, names)
+    columns, _ = read_columns(path, {**COLUMNS, "label": LABEL}, "label", exact=True)
+    texts = {
+        name: ["" if cell is None else unguarded(str(cell)) for cell in cells]
+        for name, cells in columns.items()
+    }
+    filled = [line for line, label in enumerate(texts["label"]) if label.strip()]
+    if not filled:
+        raise InputError(f"{path}: corrects nothing; give a label in one of its lines")
+    told = {name: [texts[name][line] for line in filled] for name in COLUMNS if name in texts}
+    if "row" not in told and not ("key" in told and has_keys(keys)):
+        column, why = "key", ""
+        if not has_keys(keys):
+            column, why = "row", ", and the features have no keys; name their rows in a column row"
+        raise InputError(f"{path}: has no column {column!r}{why}")
+    class_of = _class_finder(path, names)
     found: dict[int, int] = {}
-    for line, label in enumerate(labels):
-        if label is None or not label.strip():
-            continue
-        row, k = row_of(line), class_of(label)
+    for line, row in zip(filled, rows_of_lines(path, told, keys, n_rows), strict=True):
+        if row is None:
+            example = next(key for key in keys or () if key is not None)
+            raise InputError(
+                f"{path}: {texts['key'][line]!r} is the key of no row, as {example!r} is of one"
+            )
+        k = class_of(texts["label"][line])
         if found.setdefault(row, k) != k:
             raise InputError(f"{path}: corrects row {row} twice, to different classes; keep one")
-    if not found:
-        raise InputError(f"{path}: corrects nothing; give a label in one of its lines")
     return found
-
-
-def _row_finder(
-    path: Path, columns: Mapping[str, Sequence[Any]], keys: Sequence[str | None] | None, n_rows: int
-) -> Callable[[int], int]:
-    """Return a function from a line of the table to the row that it names."""
-    keyed = keys is not None and None not in keys
-    if keys is not None and keyed and "key" in columns:
-        by_key = _exact(keys)
-
-        def by_name(line: int) -> int:
-            key = columns["key"][line]
-            key = "" if key is None else unguarded(str(key))
-            key = key if key in by_key else key.strip()
-            if key not in by_key:
-                raise InputError(f"{path}: {key!r} is the key of no row, as {keys[0]!r} is of one")
-            return _only(by_key[key], f"{path}: {key!r} is the key of several rows; name a row")
-
-        return by_name
-    if "row" not in columns:
-        why = "" if keyed else ", and the features have no keys; name their rows in a column row"
-        raise InputError(f"{path}: has no column {'key' if keyed else 'row'!r}{why}")
-
-    def by_number(line: int) -> int:
-        return row_number(path, columns["row"][line], n_rows)
-
-    return by_number
 
 
 def _class_finder(path: Path, names: Sequence[str] | None) -> Callable[[str], int]:
     """Return a function from a label to the class that it means."""
-    exact, plain = _exact(names or ()), positions_by_name(names or ())
+    exact, plain = positions(names or ()), positions_by_name(names or ())
 
     def find(label: str) -> int:
         stripped = label.strip()
@@ -136,14 +109,6 @@ def _only(place: int | None, several: str) -> int:
     if place is None:
         raise InputError(several)
     return place
-
-
-def _exact(texts: Sequence[Any]) -> dict[Any, int | None]:
-    """The place of each text; None where there are several."""
-    places: dict[Any, int | None] = {}
-    for place, text in enumerate(texts):
-        places[text] = None if text in places else place
-    return places
 
 
 def corrected(known: np.ndarray, corrections: Mapping[int, int]) -> np.ndarray:

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transclip_fast.data.labels import label_positions
+from transclip_fast.data.labels import WHOLE, label_positions
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import SUFFIXES, read_array
+from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
 from transclip_fast.store.names import as_names
-from transclip_fast.store.tables import (
-    KEY,
-    LABEL,
-    PATH,
-    ROW,
-    TABLE_SUFFIXES,
-    read_columns,
-    row_number,
-)
+from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
 
 TEXT_SUFFIX = ".txt"
-COLUMNS = {"label": LABEL, "key": (*KEY, *PATH), "row": ROW}
 
 
 def read_labels(
@@ -41,7 +32,9 @@ def read_labels(
     |---|---|
     | .npy, .npz, .pt, .safetensors | the array `name` or the only one |
     | .csv, .parquet | the column `label`; a column `key`, `path` or `row` tells the rows |
-    | .txt | one a line, an empty one where there is none |
+    | .txt | one a line, an empty one where there is none; further empty ones may follow |
+
+    Where no column tells the rows, labels are those of all rows in their order.
 
     Parameters
     ----------
@@ -49,11 +42,11 @@ def read_labels(
     name : str
         Of the array.
     keys : sequence of str (N,), optional
-        Of the rows. Labels with a key go to the row that has it, in any order; rows that the file
-        does not have get no label.
+        Of the rows. Labels with a key or a row number go to the row that has it, in any order; rows
+        that the file does not have get no label. Where rows have no keys, those of a file must be
+        the numbers of all rows.
     n_rows : int, optional
-        N, where the rows are numbered: without keys on either side, labels go to their number in a
-        column `row`; without that, too, they are those of all rows in their order.
+        N; by default the number of keys, and without them of the table's labels.
 
     Returns
     -------
@@ -63,28 +56,31 @@ def read_labels(
     Raises
     ------
     InputError
-        A file that cannot be read or has no labels; keys or numbers of no row, or twice with
-        two labels.
+        A file that cannot be read or has no labels; keys that are no row's or several rows', or
+        rows that have none; numbers of no row, or twice; two labels of one key.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix == TEXT_SUFFIX:
         with reading(path, "cannot be read as UTF-8 text", "write it again"):
-            lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        while len(lines) > (n_rows or 0) and not lines[-1].strip():
+            lines.pop()
         return as_array([line.strip() for line in lines], str(path))
     if suffix in SUFFIXES:
         return read_array(path, name)
     if suffix not in TABLE_SUFFIXES:
         kinds = ", ".join((*SUFFIXES, *TABLE_SUFFIXES, TEXT_SUFFIX))
         raise InputError(f"{path}: labels are read from {kinds}")
-    columns, _ = read_columns(path, COLUMNS, "label")
-    labels = columns["label"]
-    if "key" in columns and keys is not None and None not in keys:
-        labels = _by_key(path, columns["key"], labels, keys)
-    elif "row" in columns and n_rows is not None:
-        rows = [row_number(path, row, n_rows) for row in columns["row"]]
-        by_row = _each_once(path, rows, labels)
-        labels = [by_row.get(row) for row in range(n_rows)]
+    wanted = {**COLUMNS, "label": LABEL}
+    columns, _ = read_columns(path, wanted, "label", n_rows=n_rows or 0)
+    labels = columns.pop("label")
+    if not has_keys(columns.get("key")):
+        columns.pop("key", None)
+    if columns:
+        if n_rows is None:
+            n_rows = len(labels if keys is None else keys)
+        labels = _placed(path, columns, labels, keys, n_rows)
     return as_array(labels, str(path))
 
 
@@ -105,35 +101,61 @@ def as_array(labels: Sequence[Any] | np.ndarray, origin: str) -> np.ndarray:
         return np.array([np.nan if label is None else label for label in labels])
 
 
-def _by_key(
-    path: Path, given: Sequence[Any], labels: Sequence[Any], keys: Sequence[str | None]
+def _placed(
+    path: Path,
+    columns: Mapping[str, Sequence[Any]],
+    labels: Sequence[Any],
+    keys: Sequence[str | None] | None,
+    n_rows: int,
 ) -> list[Any]:
-    """The label of each of `keys`, None where the file does not have it."""
-    found = _each_once(path, [*map(_plain_key, given)], labels)
-    rows = [_plain_key(key) for key in keys]
-    missing = found.keys() - set(rows)
-    if len(missing) == len(found):
+    """The label of each row, None where the file, whose `columns` tell the rows, has none."""
+    by_key = "row" not in columns
+    if by_key and not has_keys(keys) and not _are_all_rows(columns["key"], n_rows):
         raise InputError(
-            f"{path}: none of its keys is a row's, e.g. {given[0]!r}; rows have keys such as "
-            f"{keys[0]!r}"
+            f"{path}: names rows by keys such as {columns['key'][0]!r}, but the rows have none; "
+            "name them by number in a column row, or leave the keys out if labels are in the order "
+            "of the rows"
         )
-    if missing:
-        warnings.warn(
-            f"{path}: {len(missing)} of {len(found)} keys are no row's, e.g. {min(missing)!r}",
-            stacklevel=2,
+    found: dict[int | None, Any] = {}
+    rows = rows_of_lines(path, columns, keys, n_rows)
+    for line, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        known = None if label != label else label  # NaN
+        if row is None:
+            continue
+        if row in found and not by_key:
+            raise InputError(f"{path}: row {row} is there twice")
+        if found.get(row, known) != known:
+            raise InputError(f"{path}: {columns['key'][line]!r} is there with two labels")
+        found[row] = known
+    if by_key:
+        _check_found(path, columns["key"], rows, keys)
+    return [found.get(row) for row in range(n_rows)]
+
+
+def _are_all_rows(keys: Sequence[Any], n_rows: int) -> bool:
+    """Whether keys are the numbers of all rows, each once."""
+    numbers = {int(match[1]) for key in keys if (match := WHOLE.fullmatch(str(key)))}
+    return len(keys) == n_rows and numbers == {*range(n_rows)}
+
+
+def _check_found(
+    path: Path,
+    named: Sequence[Any],
+    rows: Sequence[int | None],
+    keys: Sequence[str | None] | None,
+) -> None:
+    """Warn of keys that are no row's; InputError if all are."""
+    missing = {str(key) for key, row in zip(named, rows, strict=True) if row is None}
+    if not missing:
+        return
+    if all(row is None for row in rows):
+        example = next(key for key in keys or () if key is not None)
+        raise InputError(
+            f"{path}: none of its keys is a row's, e.g. {named[0]!r}; rows have keys such as "
+            f"{example!r}"
         )
-    return [found.get(key) for key in rows]
-
-
-def _each_once(path: Path, places: Sequence[Any], labels: Sequence[Any]) -> dict[Any, Any]:
-    """The label of each place, None for NaN; InputError if one has two."""
-    found: dict[Any, Any] = {}
-    for place, label in zip(places, labels, strict=True):
-        known = None if label != label else label
-        if found.setdefault(place, known) != known:
-            raise InputError(f"{path}: {place!r} is there with two labels")
-    return found
-
-
-def _plain_key(key: Any) -> str:
-    return unicodedata.normalize("NFC", str(key))
+    warnings.warn(
+        f"{path}: {len(missing)} of {len(set(map(str, named)))} keys are no row's, e.g. "
+        f"{min(missing)!r}",
+        stacklevel=2,
+    )

@@ -9,17 +9,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from transclip_fast.data.labels import WHOLE
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import read_table
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 # The names of columns, best first; case, spaces around them and a plural do not matter.
 KEY, PATH, ROW, LABEL = ("key",), ("path",), ("row",), ("label",)
+GUARDED = "=+-@\t\r'"  # starts of texts that a ' goes before
 
 
 def read_columns(
-    path: Path, wanted: Mapping[str, Sequence[str]], needed: str, *, exact: bool = False
+    path: Path,
+    wanted: Mapping[str, Sequence[str]],
+    needed: str,
+    *,
+    exact: bool = False,
+    n_rows: int = 0,
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """
     Some columns of a table, and the names of the others.
@@ -35,6 +40,8 @@ def read_columns(
         The names in the file of each column, best first.
     needed : str
         The column without which the file is of no use.
+    n_rows : int
+        Empty lines that end a .csv of one column are values up to this number of rows.
 
     Raises
     ------
@@ -44,7 +51,7 @@ def read_columns(
     """
     with reading(path, failure := "cannot be read as a table"):
         csv_file = path.suffix.lower() == ".csv"
-        table = _read_csv(path, exact) if csv_file else read_table(path, failure=failure)
+        table = _read_csv(path, exact, n_rows) if csv_file else read_table(path, failure=failure)
         chosen = {
             name: column
             for name, names in wanted.items()
@@ -74,24 +81,26 @@ def find_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str
     return None
 
 
-def row_number(path: Path, value: Any, n_rows: int) -> int:
-    """The row that a cell of a column `row` names; InputError if there is none."""
-    number = WHOLE.fullmatch(str(value).strip())
-    if not number or int(number[1]) >= n_rows:
-        raise InputError(f"{path}: {str(value).strip()!r} is no row; they are 0 .. {n_rows - 1}")
-    return int(number[1])
+def guarded(text: str) -> str:
+    """A text as it is written into a cell; `unguarded` is its inverse."""
+    return f"'{text}" if text.startswith(tuple(GUARDED)) else text
+
+
+def unguarded(text: str) -> str:
+    """The text that a cell holds; one that nobody guarded is taken as it is."""
+    return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
 
 
 def _singular(name: str) -> str:
     return name.casefold().removesuffix("s")
 
 
-def _read_csv(path: Path, exact: bool) -> pa.Table:
+def _read_csv(path: Path, exact: bool, n_rows: int) -> pa.Table:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, skipinitialspace=not exact, strict=True)
         header = next(reader, [])
         rows = [(reader.line_num, row) for row in reader]
-    while rows and not rows[-1][1]:
+    while len(rows) > n_rows and not rows[-1][1]:
         rows.pop()
     columns: list[list[str]] = [[] for _ in header]
     for line, row in rows:
