@@ -306,8 +306,9 @@ def kills(folder: Path) -> str:
     """Tabulate killed commands that end in the same bytes."""
     head = ["command", "kills", "runs", "ended in the same bytes"]
     cells, rows = [], []
-    for name in ("encode", "solve", "ranks"):
-        for row in newest(f"kill_{name}", folder=folder):
+    keys: dict[str, tuple[str, ...]] = {"encode": (), "graph": (), "solve": (), "ranks": ("what",)}
+    for name, key in keys.items():
+        for row in newest(f"kill_{name}", *key, folder=folder):
             rows.append(row)
             numbers = sum(row["kills"]), row["runs"], row["identical"]
             command = f"`{row['options'].get('what', name)}`"

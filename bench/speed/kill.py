@@ -2,8 +2,9 @@
 
 One uninterrupted run in its own process, then runs that are killed with SIGKILL at random moments
 until they end; every folder must equal the first one's, byte for byte (without the times and
-memory in run.json). With `solve --ranks 2 3` torchrun starts one of these numbers of processes each
-time; a random one of them is killed, once in a run, and all others must end within 30 seconds.
+memory in run.json and manifest.json). With `--ranks 2 3` torchrun starts one of these numbers of
+processes each time; a random one of them is killed, once in a run, and all others must end within
+30 seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from bench.common import command_line, make_problem, record
 
 RUN = [sys.executable, "-m", "transclip_fast.cli"]
-VARYING = ("seconds", "memory", "warnings")  # of run.json
+VARYING = ("seconds", "memory", "warnings")  # of run.json, or of a graph's manifest.json
 EARLIEST, LATEST = 0.1, 0.95  # a kill, as a share of an uninterrupted run
 ENDING_SECONDS = 30  # that ranks may take to end after one of them was killed
 
@@ -38,7 +39,7 @@ def digest(folder: Path) -> str:
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             content = file.read_bytes()
-            if file.name == "run.json":
+            if file.name in ("run.json", "manifest.json"):
                 run = json.loads(content)
                 content = json.dumps({x: run[x] for x in run if x not in VARYING}).encode()
             total.update(f"{file.relative_to(folder)}\0".encode())
@@ -110,13 +111,13 @@ def write_features(queries: int, classes: int, dim: int, folder: Path) -> Path:
 
 
 def command_of(options: argparse.Namespace, scratch: Path) -> list[str]:
-    """Return the command line of `encode` or `solve` without the folder behind its `--out`."""
+    """Return the command line of `encode`, `graph` or `solve`, but for the folder of `--out`."""
     if options.what == "encode":
         command = [*RUN, "encode", options.images, "--model", options.model]
         command += ["--pretrained", "none", "--batch-size", "2"]
         return [*command, "--shard-rows", str(options.shard_rows), "--out"]
     features = write_features(options.queries, options.classes, options.dim, scratch)
-    return [*RUN, "solve", str(features), "--out"]
+    return [*RUN, options.what, str(features), "--out"]
 
 
 def main() -> int:
@@ -127,12 +128,13 @@ def main() -> int:
     encode.add_argument("images")
     encode.add_argument("--model", default="ViT-B-32")
     encode.add_argument("--shard-rows", type=int, default=4)
-    solve = kinds.add_parser("solve")
-    solve.add_argument("--queries", type=int, default=50_000)
-    solve.add_argument("--classes", type=int, default=1000)
-    solve.add_argument("--dim", type=int, default=256)
-    solve.add_argument("--ranks", type=int, nargs="+", default=[1], help="of torchrun, in turns")
-    for kind in (encode, solve):
+    graph, solve = kinds.add_parser("graph"), kinds.add_parser("solve")
+    for kind in (graph, solve):
+        kind.add_argument("--queries", type=int, default=50_000)
+        kind.add_argument("--classes", type=int, default=1000)
+        kind.add_argument("--dim", type=int, default=256)
+        kind.add_argument("--ranks", type=int, nargs="+", default=[1], help="drawn each time")
+    for kind in (encode, graph, solve):
         kind.add_argument("--kills", type=int, default=20, help="at least")
         kind.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -153,7 +155,13 @@ def main() -> int:
             done = f"run {len(numbers)}: on {numbers[-1]} processes, the last one whole"
             print(f"{done}; identical {same} of {len(numbers)}", flush=True)
     kills = [len(found) - 1 for found in numbers]
-    row = {"options": vars(options), "runs": len(kills), "identical": same, "kills": kills}
+    row = {
+        "what": options.what,
+        "options": vars(options),
+        "runs": len(kills),
+        "identical": same,
+        "kills": kills,
+    }
     name = options.what if ranks == [1] else "ranks"
     record(f"kill_{name}", row | {"seconds": seconds, "numbers": numbers})
     return 0 if same == len(kills) else 1

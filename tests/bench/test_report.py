@@ -141,7 +141,10 @@ def test_nearly_all_is_not_all(share, text):
 
 
 def test_kills_of_one_of_several_processes_are_told(tmp_path):
-    options = {"what": "solve", "ranks": [2, 3], "kills": 10}
-    row = line(options=options, runs=10, identical=10, kills=[1] * 10, numbers=[[2, 3]] * 10)
-    (tmp_path / "kill_ranks.jsonl").write_text(row + "\n")
-    assert "| `solve` on 2 or 3 processes | 10 | 10 | 10 |" in tables.kills(tmp_path)
+    rows = []
+    for what in ("graph", "solve"):
+        options = {"what": what, "ranks": [2, 3], "kills": 10}
+        rows.append(line(what=what, options=options, runs=10, identical=10, kills=[1] * 10))
+    (tmp_path / "kill_ranks.jsonl").write_text("\n".join(rows) + "\n")
+    for what in ("graph", "solve"):
+        assert f"| `{what}` on 2 or 3 processes | 10 | 10 | 10 |" in tables.kills(tmp_path)

@@ -151,9 +151,9 @@ def test_of_ranks(succeeds):
     assert float(sent.split()[-2]) == pytest.approx(
         shared["traffic"]["by_rank"]["all"] / 2e9, rel=1e-2
     )
-    searched, for_all = (plan_of(succeeds, *shape, "--ranks", x)["stages"][1] for x in (4, 1))
-    assert searched["work"] == for_all["work"]  # one rank searches for all
-    assert searched["host"] >= for_all["host"]
+    searched, whole = (plan_of(succeeds, *shape, "--ranks", x)["stages"][1] for x in (4, 1))
+    assert whole["work"] / 4 <= searched["work"] < whole["work"] / 3.5
+    assert searched["host"] < whole["host"] - 200_000 * 512
 
 
 def test_of_gpus_that_are_elsewhere(succeeds, refused):

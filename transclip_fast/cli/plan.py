@@ -157,8 +157,8 @@ def command(
       transclip-fast plan --queries 10000000 --classes 21000 --dim 1024 --memory 32GiB
       transclip-fast plan features --ranks 4 --network 1GB/s
     \f
-    With --ranks memory, disk and work are those of the rank that has most, but of the search, which
-    one rank makes for all. What ranks send is an upper bound, where all neighbours of a row are on
+    With --ranks memory, disk and work are those of the rank that has most. What ranks send in a
+    solve, without the search of a graph, is an upper bound, where all neighbours of a row are on
     other ranks and edges are spread evenly. A GPU that is planned for without FEATURES need not be
     here if --memory tells what it has.
     """
@@ -251,7 +251,7 @@ def make_plan(
 ) -> Plan:
     """Plan a solve that is laid out; `search` finds the neighbours, None if there is a graph."""
     if search == "auto":
-        search = choose_search(size.n_rows, device, layout.held)
+        search = choose_search(size.n_rows, device, layout.held and size.ranks == 1)
     steps = parameters.max_iter + 1
     passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
     if parameters.class_cost is not False:  # the start may read them once more
@@ -295,9 +295,8 @@ def _stages(
     checks = (CHECK_PASSES - 1) * size.file_bytes + own_files
     stages = [stage("load", 0, checks, 0)]
     if search is not None:
-        work, lists = 2.0 * d * _search_products(n, search), 12 * n * size.n_neighbors
-        alone = layout.search_bytes(replace(size, ranks=1), device)
-        stages.append(stage("graph", work, lists, alone))
+        work, lists = 2.0 * d * _search_products(n, search) * own / n, 12 * own * size.n_neighbors
+        stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
     work = 2.0 * own * n_classes * d * (steps + 1) * size.runs
     saved = size.runs * steps * own * row_bytes
     stages.append(stage("solve", work, read + saved, solving, travelling))

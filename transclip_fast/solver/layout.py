@@ -237,6 +237,8 @@ class Layout:
     def search_bytes(self, size: Size, device: torch.device) -> int:
         """Bytes of an approximate neighbour search; an exact one of few rows takes less."""
         features = self.bytes(size, device)["features"]
+        if size.ranks > 1 and not size.file_bytes:  # a process reads rows of all from its memory
+            features += 4 * size.n_rows * size.dim
         index = size.dim * (4 if self.held and device.type == "cpu" else 2)
         return features + (SEARCH_ROW_BYTES + index) * size.own_rows
 
