@@ -76,6 +76,31 @@ def test_rows_of_another_model(solved, save, refused, tmp_path):
     assert "new.npz: image_features: has 30 columns, expected 33" in message
 
 
+def test_rows_of_another_model_of_the_same_dimension(folder, succeeds, refused, tmp_path):
+    def with_config(name, config):
+        shutil.copytree(folder, tmp_path / name)
+        file = tmp_path / name / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"config": config}))
+        return tmp_path / name
+
+    own = {"model": "ViT-B-32", "weights": "openai", "quick_gelu": True}
+    succeeds("solve", with_config("own", own), "--out", tmp_path / "result")
+    assert json.loads((tmp_path / "result" / "run.json").read_text())["encoder"] == own
+    other = with_config("other", own | {"weights": "laion2b"})
+    message = refused("predict", tmp_path / "result", other, "--out", tmp_path / "more")
+    assert "result: is of ViT-B-32 (openai, QuickGELU), " in message
+    assert "other was encoded with ViT-B-32 (laion2b, QuickGELU); encode both with" in message
+    # An entry that one of them does not have is no difference.
+    earlier = {"model": "ViT-B-32", "weights": "openai"}
+    for name, config in {"same": own, "unknown": {}, "earlier": earlier}.items():
+        file = with_config(name, config)
+        succeeds("predict", tmp_path / "result", file, "--out", tmp_path / f"of-{name}")
+    run = json.loads((tmp_path / "result" / "run.json").read_text())
+    del run["encoder"]  # as earlier versions wrote it
+    (tmp_path / "result" / "run.json").write_text(json.dumps(run))
+    succeeds("predict", tmp_path / "result", other, "--out", tmp_path / "of-earlier-result")
+
+
 def remove(name):
     return lambda folder: (folder / name).unlink()
 

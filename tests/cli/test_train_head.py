@@ -187,9 +187,10 @@ def test_folders_of_splits(backbone, digits, done, refused, tmp_path):
     content["config"]["weights"] = "0" * 64
     manifest.write_text(json.dumps(content))
     message = refused("solve", tmp_path / "sets/test", "--head", head, "--out", tmp_path / "more")
-    assert "is for features of demo (" in message
+    assert "coop.safetensors: is of demo (" in message
+    assert "sets/test was encoded with demo (000000000000); encode both" in message
     message = refused(*args, 4, "--out", head)
-    assert "sets/train: was not encoded with the model of" in message
+    assert "sets/train: is of demo (" in message
     (tmp_path / "sets/train").rename(tmp_path / "train")
     given = []
     for name in ("support_features", "support_labels"):

@@ -24,7 +24,7 @@ from transclip_fast.heads.files import SUFFIX, StoredHead, read_head
 from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
-from transclip_fast.store.features import LOCAL, Features, describe_encoder
+from transclip_fast.store.features import LOCAL, Features, check_encoder
 
 LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
 PRIORS = ("prior", "prior_logits", "prototypes")
@@ -111,11 +111,7 @@ def _check_stored(file: str, stored: StoredHead, features: Features, model: Tran
             f"{file}: is for {d} dimensions, {features.path} has {features.dim}; encode with the "
             "model that it is for"
         )
-    if None not in (stored.encoder, features.encoder) and stored.encoder != features.encoder:
-        raise InputError(
-            f"{file}: is for features of {describe_encoder(stored.encoder)}, {features.path} was "
-            f"encoded with {describe_encoder(features.encoder)}"
-        )
+    check_encoder(file, stored.encoder, features)
     texts = features.get("text_features")
     known = len(prompt_texts(texts)[0]) if texts is not None else n_classes
     if known != n_classes:

@@ -20,7 +20,7 @@ from transclip_fast.solver.loop import predict
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.store import results
 from transclip_fast.store.atomic import new_folder, writing
-from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.features import Features, check_encoder, load_features
 from transclip_fast.store.json_text import value_of
 from transclip_fast.store.linear_maps import map_features
 
@@ -68,6 +68,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         arrays = {name: values[name] for name in ("prior", "prior_logits", "labels")}
         n_classes, dim = mixture.means.shape
         features = load_features(path, arrays, shots=0, n_classes=n_classes)
+        check_encoder(result, solved["encoder"], features)
         map_features(features, image=values["image_map"])
         _check_map(features, solved, result)
         _check_class_names(features, solved, result, values["labels"])

@@ -48,6 +48,7 @@ def run_summary(
         "n_flipped": int((labels != zero_shot).sum()),
         "size_changes": size_changes(labels, zero_shot, means_shape[0]),
         "inputs_sha256": features.inputs_sha256(),
+        "encoder": features.encoder,
         "maps": features.maps,
         "class_names": features.class_names,
         "versions": session.versions(),

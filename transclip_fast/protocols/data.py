@@ -23,7 +23,7 @@ from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import ensemble
 from transclip_fast.heads.task import Labelled
 from transclip_fast.solver.parameters import Parameters
-from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.features import Features, check_encoder, load_features
 
 POOLS = {"train": "support", "val": "validation"}  # of a folder of splits
 SPLIT_ARRAYS = ("image_features", "labels", "local_features")
@@ -250,8 +250,7 @@ def load_splits(
         if not os.path.isdir(path / split) or f"{use}_features" in replaced:
             continue
         part = load_features(path / split, local=local)
-        if part.encoder != features.encoder:
-            raise InputError(f"{path / split}: was not encoded with the model of {path / 'test'}")
+        check_encoder(path / split, part.encoder, features)
         if (
             part.class_names
             and named

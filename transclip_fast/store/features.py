@@ -227,6 +227,18 @@ def describe_encoder(encoder: Mapping[str, Any] | None) -> str:
     return f"{model[:12] if len(model) == SHA256_DIGITS else model} ({weights[:12]}{gelu})"
 
 
+def check_encoder(
+    source: str | Path, encoder: Mapping[str, Any] | None, features: Features
+) -> None:
+    """Raise InputError if `source` is of an encoder, and features are of another."""
+    own, known = features.encoder or {}, encoder or {}
+    if any(own[name] != known[name] for name in own.keys() & known.keys()):
+        raise InputError(
+            f"{source}: is of {describe_encoder(known)}, {features.path} was encoded with "
+            f"{describe_encoder(own)}; encode both with one model"
+        )
+
+
 def _replace(features: Features, name: str, file: Path) -> None:
     """Take one array, or the class names, from a file of its own."""
     rows, arrays = features.get("image_features"), features.arrays

@@ -261,7 +261,10 @@ def load_result(path: str | Path, columns: Sequence[str] | None = None) -> Resul
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """run.json of a result folder, with `n_classes`, `class_names` (or None) and `config`."""
+    """
+    run.json of a result folder, with `n_classes`, `config`, and `class_names` and `encoder` (or
+    None).
+    """
     folder = Path(path)
     if not os.path.isfile(folder / "run.json"):
         raise InputError(f"{path}: is not a result folder (no run.json); name one that solve wrote")
@@ -271,6 +274,8 @@ def load_run(path: str | Path) -> dict[str, Any]:
     if type(run.get("n_classes")) is not int or not isinstance(run.get("config"), dict):
         raise InputError(f"{file}: has no n_classes or config; solve again")
     n_classes = value_of(run, "n_classes", int, file, minimum=1)
+    run.setdefault("encoder", None)  # of earlier versions: none
+    value_of(run, "encoder", (dict, type(None)), file)
     maps = run.setdefault("maps", {})  # of earlier versions: none
     if not isinstance(maps, dict) or not all(isinstance(value, str) for value in maps.values()):
         raise InputError(f"{file}: maps are damaged; solve again")
