@@ -93,7 +93,8 @@ def test_rows_without_a_label_do_not_count(missing, arrays, named, save, succeed
     given = tmp_path / ("y.csv" if isinstance(missing, str) else "y.parquet")
     if isinstance(missing, str):
         values = [NAMES[k] if row else missing for k, row in zip(labels, known, strict=True)]
-        given.write_text("n,label\n" + "".join(f"0,{value}\n" for value in values))
+        lines = [f"{row},{value}\n" for row, value in enumerate(values)]
+        given.write_text("".join(["row,label\n", *lines]))
     else:
         values = [int(k) if row else missing for k, row in zip(labels, known, strict=True)]
         pq.write_table(pa.table({"label": values}), given)

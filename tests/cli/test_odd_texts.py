@@ -45,7 +45,10 @@ TABLES = {
     + [(kind, "--class-names", 6) for kind in TABLES],
 )
 def test_tables(kind, option, n_rows, solve, tmp_path):
-    pq.write_table(TABLES[kind](n_rows), tmp_path / "x.parquet")
+    table = TABLES[kind](n_rows)
+    if option == "--labels" and "name" in table.column_names:
+        table = table.drop_columns(["name"])  # of which there would be a warning
+    pq.write_table(table, tmp_path / "x.parquet")
     assert "x.parquet" in solve(option, tmp_path / "x.parquet")
 
 

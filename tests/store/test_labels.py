@@ -30,8 +30,7 @@ def read(file, *of_rows):
         ("y.txt", "2\n0\n\n1\n0"),
         ("y.csv", "label\n" + "\n".join(TEXTS)),
         ("y.csv", "label\n2.0\n0.0\n\n1.0\n0.0\n\n"),
-        ("y.csv", "Labels,note\n2,a\n0,b\n,c\n1,d\n0,\n"),
-        ("y.csv", "id, label\n5, dog\n6, cat\n7, \n8, café\n9, cat\n"),
+        ("y.csv", " Labels \n2\n0\n\n1\n0\n"),
     ],
 )
 def test_text_files(file, content, tmp_path):
@@ -39,9 +38,23 @@ def test_text_files(file, content, tmp_path):
     assert read(tmp_path / file) == WANTED
 
 
+@pytest.mark.parametrize(
+    ("content", "unread"),
+    [
+        ("Labels,note\n2,a\n0,b\n,c\n1,d\n0,\n", "note"),
+        ("id, label\n5, dog\n6, cat\n7, \n8, café\n9, cat\n", "id"),
+    ],
+)
+def test_labels_in_their_order_beside_what_might_tell_the_rows(content, unread, tmp_path):
+    (tmp_path / "y.csv").write_text(content, encoding="utf-8")
+    message = rf"y\.csv: labels go to the rows in their order; not read: {unread}$"
+    with pytest.warns(UserWarning, match=message):
+        assert read(tmp_path / "y.csv", None, 5) == WANTED
+
+
 @pytest.mark.parametrize("labels", [[2, 0, None, 1, 0], [text or None for text in TEXTS]])
 def test_parquet(labels, tmp_path):
-    pq.write_table(pa.table({"x": [0.0] * 5, "labels": labels}), tmp_path / "y.parquet")
+    pq.write_table(pa.table({"labels": labels}), tmp_path / "y.parquet")
     assert read(tmp_path / "y.parquet") == WANTED
 
 

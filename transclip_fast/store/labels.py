@@ -73,7 +73,7 @@ def read_labels(
         kinds = ", ".join((*SUFFIXES, *TABLE_SUFFIXES, TEXT_SUFFIX))
         raise InputError(f"{path}: labels are read from {kinds}")
     wanted = {**COLUMNS, "label": LABEL}
-    columns, _ = read_columns(path, wanted, "label", n_rows=n_rows or 0)
+    columns, others = read_columns(path, wanted, "label", n_rows=n_rows or 0)
     labels = columns.pop("label")
     if not has_keys(columns.get("key")):
         columns.pop("key", None)
@@ -81,6 +81,9 @@ def read_labels(
         if n_rows is None:
             n_rows = len(labels if keys is None else keys)
         labels = _placed(path, columns, labels, keys, n_rows)
+    elif others:
+        shown = f"labels go to the rows in their order; not read: {', '.join(others)}"
+        warnings.warn(f"{path}: {shown}", stacklevel=2)
     return as_array(labels, str(path))
 
 
