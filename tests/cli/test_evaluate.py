@@ -28,6 +28,7 @@ def test_numbers(solved, arrays, succeeds):
     assert summary["broken"] == ((labels != truth) & (zero_shot == truth)).sum()
     assert summary["per_class"] == [list(row) for row in scores.per_class]
     assert summary["warnings"] == []
+    assert summary["known_labels"] is None
 
 
 def test_labels_from_a_file(save, arrays, succeeds, refused, tmp_path):
@@ -39,6 +40,28 @@ def test_labels_from_a_file(save, arrays, succeeds, refused, tmp_path):
     given = json.loads(succeeds("evaluate", result, "--labels", tmp_path / "labels.npy", "--json"))
     right = table_of(result)["label"].to_numpy() == truth
     assert given["accuracy"] == round(100 * right.mean(), 4)
+
+
+def test_rows_labelled_by_hand_are_told_apart(save, arrays, succeeds, tmp_path):
+    """The accuracy of all rows counts what was given as right; that of the others does not."""
+    truth = arrays.pop("labels")
+    known = np.where(np.arange(77) % 3 == 0, truth, -1)
+    np.save(tmp_path / "labels.npy", truth)
+    result = tmp_path / "result"
+    succeeds("solve", save(arrays | {"known_labels": known}), "--out", result)
+    command = ("evaluate", result, "--labels", tmp_path / "labels.npy")
+    table, others = table_of(result), known < 0
+    before, after = (
+        100 * (table[name].to_numpy()[others] == truth[others]).mean()
+        for name in ("zero_shot_label", "label")
+    )
+    assert json.loads(succeeds(*command, "--json"))["known_labels"] == {
+        "n_known": 26,
+        "accuracy_of_others": pytest.approx(after, abs=1e-4),
+        "zero_shot_accuracy_of_others": pytest.approx(before, abs=1e-4),
+    }
+    line = f"26 labels known; of the others {before:.2f} % zero-shot -> {after:.2f} %"
+    assert succeeds(*command).splitlines()[2] == line
 
 
 def test_text_names_the_worst_classes(save, arrays, succeeds, tmp_path):

@@ -217,6 +217,7 @@ def test_methods_that_cannot_run_are_named(save, arrays, cli, refused, monkeypat
     assert [line.split()[:2] for line in lines[1:3]] == [["bd-cspn", "shots"], ["zlap", "shots"]]
     assert "not run: stata with anchors 'texts' needs text_features" in lines
     assert lines[-2].startswith("not run: transclip: no text features and no prior")
+    assert lines[-2].endswith("; for the shots alone, a uniform prior: np.full((N, K), 1 / K)")
     refusal = refused("compare", features, "--methods", "bd-cspn,stata")
     assert "stata with anchors 'texts' needs text_features" in refusal
 
@@ -228,6 +229,14 @@ def test_done_methods_are_not_run_again(save, arrays, succeeds, cli, counted, tm
     succeeds("compare", features, "--methods", FEW, "--out", out)
     assert counted == ["zero-shot", "stata", "transclip", "bd-cspn"]
     assert set(first[:4]) <= set(out.read_text().splitlines())
+    fewer = succeeds("compare", features, "--methods", "stata", "--out", out).splitlines()
+    assert [line.split()[0] for line in fewer[1:5]] == [
+        "stata",
+        "transclip",
+        "zero-shot",
+        "bd-cspn",
+    ]
+    assert len(counted) == 4
     arrays["labels"][0] = (arrays["labels"][0] + 1) % 6
     ran = cli("compare", save(arrays), "--methods", "zero-shot", "--out", out)
     assert "is damaged, or of other input or options; begins anew" in ran.err

@@ -107,11 +107,34 @@ def test_what_does_not_fit_is_refused(command, save, arrays, refused, tmp_path):
         (("none.npz",), "none.npz: no such file"),
         (("none.npz", "--queries", 5), "not both"),
         (("--queries", 5, "--classes", 3, "--dim", 3, "--memory", "lots"), "a size like 8GiB"),
+        (("--queries", 5, "--classes", 3, "--dim", 3, "--memory", "16"), "did you mean 16GiB?"),
         (("--queries", 5, "--classes", 3, "--dim", 3, "--candidates", 0), "candidates must be"),
     ],
 )
 def test_bad_input(args, expected, refused):
     assert expected in refused("plan", *args)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [("50,000", 50_000), ("50_000", 50_000), ("50k", 50_000), ("0.25M", 250_000), ("7", 7)],
+)
+def test_numbers_as_people_write_them(text, rows, succeeds):
+    shape = ("--queries", text, "--classes", "3", "--dim", "64")
+    assert plan_of(succeeds, *shape)["size"]["n_rows"] == rows
+
+
+@pytest.mark.parametrize("text", ["ten", "0", "-5", "1.5", "10 M", "1e7", "10MB", "nan", "", "٣"])
+def test_what_is_no_number(text, cli):
+    ran = cli("plan", "--queries", text, "--classes", 3, "--dim", 3)
+    assert (ran.code, ran.out) == (2, "")
+    assert "is no number of them; write 10000000, 10,000,000 or 10M" in ran.err.splitlines()[-1]
+
+
+def test_the_gpu_has_a_column_where_one_computes(succeeds):
+    shape = ("plan", "--queries", "9", "--classes", "3", "--dim", "64")
+    assert "on GPU" not in succeeds(*shape, "--device", "cpu")
+    assert "on GPU" in succeeds(*shape, *GPU)
 
 
 def test_warnings_are_a_line_and_name_the_file(save, arrays, cli):

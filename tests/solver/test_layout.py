@@ -55,6 +55,13 @@ def test_what_is_no_size(text):
         parse_memory(text)
 
 
+@pytest.mark.parametrize("text", ["16", " 500", "1023", "1.5"])
+def test_a_size_without_its_unit(text):
+    with pytest.raises(InputError, match=f"^memory: .* did you mean {text.strip()}GiB"):
+        parse_memory(text)
+    assert parse_memory(f"{text}GiB") == int(float(text) * 2**30)
+
+
 @pytest.mark.parametrize(
     ("number", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (3 << 29, "1.5 GiB"), (10**12, "931 GiB")]
 )

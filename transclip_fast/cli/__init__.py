@@ -24,7 +24,7 @@ GROUPS = {
     "One stage at a time": {
         "encode": "Encode images and class names into a feature folder.",
         "graph": "Search the neighbours of features, for several solves.",
-        "plan": "Predict memory and time of a solve.",
+        "plan": "Predict memory, disk and work of a solve.",
         "solve": "Label the rows of features, all of them jointly.",
         "predict": "Label new rows with the mixture of a result.",
     },

@@ -65,7 +65,8 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     FEATURES are those of `solve`, or a folder of the feature folders test/, train/ and val/.
     Accuracy is of the rows with a true label, "changed" the labels that differ from zero-shot,
     time that of all runs without the graph, and memory the peak of the process. With --out, run the
-    same command again after a crash, or with more methods: those that are done are kept.
+    same command again after a crash, or with other methods: those that are done are kept, and in
+    the table, too.
 
     \b
     Examples:

@@ -13,7 +13,7 @@ import numpy as np
 from transclip_fast.cli import session
 from transclip_fast.cli.comparison_table import KeptRows
 from transclip_fast.cli.graph import kept_graph, search_of
-from transclip_fast.cli.method import USED_ARRAYS, arguments_of, checked_arrays
+from transclip_fast.cli.method import NAMES, USED_ARRAYS, arguments_of, checked_arrays
 from transclip_fast.cli.solution import check_class_names, true_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -65,7 +65,8 @@ class Comparison:
                 not_run[name] = str(error) if name in str(error) else f"{name}: {error}"
                 if named:
                     raise InputError(not_run[name]) from error
-        rows = [kept.rows[name] for name in names if name in kept.rows]
+        shown = dict.fromkeys([*names, *NAMES])  # those asked for, and others that are kept
+        rows = [kept.rows[name] for name in shown if name in kept.rows]
         if not rows:
             raise InputError(f"no method can run: {not_run[names[0]]}")
         return {

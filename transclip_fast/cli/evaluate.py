@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import click
 import numpy as np
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
+from transclip_fast.cli.summary import describe_others, of_others
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.metrics import Evaluation, evaluate
@@ -42,17 +44,22 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
         found = evaluate_result(result, labels)
     for message in found.scores.warnings:
         session.warn([], message)
-    summary = asdict(found.scores) | {"modality_gap": found.gap}
+    summary = asdict(found.scores) | {"modality_gap": found.gap, "known_labels": found.others}
     session.print_summary(summary, describe_evaluation(found), as_json)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The evaluation of a result, the names of its classes, and the `modality_gap` of run.json."""
+    """
+    The evaluation of a result, the names of its classes, and the `modality_gap` of run.json.
+
+    `others` has how many rows were labelled by hand, and the accuracy of the others.
+    """
 
     scores: Evaluation
     class_names: list[str] | None
     gap: dict[str, float | None] | None
+    others: dict[str, Any] | None
 
     def name_of(self, k: int) -> str:
         """The name of a class."""
@@ -69,8 +76,10 @@ def evaluate_result(result: str, labels: str | None = None) -> Evaluated:
         truth = loaded.labels("true_label")
     else:
         raise InputError(f"{result}: was solved without labels; give --labels")
-    scores = evaluate(predicted, loaded.labels("zero_shot_label"), truth)
-    return Evaluated(scores, loaded.run["class_names"], _modality_gap(loaded))
+    before, known = loaded.labels("zero_shot_label"), loaded.flags("known")
+    scores = evaluate(predicted, before, truth)
+    others = of_others("known", known, predicted, before, truth) if known.any() else None
+    return Evaluated(scores, loaded.run["class_names"], _modality_gap(loaded), others)
 
 
 def _modality_gap(result: Result) -> dict[str, float | None] | None:
@@ -112,6 +121,8 @@ def describe_evaluation(found: Evaluated) -> str:
         f"{counted(scores.n_flipped, 'label')} changed: {scores.corrected:,} corrected, "
         f"{scores.broken:,} broken",
     ]
+    if found.others is not None:
+        lines.insert(2, describe_others("known", found.others))
     if found.gap is not None:
         cosine = found.gap["cosine"]
         lines.append(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import click
@@ -16,6 +18,7 @@ from transclip_fast.graph.build import SEARCHES
 from transclip_fast.solver.parameters import CHOICES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 POSITIVE = click.IntRange(min=1)
 PATH = click.Path(readable=False)  # why a file cannot be read is known, in one line, on reading it
 
@@ -74,6 +77,23 @@ class AutoSwitch(click.Choice):  # type: ignore[type-arg]
     ) -> bool | str:
         choice: str = super().convert(value, param, ctx)
         return choice if choice == "auto" else choice == "on"
+
+
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """A positive number as people write large ones: 10000000, 10,000,000 or 10M."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).replace(",", "").replace("_", "")
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKMG]?)", text, re.ASCII)
+        number = Fraction(found[1]) * THOUSANDS[found[2].upper()] if found else Fraction(0)
+        if number < 1 or number.denominator != 1:
+            self.fail(f"{value!r} is no number of them; write 10000000, 10,000,000 or 10M")
+        return int(number)
+
+
+COUNT = Count()
 
 
 def options_of(*options: Callable[..., Any]) -> Callable[[Command], Command]:

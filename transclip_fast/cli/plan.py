@@ -87,15 +87,16 @@ class Plan:
 
     def table(self, network: float | None = None) -> str:
         """The plan as text, a line a stage; `network` has so many bytes a second."""
-        size = self.size
+        size, on_gpu = self.size, any(stage.device for stage in self.stages)
         lines = [
             f"{size.n_rows:,} rows, {size.n_classes:,} classes, {size.dim} dimensions, "
             f"{size.n_neighbors} neighbours; products of {self.block_rows} rows",
-            f"{'':<8}{'GFLOP':>12}{'disk':>10}{'memory':>10}{'on GPU':>10}",
+            f"{'':<8}{'GFLOP':>12}{'disk':>10}{'memory':>10}" + f"{'on GPU':>10}" * on_gpu,
         ]
         for stage in self.stages:
             work = f"{stage.work / 1e9:,.3g}" if stage.work < 1e12 else f"{stage.work / 1e9:,.0f}"
-            sizes = [show_bytes(x) if x else "" for x in (stage.disk, stage.host, stage.device)]
+            numbers = (stage.disk, stage.host, stage.device)[: 2 + on_gpu]
+            sizes = [show_bytes(x) if x else "" for x in numbers]
             lines.append(f"{stage.name:<8}{work:>12}" + "".join(f"{x:>10}" for x in sizes))
         if self.traffic is not None:
             lines[1:1] = [
@@ -123,10 +124,10 @@ class Plan:
 )
 @click.argument("features", type=options.PATH, required=False)
 @click.option(
-    "--queries", type=options.POSITIVE, help="Number of rows, if there are no FEATURES yet."
+    "--queries", type=options.COUNT, help="Number of rows, as 10M, if there are no FEATURES yet."
 )
-@click.option("--classes", type=options.POSITIVE, help="Classes.")
-@click.option("--dim", type=options.POSITIVE, help="Dimensions of a feature.")
+@click.option("--classes", type=options.COUNT, help="Classes.")
+@click.option("--dim", type=options.COUNT, help="Dimensions of a feature.")
 @click.option("--graph", "graph_folder", type=options.PATH, help="A graph folder: no search.")
 @click.option(
     "--ranks", default=1, type=options.POSITIVE, help="Processes of torchrun that share the rows."
@@ -154,7 +155,7 @@ def command(
     \b
     Examples:
       transclip-fast plan features
-      transclip-fast plan --queries 10000000 --classes 21000 --dim 1024 --memory 32GiB
+      transclip-fast plan --queries 10M --classes 21000 --dim 1024 --memory 32GiB
       transclip-fast plan features --ranks 4 --network 1GB/s
     \f
     With --ranks memory, disk and work are those of the rank that has most. What ranks send in a

@@ -166,7 +166,7 @@ def describe_solution(run: dict[str, Any], out: str) -> str:
         )
     for name, found in (("known", run["known_labels"]), ("rejected", run["rejected"])):
         if found is not None:
-            lines.append(_describe_others(name, found))
+            lines.append(describe_others(name, found))
     built = f"{seconds['graph']:.1f} s" if "graph" in seconds else "reused"
     graph = f"{describe(run['graph'])}, {built}"
     lines += [
@@ -202,7 +202,7 @@ def of_labelled(run: Mapping[str, Any]) -> str:
     return f", of the {counted(run['n_labelled'], 'row')} with a true label"
 
 
-def _describe_others(name: str, found: dict[str, Any]) -> str:
+def describe_others(name: str, found: dict[str, Any]) -> str:
     """What `of_others` found, as text."""
     line = f"{counted(found[f'n_{name}'], 'label')} {name}"
     if found["accuracy_of_others"] is None:

@@ -46,7 +46,7 @@ def parse_memory(value: str | int | None) -> int | None:
     Raises
     ------
     InputError
-        Something else, or nothing at all.
+        Something else, nothing at all, or a text without a unit that is too few bytes to be meant.
     """
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
@@ -54,6 +54,10 @@ def parse_memory(value: str | int | None) -> int | None:
     size = float(match[1]) * UNITS[match[2].upper()] if match is not None else 0.0
     if not isinstance(value, str) or not 1 <= size < 2**63:
         raise InputError(f"memory must be a size like 8GiB, got {value!r:.60}")
+    if not value.strip()[-1].isalpha() and size < UNITS["K"]:
+        raise InputError(
+            f"memory: {value.strip()} is so many bytes; did you mean {value.strip()}GiB?"
+        )
     return int(size)
 
 

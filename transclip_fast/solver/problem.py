@@ -125,9 +125,10 @@ class Problem:
             rows = as_unit_rows(prototypes, "prototypes", columns=d)
             chosen = LinearPrior.from_prototypes(rows, logit_scale)
         if chosen is None:
+            shots = "; for the shots alone, a uniform prior: np.full((N, K), 1 / K)"
             raise InputError(
                 "no text features and no prior: give text_features, prototypes, prior or "
-                "prior_logits"
+                f"prior_logits{'' if support_features is None else shots}"
             )
         n_classes = chosen.n_classes
         if text is not None and text.n_classes != n_classes:
