@@ -305,6 +305,19 @@ def calibrated_confidences(log_p, z, neighbors):
     return c[np.arange(len(z)), z.argmax(1)]
 
 
+def tempered_tail(tail, least, number):
+    """
+    log sum_k m_k^(1/4) of `number` classes with a mass of `tail` in all, the largest e^`least`.
+
+    They fall as least e^(-x least / tail), or share the tail evenly if that is less.
+    """
+    tail, least = np.asarray(tail, float), np.asarray(least, float)
+    with np.errstate(divide="ignore"):
+        falling = np.log(4 * tail) - 0.75 * least  # the integral over x > 0 of its 4th root
+        even = np.log(number) + np.log(tail / number) / 4
+    return np.minimum(falling, even)
+
+
 def largest(values, width, threshold):
     """Bool (N, K): at most `width` entries a row, >= `threshold` (N,); the largest always stays."""
     threshold = np.minimum(np.broadcast_to(threshold, len(values)), values.max(1))

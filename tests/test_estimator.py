@@ -187,6 +187,19 @@ def test_predict_proba(problem, few_shot, linear):
         np.testing.assert_allclose(model.predict_proba(new, prior_logits=logits), z, atol=1e-6)
 
 
+def test_new_rows_are_those_of_the_fit(problem):
+    """Whatever parameters are set later; with a prior they are scored with one, too."""
+    features, prototypes, labels = problem()
+    model = fitted(features, prototypes)
+    before = model.predict_proba(features)
+    model.set_params(likelihood_weight=5.0, kl_weight=0.1)
+    np.testing.assert_array_equal(model.predict_proba(features), before)
+    prior = probabilities(77, 6)
+    given = fitted(features, prototypes, prior=prior)
+    expected = (given.predict(features, prior=prior) == labels).mean()
+    assert given.score(features, labels, prior=prior) == pytest.approx(expected)
+
+
 def test_predict_proba_errors(problem):
     features, prototypes, _ = problem()
     prior = probabilities(77, 6)

@@ -319,6 +319,7 @@ class TransCLIP(Parameters):
         self.n_effective_classes_, self._class_costs = solution.n_effective, solution.class_costs
         self.class_costs_ = None if self._class_costs is None else self._class_costs.cpu().numpy()
         self.kl_weight_, self.layout_ = settings.kl_weight, settings.layout
+        self._likelihood_weight = settings.parameters.likelihood_weight
         self.device_, self.backend_, self.graph_ = settings.device, settings.backend, graph
         if inputs.zero_shot is inputs.prior:
             self.zero_shot_labels_ = solution.prior_labels.cpu().numpy()
@@ -373,7 +374,7 @@ class TransCLIP(Parameters):
             features,
             self._mixture,
             new_prior,
-            likelihood_weight=self.likelihood_weight,
+            likelihood_weight=self._likelihood_weight,
             kl_weight=self.kl_weight_,
             class_costs=self._class_costs,
         )
@@ -388,9 +389,9 @@ class TransCLIP(Parameters):
         """Labels (N,) int64 of the rows of X, solved jointly: `fit(X, ...).transduction_`."""
         return self.fit(X, y, **arrays).transduction_
 
-    def score(self, X: Any, y: Any) -> float:
+    def score(self, X: Any, y: Any, *, prior: Any = None, prior_logits: Any = None) -> float:
         """Accuracy of `predict` on new rows X (N, d) of classes y (N,), between 0 and 1."""
-        predicted = self.predict(X)
+        predicted = self.predict(X, prior=prior, prior_logits=prior_logits)
         labels = as_labels(y, "y", rows=len(predicted), n_classes=len(self.classes_))
         return float((predicted == labels.numpy()).mean())
 

@@ -67,8 +67,7 @@ class Ranks:
 
     def cores(self) -> int:
         """This rank's share of the machine's cores, at most `MAX_WORKERS`."""
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
-        return min(max((os.cpu_count() or 1) // ranks_here, 1), MAX_WORKERS)
+        return min(max((os.cpu_count() or 1) // self.on_this_machine, 1), MAX_WORKERS)
 
     def broadcast(self, value: Any) -> Any:
         """The first rank's value, on every rank: plain JSON, so no rank can run code in another."""

@@ -260,6 +260,14 @@ class Assignments:
     def __len__(self) -> int:
         return len(self.values)
 
+    def exponentiate(self) -> None:
+        """Lists of log z become z, in place; -inf is an unused entry, and becomes 0."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            values = self.values[start : start + BLOCK_ROWS]
+            used = values > -torch.inf
+            # No entry in use may underflow: a list ends at its first 0.
+            values.exp_().clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
+
     def sharpen(self, power: float) -> Assignments:
         """z <- z^power in place, rows scaled to 1; dropped mass counts as one class more."""
         for start in range(0, len(self), BLOCK_ROWS):

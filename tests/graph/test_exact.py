@@ -112,6 +112,12 @@ def test_fewer_rows_than_neighbours(problem, n):
     graph.check(n, 4)
 
 
+@pytest.mark.parametrize("number", [0, 2.5, "3", True])
+def test_numbers_of_neighbours_that_are_none(problem, number):
+    with pytest.raises(InputError, match="n_neighbors must be a whole number >= 1"):
+        build_graph(problem()[0], number)
+
+
 def test_more_neighbours_than_rows_are_warned_of(problem):
     features, _, _ = problem(n=5)
     with pytest.warns(UserWarning, match="n_neighbors: 5 is not below the number of rows, 5"):

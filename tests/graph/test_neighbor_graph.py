@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from transclip_fast import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
@@ -37,6 +38,8 @@ def test_cut_to_the_best():
         ({"neighbors": np.array([[1, 2], [0, 4], [3, 1], [2, 0]])}, (4, 2), "row 1 has"),
         ({"neighbors": np.array([[1, 2], [0, 3], [3, -2], [2, 0]])}, (4, 2), "row 2 has"),
         ({"neighbors": np.array([[1, 2], [0, 3], [3, 1], [2, 3]])}, (4, 2), "row 3 has"),  # itself
+        ({"neighbors": np.array([[1, 2], [0, 3], [3, 3], [2, 0]])}, (4, 2), "row 2 has .* twice"),
+        ({"similarities": np.array([[1, 0], [1, 2], [1, 1], [1, 0]])}, (4, 1), "of row 1 are not"),
         ({"similarities": np.array([[1, np.nan]] + [[1, 1]] * 3)}, (4, 2), "row 0 has"),
         ({"similarities": np.array([[1, 1]] * 3 + [[1, np.inf]])}, (4, 2), "row 3 has"),
     ],
@@ -46,6 +49,20 @@ def test_errors(changes, sizes, message):
         graph(**changes).check(*sizes, name="lists.npy")
     assert str(error.value).startswith("lists.npy: ")
     assert "\n" not in str(error.value)
+
+
+def test_lists_that_are_used_whole_have_any_order():
+    """After the neighbours, some of negative similarity, come the places of those that lack."""
+    rising = graph(similarities=np.array([[0.1, 0.9], [0.8, 0.2], [-0.7, 0.0], [0.6, 0.3]]))
+    assert rising.check(4, 2).n_neighbors == 2
+    graph(similarities=np.array([[0.9, 0.1], [0.8, 0.2], [-0.7, 0.0], [0.6, 0.3]])).check(4, 1)
+
+
+def test_lists_may_be_tensors():
+    own = graph()
+    lists = torch.from_numpy(own.neighbors), torch.from_numpy(own.similarities)
+    checked = NeighborGraph(*lists).check(4, 1)
+    np.testing.assert_array_equal(checked.neighbors, own.neighbors[:, :1])
 
 
 def test_what_is_cut_off_may_be_wrong():

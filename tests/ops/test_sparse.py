@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
+from tests.conftest import unit
 from tests.ops.test_torch_backend import affinity_of, difficult_edges, normal
+from transclip_fast import TransCLIP
 from transclip_fast.ops import backend_class, numba_backend, torch_backend
 from transclip_fast.ops import blocks as blocks_
 from transclip_fast.ops.numba_backend import NumbaOps
@@ -278,6 +280,36 @@ def test_start_from_a_given_prior(ops, blocks, rng):
     order = np.argsort(-log_prior.numpy(), axis=0, kind="stable")[:8]
     np.testing.assert_allclose(values, np.take_along_axis(log_prior.numpy(), order, 0), atol=1e-5)
     assert (rows[:, 4] >= N // 2).all()
+
+
+def test_lists_do_not_end_where_the_start_underflows(ops):
+    """A list ends at its first 0, and e^-200 is none."""
+    prior = torch.log_softmax(torch.tensor([[0.0, -200.0, 1.0, -torch.inf, 0.5]]), 1)
+    out = empty((1, 5), 5, 0.0)
+    ops.start(torch.ones(1, 3), None, prior, out=out)
+    used = out.values[0] > 0
+    assert (used.int().diff() <= 0).all()
+    np.testing.assert_allclose(out.dense(), prior.double().exp(), atol=1e-6)
+
+
+@pytest.mark.parametrize("class_cost", [False, True])
+def test_whole_lists_are_dense_assignments(class_cost):
+    """Where most of z underflows, too: few of the classes occur, far from each other."""
+    draw = np.random.default_rng(1)
+    prototypes = unit(draw.normal(size=(30, 24))).astype(np.float32)
+    labels = draw.integers(5, size=200)
+    features = unit(prototypes[labels] + 0.1 * draw.normal(size=(200, 24))).astype(np.float32)
+    fits = [
+        TransCLIP(device="cpu", class_cost=class_cost, **form).fit(features, prototypes)
+        for form in (
+            {"assignments": "dense"},
+            {"assignments": "sparse", "backend": "torch"},
+            {"assignments": "sparse", "backend": "numba"},
+        )
+    ]
+    for fit in fits:
+        np.testing.assert_array_equal(fit.transduction_, labels)
+        np.testing.assert_allclose(fit.objective_, fits[0].objective_, rtol=1e-4)
 
 
 def test_start_prefers_the_first_of_equal_rows(ops, blocks):

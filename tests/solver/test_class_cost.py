@@ -281,9 +281,15 @@ def test_absent_classes_leave_the_lists(few, backend, monkeypatch):
 def test_a_cost_of_few_nats_drops_nothing(few, monkeypatch):
     """Such a class may come back."""
     features, prototypes, _ = few(n=300, k=200, noise=0.02)
+    dropped, keep = [], state.keep_classes
+    monkeypatch.setattr(state, "keep_classes", lambda *a: dropped.append(1) or keep(*a))
+    model = TransCLIP(device="cpu", class_cost=True, candidates=64)
+    model.fit(features, prototypes)
+    assert dropped
+    dropped.clear()
     monkeypatch.setattr(state, "ABSENT_NATS", 1e3)
-    monkeypatch.setattr(state, "keep_classes", None)
-    TransCLIP(device="cpu", class_cost=True, candidates=64).fit(features, prototypes)
+    model.fit(features, prototypes)
+    assert not dropped
 
 
 def test_many_classes_leave_a_long_list():

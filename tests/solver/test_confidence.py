@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import reference
+from tests.conftest import unit
 from transclip_fast import TransCLIP, build_graph
 from transclip_fast.ops import backend_class
 from transclip_fast.solver.confidence import calibrated_confidences
@@ -40,10 +41,12 @@ def lists(values, width, empty):
 def test_against_the_reference(width, backend, shuffled):
     log_p, z, neighbors = made(width or 0)
     tail = np.zeros(N)
-    n_others = 0 if width != 4 else K - width  # which share the tail, and no neighbour has them
+    rest = np.full(N, -np.inf)  # a class for all others, which no neighbour has
     if width == 4:
         kept = reference.largest(log_p, width, -np.inf)
         tail = np.where(kept, 0, np.exp(log_p)).sum(1)
+        least = np.where(kept, log_p, np.inf).min(1)
+        rest = 4 * reference.tempered_tail(tail, least, K - width)
         z = np.where(kept, z, 0)
         z = np.where(reference.largest(z, 2, 0.0), z, 0)
         log_p = np.where(kept, log_p, -1e30)
@@ -61,10 +64,7 @@ def test_against_the_reference(width, backend, shuffled):
     nodes = torch.tensor(node) if shuffled else None
     ops = backend_class(backend)(no_edges, nodes)
     found = calibrated_confidences(ops, base, own, neighbors, nodes)
-    with np.errstate(divide="ignore"):
-        each = np.log(tail / max(n_others, 1))[:, None].repeat(n_others, 1)
-    more = np.concatenate([log_p, each], 1)
-    z = np.concatenate([z, np.zeros((N, n_others))], 1)
+    more, z = np.concatenate([log_p, rest[:, None]], 1), np.concatenate([z, np.zeros((N, 1))], 1)
     expected = reference.calibrated_confidences(more, z, neighbors)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
 
@@ -81,6 +81,30 @@ def test_of_a_fit(problem, assignments):
     expected = reference.calibrated_confidences(base, run.z, graph.neighbors)
     np.testing.assert_allclose(model.calibrated_confidences_, expected, atol=5e-3)
     assert model.calibrated_confidences_.mean() < model.label_distributions_.max(1).mean()
+
+
+def test_long_lists_tell_what_whole_rows_do():
+    """Though what is dropped of a row is below the rounding of its sum."""
+    draw = np.random.default_rng(0)
+    n_classes, dim, n_rows = 2000, 128, 200
+    centre, prototypes = unit(draw.normal(size=(1, dim))), unit(draw.normal(size=(n_classes, dim)))
+    text = unit(0.8 * centre + 0.6 * prototypes).astype(np.float32)
+    labels = draw.integers(100, size=n_rows)
+    noise = 0.05 * draw.normal(size=(n_rows, dim))
+    features = unit(0.5 * centre + 0.7 * prototypes[labels] + noise).astype(np.float32)
+    whole, *lists = (
+        TransCLIP(device="cpu", class_cost=False, **form).fit(features, text)
+        for form in (
+            {"assignments": "dense"},
+            {"assignments": "sparse", "backend": "torch", "candidates": 128},
+            {"assignments": "sparse", "backend": "numba", "candidates": 128},
+        )
+    )
+    for fit in lists:
+        found, expected = fit.calibrated_confidences_, whole.calibrated_confidences_
+        assert np.abs(found - expected).max() < 0.2
+        assert np.abs(found - expected).mean() < 0.03
+    np.testing.assert_allclose(*(fit.calibrated_confidences_ for fit in lists), atol=1e-2)
 
 
 def test_known_labels_are_certain(problem):

@@ -126,6 +126,15 @@ def test_a_layout_never_takes_more_than_is_allowed(limit, candidates):
         assert found.candidates is None or found.candidates <= n_classes
 
 
+def test_a_rank_is_room_that_lists_need(problem):
+    """R entries of z need as many candidates, whether memory would hold them or not."""
+    size = Size(20_000, 2000, 512)
+    assert choose_layout(size, CPU, form="sparse", rank=2000, memory=8 << 30).candidates == 2000
+    assert choose_layout(size, CPU, form="sparse", rank=16, memory=8 << 30).candidates > 16
+    with pytest.raises(InputError, match="memory: 20,000 rows and 2,000 classes"):
+        choose_layout(size, CPU, form="sparse", rank=2000, memory=1200 << 20)
+
+
 def test_what_else_takes_memory():
     """Copies of held features, a prior (N, K), and the best run so far if several are tried."""
     layout = Layout(64, held=True)

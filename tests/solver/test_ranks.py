@@ -128,10 +128,11 @@ def odd_problems():
     ]
 
 
-def refused(change, changed=(1,)):
+def refused(change, changed=(1,), **given):
     """The error of a fit of which some ranks have something else."""
     features, text, _ = make_problem(n=600, k=4, d=8)
     values, arrays = {"device": "cpu", "n_neighbors": 1}, {"X": features, "text_features": text}
+    arrays |= given
     if current_ranks().rank in changed:
         change(values, arrays)
     try:
@@ -153,6 +154,10 @@ def other_graph(values, arrays):
     graph = hub(600)
     graph.neighbors[2] = 1
     arrays["graph"] = graph
+
+
+def other_prior(values, arrays):
+    arrays["prior"] = arrays["prior"][:, ::-1].copy()
 
 
 def damaged(values, arrays):
@@ -252,6 +257,8 @@ def test_a_fit_without_a_graph_searches_it_over_ranks():
 
 def several_checks():
     refusals = [refused(change) for change in (other_features, other_parameters, other_graph)]
+    prior = np.random.default_rng(0).dirichlet(np.ones(4), 600)
+    refusals.append(refused(other_prior, prior=prior))
     return odd_problems(), bytes_sent(), refusals, refused(damaged, range(4))
 
 
@@ -269,7 +276,9 @@ def test_uneven_work_bytes_and_refusals():
     assert all("another rank ended early" in ranks[rank][3] for rank in (0, 1, 3))
     for _, sent, refusals, _ in ranks:
         assert {name: x for name, (x, _) in sent.items()} == {n: x for n, (_, x) in sent.items()}
-        for name, refusal in zip(("features", "parameters", "graph"), refusals, strict=True):
+        for name, refusal in zip(
+            ("features", "parameters", "graph", "prior"), refusals, strict=True
+        ):
             assert f"{name}: rank 1 has other ones than rank 0" in refusal
 
 

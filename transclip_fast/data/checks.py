@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from transclip_fast.errors import InputError
 UNIT_NORM_TOLERANCE = 2e-3
 ROWS_PER_CHECK = 4096
 ALIGNMENT = 64  # bytes
+
+
+def check_number(name: str, value: object, minimum: int) -> None:
+    """Raise InputError unless a parameter is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise InputError(f"{name} must be a whole number >= {minimum}, got {value!r}")
 
 
 def as_matrix(array: Any, name: str, *, columns: int | None = None) -> torch.Tensor:

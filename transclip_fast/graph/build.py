@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from transclip_fast.callbacks import Checkpoint, Count
+from transclip_fast.data.checks import check_number
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
@@ -126,8 +127,7 @@ def build_graph(
     >>> graph.info
     {'search': 'exact', 'recall': 1.0}
     """
-    if n_neighbors < 1:
-        raise InputError(f"n_neighbors must be a whole number >= 1, got {n_neighbors!r}")
+    check_number("n_neighbors", n_neighbors, 1)
     if not 0 <= recall <= 1:
         raise InputError(f"recall must be between 0 and 1, got {recall!r}")
     if search not in SEARCHES:

@@ -41,6 +41,10 @@ class NeighborGraph:
     similarities: np.ndarray
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("neighbors", "similarities"):  # that may be tensors
+            object.__setattr__(self, name, np.asanyarray(getattr(self, name)))
+
     def __len__(self) -> int:
         return len(self.neighbors)
 
@@ -69,7 +73,8 @@ class NeighborGraph:
         Raises
         ------
         InputError
-            Other number of rows, shorter lists, or ids that are no row.
+            Other number of rows, shorter lists, ids that are no row or come twice, or lists that
+            are to be cut and are not best first.
         """
         if self.neighbors.shape != self.similarities.shape or self.neighbors.ndim != 2:
             raise InputError(f"{name}: neighbors and similarities differ in shape")
@@ -91,6 +96,20 @@ class NeighborGraph:
         if wrong.any():
             row = own.start + int(wrong.any(1).argmax())
             raise InputError(f"{name}: row {row} has an impossible neighbour; build it again")
+        ordered = np.sort(neighbors, axis=1)
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+        if twice.any():
+            row = own.start + int(twice.argmax())
+            raise InputError(f"{name}: row {row} has a neighbour twice; build it again")
+        if n_neighbors < self.n_neighbors:
+            rises = np.diff(self.similarities[own], axis=1) > 0
+            rising = (rises & (self.neighbors[own, 1:] >= 0)).any(1)
+            if rising.any():
+                row = own.start + int(rising.argmax())
+                raise InputError(
+                    f"{name}: {n_neighbors} of {self.n_neighbors} neighbours are used, and those "
+                    f"of row {row} are not best first; sort them"
+                )
         return NeighborGraph(neighbors, similarities, self.info)
 
 

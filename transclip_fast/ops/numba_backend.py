@@ -89,7 +89,7 @@ class NumbaOps(TorchOps):
 
         share = size * max(1, -(-n_rows // (n_threads() * size)))  # of a thread, in whole blocks
         found = parallel_map(part, blocks(n_rows, share))
-        out.values.exp_()
+        out.exponentiate()
         values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = rows.argsort(dim=0)  # of equal values the first row
         values, rows = values.gather(0, order), rows.gather(0, order)

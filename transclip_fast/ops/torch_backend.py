@@ -363,9 +363,11 @@ def _write_candidates(
     block -= block.logsumexp(1, keepdim=True)
     values, places = block.topk(out.values.shape[1], dim=1)
     threshold = torch.minimum(out.log_threshold[nodes, None], values[:, :1])
-    values.masked_fill_(values < threshold, -torch.inf)
-    out.values[nodes], classes[nodes] = values, places.int()
-    out.tail[nodes] = (1 - values.exp().sum(1)).clamp_(min=0)
+    kept = values >= threshold
+    # Summed, not what the kept mass leaves of 1: that would be rounding where little is dropped.
+    block.scatter_(1, places, values.masked_fill(kept, -torch.inf))
+    out.values[nodes], classes[nodes] = values.masked_fill_(~kept, -torch.inf), places.int()
+    out.tail[nodes] = block.exp_().sum(1)
 
 
 def _largest(mass: torch.Tensor, width: int, floor: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,9 +47,7 @@ class TritonOps(TorchOps):
             terms = select.ScoreTerms()
             select.select(x, terms, rows.start, out=lists, normaliser=normaliser)
             top_rows.top_rows(x, normaliser, rows.start, out=top)
-        # A list ends at its first 0: none may underflow in it.
-        mass = out.values.exp().clamp_(min=torch.finfo(torch.float32).tiny)
-        out.values.copy_(mass.masked_fill_(out.values == -torch.inf, 0))
+        out.exponentiate()
         return normaliser, *top_rows.decode(top, n_rows)
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:

@@ -7,7 +7,8 @@ is text and mixture, and z_bar the mean z of its neighbours,
 
     c_ik = (e^b_ik (z_bar_ik + eps))^(1/T), and the confidence is c_ik of the label over sum_k c_ik.
 
-Of sparse scores the classes that are no candidates share their mass evenly, and are in no z_bar.
+Of sparse scores the masses of the classes that are no candidates are taken to fall exponentially,
+from the least candidate's on; these classes are in no z_bar.
 
 `bench.accuracy.calibration` chooses T and eps, and holds the confidence against z.
 """
@@ -62,9 +63,10 @@ def calibrated_confidences(
             found, own = torch.where(found >= 0, nodes[found], -1), nodes[rows]
         classes = None if base.classes is None else base.classes[own]
         scores = base.values[own] + (ops.neighbor_means(z, found, classes) + SMOOTHING).log()
-        number = base.n_classes - (scores > -torch.inf).sum(1)  # of classes that are no candidates
-        each = (base.tail[own] / number.clamp_min(1)).log() + math.log(SMOOTHING)
-        others = each / TEMPERATURE + number.log()
+        used = scores > -torch.inf
+        least = base.values[own].masked_fill(~used, torch.inf).amin(1)
+        others = _tempered_tail(base.tail[own].log(), least, base.n_classes - used.sum(1))
+        others += math.log(SMOOTHING) / TEMPERATURE
         shares = torch.softmax(torch.cat([scores / TEMPERATURE, others[:, None]], 1), 1)
         place = labels[own, None]
         if classes is not None:
@@ -74,3 +76,17 @@ def calibrated_confidences(
     width = base.values.shape[1] * (1 if z.classes is None else z.values.shape[1])
     parallel_map(part, blocks(n_rows, max(1, BLOCK_ENTRIES // width)), device)
     return out
+
+
+def _tempered_tail(
+    log_tail: torch.Tensor, least: torch.Tensor, number: torch.Tensor
+) -> torch.Tensor:
+    """
+    log sum_k m_k^(1/T) (n,) of `number` classes of mass m_k, from the log of their sum, (n,) each.
+
+    None of them has more than e^least. In falling order they are taken to fall exponentially from
+    there; an even share is the most that the sum can be.
+    """
+    falling = math.log(TEMPERATURE) + log_tail + (1 / TEMPERATURE - 1) * least
+    even = (1 - 1 / TEMPERATURE) * number.log() + log_tail / TEMPERATURE
+    return torch.minimum(falling, even)

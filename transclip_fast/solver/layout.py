@@ -259,6 +259,7 @@ def choose_layout(
     *,
     form: str,
     candidates: int | None = None,
+    rank: int | None = None,
     memory: int | None = None,
 ) -> Layout:
     """
@@ -268,8 +269,8 @@ def choose_layout(
     ----------
     form : {"auto", "dense", "sparse"}
         "auto" is dense if that is faster and fits into memory.
-    candidates : int, optional
-        C, set by the user.
+    candidates, rank : int, optional
+        C and R, set by the user; R is at most C.
     memory : int, optional
         Bytes for the process, or for its part of a GPU; by default what is free.
 
@@ -286,7 +287,7 @@ def choose_layout(
         form = "dense" if fits and dense_is_faster(size, device) else "sparse"
     layout = Layout(None, held=False)
     if form == "sparse":
-        kept = candidates or _candidates_that_fit(size, device, room)
+        kept = candidates or max(_candidates_that_fit(size, device, room), rank or 1)
         layout = Layout(min(kept, size.n_classes), held=False)
     needed = used + sum(layout.bytes(size, device).values())
     if needed > limit:

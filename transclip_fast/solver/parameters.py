@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 
+from transclip_fast.data.checks import check_number
 from transclip_fast.errors import InputError
 from transclip_fast.graph.affinity import GRAPH_MODES
 from transclip_fast.ops import BACKENDS
@@ -130,12 +131,6 @@ class Parameters:
         changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
         values = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
         return f"{type(self).__name__}({values})"
-
-
-def check_number(name: str, value: object, minimum: int) -> None:
-    """Raise InputError unless a parameter is a whole number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
-        raise InputError(f"{name} must be a whole number >= {minimum}, got {value!r}")
 
 
 def check_scale(logit_scale: float) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from transclip_fast.data.checks import as_tensor
-from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.data.feature_rows import UnitRows, evenly_spaced_rows
 from transclip_fast.data.priors import as_log_probabilities, as_logits
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.ops.block_scores import linear_log_prior
 
 PREDICT_ROWS = 16384  # of a block
+COMPARED_ROWS = 64  # of a table, by processes that share its rows
 Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -55,17 +56,22 @@ class LinearPrior:
 
 @dataclass(frozen=True)
 class GivenPrior:
-    """log y_hat (N, K) float32 of another method, row by row; -inf excludes a class."""
+    """
+    log y_hat (N, K) float32 of another method, row by row; -inf excludes a class.
+
+    `sample` (n, K) are some rows of the whole table where a process holds a part, for comparison.
+    """
 
     log_probabilities: torch.Tensor
     weights: None = None
+    sample: torch.Tensor | None = None
 
     @property
     def n_classes(self) -> int:
         return self.log_probabilities.shape[1]
 
     def to(self, device: torch.device) -> GivenPrior:
-        return GivenPrior(self.log_probabilities.to(device))
+        return replace(self, log_probabilities=self.log_probabilities.to(device))
 
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
@@ -107,10 +113,12 @@ def given_prior(
         if array.shape[0] != rows:
             raise InputError(f"{name}: has {array.shape[0]} rows, expected {rows}, one per query")
         part = check(array[read], name, rows=read.stop - read.start)
+        some = evenly_spaced_rows(rows, COMPARED_ROWS)
+        sample = check(array[some.numpy()], name, rows=len(some))
     except InputError:
         check(array, name, rows=rows)  # names the row by its number among all
         raise
-    return GivenPrior(part[: own.stop - own.start])
+    return GivenPrior(part[: own.stop - own.start], sample=sample)
 
 
 def _blocks(rows: UnitRows) -> Iterator[torch.Tensor]:

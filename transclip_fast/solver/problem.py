@@ -35,7 +35,7 @@ from transclip_fast.ranks import Ranks, check_same
 from transclip_fast.solver.known import KnownRows
 from transclip_fast.solver.layout import Layout, Size, choose_layout, limit_of, parse_memory
 from transclip_fast.solver.parameters import GAMMAS, Parameters
-from transclip_fast.solver.prior import LinearPrior, Prior, given_prior, log_prior_of
+from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior, log_prior_of
 from transclip_fast.solver.support import Support, default_gamma, enough
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import Truncation
@@ -187,7 +187,9 @@ class Problem:
             "support": self.support,
             "validation": self.validation,
             "known labels": self.known,
-            "prior": self.prior.weights,
+            "prior": self.prior.sample
+            if isinstance(self.prior, GivenPrior)
+            else self.prior.weights,
             "text features": self.zero_shot.weights,
         }
         return {
@@ -304,6 +306,7 @@ class Settings:
             device,
             form=parameters.form,
             candidates=parameters.candidates,
+            rank=parameters.rank,
             memory=problem.limit(parameters, device),
         )
         kl_weight = parameters.kl_weight

@@ -33,11 +33,14 @@ def solve_each(
         features.on_read = meter.rows
     if parameters.precision == "float16":
         inputs = replace(inputs, features=features.half())
-    for run, gamma in enumerate(gammas):
-        saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, sha256 or ""))
-        step = None if meter is None else meter.run(run)
-        yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
-    features.on_read = None
+    try:
+        for run, gamma in enumerate(gammas):
+            identity = settings.identity(gamma, sha256 or "")
+            saved = checkpoint and checkpoint(f"solve-{run}", identity)
+            step = None if meter is None else meter.run(run)
+            yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
+    finally:
+        features.on_read = None
 
 
 def _ignored(progress: Progress) -> None:
