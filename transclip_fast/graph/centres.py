@@ -44,9 +44,9 @@ def kmeans_centres(rows: Rows, ranks: Ranks = ALONE) -> torch.Tensor:
     part = sample[exchange.partition.rows]
     for _ in range(KMEANS_STEPS):
         nearest = exchange.join(nearest_centres(part, centres, 1)[:, 0])
-        sums = torch.zeros(centres.shape, dtype=torch.float64).index_add_(
-            0, nearest.long(), sample.double()
-        )
+        sums = torch.zeros(centres.shape, dtype=torch.float64)
+        for block in blocks(len(sample), BLOCK_ROWS):
+            sums.index_add_(0, nearest[block].long(), sample[block].double())
         means = torch.nn.functional.normalize(sums, dim=1).float()
         # A centre without rows does not move.
         centres = means.where((sums != 0).any(1, keepdim=True), centres)

@@ -40,8 +40,8 @@ small JSON messages (`transclip_fast.ranks`). Tensors of a GPU travel through it
 Beside its rows, and what any process takes, a rank holds z of its halo, twice, 8 R H or 4 K H each;
 what the start merges, 96 K P; the sums of at most 7 parts, 8 K d each; and while lists travel, what
 is sent and what comes, packed. In a search it holds candidates of its rows, 12 (k + 4) each; with
-faiss about N / P rows of d numbers, those of its lists, the places of the rows that search these,
-8 each, and what a round finds for others.
+faiss also the sample of k-means, 40 L rows in float32, about N / P rows, those of its lists, the
+places of the rows that search these, 8 each, and what a round finds for others.
 """
 
 from __future__ import annotations
