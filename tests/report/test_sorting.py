@@ -18,6 +18,7 @@ from tests.report.conftest import NAMES, label
 from transclip_fast.cli import main
 from transclip_fast.errors import InputError
 from transclip_fast.report.sorting import MARK, folder_names, safe_name, sort_images
+from transclip_fast.report.thumbnails import metadata_of
 from transclip_fast.store.arrays import file_sha256
 from transclip_fast.store.atomic import read_json, write_json
 
@@ -176,6 +177,15 @@ def test_images_that_are_gone_or_changed_are_counted(made_once, tmp_path):
     with pytest.raises(InputError, match="the images are not where they were encoded; bring"):
         sort_images(made.result, made.folder / "features", tmp_path / "sorted")
     assert tree(tmp_path / "sorted") == before
+
+
+def test_paths_of_some_rows_in_several_shards(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    for number in range(3):
+        table = pa.table({"key": ["a", "b"], "path": [f"{number}/a", f"{number}/b"]})
+        pq.write_table(table, tmp_path / f"metadata/metadata_{number:05}.parquet")
+    assert metadata_of(tmp_path, [0])[0] == {0: "0/a"}
+    assert metadata_of(tmp_path, [1, 4])[0] == {1: "0/b", 4: "2/a"}
 
 
 @pytest.mark.parametrize(

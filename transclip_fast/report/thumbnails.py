@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 from PIL import Image
 
 from transclip_fast.encode.pixels import decode
@@ -100,7 +101,7 @@ def metadata_of(folder: Path, rows: Sequence[int]) -> tuple[dict[int, str], dict
         stop = start + table.num_rows
         here = rows[bisect_left(rows, start) : bisect_left(rows, stop)]
         column = next((name for name in PATHS if name in table.column_names), None)
-        part = table.take([row - start for row in here])
+        part = table.take(pa.array([row - start for row in here], pa.int64()))  # of no row, too
         if column is not None:
             found = zip(here, part.column(column).to_pylist(), strict=True)
             paths |= {row: path_of(path) for row, path in found if path is not None}
