@@ -169,7 +169,7 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     assert run["n_queries"] == 12
     assert run["seconds"]["solve"] > 0
     before = contents(tmp_path / "out")
-    for stage in ("encode.models.load_backbone", "cli.run.kept_graph", "cli.run.solve_features"):
+    for stage in ("encode.models.load_backbone", "cli.graph.build_graph", "cli.run.solve_features"):
         monkeypatch.setattr(f"transclip_fast.{stage}", None)
     again = cli(*command)
     lines = first.out.splitlines(keepends=True)
@@ -291,6 +291,51 @@ def test_a_result_of_other_parameters_is_not_taken(images, names, tiny, cli, tmp
     (tmp_path / "new").rename(result)
     assert cli(*command).code == 0
     assert json.loads((result / "run.json").read_text())["kind"] == "solve"
+
+
+def lists(folder):
+    """The neighbours that a run solved with, and those in its graph folder."""
+    used = pq.read_table(folder / "result/predictions.parquet")["neighbors"].to_pylist()
+    found = np.load(folder / "graph/neighbors.npy").tolist()
+    return used, [[neighbor for neighbor in row if neighbor >= 0] for row in found]
+
+
+def test_a_result_of_another_search_is_not_taken(images, names, tiny, cli, tmp_path):
+    command = ("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    exact, _ = lists(tmp_path / "out")
+    other = ("--index", "IVF4,Flat", "--recall", 0)
+    assert cli(*command, *other).code == 0
+    used, found = lists(tmp_path / "out")
+    assert used == found
+    assert used != exact
+    run = json.loads((tmp_path / "out/result/run.json").read_text())
+    assert (run["graph"]["search"], run["graph"]["index"]) == ("faiss", "IVF4,Flat")
+    before = contents(tmp_path / "out")
+    assert cli(*command, *other).code == 0
+    assert contents(tmp_path / "out") == before
+    assert cli(*command).code == 0
+    assert lists(tmp_path / "out") == (exact, exact)
+
+
+def test_a_result_of_another_version_is_solved_again(images, names, tiny, cli, tmp_path):
+    command = ("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    files = {name: tmp_path / "out" / name for name in ("result/run.json", "graph/manifest.json")}
+    made = {name: json.loads(file.read_text()) for name, file in files.items()}
+    run, manifest = made.values()
+    del run["graph_sha256"], manifest["identity"]["version"]
+    run["versions"]["transclip_fast"] = "0.0.9"
+    for name, file in files.items():
+        file.write_text(json.dumps(made[name]))
+    again = cli(*command, "--json")
+    assert again.code == 0
+    assert "out/result: was solved by version 0.0.9; " in again.err
+    run = json.loads(files["result/run.json"].read_text())
+    assert any("version 0.0.9" in text for text in run["warnings"])
+    assert run["seconds"].keys() >= {"graph", "solve"}
+    assert run["graph_sha256"] == json.loads(files["graph/manifest.json"].read_text())["sha256"]
+    assert cli(*command).err == ""
 
 
 def test_other_classes_solve_again_from_the_same_features(images, names, tiny, cli, tmp_path):

@@ -74,7 +74,10 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
         encoded = encode_source(
             source, loaded, folder / "features", class_prompts(), progress=progress
         )
-    return solve_folder(folder, TransCLIP(device=device), stages=session.Stages(encoded.seconds))
+    with session.collected_warnings({}):
+        return solve_folder(
+            folder, TransCLIP(device=device), stages=session.Stages(encoded.seconds)
+        )
 
 
 def _summary(runs: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:

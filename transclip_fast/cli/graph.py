@@ -28,6 +28,7 @@ from transclip_fast.store.atomic import HIDDEN, beside, clean, shared_folder, wr
 from transclip_fast.store.checkpoint import FileCheckpoint, RankedCheckpoint, files, ranked_files
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph, save_lists
+from transclip_fast.version import __version__
 
 SEARCH_OPTIONS = ("search", "recall", "index")  # of a `GraphSearch`
 CHECKPOINT = "search"  # name of the search's checkpoint
@@ -236,4 +237,5 @@ def _identity(features: Features, search: GraphSearch) -> dict[str, Any]:
         **vars(search),
         "index_file": index,
         "device": search.device.type,
+        "version": __version__,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
+from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ranks import ALONE, current_ranks, joined
 from transclip_fast.report.page import write_report
 from transclip_fast.report.sorting import check_target
 from transclip_fast.store.atomic import clean
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
+from transclip_fast.version import __version__
 
 REPORT = "report.html"
 SOLVE_OPTIONS = ("class_cost", "memory", "device", "csv")  # of `solve`, beside the graph
@@ -96,7 +99,7 @@ def command(
 
     with (
         joined(together=True) as ranks,
-        session.collected_warnings({}, shown=ranks.leads) as warnings,
+        session.collected_warnings({}, shown=ranks.leads) as messages,
     ):
         search = search_of(values, model.n_neighbors)
         with encode_progress() as progress:
@@ -106,7 +109,7 @@ def command(
         encode_summary, encode_text = report(encoded)
         stages = session.Stages(encode_summary["seconds"])
         again = options.given_options(str(folder / "result"), SOLVE_OPTIONS)
-        output = Output(csv=csv, options=[*again], warnings=warnings)
+        output = Output(csv=csv, options=[*again], warnings=messages)
         quiet = as_json or bool(planned)
         solve_summary = solve_folder(folder, model, search, stages, output, quiet=quiet)
         if not ranks.leads:
@@ -119,7 +122,7 @@ def command(
         "failures": encode_summary["failures"],
         "throughput": encode_summary["throughput"],
         "seconds": {**encode_summary["seconds"], **solve_summary["seconds"]},
-        "warnings": [*dict.fromkeys([*warnings, *solve_summary["warnings"]])],
+        "warnings": [*dict.fromkeys([*messages, *solve_summary["warnings"]])],
         "report": str(folder / REPORT),
         **found,
     }
@@ -147,12 +150,12 @@ def solve_folder(
     stages, output = stages or session.Stages(), output or Output()
     features = load_features(folder / "features")
     result = folder / "result"
-    run = _finished_run(result, features, model)
+    search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
+    graph = kept_graph(folder / "graph", features, search, stages)
+    run = _finished_run(result, features, model, graph)
     finished = run is not None and (not output.csv or (result / CSV_FILE).is_file())
     kept = all(ranks.all_gather(finished))
     if run is None or not kept:
-        search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
-        graph = kept_graph(folder / "graph", features, search, stages)
         found = {"option": "--graph", "file": options.path_from(str(result), str(folder / "graph"))}
         output = replace(output, options=[found, *output.options])
         return solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
@@ -171,17 +174,33 @@ def describe_folder(folder: Path, run: dict[str, Any]) -> str:
     return text
 
 
-def _finished_run(result: Path, features: Features, model: TransCLIP) -> dict[str, Any] | None:
-    """run.json of a result that is whole and has these inputs and parameters, or None."""
+def _finished_run(
+    result: Path, features: Features, model: TransCLIP, graph: NeighborGraph
+) -> dict[str, Any] | None:
+    """
+    run.json of a result that is whole and has these inputs, parameters and graph, or None.
+
+    One of another version of the package warns, and is none: its labels may be others.
+    """
     try:
         run = load_result(result).run
         load_mixture(result)
     except InputError:
+        return None
+    versions = run.get("versions")
+    version = versions.get("transclip_fast") if isinstance(versions, dict) else None
+    if version != __version__:
+        warnings.warn(
+            f"{result}: was solved by version {version}; {__version__} solves it again",
+            stacklevel=2,
+        )
         return None
     known = {
         "kind": "solve",
         "parameters": options.requested(model),
         "inputs_sha256": features.inputs_sha256(),
         "class_names": features.class_names,
+        "graph": {"n_neighbors": model.n_neighbors, **graph.info},
+        "graph_sha256": graph.sha256(),
     }
     return run if known.items() <= run.items() else None

@@ -162,6 +162,7 @@ def solve_features(
         run |= solver_summary(model) | {
             "features": path_from(out, features.path),
             "options": [*output.options],
+            "graph_sha256": graph.sha256() if isinstance(graph, NeighborGraph) else None,
             "modality_gap": modality_gap(
                 problem.features, solved.get("text_features"), problem.exchange
             ),
