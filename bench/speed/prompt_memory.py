@@ -15,9 +15,9 @@ from open_clip import IMAGENET_CLASSNAMES
 
 from bench.common import command_line, record
 from bench.processes import measured, run_isolated
+from transclip_fast.data.feature_rows import unit
 from transclip_fast.encode.models import load_backbone
 from transclip_fast.heads import text_tower as tower
-from transclip_fast.heads.base import unit
 from transclip_fast.heads.prompts import ContextSettings, Prompting, TextTower
 from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.task import Labelled, Task

@@ -217,6 +217,11 @@ class Rows:
 UnitRows = torch.Tensor | Rows
 
 
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to unit norm."""
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
 def evenly_spaced_rows(n_rows: int, most: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Numbers (n,) int64 of at most `most` rows, evenly spread over all."""
     size = min(n_rows, most)

@@ -130,11 +130,6 @@ class PrototypeHead(Head):
         return {"prototypes": self.text}
 
 
-def unit(rows: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to unit norm."""
-    return torch.nn.functional.normalize(rows, dim=-1)
-
-
 def percent_right(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Percentage of rows whose largest logit is at their label."""
     return 100 * float((logits.argmax(1) == labels).double().mean())

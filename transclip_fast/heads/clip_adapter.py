@@ -8,7 +8,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from transclip_fast.heads.base import Head, PrototypeHead, unit
+from transclip_fast.data.feature_rows import unit
+from transclip_fast.heads.base import Head, PrototypeHead
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import (
     best_validated,

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from transclip_fast.data.feature_rows import unit
 from transclip_fast.heads import clip_adapter
-from transclip_fast.heads.base import Head, unit
+from transclip_fast.heads.base import Head
 from transclip_fast.heads.clip_adapter import TEXT_TENSORS, AdapterHead, bottleneck
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import detached, first_weights, train, trainable

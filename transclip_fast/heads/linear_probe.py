@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.heads.base import PrototypeHead, unit
+from transclip_fast.data.feature_rows import unit
+from transclip_fast.heads.base import PrototypeHead
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import trainable
 

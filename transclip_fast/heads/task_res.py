@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from transclip_fast.heads.base import PrototypeHead, unit
+from transclip_fast.data.feature_rows import unit
+from transclip_fast.heads.base import PrototypeHead
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import train, trainable
 

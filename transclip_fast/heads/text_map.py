@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from transclip_fast.data.feature_rows import unit
 from transclip_fast.data.pairs import PairFeatures
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import unit
 from transclip_fast.store.linear_maps import linear_map
 
 RATE = 1e-3  # of Adam

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from transclip_fast.heads.base import Head, unit
+from transclip_fast.data.feature_rows import unit
+from transclip_fast.heads.base import Head
 from transclip_fast.heads.task import Task
 from transclip_fast.heads.training import (
     best_validated,

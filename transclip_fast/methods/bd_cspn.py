@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import torch
 
+from transclip_fast.data.feature_rows import unit
 from transclip_fast.graph.exact import nearest
 from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
 from transclip_fast.methods.dense import Dense, mean_row, softmax_
-from transclip_fast.methods.task import Labelled, Task, unit
+from transclip_fast.methods.task import Labelled, Task
 from transclip_fast.solver.mixture import Moments
 
 
@@ -77,4 +78,5 @@ def cosine_answer(task: Task, prototypes: torch.Tensor, tau: float) -> torch.Ten
     """softmax of tau cos(x, p_k), (N, K), for prototypes (K, d)."""
     features = task.features.mapped(unit, task.features.shape[1])  # probabilities are no unit rows
     scores = Dense(features, task.n_classes).scores(tau * unit(prototypes))
-    return softmax_(scores.values)
+    softmax_(scores.values)
+    return scores.values

@@ -91,14 +91,14 @@ def in_blocks(values: torch.Tensor, function: Callable[[slice], Result]) -> list
     return parallel_map(function, rows, values.device)
 
 
-def softmax_(values: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Softmax of each row of (N, K) times `scale`, in place."""
+def softmax_(values: torch.Tensor) -> torch.Tensor:
+    """Softmax of each row of (N, K), in place; returns the mean of all rows (K,) float64."""
 
-    def part(rows: slice) -> None:
-        torch.softmax(values[rows].mul_(scale), 1, out=values[rows])
+    def part(rows: slice) -> torch.Tensor:
+        p = torch.softmax(values[rows], 1, out=values[rows])
+        return p.sum(0, dtype=torch.float64)
 
-    in_blocks(values, part)
-    return values
+    return torch.stack(in_blocks(values, part)).sum(0) / len(values)
 
 
 def mean_row(features: Rows) -> torch.Tensor:

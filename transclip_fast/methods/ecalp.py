@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.feature_rows import Rows, unit
 from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
 from transclip_fast.methods.label_graph import (
     Edges,
@@ -15,7 +15,7 @@ from transclip_fast.methods.label_graph import (
     normalised,
     spread_labels,
 )
-from transclip_fast.methods.task import Labelled, Task, unit
+from transclip_fast.methods.task import Labelled, Task
 
 DAMPING = 1e-6  # joins the square roots of the degrees
 SMALLEST_VARIANCE = 1e-12  # of a dimension of the shots

@@ -26,16 +26,6 @@ def alpha_slope(alpha: float) -> Slope:
     return lambda p: -alpha / (alpha - 1) * p ** (alpha - 1)
 
 
-def softmax_(values: torch.Tensor) -> torch.Tensor:
-    """Softmax of each row of (N, K), in place; returns the mean of all rows (K,) float64."""
-
-    def part(rows: slice) -> torch.Tensor:
-        p = torch.softmax(values[rows], 1, out=values[rows])
-        return p.sum(0, dtype=torch.float64)
-
-    return torch.stack(in_blocks(values, part)).sum(0) / len(values)
-
-
 def to_logit_gradients(
     p: torch.Tensor, slope: Slope, weight: float, of_mean: torch.Tensor | None = None
 ) -> None:

@@ -65,4 +65,5 @@ class LogisticRegression(Method):
         parameters = torch.from_numpy(found.x).view(shape).to(task.device)
         scores = Dense(task.features, n_classes).scores(parameters[:, :-1], parameters[:, -1])
         task.progress(1, 1)
-        return Solution(softmax_(scores.values), int(found.nit))
+        softmax_(scores.values)
+        return Solution(scores.values, int(found.nit))

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import torch
 
+from transclip_fast.data.feature_rows import unit
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
 from transclip_fast.methods.dense import Dense
-from transclip_fast.methods.task import Task, unit
+from transclip_fast.methods.task import Task
 from transclip_fast.solver.mixture import MASS_FLOOR, VARIANCE_FLOOR
 from transclip_fast.solver.prior import LinearPrior
 

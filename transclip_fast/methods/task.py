@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from transclip_fast.callbacks import Count
 from transclip_fast.data.checks import as_labelled_rows, as_tensor, unread_matrix
-from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.feature_rows import Rows, unit
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
@@ -229,8 +228,3 @@ class Task:
         features = self.rows.mapped(probabilities, self.n_classes)
         anchored = Labelled(probabilities(labelled.rows), labelled.labels)
         return replace(self, features=features, anchors=anchored)
-
-
-def unit(rows: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to unit norm."""
-    return normalize(rows, dim=-1)

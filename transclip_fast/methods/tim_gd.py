@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch.nn.functional import one_hot
 
 from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
-from transclip_fast.methods.dense import Dense
-from transclip_fast.methods.gradients import Adam, alpha_slope, softmax_, to_logit_gradients
+from transclip_fast.methods.dense import Dense, softmax_
+from transclip_fast.methods.gradients import Adam, alpha_slope, to_logit_gradients
 from transclip_fast.methods.task import Task
 
 

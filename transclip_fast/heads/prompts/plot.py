@@ -14,9 +14,10 @@ from typing import ClassVar
 
 import torch
 
+from transclip_fast.data.feature_rows import unit
 from transclip_fast.data.patches import images
 from transclip_fast.errors import InputError
-from transclip_fast.heads.base import Head, unit
+from transclip_fast.heads.base import Head
 from transclip_fast.heads.prompting import ContextSettings, Schedule
 from transclip_fast.heads.prompts.context import (
     INITIAL_DEVIATION,
