@@ -165,6 +165,9 @@ def test_rows_lie_aligned_and_contiguous(rows):
         np.array([0.0, 3.0, 2.0]),
         torch.tensor([0, 3, 2], dtype=torch.int32),
         torch.tensor([0.0, 3.0, 2.0]),
+        np.array([[0], [3], [2]]),
+        np.eye(4)[[0, 3, 2]],
+        np.eye(4)[[0, 3, 2]] == 1,
     ],
 )
 def test_labels(labels):
@@ -184,10 +187,19 @@ def test_labels(labels):
         ([0, 1, np.nan], ["row 2", "whole numbers"]),
         ([0, np.inf, 1], ["row 1"]),
         (["a", "b", "c"], ["expected numbers"]),
+        (np.eye(5)[[0, 3, 2]], ["one-hot of 5 classes, there are 4"]),
+        (np.eye(3)[[0, 1, 2]], ["one-hot of 3 classes, there are 4"]),
+        ([True, False, True], ["a mask of true and false"]),
+        (torch.tensor([[True], [False], [True]]), ["a mask of true and false"]),
     ],
 )
 def test_wrong_labels(labels, parts):
     assert_error(lambda: as_labels(labels, "X", rows=3, n_classes=4), *parts)
+
+
+def test_labels_of_a_number_of_classes_that_others_know():
+    assert as_labels(np.eye(5)[[0, 3, 2]], "X", rows=3, n_classes=None).tolist() == [0, 3, 2]
+    assert_error(lambda: as_labels([0, -1], "X", rows=2, n_classes=None), "row 1", "label -1")
 
 
 # -- priors

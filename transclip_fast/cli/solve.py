@@ -187,8 +187,8 @@ def corrected_features(features: Features, files: Sequence[str]) -> Features:
         known = features.get("known_labels")
         if known is None:
             known = np.full(n_rows, -1)
-        highest = np.iinfo(np.int64).max  # the solve checks them against its classes
-        known = as_labels(known, "known_labels", rows=n_rows, n_classes=highest, lowest=-1)
+        n_classes = features.n_classes  # the solve, which always knows it, checks them again
+        known = as_labels(known, "known_labels", rows=n_rows, n_classes=n_classes, lowest=-1)
         known = corrected(known.numpy(), found)
         features = features.with_arrays({**features.arrays, "known_labels": known})
         features.origins["known_labels"], features.corrected = file, True

@@ -133,23 +133,37 @@ def unit_sample(matrix: torch.Tensor | StoredRows, ids: torch.Tensor) -> torch.T
     return rows
 
 
-def as_labels(array: Any, name: str, *, rows: int, n_classes: int, lowest: int = 0) -> torch.Tensor:
+def as_labels(
+    array: Any, name: str, *, rows: int, n_classes: int | None, lowest: int = 0
+) -> torch.Tensor:
     """
     Class indices (rows,) as int64, from numbers (rows,) or (rows, 1), or one-hot (rows, classes).
 
-    `lowest` -1 allows rows of unknown class, which have -1 or NaN.
+    `lowest` -1 allows rows of unknown class, which have -1 or NaN. Where the number of classes is
+    None, those who know it check the labels again.
 
     Raises
     ------
     InputError
-        Wrong length, not whole numbers, or outside lowest .. n_classes - 1.
+        Wrong length, a mask, one-hot of another number of classes, not whole numbers, or outside
+        lowest .. n_classes - 1.
     """
     tensor = as_tensor(array, name)
     if tensor.ndim == 2 and len(tensor) == rows:
-        tensor = tensor[:, 0] if tensor.shape[1] == 1 else hot_columns(tensor, name)
+        width = tensor.shape[1]
+        if width > 1 and n_classes not in (None, width):
+            raise InputError(
+                f"{name}: is one-hot of {width} classes, there are {n_classes}; give positions in "
+                "the list of classes"
+            )
+        tensor = tensor[:, 0] if width == 1 else hot_columns(tensor, name)
     if tensor.shape != (rows,):
         raise InputError(
             f"{name}: expected {rows} labels, one a row, got shape {tuple(tensor.shape)}"
+        )
+    if tensor.dtype == torch.bool:
+        raise InputError(
+            f"{name}: is a mask of true and false, no labels; give positions in the list of classes"
         )
     if tensor.is_floating_point() and lowest < 0:
         tensor = tensor.where(~tensor.isnan(), lowest)
@@ -159,9 +173,10 @@ def as_labels(array: Any, name: str, *, rows: int, n_classes: int, lowest: int =
             f"{name}: row {row} has label {tensor[row]:.4g}; labels are whole numbers, positions "
             "in the list of classes"
         )
-    if (row := first_row((labels < lowest) | (labels >= n_classes))) is not None:
+    last = torch.iinfo(torch.int64).max if n_classes is None else n_classes - 1
+    if (row := first_row((labels < lowest) | (labels > last))) is not None:
         raise InputError(
-            f"{name}: row {row} has label {int(labels[row])}, outside {lowest} .. {n_classes - 1}; "
+            f"{name}: row {row} has label {int(labels[row])}, outside {lowest} .. {last}; "
             "labels are positions in the list of classes"
             + (", -1 where unknown" if lowest == -1 else "")
         )
