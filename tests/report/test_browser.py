@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.report.conftest import HOSTILE, NAMES
+from transclip_fast.cli.run import solve_folder
+from transclip_fast.estimator import TransCLIP
 from transclip_fast.report.page import write_report
 from transclip_fast.store.corrections import read_corrections
 
+TOGETHER = "Together (z, too sure of itself)"
 NAMES_OF_CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES_OF_CHROMIUM)), None)
 
@@ -74,7 +77,8 @@ def test_it_fits_and_holds_nothing_but_itself(scheme, width, opened, page_file):
         assert page.evaluate("document.querySelector('.card img').naturalWidth") > 0
         assert page.locator("script").count() == 4
         assert page.locator("img:not([src^='data:image/jpeg;base64,'])").count() == 0
-        assert page.locator("#plots svg").count() == 3
+        assert page.locator("section.plots svg").count() == 2
+        assert page.locator("details .plots svg").count() == 1
 
 
 def test_pictures_stand_in_rows_whatever_their_names(opened, page_file):
@@ -118,11 +122,17 @@ def test_an_image_shows_why_it_has_its_label(opened, page_file, made_once):
         card.click()
         panel = page.locator("#panel")
         headings = panel.locator("h3").all_text_contents()
-        assert headings == ["The text says", "The mixture says", "Its neighbours say", "Together"]
+        assert headings == ["The text says", "The mixture says", "Its neighbours say", TOGETHER]
         assert panel.locator(".facts2 bdi").nth(1).text_content() == table[row]["key"]
         first = [say.locator("bdi").first.text_content() for say in panel.locator(".say").all()]
         assert first[0] == table[row]["zero_shot_label_name"]
         assert first[2] == table[row]["label_name"]
+        likely = f"{round(100 * table[row]['calibrated_confidence'])} % likely right"
+        assert likely in panel.locator(".facts2 p").all_text_contents()
+        assert card.locator(".was").text_content().split(",")[0] == likely.removesuffix(
+            " likely right"
+        )
+        assert "how likely that is right" in page.locator("#legend").text_content()
         near = panel.locator(".near bdi").all_text_contents()
         assert near[:3] == [table[other]["label_name"] for other in table[row]["neighbors"]]
         assert panel.locator(".near img").count() == len(near)
@@ -217,6 +227,57 @@ def test_unsaved_corrections_are_asked_for(opened, page_file, tmp_path):
         assert page.evaluate(asks)
         saved(page, tmp_path)
         assert not page.evaluate(asks)
+
+
+def test_corrections_outlast_the_page(opened, made, tmp_path):
+    """Those that are saved, and others but those undone; another result has none."""
+    for name in ("page.html", "again.html"):
+        write_report(made.result, tmp_path / name)
+    solve_folder(made.folder, TransCLIP(device="cpu", likelihood_weight=9.0))
+    write_report(made.result, tmp_path / "other.html")
+    with opened(tmp_path / "page.html") as first:
+
+        def page(name):
+            """As after a reload, which would ask whether unsaved corrections may go."""
+            found = first.context.new_page()
+            found.goto((tmp_path / name).as_uri())
+            found.wait_for_selector("#table tbody tr")
+            return found
+
+        rows = correct(first, ["pla", "=cmd", "line"])
+        then = page("again.html")
+        assert then.locator("#count").text_content() == "3 corrections"
+        marked = then.locator(".card:has(.given)").all()
+        assert sorted(int(card.get_attribute("data-row")) for card in marked) == sorted(rows)
+        assert not page("other.html").locator("#bar").is_visible()
+        then.click("#undo")
+        then = page("page.html")
+        assert then.locator("#count").text_content() == "2 corrections"
+        found = read_corrections(saved(then, tmp_path), made.keys, NAMES, len(made.keys))
+        assert [*found] == rows[:2]
+        then.click("#undo")
+        then.click("#undo")
+        assert not page("page.html").locator("#bar").is_visible()
+        first.evaluate("state.saved = true")
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *("{", "null", "[]", '{"given": 3}', '{"given": [3, null]}', '"<script>alert(4)</script>"'),
+        '{"given": [["__proto__", 1], ["toString", 1], [1000, 1], [-1, 0], [1.5, 0], [0, 99]]}',
+        '{"given": [["<img src=x onerror=alert(5)>", "<b>"], [0, "1"], [0, {}]], "saved": "x"}',
+    ],
+)
+def test_what_others_left_in_the_browser_is_no_correction(kept, opened, page_file):
+    with opened(page_file) as page:
+        page.evaluate("text => localStorage.setItem(KEPT, text)", kept)
+        page.reload()
+        page.wait_for_selector("#table tbody tr")
+        assert not page.locator("#bar").is_visible()
+        assert page.locator(".given").count() == 0
+        correct(page, ["plain"])
+        assert page.locator("#count").text_content() == "1 correction"
 
 
 def test_images_that_are_gone_have_their_keys(opened, made, tmp_path):

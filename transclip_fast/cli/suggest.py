@@ -35,7 +35,8 @@ COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_la
 def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     """List the images of RESULT whose correction helps most.
 
-    They have the lowest confidence in the predictions: the solution itself wavers there.
+    They have the smallest z, the column confidence of the predictions: the solution itself wavers
+    there.
     The page of `report` shows the same images first.
 
     \b
@@ -56,7 +57,7 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
         raise InputError(f"{result}: the class of every image was given; there is none to correct")
     lines = [
         f"{_shown(row['key'] or str(row['row']))}: {_shown(row['label_name'])} "
-        f"({100 * row['confidence']:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
+        f"(z {100 * row['confidence']:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
         for row in found
     ]
     if table is not None:

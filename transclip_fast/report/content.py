@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,7 @@ from transclip_fast.report.view import (
 )
 from transclip_fast.store.feature_writer import FAILURES
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import TRANSCLIP
+from transclip_fast.store.results import CALIBRATED, TRANSCLIP
 from transclip_fast.store.tables import GUARDED
 
 NEIGHBORS = 6  # of an image that are shown
@@ -95,6 +97,8 @@ class Content:
         named = {k for change in changes for k in change[:2]}
         named |= {k for image in images.values() for k in _named(image)}
         return {
+            "identity": self._identity(),
+            "calibrated": view.result.has(CALIBRATED),
             "keyColumn": self._key_column(),
             "guarded": GUARDED,
             "command": self._command(),
@@ -130,6 +134,12 @@ class Content:
                 if row in said:
                     found[name] = [(k, _number(p)) for k, p in said[row]]
         return found
+
+    def _identity(self) -> str:
+        """What tells this result from others, under which a browser keeps corrections."""
+        view = self.view
+        names = json.dumps([view.result.features_sha256, view.run["class_names"]])
+        return hashlib.sha256(names.encode() + view.labels.tobytes()).hexdigest()
 
     def _key_column(self) -> str:
         """What names a row in corrections: its key, unless keys are missing, shared or long."""

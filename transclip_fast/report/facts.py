@@ -10,7 +10,7 @@ import numpy as np
 
 from transclip_fast.metrics import accuracy
 from transclip_fast.report.view import View
-from transclip_fast.store.results import TRANSCLIP
+from transclip_fast.store.results import CALIBRATED, TRANSCLIP
 
 
 class Fact(NamedTuple):
@@ -45,6 +45,18 @@ def facts(view: View) -> list[Fact]:
         note = ", ".join(f"{stage.name} {stage.value}" for stage in times)
         found.append(Fact("time", f"{sum(_seconds(run).values()):.1f} s", note))
     return found
+
+
+def legend(view: View) -> str:
+    """What stands under an image, in a sentence or two."""
+    percent = (
+        "how likely that is right, in percent"
+        if view.result.has(CALIBRATED)
+        else "its share of the assignment (z), which is too sure of itself"
+    )
+    was = "zero-shot's" if view.earlier is None else "that before the corrections, or zero-shot's"
+    red = "" if view.truth is None else " Red: not the true label."
+    return f"Under an image: its label, {percent}, after “was” {was}.{red}"
 
 
 def _accuracy(view: View, truth: np.ndarray) -> Fact:

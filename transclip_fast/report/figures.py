@@ -46,16 +46,19 @@ FONT_SIZE = re.compile(r"(\d+(?:\.\d+)?)px")
 
 
 def figures(view: View) -> list[tuple[str, str]]:
-    """A title and an SVG of each plot that the result has the numbers for."""
-    found = []
+    """A title and an SVG of each plot of the labels."""
     with rc_context(STYLE):
-        objective, changed = (numbers(view.run.get(name)) for name in ("objective", "changed"))
-        if objective:
-            found.append(("Objective and labels changed, by step", steps_plot(objective, changed)))
         confidences = _confidences(view.zero_shot_confidence, view.confidence)
-        found.append(("Confidence", confidences))
-        found.append(("Class sizes, largest first", _sizes(view)))
-    return found
+        return [("Confidence", confidences), ("Class sizes, largest first", _sizes(view))]
+
+
+def solve_figures(view: View) -> list[tuple[str, str]]:
+    """The same of how it was solved."""
+    objective, changed = (numbers(view.run.get(name)) for name in ("objective", "changed"))
+    if not objective:
+        return []
+    with rc_context(STYLE):
+        return [("Objective and labels changed, by step", steps_plot(objective, changed))]
 
 
 def steps_plot(objective: Sequence[float], changed: Sequence[float]) -> str:
@@ -112,6 +115,7 @@ def _sizes(view: View) -> str:
     axes.set_ylim(bottom=0)
     if n_classes <= POINTS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend(loc="upper right" if n_classes <= POINTS else "lower left")
     return _svg(figure)
 

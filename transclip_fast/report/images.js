@@ -101,6 +101,7 @@ function panel(row) {
     element("p", {}, isolated(nameOf(labelNow(row)), `name ${given.has(row) ? "given" : ""}`)),
     element("p", {}, isolated(keyOf(row))),
   ];
+  if (data.calibrated && !given.has(row)) facts.push(element("p", { textContent: `${share(image.confidence)} likely right` }));
   if (given.has(row)) facts.push(element("p", {}, "you corrected ", isolated(nameOf(image.label))));
   else if (image.known) facts.push(element("p", { textContent: "its class was given" }));
   if ("earlier" in image && image.earlier !== image.label) {
@@ -124,7 +125,7 @@ function panel(row) {
     said("The text says", text),
     said("The mixture says", image.mixture),
     neighbors(image.neighbors),
-    said("Together", image.joint),
+    said("Together (z, too sure of itself)", image.joint),
   );
   $("panel").hidden = false;
   $("panel").scrollTop = 0;
@@ -253,13 +254,45 @@ function undo() {
 
 function changed(row) {
   state.saved = false;
+  keep();
   refresh(row);
   mark();
+  count();
+}
+
+function count() {
   $("bar").hidden = !past.length && !given.size;
   $("undo").disabled = !past.length;
   $("save").disabled = !given.size;
   $("count").textContent = given.size === 1 ? "1 correction" : `${number(given.size)} corrections`;
   $("then").hidden = true;
+}
+
+/* Corrections outlast a reload, in the browser's storage. Other pages write there, too, so that
+   nothing of it is taken but rows and classes of this page. */
+const KEPT = `transclip-fast corrections of ${data.identity}`;
+function keep() {
+  try {
+    if (given.size) localStorage.setItem(KEPT, JSON.stringify({ saved: state.saved, given: [...given] }));
+    else localStorage.removeItem(KEPT);
+  } catch {
+    // Without storage corrections are kept until the page is closed.
+  }
+}
+
+function recall() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(KEPT));
+    for (const [row, k] of kept.given) {
+      if (!Number.isInteger(row) || !Object.hasOwn(images, row) || !place.has(k) || labelOf(k) === null) continue;
+      if (!given.has(row)) past.push([row, undefined]);
+      given.set(row, k);
+    }
+    state.saved = kept.saved === true;
+  } catch {
+    // Nothing is kept, or something else.
+  }
+  if (given.size) count();
 }
 
 const cell = (text) => {
@@ -280,6 +313,7 @@ function save() {
   link.click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
   state.saved = true;
+  keep();
   $("command").textContent = data.command;
   $("then").hidden = !data.command;
 }
@@ -315,5 +349,6 @@ window.addEventListener("beforeunload", (event) => {
 });
 $("undo").addEventListener("click", undo);
 $("save").addEventListener("click", save);
+recall();
 if (galleries.length) show(0);
 else $("images").hidden = true;

@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from transclip_fast.report.content import Content
-from transclip_fast.report.facts import facts, settings, stages
-from transclip_fast.report.figures import figures
+from transclip_fast.report.facts import facts, legend, settings, stages
+from transclip_fast.report.figures import figures, solve_figures
 from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
 from transclip_fast.store.atomic import writing
@@ -85,12 +85,19 @@ def render(content: Content) -> str:
         facts=facts(view),
         stages=stages(view.run),
         settings=settings(view.run),
-        figures=[(name, Markup(svg)) for name, svg in figures(view)],  # noqa: S704 - numbers only
+        legend=legend(view),
+        figures=_marked_up(figures(view)),
+        solve_figures=_marked_up(solve_figures(view)),
         warnings=warnings[:WARNINGS],
         more_warnings=max(0, len(warnings) - WARNINGS),
         notes=content.notes,
         repeats=content.options is not None,
     )
+
+
+def _marked_up(plots: Sequence[tuple[str, str]]) -> list[tuple[str, Markup]]:
+    """Plots as the page takes them; numbers only are in their SVG."""
+    return [(name, Markup(svg)) for name, svg in plots]  # noqa: S704
 
 
 def _asset(name: str) -> str:
