@@ -48,6 +48,7 @@ COMMANDS = {name: text for group in GROUPS.values() for name, text in group.item
 
 
 SHARED = ("encode", "graph", "run", "solve")  # say themselves what several processes do
+RESUMES = "transclip_fast.resumes"  # of a context's `meta`, where only some calls resume
 RESUMED = ("demo", "run", "encode", "train-head", "solve", "graph", "protocol")
 
 
@@ -58,7 +59,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            if ctx.invoked_subcommand in RESUMED:
+            if ctx.invoked_subcommand in RESUMED or RESUMES in ctx.meta:
                 click.echo("stopped: the same command goes on from here", err=True)
             raise
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from transclip_fast.cli import options, session
+from transclip_fast.cli import RESUMES, options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.comparison_table import SUFFIXES, as_text, write_table
@@ -95,7 +94,7 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
         messages = stack.enter_context(session.collected_warnings(origins))
         if out is not None:
             stack.enter_context(locked(out))
-            stack.enter_context(_said_to_resume())
+            click.get_current_context().meta[RESUMES] = True
         stack.enter_context(session.errors_about(origins, features.path))
         if shots is not None and not is_cache(path):
             features = drawn(features, shots, values["seed"], messages)
@@ -118,15 +117,6 @@ def _names(methods: str | None) -> list[str]:
         if name not in NAMES:
             raise InputError(f"method {name!r} is not known; choose of {', '.join(NAMES)}")
     return list(dict.fromkeys(names))
-
-
-@contextmanager
-def _said_to_resume() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("stopped: the same command goes on from here", err=True)
-        raise
 
 
 def _remove(paths: list[Path]) -> None:

@@ -12,6 +12,7 @@ from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import describe_others, of_others
 from transclip_fast.data.checks import as_labels
+from transclip_fast.data.names import class_name
 from transclip_fast.errors import InputError
 from transclip_fast.metrics import Evaluation, evaluate
 from transclip_fast.store.json_text import value_of
@@ -108,7 +109,7 @@ def _given_labels(result: Result, file: str) -> np.ndarray:
 
 def describe_evaluation(found: Evaluated) -> str:
     """An evaluation as text."""
-    scores, class_name = found.scores, found.name_of
+    scores, names = found.scores, found.class_names
     lines = [
         counted(scores.n_queries, "image")
         + (
@@ -131,9 +132,11 @@ def describe_evaluation(found: Evaluated) -> str:
         )
     lines += ["", "worst classes           images  zero-shot  transductive"]
     for k, rows, before, after in scores.per_class[:SHOWN_ROWS]:
-        lines.append(f"  {class_name(k):20.20}  {rows:7,}  {before:7.2f} %     {after:7.2f} %")
+        lines.append(
+            f"  {class_name(k, names):20.20}  {rows:7,}  {before:7.2f} %     {after:7.2f} %"
+        )
     if scores.confusions:
         lines += ["", "most frequent errors    (true -> predicted)"]
     for true, predicted, rows in scores.confusions[:SHOWN_ROWS]:
-        lines.append(f"  {class_name(true)} -> {class_name(predicted)}: {rows:,}")
+        lines.append(f"  {class_name(true, names)} -> {class_name(predicted, names)}: {rows:,}")
     return "\n".join(lines)

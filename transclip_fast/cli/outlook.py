@@ -11,6 +11,7 @@ import torch
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import unit_sample
 from transclip_fast.data.feature_rows import evenly_spaced_rows
+from transclip_fast.data.names import class_name
 from transclip_fast.graph.exact import nearest
 from transclip_fast.solver.class_cost import (
     agreement,
@@ -25,11 +26,6 @@ SAMPLE_ENTRIES = 1 << 22  # of the prior and of the rows that it is of, worth co
 NEIGHBOR_ROWS = 4096  # among which neighbours are searched: a fraction of a second
 RARE = 0.05  # of a fair share of the rows
 NAMED = 3  # classes of a line
-
-
-def class_name(k: int, names: Sequence[str] | None) -> str:
-    """The name of a class, or its number."""
-    return str(names[k]) if names else f"class {k}"
 
 
 def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:

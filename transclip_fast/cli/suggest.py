@@ -35,8 +35,8 @@ COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_la
 def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     """List the images of RESULT whose correction helps most.
 
-    They have the smallest z, the column confidence of the predictions: the solution itself wavers
-    there.
+    They have the smallest z (the column confidence): the solution itself wavers there. Correcting
+    those of the lowest calibrated confidence, which tells how often labels are right, gains less.
     The page of `report` shows the same images first.
 
     \b

@@ -19,6 +19,11 @@ def plain_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", folded).replace("_", " ").split())
 
 
+def class_name(k: int, names: Sequence[str] | None) -> str:
+    """The name of a class, or its number where there are no names."""
+    return names[k] if names else f"class {k}"
+
+
 def first_difference(names: Sequence[str], others: Sequence[str]) -> int | None:
     """The first place where two lists have different names, or one has none; None if nowhere."""
     for k, (name, other) in enumerate(zip_longest(names, others)):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from transclip_fast.data.names import class_name
 from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
 from transclip_fast.store.corrections import label_texts
@@ -29,7 +30,7 @@ def class_table(view: View, named: Collection[int]) -> dict[str, Any]:
     largest = np.argsort(-(before + now), kind="stable")[:LISTED_CLASSES]
     ids = np.union1d(largest, np.array(sorted(named), np.int64))
     sums = np.bincount(view.labels, view.confidence, minlength=n_classes)
-    whole = [names[k] if names else f"class {k}" for k in ids]
+    whole = [class_name(k, names) for k in ids]
     length = _fitting_length(whole)
     shown = [name if len(name) <= length else f"{name[:length]}…" for name in whole]
     called = label_texts(names, n_classes, length)
