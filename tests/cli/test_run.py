@@ -448,7 +448,7 @@ def test_demo(cli, tmp_path, no_network):
     summary = json.loads(ran.out)
     assert json.loads((tmp_path / "demo/run.json").read_text()) == summary
     sets = summary["sets"]
-    assert list(sets) == ["plain", "thick strokes", "thin strokes", "blur"]
+    assert list(sets) == ["blur", "thin strokes", "thick strokes", "plain"]
     assert summary["accuracy"] > summary["zero_shot_accuracy"] + 2
     for name, numbers in sets.items():
         result = tmp_path / "demo" / name.replace(" ", "-") / "result"

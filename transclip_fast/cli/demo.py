@@ -50,12 +50,13 @@ def command(out: str, device: str, as_json: bool) -> None:
     """
     started = time.perf_counter()
     folder = Path(out)
-    runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in SHIFTS}
+    shifts = [*reversed(SHIFTS)]  # those with most to gain first, plain last
+    runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in shifts}
     picture, report = folder / "changed.png", folder / REPORT
     most = max(runs, key=lambda shift: runs[shift]["n_flipped"])
     write_report(folder / most.replace(" ", "-") / "result", report)
     summary = _summary(runs, time.perf_counter() - started) | {"report": str(report)}
-    image = _picture(folder, list(SHIFTS))
+    image = _picture(folder, shifts)
     with writing(out):
         with new_file(picture) as unfinished:
             image.save(unfinished, "png")
