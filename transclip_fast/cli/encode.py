@@ -123,7 +123,7 @@ def command(
     \b
     More examples:
       transclip-fast encode split_zhou_OxfordPets.json --split test --model ViT-B-32 \\
-          --pretrained openai --out pets/test
+          --pretrained openai --out oxford/test
       torchrun --nproc-per-node 8 -m transclip_fast.cli encode photos --model EVA-CLIP-8B \\
           --pretrained eva-clip-8b.safetensors --precision bf16 --out features
       transclip-fast encode --synthetic --model ViT-B-32 --pretrained none
