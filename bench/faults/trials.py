@@ -38,6 +38,10 @@ CLEANING = ("unlink", "rmdir", "list", "stat", "open")  # operations with which 
 KEPT = re.compile(
     r"\.(search|solve-\d)\.npz|\.training\.safetensors|\.compare\.json|\.[\w.]+\.graph(/|$)"
 )
+# Of a page: its times, and what its list of warnings has.
+VARYING_LINES = re.compile(
+    rb"(?ms)^ *<div><dt>\w+</dt><dd>[\d.]+ s\b[^\n]*\n|<ul class=.warnings.*?</ul>\n"
+)
 DIGITS, SETS = 6, ("plain", "blur")  # of the demo
 State = dict[str, str]  # files and folders, with the hashes of files
 
@@ -298,17 +302,16 @@ def state_of(folder: Path, *, exactly: bool = False) -> State:
 
 
 def _comparable(file: Path) -> bytes:
-    """The content of a file without times and memory, which vary from run to run."""
+    """The content of a file without times, memory and warnings, which vary from run to run."""
     content = file.read_bytes()
     with suppress(Exception):  # a file that is not whole is compared as it is
-        if file.name == "run.json":
-            run = json.loads(content)
-            return json.dumps({x: run[x] for x in run if x not in VARYING}).encode()
-        if file.name == "manifest.json":  # of images that the command wrote, times are new
-            manifest = json.loads(content)
-            for entry in manifest.get("shards", {}).values():
-                entry["metadata_sha256"] = ""
-            return json.dumps(manifest).encode()
+        if file.name in ("run.json", "manifest.json"):
+            run = {name: x for name, x in json.loads(content).items() if name not in VARYING}
+            for entry in run.get("shards", {}).values():
+                entry["metadata_sha256"] = ""  # of images that the command wrote, times are new
+            return json.dumps(run).encode()
+        if file.suffix == ".html":
+            return VARYING_LINES.sub(b"", content)
         if file.parent.name == "metadata":
             return repr(pq.read_table(file).drop_columns("mtime_ns").to_pydict()).encode()
     return content
