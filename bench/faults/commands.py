@@ -119,6 +119,28 @@ def write_images() -> None:
     _write_model()
 
 
+def write_pairs() -> None:
+    """Images, a model folder, and captions of the images beside false ones."""
+    write_images()
+    lines = ["image,caption,negative,group"]
+    for i, file in enumerate(sorted(Path("images").rglob("*.png"))):
+        lines.append(f"{file},a red {i} on black,a black {i} on red,{i % 2}")
+    Path("pairs.csv").write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_pair_features() -> None:
+    """Features of images, of their captions and of false ones."""
+    draw = np.random.default_rng(0)
+    rows = unit_rows(draw.normal(size=(60, 8))).astype(np.float32)
+    images, captions, negatives = np.split(rows, 3)
+    np.savez(
+        "pairs.npz",
+        image_features=images,
+        caption_features=captions,
+        negative_features=negatives,
+    )
+
+
 def change_images() -> None:
     """One image goes, one is another, two are new."""
     first, second, third = sorted(Path("images").rglob("*.png"))[:3]
@@ -242,6 +264,16 @@ CASES = {
         write_few,
         "train-head coop features.npz --model demo --context 2 --epochs 3 --out head.safetensors",
         whole=("head.safetensors",),
+    ),
+    "train-map": Case(
+        write_pair_features,
+        "train-map pairs.npz --epochs 3 --out map.safetensors",
+        ("train-map pairs.npz --epochs 1 --out map.safetensors",),
+        whole=("map.safetensors",),
+    ),
+    "evaluate-pairs": Case(
+        write_pairs,
+        "evaluate-pairs pairs.csv --model model --workers 0 --batch-size 2 --features features",
     ),
     "protocol": Case(
         write_features,
