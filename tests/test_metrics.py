@@ -77,6 +77,20 @@ def test_a_class_that_was_large_before_swallows_nothing():
     assert check_assignments(np.zeros(5, int), np.zeros(5, int), 1) == []
 
 
+@pytest.mark.parametrize("charged", [False, True])
+@pytest.mark.parametrize(
+    ("n", "before", "warned"), [(38, 30, True), (38, 38, True), (20, 20, False)]
+)
+def test_one_label_for_all(n, before, warned, charged):
+    zero_shot = np.repeat([1, 0], [before, n - before])
+    labels, names = np.ones(n, int), ["sea", "desert"]
+    found = check_assignments(labels, zero_shot, 2, names, charged=charged)
+    line = f"all {n} queries have the label class 1 (desert): do model and class names fit them?"
+    assert (line in found) == warned
+    assert sum("all " in text and "desert" in text for text in found) == warned
+    assert check_assignments(0 * labels, 0 * labels, 1) == []
+
+
 def test_lost_and_empty_classes():
     zero_shot = np.array([0, 0, 1, 1, 2, 2])
     labels = np.array([0, 0, 0, 1, 1, 1])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 AVERAGES = 3  # over neighbours, of an outlier score
+FEW_QUERIES = 20  # that may well be of one class
 SWALLOWED = 0.5  # share of all queries in one class that is worth a warning
 # Classes seem to be in another order if there are enough rows, if renaming them multiplies the
 # accuracy and raises it by so many points, and if true classes have more distinct labels than
@@ -140,6 +141,11 @@ def check_assignments(
             f"{name(largest)} got {counts[largest]} of {len(labels)} queries, {before[largest]} "
             "by zero-shot alone: it may be swallowing the others; check its prompt, or raise "
             "kl_weight"
+        )
+    elif n_classes > 1 and counts[largest] == len(labels) > FEW_QUERIES:
+        warnings.append(
+            f"all {len(labels):,} queries have the label {name(largest)}: do model and class names "
+            "fit them?"
         )
     if charged:
         return warnings

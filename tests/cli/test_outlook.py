@@ -72,7 +72,7 @@ def test_solve_tells_what_it_did(few, cli, tmp_path, options, charged):
     run, table = read(tmp_path / "result")
     assert run["config"]["class_cost"] is charged
     assert run["n_effective_classes"] == pytest.approx(reference.effective_classes(prior), 1e-4)
-    assert f"classes: class cost {'on' if charged else 'off'}\n" in ran.out
+    assert ran.out.count(f"classes: class cost {'on' if charged else 'off'}") == 1
     labels, before = (np.array(table[name].to_pylist()) for name in ("label", "zero_shot_label"))
     changes = np.bincount(labels, minlength=20) - np.bincount(before, minlength=20)
     assert [now - was for _, was, now in run["size_changes"]] == [

@@ -55,6 +55,28 @@ def test_a_command_that_is_none(word, meant, cli):
     assert ran.err.endswith(f"Error: No such command '{word}'.{hint}\n")
 
 
+def test_a_folder_of_another_kind_says_what_it_is(folder, solved, refused, tmp_path):
+    """And what to name instead, as far as one can see."""
+    out = tmp_path / "out"
+    out.mkdir()
+    folder.rename(out / "features")
+    solved.rename(out / "result")
+    (tmp_path / "photos/cats").mkdir(parents=True)
+    (tmp_path / "photos/cats/1.JPG").write_bytes(b"x")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/notes.txt").write_text("x")
+    result, features, new = out / "result", out / "features", ("--out", tmp_path / "new")
+    assert f"did you mean {features}?" in refused("solve", out, *new)
+    assert "it is a result folder; name the features" in refused("solve", result, *new)
+    assert "it holds images; run or encode them" in refused("solve", tmp_path / "photos", *new)
+    assert "is it a feature folder?" in refused("solve", tmp_path / "texts", *new)
+    for command in ("evaluate", "suggest", "report"):
+        assert f"did you mean {result}?" in refused(command, out)
+    expected = f"error: {result}: is a result folder; the order is RESULT NEW_FEATURES"
+    for other in (features, tmp_path / "features.npz"):
+        assert refused("predict", other, result, *new).startswith(expected)
+
+
 BROKEN = {  # a module's file that fails, and what the line says of it
     "torchvision": (
         'raise RuntimeError("operator torchvision::nms does not exist")',

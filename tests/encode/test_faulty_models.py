@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import types
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.utils import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
@@ -213,6 +215,29 @@ def test_without_network_there_is_one_line(monkeypatch, capfd):
     with pytest.raises(InputError, match=message):
         load_backbone("ViT-B-32", "openai", CPU)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("proxy", [None, "http://localhost:9"])
+def test_nothing_is_downloaded_from_a_hub_without_an_address(proxy, monkeypatch):
+    """A proxy may know its address, so that the download is tried."""
+    calls = []
+
+    def create(name, **_):
+        calls.append(constants.HF_HUB_OFFLINE)
+        raise RuntimeError("Failed to download weights for tag 'openai'")
+
+    def resolve(*_, **__):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    if proxy is not None:
+        monkeypatch.setenv("https_proxy", proxy)
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(InputError, match="cannot be downloaded from here; download the repository"):
+        load_backbone("ViT-B-32", "openai", CPU)
+    assert calls == ([True] if proxy is None else [True, False])
 
 
 def test_a_name_on_the_hub_is_one_line_with_the_remedy():

@@ -50,6 +50,8 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     """
     if Path(out).resolve() == Path(result).resolve():
         raise InputError(f"{out}: is the result to predict from; name another folder")
+    if results.is_result(path) and not results.is_result(result):
+        raise InputError(f"{path}: is a result folder; the order is RESULT NEW_FEATURES")
     stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"), session.collected_warnings({}) as noted:
         solved = results.load_run(result)

@@ -127,7 +127,10 @@ def command(
     if run["method"] != TRANSCLIP:
         lines = [describe_result(run, out)]
     else:
-        lines = [describe_solution(run, out), f"to look at it: {command_line('report', out)}"]
+        lines = [
+            describe_solution(run, out, told=True),
+            f"to look at it: {command_line('report', out)}",
+        ]
     with session.collected_warnings({}):
         found, sorted_lines = sorted_into(sort_into, out, path)
     session.print_summary({**run, **found}, "\n".join([*lines, *sorted_lines]), as_json)

@@ -132,14 +132,17 @@ def of_others(
     }
 
 
-def describe_solution(run: dict[str, Any], out: str) -> str:
-    """The run.json of a solve as text."""
+def describe_solution(run: dict[str, Any], out: str, *, told: bool = False) -> str:
+    """The run.json of a solve as text; whether classes were charged may be `told` already."""
     seconds, truncation = run["seconds"], run["truncation"]
+    classes = use_of_classes(
+        run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]
+    )
     lines = [
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        use_of_classes(run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]),
+        *([] if told else [classes]),
         *describe_changes(run["size_changes"], run["class_names"]),
     ]
     if truncation is not None:

@@ -6,12 +6,15 @@ import functools
 import hashlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -236,16 +239,30 @@ def _from_open_clip(
     # A file that is not in the cache is downloaded below, and any other error comes again there.
     with suppress(OSError, ValueError, RuntimeError), _hub_cache_only():
         return create()
+    origin = f"model {model}, pretrained {pretrained}"
+    repository = open_clip.get_pretrained_cfg(model, pretrained).get("hf_hub")
+    no_network = f"{origin}: cannot be downloaded from here; {hub_remedy(repository or '')}"
+    if repository and not _hub_has_an_address():
+        raise InputError(no_network)
     try:
-        return create()
+        with announced(f"downloading {origin}"):
+            return create()
     except RuntimeError as error:
-        repository = open_clip.get_pretrained_cfg(model, pretrained).get("hf_hub")
         if not repository or "download" not in str(error):
             raise
-        raise InputError(
-            f"model {model}, pretrained {pretrained}: cannot be downloaded from here; "
-            f"{hub_remedy(repository)}"
-        ) from error
+        raise InputError(no_network) from error
+
+
+def _hub_has_an_address() -> bool:
+    """False without a network, at once: a download would be tried again for over a minute."""
+    from huggingface_hub import constants
+
+    if getproxies():  # which knows addresses that this machine does not
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, "https"))
+    except OSError:
+        return False
 
 
 @contextmanager

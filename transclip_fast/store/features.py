@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,8 @@ def _load_file(path: Path, local: bool) -> Features:
             arrays = {"image_features": arrays[SINGLE]}
     if "image_features" not in arrays:
         raise InputError(
-            f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}"
+            f"{path}: has no array 'image_features', only {', '.join(sorted(arrays)) or 'none'}; "
+            "save the rows of the images under that name"
         )
     known = {name: arrays[name] for name in ARRAYS + (LOCAL if local else ()) if name in arrays}
     prior = listed_prior(arrays, str(path))
@@ -308,7 +310,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
     files = {kind: numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
     images = files["img_emb"]
     if not images:
-        raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; is it a feature folder?")
+        raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; {_no_features(folder)}")
     for kind, found in files.items():
         if found and found.keys() != images.keys():
             number = min(found.keys() ^ images.keys())
@@ -344,6 +346,20 @@ def _load_folder(folder: Path, local: bool) -> Features:
         columns["key"].to_pylist() if "key" in columns else None,
         _encoder(manifest, file),
     )
+
+
+def _no_features(folder: Path) -> str:
+    """What a folder without features is, and what to name instead."""
+    if (folder / "features" / "img_emb").is_dir():
+        return f"did you mean {folder / 'features'}?"
+    if (folder / "predictions.parquet").is_file():
+        return "it is a result folder; name the features that it was solved from"
+    for _, _, files in os.walk(folder):
+        if any((guess_type(file)[0] or "").startswith("image/") for file in files):
+            return "it holds images; run or encode them first"
+        if files:
+            break
+    return "is it a feature folder?"
 
 
 def _encoder(manifest: Mapping[str, Any], origin: Path) -> dict[str, Any] | None:

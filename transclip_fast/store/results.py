@@ -260,6 +260,11 @@ def load_result(path: str | Path, columns: Sequence[str] | None = None) -> Resul
     return Result(Path(path), run, predictions)
 
 
+def is_result(path: str | Path) -> bool:
+    """Whether a folder has the labels of a solve."""
+    return os.path.isfile(os.path.join(path, "predictions.parquet"))
+
+
 def load_run(path: str | Path) -> dict[str, Any]:
     """
     run.json of a result folder, with `n_classes`, `config`, and `class_names` and `encoder` (or
@@ -267,7 +272,11 @@ def load_run(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     if not os.path.isfile(folder / "run.json"):
-        raise InputError(f"{path}: is not a result folder (no run.json); name one that solve wrote")
+        inner = folder / "result"
+        remedy = "name one that solve wrote"
+        if os.path.isfile(inner / "run.json"):
+            remedy = f"did you mean {inner}?"
+        raise InputError(f"{path}: is not a result folder (no run.json); {remedy}")
     file = inside(folder, "run.json")
     run = read_json(file)
     names = run.setdefault("class_names", None)
