@@ -12,6 +12,7 @@ from tests.conftest import balanced, unit
 from tests.solver.test_loop import few_shot_problem
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.graph.build import build_graph
+from transclip_fast.methods import METHODS
 
 
 def fitted(*args, **kwargs):
@@ -400,3 +401,14 @@ def test_verbose_shows_a_bar_and_still_reports(problem, monkeypatch):
     shown.clear()
     TransCLIP(device="cpu").fit(features, text_features=prototypes)
     assert shown == []
+
+
+@pytest.mark.parametrize("method", [TransCLIP, METHODS["laplacianshot"]])
+def test_warnings_are_about_the_line_that_called(method, problem):
+    features, prototypes, labels = problem()
+    shots = {"support_features": 2 * features, "support_labels": labels}
+    with pytest.warns(UserWarning, match="unit vectors") as found:
+        method(device="cpu").fit(3 * features, 4 * prototypes, **shots)
+    assert {warning.filename for warning in found} == {__file__}
+    about = {str(warning.message).partition(":")[0] for warning in found}
+    assert about >= {"X", "support_features"}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# Files that a warning is not about: the package's, and what decorates its functions.
+PASSED = (os.path.join(os.path.dirname(__file__), ""), contextlib.__file__)
 REASON_CHARACTERS = 200  # of another library's message, which can hold a whole file
 
 
@@ -37,6 +41,14 @@ def printable(message: str) -> str:
     """A message in one line; what a terminal cannot show is escaped, as in a file's odd name."""
     line = " ".join(message.splitlines())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def user_level() -> int:
+    """The `stacklevel` of a warning about the line outside this package that called it."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PASSED):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_regular(path: str | Path) -> None:

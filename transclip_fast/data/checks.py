@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.npy_shards import StoredRows
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 
 # fp16 rows are off by up to 6e-4; renormalising those would move z by up to 3e-2.
 UNIT_NORM_TOLERANCE = 2e-3
@@ -110,7 +110,7 @@ def unit_divisors(
     warnings.warn(
         f"{name}: {int(far.sum())} of {len(matrix)} rows were not unit vectors and were "
         f"normalised (row {first + row} has norm {norms[row]:.4g})",
-        stacklevel=3,
+        stacklevel=user_level(),
     )
     return norms.where(far, 1.0)
 

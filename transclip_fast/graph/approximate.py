@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.feature_rows import Rows
+from transclip_fast.errors import user_level
 from transclip_fast.graph.candidates import Candidates, without_self
 from transclip_fast.graph.centres import kmeans_centres, nearest_centres
 from transclip_fast.graph.faiss_index import (
@@ -138,7 +139,7 @@ class IndexSearch:
     def _search_index(self, found: Candidates) -> None:
         """Fill `found` by FAISS's own search."""
         if line := old_kernel():
-            warnings.warn(line, stacklevel=2)
+            warnings.warn(line, stacklevel=user_level())
         self._set_effort(found.size)
 
         def search(panel: slice, part: Candidates) -> None:

@@ -15,7 +15,7 @@ from transclip_fast.callbacks import Checkpoint, Count
 from transclip_fast.data.checks import check_number
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.device import current_device, exact_float32
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph import faiss_index
 from transclip_fast.graph.approximate import IndexSearch
 from transclip_fast.graph.candidates import (
@@ -145,7 +145,7 @@ def build_graph(
         warnings.warn(
             f"n_neighbors: {n_neighbors} is not below the number of rows, {len(rows)}; the "
             "neighbours that are missing send no messages",
-            stacklevel=2,
+            stacklevel=user_level(),
         )
     if search == "auto":
         search = choose_search(len(rows), rows.device, rows.held and ranks.size == 1)
@@ -227,7 +227,9 @@ def choose_search(n_rows: int, device: torch.device, held: bool) -> str:
         return "cuvs"
     if faiss_index.faiss_installed():
         return "faiss"
-    warnings.warn("FAISS is not installed: all pairs of rows are compared, slowly", stacklevel=3)
+    warnings.warn(
+        "FAISS is not installed: all pairs of rows are compared, slowly", stacklevel=user_level()
+    )
     return "exact"
 
 
@@ -245,7 +247,7 @@ def _measured(
         warnings.warn(
             f"the graph's recall is {reached:.4f}, below {recall}: another index, or an exact "
             "search, finds more neighbours",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     return {
         "recall": reached,

@@ -18,6 +18,7 @@ import torch
 
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import exact_float32, multiplies_bytes
+from transclip_fast.errors import user_level
 from transclip_fast.graph.candidates import (
     SPARE_CANDIDATES,
     Candidates,
@@ -200,5 +201,5 @@ def _compiled_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        warnings.warn(f"searched in torch, slower: {error}", stacklevel=4)
+        warnings.warn(f"searched in torch, slower: {error}", stacklevel=user_level())
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from transclip_fast.data.feature_rows import Rows, UnitRows
+from transclip_fast.errors import user_level
 from transclip_fast.graph.exact import nearest
 from transclip_fast.methods.dense import as_assignments, in_blocks
 from transclip_fast.ops.torch_backend import TorchOps
@@ -134,6 +135,6 @@ def as_distributions(z: torch.Tensor, nearest_labels: torch.Tensor) -> torch.Ten
         warnings.warn(
             f"X: no label reached {lost:,} rows over the graph; they have the class of their most "
             "similar labelled row",
-            stacklevel=4,
+            stacklevel=user_level(),
         )
     return z

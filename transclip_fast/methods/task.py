@@ -16,7 +16,7 @@ from transclip_fast.data.checks import as_labelled_rows, as_tensor, unread_matri
 from transclip_fast.data.feature_rows import Rows, unit
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.texts import ensemble
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.mixture import Moments
@@ -110,7 +110,7 @@ def _labelled(
     if texts is not None:
         zero_shot = (labelled.rows @ texts.T).argmax(1).numpy()
         for message in check_class_order(zero_shot, labelled.labels.numpy()):
-            warnings.warn(f"{name}_labels: {message}", stacklevel=4)
+            warnings.warn(f"{name}_labels: {message}", stacklevel=user_level())
     return labelled
 
 

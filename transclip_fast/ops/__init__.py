@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 
 if TYPE_CHECKING:
     from transclip_fast.ops.torch_backend import TorchOps
@@ -51,7 +51,7 @@ def choose_backend(name: str, device: torch.device, truncation: Truncation | Non
         if name == wanted:
             raise InputError(f"backend={name!r}: {error}; pip install {name}") from error
         message = f"computed in torch, slower: {error}; pip install {wanted}"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=user_level())
         return "torch"
     return wanted
 

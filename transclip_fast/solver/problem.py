@@ -25,7 +25,7 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.device import exact_float32, resolve_device
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph.exact import nearest_of_all
 from transclip_fast.metrics import check_class_order
 from transclip_fast.ops import choose_backend
@@ -408,4 +408,4 @@ def _warn_of_order(
     else:
         zero_shot = features.pick(prior.log_probabilities, queries).argmax(1).cpu().numpy()
     for message in check_class_order(zero_shot, labels.cpu().numpy()):
-        warnings.warn(f"{name}_labels: {message}", stacklevel=4)
+        warnings.warn(f"{name}_labels: {message}", stacklevel=user_level())

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from transclip_fast.data.feature_rows import Rows, Tensors
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 from transclip_fast.solver.layout import ENTRY_BYTES, FEWEST_CANDIDATES, FREE_LIST_BYTES
 from transclip_fast.types import FLOOR, Assignments, Truncation
 
@@ -96,7 +96,7 @@ def losses(
         warnings.warn(
             f"sparse assignments keep {100 * (1 - dropped):.0f} % of the mass only; raise "
             "candidates and rank",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     return asdict(truncation) | {
         "mean_dropped": max(dropped, 0.0),
