@@ -77,6 +77,32 @@ def test_a_folder_of_another_kind_says_what_it_is(folder, solved, refused, tmp_p
         assert refused("predict", other, result, *new).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "encode photos --classes names.txt --model RN50 --pretrained none --out names.txt",
+        "run photos --classes names.txt --model RN50 --pretrained none --out names.txt",
+        "demo --out names.txt",
+    ],
+)
+def test_a_file_where_a_folder_is_to_be_written(words, cli, tmp_path, monkeypatch):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 7)).save(tmp_path / "photos" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    ran = cli(*words.split())
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1].startswith("error: names.txt")
+    assert ran.err.endswith(": is a file, or in one; name a folder\n")
+    assert (tmp_path / "names.txt").read_text() == "cat\ndog\n"
+
+
+def test_a_folder_where_a_file_is_to_be_written(solved, refused, tmp_path):
+    (tmp_path / "page").mkdir()
+    message = refused("report", solved, "--out", tmp_path / "page")
+    assert message == f"error: {tmp_path / 'page'}: is a folder; name a file\n"
+
+
 BROKEN = {  # a module's file that fails, and what the line says of it
     "torchvision": (
         'raise RuntimeError("operator torchvision::nms does not exist")',

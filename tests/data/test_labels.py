@@ -50,6 +50,7 @@ def test_names_that_are_numbers():
         ([float("inf")], ["a", "b"], "y: row 0: label inf is none of the 2 classes"),
         ([True], ["a", "b"], "y: row 0: label True is none of the 2 classes"),
         ([[1]], ["a", "b"], "y: row 0: label [1] is none of the 2 classes"),
+        (["sea", "dessert"], ["desert", "sea"], "none of the 2 classes; did you mean 'desert'?"),
         (["a", "c", "c"], ["a", "b"], "y: row 1: label 'c' is none of the 2 classes"),
         (["a", "1"], ["a", "b"], "y: row 1: label '1' is none of the 2 classes"),
         (["2"], ["a", "b"], "y: row 0: label '2' is none of the 2 classes"),

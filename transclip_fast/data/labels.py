@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -106,4 +107,6 @@ def _no_class(row: str, label: Any, names: Sequence[str] | None) -> InputError:
     remedy = "; positions count from 0" if str(label) == str(len(names)) else ""
     if isinstance(label, str) and SYNSET.fullmatch(label):
         remedy = f"; give the names as lines with synsets, such as '{label} NAME'"
+    elif isinstance(label, str) and (near := get_close_matches(label, names, n=1)):
+        remedy = f"; did you mean {near[0]!r}?"
     return InputError(f"{row}: label {label!r} is none of the {len(names)} classes{remedy}")

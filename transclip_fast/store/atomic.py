@@ -123,7 +123,12 @@ def writing(path: str | Path) -> Iterator[None]:
     """Turn the system's refusals to write `path`, an OSError, into an InputError."""
     try:
         yield
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder; name a file") from error
     except OSError as error:
+        in_the_way = isinstance(error, FileExistsError) and os.path.isfile(str(error.filename))
+        if in_the_way or isinstance(error, NotADirectoryError):
+            raise InputError(f"{path}: is a file, or in one; name a folder") from error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(
             f"{path}: cannot be written ({reason}); free space or name another folder"
