@@ -62,7 +62,7 @@ class TransCLIP(Parameters):
     covariance : {"diagonal", "isotropic"}
         Shape of the covariance that all classes share.
     graph_mode : {"symmetric", "directed"}
-        Messages through (W + W^T) / 2k, or through W / k.
+        Messages through (W + W^T) / 2k, or through W / k; those of shots always through W / 2k.
     clamp_similarity : bool
         Edge weights are max(0, cosine).
     gamma : float, optional
