@@ -143,8 +143,7 @@ def _columns(root: Path, arrays: dict[str, Any]) -> list[Target]:
     (root / "labels.csv").write_text("label\n" + "\n".join(words) + "\n")
     (root / "labels.txt").write_text("\n".join(words) + "\n")
     np.save(root / "labels.npy", arrays["labels"])
-    keys = [f"{row}.png" for row in range(N_ROWS)]
-    pq.write_table(pa.table({"key": keys, "label": words}), root / "labels.parquet")
+    pq.write_table(pa.table({"row": range(N_ROWS), "label": words}), root / "labels.parquet")
     numbers = {name: k for k, name in enumerate(NAMES)}
     (root / "names.txt").write_text("\n".join(NAMES) + "\n")
     (root / "names.json").write_text(json.dumps(NAMES))

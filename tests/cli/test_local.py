@@ -18,7 +18,7 @@ def test_patches_beside_images(images, cli, tmp_path):
     assert ran.code == 0
     stored = load_features(tmp_path / "out", local=True)
     assert stored.get("local_features").shape == (5, 9 * 12)
-    assert cli(*command, *out, "--local-features", 3).out.startswith("5 images encoded")
+    assert cli(*command, *out, "--local-features", 3).out.startswith("0 of 5 images encoded")
     assert "begun with local_features 3, now None" in cli(*command, *out).err
     ran = cli(*command, *out, "--local-features", 3, "--compile")
     assert (ran.code, "drop --compile" in ran.err) == (2, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from argparse import Namespace
 
 import numpy as np
@@ -36,6 +37,7 @@ def test_the_network_follows_the_weights(monkeypatch):
         raise ValueError("no weights here")
 
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ["a hub"])
     with pytest.raises(ValueError, match="does not load"):
         load_backbone("ViT-B-32", "openai", torch.device("cpu"))
     assert created["force_quick_gelu"] is True

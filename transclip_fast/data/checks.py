@@ -151,12 +151,12 @@ def as_labels(
     tensor = as_tensor(array, name)
     if tensor.ndim == 2 and len(tensor) == rows:
         width = tensor.shape[1]
+        tensor = tensor[:, 0] if width == 1 else hot_columns(tensor, name)
         if width > 1 and n_classes not in (None, width):
             raise InputError(
                 f"{name}: is one-hot of {width} classes, there are {n_classes}; give positions in "
                 "the list of classes"
             )
-        tensor = tensor[:, 0] if width == 1 else hot_columns(tensor, name)
     if tensor.shape != (rows,):
         raise InputError(
             f"{name}: expected {rows} labels, one a row, got shape {tuple(tensor.shape)}"

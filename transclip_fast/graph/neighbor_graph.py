@@ -73,8 +73,8 @@ class NeighborGraph:
         Raises
         ------
         InputError
-            Other number of rows, shorter lists, ids that are no row or come twice, or lists that
-            are to be cut and are not best first.
+            Other number of rows, shorter lists, ids that are no row, or lists that are to be cut
+            and are not best first.
         """
         if self.neighbors.shape != self.similarities.shape or self.neighbors.ndim != 2:
             raise InputError(f"{name}: neighbors and similarities differ in shape")
@@ -96,11 +96,6 @@ class NeighborGraph:
         if wrong.any():
             row = own.start + int(wrong.any(1).argmax())
             raise InputError(f"{name}: row {row} has an impossible neighbour; build it again")
-        ordered = np.sort(neighbors, axis=1)
-        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
-        if twice.any():
-            row = own.start + int(twice.argmax())
-            raise InputError(f"{name}: row {row} has a neighbour twice; build it again")
         if n_neighbors < self.n_neighbors:
             rises = np.diff(self.similarities[own], axis=1) > 0
             rising = (rises & (self.neighbors[own, 1:] >= 0)).any(1)
