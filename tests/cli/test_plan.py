@@ -179,7 +179,7 @@ def test_of_ranks(succeeds):
     assert searched["host"] < whole["host"] - 200_000 * 512
 
 
-def test_of_gpus_that_are_elsewhere(succeeds, refused):
+def test_of_gpus_of_another_machine(succeeds, refused):
     found = plan_of(succeeds, *MANY, *GPU, "--ranks", 64)
     solve = found["stages"][1]
     assert 0 < solve["device"] <= found["limit"] == 200 << 30

@@ -103,7 +103,7 @@ def test_a_folder_where_a_file_is_to_be_written(solved, refused, tmp_path):
     assert message == f"error: {tmp_path / 'page'}: is a folder; name a file\n"
 
 
-BROKEN = {  # a module's file that fails, and what the line says of it
+BROKEN = {  # a module's file that fails, and the line about it
     "torchvision": (
         'raise RuntimeError("operator torchvision::nms does not exist")',
         "torchvision: cannot be imported (operator torchvision::nms does not exist); torch and "

@@ -157,7 +157,7 @@ def grown(tar):
 
 @pytest.mark.parametrize("more", [1, 2, 5])
 def test_an_image_that_takes_in_the_next_files_stops_the_encode(more, grown, tmp_path):
-    """Decoders ignore what follows an image, and nobody would miss the others."""
+    """Decoders ignore what follows an image, so the others would be lost without a word."""
     file = grown(ROWS, 2, more)
     source = open_source(file)
     with pytest.raises(OSError, match="takes in the next file; pack it again"):

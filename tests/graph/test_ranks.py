@@ -62,7 +62,7 @@ def test_rows_in_a_file(tmp_path):
 
 
 def bytes_sent(features, k, search, own_rows):
-    """What a rank says that it sent, and what the documentation says that it does."""
+    """The bytes that a rank has counted, and those of the documented steps."""
     sent, rounds, searches = [], [], []
     count, merge, fill = Exchange._count, lists._merge, lists.ListSearch.fill
 
@@ -118,8 +118,8 @@ def bytes_of_lists(search, shape, k, n_rounds):
     for number in range(blocks.own.start, blocks.own.stop):
         which, _, some = blocks.block(number)
         rows = np.flatnonzero((nearest == which).any(1))[some]
-        elsewhere = (rows < own.start) | (rows >= own.stop)
-        expected += (8 + 12 * (k + 4)) * int(elsewhere.sum())
+        remote = (rows < own.start) | (rows >= own.stop)
+        expected += (8 + 12 * (k + 4)) * int(remote.sum())
     return expected
 
 

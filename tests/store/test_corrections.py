@@ -51,7 +51,7 @@ def test_hostile_keys_and_labels_are_read_back(tmp_path):
 
 
 def test_written_by_hand(tmp_path):
-    """Spaces, case, positions and texts that nobody guarded."""
+    """Spaces, case, positions and texts without a guard."""
     (tmp_path / "c.csv").write_text("Key, Label\n-2, Dog\n'tis,4\n@x, \n=cmd(),=sum\n")
     found = read_corrections(tmp_path / "c.csv", HOSTILE, NAMES, len(HOSTILE))
     assert found == {5: 1, 14: 4, 0: 3}

@@ -133,7 +133,7 @@ def _warn_of_pipes() -> None:
 
 
 def lost_worker(error: BaseException | None) -> str:
-    """What torch's loader says of a lost worker, in an error or what led to it; or nothing."""
+    """The message of torch's loader about a lost worker: of an error or what led to it, or ""."""
     while error is not None and not isinstance(error, InputError):
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader "):
             return one_line(error)

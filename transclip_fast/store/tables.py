@@ -87,7 +87,7 @@ def guarded(text: str) -> str:
 
 
 def unguarded(text: str) -> str:
-    """The text that a cell holds; one that nobody guarded is taken as it is."""
+    """The text that a cell holds; one without a guard is taken as it is."""
     return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
 
 
