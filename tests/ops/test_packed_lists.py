@@ -1,4 +1,4 @@
-"""Lists of z as processes send them: both backends pack the same, and get them back."""
+"""Lists of z: their labels, and how processes send them, which is the same in both backends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = (5, 0, 3, 0, 1, 2)
 
 @pytest.fixture(params=[TorchOps, NumbaOps])
 def ops(request, monkeypatch):
-    monkeypatch.setattr(numba_backend, "PACKED_ROWS", 4)  # some blocks
+    monkeypatch.setattr(numba_backend, "LIST_ROWS", 4)  # some blocks
     none = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     return request.param(Affinity(*none))
 
@@ -56,6 +56,19 @@ def test_lists_are_set_over_others(ops):
     for row, source in enumerate(ROWS):
         n = LENGTHS[source]
         assert out.classes[row, :n].tolist() == z.classes[source, :n].tolist()
+
+
+def test_best_is_the_lowest_of_equal_classes(ops):
+    z = lists((1, 3, 4, 2, 4, 3))
+    z.values[1, :3] = torch.tensor([0.25, 0.5, 0.5])
+    z.values[2] = 0.25
+    z.classes[1] = torch.tensor([2, 9, 4, 1])  # of which the last is not in use
+    z.classes[2] = torch.tensor([5, 3, 10, 7])
+    labels, values = ops.best(z)
+    dense = z.dense()
+    assert labels.tolist() == dense.argmax(1).tolist()
+    assert labels[1:3].tolist() == [4, 3]
+    torch.testing.assert_close(values, dense.amax(1), rtol=0, atol=0)
 
 
 def test_no_lists(ops):

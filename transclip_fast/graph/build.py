@@ -136,11 +136,11 @@ def build_graph(
     if own_index and search in ("exact", "cuvs"):
         raise InputError(f"search {search!r} uses no FAISS index: leave index and save_index out")
     ranks = current_ranks() or ALONE
+    rows = features if isinstance(features, Rows) else Rows(features, "features", device)
     if ranks.size > 1:
         _check_shared(search, index, save_index)
-    rows = features if isinstance(features, Rows) else Rows(features, "features", device)
-    parameters = repr((n_neighbors, search, recall))
-    check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
+        parameters = repr((n_neighbors, search, recall))
+        check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
     if n_neighbors >= len(rows):
         warnings.warn(
             f"n_neighbors: {n_neighbors} is not below the number of rows, {len(rows)}; the "

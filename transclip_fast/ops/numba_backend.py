@@ -30,7 +30,7 @@ from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end together
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
-PACKED_ROWS = 4096  # rows of a block of lists that are packed
+LIST_ROWS = 4096  # rows of a block of lists that are packed, or whose labels are found
 SQUARE_ROWS = 2048  # rows of a block of squares
 CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
 # Writes the candidates of a block of rows to their lists. Two arrays (8, K) receive the largest
@@ -163,6 +163,16 @@ class NumbaOps(TorchOps):
         parallel_map(part, blocks(n_rows, equal_rows(n_rows, SWEEP_ROWS)))
         return torch.from_numpy(terms)
 
+    def best(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
+        labels, values = torch.empty(len(z), dtype=torch.int64), torch.empty(len(z))
+
+        def part(rows: slice) -> None:
+            some = _arrays(z.take(rows))
+            lists.best(*some, labels.numpy()[rows], values.numpy()[rows])
+
+        parallel_map(part, blocks(len(z), LIST_ROWS))
+        return labels, values
+
     def neighbor_means(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
     ) -> torch.Tensor:
@@ -184,7 +194,7 @@ class NumbaOps(TorchOps):
             n = lists.pack(rows.numpy()[block], *arrays, out, out.view(np.float32), own)
             return torch.from_numpy(out[:n])
 
-        parts = list(blocks(len(rows), PACKED_ROWS))
+        parts = list(blocks(len(rows), LIST_ROWS))
         found = parallel_map(part, parts)
         before = 0
         for block, entries in zip(parts, found, strict=True):

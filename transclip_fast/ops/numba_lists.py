@@ -53,3 +53,16 @@ def unpack(entries, values, z, classes, n_classes):  # type: ignore[no-untyped-d
                 r += 1
             row, r = row + 1, 0
     return row == len(z) and r == 0
+
+
+@compiled("void(float32[:, ::1], int32[:, ::1], int64[::1], float32[::1])")
+def best(z, classes, labels, values):  # type: ignore[no-untyped-def]
+    """Class of the largest entry of each row, the lowest of equal ones, and the entry."""
+    for i in range(len(z)):
+        label, value = classes[i, 0], z[i, 0]
+        for r in range(1, z.shape[1]):
+            if z[i, r] == 0:
+                break
+            if z[i, r] > value or (z[i, r] == value and classes[i, r] < label):
+                label, value = classes[i, r], z[i, r]
+        labels[i], values[i] = label, value

@@ -379,10 +379,14 @@ def neighbor_means(z, classes, neighbors, wanted, n_classes, out):  # type: igno
             if node >= 0:
                 number += 1
                 for r in range(z.shape[1]):
+                    if z[node, r] == 0:
+                        break
                     total[classes[node, r]] += z[node, r]
         for c in range(wanted.shape[1]):
             out[i, c] = total[wanted[i, c]] / max(number, 1)
         for node in neighbors[i]:
             if node >= 0:
                 for r in range(z.shape[1]):
+                    if z[node, r] == 0:
+                        break
                     total[classes[node, r]] = 0

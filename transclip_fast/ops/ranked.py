@@ -171,6 +171,9 @@ class RankedOps(TorchOps):
         self._fetched = z
         return whole
 
+    def best(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._local.best(z)
+
     def neighbor_means(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
     ) -> torch.Tensor:

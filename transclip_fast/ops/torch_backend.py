@@ -266,6 +266,10 @@ class TorchOps:
         mass = z.at(rows if self._nodes is None else self._nodes[rows], messages.classes)
         return (mass.double() * messages.weights).sum()
 
+    def best(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Assignments.best`."""
+        return z.best()
+
     def neighbor_means(
         self, z: Assignments, neighbors: torch.Tensor, classes: torch.Tensor | None
     ) -> torch.Tensor:
@@ -276,12 +280,17 @@ class TorchOps:
         there = neighbors >= 0
         shape = (len(neighbors), z.n_classes) if classes is None else classes.shape
         total = z.values.new_zeros(shape)
+        size = shape[0]
+        if classes is not None:  # as many comparisons as the entries of a block of scores
+            size = block_rows(z.values.device, shape[1] * z.values.shape[1])
         for nodes, exists in zip(neighbors.clamp_min(0).T, there.T, strict=True):
-            values = z.values[nodes] * exists[:, None]
-            if z.classes is not None and classes is not None:
-                same = z.classes[nodes][:, None] == classes[:, :, None]  # (n, C, R)
-                values = torch.where(same, values[:, None], 0).sum(2)
-            total += values
+            for rows in blocks(shape[0], size):
+                values = z.values[nodes[rows]] * exists[rows, None]
+                if z.classes is not None and classes is not None:
+                    theirs = z.classes[nodes[rows]][:, None]
+                    same = theirs == classes[rows, :, None]  # (n, C, R)
+                    values = torch.where(same, values[:, None], 0).sum(2)
+                total[rows] += values
         return total / there.sum(1, keepdim=True).clamp_min(1)
 
     def pack(self, z: Assignments, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

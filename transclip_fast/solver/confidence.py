@@ -27,7 +27,7 @@ from transclip_fast.types import Assignments, Scores
 
 TEMPERATURE = 4.0
 SMOOTHING = 1e-4  # eps, what is left to a class that no neighbour has
-BLOCK_ENTRIES = 1 << 20  # of a comparison of candidates with the classes of a neighbour
+BLOCK_ENTRIES = 1 << 18  # of the scores of a block of rows
 
 
 def calibrated_confidences(
@@ -51,7 +51,7 @@ def calibrated_confidences(
     nodes : Tensor (N,) int64, optional
         Node of each row, where they are not the same.
     """
-    device, labels, out = z.values.device, z.best()[0], torch.empty_like(base.tail)
+    device, labels, out = z.values.device, ops.best(z)[0], torch.empty_like(base.tail)
     n_rows, z = len(base.tail), ops.with_halo(z)
     if nodes is not None:
         nodes = torch.cat([nodes, torch.arange(n_rows, len(z), device=device)])
@@ -73,8 +73,7 @@ def calibrated_confidences(
             place = (classes == place).int().argmax(1, keepdim=True)
         out[rows] = shares.gather(1, place)[:, 0]
 
-    width = base.values.shape[1] * (1 if z.classes is None else z.values.shape[1])
-    parallel_map(part, blocks(n_rows, max(1, BLOCK_ENTRIES // width)), device)
+    parallel_map(part, blocks(n_rows, max(1, BLOCK_ENTRIES // base.values.shape[1])), device)
     return out
 
 

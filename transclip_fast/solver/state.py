@@ -96,7 +96,7 @@ class State:
 
     def labels(self) -> torch.Tensor:
         """Most likely class of each node, (N,) int64."""
-        labels = self.z.best()[0]
+        labels = self.ops.best(self.z)[0]
         return labels if self.in_use is None else self.in_use[labels]
 
     def count(self, marks: torch.Tensor) -> int:
