@@ -164,7 +164,7 @@ class NumbaOps(TorchOps):
         return torch.from_numpy(terms)
 
     def best(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
-        labels, values = torch.empty(len(z), dtype=torch.int64), torch.empty(len(z))
+        labels, values = torch.empty(len(z), dtype=torch.int64), z.values.new_empty(len(z))
 
         def part(rows: slice) -> None:
             some = _arrays(z.take(rows))

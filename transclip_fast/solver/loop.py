@@ -23,7 +23,7 @@ from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.solver.confidence import calibrated_confidences
-from transclip_fast.solver.mixture import Mixture, Moments
+from transclip_fast.solver.mixture import Mixture, Moments, by_classes
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
 from transclip_fast.solver.state import (
@@ -195,7 +195,7 @@ def objective(state: State) -> float:
         value = value - kl_weight * state.ops.expectation(state.z, inputs.prior.log_probabilities)
     elif kl_weight and inputs.prior.weights is not None:
         # Linear in the features, so the moments suffice and no row is read.
-        log_prior = (inputs.prior.weights * state.moments.sums).sum()
+        log_prior = state.moments.dot(inputs.prior.weights)
         value = value - kl_weight * (log_prior - state.prior_normaliser)
     likelihood = mixture.log_likelihood(state.moments)
     for moments, weight in state.labelled:
@@ -223,15 +223,25 @@ def linear_score(
     P = likelihood_weight mu / sigma^2 + lambda tau V for a linear prior, V its prototypes; a prior
     (N, K) is added to the scores.
     """
-    weights, offset = mixture.linear_score()
-    weights, offset = likelihood_weight * weights, likelihood_weight * offset
+    offset = mixture.means.new_empty(len(mixture.means))
+    weights = torch.empty_like(mixture.means, dtype=torch.float32)
+    # What all classes share cancels in the softmax; without it float32 is more exact.
+    shared = likelihood_weight * mixture.means.mean(0) / mixture.variances
     if prior.weights is not None:
-        weights = weights + kl_weight * prior.weights
+        shared += kl_weight * prior.weights.mean(0)
+
+    def part(classes: slice) -> None:
+        found, g_offset = mixture.linear_score(classes)
+        found.mul_(likelihood_weight).sub_(shared)
+        if prior.weights is not None:
+            found.add_(prior.weights[classes], alpha=kl_weight)
+        weights[classes], offset[classes] = found, likelihood_weight * g_offset
+
+    by_classes(part, weights)
     if class_costs is not None:
         offset = offset - class_costs
     return LinearScore(
-        # Terms that all classes share cancel in the softmax; without them float32 is more exact.
-        (weights - weights.mean(0)).float(),
+        weights,
         (offset - offset.mean()).float(),
         prior.log_probabilities if kl_weight else None,
         kl_weight,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from transclip_fast.data.feature_rows import UnitRows
+from transclip_fast.ops.blocks import blocks
+from transclip_fast.parallel import parallel_map
 
 COVARIANCES = ("diagonal", "isotropic")
 # Times 1/d. One real backbone reaches a variance of 4.5e-7; a larger floor changes labels.
 VARIANCE_FLOOR = 1e-6
 # Below this mass, float32 entries of z are so close to underflow that their mean is noise.
 MASS_FLOOR = 1e-30
+CLASS_ENTRIES = 1 << 15  # of a float64 (K, d) array, 256 KiB: a core's cache holds a few of them
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,14 @@ class Moments:
     def take(self, classes: torch.Tensor) -> Moments:
         """Of some classes (K',), the only ones with mass."""
         return Moments(self.counts[classes], self.sums[classes], self.squares)
+
+    def dot(self, weights: torch.Tensor) -> torch.Tensor:
+        """sum_ik z_ik f_i . weights_k of weights (K, d), a float64 scalar."""
+
+        def part(classes: slice) -> torch.Tensor:
+            return (weights[classes] * self.sums[classes]).sum()
+
+        return torch.stack(by_classes(part, weights)).sum()
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -102,9 +117,15 @@ class Mixture:
 
     def update_means(self, moments: Moments, *, unit: bool = True) -> Mixture:
         """mu_k <- unit(sum_i z_ik f_i), or the plain mean; a class without mass keeps its mean."""
-        means = _unit(moments.sums) if unit else moments.sums / moments.counts[:, None]
-        has_mass = moments.counts > MASS_FLOOR
-        return replace(self, means=torch.where(has_mass[:, None], means, self.means))
+        means = torch.empty_like(self.means)
+
+        def part(classes: slice) -> None:
+            sums, counts = moments.sums[classes], moments.counts[classes, None]
+            new = _unit(sums) if unit else sums / counts
+            torch.where(counts > MASS_FLOOR, new, self.means[classes], out=means[classes])
+
+        by_classes(part, means)
+        return replace(self, means=means)
 
     def update_variance(self, moments: Moments, *, covariance: str = "diagonal") -> Mixture:
         """
@@ -118,19 +139,20 @@ class Mixture:
             variances = variances.mean().expand_as(variances).contiguous()
         return replace(self, variances=variances)
 
-    def linear_score(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def linear_score(self, classes: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """
         g_ik = f_i . weights_k + offset_k up to a constant per row, which the softmax drops.
 
         Returns
         -------
-        weights : Tensor (K, d) float64
-            mu_k / sigma^2.
-        offset : Tensor (K,) float64
+        weights : Tensor (n, d) float64
+            mu_k / sigma^2 of the `classes`.
+        offset : Tensor (n,) float64
             -1/2 sum_d mu_kd^2 / sigma_d^2.
         """
-        weights = self.means / self.variances
-        return weights, -0.5 * (weights * self.means).sum(1)
+        means = self.means[classes]
+        weights = means / self.variances
+        return weights, -0.5 * torch.linalg.vecdot(weights, means)
 
     def log_likelihood(self, moments: Moments) -> torch.Tensor:
         """sum_ik z_ik (g_ik - 1/2 sum_d log sigma_d^2), constants dropped; float64 scalar."""
@@ -139,8 +161,20 @@ class Mixture:
 
     def _spread(self, moments: Moments) -> torch.Tensor:
         """sum_ik z_ik (f_id - mu_kd)^2, (d,)."""
-        halves = torch.addcmul(moments.sums, self.means, moments.counts[:, None], value=-0.5)
-        return moments.squares - 2 * (self.means * halves).sum(0)
+
+        def part(classes: slice) -> torch.Tensor:
+            means, counts = self.means[classes], moments.counts[classes, None]
+            halves = torch.addcmul(moments.sums[classes], means, counts, value=-0.5)
+            return halves.mul_(means).sum(0)
+
+        return moments.squares - 2 * torch.stack(by_classes(part, self.means)).sum(0)
+
+
+def by_classes(task: Callable[[slice], Result], array: torch.Tensor) -> list[Result]:
+    """The results of `task` on consecutive classes, whose rows of `array` (K, d) fit a cache."""
+    n_classes, dim = array.shape
+    size = max(1, CLASS_ENTRIES // dim) if array.device.type == "cpu" else n_classes
+    return parallel_map(task, blocks(n_classes, size), array.device)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
