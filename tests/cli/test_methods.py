@@ -202,6 +202,22 @@ def test_formats(save, arrays, succeeds, tmp_path):
     assert summary["rows"][0]["method"] == "zero-shot"
 
 
+def test_maps(save, arrays, succeeds, cli, tmp_path):
+    """Text that is turned is turned back by its map, and rows without the map are not kept."""
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(33, 33)))[0].astype(np.float32)
+    np.save(tmp_path / "turn.npy", turn)
+    straight, out = save(arrays), tmp_path / "table.json"
+    succeeds("compare", straight, "--methods", FEW, "--out", tmp_path / "expected.json")
+    turned = save(arrays | {"text_features": arrays["text_features"] @ turn})
+    succeeds("compare", turned, "--methods", FEW, "--out", out)
+    back = ["--text-map", tmp_path / "turn.npy"]
+    assert "begins anew" in cli("compare", turned, "--methods", FEW, "--out", out, *back).err
+    expected, found = (json.loads((tmp_path / x).read_text()) for x in ("expected.json", out))
+    accuracies = [[row["accuracy"] for row in table["rows"]] for table in (expected, found)]
+    assert accuracies[0] == accuracies[1]
+    assert list(found["options"]["maps"]) == ["text_map"]
+
+
 def test_methods_that_cannot_run_are_named(save, arrays, cli, refused, monkeypatch):
     monkeypatch.setattr(compare, "NAMES", ("transclip", "stata", "bd-cspn", "zlap"))
     shots = balanced(arrays["labels"], 3)

@@ -27,6 +27,7 @@ from transclip_fast.protocols.data import draw_shots, labelled_pools, load_split
 from transclip_fast.store.atomic import beside, locked
 from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
+from transclip_fast.store.linear_maps import map_features
 
 ARRAYS = (*FIT_ARRAYS, "labels", "class_names")
 
@@ -55,6 +56,8 @@ ARRAYS = (*FIT_ARRAYS, "labels", "class_names")
 @options.device_option
 @options.json_option
 @options.array_options(*ARRAYS)
+@options.text_map_option
+@options.image_map_option
 @options.parameter_option("logit_scale")
 @options.parameter_option("gamma")
 @options.parameter_option("memory")
@@ -87,6 +90,7 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     with stages.time("load"), session.collected_warnings({}) as noted:
         arrays = {array: values[array] for array in ARRAYS}
         features = load_splits(path, arrays, shots=shots if is_cache(path) else None)
+        map_features(features, text=values["text_map"], image=values["image_map"])
     if values["gamma"] is not None and features.get("support_features") is None:
         raise InputError("gamma: is the weight of the support, and there is none; leave it out")
     origins = features.origins | {"X": features.origins["image_features"], str(out): str(out)}

@@ -91,6 +91,7 @@ class Comparison:
             **{name: self.values[name] for name in IDENTITY},
             "graph_sha256": None if graph is None else self._given_graph.sha256(),
             "inputs_sha256": self.features.inputs_sha256(),
+            "maps": self.features.maps,
             "version": __version__,
         }
 

@@ -176,6 +176,9 @@ search_options = options_of(
         help="Least recall of an approximate graph, measured on 1,000 rows.",
     ),
 )
+text_map_option = click.option(
+    "--text-map", type=PATH, help="Matrix (d, d) that maps the text features."
+)
 image_map_option = click.option(
     "--image-map", type=PATH, help="Matrix (d, d) that maps the image features."
 )

@@ -61,7 +61,7 @@ from transclip_fast.store.results import TRANSCLIP
 @options.json_option
 @options.array_options(*options.ARRAYS)
 @click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
-@click.option("--text-map", type=options.PATH, help="Matrix (d, d) that maps the text features.")
+@options.text_map_option
 @options.image_map_option
 @click.option(
     "--corrections",
