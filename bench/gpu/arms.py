@@ -14,6 +14,7 @@ from bench.gpu.problems import (
     lists,
     made_graph,
     made_problem,
+    messages_to,
     score_error,
     score_operands,
     sums_error,
@@ -39,16 +40,21 @@ def sweeps(suite: Suite, n: int = 1_280_000, k: int = 1000) -> None:
     for candidates in (16, 32):
         made = [lists(n, k, candidates, device, seed) for seed in range(INPUT_SETS)]
         out = made[0][1].empty_like()
-        ours.sweep(made[0][0], made[0][1], out=out)
-        error = sweep_error(made[0][0], graph, made[0][1], out, rows=min(n, 2000))
+        ours.sweep(made[0][0], made[0][1], out=out, bounded=False)
+        messages = messages_to(graph, made[0][1], min(n, 2000))
+        error = sweep_error(made[0][0], messages, out)
 
-        def run(ops: Any, i: int, made: Any = made, out: Any = out) -> None:
-            ops.sweep(made[i][0], made[i][1], out=out)
+        def run(ops: Any, bounded: bool, i: int, made: Any = made, out: Any = out) -> None:
+            ops.sweep(made[i][0], made[i][1], out=out, bounded=bounded)
 
+        arms: dict[str, Arm] = {
+            "kernel": partial(run, ours, False),
+            "kernel, with its bound": partial(run, ours, True),  # the last sweep of a solve
+            "torch eager": partial(run, eager, True),
+        }
         suite.arms(
-            f"sweep, {candidates} candidates",
-            {"kernel": partial(run, ours), "torch eager": partial(run, eager)},
-            sweep_bytes(graph, made[0][1]), "GB/s", {"kernel": error}, 2e-6, rows=n, classes=k,
+            f"sweep, {candidates} candidates", arms, sweep_bytes(graph, made[0][1]), "GB/s",
+            {"kernel": error}, 2e-6, rows=n, classes=k,
         )  # fmt: skip
 
 
@@ -99,7 +105,7 @@ def _score(suite: Suite, n: int, k: int, d: int, width: int) -> None:
     errors: dict[str, float] = {}
     for name, run in {"fused": kernel, "cuBLAS in chunks": chunks}.items():
         run(0)
-        errors[name] = score_error(features[0], weights, offset, out)
+        errors[name] = score_error(features[0], score, out)
     arms: dict[str, Arm] = {
         "fused": kernel,
         "cuBLAS in chunks": chunks,

@@ -1,6 +1,7 @@
 """The parts of the GPU suite that need no GPU: its problems, formulas and table."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,11 +15,15 @@ from bench.gpu import suite as gpu_suite
 from bench.gpu.eva import EvaTower
 from bench.gpu.lines import Ceilings, Line, Suite
 from bench.gpu.problems import (
+    bound_error,
+    energies_error,
     lists,
     made_graph,
     made_problem,
+    messages_to,
     score_error,
     score_operands,
+    start_errors,
     sweep_bytes,
     sweep_error,
 )
@@ -26,7 +31,7 @@ from bench.gpu.timing import Gpu, bits_differ, setting
 from tests.bench.gpu import fake_parts
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.ops.torch_backend import TorchOps
-from transclip_fast.types import LinearScore
+from transclip_fast.types import Assignments, LinearScore, Messages, Truncation
 
 
 def test_the_graph_is_one():
@@ -53,9 +58,18 @@ def test_sweeps_are_counted_and_checked(candidates):
     np.testing.assert_allclose(base.values.exp().sum(1) + base.tail, 1, atol=1e-5)
     graph = affinity(made_graph(200, 30))
     out = TorchOps(graph).sweep(base, z, out=z.empty_like())
-    assert sweep_error(base, graph, z, out, rows=150) < 1e-6
+    messages = messages_to(graph, z, 150)
+    assert sweep_error(base, messages, out) < 1e-6
+    assert bound_error(base, messages, out, listed=30) < 1e-6
     out.values[7, 0] += 0.1
-    assert sweep_error(base, graph, z, out, rows=150) > 0.09
+    out.bound[7] += 0.1
+    assert sweep_error(base, messages, out) > 0.09
+    assert bound_error(base, messages, out, listed=30) > 0.09
+    assert bound_error(base, messages, out, listed=-1) < 1e-6  # is a bound
+    energies = TorchOps(graph).row_energies(z)
+    assert energies_error(messages, z, energies) < 1e-6
+    energies[7, 1] += 0.1
+    assert energies_error(messages, z, energies) > 0.09
     lists_and_edges = 200 * (16 * candidates + 16) + 12 * len(graph.columns)
     assert sweep_bytes(graph, z) >= lists_and_edges + 8 * len(graph.columns)
     assert sweep_bytes(graph, z) <= lists_and_edges + 8 * candidates * len(graph.columns)
@@ -64,13 +78,35 @@ def test_sweeps_are_counted_and_checked(candidates):
 def test_scores_are_checked():
     features, weights, offset, out = score_operands(300, 40, 64, "cpu", 0, width=8)
     ops = TorchOps(affinity(made_graph(300, 40)))
-    ops.score(features.float(), LinearScore(weights.float(), offset), out=out)
-    assert score_error(features, weights, offset, out, rows=100) < 1e-5
+    score = LinearScore(weights.float(), offset)
+    ops.score(features.float(), score, out=out)
+    assert score_error(features, score, out, rows=100) < 1e-5
     kept = out.values.clone()
     out.values[9, 0] += 0.1
-    assert score_error(features, weights, offset, out, rows=100) > 1e-3
+    assert score_error(features, score, out, rows=100) > 1e-3
     out.values.copy_(kept)[9, 0] = -torch.inf  # a candidate that is missing
-    assert score_error(features, weights, offset, out, rows=100) > 1e-3
+    assert score_error(features, score, out, rows=100) > 1e-3
+
+
+def test_few_shot_scores_are_checked():
+    features, weights, offset, out = score_operands(60, 40, 64, "cpu", 0, width=8)
+    rows = torch.arange(60)
+    messages = Messages.of(rows, rows % 40, torch.ones(60), 60)
+    score = LinearScore(weights.float(), offset, torch.randn(60, 40), 0.5, messages)
+    TorchOps(affinity(made_graph(60, 40))).score(features.float(), score, out=out)
+    assert score_error(features, score, out) < 1e-5
+    for left_out in ({"log_prior": None}, {"messages": None}):
+        assert score_error(features, replace(score, **left_out), out) > 1e-3
+
+
+def test_starts_are_checked():
+    features, prototypes = made_problem(60, 20, 33, "cpu")
+    z = Assignments.empty(60, 20, Truncation(8, 8), features.device)
+    _, *top = TorchOps.start(features, 100 * prototypes, None, out=z)
+    assert max(start_errors(features, 100 * prototypes, z, top)) < 1e-4
+    z.values[7, 0] -= 0.01
+    top[1][0, 3] = top[1][5, 3]
+    assert min(start_errors(features, 100 * prototypes, z, top)) > 1e-3
 
 
 def test_rates_and_shares():

@@ -34,7 +34,7 @@ def test_ceilings(suite):
 
 def test_sweeps(suite):
     arms.sweeps(suite, 60, 50)
-    assert arms_of(suite) == 2 * ["kernel", "torch eager"]
+    assert arms_of(suite) == 2 * ["kernel", "kernel, with its bound", "torch eager"]
 
 
 def test_scores(suite):
@@ -86,7 +86,7 @@ def test_other_labels_are_wrong(suite, monkeypatch):
     assert suite.code == 1
 
 
-@pytest.mark.parametrize("name", ["sweeps", "scores", "sums", "graphs"])
+@pytest.mark.parametrize("name", ["sweeps", "scores", "starts", "sums", "graphs"])
 def test_checks(suite, name):
     check.PARTS[name].run(suite)
     assert set(arms_of(suite)) == {"check"}
