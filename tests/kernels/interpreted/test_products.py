@@ -52,7 +52,7 @@ def kinds(rng, n, d):
     yield unit(np.where(rng.random((n, d)) < 0.1, normal, 0) + 1e-30)
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(65, 70, 1280), (30, 129, 512), (70, 20, 300)])
+@pytest.mark.parametrize(("n", "k", "d"), [(20, 66, 1280), (30, 129, 512), (70, 20, 300)])
 def test_adversarial(rng, n, k, d):
     """Where few terms make up a sum, float32 has one bit more; long sums lose more than that."""
     for i, features in enumerate(kinds(rng, n, d)):
