@@ -4,6 +4,7 @@ import importlib
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,12 @@ import pytest
 from tests import scene
 from transclip_fast import demo
 from transclip_fast.cli import COMMANDS, _cli
+from transclip_fast.cli import demo as demo_command
+from transclip_fast.demo.data import SHIFTS
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.heads import SETTINGS
+from transclip_fast.methods.base import Setting
+from transclip_fast.methods.tim import TIM
 
 ROOT = Path(__file__).parents[1]
 NAMES = "README.md", "CONTRIBUTING.md", "CHANGELOG.md"
@@ -127,6 +132,7 @@ def workplace(tmp_path_factory):
         for name, (prompt, schedule) in SETTINGS.items():
             short = replace(prompt, n_ctx=4), replace(schedule, epochs=1)
             patch.setitem(SETTINGS, name, short)
+        patch.setitem(TIM.grid, "max_iter", Setting(2, whole=True))  # 125 of these solves
         patch.chdir(folder)
         scene.make(folder, run)
         yield folder
@@ -185,11 +191,17 @@ def test_benchmarks_exist():
         assert importlib.util.find_spec(module), module
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "words",
+    [[name, "3000"] if name == "stream.py" else [name] for name in EXAMPLES]
+    + [["label_folder.py", "photos", "names.txt"]],
+    ids=" ".join,
+)
 @pytest.mark.filterwarnings("ignore")
-def test_examples_run(name, monkeypatch, capfd):
-    arguments = ["3000"] if name == "stream.py" else []
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+def test_examples_run(words, copy, monkeypatch, capfd):
+    """Their commands run in this process, and the demo on one of its sets."""
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(demo_command, "SHIFTS", {"blur": SHIFTS["blur"]})
+    monkeypatch.setattr(subprocess, "run", lambda command, check: run([*map(str, command[3:])]))
+    runpy.run_path(str(ROOT / "examples" / words[0]), run_name="__main__")
     assert capfd.readouterr().out.count("\n") >= 3
