@@ -126,6 +126,7 @@ class ListSearch:
         if state:
             found.restore(state)
             done[:] = state["done"]
+        lowest = np.full(len(self.rows), -np.inf, np.float32)  # that a row still takes
         queries = self.blocks.pairs(self.nearest, exchange)
         starts = np.searchsorted(queries, np.arange(len(self.centres) + 1) * len(self.rows))
         queries %= len(self.rows)
@@ -145,7 +146,8 @@ class ListSearch:
             rows = [torch.from_numpy(probing(number)) for number in batch]
             # Made before the products are: between those, these would keep freed memory in pieces.
             parts = [Candidates.empty(len(ids), found.size) for ids in rows]
-            parallel_map(partial(self._search, found), zip(batch, rows, parts, strict=True))
+            lowest[own] = found.values.numpy()[:, -1].clip(min=lowest[own])
+            parallel_map(partial(self._search, lowest), zip(batch, rows, parts, strict=True))
             _merge(rows, parts, found, own.start, exchange)
             # Between the first and the last of a batch nothing is left to do.
             ends = [batch[0], batch[-1] + 1] if batch else [0, 0]
@@ -154,21 +156,23 @@ class ListSearch:
             self.job.report(int(done.sum()), len(done))
             self.job.checkpoint.keep(saved)
 
-    def _search(self, found: Candidates, task: tuple[int, torch.Tensor, Candidates]) -> None:
-        """Fill the candidates of the rows of a block, (number, rows, candidates)."""
+    def _search(self, lowest: np.ndarray, task: tuple[int, torch.Tensor, Candidates]) -> None:
+        """
+        Fill the candidates of the rows of a block, (number, rows, candidates).
+
+        Products below `lowest` (N,) would not stay with their row; a full list raises it.
+        """
         from transclip_fast.ops.numba_candidates import enter_products
 
         load_faiss().omp_set_num_threads(1)  # of this thread: the pool is the parallelism
         number, rows, part = task
-        ids, first = rows.numpy(), self.job.own.start
-        # What is worse than the candidates of an own row so far would not stay.
-        lowest = np.full(len(ids), -np.inf, np.float32)
-        own = (ids >= first) & (ids < self.job.own.stop)
-        lowest[own] = found.values.numpy()[ids[own] - first, -1]
         which, members, _ = self.blocks.block(number)
         others, features = read_list(self.index, which, members)
-        products = (self.rows[rows] @ features.T).numpy()
-        enter_products(products, others, ids, lowest, part.values.numpy(), part.ids.numpy())
+        products, ids = (self.rows[rows] @ features.T).numpy(), rows.numpy()
+        values = part.values.numpy()
+        enter_products(products, others, ids, lowest[ids], values, part.ids.numpy())
+        # Where another thread raises it at once, the lower number may remain: nothing is lost.
+        lowest[ids] = values[:, -1].clip(min=lowest[ids])
 
 
 def _merge(

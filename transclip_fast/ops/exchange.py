@@ -41,7 +41,8 @@ Beside its rows, and what any process takes, a rank holds z of its halo, twice, 
 what the start merges, 96 K P; the sums of at most 7 parts, 8 K d each; and while lists travel, what
 is sent and what comes, packed. In a search it holds candidates of its rows, 12 (k + 4) each; with
 faiss also the sample of k-means, 40 L rows in float32, about N / P rows, those of its lists, the
-places of the rows that search these, 8 each, and what a round finds for others.
+places of the rows that search these, 8 each, the least product that each of the N rows still takes,
+4 N, and what a round finds for others.
 """
 
 from __future__ import annotations

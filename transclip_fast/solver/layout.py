@@ -30,6 +30,7 @@ FREE_LIST_BYTES = 1 << 24  # lists up to this size are always affordable
 ROW_BYTES = 320
 PROCESS_BYTES = 850 << 20  # Python, torch, numba, pyarrow, and free blocks of the allocator
 SEARCH_ROW_BYTES = 800  # candidates of a row and its lists, and the copies of sorting them
+ANY_ROW_BYTES = 8  # of a row of any process: its place in a sample, then the least product it takes
 CLASS_MATRICES = 8  # (K, d) float64: means, sums, weights and temporaries of computing them
 PART_SUMS = 7  # (K, d) float64: of parts of the rows, on their way up a tree
 START_BYTES = 96  # of a class: the 8 rows that one process is most confident of
@@ -241,6 +242,8 @@ class Layout:
     def search_bytes(self, size: Size, device: torch.device) -> int:
         """Bytes of an approximate neighbour search; an exact one of few rows takes less."""
         features = self.bytes(size, device)["features"]
+        if size.ranks > 1:
+            features += ANY_ROW_BYTES * size.n_rows
         if size.ranks > 1 and not size.file_bytes:  # a process reads rows of all from its memory
             features += 4 * size.n_rows * size.dim
         index = size.dim * (4 if self.held and device.type == "cpu" else 2)
