@@ -13,7 +13,7 @@ from tests.conftest import balanced, make_problem
 from tests.ranks import on_ranks
 from transclip_fast import NeighborGraph, TransCLIP
 from transclip_fast.cli.session import Stages
-from transclip_fast.cli.solution import solve_features
+from transclip_fast.cli.solution import Solving, solve_features
 from transclip_fast.cli.traffic import Traffic
 from transclip_fast.graph.build import build_graph
 from transclip_fast.ops.exchange import Exchange
@@ -46,7 +46,7 @@ def counted(file, out, graph, cases):
         for values in cases:
             model = TransCLIP(device="cpu", n_neighbors=graph.neighbors.shape[1], **values)
             features = load_features(str(file))
-            solve_features(features, str(out), model, graph, Stages())
+            solve_features(Solving(features, str(out), Stages()), model, graph)
     return [exchange.sent for exchange in found]
 
 

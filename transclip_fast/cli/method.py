@@ -11,11 +11,11 @@ import click
 from click.core import ParameterSource
 
 from transclip_fast.cli import options, session
-from transclip_fast.cli.graph import GraphSearch, describe, kept_graph, leftovers
+from transclip_fast.cli.graph import GraphSearch, describe
 from transclip_fast.cli.outlook import describe_changes
 from transclip_fast.cli.session import counted
-from transclip_fast.cli.solution import Output, check_class_names, true_labels
-from transclip_fast.cli.summary import describe_files, modality_gap, of_labelled, run_summary
+from transclip_fast.cli.solution import Solving
+from transclip_fast.cli.summary import describe_files, modality_gap, of_labelled
 from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -23,13 +23,11 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.methods import METHODS, Method, method_class
 from transclip_fast.methods.task import ANCHORS, Arrays
-from transclip_fast.metrics import check_assignments, check_class_order
 from transclip_fast.progress_bar import progress_bar
-from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.prior import LinearPrior
-from transclip_fast.store.atomic import beside, new_folder, writing
+from transclip_fast.store.atomic import writing
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import CONTENTS, TRANSCLIP, prediction_tables, save_result
+from transclip_fast.store.results import TRANSCLIP, prediction_tables
 
 NAMES = (TRANSCLIP, *METHODS)
 # Of `solve`, what is there for every method.
@@ -136,77 +134,62 @@ def arguments_of(features: Features, rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 def solve_with_method(
-    features: Features,
-    out: str,
-    method: Method,
-    graph: NeighborGraph | GraphSearch,
-    stages: session.Stages,
-    output: Output,
+    solving: Solving, method: Method, graph: NeighborGraph | GraphSearch
 ) -> dict[str, Any]:
     """
-    Label features, write the result folder `out`, without a mixture, and return its run.json.
+    Label features, write the result folder, without a mixture, and return its run.json.
 
     Without texts the zero-shot columns have the nearest mean of the shots.
     """
-    own_graph = beside(out, "graph")
-    origins = features.origins | {"X": features.origins["image_features"], out: out}
-    origins[str(own_graph)] = out
-    used: list[NeighborGraph] = []
-    with (
-        session.collected_warnings(origins) as messages,
-        new_folder(out, CONTENTS, obsolete=leftovers(own_graph)) as folder,
-    ):
-        with session.errors_about(origins, features.path):
+    features = solving.features
+    with solving.folder() as (folder, messages):
+        with solving.errors():
             rows = Rows(features.get("image_features"), "X")
             arrays = checked_arrays(features)
-            n_classes = arrays.n_classes
-            check_class_names(features, n_classes)
-            truth = true_labels(features, n_classes)
-
-            def source(rows: Rows) -> NeighborGraph:
-                found = graph
-                if isinstance(found, GraphSearch):
-                    found = kept_graph(own_graph, features, found, stages, rows)
-                used.append(found)
-                return found
-
-            with (
-                stages.time("solve"),
-                progress_bar(method.name, "steps") as show,
-                arguments_of(features, rows) as arguments,
-            ):
-                method.fit(**arguments, graph=source, progress=show)
-        labels, prototypes = method.transduction_, arrays.prototypes
+            truth = solving.truth(arrays.n_classes)
+            used = _fit(solving, method, graph, rows)
+        prototypes = arrays.prototypes
         zero_shot = LinearPrior.from_prototypes(prototypes, method.logit_scale).predict(rows)
-        signs = check_assignments(labels, zero_shot[0], n_classes, features.class_names)
         if arrays.texts is None:
-            signs.append("text_features: none; zero-shot here is the nearest mean of the shots")
-        if truth is not None:
-            signs += check_class_order(zero_shot[0], truth)
-        for sign in signs:
-            session.warn(messages, sign)
-        run = run_summary("solve", features, labels, zero_shot[0], truth, tuple(prototypes.shape))
+            text = "text_features: none; zero-shot here is the nearest mean of the shots"
+            session.warn(messages, text)
+        compared = method.transduction_, zero_shot[0], truth
+        run = solving.summary(messages, *compared, tuple(prototypes.shape))
         run |= describe_method(method) | {
             "zero_shot_from": "shots" if arrays.texts is None else "texts",
-            "features": options.path_from(out, features.path),
-            "options": [*output.options],
             "modality_gap": modality_gap(
                 unread_matrix(features.get("image_features"), "X"), arrays.texts
             ),
             "n_iter": method.n_iter_,
-            "graph": {"n_neighbors": used[0].n_neighbors, **used[0].info} if used else None,
+            "graph": None if used is None else {"n_neighbors": used.n_neighbors, **used.info},
             "config": {"method": method.name, "anchors": method.anchors, **method.chosen_.values},
-            "memory": {"peak": peak_bytes()},
-            "seconds": stages.seconds,
-            "warnings": [*output.warnings, *messages],
         }
-        columns = {"neighbors": used[0].neighbors} if used else {}
+        columns = {} if used is None else {"neighbors": used.neighbors}
         tables = prediction_tables(
             method.label_distributions_, zero_shot, features, truth, columns=columns
         )
-        with writing(out):
-            run = save_result(folder, tables, run, None, csv=output.csv)
+        with writing(solving.out):
+            run = solving.save(folder, tables, run, messages, None)
     return run
+
+
+def _fit(
+    solving: Solving, method: Method, graph: NeighborGraph | GraphSearch, rows: Rows
+) -> NeighborGraph | None:
+    """Fit the method to rows; the graph that it asked for."""
+    source, used = solving.source(graph, solving.features), []
+
+    def recorded(rows: Rows) -> NeighborGraph:
+        used.append(source(rows))
+        return used[0]
+
+    with (
+        solving.stages.time("solve"),
+        progress_bar(method.name, "steps") as show,
+        arguments_of(solving.features, rows) as arguments,
+    ):
+        method.fit(**arguments, graph=recorded, progress=show)
+    return used[0] if used else None
 
 
 def describe_method(method: Method) -> dict[str, Any]:

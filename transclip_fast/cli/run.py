@@ -23,7 +23,7 @@ from transclip_fast.cli.graph import (
 )
 from transclip_fast.cli.plan import Plan, plan_of_size
 from transclip_fast.cli.report import describe_report
-from transclip_fast.cli.solution import Output, solve_features, solve_leftovers
+from transclip_fast.cli.solution import Output, Solving, solve_features, solve_leftovers
 from transclip_fast.cli.summary import describe_solution, sorted_into
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_images
@@ -158,7 +158,8 @@ def solve_folder(
     if run is None or not kept:
         found = {"option": "--graph", "file": options.path_from(str(result), str(folder / "graph"))}
         output = replace(output, options=[found, *output.options])
-        return solve_features(features, str(result), model, graph, stages, output, quiet=quiet)
+        solving = Solving(features, str(result), stages, output)
+        return solve_features(solving, model, graph, quiet=quiet)
     if ranks.leads:
         clean(folder / "graph", search_leftovers(folder / "graph"))
         clean(result, solve_leftovers(str(result)))

@@ -22,7 +22,7 @@ from transclip_fast.cli.method import (
     solve_with_method,
 )
 from transclip_fast.cli.session import command_line
-from transclip_fast.cli.solution import Output, solve_features
+from transclip_fast.cli.solution import Output, Solving, solve_features
 from transclip_fast.cli.summary import describe_solution, sorted_into
 from transclip_fast.cli.towers import tower_options
 from transclip_fast.data.checks import as_labels
@@ -171,15 +171,14 @@ def _solve(
     features.origins["graph"] = values["graph_folder"] or "graph"
     again = [*options.given_options(out, {*values, "head"})]
     output = Output(values["reject"], values["csv"], again, noted)
+    solving = Solving(features, out, stages, output)
     if method is not None:
-        return solve_with_method(features, out, method, graph, stages, output)
+        return solve_with_method(solving, method, graph)
     make_head = None
     if head is not None:
         features.origins[head] = head  # if it is a file
         make_head = partial(apply_head, head, stored, values, model, stages)
-    return solve_features(
-        features, out, model, graph, stages, output, make_head=make_head, quiet=quiet
-    )
+    return solve_features(solving, model, graph, make_head=make_head, quiet=quiet)
 
 
 def corrected_features(features: Features, files: Sequence[str]) -> Features:
