@@ -70,7 +70,7 @@ def test_planned_bytes_are_those_that_are_counted(size, n_rows, succeeds, tmp_pa
     arrays = {"image_features": image, "text_features": text}
     logits = {"image_features": image, "prior_logits": 20 * image @ text.T}
     cases = [
-        {"class_cost": False},
+        {"class_cost": False, "max_iter": 4},
         {"class_cost": True, "max_iter": 3, "inner_iter": 2},
     ]
     files = {"texts": arrays, "known": arrays | {"known_labels": known}, "logits": logits}

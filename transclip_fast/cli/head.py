@@ -20,11 +20,12 @@ from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS, LEARNERS, Head, fit_head, method_named
 from transclip_fast.heads.base import inputs_for
-from transclip_fast.heads.files import SUFFIX, StoredHead, read_head
+from transclip_fast.heads.files import StoredHead, read_head
 from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
 from transclip_fast.store.features import LOCAL, Features, check_encoder
+from transclip_fast.store.tensors import SUFFIX
 
 LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
 PRIORS = ("prior", "prior_logits", "prototypes")

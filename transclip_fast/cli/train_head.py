@@ -16,7 +16,7 @@ from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.towers import Prompter, encoder_of, tower_options
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, ensemble, fit_head, method_named
-from transclip_fast.heads.files import SUFFIX, StoredHead, check_writable, save_head
+from transclip_fast.heads.files import StoredHead, check_head_file, save_head
 from transclip_fast.heads.prompting import POSITIONS
 from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.progress_bar import progress_bar
@@ -98,8 +98,7 @@ def command(
     without them it warns and takes the mean of its prompts.
     """
     method = method_named(name)
-    if not out.endswith(SUFFIX):
-        raise InputError(f"{out}: name a file that ends in {SUFFIX}")
+    check_head_file(out)
     for option in PROMPT_OPTIONS if name in HEADS else ():
         if values[option]:
             raise InputError(f"head {name} learns no prompts; leave {option} out")
@@ -111,7 +110,6 @@ def command(
     texts = features.get("text_features")
     about = partial(session.errors_about, features.origins, features.path)
     with session.collected_warnings(features.origins) as messages, locked(out):
-        check_writable(out)
         with about():
             if texts is None:
                 raise InputError(f"head {name} needs text_features")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -24,9 +23,8 @@ from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.heads.tip_adapter import CacheHead
 from transclip_fast.heads.unmix_clip import ProjectedHead
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.store.tensors import read_tensors, write_tensors
+from transclip_fast.store.tensors import check_writable, read_tensors, write_tensors
 
-SUFFIX = ".safetensors"
 ENTRY = "transclip_fast.head"  # key of the JSON in the file's metadata
 ENTRY_TYPES: dict[str, Any] = {
     "kind": str,
@@ -73,9 +71,9 @@ def save_head(path: str | Path, stored: StoredHead) -> None:
     Raises
     ------
     InputError
-        The file cannot be written, or exists and is not a head.
+        As of `check_head_file`, or if the file cannot be written.
     """
-    check_writable(path)
+    check_head_file(path)
     head = stored.head
     entry = {
         "kind": head.kind,
@@ -91,13 +89,9 @@ def save_head(path: str | Path, stored: StoredHead) -> None:
     write_tensors(path, tensors, None, metadata={ENTRY: json.dumps(entry, ensure_ascii=False)})
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise InputError where a file that is not a head would be replaced."""
-    if os.path.lexists(path):
-        try:
-            read_head(path)
-        except InputError as error:
-            raise InputError(f"{path}: is there and is no head; name another file") from error
+def check_head_file(path: str | Path) -> None:
+    """Raise InputError if a head cannot have this name, or would replace another file."""
+    check_writable(path, "head", read_head)
 
 
 def read_head(path: str | Path) -> StoredHead:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import array_sha256, one_array, open_arrays
 from transclip_fast.store.features import Features, describe_encoder
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.store.tensors import read_tensors, write_tensors
+from transclip_fast.store.tensors import SUFFIX, check_writable, read_tensors, write_tensors
 
-SUFFIX = ".safetensors"  # of the maps that are written here
 ENTRY = "transclip_fast.text_map"  # key of the JSON in their metadata
 BLOCK_ROWS = 8192  # mapped in float64 at a time
 MAPPED = {
@@ -139,16 +137,13 @@ def save_map(path: str | Path, weight: torch.Tensor, about: Mapping[str, Any]) -
 
 def check_map_file(path: str | Path) -> None:
     """Raise InputError if a map cannot have this name, or would replace another file."""
-    path = Path(path)
-    if path.suffix != SUFFIX:
-        raise InputError(f"{path}: name a file that ends in {SUFFIX}")
-    if os.path.lexists(path):
-        try:
-            known = bool(_about(path))
-        except InputError:
-            known = False
-        if not known:
-            raise InputError(f"{path}: is there and is no trained map; name another file")
+    check_writable(path, "trained map", _trained)
+
+
+def _trained(path: Path) -> None:
+    """Raise InputError unless a file is a map of `save_map`."""
+    if not _about(path):
+        raise InputError(f"{path}: says nothing of its training")
 
 
 def _about(path: Path) -> dict[str, Any]:

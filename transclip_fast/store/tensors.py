@@ -16,6 +16,7 @@ from transclip_fast.store.atomic import writing
 from transclip_fast.store.json_text import parse_json
 from transclip_fast.whole_files import new_file
 
+SUFFIX = ".safetensors"
 # Names of the format, https://github.com/huggingface/safetensors#format
 DTYPES = {
     torch.float64: "F64",
@@ -38,6 +39,22 @@ Buffers = Mapping[torch.dtype, torch.Tensor]  # (CHUNK_ENTRIES,) of each type
 HEADER_ALIGNMENT = 8  # bytes
 CHUNK_ENTRIES = 1 << 20  # converted in memory at a time: 8 MiB at most
 COPIED_BYTES = 1 << 20  # at a time, in a file in memory
+
+
+def check_writable(path: str | Path, kind: str, read: Callable[[Path], object]) -> None:
+    """
+    Raise InputError if a file of tensors cannot have this name, or would replace another file.
+
+    `read` refuses what is not of the kind that will be written.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise InputError(f"{path}: name a file that ends in {SUFFIX}")
+    if os.path.lexists(path):
+        try:
+            read(path)
+        except InputError as error:
+            raise InputError(f"{path}: is there and is no {kind}; name another file") from error
 
 
 def write_tensors(
@@ -92,8 +109,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     map is killed.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: expected a file ending in .safetensors")
+    if path.suffix != SUFFIX:
+        raise InputError(f"{path}: expected a file ending in {SUFFIX}")
     with reading(path):
         check_header(path)
     with reading(path), open(path, "rb") as file, safe_open(path, "pt") as checked:
