@@ -18,6 +18,11 @@ BILLION, RANKS = (10**9, 21_000, 1024), 64  # rows, classes, dimensions
 GPUS = (("80GiB", 16), ("131GiB", 16), ("131GiB", 32))  # memory, and candidates for which it is
 NETWORK = 25e9  # bytes a second that a rank sends
 ENTRY_BYTES = 8  # of a class and its z
+CASES = {  # of `bench.speed.placement`
+    "made": "made, of which a third of the neighbours is random",
+    "pets, random": "Oxford Pets, in random order",
+    "pets, by class": "Oxford Pets, class by class",
+}
 
 
 def ranks(folder: Path) -> str:
@@ -80,4 +85,30 @@ def _projected(memory: str, kept: int, entries: int) -> dict[str, str]:
     return found
 
 
-BLOCKS = {"ranks": ranks, "projection": projection}
+def placement(folder: Path) -> str:
+    """Tabulate remote neighbours, and bytes of a sweep, by how rows are placed."""
+    rows = newest("placement", "case", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.speed.placement`."
+    cells = []
+    for row in rows:
+        for number, placed in row["ranks"].items():
+            consecutive = placed["consecutive"]["sweep_bytes"]
+            shares = [f"{100 * found['remote']:.0f} %" for found in placed.values()]
+            cells.append([CASES[row["case"]], f"{row['queries']:,}", number, *shares])
+            cells[-1].append(f"{consecutive / 1e6:.1f} MB")
+            for name in ("label", "list"):
+                cells[-1].append(f"{placed[name]['sweep_bytes'] / consecutive:.2f}")
+    head = [
+        "features",
+        "N",
+        "processes",
+        "neighbours of others: consecutive",
+        "by label",
+        "by list",
+    ]
+    head += ["sent a sweep, by all: consecutive", "by label, times", "by list, times"]
+    return table(head, cells) + "\n\n" + source(rows)
+
+
+BLOCKS = {"ranks": ranks, "projection": projection, "placement": placement}
