@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import balanced
 from transclip_fast.cli import main
+from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.store.arrays import file_sha256
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -90,6 +91,21 @@ def refused(cli, tmp_path):
         return ran.err
 
     return run
+
+
+@pytest.fixture
+def tiny(monkeypatch, backbone):
+    """Every model name loads the tiny backbone."""
+    monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_, **__: backbone)
+    monkeypatch.setattr("transclip_fast.encode.models.identify", lambda *_: backbone.identity)
+    monkeypatch.setattr("transclip_fast.encode.models.watch_weights", lambda *_: WatchedFiles({}))
+    return ("--model", "tiny", "--pretrained", "none", "--workers", "0")
+
+
+@pytest.fixture
+def names(tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    return tmp_path / "names.txt"
 
 
 @pytest.fixture

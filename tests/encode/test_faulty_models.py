@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import sys
 import types
 import warnings
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -17,40 +15,18 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import LocalEntryNotFoundError
-from safetensors.torch import save_file
 
 from tests.encode.test_encoder import encode
-from tests.encode.test_models import a_folder, small  # noqa: F401 - a fixture
-from transclip_fast.encode import networks
+from tests.encode.test_models import a_folder
 from transclip_fast.encode.architectures import network_config, preprocessing_of, tokenizer_of
 from transclip_fast.encode.folder import encode_images
-from transclip_fast.encode.models import identify, load_backbone, watch_weights
+from transclip_fast.encode.models import identify, load_backbone
 from transclip_fast.encode.text import ClassPrompts, encode_text
-from transclip_fast.encode.weights import WatchedFiles, read_checkpoint
+from transclip_fast.encode.weights import read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
-from transclip_fast.store.tensors import unmapped
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def weights(small):  # noqa: F811
-    """Random weights of the small CLIP."""
-    draw = torch.Generator().manual_seed(3)
-    like = open_clip.create_model("small-clip").state_dict()
-    return {name: torch.randn(t.shape, generator=draw) / 9 for name, t in like.items()}
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Writer of a checkpoint; returns its path."""
-
-    def write(tensors, name="w.safetensors"):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name)
-        return str(tmp_path / name)
-
-    return write
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -135,7 +111,7 @@ def test_preprocessing_that_differs_between_weights_is_a_warning(tmp_path):
 WORDS = " ".join(["word"] * 8)
 
 
-def test_prompts_that_are_cut_are_counted(small):  # noqa: F811
+def test_prompts_that_are_cut_are_counted(small):
     backbone = load_backbone("small-clip", "none", CPU)
     backbone.tokenizer = open_clip.SimpleTokenizer(context_length=12)
     fits = [f"{WORDS} cat dog", f"{WORDS} !!", "!", "a"]  # 12 tokens with both ends
@@ -179,7 +155,7 @@ def test_prompts_of_other_tokenizers(tokenizer, longest, backbone):
         encode_text(backbone, ClassPrompts(["a"], [["a", "abcdef"[: longest + 1]]], "here"))
 
 
-def test_a_torchscript_archive_is_refused_with_the_remedy(small, tmp_path):  # noqa: F811
+def test_a_torchscript_archive_is_refused_with_the_remedy(small, tmp_path):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -260,7 +236,7 @@ def test_a_name_on_the_hub_is_one_line_with_the_remedy():
         ({"tokenizer_kwargs": {"subfolder": ".."}}, ".."),
     ],
 )
-def test_a_folder_names_parts_elsewhere_only_if_that_is_allowed(part, name, small, tmp_path):  # noqa: F811
+def test_a_folder_names_parts_elsewhere_only_if_that_is_allowed(part, name, small, tmp_path):
     folder = a_folder(tmp_path)
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
@@ -272,7 +248,7 @@ def test_a_folder_names_parts_elsewhere_only_if_that_is_allowed(part, name, smal
     assert network_config(str(folder), allow_hub=True)[tower].items() >= part.items()
 
 
-def test_a_folders_leave_to_run_code_is_dropped_at_any_depth(small, tmp_path):  # noqa: F811
+def test_a_folders_leave_to_run_code_is_dropped_at_any_depth(small, tmp_path):
     folder = a_folder(tmp_path)
     file = folder / "open_clip_config.json"
     plain = file.read_text()
@@ -287,7 +263,7 @@ def test_a_folders_leave_to_run_code_is_dropped_at_any_depth(small, tmp_path):  
     assert "trust" not in str(network_config(str(folder)))
 
 
-def test_a_folders_tokenizer_runs_no_code(small, tmp_path, monkeypatch):  # noqa: F811
+def test_a_folders_tokenizer_runs_no_code(small, tmp_path, monkeypatch):
     asked = {}
 
     class AutoTokenizer:
@@ -312,37 +288,6 @@ def test_a_folders_tokenizer_runs_no_code(small, tmp_path, monkeypatch):  # noqa
     assert asked["use_fast"] is True
 
 
-@pytest.mark.parametrize("change", ["written", "replaced", "removed"])
-def test_weights_that_change_stop_the_encode(weights, save, images, tmp_path, change):
-    """Nothing of the other weights is kept: the former ones finish the folder as in one run."""
-    file, folder = save(weights), images(7)
-    options = {
-        "model": "small-clip", "pretrained": file, "device": "cpu", "workers": 0, "batch_size": 1,
-        "shard_rows": 2,
-    }  # fmt: skip
-    encode_images(folder, tmp_path / "whole", **options)
-    before = (tmp_path / "w.safetensors").read_bytes()
-
-    def at_the_third(state):
-        if state.done == 3:
-            other = save({name: -tensor for name, tensor in weights.items()}, "other.safetensors")
-            if change == "written":
-                (tmp_path / "w.safetensors").write_bytes((tmp_path / other).read_bytes())
-            elif change == "replaced":
-                (tmp_path / other).rename(file)
-            else:
-                (tmp_path / "w.safetensors").unlink()
-
-    with pytest.raises(InputError, match="w.safetensors: changed while it was in use"):
-        encode_images(folder, tmp_path / "out", progress=at_the_third, **options)
-    assert len(list((tmp_path / "out/records").glob("*.json"))) == 1
-    (tmp_path / "w.safetensors").write_bytes(before)
-    encode_images(folder, tmp_path / "out", **options)
-    for kind in ("img_emb", "metadata"):
-        for shard in (tmp_path / "whole" / kind).iterdir():
-            assert (tmp_path / "out" / kind / shard.name).read_bytes() == shard.read_bytes()
-
-
 def test_a_terminal_shows_that_a_model_is_loaded(weights, save, monkeypatch, capsys):
     file = save(weights)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -351,93 +296,3 @@ def test_a_terminal_shows_that_a_model_is_loaded(weights, save, monkeypatch, cap
     assert f"reading {file} ...\r" in shown
     assert f"loading model small-clip, pretrained {file} ...\r" in shown
     assert shown.endswith(" \r")
-
-
-def hub_cache(folder, monkeypatch, weights):
-    """The weights as org/name in a cache of the hub, and a tag of small-clip that names them."""
-    snapshot = folder / "models--org--name/snapshots/0123"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs/main").write_text("0123")
-    weights.rename(folder / "blob")
-    (snapshot / "open_clip_model.safetensors").symlink_to(folder / "blob")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
-    tags = {"web": {"hf_hub": "org/name/"}}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small-clip", tags)
-    return folder / "blob"
-
-
-def test_cached_weights_of_a_tag_are_watched(weights, save, images, tmp_path, monkeypatch):
-    (tmp_path / "hub").mkdir()
-    blob = hub_cache(tmp_path / "hub", monkeypatch, Path(save(weights)))
-    options = {"model": "small-clip", "pretrained": "web", "device": "cpu", "workers": 0}
-    encoded = encode_images(images(3), tmp_path / "whole", **options)
-    assert (encoded.n_rows, encoded.config["weights"]) == (3, "web")
-
-    def change(state):
-        blob.write_bytes(blob.read_bytes()[::-1])
-
-    with pytest.raises(InputError, match=r"open_clip_model\.safetensors: changed while it was in"):
-        encode_images(images(3), tmp_path / "out", progress=change, batch_size=1, **options)
-    assert not list(tmp_path.glob("out/img_emb/*"))
-
-
-def test_weights_are_watched_before_they_are_hashed(weights, save, images, tmp_path, monkeypatch):
-    options = {"model": "small-clip", "pretrained": save(weights), "device": "cpu", "workers": 0}
-
-    def identify_then_change(*arguments):
-        identity = identify(*arguments)
-        save({name: -tensor for name, tensor in weights.items()})
-        return identity
-
-    monkeypatch.setattr("transclip_fast.encode.models.identify", identify_then_change)
-    with pytest.raises(InputError, match="w.safetensors: changed while it was in use"):
-        encode_images(images(3), tmp_path / "out", **options)
-    assert not list(tmp_path.glob("out/img_emb/*"))
-
-
-def test_all_files_of_a_checkpoint_are_watched(small, tmp_path):  # noqa: F811
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
-    (tmp_path / "part.safetensors").write_bytes(b"x")
-    watched = watch_weights("small-clip", str(index))
-    watched.check()
-    then = os.stat(tmp_path / "part.safetensors")
-    (tmp_path / "part.safetensors").write_bytes(b"y")  # as a copy that keeps the time does
-    os.utime(tmp_path / "part.safetensors", ns=(then.st_atime_ns, then.st_mtime_ns))
-    with pytest.raises(InputError, match="part.safetensors: changed"):
-        watched.check()
-    assert not watch_weights("small-clip", "none").states
-
-
-def test_a_folders_configuration_is_watched(small, tmp_path):  # noqa: F811
-    folder = a_folder(tmp_path)
-    watched = watch_weights(str(folder), "none")
-    watched.check()
-    with open(folder / "open_clip_config.json", "a") as file:
-        file.write("\n")
-    with pytest.raises(InputError, match="open_clip_config.json: changed"):
-        watched.check()
-
-
-@pytest.mark.parametrize("length", [None, 0, 9000])
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_weights_that_change_while_they_are_loaded(suffix, length, weights, tmp_path, monkeypatch):
-    """Also if they are cut: the system kills a process that reads the map of a file beyond."""
-    file, copied = tmp_path / f"w.{suffix}", []
-    (save_file if suffix == "safetensors" else torch.save)(weights, file)
-
-    def copy_then_change(tensor):
-        copied.append(tensor)
-        if len(copied) == 3:
-            os.utime(file) if length is None else os.truncate(file, length)
-        return unmapped(tensor)
-
-    net = networks.empty_network(network_config("small-clip"))
-    watched = WatchedFiles.of([file])
-    monkeypatch.setattr(networks, "unmapped", copy_then_change)
-    with (
-        pytest.raises(InputError, match=f"w.{suffix}: changed while it was in use"),
-        watched.in_use(),
-    ):
-        networks.load_weights(net, read_checkpoint(file), str(file), CPU)

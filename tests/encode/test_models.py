@@ -69,20 +69,6 @@ def test_the_hub_is_asked_only_for_what_is_not_in_its_cache(monkeypatch, cached)
     assert before == constants.HF_HUB_OFFLINE
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A small CLIP that open_clip knows by name."""
-    config = {
-        "embed_dim": 12,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
-        "text_cfg": {"width": 32, "heads": 2, "layers": 2},
-    }
-    file = tmp_path_factory.mktemp("configs") / "small-clip.json"
-    file.write_text(json.dumps(config))
-    open_clip.add_model_config(file)
-    return "small-clip"
-
-
 def saved(tmp_path, wrap, name="tuned.pt"):
     """A checkpoint of random weights as training scripts write it; its tensors."""
     draw = torch.Generator().manual_seed(3)
