@@ -21,7 +21,7 @@ import torch
 CPU = torch.device("cpu")
 SUBNORMAL = 1e-40
 Part = TypeVar("Part")
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 _caller = threading.local()  # `threads`: of torch, before `single_threaded_torch`
 
@@ -46,8 +46,8 @@ def n_threads() -> int:
 
 
 def parallel_map(
-    task: Callable[[Part], Result], parts: Iterable[Part], device: torch.device = CPU
-) -> list[Result]:
+    task: Callable[[Part], Returned], parts: Iterable[Part], device: torch.device = CPU
+) -> list[Returned]:
     """The results of `task` on every part, in order: in threads on a CPU, else one by one."""
     parts = list(parts)
     # A pool's own threads have one thread each; handing over a single part only costs time.

@@ -25,6 +25,13 @@ MASS_UNITS = 2**30  # of a row: 2^33 rows can be counted
 BLOCK_ROWS = 1 << 14  # of lists that are counted or cut at a time
 
 
+def row_offsets(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """Where the entries of each row begin and end, (N + 1,) int64, of those in `rows` (E,)."""
+    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(torch.bincount(rows, minlength=n_rows), 0, out=offsets[1:])
+    return offsets
+
+
 @dataclass(frozen=True)
 class Affinity:
     """
@@ -70,10 +77,7 @@ class Messages:
         cls, rows: torch.Tensor, classes: torch.Tensor, weights: torch.Tensor, n_rows: int
     ) -> Messages:
         """Entries sorted by row."""
-        lengths = torch.bincount(rows, minlength=n_rows)
-        offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=rows.device)
-        torch.cumsum(lengths, 0, out=offsets[1:])
-        return cls(offsets, classes, weights)
+        return cls(row_offsets(rows, n_rows), classes, weights)
 
     def take(self, rows: slice) -> Messages:
         """The consecutive rows `rows`; entries are views of these."""

@@ -20,7 +20,7 @@ from transclip_fast.encode.models import load_backbone
 from transclip_fast.heads import text_tower as tower
 from transclip_fast.heads.prompts import ContextSettings, Prompting, TextTower
 from transclip_fast.heads.prompts.coop import CoOp
-from transclip_fast.heads.task import Labelled, Task
+from transclip_fast.heads.task import HeadTask, LabelledFeatures
 
 SHOTS = 32  # rows of the batch
 GIB = 2**30
@@ -36,9 +36,9 @@ def one_step(model: str, classes: int, n_ctx: int, chunks: bool) -> dict[str, An
     draw = torch.Generator().manual_seed(0)
     rows = unit(torch.randn(SHOTS, backbone.dim, generator=draw))
     labels = torch.randint(classes, (SHOTS,), generator=draw)
-    task = Task(
+    task = HeadTask(
         text=unit(torch.randn(classes, backbone.dim, generator=draw)),
-        shots=Labelled(rows, labels),
+        shots=LabelledFeatures(rows, labels),
         validation=None,
         logit_scale=100.0,
         seed=0,

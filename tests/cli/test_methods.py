@@ -13,7 +13,7 @@ from tests.conftest import balanced
 from tests.reference import unit
 from transclip_fast.cli import compare
 from transclip_fast.cli.comparison import Comparison
-from transclip_fast.cli.method import FIT_ARRAYS
+from transclip_fast.cli.method import METHOD_ARRAYS
 from transclip_fast.methods import BDCSPN, METHODS, StatA
 from transclip_fast.methods.base import Setting
 
@@ -155,7 +155,7 @@ def test_rows_are_those_of_a_fit_in_python(save, few_shot, succeeds, tmp_path):
         if name not in rows:
             continue
         model = cls(device="cpu", anchors=rows[name]["anchors"]).fit(
-            small["image_features"], **{name: small[name] for name in FIT_ARRAYS}
+            small["image_features"], **{name: small[name] for name in METHOD_ARRAYS}
         )
         accuracy = round(100 * (model.transduction_ == small["labels"]).mean(), 4)
         assert rows[name]["accuracy"] == accuracy

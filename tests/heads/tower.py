@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from transclip_fast.encode.models import Backbone
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
-from transclip_fast.heads.task import Labelled, Task
+from transclip_fast.heads.task import HeadTask, LabelledFeatures
 
 NAMES = ("cat", "grey owl", "elk")
 DIM, WIDTH = 32, 16
@@ -56,7 +56,7 @@ def task(tower, n_ctx, *, patches=0, seed=0, epochs=4, batch_size=4, checkpoint=
     centres = draw.normal(size=(3, *[1] * (len(shape) - 2), DIM))
     rows = centres[np.arange(12) % 3] + 0.5 * draw.normal(size=shape)
     rows = F.normalize(torch.from_numpy(rows).float(), dim=-1)
-    shots = Labelled(rows, torch.arange(12) % 3)
+    shots = LabelledFeatures(rows, torch.arange(12) % 3)
     more = {} if checkpoint is None else {"checkpoint": checkpoint}
     text = F.normalize(torch.from_numpy(draw.normal(size=(3, DIM))).float(), dim=1)
     prompting = Prompting(
@@ -66,7 +66,7 @@ def task(tower, n_ctx, *, patches=0, seed=0, epochs=4, batch_size=4, checkpoint=
         Schedule(epochs=epochs, batch_size=batch_size, rate=0.1),
         **more,
     )
-    return Task(text, shots, None, TAU, seed, lambda done, of, **figures: None, prompting)
+    return HeadTask(text, shots, None, TAU, seed, lambda done, of, **figures: None, prompting)
 
 
 def numerical(loss, parameter, step=1e-5):

@@ -15,7 +15,7 @@ from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.comparison_table import SUFFIXES, as_text, write_table
 from transclip_fast.cli.graph import leftovers
 from transclip_fast.cli.method import (
-    FIT_ARRAYS,
+    METHOD_ARRAYS,
     NAMES,
     anchors_option,
     checked_arrays,
@@ -29,7 +29,7 @@ from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.store.linear_maps import map_features
 
-ARRAYS = (*FIT_ARRAYS, "labels", "class_names")
+ARRAYS = (*METHOD_ARRAYS, "labels", "class_names")
 
 
 @click.command(
@@ -135,7 +135,7 @@ def drawn(features: Features, shots: int, seed: int, warnings: list[str]) -> Fea
     """Features with so many of their labelled rows of each class; 0 for none of them."""
     if features.get("support_features") is None:
         raise InputError("shots: there are no support_features to draw them from")
-    labelled = {name for name in FIT_ARRAYS if name != "text_features"}
+    labelled = {name for name in METHOD_ARRAYS if name != "text_features"}
     kept = {name: array for name, array in features.arrays.items() if name not in labelled}
     if not shots:
         return features.with_arrays(kept)

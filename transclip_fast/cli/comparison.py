@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from transclip_fast.cli import session
-from transclip_fast.cli.comparison_table import KeptRows
+from transclip_fast.cli.comparison_table import KeptTable
 from transclip_fast.cli.graph import kept_graph, search_of
 from transclip_fast.cli.method import NAMES, USED_ARRAYS, arguments_of, checked_arrays
 from transclip_fast.cli.solution import check_class_names, true_labels
@@ -55,7 +55,7 @@ class Comparison:
         if truth is not None and zero_shot is not None:
             for sign in check_class_order(zero_shot, truth):
                 session.warn(warnings, sign)
-        kept, not_run = KeptRows(self.out, self._identity(), warnings), {}
+        kept, not_run = KeptTable(self.out, self._identity(), warnings), {}
         for name in names:
             if name in kept.rows:
                 continue

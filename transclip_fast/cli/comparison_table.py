@@ -28,7 +28,7 @@ HEADINGS = (
 SUFFIXES = (".md", ".json", ".txt")
 
 
-class KeptRows:
+class KeptTable:
     """
     The rows of a comparison by method, in a hidden file beside its table; in memory without one.
 

@@ -35,14 +35,14 @@ SHARED = {
     *("path", "out", "method", "anchors", "settings", "graph_folder", "search", "index", "recall"),
     *("device", "memory", "logit_scale", "csv", "as_json", "shots", "text_map", "image_map"),
 }
-FIT_ARRAYS = (
+METHOD_ARRAYS = (
     "text_features",
     "support_features",
     "support_labels",
     "validation_features",
     "validation_labels",
 )
-USED_ARRAYS = {*FIT_ARRAYS, "image_features", "labels", "class_names"}
+USED_ARRAYS = {*METHOD_ARRAYS, "image_features", "labels", "class_names"}
 
 anchors_option = click.option(
     "--anchors",
@@ -119,7 +119,7 @@ def _settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 def checked_arrays(features: Features) -> Arrays:
     """The checked arrays of every method."""
-    found = [features.get(name) for name in ("image_features", *FIT_ARRAYS)]
+    found = [features.get(name) for name in ("image_features", *METHOD_ARRAYS)]
     X, texts, shots, labels, validation, validation_labels = found
     return Arrays.check(X, texts, (shots, labels), (validation, validation_labels))
 
@@ -130,7 +130,7 @@ def arguments_of(features: Features, rows: Rows) -> Iterator[dict[str, Any]]:
     X = rows[:] if rows.held else features.get("image_features")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "X: .* rows were not unit vectors")
-        yield {"X": X, **{name: features.get(name) for name in FIT_ARRAYS}}
+        yield {"X": X, **{name: features.get(name) for name in METHOD_ARRAYS}}
 
 
 def solve_with_method(

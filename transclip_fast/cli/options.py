@@ -17,7 +17,7 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import SEARCHES
 from transclip_fast.solver.parameters import CHOICES
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 POSITIVE = click.IntRange(min=1)
 PATH = click.Path(readable=False)  # why a file cannot be read is known, in one line, on reading it
@@ -79,7 +79,7 @@ class AutoSwitch(click.Choice):  # type: ignore[type-arg]
         return choice if choice == "auto" else choice == "on"
 
 
-class Count(click.ParamType):  # type: ignore[type-arg]
+class CountType(click.ParamType):  # type: ignore[type-arg]
     """A positive number as people write large ones: 10000000, 10,000,000 or 10M."""
 
     name = "number"
@@ -93,13 +93,13 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         return int(number)
 
 
-COUNT = Count()
+COUNT = CountType()
 
 
-def options_of(*options: Callable[..., Any]) -> Callable[[Command], Command]:
+def options_of(*options: Callable[..., Any]) -> Callable[[Decorated], Decorated]:
     """A decorator that adds options to a command, in this order."""
 
-    def add(command: Command) -> Command:
+    def add(command: Decorated) -> Decorated:
         for option in reversed(options):
             command = option(command)
         return command
@@ -107,7 +107,7 @@ def options_of(*options: Callable[..., Any]) -> Callable[[Command], Command]:
     return add
 
 
-def array_options(*names: str) -> Callable[[Command], Command]:
+def array_options(*names: str) -> Callable[[Decorated], Decorated]:
     """A file for each of these arrays of FEATURES."""
     return options_of(
         *(
@@ -117,7 +117,7 @@ def array_options(*names: str) -> Callable[[Command], Command]:
     )
 
 
-def parameter_option(name: str) -> Callable[[Command], Command]:
+def parameter_option(name: str) -> Callable[[Decorated], Decorated]:
     """A parameter of TransCLIP, with its default."""
     default, flag = inspect.signature(TransCLIP).parameters[name].default, flag_of(name)
     kind: Any = TYPES[name] if default is None else type(default)

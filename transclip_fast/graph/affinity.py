@@ -7,7 +7,7 @@ import torch
 
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.exchange import Exchange
-from transclip_fast.types import Affinity
+from transclip_fast.types import Affinity, row_offsets
 
 GRAPH_MODES = ("symmetric", "directed")
 
@@ -60,6 +60,5 @@ def affinity(
     if nodes is not None:
         rows, columns = nodes[rows], nodes[columns]
     order = rows.argsort(stable=True)
-    offsets = torch.zeros(len(graph) + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(torch.bincount(rows, minlength=len(graph)), 0, out=offsets[1:])
+    offsets = row_offsets(rows, len(graph))
     return Affinity(offsets, columns[order].contiguous(), weights[order].contiguous())

@@ -36,7 +36,7 @@ from transclip_fast.heads.prompts import (
     plot,
     prograd,
 )
-from transclip_fast.heads.task import Labelled, Task, TrainingProgress, labelled_rows
+from transclip_fast.heads.task import HeadTask, LabelledFeatures, TrainingProgress, labelled_rows
 from transclip_fast.solver.parameters import check_scale
 
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
     "LEARNERS",
     "SETTINGS",
     "Head",
-    "Method",
+    "HeadMethod",
     "PrototypeHead",
     "ensemble",
     "fit_head",
@@ -53,32 +53,36 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Method:
+class HeadMethod:
     """A few-shot method, and the properties of its heads that are known before a fit."""
 
-    fit: Callable[[Task], Head]
+    fit: Callable[[HeadTask], Head]
     needs_shots: bool = True
     takes_patches: bool = False
     transfers: bool = False  # to classes other than those of the training
 
 
 HEADS = {
-    "prompt-ensemble": Method(prompt_ensemble.fit, needs_shots=False),
-    "tip-adapter": Method(tip_adapter.fit),
-    "tip-adapter-f": Method(tip_adapter_f.fit),
-    "clip-adapter": Method(clip_adapter.fit, transfers=True),
-    "clip-adapter-text": Method(partial(clip_adapter.fit, names=clip_adapter.TEXT), transfers=True),
-    "clip-adapter-both": Method(partial(clip_adapter.fit, names=clip_adapter.BOTH), transfers=True),
-    "clip-adapter-blend": Method(clip_adapter_blend.fit, transfers=True),
-    "unmix-clip": Method(unmix_clip.fit, transfers=True),
-    "taskres": Method(task_res.fit),
-    "linear-probe": Method(linear_probe.fit),
+    "prompt-ensemble": HeadMethod(prompt_ensemble.fit, needs_shots=False),
+    "tip-adapter": HeadMethod(tip_adapter.fit),
+    "tip-adapter-f": HeadMethod(tip_adapter_f.fit),
+    "clip-adapter": HeadMethod(clip_adapter.fit, transfers=True),
+    "clip-adapter-text": HeadMethod(
+        partial(clip_adapter.fit, names=clip_adapter.TEXT), transfers=True
+    ),
+    "clip-adapter-both": HeadMethod(
+        partial(clip_adapter.fit, names=clip_adapter.BOTH), transfers=True
+    ),
+    "clip-adapter-blend": HeadMethod(clip_adapter_blend.fit, transfers=True),
+    "unmix-clip": HeadMethod(unmix_clip.fit, transfers=True),
+    "taskres": HeadMethod(task_res.fit),
+    "linear-probe": HeadMethod(linear_probe.fit),
 }
 LEARNERS = {  # of prompts, through a text tower
-    "coop": Method(coop.fit, transfers=True),
-    "prograd": Method(prograd.fit, transfers=True),
-    "cocoop": Method(cocoop.fit, transfers=True),
-    "plot": Method(plot.fit, takes_patches=True, transfers=True),
+    "coop": HeadMethod(coop.fit, transfers=True),
+    "prograd": HeadMethod(prograd.fit, transfers=True),
+    "cocoop": HeadMethod(cocoop.fit, transfers=True),
+    "plot": HeadMethod(plot.fit, takes_patches=True, transfers=True),
 }
 SETTINGS: dict[str, tuple[ContextSettings, Schedule]] = {  # published, except cocoop's schedule
     "coop": (ContextSettings(), Schedule()),
@@ -88,7 +92,7 @@ SETTINGS: dict[str, tuple[ContextSettings, Schedule]] = {  # published, except c
 }
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str) -> HeadMethod:
     """
     The few-shot method of that name.
 
@@ -183,10 +187,10 @@ def fit_head(
     if shots is None and method.needs_shots:
         raise InputError(f"head {name} needs shots: give support_features and support_labels")
     _check_patches(name, method, {"support": shots, "validation": validation})
-    task = Task(
+    task = HeadTask(
         text=text,
         shots=shots
-        or Labelled(text.new_empty(0, text.shape[1]), torch.empty(0, dtype=torch.int64)),
+        or LabelledFeatures(text.new_empty(0, text.shape[1]), torch.empty(0, dtype=torch.int64)),
         validation=validation,
         logit_scale=logit_scale,
         seed=seed,
@@ -197,7 +201,7 @@ def fit_head(
         return method.fit(task)
 
 
-def _check_patches(name: str, method: Method, rows: dict[str, Labelled | None]) -> None:
+def _check_patches(name: str, method: HeadMethod, rows: dict[str, LabelledFeatures | None]) -> None:
     """Raise InputError for patches that the method does not take, or that some rows lack."""
     patched = {use: found.features.ndim == 3 for use, found in rows.items() if found is not None}
     if any(patched.values()) and not method.takes_patches:

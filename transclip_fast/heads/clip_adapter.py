@@ -10,7 +10,7 @@ import torch
 
 from transclip_fast.data.feature_rows import unit
 from transclip_fast.heads.base import Head, PrototypeHead
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.training import (
     best_validated,
     detached,
@@ -87,7 +87,7 @@ class BothAdaptersHead(TextAdapter, AdapterHead):
     stored_settings: ClassVar = dict.fromkeys(BOTH, float)
 
 
-def fit(task: Task, names: Sequence[str] = IMAGE) -> Head:
+def fit(task: HeadTask, names: Sequence[str] = IMAGE) -> Head:
     """
     Train the bottleneck of each ratio; choose the ratios with the best validation accuracy.
 
@@ -111,7 +111,7 @@ def fit(task: Task, names: Sequence[str] = IMAGE) -> Head:
     return best
 
 
-def _trained(task: Task, ratios: Mapping[str, float], place: int, trainings: int) -> Head:
+def _trained(task: HeadTask, ratios: Mapping[str, float], place: int, trainings: int) -> Head:
     """The head of these ratios; `place` of so many trainings is for the progress."""
     draw = torch.Generator().manual_seed(task.seed)
     weights: dict[str, Any] = {}
@@ -131,7 +131,7 @@ def _trained(task: Task, ratios: Mapping[str, float], place: int, trainings: int
     return replace(head, **detached(weights)).transfer(task.text)
 
 
-def first_bottleneck(draw: torch.Generator, task: Task) -> dict[str, torch.Tensor]:
+def first_bottleneck(draw: torch.Generator, task: HeadTask) -> dict[str, torch.Tensor]:
     """Random layers "down" and "up", which take gradients."""
     d = task.text.shape[1]
     width = max(1, d // REDUCTION)

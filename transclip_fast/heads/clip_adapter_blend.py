@@ -11,7 +11,7 @@ from transclip_fast.data.feature_rows import unit
 from transclip_fast.heads import clip_adapter
 from transclip_fast.heads.base import Head
 from transclip_fast.heads.clip_adapter import TEXT_TENSORS, AdapterHead, bottleneck
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.training import detached, first_weights, train, trainable
 
 SMALLEST_SQUARE = 1e-24  # of a norm that is divided by
@@ -71,7 +71,7 @@ class BlendedHead(Head):
         return replace(self, text=text, mean_text=text.mean(0))
 
 
-def fit(task: Task) -> BlendedHead:
+def fit(task: HeadTask) -> BlendedHead:
     """
     Train both bottlenecks and the network of the ratios, which start at a half.
 

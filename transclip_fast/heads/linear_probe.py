@@ -7,14 +7,14 @@ import torch.nn.functional as F
 
 from transclip_fast.data.feature_rows import unit
 from transclip_fast.heads.base import PrototypeHead
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.training import trainable
 
 MAX_ITERATIONS = 200
 GRADIENT_TOLERANCE = 1e-6  # largest entry of the gradient at the minimum
 
 
-def fit(task: Task) -> PrototypeHead:
+def fit(task: HeadTask) -> PrototypeHead:
     """
     Prototypes unit(W) that minimise mean cross-entropy + sum_k c_k |w_k - t_k|^2.
 
@@ -52,7 +52,7 @@ def fit(task: Task) -> PrototypeHead:
     return PrototypeHead(text=unit(weights.detach()), logit_scale=task.logit_scale)
 
 
-def constraints(task: Task) -> torch.Tensor:
+def constraints(task: HeadTask) -> torch.Tensor:
     """c (K,): mean zero-shot probability of a class over its shots."""
     features, labels = task.shots.features, task.shots.labels
     probabilities = (task.logit_scale * features @ task.text.T).softmax(1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from transclip_fast.heads.base import PrototypeHead
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 
 
-def fit(task: Task) -> PrototypeHead:
+def fit(task: HeadTask) -> PrototypeHead:
     """
     The prototypes of `ensemble`, which `fit_head` has made already: `task.text`.
 

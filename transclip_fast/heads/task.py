@@ -18,7 +18,7 @@ TrainingProgress: TypeAlias = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledFeatures:
     """Unit rows (M, d) float32, or (M, 1 + L, d) with L patches, and their classes (M,) int64."""
 
     features: torch.Tensor
@@ -29,12 +29,12 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Task:
+class HeadTask:
     """Texts, shots and settings of one fit."""
 
     text: torch.Tensor  # (K, d) float32, unit rows
-    shots: Labelled  # (0, d) without any; classes may be missing
-    validation: Labelled | None  # chooses hyperparameters, instead of published defaults
+    shots: LabelledFeatures  # (0, d) without any; classes may be missing
+    validation: LabelledFeatures | None  # chooses hyperparameters, instead of published defaults
     logit_scale: float  # tau: logits are tau times cosines
     seed: int
     progress: TrainingProgress
@@ -48,18 +48,20 @@ class Task:
 
 def labelled_rows(
     use: str, features: Any, labels: Any, patches: Any, text: torch.Tensor
-) -> Labelled | None:
+) -> LabelledFeatures | None:
     """Check the rows (M, d), labels (M,) and patches (M, L, d) of "support" or "validation"."""
     rows = as_labelled_rows(use, features, labels, text.shape[1], len(text))
     if patches is None:
-        return None if rows is None else Labelled(*rows)
+        return None if rows is None else LabelledFeatures(*rows)
     name = f"{use}_local_features"
     if rows is None:
         raise InputError(f"{name} and {use}_features come together; one is missing")
-    return Labelled(PatchedRows(rows[0], patches, name)[:], rows[1])
+    return LabelledFeatures(PatchedRows(rows[0], patches, name)[:], rows[1])
 
 
-def as_fit_arguments(rows: Mapping[str, Labelled], *, patches: bool = True) -> dict[str, Any]:
+def as_fit_arguments(
+    rows: Mapping[str, LabelledFeatures], *, patches: bool = True
+) -> dict[str, Any]:
     """Labelled rows by use as arguments of `fit_head`: "support_features", "support_labels", ..."""
     found: dict[str, Any] = {}
     for use, labelled in rows.items():

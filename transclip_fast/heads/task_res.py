@@ -6,7 +6,7 @@ import torch
 
 from transclip_fast.data.feature_rows import unit
 from transclip_fast.heads.base import PrototypeHead
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.training import train, trainable
 
 ALPHA = 0.5
@@ -15,7 +15,7 @@ EPOCHS = 200
 FEW_SHOTS, FEW_SHOTS_EPOCHS = 4, 100  # up to so many shots a class
 
 
-def fit(task: Task) -> PrototypeHead:
+def fit(task: HeadTask) -> PrototypeHead:
     """
     Prototypes unit(T + alpha X), X (K, d) trained from zero.
 

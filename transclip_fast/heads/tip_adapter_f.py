@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from transclip_fast.heads.task import Labelled, Task
+from transclip_fast.heads.task import HeadTask, LabelledFeatures
 from transclip_fast.heads.tip_adapter import ALPHA, BETA, CacheHead, cache_logits, with_cache
 from transclip_fast.heads.training import train, trainable
 
 EPOCHS, RATE, ADAM_EPS = 100, 5e-3, 1e-4
 
 
-def fit(task: Task) -> CacheHead:
+def fit(task: HeadTask) -> CacheHead:
     """
     Train keys from the shots with the default alpha and beta; then search these as Tip-Adapter.
 
@@ -25,8 +25,8 @@ def fit(task: Task) -> CacheHead:
     labels = task.shots.labels
 
     def logits(rows: torch.Tensor) -> torch.Tensor:
-        cached = cache_logits(rows @ keys.T, Labelled(keys, labels), BETA, len(task.text))
+        cached = cache_logits(rows @ keys.T, LabelledFeatures(keys, labels), BETA, len(task.text))
         return task.logit_scale * rows @ task.text.T + ALPHA * cached
 
     train(task, logits, torch.optim.AdamW([keys], lr=RATE, eps=ADAM_EPS), epochs=EPOCHS)
-    return with_cache(task, Labelled(keys.detach(), labels))
+    return with_cache(task, LabelledFeatures(keys.detach(), labels))

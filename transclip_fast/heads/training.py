@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from transclip_fast.heads.base import Head, percent_right
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 
 BATCH_ROWS = 256
 AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def train(
-    task: Task,
+    task: HeadTask,
     logits: Callable[[torch.Tensor], torch.Tensor],
     optimizer: torch.optim.Optimizer,
     *,
@@ -50,7 +50,7 @@ def train(
         task.progress(place * epochs + epoch + 1, trainings * epochs)
 
 
-def best_validated(heads: Sequence[AnyHead], task: Task) -> AnyHead:
+def best_validated(heads: Sequence[AnyHead], task: HeadTask) -> AnyHead:
     """The first head of the best validation accuracy; the first of all without such rows."""
     held_out = task.validation
     if held_out is None:

@@ -9,7 +9,7 @@ import torch
 
 from transclip_fast.data.feature_rows import unit
 from transclip_fast.heads.base import Head
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.training import (
     best_validated,
     detached,
@@ -56,7 +56,7 @@ def decorrelation(rows: torch.Tensor) -> torch.Tensor:
     return (weights * (rows @ rows.T - identity).square()).sum()
 
 
-def fit(task: Task) -> ProjectedHead:
+def fit(task: HeadTask) -> ProjectedHead:
     """
     Minimise cross-entropy + alpha `decorrelation`; choose alpha by validation accuracy.
 
@@ -75,7 +75,7 @@ def fit(task: Task) -> ProjectedHead:
     return best_validated(heads, task)
 
 
-def _trained(task: Task, alpha: float, place: int, trainings: int) -> ProjectedHead:
+def _trained(task: HeadTask, alpha: float, place: int, trainings: int) -> ProjectedHead:
     """The head of one alpha; `place` of so many trainings is for the progress."""
     d = task.text.shape[1]
     hidden, out = (max(1, int(part * d)) for part in (HIDDEN, OUT))

@@ -27,7 +27,7 @@ from transclip_fast.solver.layout import PROCESS_BYTES, limit_of, parse_memory, 
 from transclip_fast.solver.parameters import Chosen, check_scale, check_weight
 
 Fitted = TypeVar("Fitted", bound="Method")
-Settings = SimpleNamespace  # settings by name, all of them set
+Values = SimpleNamespace  # settings by name, all of them set
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ Grid = Mapping[str, Setting]  # the settings of a method by name
 
 
 @dataclass(frozen=True)
-class Solution:
+class Answer:
     """z (N, K) float32 of a run, and the steps that it took."""
 
     z: torch.Tensor
@@ -159,7 +159,7 @@ class Method(ABC):
         return self.balanced
 
     @abstractmethod
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         """One run on the anchored task."""
 
     def neighbors_needed(self, *, searched: bool) -> int:
@@ -229,7 +229,7 @@ class Method(ABC):
             features = Rows(X, "X", device, held=held)
             task = self._task(arrays, features, graph)
             on_validation = _accuracy(arrays.validation, features)
-            best: tuple[float, Solution, dict[str, Any]] | None = None
+            best: tuple[float, Answer, dict[str, Any]] | None = None
             for number, settings in enumerate(runs):
                 run = replace(task, progress=_of_run(progress, number, len(runs)))
                 solution = self.solve(run, SimpleNamespace(**settings))

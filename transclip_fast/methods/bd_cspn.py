@@ -8,7 +8,7 @@ import torch
 
 from transclip_fast.data.feature_rows import unit
 from transclip_fast.graph.exact import nearest
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, mean_row, softmax_
 from transclip_fast.methods.task import Labelled, Task
 from transclip_fast.solver.mixture import Moments
@@ -49,9 +49,9 @@ class BDCSPN(Method):
         "eps": Setting(10.0, (2.5, 5.0, 10.0, 20.0, 40.0)),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         prototypes = rectified_prototypes(task, s.n_rows, s.eps)
-        return Solution(cosine_answer(task, prototypes, task.logit_scale), 1)
+        return Answer(cosine_answer(task, prototypes, task.logit_scale), 1)
 
 
 def rectified_prototypes(task: Task, n_rows: int, eps: float) -> torch.Tensor:

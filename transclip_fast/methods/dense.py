@@ -13,7 +13,7 @@ from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.parallel import parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 
 def no_edges(n_rows: int, device: torch.device) -> Affinity:
@@ -85,7 +85,7 @@ def as_assignments(values: torch.Tensor) -> Assignments:
     return Assignments(values, None, values.shape[1], values.new_zeros(len(values)))
 
 
-def in_blocks(values: torch.Tensor, function: Callable[[slice], Result]) -> list[Result]:
+def in_blocks(values: torch.Tensor, function: Callable[[slice], Returned]) -> list[Returned]:
     """The results of `function` for each block of rows of (N, K), in threads on a CPU."""
     rows = blocks(len(values), block_rows(values.device, values.shape[1]))
     return parallel_map(function, rows, values.device)

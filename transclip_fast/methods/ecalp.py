@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from transclip_fast.data.feature_rows import Rows, unit
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.label_graph import (
     Edges,
     as_distributions,
@@ -62,7 +62,7 @@ class ECALP(Method):
         "sweeps": Setting(3, least=1, whole=True),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         labelled, rows, n_rows = task.labelled, task.rows, len(task.rows)
         texts = None if self.anchors == "shots" else task.texts
         shots = None if self.anchors == "texts" else task.shots
@@ -82,7 +82,7 @@ class ECALP(Method):
         )
         task.progress(1, 1)
         (ids, _), first = found[1]
-        return Solution(as_distributions(z, labelled.labels[ids[:, 0] + first - n_rows]), s.sweeps)
+        return Answer(as_distributions(z, labelled.labels[ids[:, 0] + first - n_rows]), s.sweeps)
 
 
 def _weighted(rows: Rows, metric: torch.Tensor) -> Rows:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks
 from transclip_fast.methods.dirichlet import fit_dirichlet
 from transclip_fast.methods.task import PROBABILITY_SCALE, Task
@@ -53,7 +53,7 @@ class EMDirichlet(Method):
         "max_iter": Setting(20, least=1, whole=True),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         texts = PROBABILITY_SCALE * task.class_texts.double()
         dense = Dense(task.rows, task.n_classes)
         z, normaliser = dense.start(texts)
@@ -78,7 +78,7 @@ class EMDirichlet(Method):
             dense.scores(excess @ texts, offset, out=scores)
             self._assign(scores.values, rest, (totals - totals.mean()).float(), z.values)
             task.progress(step + 1, s.max_iter)
-        return Solution(z.values, s.max_iter)
+        return Answer(z.values, s.max_iter)
 
     def _assign(
         self, scores: torch.Tensor, rest: torch.Tensor, slopes: torch.Tensor, z: torch.Tensor

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import one_hot
 
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks
 from transclip_fast.methods.gradients import Adam, shannon_slope, to_logit_gradients
 from transclip_fast.methods.task import Task
@@ -49,7 +49,7 @@ class TransductiveFinetuning(Method):
         "rate": Setting(5e-5),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         labelled, w = task.labelled, task.means
         rows = labelled.rows.double()
         own = one_hot(labelled.labels, task.n_classes).double()
@@ -79,4 +79,4 @@ class TransductiveFinetuning(Method):
             total = counts + errors.sum(0)
             w = adam.step(s.tau * (sums + errors.T @ rows - w * total[:, None]))
             task.progress(step + 1, s.max_iter)
-        return Solution(p, s.max_iter)
+        return Answer(p, s.max_iter)

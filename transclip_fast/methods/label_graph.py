@@ -13,7 +13,7 @@ from transclip_fast.errors import user_level
 from transclip_fast.graph.exact import nearest
 from transclip_fast.methods.dense import as_assignments, in_blocks
 from transclip_fast.ops.torch_backend import TorchOps
-from transclip_fast.types import Affinity
+from transclip_fast.types import Affinity, row_offsets
 
 BLOCK_CLASSES = 256  # that are spread at a time: columns do not depend on each other
 
@@ -58,12 +58,10 @@ def normalised(edges: Iterable[Edges], n_nodes: int, damping: float = 0.0) -> Af
     weights = torch.cat([weights, weights])
     rows, order = rows.sort(stable=True)
     columns, weights = columns[order], weights[order]
-    lengths = torch.bincount(rows, minlength=n_nodes)
-    degrees = torch.segment_reduce(weights, "sum", lengths=lengths, initial=0.0)
+    offsets = row_offsets(rows, n_nodes)
+    degrees = torch.segment_reduce(weights, "sum", lengths=offsets.diff(), initial=0.0)
     roots = degrees.sqrt() + damping
     roots[degrees == 0] = 1.0
-    offsets = torch.zeros(n_nodes + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(lengths, 0, out=offsets[1:])
     return Affinity(offsets, columns, (weights / roots[rows] / roots[columns]).float())
 
 

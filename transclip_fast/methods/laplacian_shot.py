@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from transclip_fast.graph.affinity import affinity
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.bd_cspn import rectified_prototypes
 from transclip_fast.methods.dense import Dense
 from transclip_fast.methods.task import Task
@@ -51,7 +51,7 @@ class LaplacianShot(Method):
         "smoothness": Setting(0.7, (0.1, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5)),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         prototypes = rectified_prototypes(task, RECTIFIED_ROWS, RECTIFIED_EPS)
         graph = task.graph(s.n_neighbors)
         # `affinity` divides by the number of neighbours.
@@ -71,4 +71,4 @@ class LaplacianShot(Method):
             before, energy = energy, dense.negative_energy(z, base)
             if sweep >= FEWEST_SWEEPS and abs(energy - before) <= TOLERANCE * abs(before):
                 break
-        return Solution(z.values, sweep)
+        return Answer(z.values, sweep)

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize
 from torch.nn.functional import one_hot
 
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, softmax_
 from transclip_fast.methods.task import Task
 
@@ -43,7 +43,7 @@ class LogisticRegression(Method):
         "c": Setting(0.316, (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6), least=1e-12)
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         labelled = task.labelled.to(torch.device("cpu"))
         rows, n_classes = labelled.rows.double(), task.n_classes
         own = one_hot(labelled.labels, n_classes).double()
@@ -66,4 +66,4 @@ class LogisticRegression(Method):
         scores = Dense(task.features, n_classes).scores(parameters[:, :-1], parameters[:, -1])
         task.progress(1, 1)
         softmax_(scores.values)
-        return Solution(scores.values, int(found.nit))
+        return Answer(scores.values, int(found.nit))

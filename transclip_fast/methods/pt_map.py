@@ -9,7 +9,7 @@ import torch
 
 from transclip_fast.data.checks import as_tensor
 from transclip_fast.errors import InputError
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks
 from transclip_fast.methods.task import Labelled, Task
 from transclip_fast.solver.mixture import Moments
@@ -69,7 +69,7 @@ class PTMAP(Method):
     def assumes_balanced(self) -> bool:
         return self.class_prior is None
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         dim, n_classes = task.features.shape[1], task.n_classes
         mass = self._masses(len(task.features), n_classes).to(task.device)
         labelled = Labelled(_powers(task.labelled.rows), task.labelled.labels)
@@ -91,7 +91,7 @@ class PTMAP(Method):
             scores.values[rows] /= scores.values[rows].sum(1, keepdim=True)
 
         in_blocks(scores.values, to_distributions)
-        return Solution(scores.values, s.max_iter)
+        return Answer(scores.values, s.max_iter)
 
     def _masses(self, n_rows: int, n_classes: int) -> torch.Tensor:
         """Rows of each class (K,) float64."""

@@ -9,7 +9,7 @@ import torch
 
 from transclip_fast.data.feature_rows import unit
 from transclip_fast.graph.affinity import affinity
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense
 from transclip_fast.methods.task import Task
 from transclip_fast.solver.mixture import MASS_FLOOR, VARIANCE_FLOOR
@@ -56,7 +56,7 @@ class StatA(Method):
         "inner_iter": Setting(5, least=1, whole=True),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         (n_rows, dim), texts = task.features.shape, task.class_texts.double()
         scale = math.sqrt(dim)  # squares of about the size of the features
         features = task.features.mapped(lambda x: torch.cat([x, scale * x * x], -1), 2 * dim)
@@ -95,4 +95,4 @@ class StatA(Method):
             own = squares / counts.clamp_min(MASS_FLOOR) - 2 * means * averages + means.square()
             anchors = anchor + (texts - means).square()
             variances = (weight * own + (1 - weight) * anchors).clamp_min(floor)
-        return Solution(z.values, s.max_iter)
+        return Answer(z.values, s.max_iter)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import one_hot
 
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.bd_cspn import cosine_answer
 from transclip_fast.methods.dense import Dense, in_blocks
 from transclip_fast.methods.task import Task
@@ -55,7 +55,7 @@ class TIM(Method):
         "max_iter": Setting(150, whole=True),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         labelled, w = task.labelled, task.means
         rows = labelled.rows.double()
         own = one_hot(labelled.labels, task.n_classes).double()
@@ -73,7 +73,7 @@ class TIM(Method):
             total = shots_weight * own.sum(0) + ratio * (counts + masses)
             w = (shots_weight * of_shots + ratio * of_rows) / total[:, None]
             task.progress(step + 1, s.max_iter)
-        return Solution(cosine_answer(task, w, s.tau), s.max_iter)
+        return Answer(cosine_answer(task, w, s.tau), s.max_iter)
 
 
 def _to_differences(values: torch.Tensor, power: float) -> torch.Tensor:

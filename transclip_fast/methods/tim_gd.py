@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch.nn.functional import one_hot
 
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, softmax_
 from transclip_fast.methods.gradients import Adam, alpha_slope, to_logit_gradients
 from transclip_fast.methods.task import Task
@@ -51,7 +51,7 @@ class TIMGD(Method):
         "max_iter": Setting(1000, whole=True),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         labelled, w = task.labelled, task.means
         rows = labelled.rows.double()
         own = one_hot(labelled.labels, task.n_classes).double()
@@ -71,7 +71,7 @@ class TIMGD(Method):
             total = counts + errors.sum(0)
             w = adam.step(s.tau * (sums + errors.T @ rows - w * total[:, None]))
             task.progress(step + 1, s.max_iter)
-        return Solution(scores.values, s.max_iter)
+        return Answer(scores.values, s.max_iter)
 
 
 class AlphaTIM(TIMGD):

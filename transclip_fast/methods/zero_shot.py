@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transclip_fast.methods.base import Method, Settings, Solution
+from transclip_fast.methods.base import Answer, Method, Values
 from transclip_fast.methods.dense import Dense
 from transclip_fast.methods.task import Task
 from transclip_fast.solver.prior import LinearPrior
@@ -33,7 +33,7 @@ class ZeroShot(Method):
     kinds = ("texts",)
     matrices = 1
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         prior = LinearPrior.from_prototypes(task.class_texts, task.logit_scale)
         z, _ = Dense(task.features, task.n_classes).start(prior.weights)
-        return Solution(z.values, 0)
+        return Answer(z.values, 0)

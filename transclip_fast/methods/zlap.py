@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from transclip_fast.methods.base import Grid, Method, Setting, Settings, Solution
+from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.label_graph import (
     Edges,
     as_distributions,
@@ -63,7 +63,7 @@ class ZLaP(Method):
         "alpha": Setting(0.3, most=0.99),
     }
 
-    def solve(self, task: Task, s: Settings) -> Solution:
+    def solve(self, task: Task, s: Values) -> Answer:
         graph, labelled = task.graph(s.n_neighbors), task.labelled
         neighbors, cosines = (
             torch.as_tensor(x, device=task.device) for x in (graph.neighbors, graph.similarities)
@@ -80,4 +80,4 @@ class ZLaP(Method):
             matrix, labelled.labels, task.n_classes, alpha=s.alpha, sweeps=sweeps, clamped=False
         )
         task.progress(1, 1)
-        return Solution(as_distributions(z, labelled.labels[ids[:, 0]]), sweeps)
+        return Answer(as_distributions(z, labelled.labels[ids[:, 0]]), sweeps)

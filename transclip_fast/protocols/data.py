@@ -21,7 +21,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import ensemble
-from transclip_fast.heads.task import Labelled
+from transclip_fast.heads.task import LabelledFeatures
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.store.features import Features, check_encoder, load_features
 
@@ -32,7 +32,7 @@ MAX_VALIDATION_SHOTS = 4  # of a class, as in CoOp and in the paper
 
 @dataclass(frozen=True)
 class Pool:
-    """Labelled rows to draw shots from; unlike those of `Labelled`, patches can be on disk."""
+    """Rows to draw shots from; unlike `LabelledFeatures`, their patches can be on disk."""
 
     features: torch.Tensor | PatchedRows
     labels: torch.Tensor
@@ -44,7 +44,7 @@ class Pool:
         taken = features.take(chosen) if isinstance(features, PatchedRows) else features[chosen]
         return Pool(taken, self.labels[chosen] - classes.start, len(classes))
 
-    def draw(self, shots: int | None, seed: int) -> Labelled:
+    def draw(self, shots: int | None, seed: int) -> LabelledFeatures:
         """
         That many rows of each class, all of a class that has fewer; without `shots` all rows.
 
@@ -52,14 +52,14 @@ class Pool:
         include those of fewer.
         """
         if shots is None:
-            return Labelled(self.features[:], self.labels)
+            return LabelledFeatures(self.features[:], self.labels)
         labels = self.labels.numpy()
         drawn = [
             np.random.default_rng([seed, k]).permutation(np.flatnonzero(labels == k))[:shots]
             for k in range(self.n_classes)
         ]
         chosen = torch.from_numpy(np.concatenate(drawn))
-        return Labelled(self.features[chosen], self.labels[chosen])
+        return LabelledFeatures(self.features[chosen], self.labels[chosen])
 
     def shortage(self, shots: int) -> str | None:
         """A warning if classes have fewer rows than that."""
@@ -73,7 +73,9 @@ class Pool:
         )
 
 
-def draw_shots(pools: Mapping[str, Pool], shots: int | None, seed: int) -> dict[str, Labelled]:
+def draw_shots(
+    pools: Mapping[str, Pool], shots: int | None, seed: int
+) -> dict[str, LabelledFeatures]:
     """Shots of each pool; at most 4 validation rows a class, unless all rows are taken."""
     fewer = None if shots is None else min(shots, MAX_VALIDATION_SHOTS)
     sizes = {"support": shots, "validation": fewer}

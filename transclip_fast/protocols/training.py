@@ -14,7 +14,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.heads import Head
 from transclip_fast.heads.base import PrototypeHead, inputs_for
 from transclip_fast.heads.prompts import Prompting
-from transclip_fast.heads.task import Labelled
+from transclip_fast.heads.task import LabelledFeatures
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import draw_shots, labelled_pools, patched_rows
 from transclip_fast.store.arrays import array_sha256
@@ -24,7 +24,7 @@ from transclip_fast.version import __version__
 
 def draw_rows(
     features: Features, text: torch.Tensor, shots: int | None, seed: int
-) -> dict[str, Labelled]:
+) -> dict[str, LabelledFeatures]:
     """The shots and validation rows of the training."""
     n_classes, d = text.shape
     pools = labelled_pools(features, d, n_classes)
@@ -41,7 +41,7 @@ def draw_rows(
 def checkpoint_identity(
     name: str,
     features: Features,
-    rows: Mapping[str, Labelled],
+    rows: Mapping[str, LabelledFeatures],
     prompting: Prompting,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def checkpoint_identity(
 def summarise_head(
     head: Head,
     features: Features,
-    rows: Mapping[str, Labelled],
+    rows: Mapping[str, LabelledFeatures],
     text: torch.Tensor,
     truth: np.ndarray | None,
 ) -> dict[str, Any]:

@@ -19,7 +19,7 @@ VARIANCE_FLOOR = 1e-6
 MASS_FLOOR = 1e-30
 CLASS_ENTRIES = 1 << 15  # of a float64 (K, d) array, 256 KiB: a core's cache holds a few of them
 
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Mixture:
         return moments.squares - 2 * torch.stack(by_classes(part, self.means)).sum(0)
 
 
-def by_classes(task: Callable[[slice], Result], array: torch.Tensor) -> list[Result]:
+def by_classes(task: Callable[[slice], Returned], array: torch.Tensor) -> list[Returned]:
     """The results of `task` on consecutive classes, whose rows of `array` (K, d) fit a cache."""
     n_classes, dim = array.shape
     size = max(1, CLASS_ENTRIES // dim) if array.device.type == "cpu" else n_classes

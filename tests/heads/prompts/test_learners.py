@@ -18,7 +18,7 @@ from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, l
 from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.prompts.learning import train
 from transclip_fast.heads.prompts.prograd import ProGrad, aligned
-from transclip_fast.heads.task import Labelled, Task
+from transclip_fast.heads.task import HeadTask, LabelledFeatures
 
 TAU = 10.0
 SETTINGS = [
@@ -39,14 +39,14 @@ def task_of(tower, *, context=SETTINGS[0], dtype=torch.float32, **more):
     rows = unit_rows(20, 1, dtype)
     given = {
         "text": unit_rows(4, 2, dtype),
-        "shots": Labelled(rows[:12], labels[:12]),
-        "validation": Labelled(rows[12:], labels[12:]),
+        "shots": LabelledFeatures(rows[:12], labels[:12]),
+        "validation": LabelledFeatures(rows[12:], labels[12:]),
         "logit_scale": TAU,
         "seed": 3,
         "progress": lambda done, of, **figures: None,
         "prompting": Prompting(tower, NAMES, context, Schedule(epochs=3, batch_size=5)),
     }
-    return Task(**{**given, **more})
+    return HeadTask(**{**given, **more})
 
 
 def plain_prototypes(tower, context, settings):

@@ -19,7 +19,7 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.text_tower import Prompts, TextTower
 from transclip_fast.heads.training import first_weights
 
@@ -130,7 +130,7 @@ class CoCoOp(Learner):
     rate, and learn the demo's digits as well; 10 epochs at four times the rate fail for some draws.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: HeadTask) -> None:
         super().__init__(task)
         if self.settings.class_specific:
             raise InputError("cocoop: its context is shared by all classes, not class-specific")
@@ -171,6 +171,6 @@ class CoCoOp(Learner):
         )
 
 
-def fit(task: Task) -> Head:
+def fit(task: HeadTask) -> Head:
     """Train a context and its network with the task's `prompting`; a ConditionalHead."""
     return train(CoCoOp(task), task)

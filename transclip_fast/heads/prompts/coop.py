@@ -17,7 +17,7 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.text_tower import TextTower
 
 
@@ -58,7 +58,7 @@ class CoOp(Learner):
     2 to 4; with a unified context, or one for each class.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: HeadTask) -> None:
         super().__init__(task)
         context = first_context(self.tower, self.settings, len(task.text), task.seed)
         self.prompts = self.class_prompts(context.shape[-2])
@@ -83,6 +83,6 @@ class CoOp(Learner):
         )
 
 
-def fit(task: Task) -> Head:
+def fit(task: HeadTask) -> Head:
     """Train a context with the task's `prompting`; a PromptHead."""
     return train(CoOp(task), task)

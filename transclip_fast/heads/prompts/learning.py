@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head, percent_right
 from transclip_fast.heads.prompts.context import class_prompts
-from transclip_fast.heads.task import Labelled, Task
+from transclip_fast.heads.task import HeadTask, LabelledFeatures
 from transclip_fast.heads.text_tower import Prompts
 from transclip_fast.parallel import fixed_threads
 
@@ -32,7 +32,7 @@ class Learner(torch.nn.Module, ABC):
     it is called with.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: HeadTask) -> None:
         super().__init__()
         if task.prompting is None:
             raise InputError("prompts are learned through a text tower: give prompting")
@@ -59,12 +59,12 @@ class Learner(torch.nn.Module, ABC):
         torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def validate(self, rows: Labelled) -> float:
+    def validate(self, rows: LabelledFeatures) -> float:
         """Accuracy on labelled rows, in percent."""
         return percent_right(self.head(words=False).logits(rows.features), rows.labels)
 
 
-def train(learner: Learner, task: Task) -> Head:
+def train(learner: Learner, task: HeadTask) -> Head:
     """
     Train on the shots by stochastic gradient descent with momentum; returns the head.
 
@@ -94,7 +94,7 @@ def train(learner: Learner, task: Task) -> Head:
         return learner.head()
 
 
-def _steps(learner: Learner, optimizer: torch.optim.Optimizer, task: Task, done: int) -> None:
+def _steps(learner: Learner, optimizer: torch.optim.Optimizer, task: HeadTask, done: int) -> None:
     """Train from step `done` to the end."""
     prompting, shots = learner.prompting, task.shots
     schedule, device = prompting.schedule, prompting.tower.device

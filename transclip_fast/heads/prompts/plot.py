@@ -27,7 +27,7 @@ from transclip_fast.heads.prompts.context import (
     nearest_words,
 )
 from transclip_fast.heads.prompts.learning import Learner, train
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.text_tower import Prompts, TextTower
 
 CONTEXT = ContextSettings(n_ctx=16)
@@ -145,7 +145,7 @@ class Plot(Learner):
     name at the end, 50 epochs of CoOp's training.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: HeadTask) -> None:
         super().__init__(task)
         if self.settings.class_specific:
             raise InputError("plot: its contexts are shared by all classes, not class-specific")
@@ -192,7 +192,7 @@ def encode_each(tower: TextTower, prompts: Prompts, contexts: torch.Tensor) -> t
     return tower.encode(prompts.rows(rows), repeated).view(n_classes, number, -1)
 
 
-def fit(task: Task) -> Head:
+def fit(task: HeadTask) -> Head:
     """Train contexts with the task's `prompting`; warns if the shots have no patches."""
     learner = Plot(task)
     if not learner.patches:

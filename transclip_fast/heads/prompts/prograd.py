@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transclip_fast.heads.base import Head
 from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.prompts.learning import train
-from transclip_fast.heads.task import Task
+from transclip_fast.heads.task import HeadTask
 
 LAMBDA = 1.0  # how much of that part is removed
 
@@ -22,7 +22,7 @@ class ProGrad(CoOp):
     prediction of the task's text features.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: HeadTask) -> None:
         super().__init__(task)
         self.zero_shot = task.text.to(self.tower.device)
 
@@ -51,6 +51,6 @@ def aligned(gradient: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     return torch.sub(gradient, LAMBDA * against * direction / size)
 
 
-def fit(task: Task) -> Head:
+def fit(task: HeadTask) -> Head:
     """Train a context with the task's `prompting`; a PromptHead."""
     return train(ProGrad(task), task)
