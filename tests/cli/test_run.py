@@ -93,7 +93,7 @@ def test_a_rank_lost_in_an_encode_ends_a_run(images, names, tiny, tmp_path, monk
     """Also where the processes that decode for it have its connections, too."""
     command = "run", images(24), "--classes", names, *tiny, "--workers", 1, "--shard-rows", 5
     command += "--device", "cpu", "--out", tmp_path / "out"
-    launch = encoder._launch
+    launch = encoder.launch
 
     def dies(*arguments):
         if os.environ["RANK"] == "1":
@@ -101,7 +101,7 @@ def test_a_rank_lost_in_an_encode_ends_a_run(images, names, tiny, tmp_path, monk
         return launch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, "_launch", dies)
+        patch.setattr(encoder, "launch", dies)
         codes, errors = start(2, *command)
     assert codes == [2, -signal.SIGKILL]
     lines = [line for line in errors[0].splitlines() if line.startswith("error")]

@@ -100,7 +100,7 @@ class Killed(Exception):
 
 def dying(monkeypatch, batches):
     """Let encoding die after so many batches, as the list returned counts down."""
-    embed, left = encoder._launch, [batches]
+    embed, left = encoder.launch, [batches]
 
     def dies(*arguments):
         if not left[0]:
@@ -108,7 +108,7 @@ def dying(monkeypatch, batches):
         left[0] -= 1
         return embed(*arguments)
 
-    monkeypatch.setattr(encoder, "_launch", dies)
+    monkeypatch.setattr(encoder, "launch", dies)
     return left
 
 
@@ -136,7 +136,7 @@ def test_finished_shards_are_not_encoded_again(images, backbone, tmp_path, monke
     folder = images(7)
     encode(folder, backbone, tmp_path / "out")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(encoder, "_launch", None)
+    monkeypatch.setattr(encoder, "launch", None)
     encode(folder, backbone, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
@@ -157,7 +157,7 @@ def test_other_prompts_replace_only_the_prototypes(images, backbone, tmp_path, m
     folder = images(7)
     encode(folder, backbone, tmp_path / "out")
     before = contents(tmp_path / "out")
-    monkeypatch.setattr(encoder, "_launch", None)
+    monkeypatch.setattr(encoder, "launch", None)
     encode(
         folder, backbone, tmp_path / "out", ClassPrompts(["dog", "cat"], [["x"], ["y"]], "there")
     )
@@ -263,7 +263,7 @@ def test_labels_follow_the_order_of_the_classes(images, backbone, tmp_path, monk
     folder = images(7)
     encode(folder, backbone, tmp_path / "out")
     assert load_features(tmp_path / "out").get("labels").tolist() == [1, 1, 1, 1, 0, 0, 0]
-    monkeypatch.setattr(encoder, "_launch", None)
+    monkeypatch.setattr(encoder, "launch", None)
     turned = ClassPrompts(["cat", "dog"], [["a cat"], ["a dog"]], "here")
     encode(folder, backbone, tmp_path / "out", turned)
     assert load_features(tmp_path / "out").get("labels").tolist() == [0, 0, 0, 0, 1, 1, 1]

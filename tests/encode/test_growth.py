@@ -51,13 +51,13 @@ def photos(tmp_path):
 @pytest.fixture
 def seen(monkeypatch):
     """Numbers of images in the batches that were embedded."""
-    launch, sizes = encoder._launch, []
+    launch, sizes = encoder.launch, []
 
     def counted(backbone, images, size):
         sizes.append(0 if images is None else len(images))
         return launch(backbone, images, size)
 
-    monkeypatch.setattr(encoder, "_launch", counted)
+    monkeypatch.setattr(encoder, "launch", counted)
     return sizes
 
 
@@ -188,7 +188,7 @@ def test_images_that_change_again_after_a_kill(photos, backbone, tmp_path, seen,
     encode(photos, backbone, tmp_path / "out")
     for k in range(1, 7):
         draw_image(photos / f"{k}5.bmp", 50 + k)
-    launch, left = encoder._launch, [3]
+    launch, left = encoder.launch, [3]
 
     def dies(*arguments):
         if not left[0]:
@@ -196,7 +196,7 @@ def test_images_that_change_again_after_a_kill(photos, backbone, tmp_path, seen,
         left[0] -= 1
         return launch(*arguments)
 
-    monkeypatch.setattr(encoder, "_launch", dies)
+    monkeypatch.setattr(encoder, "launch", dies)
     with pytest.raises(Killed):
         encode(photos, backbone, tmp_path / "out")
     with pytest.raises(InputError, match="is not finished"):
@@ -204,7 +204,7 @@ def test_images_that_change_again_after_a_kill(photos, backbone, tmp_path, seen,
     records = len(list((tmp_path / "out/records").glob("*.json")))
     done = sum(seen)
     assert records >= 1
-    monkeypatch.setattr(encoder, "_launch", launch)
+    monkeypatch.setattr(encoder, "launch", launch)
     (photos / "00.bmp").unlink()
     draw_image(photos / "70.bmp", 3)
     seen.clear()

@@ -38,7 +38,7 @@ def process(rank, size, port, folder, out, dies_after):
     """One rank; it ends by SIGKILL after so many batches, if any are given."""
     become(rank, size, port)
     torch.set_num_threads(1)
-    embed, left = encoder._launch, [dies_after]
+    embed, left = encoder.launch, [dies_after]
 
     def dies(*arguments):
         if left[0] == 0:
@@ -46,7 +46,7 @@ def process(rank, size, port, folder, out, dies_after):
         left[0] -= 1
         return embed(*arguments)
 
-    encoder._launch = dies
+    encoder.launch = dies
     models.load_backbone = lambda *_: tiny_backbone()
     models.identify = lambda *_: tiny_backbone().identity
     models.watch_weights = lambda *_: WatchedFiles({})

@@ -27,7 +27,7 @@ def small_memory(monkeypatch):
     """Batches of more than so many images do not fit from the n-th on; their sizes are kept."""
 
     def limit(most, error=torch.OutOfMemoryError, first=0):
-        embed, sizes = encoder._launch, []
+        embed, sizes = encoder.launch, []
 
         def tight(backbone, images, size):
             sizes.append(len(images))
@@ -35,7 +35,7 @@ def small_memory(monkeypatch):
                 raise error("can't allocate memory")
             return embed(backbone, images, size)
 
-        monkeypatch.setattr(encoder, "_launch", tight)
+        monkeypatch.setattr(encoder, "launch", tight)
         return sizes
 
     yield limit
@@ -81,7 +81,7 @@ def test_other_errors_are_not_taken_for_it(images, backbone, tmp_path, monkeypat
     def broken(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(encoder, "_launch", broken)
+    monkeypatch.setattr(encoder, "launch", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         encode(images(3), backbone, tmp_path / "out")
 

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -90,7 +91,14 @@ def _with_origin(message: str, origins: Mapping[str, str]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that compute."""
-    found = {"python": platform.python_version(), "transclip_fast": __version__}
+    ours = {"python": platform.python_version(), "transclip_fast": __version__}
+    return ours | _library_versions()
+
+
+@cache
+def _library_versions() -> dict[str, str]:
+    """Versions of what is installed; reading them takes milliseconds, and `run` asks often."""
+    found = {}
     for name in ("torch", "numpy", "numba", "faiss-cpu", "faiss-gpu", "open_clip_torch", "triton"):
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)

@@ -214,7 +214,7 @@ class _Loop:
             with timed(self.waited, "images"):
                 batch = next(decoded)
             with timed(self.waited, "model"):
-                in_flight.append(_launch(self.backbone, batch.images, batch_size))
+                in_flight.append(launch(self.backbone, batch.images, batch_size))
                 if len(in_flight) == BATCHES_IN_FLIGHT:
                     features.append(in_flight.popleft()())
                 self.backbone.weights.check()
@@ -247,7 +247,7 @@ class _Loop:
         return features[good], kept, sorted([*failures, *found], key=lambda f: f.source_row)
 
 
-def _launch(
+def launch(
     backbone: Backbone, images: torch.Tensor | None, batch_size: int
 ) -> Callable[[], np.ndarray]:
     """
