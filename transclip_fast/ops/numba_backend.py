@@ -30,7 +30,7 @@ from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end together
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
-LIST_ROWS = 4096  # rows of a block of lists that are packed, or whose labels are found
+LIST_ROWS = 4096  # rows of a block of lists whose labels are found
 SQUARE_ROWS = 2048  # rows of a block of squares
 CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
 # Writes the candidates of a block of rows to their lists. Two arrays (8, K) receive the largest
@@ -194,13 +194,15 @@ class NumbaOps(TorchOps):
             n = lists.pack(rows.numpy()[block], *arrays, out, out.view(np.float32), own)
             return torch.from_numpy(out[:n])
 
-        parts = list(blocks(len(rows), LIST_ROWS))
+        # One part a thread: what a single one packs need not be copied together.
+        parts = list(blocks(len(rows), max(1, -(-len(rows) // n_threads()))))
         found = parallel_map(part, parts)
         before = 0
         for block, entries in zip(parts, found, strict=True):
             ends[block] += before
             before += len(entries)
-        return torch.cat(found) if found else torch.empty(0, 2, dtype=torch.int32), ends
+        none = torch.empty(0, 2, dtype=torch.int32)
+        return found[0] if len(found) == 1 else torch.cat([none, *found]), ends
 
     def unpack(self, entries: torch.Tensor, out: Assignments) -> None:
         array = entries.numpy()
