@@ -15,7 +15,7 @@ from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
-from transclip_fast.graph.build import build_graph, given_graph
+from transclip_fast.graph.build import build_graph, given_graph, whole_rows
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import outlier_scores
 from transclip_fast.ops.ranked import RankedRows, neighbor_places
@@ -287,7 +287,8 @@ class TransCLIP(Parameters):
     def _graph(self, graph: GraphSource, features: Rows, problem: Problem) -> NeighborGraph:
         """The lists of own rows, checked."""
         if graph is None and isinstance(features, RankedRows):
-            whole = Rows(problem.features, "X", features.device, held=not problem.in_file)
+            held = not problem.in_file
+            whole = whole_rows(problem.features, "X", features.device, held=held)
             return build_graph(whole, self.n_neighbors, own_rows=True)
         graph = given_graph(graph, features, self.n_neighbors)
         if isinstance(features, RankedRows):

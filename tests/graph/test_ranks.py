@@ -10,7 +10,9 @@ import torch
 
 from tests.conftest import unit
 from tests.ranks import on_ranks
-from transclip_fast.graph import centres, lists, recall
+from transclip_fast.data import feature_rows
+from transclip_fast.errors import InputError
+from transclip_fast.graph import build, centres, lists, recall
 from transclip_fast.graph.build import build_graph
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ranks import current_ranks
@@ -59,6 +61,44 @@ def test_rows_in_a_file(tmp_path):
     expected = build_graph(features, 3, search="faiss")
     for graph in on_ranks(3, shared, features, 3, {"search": "faiss"}):
         same(graph, expected)
+
+
+def read_and_said(features):
+    """How many rows a rank has checked, and what it said of them."""
+    checked, check = [], build.unit_divisors
+
+    def counted(matrix, *arguments):
+        checked.append(len(matrix))
+        return check(matrix, *arguments)
+
+    build.unit_divisors = feature_rows.unit_divisors = counted
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            graph = build_graph(features, 3, search="faiss")
+        except InputError as error:
+            return sum(checked), str(error), None
+    return sum(checked), [str(warning.message) for warning in said], graph
+
+
+def test_each_process_checks_its_own_rows_of_a_file(tmp_path):
+    np.save(tmp_path / "x.npy", rows(1500))
+    found = on_ranks(3, read_and_said, np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert [checked for checked, *_ in found] == [512, 512, 476]
+
+
+@pytest.mark.parametrize(("scale", "message"), [(np.nan, "row 1400 contains NaN"), (2, "row 1400")])
+def test_processes_say_alike_what_the_check_of_one_finds(scale, message, tmp_path):
+    features = rows(1500)
+    features[1400] *= scale
+    np.save(tmp_path / "x.npy", features)
+    features = np.load(tmp_path / "x.npy", mmap_mode="r")
+    _, expected, graph = read_and_said(features)
+    assert message in str(expected)
+    for _, said, of_rank in on_ranks(3, read_and_said, features):
+        assert said == expected
+        if graph is not None:
+            same(of_rank, graph)
 
 
 def bytes_sent(features, k, search, own_rows):

@@ -31,6 +31,8 @@ class Rows:
         By default rows in a file are streamed and rows in memory are held.
     first : int
         What messages call the first row.
+    checked : bool
+        Whether streamed rows are known to be unit rows, and not read now.
 
     Attributes
     ----------
@@ -53,6 +55,7 @@ class Rows:
         *,
         held: bool | None = None,
         first: int = 0,
+        checked: bool = False,
     ) -> None:
         self.device, self.dtype = torch.device(device), torch.float32
         self.on_read: Callable[[int], None] | None = None
@@ -68,7 +71,8 @@ class Rows:
         if held and isinstance(self._source, torch.Tensor):
             self._held = as_unit_rows(self._source, name, first=first).to(self.device)
             return
-        self._divisors = unit_divisors(self._source, name, first)
+        if not checked:
+            self._divisors = unit_divisors(self._source, name, first)
         if held:
             self._held = self._whole()
 

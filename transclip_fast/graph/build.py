@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
 from transclip_fast.callbacks import Checkpoint, Count
-from transclip_fast.data.checks import check_number
+from transclip_fast.data.checks import check_number, unit_divisors, unread_matrix
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
+from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph import faiss_index
@@ -31,6 +34,7 @@ from transclip_fast.graph.exact import search_exact
 from transclip_fast.graph.job import Job
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.graph.recall import RecallSample
+from transclip_fast.ops.exchange import Partition
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 from transclip_fast.ranks import ALONE, check_same, current_ranks
 from transclip_fast.version import __version__
@@ -136,7 +140,7 @@ def build_graph(
     if own_index and search in ("exact", "cuvs"):
         raise InputError(f"search {search!r} uses no FAISS index: leave index and save_index out")
     ranks = current_ranks() or ALONE
-    rows = features if isinstance(features, Rows) else Rows(features, "features", device)
+    rows = features if isinstance(features, Rows) else whole_rows(features, "features", device)
     if ranks.size > 1:
         _check_shared(search, index, save_index)
         parameters = repr((n_neighbors, search, recall))
@@ -187,6 +191,33 @@ def build_graph(
             lists = tuple(map(job.exchange.join, lists))
         neighbors, similarities = (array.cpu().numpy() for array in lists)
         return NeighborGraph(neighbors, similarities, info)
+
+
+def whole_rows(
+    features: object, name: str, device: torch.device | str, *, held: bool | None = None
+) -> Rows:
+    """
+    The `Rows` of a search, of which every process can read any.
+
+    Of streamed rows each checks its own; all are read only where some are no unit rows.
+    """
+    if held is None:
+        held = not isinstance(features, np.memmap | StoredRows)
+    ranks, matrix = current_ranks() or ALONE, unread_matrix(features, name)
+    if ranks.size == 1:
+        return Rows(features, name, device, held=held)
+    own = Partition(len(matrix), ranks).rows
+    checked = all(ranks.all_gather(held or own.start == own.stop or _are_unit(matrix, own)))
+    return Rows(features, name, device, held=held, checked=checked and not held)
+
+
+def _are_unit(matrix: torch.Tensor | StoredRows, own: slice) -> bool:
+    """Whether own rows are unit rows; what is wrong is said when every process reads all rows."""
+    part = matrix[own] if isinstance(matrix, torch.Tensor) else matrix.part(own)
+    with suppress(InputError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return unit_divisors(part, "features") is None
+    return False
 
 
 def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> NeighborGraph:
