@@ -94,7 +94,7 @@ class RankedBackend:
     def __init__(self, local: type[TorchOps], exchange: Exchange) -> None:
         self._local, self._exchange = local, exchange
 
-    def __call__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> TorchOps:
+    def __call__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> RankedOps:
         return RankedOps(self._local(affinity, nodes), self._exchange, nodes)
 
     def start(
@@ -133,9 +133,10 @@ class RankedBackend:
         return features.total(leaf, [features.shape[1:]])[0]
 
 
-class RankedOps(TorchOps):
+class RankedOps:
     """
-    The operations of a backend `local`, whose z, scores and affinity have the rows of this process.
+    What a solve calls of the operations of a backend `local`, whose z, scores and affinity have the
+    rows of this process.
 
     The columns of the affinity are those and, after them, the halo.
     """
@@ -229,6 +230,9 @@ class RankedOps(TorchOps):
             return (self._parts[part.start].received(read, messages.take(part)),)
 
         return self.exchange.total(leaf, [()])[0]
+
+
+Operations = TorchOps | RankedOps  # of a solve
 
 
 def _local(features: UnitRows) -> Rows:

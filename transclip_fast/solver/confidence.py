@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from transclip_fast.ops.blocks import blocks
-from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.ops.ranked import Operations
 from transclip_fast.parallel import parallel_map
 from transclip_fast.types import Assignments, Scores
 
@@ -31,7 +31,7 @@ BLOCK_ENTRIES = 1 << 18  # of the scores of a block of rows
 
 
 def calibrated_confidences(
-    ops: TorchOps,
+    ops: Operations,
     base: Scores,
     z: Assignments,
     neighbors: np.ndarray,
@@ -42,7 +42,7 @@ def calibrated_confidences(
 
     Parameters
     ----------
-    ops : TorchOps
+    ops : Operations
         The backend that computes.
     base, z
         Of all nodes.

@@ -13,8 +13,7 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops import backend_class
-from transclip_fast.ops.ranked import RankedBackend, RankedRows
-from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.ops.ranked import Operations, RankedBackend, RankedRows
 from transclip_fast.solver.class_cost import (
     ClassCost,
     agreement,
@@ -76,7 +75,7 @@ class State:
 
     inputs: Inputs
     settings: Settings
-    ops: TorchOps
+    ops: Operations
     labelled: list[tuple[Moments, float]]
     squares: torch.Tensor
     prior_normaliser: torch.Tensor
