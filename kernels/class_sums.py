@@ -85,9 +85,11 @@ def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, to
     Raises
     ------
     ValueError
-        2^31 entries or more: 64-bit divisions are slow.
+        Features that are not contiguous; 2^31 entries or more: 64-bit divisions are slow.
     """
     n_rows, width, n_classes = len(z), z.values.shape[1] + 1, z.n_classes
+    if not features.is_contiguous():
+        raise ValueError("features must be contiguous")
     if n_rows * width >= 2**31:
         raise ValueError(f"{n_rows} rows of {width} entries are too many at once")
     key_type = torch.int16 if n_classes + 1 < 2**15 else torch.int32

@@ -284,10 +284,10 @@ def select(
         Row of `out` of each row of the features; without it they are the same.
     """
     n, n_classes = products.shape
-    if not products.is_contiguous():
-        raise ValueError("products must be contiguous")
     given = terms.offset, terms.log_prior, nodes
     offset, log_prior, places = (normaliser if x is None else x for x in given)
+    if not (products.is_contiguous() and log_prior.is_contiguous()):
+        raise ValueError("products and prior must be contiguous")
     messages = terms.messages or Messages(normaliser, normaliser, normaliser)
     select_kernel[(n,)](
         products, offset, log_prior, terms.prior_weight,

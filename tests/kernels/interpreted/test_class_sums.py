@@ -47,6 +47,12 @@ def test_class_sums(rng, monkeypatch, dtype, n, k, d, rank):
     assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
 
 
+def test_columns_first_are_refused(rng):
+    ops = TritonOps(affinity_of([], 30)[0])
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.class_sums(random_z(rng, 30, 5, 2), torch.ones(4, 30).T)
+
+
 def test_a_class_without_mass(rng):
     z = random_z(rng, 30, 5, 2)
     z = replace(z, classes=z.classes + 1, n_classes=6)  # the first class has no mass

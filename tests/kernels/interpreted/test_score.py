@@ -245,6 +245,16 @@ def test_start_prefers_the_first_of_equal_rows():
     np.testing.assert_array_equal(rows, np.arange(8)[:, None].repeat(3, 1))
 
 
+def test_columns_first_are_refused(rng):
+    features, weights, prior = normal(rng, 5, 8), normal(rng, 3, 8), normal(rng, 3, 5).T
+    out = Assignments(torch.empty(5, 2), torch.zeros(5, 2).int(), 3, torch.zeros(5), 1e-3)
+    for operands in ((features, None, prior), (features.T.contiguous().T, weights, None)):
+        with pytest.raises(ValueError, match="contiguous"):
+            TritonOps.start(*operands, out=out)
+    with pytest.raises(ValueError, match="contiguous"):
+        scores((features, weights, torch.zeros(3), prior), nan_scores(torch.ones(5), 3, 2))
+
+
 def test_weights_beyond_float16(rng):
     """A small variance makes P large: one power of two is taken off all of it."""
     features, weights = normal(rng, 5, 96, dtype=torch.float16), 1e6 * normal(rng, 33, 96)
