@@ -301,7 +301,7 @@ def test_golden_few_shot(golden, shots):
     order = rng.permutation(len(features))
     rows = np.concatenate([order[labels[order] == k][: shots[k % 2]] for k in range(19)])
     rest = np.setdiff1d(order, rows)
-    held, queries = rest[::9], rest[1::3]
+    held, queries = rest[::9], rest[1::7]
     validation = features[held], labels[held]
     model = TransCLIP(device="cpu").fit(
         features[queries],
