@@ -42,7 +42,7 @@ from transclip_fast.store.features import load_features
 from transclip_fast.types import Assignments
 
 PLAIN = "plain"  # one process, without torch.distributed
-SMALL = 600  # rows of the fit that warms up
+SMALL = 1 << 13  # rows of the fit that warms up: some for every rank
 
 
 def run_rank(folder: str) -> dict[str, Any]:
