@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 
 import numba
@@ -11,6 +13,17 @@ import pytest
 
 from transclip_fast import compiled_loops
 from transclip_fast.compiled_loops import compiled
+
+SUM = """
+from transclip_fast.compiled_loops import compiled
+
+@compiled("float32(float32[::1])", fastmath=True)
+def total(row):
+    found = 0.0
+    for x in row:
+        found += x
+    return found
+"""
 
 
 def double(x):
@@ -164,3 +177,21 @@ def test_a_full_disk_costs_the_cache_alone(folder, monkeypatch):
         assert not loaded()
     assert len(found) == 1
     assert not list(folder.iterdir())
+
+
+def test_flags_whose_order_differs_between_processes_are_refused():
+    with pytest.raises(ValueError, match=r"one flag, or True for all, not \['ninf', 'nnan'\]"):
+        compiled("int64(int64)", fastmath={"nnan", "ninf"})
+
+
+def test_code_does_not_depend_on_the_order_of_a_set(tmp_path):
+    """A sum in any order has the same bits, whichever process compiled it."""
+    code, file = set(), tmp_path / "loop.py"
+    file.write_text(SUM)
+    for seed in "12":
+        folder = tmp_path / seed
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "NUMBA_CACHE_DIR": str(folder)}
+        subprocess.run([sys.executable, file], env=environment, check=True)
+        (compiled_file,) = folder.rglob("*.total.*")
+        code.add(compiled_file.read_bytes())
+    assert len(code) == 1

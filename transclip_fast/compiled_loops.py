@@ -31,11 +31,20 @@ HASH_BYTES = 32  # of SHA-256
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a loop for these types, or load it from the cache."""
+def compiled(
+    signature: str, fastmath: bool | set[str] = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """
+    Compile a loop for these types, or load it from the cache.
+
+    `fastmath` is one flag, or all of them: numba passes several on in the order of a set, which
+    differs between processes, and so would the code, and the last bits of what it computes.
+    """
+    if not isinstance(fastmath, bool) and len(fastmath) > 1:
+        raise ValueError(f"fastmath: give one flag, or True for all, not {sorted(fastmath)}")
 
     def decorate(loop: Callable[..., Any]) -> Any:
-        dispatcher = numba.njit(nogil=True, **options)(loop)
+        dispatcher: Any = numba.njit(nogil=True, fastmath=fastmath)(loop)
         dispatcher._cache = LoopCache(loop)
         dispatcher.compile(signature)
         dispatcher.disable_compile()

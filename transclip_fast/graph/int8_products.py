@@ -15,7 +15,7 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.candidates import Candidates, float32_rounding
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.ops.numba_candidates import insert
-from transclip_fast.ops.numba_loops import FAST, LOWEST_SCORE, F, enter
+from transclip_fast.ops.numba_loops import LOWEST_SCORE, F, enter
 from transclip_fast.ops.numba_topk import CHUNK_ENTRIES, at_least, chunk_maxima, dot, to_int8
 from transclip_fast.parallel import parallel_map
 
@@ -69,7 +69,7 @@ class Int8Products:
 
 @compiled(
     "void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1], float32[::1], float32[::1])",
-    fastmath=FAST,
+    fastmath=True,
 )
 def measure(rows, centre, codes, steps, along, lost):  # type: ignore[no-untyped-def]
     """Terms ALONG and LOST of rows (n, d), from their codes and steps."""
@@ -83,7 +83,7 @@ def measure(rows, centre, codes, steps, along, lost):  # type: ignore[no-untyped
 
 
 @compiled(
-    "void(int32[::1], float32, float32, float32[::1], float32[::1], float32[::1])", fastmath=FAST
+    "void(int32[::1], float32, float32, float32[::1], float32[::1], float32[::1])", fastmath=True
 )
 def to_products(products, step, along, steps, others_along, out):  # type: ignore[no-untyped-def]
     """Products (C,) of a row with others from their int8 products."""

@@ -4,7 +4,8 @@ Compiled loops of the sparse operations on a CPU; `torch_backend` defines what t
 The file has, in this order, tools, the cut of a list to its largest entries, messages, sweep and
 energies, class sums, and what neighbours say. Entries in use of a list come first; the others are
 -inf in scores and 0 in assignments. The loops have explicit types: numba compiles them at the first
-import, which takes some seconds, and later ones load them from disk.
+import, which takes some seconds, and later ones load them from disk. Those with fastmath have no
+NaN and no infinity, and sum in any order.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ LOWEST_SCORE = F(-1e30)  # stands for -inf, which fastmath excludes
 # 2^-x for 0 <= x <= 1, to 3e-9.
 _2X = np.polynomial.Chebyshev.interpolate(lambda x: 2.0**-x, 6, [0, 1])
 C0, C1, C2, C3, C4, C5, C6 = _2X.convert(kind=np.polynomial.Polynomial).coef.astype(F)
-# No NaN, no infinity, any order of sums.
-FAST = {"reassoc", "contract", "nsz", "arcp", "nnan", "ninf"}
 
 
 @intrinsic
@@ -77,7 +76,7 @@ def prefetch_neighbors(i, offsets, columns, values, classes):  # type: ignore[no
             prefetch_list(columns[entry], values, classes)
 
 
-@compiled("float32(float32[::1])", fastmath=FAST)
+@compiled("float32(float32[::1])", fastmath=True)
 def largest_of(row):  # type: ignore[no-untyped-def]
     """Largest entry of a row."""
     top = row[0]
@@ -95,7 +94,7 @@ def count_at_least(row, low):  # type: ignore[no-untyped-def]
     return above
 
 
-@compiled("float32(float32[::1], float32, int32[::1], float32[::1])", fastmath=FAST)
+@compiled("float32(float32[::1], float32, int32[::1], float32[::1])", fastmath=True)
 def exponentials(row, largest, bits, out):  # type: ignore[no-untyped-def]
     """e^(row_k - largest), into `out`, and their sum; no call to exp, so that it is vectorised."""
     for j in range(len(row)):
@@ -112,7 +111,7 @@ def exponentials(row, largest, bits, out):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled("UniTuple(float32, 2)(float32[::1], float32, float32, int64)", fastmath=FAST)
+@compiled("UniTuple(float32, 2)(float32[::1], float32, float32, int64)", fastmath=True)
 def cut(values, low, high, limit):  # type: ignore[no-untyped-def]
     """
     Halve [low, high] until at most `limit` of `values` are >= high, but more than that >= low.
@@ -275,9 +274,7 @@ def energies(start, stop, offsets, columns, weights, z, classes, n_classes, out)
         out[i, 0], out[i, 1] = pairwise, entropy
 
 
-@compiled(
-    "void(float32[:, ::1], int32[::1], float32[::1], float64[::1])", fastmath={"contract", "nsz"}
-)
+@compiled("void(float32[:, ::1], int32[::1], float32[::1], float64[::1])", fastmath={"contract"})
 def add_rows(features, rows, weights, out):  # type: ignore[no-untyped-def]
     """Add rows (n,) of the features times their weights to `out` (d,)."""
     e = 0

@@ -14,7 +14,6 @@ import numpy as np
 from transclip_fast.compiled_loops import compiled
 from transclip_fast.ops.numba_loops import (
     AHEAD_ROWS,
-    FAST,
     LOWEST_SCORE,
     F,
     enter,
@@ -32,7 +31,7 @@ SMALLEST_ERROR = F(1e-6)  # nats, float32 rounding: keeps its logarithm finite
 MAGNITUDE_BITS = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
 
 
-@compiled("float32(float32[::1], float32[::1])", fastmath=FAST)
+@compiled("float32(float32[::1], float32[::1])", fastmath=True)
 def chunk_maxima(row, out):  # type: ignore[no-untyped-def]
     """Largest entry of a row (K,); `out` receives that of each chunk."""
     largest = row[0]
@@ -137,7 +136,7 @@ def select(  # type: ignore[no-untyped-def]
                     insert(x, first + i, k, top, top_rows)
 
 
-@compiled("float32(float32[::1], float32[::1])", fastmath=FAST)
+@compiled("float32(float32[::1], float32[::1])", fastmath=True)
 def dot(a, b):  # type: ignore[no-untyped-def]
     """a . b of (d,)."""
     total = F(0)
@@ -146,7 +145,7 @@ def dot(a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled("float32(float32[::1], float32[::1], float32[::1])", fastmath=FAST)
+@compiled("float32(float32[::1], float32[::1], float32[::1])", fastmath=True)
 def subtract(row, centre, out):  # type: ignore[no-untyped-def]
     """A row (d,) less the centre, into `out`; returns the largest magnitude of the difference."""
     for x in range(len(out)):
@@ -158,7 +157,7 @@ def subtract(row, centre, out):  # type: ignore[no-untyped-def]
 
 
 @compiled(
-    "void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1], float32[::1])", fastmath=FAST
+    "void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1], float32[::1])", fastmath=True
 )
 def to_int8(rows, centre, codes, steps, norms):  # type: ignore[no-untyped-def]
     """Rows (n, d) less the centre (d,), each as multiples -127 to 127 of its own step."""
@@ -187,7 +186,7 @@ def score_errors(steps, norms, largest_norm, largest_step):  # type: ignore[no-u
     return out
 
 
-@compiled("void(int32[::1], float32, float32[::1], float32[::1], float32[::1])", fastmath=FAST)
+@compiled("void(int32[::1], float32, float32[::1], float32[::1], float32[::1])", fastmath=True)
 def to_scores(products, step, class_steps, offset, out):  # type: ignore[no-untyped-def]
     """Scores (K,) of a row from its int8 products (K,)."""
     for k in range(len(out)):
