@@ -202,6 +202,11 @@ def test_examples_run(words, copy, monkeypatch, capfd):
     """Their commands run in this process, and the demo on one of its sets."""
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(demo_command, "SHIFTS", {"blur": SHIFTS["blur"]})
-    monkeypatch.setattr(subprocess, "run", lambda command, check: run([*map(str, command[3:])]))
+
+    def in_this_process(command, check):
+        assert command[:3] == [sys.executable, "-m", "transclip_fast.cli"]
+        run([*map(str, command[3:])])
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     runpy.run_path(str(ROOT / "examples" / words[0]), run_name="__main__")
     assert capfd.readouterr().out.count("\n") >= 3

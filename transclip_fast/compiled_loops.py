@@ -65,7 +65,8 @@ class LoopCache(caching.NullCache):
         self.loop = loop
         own = Path(loop.__code__.co_filename)
         self.folder = trusted_folder(str(own.parent))
-        self.sources = _sources_sha256((own, *sorted(Path(__file__).parent.glob("ops/*.py"))))
+        here = Path(__file__)
+        self.sources = _sources_sha256((own, here, *sorted(here.parent.glob("ops/*.py"))))
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """The compiled loop, or None."""

@@ -161,4 +161,4 @@ def fits(suite: Suite) -> None:
 PARTS = {part.__name__: Part(part, 60) for part in (sweeps, scores, starts, sums, graphs, fits)}
 
 if __name__ == "__main__":
-    raise SystemExit(main(__spec__, __doc__, PARTS, minutes=5))
+    raise SystemExit(main(__spec__, __doc__, PARTS, minutes=6, all_parts=True))

@@ -1,4 +1,4 @@
-"""What processes that share the rows of a solve would send if rows were placed in another way.
+"""Bytes that processes sharing a solve would send with rows placed in other orders.
 
 Consecutive rows, as they are placed, beside rows sorted by zero-shot label and by nearest list of
 the search's k-means. One process solves the problem; the share of neighbours that other processes
@@ -59,17 +59,17 @@ def compare(features: np.ndarray, prototypes: np.ndarray, graph: NeighborGraph |
 def sent(
     graph: NeighborGraph, row_bytes: np.ndarray, order: np.ndarray, ranks: int
 ) -> dict[str, float]:
-    """What `ranks` that own consecutive rows of `order` (N,) hear of each other in a sweep."""
+    """Remote neighbours and bytes of a sweep where ranks own consecutive rows of `order` (N,)."""
     partition = Partition(len(order), Ranks(0, ranks))
     firsts = [partition.first_row(rank) for rank in range(1, ranks)]
     owners = np.empty(len(order), np.int64)
     owners[order] = np.searchsorted(firsts, np.arange(len(order)), side="right")
     edges = affinity(graph)
-    hearing = np.repeat(owners, edges.offsets.diff().numpy())  # rank of the row, of each edge
-    heard = edges.columns.numpy()
-    remote = owners[heard] != hearing
-    # A row travels once to each rank that hears it.
-    halo = np.unique(heard[remote] * ranks + hearing[remote]) // ranks
+    receivers = np.repeat(owners, edges.offsets.diff().numpy())  # rank of the row, of each edge
+    columns = edges.columns.numpy()
+    remote = owners[columns] != receivers
+    # A row travels once to each rank that needs it.
+    halo = np.unique(columns[remote] * ranks + receivers[remote]) // ranks
     return {
         "remote": float(remote.mean()),
         "halo_rows": len(halo),

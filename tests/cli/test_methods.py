@@ -202,20 +202,23 @@ def test_formats(save, arrays, succeeds, tmp_path):
     assert summary["rows"][0]["method"] == "zero-shot"
 
 
-def test_maps(save, arrays, succeeds, cli, tmp_path):
-    """Text that is turned is turned back by its map, and rows without the map are not kept."""
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_maps(save, few_shot, succeeds, cli, tmp_path, kind):
+    """Features that are turned are turned back by their map; rows without it are not kept."""
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(33, 33)))[0].astype(np.float32)
     np.save(tmp_path / "turn.npy", turn)
-    straight, out = save(arrays), tmp_path / "table.json"
+    images = ("image_features", "support_features", "validation_features")
+    names = images if kind == "image" else ("text_features",)
+    straight, out = save(few_shot), tmp_path / "table.json"
     succeeds("compare", straight, "--methods", FEW, "--out", tmp_path / "expected.json")
-    turned = save(arrays | {"text_features": arrays["text_features"] @ turn})
+    turned = save(few_shot | {name: few_shot[name] @ turn for name in names})
     succeeds("compare", turned, "--methods", FEW, "--out", out)
-    back = ["--text-map", tmp_path / "turn.npy"]
+    back = [f"--{kind}-map", tmp_path / "turn.npy"]
     assert "begins anew" in cli("compare", turned, "--methods", FEW, "--out", out, *back).err
     expected, found = (json.loads((tmp_path / x).read_text()) for x in ("expected.json", out))
-    accuracies = [[row["accuracy"] for row in table["rows"]] for table in (expected, found)]
-    assert accuracies[0] == accuracies[1]
-    assert list(found["options"]["maps"]) == ["text_map"]
+    results = [[(row["accuracy"], row["chosen"]) for row in x["rows"]] for x in (expected, found)]
+    assert results[0] == results[1]
+    assert list(found["options"]["maps"]) == [f"{kind}_map"]
 
 
 def test_methods_that_cannot_run_are_named(save, arrays, cli, refused, monkeypatch):

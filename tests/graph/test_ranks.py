@@ -64,7 +64,7 @@ def test_rows_in_a_file(tmp_path):
 
 
 def read_and_said(features):
-    """How many rows a rank has checked, and what it said of them."""
+    """How many rows a rank has checked, its error or warnings, and its graph."""
     checked, check = [], build.unit_divisors
 
     def counted(matrix, *arguments):

@@ -21,7 +21,7 @@ def test_threads_change_nothing(rng):
     _, (features, linear) = case(rng, n, k)
     edges = zip(rng.integers(n, size=3 * n), rng.integers(n, size=3 * n), strict=True)
     affinity, _ = affinity_of([(i, j, 0.2) for i, j in edges], n)
-    found = []
+    rows, found = torch.from_numpy(rng.permutation(n)), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
@@ -33,9 +33,9 @@ def test_threads_change_nothing(rng):
             ops.score(features, linear, out=base)
             ops.sweep(base, z, out=out)
             sums = ops.class_sums(out, features)
-            energies = ops.energies(out)
+            energies, lists = ops.energies(out), [*ops.best(out), *ops.pack(out, rows)]
             found.append(
-                [*started, base.values, base.tail, out.values, out.bound, *sums, *energies]
+                [*started, base.values, base.tail, out.values, out.bound, *sums, *energies, *lists]
             )
     finally:
         torch.set_num_threads(before)

@@ -21,7 +21,8 @@ ROWS = (5, 0, 3, 0, 1, 2)
 
 @pytest.fixture(params=[TorchOps, NumbaOps])
 def ops(request, monkeypatch):
-    monkeypatch.setattr(numba_backend, "LIST_ROWS", 4)  # some blocks
+    monkeypatch.setattr(numba_backend, "LIST_ROWS", 4)  # some blocks of labels,
+    monkeypatch.setattr(numba_backend, "n_threads", lambda: 3)  # and of packed lists
     none = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     return request.param(Affinity(*none))
 

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import unit
+from transclip_fast.solver.loop import linear_score
 from transclip_fast.solver.mixture import VARIANCE_FLOOR, Mixture, Moments
+from transclip_fast.solver.prior import LinearPrior
 
 
 @st.composite
@@ -94,6 +96,37 @@ def test_linear_score_is_the_log_density_up_to_a_constant_per_row(rows):
     means, variances = mixture.means.numpy(), mixture.variances.numpy()
     g = -0.5 * ((features[:, None] - means) ** 2 / variances).sum(2)
     np.testing.assert_allclose(linear - linear[:, :1], g - g[:, :1], atol=1e-9)
+
+
+def test_thousands_of_classes():
+    """Steps go by blocks of classes."""
+    n, k, d = 60, 3001, 24
+    rng = np.random.default_rng(0)
+    features, prototypes = unit(rng.normal(size=(n, d))), rng.normal(size=(k, d))
+    z = rng.dirichlet(np.ones(k), n)
+    moments, mixture, costs = moments_of(z, features), start(k, d), rng.random(k)
+    means, variances = mixture.means.numpy(), mixture.variances.numpy()
+    score = linear_score(
+        mixture,
+        LinearPrior(torch.from_numpy(prototypes).float()),
+        likelihood_weight=0.5,
+        kl_weight=2.0,
+        class_costs=torch.from_numpy(costs),
+    )
+    found = features @ score.weights.numpy().T + score.offset.numpy()
+    g = features @ (means / variances).T - 0.5 * (means**2 / variances).sum(1)
+    expected = 0.5 * g + 2 * features @ prototypes.T - costs
+    np.testing.assert_allclose(found - found[:, :1], expected - expected[:, :1], atol=2e-5)
+    after = mixture.update_means(moments)
+    np.testing.assert_allclose(after.means, unit(z.T @ features), atol=1e-12)
+    distances = (features**2).sum(0) - 2 * (means * (z.T @ features)).sum(0)
+    distances = distances + (z.sum(0)[:, None] * means**2).sum(0)
+    spread = mixture.update_variance(moments).variances
+    np.testing.assert_allclose(spread, distances / n, rtol=1e-12)
+    likelihood = -0.5 * ((distances / variances).sum() + n * np.log(variances).sum())
+    np.testing.assert_allclose(mixture.log_likelihood(moments), likelihood, rtol=1e-12)
+    total = (z * (features @ prototypes.T)).sum()
+    np.testing.assert_allclose(moments.dot(torch.from_numpy(prototypes)), total, rtol=1e-12)
 
 
 def test_variance_floor_and_its_size():

@@ -28,7 +28,7 @@ from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
 
-FIT_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
+PLAN_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
 CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 TABLE_ROW_BYTES = 90  # of predictions.parquet
@@ -196,7 +196,7 @@ def command(
 
 def problem_of(features: Features, model: TransCLIP) -> Problem:
     """The arrays of a feature folder or file, checked."""
-    arrays = {name: features.get(name) for name in FIT_ARRAYS}
+    arrays = {name: features.get(name) for name in PLAN_ARRAYS}
     X = features.get("image_features")
     problem = Problem.check(X, logit_scale=model.logit_scale, ranks=current_ranks(), **arrays)
     problem = replace(problem, corrected=features.corrected)

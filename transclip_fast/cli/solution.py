@@ -122,7 +122,7 @@ class Solving:
     def source(
         self, graph: NeighborGraph | GraphSearch, features: Features
     ) -> Callable[[Rows], NeighborGraph]:
-        """What gives the graph of features: the given one, or a search that survives a crash."""
+        """Return a function that gives the graph of features: a given one, or a resumed search."""
 
         def found(rows: Rows) -> NeighborGraph:
             if isinstance(graph, NeighborGraph):
@@ -142,7 +142,7 @@ class Solving:
         *,
         charged: bool = False,
     ) -> dict[str, Any]:
-        """What run.json has of every method; warns of labels (N,) that look wrong."""
+        """Entries of run.json that every method has; warns of labels (N,) that look wrong."""
         n_classes, names = means_shape[0], self.features.class_names
         signs = check_assignments(labels, zero_shot, n_classes, names, charged=charged)
         if truth is not None:
@@ -176,7 +176,7 @@ class Solving:
 
 @dataclass(frozen=True)
 class _Start:
-    """What is known before the fit."""
+    """Inputs of the fit, checked, and its plan."""
 
     features: Features  # that are solved: with the head as their prior
     head: FittedHead | None
@@ -297,7 +297,7 @@ def _columns(
 def _solver_run(
     model: TransCLIP, graph: NeighborGraph | GraphSearch, start: _Start
 ) -> dict[str, Any]:
-    """What run.json has of TransCLIP alone."""
+    """Entries of run.json that only TransCLIP has."""
     problem, texts = start.problem, start.features.get("text_features")
     return solver_summary(model) | {
         "graph_sha256": graph.sha256() if isinstance(graph, NeighborGraph) else None,

@@ -140,9 +140,10 @@ def build_graph(
     if own_index and search in ("exact", "cuvs"):
         raise InputError(f"search {search!r} uses no FAISS index: leave index and save_index out")
     ranks = current_ranks() or ALONE
-    rows = features if isinstance(features, Rows) else whole_rows(features, "features", device)
     if ranks.size > 1:
         _check_shared(search, index, save_index)
+    rows = features if isinstance(features, Rows) else whole_rows(features, "features", device)
+    if ranks.size > 1:
         parameters = repr((n_neighbors, search, recall))
         check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
     if n_neighbors >= len(rows):
@@ -212,7 +213,7 @@ def whole_rows(
 
 
 def _are_unit(matrix: torch.Tensor | StoredRows, own: slice) -> bool:
-    """Whether own rows are unit rows; what is wrong is said when every process reads all rows."""
+    """Whether own rows are unit rows; errors are raised when every process reads all rows."""
     part = matrix[own] if isinstance(matrix, torch.Tensor) else matrix.part(own)
     with suppress(InputError), warnings.catch_warnings():
         warnings.simplefilter("ignore")

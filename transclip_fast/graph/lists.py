@@ -126,7 +126,8 @@ class ListSearch:
         if state:
             found.restore(state)
             done[:] = state["done"]
-        lowest = np.full(len(self.rows), -np.inf, np.float32)  # that a row still takes
+        # The smallest product that can still enter a row's list.
+        min_products = np.full(len(self.rows), -np.inf, np.float32)
         queries = self.blocks.pairs(self.nearest, exchange)
         starts = np.searchsorted(queries, np.arange(len(self.centres) + 1) * len(self.rows))
         queries %= len(self.rows)
@@ -146,8 +147,8 @@ class ListSearch:
             rows = [torch.from_numpy(probing(number)) for number in batch]
             # Made before the products are: between those, these would keep freed memory in pieces.
             parts = [Candidates.empty(len(ids), found.size) for ids in rows]
-            lowest[own] = found.values.numpy()[:, -1].clip(min=lowest[own])
-            parallel_map(partial(self._search, lowest), zip(batch, rows, parts, strict=True))
+            min_products[own] = found.values.numpy()[:, -1].clip(min=min_products[own])
+            parallel_map(partial(self._search, min_products), zip(batch, rows, parts, strict=True))
             _merge(rows, parts, found, own.start, exchange)
             # Between the first and the last of a batch nothing is left to do.
             ends = [batch[0], batch[-1] + 1] if batch else [0, 0]
@@ -156,11 +157,11 @@ class ListSearch:
             self.job.report(int(done.sum()), len(done))
             self.job.checkpoint.keep(saved)
 
-    def _search(self, lowest: np.ndarray, task: tuple[int, torch.Tensor, Candidates]) -> None:
+    def _search(self, min_products: np.ndarray, task: tuple[int, torch.Tensor, Candidates]) -> None:
         """
         Fill the candidates of the rows of a block, (number, rows, candidates).
 
-        Products below `lowest` (N,) would not stay with their row; a full list raises it.
+        Products below `min_products` (N,) would not stay with their row; a full list raises it.
         """
         from transclip_fast.ops.numba_candidates import enter_products
 
@@ -170,9 +171,9 @@ class ListSearch:
         others, features = read_list(self.index, which, members)
         products, ids = (self.rows[rows] @ features.T).numpy(), rows.numpy()
         values = part.values.numpy()
-        enter_products(products, others, ids, lowest[ids], values, part.ids.numpy())
+        enter_products(products, others, ids, min_products[ids], values, part.ids.numpy())
         # Where another thread raises it at once, the lower number may remain: nothing is lost.
-        lowest[ids] = values[:, -1].clip(min=lowest[ids])
+        min_products[ids] = values[:, -1].clip(min=min_products[ids])
 
 
 def _merge(

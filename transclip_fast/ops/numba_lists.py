@@ -1,4 +1,4 @@
-"""Compiled loops of `packed_lists`, which defines what they do."""
+"""Compiled loops on lists; `packed_lists` and `Assignments.best` define what they compute."""
 
 from __future__ import annotations
 

@@ -135,8 +135,7 @@ class RankedBackend:
 
 class RankedOps:
     """
-    What a solve calls of the operations of a backend `local`, whose z, scores and affinity have the
-    rows of this process.
+    The operations of a backend `local` that a solve calls, on the rows of this process.
 
     The columns of the affinity are those and, after them, the halo.
     """

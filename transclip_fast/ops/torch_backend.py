@@ -280,7 +280,7 @@ class TorchOps:
         there = neighbors >= 0
         shape = (len(neighbors), z.n_classes) if classes is None else classes.shape
         total = z.values.new_zeros(shape)
-        size = shape[0]
+        size = max(1, shape[0])
         if classes is not None:  # as many comparisons as the entries of a block of scores
             size = block_rows(z.values.device, shape[1] * z.values.shape[1])
         for nodes, exists in zip(neighbors.clamp_min(0).T, there.T, strict=True):

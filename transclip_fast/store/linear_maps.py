@@ -143,7 +143,7 @@ def check_map_file(path: str | Path) -> None:
 def _trained(path: Path) -> None:
     """Raise InputError unless a file is a map of `save_map`."""
     if not _about(path):
-        raise InputError(f"{path}: says nothing of its training")
+        raise InputError(f"{path}: has no training metadata")
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What processes would send by how rows are placed."""
+"""Bytes that processes would send, by the order of rows."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_rows_at_the_ends_of_consecutive_parts_travel(ranks):
     assert found["remote"] == pytest.approx(ranks / N)
 
 
-def test_a_row_travels_once_to_a_rank_that_hears_it_twice():
+def test_a_row_travels_once_to_a_rank_that_needs_it_twice():
     order = np.concatenate([np.arange(0, N, 2), np.arange(1, N, 2)])
     found = sent(ring(), np.full(N, 8), order, 2)
     assert found == {"remote": 1, "halo_rows": N, "sweep_bytes": 8 * N}

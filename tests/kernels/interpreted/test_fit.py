@@ -87,13 +87,13 @@ def test_few_shot(problem):
 
 @pytest.mark.parametrize("kind", ["prior", "prior_logits"])
 def test_given_prior(problem, kind):
-    """In columns, as some files have it; those of `test_score` are in rows."""
+    """Probabilities in rows, logits in columns, as some files have them."""
     features, prototypes, _ = problem(n=40)
     log_y = reference.log_prior(features.astype(np.float64), prototypes.astype(np.float64))
     log_y[:20, 2] = -80
     log_y = reference.log_softmax(log_y)
     run = reference.solve(features, log_y, parameters=reference.Parameters(**STEPS))
-    given = np.asarray(log_y if kind == "prior_logits" else np.exp(log_y), order="F")
+    given = np.asarray(log_y, order="F") if kind == "prior_logits" else np.exp(log_y)
     model = on_kernels().fit(features, **{kind: given})
     np.testing.assert_allclose(whole(model), run.z, atol=2e-4)
 
