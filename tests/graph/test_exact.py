@@ -9,6 +9,7 @@ from transclip_fast import InputError
 from transclip_fast.graph import exact, int8_products
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.exact import nearest
+from transclip_fast.graph.products import largest
 
 pytestmark = pytest.mark.usefixtures("products")
 
@@ -21,8 +22,8 @@ def _tiles(request, monkeypatch):
     monkeypatch.setattr(int8_products, "BLOCK_ROWS", 24)
     monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 40)
     monkeypatch.setattr(exact, "STEP_ROWS", 80)
-    monkeypatch.setattr(exact, "GROUP_COLUMNS", 16)
-    monkeypatch.setattr(exact, "GROUPS_PER_ENTRY", 1)
+    monkeypatch.setattr("transclip_fast.graph.products.GROUP_COLUMNS", 16)
+    monkeypatch.setattr("transclip_fast.graph.products.GROUPS_PER_ENTRY", 1)
 
 
 def brute_force(rows, queries, k, same=True):
@@ -151,7 +152,7 @@ def test_nearest_of_other_rows(k):
 def test_largest(n_columns, size):
     """Of rows with equal entries too."""
     products = torch.from_numpy(np.random.default_rng(0).integers(40, size=(30, n_columns)))
-    values, columns = exact.largest(products.float(), size)
+    values, columns = largest(products.float(), size)
     expected = np.sort(products.numpy(), axis=1)[:, ::-1][:, :size]
     np.testing.assert_array_equal(values, expected)
     np.testing.assert_array_equal(products.float().gather(1, columns), values)

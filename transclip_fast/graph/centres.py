@@ -8,6 +8,7 @@ import torch
 
 from transclip_fast.data.feature_rows import Rows, UnitRows
 from transclip_fast.graph.candidates import float32_rounding, rerank_float64
+from transclip_fast.graph.products import int8_products, largest
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.ops.exchange import UNIT_ROWS, Exchange, Partition
 from transclip_fast.parallel import parallel_map
@@ -62,12 +63,16 @@ def nearest_centres(rows: UnitRows, centres: torch.Tensor, size: int) -> torch.T
     """
     size = min(size, len(centres))
     rounding = float32_rounding(centres.shape[1])
-
     nearest = torch.empty(len(rows), size, dtype=torch.int32)
+    int8 = int8_products(len(rows) * len(centres), centres.shape[1], centres.device)
+    coded = None if int8 is None else int8.Int8Rows.of(centres, centres.mean(0))
 
     def search(block: slice) -> None:
         some = rows[block]
-        values, ids = (some @ centres.T).topk(min(size + 1, len(centres)), dim=1)
+        if coded is None:
+            values, ids = largest(some @ centres.T, size + 1)
+        else:
+            values, ids = int8.Int8Rows.of(some, coded.centre).largest(coded, size + 1)
         gaps = -values.diff(dim=1)
         unclear = (~(gaps[:, [0, -1]] > rounding)).any(1) if gaps.shape[1] else gaps.any(1)
         doubtful = unclear.nonzero()[:, 0]

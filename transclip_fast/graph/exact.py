@@ -9,16 +9,12 @@ them; a row whose bound fails is searched again in float32 (`transclip_fast.kern
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.device import exact_float32, multiplies_bytes
-from transclip_fast.errors import user_level
+from transclip_fast.device import exact_float32
 from transclip_fast.graph.candidates import (
     SPARE_CANDIDATES,
     Candidates,
@@ -27,20 +23,15 @@ from transclip_fast.graph.candidates import (
     without_self,
 )
 from transclip_fast.graph.job import Job
+from transclip_fast.graph.products import compiled_module, int8_products, largest
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.ops.exchange import Exchange
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 
-if TYPE_CHECKING:
-    from transclip_fast.graph.int8_products import Int8Products
-
 PANEL_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are searched at a time,
 TILE_ROWS = {"cpu": 8192, "cuda": 16384}  # and that they are compared with
 STEP_ROWS = 1 << 14  # between two checkpoints
-GROUP_COLUMNS = 32  # of a tile, whose maximum is taken first,
-GROUPS_PER_ENTRY = 8  # if there are so many: fewer columns are sorted as soon
-INT8_PRODUCTS = 1 << 27  # at least: it takes most of a second to load compiled code
 GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
 GPU_CANDIDATES = 8  # of each row: KEPT of `transclip_fast.kernels.neighbors`
 
@@ -50,8 +41,8 @@ def search_exact(rows: Rows, found: Candidates, k: int, job: Job) -> None:
     if certifiable(rows, found.size):
         search_certified(rows, found, k, job)
         return
-    int8 = int8_products(rows)
-    search = partial(_search_panel, rows) if int8 is None else int8.search
+    int8 = int8_products(len(rows) ** 2, rows.shape[1], rows.device) if rows.held else None
+    search = partial(_search_panel, rows) if int8 is None else int8.Int8Search(rows).panel
     panel_rows = PANEL_ROWS[rows.device.type]
     job.search_panels(search, found, panel_rows, STEP_ROWS, job.checkpoint.load())
 
@@ -70,33 +61,6 @@ def _search_panel(rows: Rows, panel: slice, found: Candidates) -> None:
     # By id: copies of a row are its neighbours.
     ids, values = without_self(ids, values, own)
     found.ids[:, : ids.shape[1]], found.values[:, : ids.shape[1]] = ids, values
-
-
-def largest(products: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `size` largest entries of each row (R, C), all C if there are fewer; their columns."""
-    n_columns = products.shape[1]
-    n_groups = n_columns // GROUP_COLUMNS
-    if n_groups < GROUPS_PER_ENTRY * size:
-        return products.topk(min(size, n_columns), dim=1)
-    # The largest entries are in the groups of the largest maxima, which are found sooner.
-    n_grouped = n_groups * GROUP_COLUMNS
-    grouped = products[:, :n_grouped].view(-1, GROUP_COLUMNS, n_groups)
-    groups = grouped.amax(1).topk(size, dim=1).indices
-    among = grouped.gather(2, groups[:, None].expand(-1, GROUP_COLUMNS, -1)).flatten(1)
-    n_among = among.shape[1]
-    values, places = torch.cat([among, products[:, n_grouped:]], 1).topk(size, dim=1)
-    columns = places // size * n_groups + groups.gather(1, places % size)
-    return values, columns.where(places < n_among, places - n_among + n_grouped)
-
-
-def int8_products(rows: Rows) -> Int8Products | None:
-    """Int8 products of the rows if they make an exact search faster, else None."""
-    n_rows, dim = rows.shape
-    possible = rows.held and rows.device.type == "cpu" and multiplies_bytes(dim)
-    if not possible or n_rows * n_rows < INT8_PRODUCTS:
-        return None
-    module = _compiled_module("transclip_fast.graph.int8_products")
-    return None if module is None else module.Int8Products(rows)
 
 
 def nearest(
@@ -121,13 +85,20 @@ def nearest(
     if exchange is not None:
         tiles = exchange.ranks.part(tiles)
 
-    def top(block: torch.Tensor, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        values, places = largest(block @ queries[tile].T, size)
+    int8 = int8_products(len(rows) * len(queries), rows.shape[1], rows.device)
+    coded = None if int8 is None else int8.Int8Rows.of(rows, rows.mean(0))
+
+    def top(part: slice, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        if coded is None:
+            values, places = largest(rows[part] @ queries[tile].T, size)
+        else:
+            others = int8.Int8Rows.of(queries[tile], coded.centre)
+            values, places = coded.part(part).largest(others, size)
         return values, places + tile.start
 
     with exact_float32(), single_threaded_torch():
         for part in blocks(len(rows), PANEL_ROWS[rows.device.type]):
-            found = parallel_map(partial(top, rows[part]), tiles, rows.device)
+            found = parallel_map(partial(top, part), tiles, rows.device)
             columns = zip((values[part], ids[part]), *found, strict=True)
             values[part], ids[part] = best([torch.cat(parts, 1) for parts in columns], size)
         if exchange is not None:
@@ -156,7 +127,7 @@ def nearest_of_all(rows: torch.Tensor, features: Rows, k: int) -> tuple[torch.Te
 def certifiable(rows: Rows, size: int) -> bool:
     """Whether `search_certified` finds `size` candidates: it needs held rows, a GPU and Triton."""
     fits = rows.device.type == "cuda" and rows.held and size <= GPU_CANDIDATES
-    return fits and _compiled_module("transclip_fast.kernels.neighbors") is not None
+    return fits and compiled_module("transclip_fast.kernels.neighbors") is not None
 
 
 def search_certified(rows: Rows, found: Candidates, k: int, job: Job) -> int:
@@ -194,12 +165,3 @@ def search_certified(rows: Rows, found: Candidates, k: int, job: Job) -> int:
 
     job.search_panels(search, found, GPU_STEP_ROWS, GPU_STEP_ROWS, job.checkpoint.load())
     return sum(again)
-
-
-def _compiled_module(name: str) -> Any:
-    """A module that needs numba or Triton; None, with a warning, if it cannot be imported."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        warnings.warn(f"searched in torch, slower: {error}", stacklevel=user_level())
-        return None

@@ -1,8 +1,9 @@
 """
 Search of the lists that each row probes, by one process or several.
 
-All rows that probe a list are multiplied with it at once, by torch, in blocks. Blocks do not depend
-on the number of processes, and candidates not on the order of blocks: the bits are the same for any
+All rows that probe a list are multiplied with it at once, by torch, in blocks; where the CPU is
+faster in int8, in int8, and in float32 the pairs that may be candidates. Blocks do not depend on
+the number of processes, and candidates not on the order of blocks: the bits are the same for any
 number. A process computes consecutive blocks, of about as many products as another's. It has an
 index of the lists of these, reads the rows that probe them, and sends candidates to the process
 whose rows these are.
@@ -22,6 +23,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph.candidates import Candidates
 from transclip_fast.graph.faiss_index import load_faiss, read_list
 from transclip_fast.graph.job import Job
+from transclip_fast.graph.products import int8_products
 from transclip_fast.ops.exchange import Exchange
 from transclip_fast.parallel import parallel_map
 from transclip_fast.ranks import Ranks
@@ -29,6 +31,9 @@ from transclip_fast.ranks import Ranks
 BLOCK_PRODUCTS = 1 << 20  # of rows with members of a list that they probe, 4 MB in float32
 FEWEST_QUERIES, MOST_QUERIES = 256, 4096  # of a block: a list may be one row, or all
 BATCH_BLOCKS = 64  # between two merges
+# Of a block, rows on which int8 products are tried, and the share of these products that may be
+# multiplied again: of a list of copies all are, which takes several times as long.
+TRIED_QUERIES, MOST_AGAIN = 64, 0.25
 
 
 class Blocks:
@@ -47,6 +52,8 @@ class Blocks:
         The first block of each list; of the list after the last, the number of all.
     own : slice
         This rank's blocks.
+    n_products : int
+        Of all blocks.
     """
 
     def __init__(self, sizes: np.ndarray, probing: np.ndarray, ranks: Ranks) -> None:
@@ -55,6 +62,7 @@ class Blocks:
         self._columns = -(-sizes // self._members)
         self.firsts = _starts(self._columns * -(-probing // self._queries))
         work = _starts(sizes * probing)
+        self.n_products = int(work[-1])
         shares = work[-1] / ranks.size * np.arange(ranks.size + 1)
         ends = np.interp(shares, work, self.firsts).astype(np.int64)
         ends[-1] = self.firsts[-1]
@@ -141,6 +149,9 @@ class ListSearch:
             arrays = {"done": done, "centres": self.centres.numpy()}
             return found.state(**arrays, nearest=self.nearest.numpy())
 
+        dim = self.rows.shape[1]
+        int8 = int8_products(self.blocks.n_products, dim, self.rows.device)
+        search = partial(self._search, int8, min_products)
         mine = self.blocks.own
         missing = (np.flatnonzero(~done[mine]) + mine.start).tolist()
         for batch in self.job.rounds(missing, BATCH_BLOCKS):
@@ -148,7 +159,7 @@ class ListSearch:
             # Made before the products are: between those, these would keep freed memory in pieces.
             parts = [Candidates.empty(len(ids), found.size) for ids in rows]
             min_products[own] = found.values.numpy()[:, -1].clip(min=min_products[own])
-            parallel_map(partial(self._search, min_products), zip(batch, rows, parts, strict=True))
+            parallel_map(search, zip(batch, rows, parts, strict=True))
             _merge(rows, parts, found, own.start, exchange)
             # Between the first and the last of a batch nothing is left to do.
             ends = [batch[0], batch[-1] + 1] if batch else [0, 0]
@@ -157,23 +168,37 @@ class ListSearch:
             self.job.report(int(done.sum()), len(done))
             self.job.checkpoint.keep(saved)
 
-    def _search(self, min_products: np.ndarray, task: tuple[int, torch.Tensor, Candidates]) -> None:
+    def _search(
+        self, int8: Any, min_products: np.ndarray, task: tuple[int, torch.Tensor, Candidates]
+    ) -> None:
         """
         Fill the candidates of the rows of a block, (number, rows, candidates).
 
         Products below `min_products` (N,) would not stay with their row; a full list raises it.
+        `int8` is the module of int8 products if these are to be used.
         """
         from transclip_fast.ops.numba_candidates import enter_products
 
         load_faiss().omp_set_num_threads(1)  # of this thread: the pool is the parallelism
-        number, rows, part = task
+        number, rows, found = task
         which, members, _ = self.blocks.block(number)
         others, features = read_list(self.index, which, members)
-        products, ids = (self.rows[rows] @ features.T).numpy(), rows.numpy()
-        values = part.values.numpy()
-        enter_products(products, others, ids, min_products[ids], values, part.ids.numpy())
+        queries, ids = self.rows[rows], rows.numpy()
+        lowest, centre = min_products[ids], self.centres[which]  # the nearer, the smaller errors
+        coded = int8.Int8Rows.of(features, centre) if int8 and len(others) else None
+        for some in (slice(0, TRIED_QUERIES), slice(TRIED_QUERIES, len(rows))):
+            part = found.part(some)
+            if coded is None:
+                products = (queries[some] @ features.T).numpy()
+                lists = part.values.numpy(), part.ids.numpy()
+                enter_products(products, others, ids[some], lowest[some], *lists)
+                continue
+            block = int8.Int8Rows.of(queries[some], centre)
+            again = block.enter(coded, ids[some], others, lowest[some], part)
+            if again > MOST_AGAIN * len(block) * len(coded):
+                coded = None
         # Where another thread raises it at once, the lower number may remain: nothing is lost.
-        min_products[ids] = values[:, -1].clip(min=min_products[ids])
+        min_products[ids] = found.values.numpy()[:, -1].clip(min=min_products[ids])
 
 
 def _merge(
