@@ -88,18 +88,24 @@ def nearest(
     int8 = int8_products(len(rows) * len(queries), rows.shape[1], rows.device)
     coded = None if int8 is None else int8.Int8Rows.of(rows, rows.mean(0))
 
-    def top(part: slice, tile: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def top(part: slice, task: tuple[slice, Candidates]) -> None:
+        tile, found = task
         if coded is None:
-            values, places = largest(rows[part] @ queries[tile].T, size)
+            products, places = largest(rows[part] @ queries[tile].T, size)
         else:
             others = int8.Int8Rows.of(queries[tile], coded.centre)
-            values, places = coded.part(part).largest(others, size)
-        return values, places + tile.start
+            products, places = coded.part(part).largest(others, size)
+        width = products.shape[1]
+        found.values[:, :width], found.ids[:, :width] = products, places + tile.start
 
     with exact_float32(), single_threaded_torch():
         for part in blocks(len(rows), PANEL_ROWS[rows.device.type]):
-            found = parallel_map(partial(top, part), tiles, rows.device)
-            columns = zip((values[part], ids[part]), *found, strict=True)
+            # Made before the products are: between those, these would keep freed memory in pieces.
+            n_rows = part.stop - part.start
+            found = [Candidates.empty(n_rows, size, rows.device) for _ in tiles]
+            parallel_map(partial(top, part), zip(tiles, found, strict=True), rows.device)
+            found.append(Candidates(ids[part], values[part]))
+            columns = [x.values for x in found], [x.ids for x in found]
             values[part], ids[part] = best([torch.cat(parts, 1) for parts in columns], size)
         if exchange is not None:
             values, ids = best([torch.cat(exchange.gather(x), 1) for x in (values, ids)], size)

@@ -1,5 +1,5 @@
 """
-The largest products of unit rows from int8 products on a CPU.
+The largest products of rows of norm 1 at most, from int8 products on a CPU.
 
 With AVX512-VNNI an int8 product takes a quarter to a ninth of the time of a float32 one. Its error
 is bounded, |a.b - a'.b'| <= |a - a'| |b| + |a'| |b - b'|, by terms known for every row. Pairs that
@@ -26,13 +26,13 @@ CENTRE_ROWS = 512  # sampled rows, whose mean is subtracted from all
 # Rows of products, and columns: (256, 2048) int32 fit a core's cache.
 BLOCK_ROWS, TILE_ROWS = 256, 2048
 STEP, ALONG, NORM, LOST = range(4)  # terms of a row
-BEYOND = F(4)  # any product of unit rows, and its error
+BEYOND = F(4)  # any product of such rows, and its error
 
 
 @dataclass(frozen=True)
 class Int8Rows:
     """
-    Unit rows (n, d), and the same less a centre in int8.
+    Rows (n, d) of norm 1 at most, and the same less a centre in int8.
 
     Parameters
     ----------
@@ -53,12 +53,21 @@ class Int8Rows:
     @classmethod
     def of(cls, rows: torch.Tensor, centre: torch.Tensor) -> Int8Rows:
         """The rows (n, d) less the centre (d,)."""
+        found = cls.empty(rows, centre)
+        found.encode()
+        return found
+
+    @classmethod
+    def empty(cls, rows: torch.Tensor, centre: torch.Tensor) -> Int8Rows:
+        """The same, before `encode`."""
         codes = torch.empty(rows.shape, dtype=torch.int8)
-        terms = np.empty((4, len(rows)), np.float32)
-        arrays = rows.numpy(), centre.numpy(), codes.numpy()
-        to_int8(*arrays, terms[STEP], terms[NORM])
-        measure(*arrays, terms[STEP], terms[ALONG], terms[LOST])
-        return cls(rows.numpy(), centre, codes, terms)
+        return cls(rows.numpy(), centre, codes, np.empty((4, len(rows)), np.float32))
+
+    def encode(self) -> None:
+        """Set the codes and the terms."""
+        arrays = self.rows, self.centre.numpy(), self.codes.numpy()
+        to_int8(*arrays, self.terms[STEP], self.terms[NORM])
+        measure(*arrays, self.terms[STEP], self.terms[ALONG], self.terms[LOST])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,10 +120,8 @@ class Int8Search:
 
     def __init__(self, rows: Rows) -> None:
         centre = rows[evenly_spaced_rows(len(rows), CENTRE_ROWS)].mean(0)
-        parts = parallel_map(lambda block: Int8Rows.of(rows[block], centre), rows.blocks())
-        codes = torch.cat([part.codes for part in parts])
-        terms = np.concatenate([part.terms for part in parts], axis=1)
-        self._rows = Int8Rows(rows[:].numpy(), centre, codes, terms)
+        self._rows = Int8Rows.empty(rows[:], centre)
+        parallel_map(lambda block: self._rows.part(block).encode(), rows.blocks())
         self._ids = np.arange(len(rows))
 
     def panel(self, panel: slice, found: Candidates) -> None:
