@@ -10,7 +10,7 @@ from tests import reference
 from tests.conftest import unit
 from tests.ops.test_torch_backend import affinity_of, difficult_edges, normal
 from transclip_fast import TransCLIP
-from transclip_fast.ops import backend_class, numba_backend, torch_backend
+from transclip_fast.ops import backend_class, block_sums, numba_backend, torch_backend
 from transclip_fast.ops import blocks as blocks_
 from transclip_fast.types import Assignments, LinearScore, Messages, Scores, Truncation
 
@@ -29,7 +29,7 @@ def blocks(request, monkeypatch):
     if request.param == "many blocks":
         monkeypatch.setattr(torch_backend, "SUM_ROWS", 10)
         monkeypatch.setitem(blocks_.GEMM_ROWS, "cpu", (10, 10))
-        monkeypatch.setattr(torch_backend, "SUM_CLASSES", 5)
+        monkeypatch.setattr(block_sums, "SUM_CLASSES", 5)
         monkeypatch.setitem(blocks_.BLOCK_BYTES, "cpu", 4 * K * 6)
         monkeypatch.setattr(numba_backend, "SWEEP_ROWS", 6)
         monkeypatch.setitem(blocks_.READ_ROWS, "cpu", 30)

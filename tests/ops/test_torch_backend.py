@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.reference import log_softmax
 from transclip_fast.ops import blocks as blocks_
-from transclip_fast.ops import torch_backend
+from transclip_fast.ops import block_sums, torch_backend
 from transclip_fast.ops.block_scores import linear_log_prior
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
@@ -22,7 +22,7 @@ def blocks(request, monkeypatch):
     if request.param == "many blocks":
         monkeypatch.setattr(torch_backend, "SUM_ROWS", 10)
         monkeypatch.setitem(blocks_.GEMM_ROWS, "cpu", (10, 10))
-        monkeypatch.setattr(torch_backend, "SUM_CLASSES", 5)
+        monkeypatch.setattr(block_sums, "SUM_CLASSES", 5)
         monkeypatch.setitem(blocks_.BLOCK_BYTES, "cpu", 4 * K * 6)
 
 
@@ -242,6 +242,27 @@ def test_class_sums_of_many_similar_rows(rng):
     sums, counts = TorchOps(affinity_of([], 5000)[0]).class_sums(assignments, torch.from_numpy(f))
     np.testing.assert_allclose(counts, z.sum(0), rtol=1e-12)
     np.testing.assert_allclose(sums, z.T @ f.astype(np.float64), rtol=1e-9)
+
+
+@pytest.mark.parametrize("width", [None, 4])
+def test_class_sums_have_the_same_bits_for_any_number_of_threads(rng, width):
+    """Of so many rows that their blocks go to threads."""
+    z, whole = simplex(rng, 5000, 7)
+    _, features = normal(rng, 5000, 9)
+    if width is not None:
+        values, classes = whole.values.topk(width, 1)
+        whole = Assignments(values, classes.int(), 7, torch.zeros(5000))
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(TorchOps(affinity_of([], 5000)[0]).class_sums(whole, features))
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found[0][1], z.sum(0), rtol=1e-2)
+    for sums, counts in found[1:]:
+        assert torch.equal(sums, found[0][0])
+        assert torch.equal(counts, found[0][1])
 
 
 def test_sum_of_squares(blocks, rng):

@@ -24,7 +24,7 @@ from transclip_fast.graph.candidates import (
 )
 from transclip_fast.graph.job import Job
 from transclip_fast.graph.products import compiled_module, int8_products, largest
-from transclip_fast.ops.blocks import blocks
+from transclip_fast.ops.blocks import blocks, equal_rows
 from transclip_fast.ops.exchange import Exchange
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.parallel import parallel_map, single_threaded_torch
@@ -44,6 +44,8 @@ def search_exact(rows: Rows, found: Candidates, k: int, job: Job) -> None:
     int8 = int8_products(len(rows) ** 2, rows.shape[1], rows.device) if rows.held else None
     search = partial(_search_panel, rows) if int8 is None else int8.Int8Search(rows).panel
     panel_rows = PANEL_ROWS[rows.device.type]
+    if rows.device.type == "cpu":
+        panel_rows = equal_rows(job.own.stop - job.own.start, panel_rows)
     job.search_panels(search, found, panel_rows, STEP_ROWS, job.checkpoint.load())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from transclip_fast.data.feature_rows import UnitRows
-from transclip_fast.ops.blocks import blocks, gemm_rows
+from transclip_fast.ops.blocks import blocks, product_rows
 from transclip_fast.parallel import parallel_map
 from transclip_fast.types import LinearScore
 
@@ -18,7 +18,8 @@ def linear_log_prior(features: UnitRows, weights: torch.Tensor) -> torch.Tensor:
         scores = prior_scores(features, weights, None, rows, out=out[rows])
         scores -= scores.logsumexp(1, keepdim=True)
 
-    parallel_map(part, blocks(len(out), gemm_rows(out.device, len(weights))), out.device)
+    size = product_rows(out.device, len(out), len(weights))
+    parallel_map(part, blocks(len(out), size), out.device)
     return out
 
 

@@ -21,14 +21,13 @@ from transclip_fast.ops import numba_lists as lists
 from transclip_fast.ops import numba_loops as loops
 from transclip_fast.ops import numba_topk as topk
 from transclip_fast.ops.block_scores import block_scores, prior_scores
-from transclip_fast.ops.blocks import blocks, gemm_rows, read_rows
+from transclip_fast.ops.blocks import blocks, equal_rows, product_rows, read_rows
 from transclip_fast.ops.int8_scores import int8_scores
 from transclip_fast.ops.packed_lists import not_lists
 from transclip_fast.ops.torch_backend import START_ROWS, TorchOps
 from transclip_fast.parallel import CPU, ThreadBuffer, n_threads, parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
-EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end together
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
 LIST_ROWS = 4096  # rows of a block of lists whose labels are found
 SQUARE_ROWS = 2048  # rows of a block of squares
@@ -69,7 +68,7 @@ class NumbaOps(TorchOps):
         normaliser, tail = np.empty((2, n_rows), np.float32)
         out.values.fill_(-torch.inf)
         lists = Lists(np.arange(n_rows), log_threshold, *_arrays(out), tail, normaliser)
-        size = equal_rows(n_rows, gemm_rows(CPU, n_classes))
+        size = product_rows(CPU, n_rows, n_classes)
 
         def fill(rows: slice, out: torch.Tensor) -> None:
             prior_scores(features, None, log_prior, rows, out=out).clamp_(min=loops.LOWEST_SCORE)
@@ -117,7 +116,7 @@ class NumbaOps(TorchOps):
         )
         select = _score_selector(features, score, lists)
         none = np.empty((0, n_classes), np.float32), np.empty((0, n_classes), np.int64)
-        size = equal_rows(n_rows, gemm_rows(CPU, n_classes))
+        size = product_rows(CPU, n_rows, n_classes)
         parallel_map(lambda rows: select(rows, *none), blocks(n_rows, size))
         return out
 
@@ -242,13 +241,6 @@ def _float32_selector(
         topk.select(scores.numpy(), rows.start, *lists, *top)
 
     return select
-
-
-def equal_rows(n_rows: int, most: int) -> int:
-    """Rows of a block, at most `most`, so that 2 or 4 threads get equally many equal blocks."""
-    number = EQUAL_BLOCKS * -(-n_rows // (EQUAL_BLOCKS * most))
-    # 16 float32 rows of any length fill whole cache lines: blocks stay aligned.
-    return min(most, 16 * max(1, -(-n_rows // (16 * number))))
 
 
 def equal_classes(z: Assignments, number: int) -> list[slice]:

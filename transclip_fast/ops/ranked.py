@@ -14,8 +14,9 @@ import torch
 
 from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows, Tensors, UnitRows
+from transclip_fast.ops.block_sums import share_dropped
 from transclip_fast.ops.exchange import Exchange
-from transclip_fast.ops.torch_backend import START_ROWS, TorchOps, share_dropped, top_rows
+from transclip_fast.ops.torch_backend import START_ROWS, TorchOps, top_rows
 from transclip_fast.parallel import parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
 

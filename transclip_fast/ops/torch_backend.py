@@ -8,6 +8,7 @@ float64. On a CPU each block fits a core's cache and goes to a thread that works
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,20 @@ import torch.nn.functional as F
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.ops import packed_lists
 from transclip_fast.ops.block_scores import block_scores, prior_scores
-from transclip_fast.ops.blocks import GEMM_ROWS, block_rows, blocks, gemm_rows, read_rows
-from transclip_fast.parallel import parallel_map
+from transclip_fast.ops.block_sums import SUM_CLASSES, add_class_sums, share_dropped
+from transclip_fast.ops.blocks import (
+    GEMM_ROWS,
+    block_rows,
+    blocks,
+    gemm_rows,
+    product_rows,
+    read_rows,
+)
+from transclip_fast.parallel import n_threads, parallel_map
 from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
 
 SUM_ROWS = 256  # of a float64 sum: more do not fit the cache, which is several times slower
-SUM_CLASSES = 256  # classes that one thread sums
+THREADED_BLOCKS = 8  # of rows: fewer are summed sooner than handed out
 CENTRE_ROWS = 64  # whose mean is near that of all rows
 KEPT_ENTRIES = 1 << 22  # of features: so few are centred once, and kept, 16 MiB
 START_ROWS = 8  # rows that the mean of a class starts from
@@ -75,7 +84,7 @@ class TorchOps:
         rows : Tensor (8, K) int64
             Their rows; of equal ones the first come first.
         """
-        size = gemm_rows(features.device, out.n_classes)
+        size = product_rows(features.device, len(features), out.n_classes)
         normaliser = out.values.new_empty(len(features))
 
         def part(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +137,7 @@ class TorchOps:
             else:
                 _write_candidates(block, out, out.classes, nodes)
 
-        size = gemm_rows(features.device, out.n_classes)
+        size = product_rows(features.device, len(features), out.n_classes)
         parallel_map(part, blocks(len(features), size), features.device)
         return out
 
@@ -205,22 +214,42 @@ class TorchOps:
 
     def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums (K + 1, d) and masses (K + 1,), float64; the last are of what the rows dropped."""
-        device, n_classes = features.device, z.n_classes
-        sums = torch.zeros(n_classes + 1, features.shape[1], dtype=torch.float64, device=device)
-        counts = torch.zeros(n_classes + 1, dtype=torch.float64, device=device)
+        device, (n_rows, dim), n_classes = features.device, features.shape, z.n_classes
+        options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+
+        def none() -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(n_classes + 1, dim, **options), torch.zeros(n_classes + 1, **options)
+
         # The variance is the difference of the squares and the squared means: sums of centred
         # rows keep its digits, where float32 sums of thousands of similar rows lose them.
         centre = features[:CENTRE_ROWS].mean(0)
-        for rows in blocks(len(features), read_rows(device)):
-            read, kept = features[rows], z.take(self._nodes_of(rows))
-            for block in blocks(len(read), gemm_rows(device, n_classes)):
-                ends = rows.start + block.start, rows.start + block.stop
-                centred = self._centred.get(ends)
-                if centred is None:
-                    centred = read[block] - centre
-                    if len(features) * len(centre) <= self.kept_entries:
-                        self._centred[ends] = centred
-                _add_class_sums(kept.take(block), centred, sums, counts)
+
+        def add(
+            block: tuple[slice, torch.Tensor], sums: torch.Tensor, counts: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rows, read = block
+            centred = self._centred.get((rows.start, rows.stop))
+            if centred is None:
+                centred = read - centre
+                if n_rows * dim <= self.kept_entries:
+                    self._centred[rows.start, rows.stop] = centred
+            add_class_sums(z.take(self._nodes_of(rows)), centred, sums, counts)
+            return sums, counts
+
+        sums, counts = none()
+        # Blocks of rows go to threads where the classes are one block; else those do.
+        few = device.type == "cpu" and n_threads() > 1 and n_classes <= SUM_CLASSES
+        for rows in blocks(n_rows, read_rows(device)):
+            read = features[rows]
+            parts = blocks(rows.stop, gemm_rows(device, n_classes), rows.start)
+            tasks = [(x, read[x.start - rows.start : x.stop - rows.start]) for x in parts]
+            if few and len(tasks) >= THREADED_BLOCKS:
+                for some, masses in parallel_map(lambda task: add(task, *none()), tasks):
+                    sums += some
+                    counts += masses
+            else:
+                for task in tasks:
+                    add(task, sums, counts)
         return sums.addr_(counts, centre.double()), counts
 
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,35 +342,6 @@ class TorchOps:
     def _nodes_of(self, rows: slice) -> torch.Tensor | slice:
         """Nodes of consecutive rows of the features."""
         return rows if self._nodes is None else self._nodes[rows]
-
-
-def share_dropped(sums: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Share the last row of `sums` (K + 1, d) and `counts` (K + 1,), sum_i m_i f_i and sum_i m_i of
-    the mass m_i that rows dropped, among the K classes as the kept mass is shared.
-
-    Without it the kept mass and the sum of all squares belong to different sets of rows, and the
-    variance is wrong by tens of percent.
-    """
-    share = counts[:-1] / counts[:-1].sum()
-    return sums[:-1].addr_(share, sums[-1]), counts[:-1] + share * counts[-1]
-
-
-def _add_class_sums(
-    z: Assignments, features: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor
-) -> None:
-    """Add a block of rows to the sums (K + 1, d) and counts (K + 1,), dropped mass to the last."""
-
-    def part(classes: slice) -> None:
-        values = z.dense(classes)
-        sums[classes].add_(values.T @ features)
-        counts[classes].add_(values.sum(0, dtype=torch.float64))
-
-    parallel_map(part, blocks(z.n_classes, SUM_CLASSES), features.device)
-    if z.classes is not None:
-        dropped = 1 - z.values.sum(1)
-        sums[-1] += dropped @ features
-        counts[-1] += dropped.sum(dtype=torch.float64)
 
 
 def top_rows(values: torch.Tensor) -> torch.Tensor:

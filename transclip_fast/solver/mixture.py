@@ -18,6 +18,7 @@ VARIANCE_FLOOR = 1e-6
 # Below this mass, float32 entries of z are so close to underflow that their mean is noise.
 MASS_FLOOR = 1e-30
 CLASS_ENTRIES = 1 << 15  # of a float64 (K, d) array, 256 KiB: a core's cache holds a few of them
+THREADED_BLOCKS = 64  # of so many entries: handing out fewer takes longer than to compute them
 
 Returned = TypeVar("Returned")
 
@@ -174,7 +175,10 @@ def by_classes(task: Callable[[slice], Returned], array: torch.Tensor) -> list[R
     """The results of `task` on consecutive classes, whose rows of `array` (K, d) fit a cache."""
     n_classes, dim = array.shape
     size = max(1, CLASS_ENTRIES // dim) if array.device.type == "cpu" else n_classes
-    return parallel_map(task, blocks(n_classes, size), array.device)
+    parts = list(blocks(n_classes, size))
+    if len(parts) < THREADED_BLOCKS:
+        return [task(part) for part in parts]
+    return parallel_map(task, parts, array.device)
 
 
 def _unit(rows: torch.Tensor) -> torch.Tensor:
