@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import log_softmax
-from transclip_fast.ops import blocks as blocks_
 from transclip_fast.ops import block_sums, torch_backend
+from transclip_fast.ops import blocks as blocks_
 from transclip_fast.ops.block_scores import linear_log_prior
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
