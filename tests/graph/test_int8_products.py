@@ -15,6 +15,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph import int8_products, lists, products
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.candidates import Candidates
+from transclip_fast.graph.exact import nearest
 from transclip_fast.graph.int8_products import Int8Rows, Int8Search
 
 
@@ -190,6 +191,14 @@ def test_a_list_of_copies_is_not_multiplied_twice(fast, monkeypatch):
     graph = build_graph(features, 3, search="faiss")
     np.testing.assert_allclose(graph.similarities, 1, atol=1e-6)
     assert 0 < sum(again) < 3000 * 1000 / 4  # each row has 999 copies
+
+
+def test_rows_in_another_memory_order(fast):
+    features = torch.from_numpy(rows_of("any", 90, 16, 0))
+    by_columns = features.T.contiguous().T
+    found, expected = (nearest(rows[:40], rows, 3) for rows in (by_columns, features))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_where_they_pay(fast, monkeypatch):

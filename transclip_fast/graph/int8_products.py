@@ -60,7 +60,7 @@ class Int8Rows:
     @classmethod
     def empty(cls, rows: torch.Tensor, centre: torch.Tensor) -> Int8Rows:
         """The same, before `encode`."""
-        codes = torch.empty(rows.shape, dtype=torch.int8)
+        codes, rows = torch.empty(rows.shape, dtype=torch.int8), rows.contiguous()
         return cls(rows.numpy(), centre, codes, np.empty((4, len(rows)), np.float32))
 
     def encode(self) -> None:

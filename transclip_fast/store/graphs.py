@@ -87,10 +87,10 @@ def load_graph(path: str | Path, features_sha256: str, *, mapped: bool = False) 
         manifest["search"] = manifest.get("method")
     needed = {"search", "recall"}.union(*(both for both in TOGETHER if both & manifest.keys()))
     origin = folder / "manifest.json"
-    info = {
-        name: value_of(manifest, name, kind, origin, minimum=0)
-        for name, kind in INFO.items()
-        if name in needed | manifest.keys()
+    info = {  # in the order of the manifest: a resumed run describes its graph in the same bytes
+        name: value_of(manifest, name, INFO[name], origin, minimum=0)
+        for name in dict.fromkeys([*manifest, *sorted(needed)])
+        if name in INFO
     }
     graph = NeighborGraph(neighbors, similarities, info)
     if neighbors.ndim == 2:
