@@ -17,7 +17,7 @@ def test_the_number_of_classes_tells_the_axis():
     np.testing.assert_array_equal(templates_first(TEXTS, 5), TEXTS)
     np.testing.assert_array_equal(templates_first(turned, 5), TEXTS)
     np.testing.assert_array_equal(templates_first(torch.from_numpy(turned), 5), TEXTS)
-    np.testing.assert_array_equal(templates_first(TEXTS, None), TEXTS)
+    np.testing.assert_array_equal(templates_first(TEXTS[:3], None), TEXTS[:3])
     np.testing.assert_array_equal(templates_first(TEXTS[0], 4), TEXTS[0])
     assert templates_first(TEXTS[:1, :1], 1).shape == (1, 1, 4)
 
@@ -33,3 +33,10 @@ def test_the_mean_of_unit_texts():
     expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
     with pytest.warns(UserWarning, match="were not unit vectors"):
         np.testing.assert_allclose(ensemble(TEXTS), expected, atol=1e-6)
+
+
+def test_more_templates_than_classes_are_named():
+    with pytest.warns(UserWarning, match=r"\(7, 2, 4\) is taken as 7 templates of 2 classes"):
+        templates_first(np.ones((7, 2, 4)), None)
+    templates_first(np.ones((2, 7, 4)), None)
+    templates_first(np.ones((7, 2, 4)), 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +103,38 @@ def test_a_shard_without_rows(folder):
     np.save(folder / "img_emb/img_emb_12.npy", FEATURES[:0])
     metadata(folder, 12, image_path=pa.array([], pa.string()))
     assert len(load_features(folder).keys) == len(FEATURES)
+
+
+def test_a_missing_shard_is_named(folder):
+    for kind in ("img_emb", "text_emb", "metadata"):
+        next((folder / kind).glob(f"{kind}_5.*")).unlink()
+    with pytest.warns(UserWarning, match="has no shard 5 of 0 to 11; their rows are missing"):
+        assert len(load_features(folder).keys) == len(FEATURES) - ROWS[5]
+
+
+def test_misspelt_arrays_are_named(tmp_path):
+    file = tmp_path / "features.npz"
+    arrays = {"image_features": FEATURES, "support_feature": FEATURES, "Support_label": [0]}
+    np.savez(file, **arrays, official_assignments=FEATURES)
+    message = r"support_feature \(is it support_features\?\), Support_label \(is it support_labels"
+    with pytest.warns(UserWarning, match="not read: " + message) as found:
+        load_features(file)
+    assert "official" not in str(found[0].message)
+
+
+def test_tables_are_read_without_threads_of_pyarrow(folder):
+    """A process that ends while such threads start is aborted by the C++ library."""
+    code = (
+        "import sys, os, transclip_fast.store.features as f\n"
+        "def threads():\n"
+        "    ids = os.listdir('/proc/self/task')\n"
+        "    names = [open(f'/proc/self/task/{x}/comm').read() for x in ids]\n"
+        "    return [name for name in names if 'jemalloc' not in name]\n"
+        "before = threads()\n"
+        "f.load_features(sys.argv[1])\n"
+        "sys.exit(len(threads()) - len(before))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0
 
 
 def test_single_arrays_replaced(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from transclip_fast.data.checks import as_unit_rows
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 
 
 def ensemble(text_features: Any, columns: int | None = None) -> torch.Tensor:
@@ -58,7 +59,16 @@ def templates_first(text_features: Any, n_classes: int | None) -> Any:
     InputError
         As many templates as classes, so that it does not.
     """
-    if n_classes is None or text_features.ndim != 3:
+    if text_features.ndim != 3:
+        return text_features
+    if n_classes is None:
+        n_templates, n_texts = text_features.shape[:2]
+        if n_templates > n_texts:
+            warnings.warn(
+                f"text_features: shape {tuple(text_features.shape)} is taken as {n_templates} "
+                f"templates of {n_texts} classes; if it is the other way, swap the first two axes",
+                stacklevel=user_level(),
+            )
         return text_features
     fits = [size == n_classes for size in text_features.shape[:2]]
     if all(fits) and n_classes > 1:

@@ -90,7 +90,8 @@ def read_table(
             raise ValueError("has two columns of one name")
         wanted = None if columns is None else [name for name in columns if name in there]
         content.seek(0)
-        table = pq.read_table(content, columns=wanted)
+        # Without pyarrow's pool: a process that ends while its threads start is aborted.
+        table = pq.ParquetFile(content, pre_buffer=False).read(columns=wanted, use_threads=False)
         table.validate(full=True)  # texts are UTF-8
         return table
 

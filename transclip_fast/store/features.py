@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from transclip_fast.data.names import plain_name
 from transclip_fast.data.npy_shards import Shard
 from transclip_fast.data.priors import ListedPrior
 from transclip_fast.data.texts import templates_first
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 from transclip_fast.solver.layout import free_bytes
 from transclip_fast.store.arrays import (
     SINGLE,
@@ -64,6 +66,7 @@ ENCODER = {
     "weights": str,
     "quick_gelu": bool,
 }  # entries of a manifest that identify a backbone
+NEARLY = 0.8  # of difflib's ratio: one letter of ten, or two
 SHA256_DIGITS = 64  # model names and weight tags are shorter
 
 
@@ -292,6 +295,7 @@ def _load_file(path: Path, local: bool) -> Features:
             "save the rows of the images under that name"
         )
     known = {name: arrays[name] for name in ARRAYS + (LOCAL if local else ()) if name in arrays}
+    _warn_of_misspelt(path, arrays)
     prior = listed_prior(arrays, str(path))
     if prior is not None:
         known["prior"] = prior
@@ -299,6 +303,19 @@ def _load_file(path: Path, local: bool) -> Features:
     names = known.pop("class_names", None)
     names = None if names is None else as_names(names, origins["class_names"])
     return Features(str(path), known, origins, names)
+
+
+def _warn_of_misspelt(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Warn of arrays that are not read, if their names are nearly those of others that are."""
+    known = (*ARRAYS, *LOCAL)
+    near = {
+        name: found[0]
+        for name in arrays
+        if name not in known and (found := get_close_matches(name, known, 1, NEARLY))
+    }
+    if near:
+        shown = ", ".join(f"{name} (is it {meant}?)" for name, meant in near.items())
+        warnings.warn(f"{path}: not read: {shown}", stacklevel=user_level())
 
 
 def _load_folder(folder: Path, local: bool) -> Features:
@@ -316,6 +333,14 @@ def _load_folder(folder: Path, local: bool) -> Features:
             number = min(found.keys() ^ images.keys())
             missing = "img_emb" if number in found else kind
             raise InputError(f"{folder}: shard {number} has no {missing} file")
+    missing_numbers = sorted({*range(min(images), max(images))} - images.keys())
+    if missing_numbers and not ours:
+        shown = ", ".join(map(str, missing_numbers[:3]))
+        warnings.warn(
+            f"{folder}: has no shard {shown}{', ...' if len(missing_numbers) > 3 else ''} of "
+            f"{min(images)} to {max(images)}; their rows are missing, if there were any",
+            stacklevel=user_level(),
+        )
     parts = [read_rows(image, "image_features") for image in images.values()]
     for image, part in zip(images.values(), parts, strict=True):
         if part.dtype.kind not in "fiub":
