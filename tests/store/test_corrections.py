@@ -110,6 +110,14 @@ def test_refused(rows, head, message, tmp_path):
     assert str(tmp_path / "c.csv") in str(refused.value)
 
 
+def test_predictions_are_no_corrections(tmp_path):
+    """An edit of a name there would be lost, and every other row be taken for right."""
+    file = tmp_path / "predictions.csv"
+    file.write_text("key,label,label_name\na,0,cat\nb,1,cat\n")
+    with pytest.raises(InputError, match="has a column 'label_name', as predictions do"):
+        read_corrections(file, ["a", "b"], ["cat", "dog"], 2)
+
+
 def test_a_name_of_two_classes_is_refused(tmp_path):
     file = write(tmp_path / "c.csv", [("a", "crane")])
     with pytest.raises(InputError, match="several classes"):

@@ -19,6 +19,8 @@ from transclip_fast.errors import InputError
 from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
 from transclip_fast.store.tables import LABEL, read_columns, unguarded
 
+OF_PREDICTIONS = "label_name"  # a column beside the label, which is a number there
+
 
 def label_texts(
     names: Sequence[str] | None, n_classes: int, longest: int | None = None
@@ -59,7 +61,12 @@ def read_corrections(
         be two; a row with two labels.
     """
     path = Path(path)
-    columns, _ = read_columns(path, {**COLUMNS, "label": LABEL}, "label", exact=True)
+    columns, others = read_columns(path, {**COLUMNS, "label": LABEL}, "label", exact=True)
+    if OF_PREDICTIONS in others:
+        raise InputError(
+            f"{path}: has a column {OF_PREDICTIONS!r}, as predictions do: all its rows would count "
+            "as corrected; keep those that are, with a key and the name of the class as label"
+        )
     texts = {
         name: ["" if cell is None else unguarded(str(cell)) for cell in cells]
         for name, cells in columns.items()
