@@ -83,7 +83,8 @@ def source(rows: list[Row]) -> str:
     for row in rows:
         facts = row["machine"]
         memory = f"{facts['memory_gb']:.0f} GB"
-        parts = [facts["cpu"], f"{facts['cores']} cores", memory, facts["gpu"]]
+        cores = "1 core" if facts["cores"] == 1 else f"{facts['cores']} cores"
+        parts = [facts["cpu"], cores, memory, facts["gpu"]]
         versions = [f"{x} {facts[x]}" for x in ("python", "torch") if facts[x]]
         machine = ", ".join(str(part) for part in [*parts, *versions] if part)
         run = f"`{row['command']}` at {facts['commit'][:7]}, {row['date'][:10]}"
