@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.names import GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS, most_memory
+from bench.names import GRAPH_ARMS, SPARSE_ARMS, SPEED_ARMS, counted_cores, most_memory
 
 STYLE: Any = {
     "font.size": 10,
@@ -50,7 +50,7 @@ def draw(name: str, rows: Rows, file: Path, description: str) -> None:
 def machine(rows: Rows) -> str:
     """Return the processor or GPU of the newest line."""
     facts = max(rows, key=lambda row: str(row["date"]))["machine"]
-    return str(facts["gpu"] or f"{facts['cores']} cores, {facts['cpu']}")
+    return str(facts["gpu"] or f"{counted_cores(facts)}, {facts['cpu']}")
 
 
 def plain_numbers(axis: Any) -> None:

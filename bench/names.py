@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 # Of `bench.speed.compare`, in the order of the table.
@@ -52,3 +53,8 @@ FEATURES = {
 def most_memory(arm: dict[str, Any]) -> int:
     """Return the peak of an arm of `bench.speed.compare`, on the GPU where it ran on one."""
     return int(arm.get("device_peak_bytes") or arm["peak_bytes"])
+
+
+def counted_cores(machine: Mapping[str, Any]) -> str:
+    """Return the number of cores of a machine, in words."""
+    return "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"

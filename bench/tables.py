@@ -17,6 +17,7 @@ from bench.names import (
     NAMINGS,
     SPARSE_ARMS,
     SPEED_ARMS,
+    counted_cores,
     most_memory,
 )
 
@@ -83,8 +84,7 @@ def source(rows: list[Row]) -> str:
     for row in rows:
         facts = row["machine"]
         memory = f"{facts['memory_gb']:.0f} GB"
-        cores = "1 core" if facts["cores"] == 1 else f"{facts['cores']} cores"
-        parts = [facts["cpu"], cores, memory, facts["gpu"]]
+        parts = [facts["cpu"], counted_cores(facts), memory, facts["gpu"]]
         versions = [f"{x} {facts[x]}" for x in ("python", "torch") if facts[x]]
         machine = ", ".join(str(part) for part in [*parts, *versions] if part)
         run = f"`{row['command']}` at {facts['commit'][:7]}, {row['date'][:10]}"
