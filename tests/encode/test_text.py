@@ -102,7 +102,10 @@ def test_doubtful_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("# birds", "begins with '#' ('# birds') and is a class, no comment; take it out if it"),
+        ("# birds", "begins as a comment does ('# birds') and is a class; take it out if it is"),
+        ("// birds", "begins as a comment does ('// birds') and is a class; take it out if it is"),
+        ("owl,", "has a mark of lists or tables ('owl,'), which goes into the prompts; take it"),
+        ("- owl", "has a mark of lists or tables ('- owl'), which goes into the prompts; take it"),
         ('"owl"', "is in quotes ('\"owl\"'), which go into the prompts; take them off"),
         ("owl\tbird of prey", r"has characters that do not show, or a tab ('owl\tbird of prey'), "),
         ("owl\u200b", r"has characters that do not show, or a tab ('owl\u200b'), which go into"),
@@ -120,6 +123,31 @@ def test_odd_names(name, message):
 def test_names_that_are_not_odd(recwarn):
     names = ["rock 'n' roll", "C#", "नमस्ते", "क्\u200dष", "cafe\u0301", '5" disk', "日本"]
     assert ClassPrompts.read(names, "simple").names == names
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["id,name", "0,cat"], "class 0 ('id,name') looks like a header and is the first class"),
+        (["Name", "cat"], "class 0 ('Name') looks like a header and is the first class"),
+        (["5 cat", "7 dog"], "all names begin with another number ('5 cat'), which goes into"),
+        (["1- cat", "2- dog"], "all names begin with another number ('1- cat'), which goes into"),
+        (["/a/airfield 0", "/a/alley 1"], "all names end with another number ('/a/airfield 0'),"),
+    ],
+)
+def test_what_seems_to_be_no_list_of_names(names, message):
+    with pytest.warns(UserWarning, match="class names") as warned:
+        assert ClassPrompts.read(names, "simple").names == names
+    assert len(warned) == 1
+    assert message in str(warned[0].message)
+
+
+@pytest.mark.parametrize(
+    "names", [["Audi S5 2012", "BMW M3 2012"], ["7 up", "cola"], ["number", "letter"], ["id"]]
+)
+def test_lists_that_are_not_odd(names, recwarn):
+    ClassPrompts.read(names, "simple")
     assert not recwarn.list
 
 

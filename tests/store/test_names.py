@@ -129,6 +129,21 @@ def test_what_is_no_list_of_names(file, content, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("column", ["class_id", "class_index", "idx", "id", "label"])
+def test_positions_of_a_table(column, tmp_path):
+    file = tmp_path / "n.csv"
+    file.write_text(f"{column},class_name\n2,dog\n0,cat\n1,bird\n")
+    assert read_names(file).names == ["cat", "bird", "dog"]
+
+
+@pytest.mark.parametrize(("column", "shown"), [("target", "target"), ("", "one without a name")])
+def test_columns_that_are_not_read(column, shown, tmp_path):
+    file = tmp_path / "n.csv"
+    file.write_text(f"{column},name\n2,dog\n0,cat\n1,bird\n")
+    with pytest.warns(UserWarning, match=f"in the order of the lines; not read: {shown}"):
+        assert read_names(file).names == ["dog", "cat", "bird"]
+
+
 def test_a_folder_is_no_list(tmp_path):
     (tmp_path / "names.txt").mkdir()
     with pytest.raises(InputError, match=r"names\.txt: cannot be read"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,14 @@ JOINERS = "\u200c\u200d"  # between the letters of some scripts
 ODD_NAMES: Sequence[tuple[str, str, Callable[[str], Any]]] = (  # what is odd, remedy, whether so
     ("has '_' ({!r}), which goes into the prompts", "write spaces", lambda name: "_" in name),
     (
-        "begins with '#' ({!r}) and is a class, no comment",
+        "begins as a comment does ({!r}) and is a class",
         "take it out if it is none",
-        lambda name: name.startswith("#"),
+        lambda name: name.startswith(("#", "//")),
+    ),
+    (
+        "has a mark of lists or tables ({!r}), which goes into the prompts",
+        "take it off",
+        lambda name: name.startswith(("- ", "* ")) or name.endswith((",", ";", ":", "|")),
     ),
     (
         "is in quotes ({!r}), which go into the prompts",
@@ -41,6 +47,10 @@ ODD_NAMES: Sequence[tuple[str, str, Callable[[str], Any]]] = (  # what is odd, r
         lambda name: not all(c.isprintable() or c in JOINERS for c in name),
     ),
 )
+HEADER = re.compile(
+    r"(id|idx|index|labels?|class|classes|class_(id|name)|names?)([,;\t :].*)?", re.I
+)
+LEADING, TRAILING = re.compile(r"^(\d{1,9})[\s:,;.)-]+\S"), re.compile(r"\S[\s:,;]+(\d{1,9})$")
 Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
 
 
@@ -82,7 +92,7 @@ class ClassPrompts:
         """
         Combine names, or what `read_names` reads, with what `templates` reads.
 
-        Warns of names and prompts that two classes share, and of names with "_".
+        Warns of names and prompts that two classes share, and of what seems to be no name.
         """
         if isinstance(names, str | Path):
             found, origin = read_names(names), str(names)
@@ -104,6 +114,18 @@ class ClassPrompts:
             if odd:
                 found = what.format(self.names[odd[0]])
                 yield f"{place(origin, odd[0])} {found}{_more(odd)}; {remedy}"
+        if len(self.names) > 1 and HEADER.fullmatch(self.names[0]):
+            yield (
+                f"{place(origin, 0)} ({self.names[0]!r}) looks like a header and is the first "
+                "class; take it out if it is none"
+            )
+        for where, pattern in (("begin", LEADING), ("end", TRAILING)):
+            numbers = [int(match[1]) for name in self.names if (match := pattern.search(name))]
+            if len(self.names) == len({*numbers}) > 1:
+                yield (
+                    f"all names {where} with another number ({self.names[0]!r}), which goes into "
+                    "the prompts; take it off if it is none of the name"
+                )
         same_name = _repeats(map(plain_name, self.names))
         if same_name:
             first, k = same_name[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from transclip_fast.data.synsets import SYNSET, imagenet_synsets
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import read_array
 from transclip_fast.store.json_text import parse_json
 from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
@@ -22,7 +23,7 @@ TEXT_SUFFIXES = (".txt", ".names", ".lst")
 ARRAY_SUFFIXES = (".npy", ".npz")
 COLUMNS = {
     "name": ("name", "class_name", "class"),
-    "position": (*LABEL, "index", "id"),
+    "position": (*LABEL, "index", "id", "class_id", "class_index", "idx"),
     "synset": ("synset", "wnid"),
 }
 WITH_SYNSET = re.compile(rf"({SYNSET.pattern})\s+(\S.*)")
@@ -182,7 +183,11 @@ def _of_entries(path: Path, entries: Sequence[Any]) -> ClassNames:
 
 
 def _from_table(path: Path) -> ClassNames:
-    columns, _ = read_columns(path, COLUMNS, "name")
+    columns, others = read_columns(path, COLUMNS, "name")
+    if others and "position" not in columns:
+        shown = ", ".join(name or "one without a name" for name in others)
+        message = f"{path}: classes are in the order of the lines; not read: {shown}"
+        warnings.warn(message, stacklevel=user_level())
     names = [name or "" for name in columns["name"]]
     synsets = columns.get("synset")
     for values in (names, synsets or ()):
