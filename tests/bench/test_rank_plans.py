@@ -19,9 +19,20 @@ FACTOR = 1.5  # within which a prediction has to hold
 SHAPE = ("queries", "classes", "dim")
 (SHARED,) = newest("ranks", *SHAPE, folder=RESULTS)
 ARMS = {name: arm for name, arm in SHARED["arms"].items() if name != "plain"}
+# Core time differs between machines: the plan's is that of this one.
+XEON = "Intel(R) Xeon(R) Processor"
+
+
+def on_xeon(row):
+    return row["machine"]["cpu"] == XEON
+
+
+(TIMED,) = newest("ranks", *SHAPE, folder=RESULTS, shown=on_xeon)
 STREAMED = [
     (row, size)
-    for row in newest("stream", "classes", "dim", "present", "published", folder=RESULTS)
+    for row in newest(
+        "stream", "classes", "dim", "present", "published", folder=RESULTS, shown=on_xeon
+    )
     for size in row["sizes"]
     if row.get("present") is None or row["published"]  # else most classes are left out
 ]
@@ -47,7 +58,7 @@ def test_memory_and_bytes_are_bounds_of_what_was_measured(name):
 def test_core_time_of_processes_holds(name):
     plan = planned(int(name))
     found = core_seconds(plan.size, plan.layout, Parameters(), CPU)
-    assert 1 / FACTOR <= found / ARMS[name]["median"] <= FACTOR
+    assert 1 / FACTOR <= found / TIMED["arms"][name]["median"] <= FACTOR
 
 
 @pytest.mark.parametrize(("row", "measured"), STREAMED)

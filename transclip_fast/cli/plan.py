@@ -34,7 +34,7 @@ PROBED_LISTS = 8  # that a row is compared with, a usual number
 TABLE_ROW_BYTES = 90  # of predictions.parquet
 CHECKPOINT_ROW_BYTES = 40  # of a sparse state
 # Core-seconds of a row and step of 5 sweeps, operations a second of products, and the solves that
-# tell them, in bench/results: `bench.speed.stream` and `bench.speed.ranks`.
+# tell them, in bench/results: `bench.speed.stream` and `bench.speed.ranks`, on an Intel Xeon.
 STEP_ROW_SECONDS, OPERATIONS = 5e-6, 1.1e11
 MEASURED_ROWS, MEASURED_CLASSES, MEASURED_DIM = (50_000, 1_000_000), (1000, 21_000), 512
 

@@ -47,9 +47,7 @@ ODD_NAMES: Sequence[tuple[str, str, Callable[[str], Any]]] = (  # what is odd, r
         lambda name: not all(c.isprintable() or c in JOINERS for c in name),
     ),
 )
-HEADER = re.compile(
-    r"(id|idx|index|labels?|class|classes|class_(id|name)|names?)([,;\t :].*)?", re.I
-)
+HEADER = re.compile(r"(id|idx|index|labels?|class|classes|class_(id|name)|names?)([,;|].*)?", re.I)
 LEADING, TRAILING = re.compile(r"^(\d{1,9})[\s:,;.)-]+\S"), re.compile(r"\S[\s:,;]+(\d{1,9})$")
 Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
 
