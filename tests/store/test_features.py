@@ -108,8 +108,16 @@ def test_a_shard_without_rows(folder):
 def test_a_missing_shard_is_named(folder):
     for kind in ("img_emb", "text_emb", "metadata"):
         next((folder / kind).glob(f"{kind}_5.*")).unlink()
-    with pytest.warns(UserWarning, match="has no shard 5 of 0 to 11; their rows are missing"):
+    with pytest.warns(UserWarning, match="has no shard 5 of 0 to 11; rows of shards"):
         assert len(load_features(folder).keys) == len(FEATURES) - ROWS[5]
+
+
+def test_a_huge_shard_number_takes_no_memory(folder):
+    for kind in ("img_emb", "text_emb", "metadata"):
+        file = next((folder / kind).glob(f"{kind}_11.*"))
+        file.rename(file.with_name(f"{kind}_{10**15}{file.suffix}"))
+    with pytest.warns(UserWarning, match=f"has no shard 11 of 0 to {10**15}; rows of shards"):
+        assert len(load_features(folder).keys) == len(FEATURES)
 
 
 def test_misspelt_arrays_are_named(tmp_path):

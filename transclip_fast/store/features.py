@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import pairwise
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
@@ -333,12 +334,11 @@ def _load_folder(folder: Path, local: bool) -> Features:
             number = min(found.keys() ^ images.keys())
             missing = "img_emb" if number in found else kind
             raise InputError(f"{folder}: shard {number} has no {missing} file")
-    missing_numbers = sorted({*range(min(images), max(images))} - images.keys())
-    if missing_numbers and not ours:
-        shown = ", ".join(map(str, missing_numbers[:3]))
+    gap = next((first + 1 for first, after in pairwise(images) if after > first + 1), None)
+    if gap is not None and not ours:
         warnings.warn(
-            f"{folder}: has no shard {shown}{', ...' if len(missing_numbers) > 3 else ''} of "
-            f"{min(images)} to {max(images)}; their rows are missing, if there were any",
+            f"{folder}: has no shard {gap} of {min(images)} to {max(images)}; rows of shards that "
+            "are not there are missing",
             stacklevel=user_level(),
         )
     parts = [read_rows(image, "image_features") for image in images.values()]
