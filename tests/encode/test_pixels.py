@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -192,6 +194,7 @@ def test_floats_and_integers_are_scaled(dtype, white):
         ("i4", [0, 2550]),  # 12 bits, or nearly black in 16?
         ("i4", [0, 10**6]),
         ("u2", [0, 2550]),
+        ("u2", [0, 16383]),  # 14 bits, as of cameras
         ("u2", [0, 0]),
     ],
 )
@@ -199,6 +202,60 @@ def test_values_of_no_known_range_are_refused(dtype, values):
     data = file(Image.fromarray(np.tile(np.array(values, dtype), (9, 5))), "TIFF")
     with pytest.raises(InputError, match="has values from .* fit no range .* save it with 8 bits"):
         decode(data)
+
+
+def png(values, colours):
+    """A PNG of 16 bits, of values (H, W, C)."""
+    parts = b"IHDR" + struct.pack(">IIBBBBB", *values.shape[1::-1], 16, colours, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+    chunks = (parts, b"IDAT" + zlib.compress(rows), b"IEND")
+    sizes = (struct.pack(">I", len(chunk) - 4) for chunk in chunks)
+    sums = (struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    whole = zip(sizes, chunks, sums, strict=True)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(part for chunk in whole for part in chunk)
+
+
+def tiff(values, photometric):
+    """A TIFF of 16 bits, of values (H, W, C)."""
+    height, width, channels = values.shape
+    size = 2 * values.size
+    tags = [(256, width), (257, height), (258, 8), (262, photometric), (273, 16)]
+    tags += [(277, channels), (278, height), (279, size)]
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    entries[2] = struct.pack("<HHII", 258, 3, channels, 8)  # bits of each channel, at byte 8
+    head = b"II*\0" + struct.pack("<I", 16 + size) + struct.pack("<4H", *[16] * 4)
+    table = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return head + values.astype("<u2").tobytes() + table
+
+
+COLOURS_OF_16_BITS = {
+    "RGB": (3, lambda values: png(values, 2)),
+    "LA": (2, lambda values: png(values, 4)),
+    "RGBA": (4, lambda values: png(values, 6)),
+    "TIFF": (3, lambda values: tiff(values, 2)),
+    "CMYK": (4, lambda values: tiff(values, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", COLOURS_OF_16_BITS)
+@pytest.mark.parametrize("bits", [8, 12, 14, 15, 16])
+def test_colours_of_16_bits_are_the_upper_8_or_are_refused(kind, bits):
+    channels, made_file = COLOURS_OF_16_BITS[kind]
+    values = np.random.default_rng(0).integers(0, 2**bits, (9, 11, channels))
+    values[0, 0] = 2**bits - 1
+    if kind in ("LA", "RGBA"):
+        values[..., -1] = 65535
+    data = made_file(values)
+    if bits < 15:
+        with pytest.raises(InputError, match=f"up to {2**bits - 1:,}, which fit no range"):
+            decode(data)
+        return
+    expected = (values >> 8).astype(np.uint8)
+    expected = expected[..., [0, 0, 0]] if kind == "LA" else expected[..., :3]
+    if kind == "CMYK":
+        upper = (values >> 8).astype(np.uint8)
+        expected = np.asarray(Image.fromarray(upper, "CMYK").convert("RGB"))
+    np.testing.assert_array_equal(decode(data), expected)
 
 
 def test_large_images_are_converted_in_bands(monkeypatch):

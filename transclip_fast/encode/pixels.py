@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -38,7 +39,11 @@ STRIP = 16  # long side by short side; resized whole, a longer image takes too m
 ORIENTATION = 0x112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to turn and mirror
 PHOTOMETRIC = 0x106  # TIFF tag: 0 stands for "zero is white"
 UNSIGNED_16_BITS = frozenset({"JPEG2000", "PNG", "PPM", "TIFF"})  # formats; others have a sign
-MIN_LEVELS = 16  # of 256, that the largest value of a 16-bit or float image reaches
+# Of 256, that the largest value of a 16-bit or float image reaches: below, an image of 16 bits
+# may have values of 14 bits or fewer, as cameras and scanners write them, and would be dark.
+MIN_LEVELS = 64
+COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "CMYK": 4}  # channels that are no alpha
+SIXTEEN_BITS = re.compile(";16[BLN]")  # in Pillow's name of how channels are stored
 Box = tuple[int, int, int, int]  # left, top, right and bottom, in pixels of the upright image
 
 
@@ -136,7 +141,7 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
 
     Of 16-bit images the upper 8 bits are taken, as Pillow does where they have colours. Floats and
     32-bit integers are scaled from the least of the ranges 0 to 1 (floats), 0 to 255 and 0 to
-    65,535 that holds them.
+    65,535 that holds them. The largest value has to reach a quarter of its range.
 
     Raises
     ------
@@ -155,7 +160,10 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
                 with suppress(ValueError):  # damage, too, is left to Pillow
                     pixels = simplejpeg.decode_jpeg(data, "RGB")  # (H, W, 3) uint8
             if pixels is None:
+                stored = str([tile[3] for tile in image.tile])
                 image.load()  # may change the size and the orientation
+                if image.mode in COLOURS and SIXTEEN_BITS.search(stored):
+                    _check_upper_bits(image)
                 pixels = _rgb_pixels(image)
             orientation = _orientation(image)
     if orientation >= 5:
@@ -248,10 +256,19 @@ def _full_scale(image: Image.Image) -> int:
     for whole in _ranges(image):
         if low >= 0 and whole * MIN_LEVELS / 256 <= high <= whole:
             return whole
-    raise InputError(
-        f"has values from {low:g} to {high:g}, which fit no range that is known ({image.mode}); "
-        "save it with 8 bits"
-    )
+    raise InputError(_no_range(f"from {low:g} to {high:g}", image.mode))
+
+
+def _check_upper_bits(image: Image.Image) -> None:
+    """Refuse an image of colours, the upper 8 of 16 bits, whose values fit fewer bits."""
+    bands = image.split()[: COLOURS[image.mode]]
+    largest = max(int(np.asarray(band).max()) for band in bands)
+    if largest < MIN_LEVELS:
+        raise InputError(_no_range(f"up to {256 * largest + 255:,}", f"16-bit {image.mode}"))
+
+
+def _no_range(values: str, stored: str) -> str:
+    return f"has values {values}, which fit no range that is known ({stored}); save it with 8 bits"
 
 
 def _ranges(image: Image.Image) -> tuple[int, ...]:
