@@ -17,7 +17,7 @@ from transclip_fast.solver.parameters import Parameters
 BILLION, RANKS = (10**9, 21_000, 1024), 64  # rows, classes, dimensions
 GPUS = (("80GiB", 16), ("131GiB", 16), ("131GiB", 32))  # memory, and candidates for which it is
 NETWORK = 25e9  # bytes a second that a rank sends
-ENTRY_BYTES = 8  # of a class and its z
+HEAD_BYTES, ENTRY_BYTES = 4, 8  # of a list, and of a class and its z
 CASES = {  # of `bench.speed.placement`
     "made": "made, of which a third of the neighbours is random",
     "pets, random": "Oxford Pets, in random order",
@@ -47,10 +47,10 @@ def ranks(folder: Path) -> str:
     return table(head, cells) + "\n\n" + source(rows)
 
 
-def used_entries(row: Row) -> int:
-    """Entries of z in use that a rank of a recorded solve sent of a row, by the most ranks."""
+def sent_entries(row: Row) -> int:
+    """Entries of z, each with its class, in the bytes that were sent of a row by the most ranks."""
     arm: dict[str, float] = list(row["arms"].values())[-1]
-    return math.ceil(arm["sweep_bytes"] / arm["halo_rows"] / ENTRY_BYTES)
+    return math.ceil((arm["sweep_bytes"] / arm["halo_rows"] - HEAD_BYTES) / ENTRY_BYTES)
 
 
 def projection(folder: Path) -> str:
@@ -58,7 +58,7 @@ def projection(folder: Path) -> str:
     rows = newest("ranks", "queries", "classes", "dim", folder=folder)
     if not rows:
         return "Not recorded yet: `python -m bench.speed.ranks`."
-    columns = [_projected(memory, kept, used_entries(rows[-1])) for memory, kept in GPUS]
+    columns = [_projected(memory, kept, sent_entries(rows[-1])) for memory, kept in GPUS]
     cells = [[name, *(column[name] for column in columns)] for name in columns[0]]
     gpus = [f"{memory}, {kept} candidates" for memory, kept in GPUS]
     return table([f"each of {RANKS} GPUs", *gpus], cells)
@@ -77,7 +77,7 @@ def _projected(memory: str, kept: int, entries: int) -> dict[str, str]:
         "read and written": show_bytes(sum(stage.disk for stage in plan.stages)),
         "products": f"{sum(stage.work for stage in plan.stages) / 1e15:.2f} PFLOP",
     }
-    for name, rank in (("lists full", kept), (f"{entries} entries in use", entries)):
+    for name, rank in (("lists full", kept), (f"{entries} entries of a list", entries)):
         sent = Traffic.of(plan.size, plan.layout, Parameters(rank=rank)).by_rank
         for part, stage in (("a step", "step"), ("in all", "all")):
             found[f"sent {part}, {name}"] = show_bytes(sent[stage])

@@ -33,7 +33,7 @@ def test_threads_change_nothing(rng):
             ops.score(features, linear, out=base)
             ops.sweep(base, z, out=out)
             sums = ops.class_sums(out, features)
-            energies, lists = ops.energies(out), [*ops.best(out), *ops.pack(out, rows)]
+            energies, lists = ops.energies(out), [*ops.best(out), torch.cat(ops.pack(out, rows, z))]
             found.append(
                 [*started, base.values, base.tail, out.values, out.bound, *sums, *energies, *lists]
             )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from transclip_fast import InputError
-from transclip_fast.ops import numba_backend, packed_lists
+from transclip_fast.ops import numba_backend
 from transclip_fast.ops.numba_backend import NumbaOps
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.types import Affinity, Assignments, Truncation
@@ -37,25 +37,55 @@ def lists(lengths, seed=0):
     return z
 
 
-def test_entries_in_use_follow_each_other(ops):
+def bits(values):
+    return values.view(torch.int32).tolist()
+
+
+def packed(ops, z, rows, before=None):
+    return torch.cat(ops.pack(z, torch.tensor(rows, dtype=torch.int64), before))
+
+
+def changed(z):
+    """Lists of z, of which some have other classes, values, or numbers of entries."""
+    other = z.take(slice(None))
+    other = replace(other, values=z.values.clone(), classes=z.classes.clone())
+    other.values[0, 1] = 0.375  # another value
+    other.classes[1, 3] = (z.classes[1, 3] + 1) % N_CLASSES  # another class
+    other.values[2, 1] = 0.5  # one entry more
+    other.values[5, 3] = 0  # one less
+    other.classes[3:5, 3] = 7  # not in use
+    return other
+
+
+def test_all_of_lists_is_sent_once(ops):
     z = lists(LENGTHS)
-    entries, ends = ops.pack(z, torch.tensor(ROWS))
-    expected = []
-    for row in ROWS:
-        n = max(LENGTHS[row], 1)
-        classes = z.classes[row, :n].tolist()
-        bits = z.values[row, :n].view(torch.int32).tolist()
-        expected += [*zip(classes[:-1], bits[:-1], strict=True), (-1 - classes[-1], bits[-1])]
-    assert [tuple(entry) for entry in entries.tolist()] == expected
-    assert ends.tolist() == np.cumsum([max(LENGTHS[row], 1) for row in ROWS]).tolist()
+    used = [max(LENGTHS[row], 1) for row in ROWS]
+    expected = [-n for n in used]
+    for row, n in zip(ROWS, used, strict=True):
+        expected += [*z.classes[row, :n].tolist(), *bits(z.values[row, :n])]
+    assert packed(ops, z, ROWS).tolist() == expected
 
 
-def test_lists_are_set_over_others(ops):
+def test_what_has_changed_is_sent_again(ops):
+    z = lists(LENGTHS)
+    other = changed(z)
+    expected = [1, -4, -2, 0, 0, -3, *bits(other.values[0, :3])]
+    for row, n in ((1, 4), (2, 2), (5, 3)):
+        expected += [*other.classes[row, :n].tolist(), *bits(other.values[row, :n])]
+    assert packed(ops, other, range(6), z).tolist() == expected
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_lists_are_set_over_others(ops, again):
     z, out = lists(LENGTHS), lists((4, 2, 4, 4, 1, 3), seed=1)
-    ops.unpack(ops.pack(z, torch.tensor(ROWS))[0], out)
+    ops.unpack(packed(ops, z, ROWS), out, None)
+    if again:
+        sent, out, before = z, lists((1, 3, 4, 4, 2, 3), seed=2), out
+        z = changed(z)
+        ops.unpack(packed(ops, z, ROWS, sent), out, before)
     torch.testing.assert_close(out.values, z.values[list(ROWS)], rtol=0, atol=0)
     for row, source in enumerate(ROWS):
-        n = LENGTHS[source]
+        n = int((z.values[source] > 0).sum())
         assert out.classes[row, :n].tolist() == z.classes[source, :n].tolist()
 
 
@@ -73,25 +103,32 @@ def test_best_is_the_lowest_of_equal_classes(ops):
 
 
 def test_no_lists(ops):
-    entries, ends = ops.pack(lists(LENGTHS), torch.tensor([], dtype=torch.int64))
-    assert entries.shape == (0, 2)
-    assert len(ends) == 0
-    ops.unpack(entries, lists(()))
+    found = packed(ops, lists(LENGTHS), [])
+    assert found.tolist() == []
+    assert found.dtype == torch.int32
+    ops.unpack(found, lists(()), None)
 
 
-@pytest.mark.parametrize("wrong", ["fewer", "more", "too long", "unended", "class"])
+WRONG = {
+    "fewer lists": lambda words: words[:4],
+    "no lists": lambda words: words[:0],
+    "more": lambda words: torch.cat([words, words[-1:]]),
+    "less": lambda words: words[:-1],
+    "too long": lambda words: words.index_fill(0, torch.tensor(1), -WIDTH - 1),
+    "longest": lambda words: words.index_fill(0, torch.tensor(1), -(2**31)),
+    "an unknown head": lambda words: words.index_fill(0, torch.tensor(0), 2),
+    "another number": lambda words: words.index_fill(0, torch.tensor(0), -3),
+    "a class too many": lambda words: words.index_fill(0, torch.tensor(6), N_CLASSES),
+    "a class below 0": lambda words: words.index_fill(0, torch.tensor(6), -1),
+    "the same": lambda words: words.index_fill(0, torch.tensor(0), 0),
+    "the same classes": lambda words: words.index_fill(0, torch.tensor(0), 1),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_other_lists_than_were_asked_for_are_refused(ops, wrong):
-    z, rows, out = lists(LENGTHS), list(ROWS), lists((1,) * len(ROWS))
-    if wrong == "fewer":
-        rows = rows[:-1]
-    if wrong == "more":
-        rows.append(0)
-    entries = packed_lists.pack(z, torch.tensor(rows))[0].clone()
-    if wrong == "too long":
-        entries[3, 0] = ~entries[3, 0]  # the first list, of 4, has no end
-    if wrong == "unended":
-        entries[-1, 0] = ~entries[-1, 0]
-    if wrong == "class":
-        out = replace(out, n_classes=2)
+    words = WRONG[wrong](packed(ops, lists(LENGTHS), ROWS))
+    before = lists((3,) * len(ROWS)) if wrong.startswith("an") else None
+    out = lists((1,) * len(ROWS))
     with pytest.raises(InputError, match="lists of z that it cannot have"):
-        ops.unpack(entries, out)
+        ops.unpack(words, out, before)

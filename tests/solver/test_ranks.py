@@ -198,20 +198,33 @@ def bytes_sent():
 
     ops = backend(edges)
     times = joins(partition) + (0 if ranks.rank else others)  # that a sum is sent
-    forms = {"dense": (None, 4 * n_classes, 0), "sparse": (Truncation(3, 3), 8 * 2, 8 * others)}
-    for form, (truncation, row_bytes, more) in forms.items():
+    # Bytes of a row, of one of the same classes, of the same one; and more of a sweep.
+    forms = {
+        "dense": (None, 4 * n_classes, 4 * n_classes, 4 * n_classes, 0),
+        "sparse": (Truncation(3, 3), 4 + 8 * 2, 4 + 4 * 2, 4, 8 * others),
+    }
+    for form, (truncation, new, revalued, same, more) in forms.items():
         z = Assignments.empty(n_own, n_classes, truncation, device)
         z.values[:, :2] = 0.5
         base = Scores.empty(torch.ones(n_own), n_classes, truncation)
         base.values.zero_()
         z, spare = ops.room(z), ops.room(z.empty_like())
-        halo = row_bytes * n_wanted + more
         sweep = partial(ops.sweep, base, z, out=spare)
-        sends(f"{form} sweep", halo, sweep)
+        sends(f"{form} sweep", new * n_wanted + more, sweep)
         sends(f"{form} sweep of the same z", 0, sweep)
         spare.values[:, 2:] = 0
         spare.values[:, :2] = 0.5
-        sends(f"{form} energies", halo + 16 * times, ops.energies, spare)
+        if spare.classes is not None:
+            spare.classes.zero_()
+        energies = same * n_wanted + more + 16 * times
+        sends(f"{form} energies of equal lists", energies, ops.energies, spare)
+        z.values[:, :2] = torch.tensor([0.75, 0.25])
+        energies += (revalued - same) * n_wanted
+        sends(f"{form} energies of the same classes", energies, ops.energies, z)
+        if spare.classes is not None:
+            spare.classes[:, 1] = 5
+        energies += (new - revalued) * n_wanted
+        sends(f"{form} energies", energies, ops.energies, spare)
         sends(f"{form} sweep after them", 0, partial(ops.sweep, base, spare, out=z))
         sends(f"{form} class sums", 8 * 7 * 6 * times, ops.class_sums, spare, features)
 

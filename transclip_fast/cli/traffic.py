@@ -2,8 +2,8 @@
 Bytes that ranks send each other in a solve, by arithmetic: the steps of `ops.exchange`.
 
 Where data decide, these are the most, spread evenly over the ranks: all neighbours of a row are on
-other ranks, and no two rows of a rank share one while there are others; lists are full; and classes
-are charged unless the parameters say otherwise.
+other ranks, and no two rows of a rank share one while there are others; lists are full, and none
+is in part that of the last sweep; and classes are charged unless the parameters say otherwise.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[s
     fetch, kept, more = 4 * n_classes * remote, 0, 0
     if layout.candidates is not None:
         kept = min(parameters.rank or layout.candidates, layout.candidates)
-        fetch = 8 * kept * remote + sender.to_others(8)
+        fetch = (4 + 8 * kept) * remote + sender.to_others(8)  # as if all lists were new
         dropping = charged and size.linear  # of absent classes
         more = picked(4 * layout.candidates * few) if dropping else 0
     class_sums = 8 * (n_classes + 1) * (d + 1) * sums

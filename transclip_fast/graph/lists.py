@@ -96,8 +96,8 @@ class Blocks:
         if exchange.ranks.size > 1:
             first, last = (x[numbers.ravel()] for x in (self._first_rank, self._last_rank))
             ranks = range(exchange.ranks.size)
-            parts = [torch.from_numpy(keys[(first <= r) & (r <= last)]) for r in ranks]
-            keys = exchange.swap(parts).numpy()
+            parts = [[torch.from_numpy(keys[(first <= r) & (r <= last)])] for r in ranks]
+            keys = torch.cat(list(exchange.swap(parts))).numpy()
         keys.sort()
         return keys
 

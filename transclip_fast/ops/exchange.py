@@ -10,8 +10,10 @@ rows, and G is how often its own rows are in halos. With P ranks, a rank sends, 
              the features of those that it owns, and of a sample, n rows: 4 d n (P - 1)
              edges to rows of others ("symmetric"), E of them: 20 E
              how many of both, numbers and places of the halo: 16 (P - 1) + 8 H + 8 G
-    sweep    z of the rows in halos of others: 4 K G if dense; sparse, 8 for each entry in use and
-             8 (P - 1); nothing where z is that of the last fetch, as after the energies
+    sweep    z of the rows in halos of others: 4 K G if dense; sparse, 4 G and, of lists that are
+             not those of the last sweep, 4 for each entry in use, and 4 more for its class if
+             these differ, too, and 8 (P - 1); nothing where z is that of the last fetch, as after
+             the energies
     energies the same of the new z, and sums of 2 numbers
     step     class sums and masses, 8 (K + 1) (d + 1): see below
     end      outlier scores, once in float32, twice in float64: 20 G; `solve` also both labels and
@@ -50,7 +52,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -214,10 +216,12 @@ class Exchange:
         """The sum of the counts (n,) of all ranks."""
         return torch.stack(self.gather(counts)).sum(0)
 
-    def swap(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Send each rank its part; returns what all send this one, that of the first rank first."""
-        counts = [len(part) for part in parts]
-        return self._all_to_all(torch.cat(list(parts)), counts, self._counts_from_all(counts))
+    def swap(self, parts: Sequence[Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """Send each rank its part, tensors that are joined; returns what each sends this one."""
+        counts = [sum(map(len, part)) for part in parts]
+        coming = self._counts_from_all(counts)
+        joined = torch.cat([tensor for part in parts for tensor in part])
+        return torch.split(self._all_to_all(joined, counts, coming), coming)
 
     def pick(
         self, table: UnitRows, ids: torch.Tensor, nodes: torch.Tensor | None = None
@@ -303,18 +307,6 @@ class Exchange:
     def fetch(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of the halo, from their owners; `rows` are the own ones that others want."""
         return self._all_to_all(rows, self.halo.wanted_counts, self.halo.counts)
-
-    def fetch_lists(self, entries: torch.Tensor, ends: torch.Tensor) -> Sequence[torch.Tensor]:
-        """
-        As `fetch`, of lists: each rank's entries (E, 2).
-
-        `entries` (E, 2) are those of the own lists that others want, one after the other; `ends`
-        (G,) counts them up to the end of each list.
-        """
-        before = torch.cat([ends.new_zeros(1), ends])
-        counts = before[list(accumulate(self.halo.wanted_counts, initial=0))].diff().tolist()
-        coming = self._counts_from_all(counts)
-        return torch.split(self._all_to_all(entries, counts, coming), coming)
 
     def extend(self, values: torch.Tensor) -> torch.Tensor:
         """Numbers (n,) of own rows, then those of the halo."""

@@ -183,29 +183,28 @@ class NumbaOps(TorchOps):
         )
         return out
 
-    def pack(self, z: Assignments, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        arrays, ends = _arrays(z), torch.empty_like(rows)
+    def pack(
+        self, z: Assignments, rows: torch.Tensor, before: Assignments | None
+    ) -> list[torch.Tensor]:
+        arrays = *_arrays(z), *_sent(z, before)
+        heads = np.empty(len(rows), np.int32)
 
         def part(block: slice) -> torch.Tensor:
-            size = block.stop - block.start
-            out = np.empty((size * z.values.shape[1], 2), np.int32)
-            own = ends.numpy()[block]
-            n = lists.pack(rows.numpy()[block], *arrays, out, out.view(np.float32), own)
-            return torch.from_numpy(out[:n])
+            rest = np.empty((block.stop - block.start) * 2 * z.values.shape[1], np.int32)
+            n = lists.pack(rows.numpy()[block], *arrays, heads[block], rest, rest.view(np.float32))
+            return torch.from_numpy(rest[:n])
 
         # One part a thread: what a single one packs need not be copied together.
-        parts = list(blocks(len(rows), max(1, -(-len(rows) // n_threads()))))
-        found = parallel_map(part, parts)
-        before = 0
-        for block, entries in zip(parts, found, strict=True):
-            ends[block] += before
-            before += len(entries)
-        none = torch.empty(0, 2, dtype=torch.int32)
-        return found[0] if len(found) == 1 else torch.cat([none, *found]), ends
+        parts = blocks(len(rows), max(1, -(-len(rows) // n_threads())))
+        return [torch.from_numpy(heads), *parallel_map(part, parts)]
 
-    def unpack(self, entries: torch.Tensor, out: Assignments) -> None:
-        array = entries.numpy()
-        if not lists.unpack(array, array.view(np.float32), *_arrays(out), out.n_classes):
+    def unpack(self, packed: torch.Tensor, out: Assignments, before: Assignments | None) -> None:
+        heads, rest = np.split(packed.numpy(), [len(out)])
+        arrays = *_arrays(out), *_sent(out, before)
+        known = len(heads) == len(out)
+        if not known or not lists.unpack(
+            heads, rest, rest.view(np.float32), *arrays, out.n_classes
+        ):
             raise not_lists()
 
     def _node_ids(self, n_rows: int) -> np.ndarray:
@@ -259,3 +258,8 @@ def _arrays(entries: Scores | Assignments) -> tuple[np.ndarray, np.ndarray]:
     if entries.classes is None:
         raise TypeError("this backend has no dense assignments")
     return entries.values.numpy(), entries.classes.numpy()
+
+
+def _sent(z: Assignments, before: Assignments | None) -> tuple[np.ndarray, np.ndarray]:
+    """Values and classes of the lists that were sent before; of no lists if there are none."""
+    return _arrays(z.take(slice(0)) if before is None else before)

@@ -164,13 +164,25 @@ class RankedOps:
         if z.classes is None:
             whole.values[n_own:] = self.exchange.fetch(z.values[self._wanted])
         else:
-            found = self.exchange.fetch_lists(*self._local.pack(z, self._wanted))
-            ends = [n_own + end for end in accumulate(self.exchange.halo.counts, initial=0)]
-            halo = [whole.take(slice(first, last)) for first, last in pairwise(ends)]
-            lists = zip(found, halo, strict=True)
-            parallel_map(lambda part: self._local.unpack(*part), lists, z.values.device)
+            self._fetch_lists(z, whole.take(slice(n_own, None)))
         self._fetched = z
         return whole
+
+    def _fetch_lists(self, z: Assignments, halo: Assignments) -> None:
+        """Set the halo's lists of z, of which ranks send what has changed since the last time."""
+        before, counts = self._fetched, self.exchange.halo.counts
+        wanted = torch.split(self._wanted, self.exchange.halo.wanted_counts)
+        found = self.exchange.swap([self._local.pack(z, rows, before) for rows in wanted])
+        if before is not None:
+            before = before.extended(len(halo)).take(slice(len(z), None))
+
+        def unpack(part: tuple[torch.Tensor, slice]) -> None:
+            packed, rows = part
+            last = None if before is None else before.take(rows)
+            self._local.unpack(packed, halo.take(rows), last)
+
+        ranks = (slice(*ends) for ends in pairwise(accumulate(counts, initial=0)))
+        parallel_map(unpack, zip(found, ranks, strict=True), z.values.device)
 
     def best(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
         return self._local.best(z)

@@ -322,13 +322,15 @@ class TorchOps:
                 total[rows] += values
         return total / there.sum(1, keepdim=True).clamp_min(1)
 
-    def pack(self, z: Assignments, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(
+        self, z: Assignments, rows: torch.Tensor, before: Assignments | None
+    ) -> list[torch.Tensor]:
         """As `packed_lists.pack`."""
-        return packed_lists.pack(z, rows)
+        return packed_lists.pack(z, rows, before)
 
-    def unpack(self, entries: torch.Tensor, out: Assignments) -> None:
+    def unpack(self, packed: torch.Tensor, out: Assignments, before: Assignments | None) -> None:
         """As `packed_lists.unpack`."""
-        packed_lists.unpack(entries, out)
+        packed_lists.unpack(packed, out, before)
 
     def _edges(self, n_classes: int) -> list[tuple[slice, Affinity]]:
         """Blocks of nodes with their rows of A, cut once: sweeps would spend a third on it."""
