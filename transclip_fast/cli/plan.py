@@ -33,9 +33,10 @@ CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, n
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 TABLE_ROW_BYTES = 90  # of predictions.parquet
 CHECKPOINT_ROW_BYTES = 40  # of a sparse state
-# Core-seconds of a row and step of 5 sweeps, operations a second of products, and the solves that
-# tell them, in bench/results: `bench.speed.stream` and `bench.speed.ranks`, on an Intel Xeon.
-STEP_ROW_SECONDS, OPERATIONS = 5e-6, 1.1e11
+# Core-seconds of a row and step of 5 sweeps, operations a second of products, how many times faster
+# another CPU was, and the solves that tell them, in bench/results: `bench.speed.stream` and
+# `bench.speed.ranks`, on an Intel Xeon and an AMD EPYC.
+STEP_ROW_SECONDS, OPERATIONS, FASTEST = 5e-6, 1.1e11, 2
 MEASURED_ROWS, MEASURED_CLASSES, MEASURED_DIM = (50_000, 1_000_000), (1000, 21_000), 512
 
 
@@ -67,7 +68,7 @@ class Plan:
     limit: int  # bytes that may be used
     stages: tuple[Stage, ...]
     traffic: Traffic | None  # of several ranks
-    core_seconds: float | None  # of solving; None where nothing like it was measured
+    core_seconds: tuple[float, float] | None  # of solving; None: nothing like it was measured
 
     @property
     def peak(self) -> int:
@@ -110,7 +111,8 @@ class Plan:
         """The time of computing, of all ranks."""
         if self.core_seconds is None:
             return "computing: not predicted, as no solve like it was measured"
-        return f"computing: about {self.core_seconds:,.0f} core-seconds with AVX512-VNNI"
+        fast, slow = self.core_seconds
+        return f"computing: about {fast:,.0f} to {slow:,.0f} core-seconds with AVX512-VNNI"
 
     def summary(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -308,8 +310,12 @@ def _stages(
 
 def core_seconds(
     size: Size, layout: Layout, parameters: Parameters, device: torch.device
-) -> float | None:
-    """The time that all cores spend in a solve; None unless one like it was measured."""
+) -> tuple[float, float] | None:
+    """
+    The time that all cores spend in a solve, of the CPUs that were measured the least and the most.
+
+    None unless a solve like it was measured.
+    """
     measured = (
         device.type == "cpu"
         and layout.candidates is not None
@@ -323,7 +329,8 @@ def core_seconds(
     if not measured:
         return None
     products = 2.0 * size.n_classes * size.dim / OPERATIONS
-    return size.n_rows * (parameters.max_iter + 2) * (products + STEP_ROW_SECONDS)
+    slow = size.n_rows * (parameters.max_iter + 2) * (products + STEP_ROW_SECONDS)
+    return slow / FASTEST, slow
 
 
 def _search_products(n_rows: int, search: str) -> float:
