@@ -18,7 +18,7 @@ import numpy as np
 
 from transclip_fast.data.labels import UNKNOWN, label_positions
 from transclip_fast.data.names import first_difference
-from transclip_fast.encode.lists import check_any_there, read_path_list
+from transclip_fast.encode.lists import check_any_there, check_repeats, read_path_list
 from transclip_fast.encode.pixels import Box, suffixes
 from transclip_fast.encode.tars import Sample, is_tar, read_samples, takes_in_next
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
@@ -263,6 +263,7 @@ def _list(path: Path) -> Source:
     keys, paths, labels = read_path_list(path)
     files = [str(path.parent / name) for name in paths]
     check_any_there(path, paths, files)
+    check_repeats(path, files, labels)
     return Source("list", keys or paths, files, labels=labels, own_keys=keys is not None)
 
 
@@ -279,6 +280,7 @@ def _split(path: Path, split: str, root: str | Path | None) -> Source:
     files = [str(below(folder, key, path)) for key in keys]
     check_any_there(path, keys, files)
     labels = [int(entry[1]) for entry in lists[split]]
+    check_repeats(path, files, labels)
     return Source("split", [printable(key) for key in keys], files, None, labels, names)
 
 

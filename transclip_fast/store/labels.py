@@ -14,7 +14,7 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import SUFFIXES, read_array
 from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
 from transclip_fast.store.names import as_names
-from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
+from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, not_read, read_columns
 
 TEXT_SUFFIX = ".txt"
 
@@ -82,7 +82,7 @@ def read_labels(
             n_rows = len(labels if keys is None else keys)
         labels = _placed(path, columns, labels, keys, n_rows)
     elif others:
-        shown = f"labels go to the rows in their order; not read: {', '.join(others)}"
+        shown = f"labels go to the rows in their order; {not_read(others)}"
         warnings.warn(f"{path}: {shown}", stacklevel=2)
     return as_array(labels, str(path))
 

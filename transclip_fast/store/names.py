@@ -16,7 +16,7 @@ from transclip_fast.data.synsets import SYNSET, imagenet_synsets
 from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import read_array
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
+from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, not_read, read_columns
 
 IMAGENET = "imagenet"  # stands for its 1000 classes
 TEXT_SUFFIXES = (".txt", ".names", ".lst")
@@ -185,8 +185,7 @@ def _of_entries(path: Path, entries: Sequence[Any]) -> ClassNames:
 def _from_table(path: Path) -> ClassNames:
     columns, others = read_columns(path, COLUMNS, "name")
     if others and "position" not in columns:
-        shown = ", ".join(name or "one without a name" for name in others)
-        message = f"{path}: classes are in the order of the lines; not read: {shown}"
+        message = f"{path}: classes are in the order of the lines; {not_read(others)}"
         warnings.warn(message, stacklevel=user_level())
     names = [name or "" for name in columns["name"]]
     synsets = columns.get("synset")

@@ -81,6 +81,11 @@ def find_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str
     return None
 
 
+def not_read(columns: Sequence[str]) -> str:
+    """Columns that are left out, in words."""
+    return f"not read: {', '.join(name or 'one without a name' for name in columns)}"
+
+
 def guarded(text: str) -> str:
     """A text as it is written into a cell; `unguarded` is its inverse."""
     return f"'{text}" if text.startswith(tuple(GUARDED)) else text
