@@ -214,3 +214,12 @@ def test_labels_of_odd_types(tmp_path):
     pq.write_table(pa.table({"label": [[1], [2, 3]]}), tmp_path / "y.parquet")
     with pytest.raises(InputError, match="holds neither numbers nor texts"):
         read_labels(tmp_path / "y.parquet", "labels")
+
+
+def test_predictions_are_no_known_labels(tmp_path):
+    """Their edits are in the names, and each of their rows would count as known."""
+    (tmp_path / "y.csv").write_text("key,label,label_name\na,1,cat\nb,0,dog\n")
+    message = "y.csv: has a column 'label_name', as predictions do: all its rows would count as kn"
+    with pytest.raises(InputError, match=message):
+        read_labels(tmp_path / "y.csv", "known_labels", ["a", "b"], 2)
+    assert read_labels(tmp_path / "y.csv", "labels", ["a", "b"], 2).tolist() == ["1", "0"]

@@ -391,7 +391,10 @@ def _known(labels: Any, n_rows: int, n_classes: int) -> torch.Tensor | None:
     if labels is None:
         return None
     known = as_labels(labels, "known_labels", rows=n_rows, n_classes=n_classes, lowest=-1).cpu()
-    return known if (known >= 0).any() else None
+    if (known >= 0).any():
+        return known
+    warnings.warn("known_labels: no row has one; they change nothing", stacklevel=user_level())
+    return None
 
 
 def _warn_of_order(

@@ -16,10 +16,8 @@ import numpy as np
 from transclip_fast.data.labels import WHOLE
 from transclip_fast.data.names import plain_name, positions, positions_by_name
 from transclip_fast.errors import InputError
-from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
+from transclip_fast.store.named_rows import COLUMNS, check_no_predictions, has_keys, rows_of_lines
 from transclip_fast.store.tables import LABEL, read_columns, unguarded
-
-OF_PREDICTIONS = "label_name"  # a column beside the label, which is a number there
 
 
 def label_texts(
@@ -62,11 +60,7 @@ def read_corrections(
     """
     path = Path(path)
     columns, others = read_columns(path, {**COLUMNS, "label": LABEL}, "label", exact=True)
-    if OF_PREDICTIONS in others:
-        raise InputError(
-            f"{path}: has a column {OF_PREDICTIONS!r}, as predictions do: all its rows would count "
-            "as corrected; keep those that are, with a key and the name of the class as label"
-        )
+    check_no_predictions(path, others, "corrected")
     texts = {
         name: ["" if cell is None else unguarded(str(cell)) for cell in cells]
         for name, cells in columns.items()

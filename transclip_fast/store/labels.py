@@ -12,7 +12,7 @@ import numpy as np
 from transclip_fast.data.labels import WHOLE, label_positions
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import SUFFIXES, read_array
-from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
+from transclip_fast.store.named_rows import COLUMNS, check_no_predictions, has_keys, rows_of_lines
 from transclip_fast.store.names import as_names
 from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, not_read, read_columns
 
@@ -57,7 +57,8 @@ def read_labels(
     ------
     InputError
         A file that cannot be read or has no labels; keys that are no row's or several rows', or
-        rows that have none; numbers of no row, or twice; two labels of one key.
+        rows that have none; numbers of no row, or twice; two labels of one key; predictions as
+        known labels.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -74,6 +75,8 @@ def read_labels(
         raise InputError(f"{path}: labels are read from {kinds}")
     wanted = {**COLUMNS, "label": LABEL}
     columns, others = read_columns(path, wanted, "label", n_rows=n_rows or 0)
+    if name == "known_labels":
+        check_no_predictions(path, others, "known")
     labels = columns.pop("label")
     if not has_keys(columns.get("key")):
         columns.pop("key", None)
