@@ -144,3 +144,15 @@ def test_every_row_has_a_key_of_its_own(keys, message, photos):
 def test_a_column_without_a_name_is_named(photos):
     with pytest.warns(UserWarning, match="not read: one without a name, x$"):
         listed(photos, "path,,x\na.png,1,2\n")
+
+
+def test_numbers_that_may_be_names_of_classes(photos):
+    pq.write_table(pa.table({"path": ["a.png", "b c.png"], "label": [1, 0]}), photos / "l.parquet")
+    with pytest.warns(UserWarning, match="labels: 1 is taken as a position, of class '2'"):
+        assert resolve_labels(open_source(photos / "l.parquet"), ["1", "2"]).tolist() == [1, 0]
+
+
+def test_numbers_of_a_split_are_positions(photos, recwarn):
+    split = '{"test": [["a.png", 1, "2"], ["b c.png", 0, "1"]]}'
+    assert resolve_labels(listed(photos, split, "split.json"), ["1", "2"]).tolist() == [1, 0]
+    assert not recwarn.list

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from transclip_fast.data.labels import UNKNOWN, label_positions
+from transclip_fast.data.labels import UNKNOWN, label_positions, number_doubt
 from transclip_fast.data.names import first_difference
 from transclip_fast.encode.lists import check_any_there, check_repeats, read_path_list
 from transclip_fast.encode.pixels import Box, suffixes
@@ -222,6 +222,9 @@ def resolve_labels(
     if own is not None and first_difference(own, names) is not None:
         # Positions among its own names.
         labels = [own[label] if isinstance(label, int) else label for label in labels]
+    numbers = {label for label in labels if isinstance(label, int | float)} if own is None else ()
+    if doubt := number_doubt(numbers, names):
+        warnings.warn(f"labels: {doubt}", stacklevel=1)  # from one place, so that it is shown once
     try:
         found = label_positions(labels, names, source.keys.__getitem__, synsets)
     except InputError as error:

@@ -42,7 +42,7 @@ from transclip_fast.store.feature_shards import (
 )
 from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
 from transclip_fast.store.json_text import value_of
-from transclip_fast.store.labels import as_array, as_positions, read_labels
+from transclip_fast.store.labels import as_array, as_positions, read_labels, warn_of_numbers
 from transclip_fast.store.names import as_names, read_names
 
 ARRAYS = (
@@ -211,6 +211,9 @@ def load_features(
         )
     for name, file in files.items():
         _replace(features, name, file)
+    for name in LABELS:
+        if name in (files if os.path.isdir(path) else arrays):  # those of a folder are positions
+            warn_of_numbers(arrays[name], features.class_names, origins[name])
     if (texts := features.get("text_features")) is not None:
         arrays["text_features"] = templates_first(texts, _listed_classes(features))
     if isinstance(prior := features.get("prior"), ListedPrior):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from transclip_fast.data.labels import WHOLE, label_positions
-from transclip_fast.errors import InputError, reading
+from transclip_fast.data.labels import WHOLE, label_positions, number_doubt
+from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import SUFFIXES, read_array
 from transclip_fast.store.named_rows import COLUMNS, check_no_predictions, has_keys, rows_of_lines
 from transclip_fast.store.names import as_names
@@ -95,6 +95,14 @@ def as_positions(array: Any, names: Sequence[str] | None, name: str) -> Any:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "US":
         return array
     return label_positions(as_names(array, name), names, lambda row: f"{name}: row {row}")
+
+
+def warn_of_numbers(array: Any, names: Sequence[str] | None, name: str) -> None:
+    """Warn of a number among labels that is the position of a class and the name of another."""
+    numbers = np.asarray(array if names else [])
+    if numbers.ndim == 1 and numbers.dtype.kind in "iuf":
+        if doubt := number_doubt(np.unique(numbers).tolist(), names):
+            warnings.warn(f"{name}: {doubt}", stacklevel=user_level())
 
 
 def as_array(labels: Sequence[Any] | np.ndarray, origin: str) -> np.ndarray:
