@@ -93,7 +93,9 @@ def test_a_number_that_is_no_name_among_names_that_are(tmp_path, recwarn):
     assert read_corrections(file, ["a"], ["8", "9", "cat"], 1) == {0: 2}
     assert read_corrections(file, ["a"], ["0", "1", "2"], 1) == {0: 2}
     assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"c\.csv: '2' is taken as class '7', at position 2: a name"):
+    with pytest.warns(
+        UserWarning, match=r"c\.csv: '2' is taken as class '7', at position 2: a name"
+    ):
         assert read_corrections(file, ["a"], ["8", "9", "7"], 1) == {0: 2}
 
 
