@@ -68,7 +68,7 @@ def test_masked_values_are_refused(rows):
     masked = np.ma.array(rows, mask=np.zeros(rows.shape, bool))
     np.testing.assert_array_equal(as_matrix(masked, "X").numpy(), rows)
     masked[1, 2:4] = np.ma.masked
-    message = "X: has masked values (2); leave out their rows, or fill them by filled()"
+    message = "X: has masked values (2); leave out their rows, or fill them"
     for values in (masked, [*masked]):
         assert_error(lambda values=values: as_unit_rows(values, "X"), message)
 

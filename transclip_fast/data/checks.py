@@ -223,7 +223,7 @@ def check_unmasked(array: Any, name: str) -> None:
     parts = array if isinstance(array, list | tuple) else [array]
     if masked := sum(np.ma.count_masked(part) for part in parts if np.ma.is_masked(part)):
         raise InputError(
-            f"{name}: has masked values ({masked:,}); leave out their rows, or fill them by filled()"
+            f"{name}: has masked values ({masked:,}); leave out their rows, or fill them"
         )
 
 

@@ -100,9 +100,10 @@ def as_positions(array: Any, names: Sequence[str] | None, name: str) -> Any:
 def warn_of_numbers(array: Any, names: Sequence[str] | None, name: str) -> None:
     """Warn of a number among labels that is the position of a class and the name of another."""
     numbers = np.asarray(array if names else [])
-    if numbers.ndim == 1 and numbers.dtype.kind in "iuf":
-        if doubt := number_doubt(np.unique(numbers).tolist(), names):
-            warnings.warn(f"{name}: {doubt}", stacklevel=user_level())
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
+        return
+    if doubt := number_doubt(np.unique(numbers).tolist(), names):
+        warnings.warn(f"{name}: {doubt}", stacklevel=user_level())
 
 
 def as_array(labels: Sequence[Any] | np.ndarray, origin: str) -> np.ndarray:
