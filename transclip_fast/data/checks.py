@@ -221,7 +221,7 @@ def check_rows(matrix: Any, name: str, rows: int) -> None:
 def check_unmasked(array: Any, name: str) -> None:
     """Refuse masked values, which would count as the numbers below their mask."""
     parts = array if isinstance(array, list | tuple) else [array]
-    if masked := sum(np.ma.count_masked(part) for part in parts if np.ma.is_masked(part)):
+    if masked := sum(np.ma.getmaskarray(x).sum() for x in parts if np.ma.is_masked(x)):
         raise InputError(
             f"{name}: has masked values ({masked:,}); leave out their rows, or fill them"
         )
