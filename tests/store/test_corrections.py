@@ -108,6 +108,7 @@ def test_a_number_that_is_no_name_among_names_that_are(tmp_path, recwarn):
         ([("+1", "-1")], ("key", "label"), "'-1' is none of the classes"),
         ([("+1", "cat"), ("+1", "dog")], ("key", "label"), "corrects row 4 twice"),
         ([("+1", "")], ("key", "label"), "corrects nothing"),
+        ([], ("key", "label"), "corrects nothing"),
         ([("+1", "cat")], ("key", "name"), "has no column 'label'"),
         ([("+1", "cat")], ("name", "label"), "has no column 'key'"),
         ([("0", "cat")], ("path", "label"), "'0' is the key of no row"),

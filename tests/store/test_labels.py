@@ -44,6 +44,7 @@ def test_text_files(file, content, tmp_path):
     ("content", "unread"),
     [
         ("Labels,note\n2,a\n0,b\n,c\n1,d\n0,\n", "note"),
+        (",label\n0,2\n1,0\n2,\n3,1\n4,0\n", "one without a name"),
         ("id, label\n5, dog\n6, cat\n7, \n8, café\n9, cat\n", "id"),
     ],
 )
