@@ -66,8 +66,10 @@ class Ranks:
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
 
     def cores(self) -> int:
-        """This rank's share of the machine's cores, at most `MAX_WORKERS`."""
-        return min(max((os.cpu_count() or 1) // self.on_this_machine, 1), MAX_WORKERS)
+        """This rank's share of the cores that its processes may use, at most `MAX_WORKERS`."""
+        # A container or a job may have few of the machine's, which `cpu_count` all counts.
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        return min(max((allowed or os.cpu_count() or 1) // self.on_this_machine, 1), MAX_WORKERS)
 
     def broadcast(self, value: Any) -> Any:
         """The first rank's value, on every rank: plain JSON, so no rank can run code in another."""

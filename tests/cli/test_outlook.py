@@ -40,6 +40,18 @@ def test_plan_tells_how_many_classes_are_in_use(few, succeeds):
     )
 
 
+@pytest.mark.parametrize(("value", "found"), [(np.nan, "contains NaN"), (0, "is all zero")])
+@pytest.mark.parametrize("command", ["plan", "solve"])
+def test_rows_that_cannot_be_used_are_named_first(
+    command, value, found, arrays, save, cli, tmp_path
+):
+    arrays["image_features"][7] = value
+    out = ("--out", tmp_path / "result") if command == "solve" else ()
+    ran = cli(command, file := save(arrays), *out)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith(f"error: {file}: image_features: row 7 {found}; remove or recompute")
+
+
 def test_soft_text_is_sharpened(few, save, problem, succeeds, tmp_path):
     """Logits divided by eight spread over most classes; `plan` and `solve` count the same few."""
     features, text, labels = problem(n=600, k=20)

@@ -64,6 +64,15 @@ def test_ragged_lists():
     assert_error(lambda: as_matrix([[1, 2], [3]], "X"), "rows of different lengths")
 
 
+def test_masked_values_are_refused(rows):
+    masked = np.ma.array(rows, mask=np.zeros(rows.shape, bool))
+    np.testing.assert_array_equal(as_matrix(masked, "X").numpy(), rows)
+    masked[1, 2:4] = np.ma.masked
+    message = "X: has masked values (2); leave out their rows, or fill them"
+    for values in (masked, [*masked]):
+        assert_error(lambda values=values: as_unit_rows(values, "X"), message)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4", "longdouble"])
 @pytest.mark.parametrize(
     ("value", "word"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")]
@@ -186,7 +195,9 @@ def test_labels(labels):
         ([0, 0.5, 1], ["row 1", "whole numbers"]),
         ([0, 1, np.nan], ["row 2", "whole numbers"]),
         ([0, np.inf, 1], ["row 1"]),
-        (["a", "b", "c"], ["expected numbers"]),
+        (["a", "b", "c"], ["expected numbers", "; give labels as positions in the list of cl"]),
+        (np.ma.array([0, 3, 2], mask=[0, 0, 1]), ["has masked values (1); leave out their rows"]),
+        ([0, np.ma.masked, 2], ["has masked values (1)"]),
         (np.eye(5)[[0, 3, 2]], ["one-hot of 5 classes, there are 4"]),
         (np.eye(3)[[0, 1, 2]], ["one-hot of 3 classes, there are 4"]),
         ([True, False, True], ["a mask of true and false"]),

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from transclip_fast.data.labels import label_positions
+from transclip_fast.data.labels import label_positions, number_doubt
 from transclip_fast.errors import InputError
 
 
@@ -82,3 +82,21 @@ def test_a_synset_goes_to_its_name():
     names = ["goldfish", "Tench", "construction crane", "crane bird"]
     labels = ["n01440764", "n01443537", "n02012849", "n03126707"]
     assert found(labels, names) == [1, 0, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "doubtful"),
+    [
+        ([0, 2], ["1", "2", "3"], True),
+        ([0.0, float("nan"), 2.0], ["1", "2", "3"], True),
+        ([0, 2], ["0", "1", "2"], False),
+        ([0, 1], ["cat", "dog"], False),
+        ([0, 1], ["cat", "7"], False),
+        ([0, 3], ["1", "2", "3"], False),  # and refused, as there is no position 3
+        ([0, 2], None, False),
+    ],
+)
+def test_numbers_that_may_be_names(labels, names, doubtful):
+    doubt = number_doubt(labels, names)
+    assert (doubt is not None) == doubtful
+    assert doubt is None or doubt.startswith("2 is taken as a position, of class '3', and not as")

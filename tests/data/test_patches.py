@@ -97,3 +97,10 @@ def test_patches_that_cannot_be_used_are_named(value, parts):
     for read in (lambda: found[10:], lambda: found.take(np.array([3, 17]))[:]):
         with pytest.raises(InputError, match="local_features: row 17 has a patch that is zero or"):
             read()
+
+
+def test_masked_patches_are_refused(parts):
+    rows, patches = parts
+    masked = np.ma.masked_equal(patches, patches[3, 1, 2])
+    with pytest.raises(InputError, match=r"local_features: has masked values \(1\)"):
+        PatchedRows(rows, masked, "local_features")

@@ -90,3 +90,69 @@ def test_lists_that_lead_nowhere(name, text, message, photos):
 
 def test_single_files_that_are_missing_fail_later(photos):
     assert len(listed(photos, "none.png\nb c.png\n", "list.txt")) == 2
+
+
+@pytest.mark.parametrize("again", ["a.png", "./a.png", ".//a.png", "x/../a.png", "{folder}/a.png"])
+@pytest.mark.parametrize("labels", [("cat", "dog"), ("cat", ""), ("0", "1")])
+def test_an_image_with_two_labels_is_refused(again, labels, photos):
+    (photos / "x").mkdir()
+    again = again.format(folder=photos)
+    text = f"path,label\na.png,{labels[0]}\nb c.png,cat\n{again},{labels[1]}\n"
+    message = rf"list.csv: rows 0 and 2 are one image, .*a.png, .* '{labels[0]}' and '{labels[1]}'"
+    with pytest.raises(InputError, match=message):
+        listed(photos, text)
+
+
+def test_images_that_are_there_again_are_counted(photos):
+    message = r"list.csv: 2 of 4 rows are images of earlier rows, first row 2 \(.*a.png, as row 0\)"
+    with pytest.warns(UserWarning, match=message):
+        source = listed(photos, "path,label\na.png,cat\nb c.png,dog\n./a.png,Cat\nb c.png,dog\n")
+    assert source.keys == ["a.png", "b c.png", "./a.png", "b c.png"]
+    with pytest.warns(UserWarning, match=r"list.txt: 1 of 2 rows are images of earlier rows"):
+        assert len(listed(photos, "a.png\na.png\n", "list.txt")) == 2
+
+
+def test_a_path_through_a_link_is_not_taken_for_another(photos):
+    (photos / "far" / "in").mkdir(parents=True)
+    (photos / "far" / "a.png").write_bytes(b"another")
+    (photos / "link").symlink_to(photos / "far" / "in")
+    source = listed(photos, "path,label\na.png,0\nlink/../a.png,1\n")
+    assert source.read(1) == b"another"
+
+
+def test_a_split_gives_an_image_one_label(photos):
+    entries = '["a.png", 0, "cat"], ["b c.png", 1, "dog"], ["./a.png", 1, "dog"]'
+    with pytest.raises(InputError, match=r"split.json: rows 0 and 2 are one image"):
+        listed(photos, f'{{"test": [{entries}]}}', "split.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["x", "x"], "rows 0 and 1 have the key 'x'; give each row its own"),
+        (["x", ""], "row 1 has no key; give each row one, or drop the column"),
+        ([None, "x"], "row 0 has no key"),
+        ([1.0, float("nan")], "row 1 has no key"),
+    ],
+)
+def test_every_row_has_a_key_of_its_own(keys, message, photos):
+    pq.write_table(pa.table({"path": ["a.png", "b c.png"], "key": keys}), photos / "l.parquet")
+    with pytest.raises(InputError, match=f"l.parquet: {message}"):
+        open_source(photos / "l.parquet")
+
+
+def test_a_column_without_a_name_is_named(photos):
+    with pytest.warns(UserWarning, match="not read: one without a name, x$"):
+        listed(photos, "path,,x\na.png,1,2\n")
+
+
+def test_numbers_that_may_be_names_of_classes(photos):
+    pq.write_table(pa.table({"path": ["a.png", "b c.png"], "label": [1, 0]}), photos / "l.parquet")
+    with pytest.warns(UserWarning, match="labels: 1 is taken as a position, of class '2'"):
+        assert resolve_labels(open_source(photos / "l.parquet"), ["1", "2"]).tolist() == [1, 0]
+
+
+def test_numbers_of_a_split_are_positions(photos, recwarn):
+    split = '{"test": [["a.png", 1, "2"], ["b c.png", 0, "1"]]}'
+    assert resolve_labels(listed(photos, split, "split.json"), ["1", "2"]).tolist() == [1, 0]
+    assert not recwarn.list

@@ -279,12 +279,16 @@ def test_each_rank_has_its_gpu(monkeypatch):
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(24)})
     assert ALONE.cores() == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert Ranks(5, 16).cores() == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
     assert Ranks(5, 99).cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert Ranks(5, 99).cores() == 1
+    assert ALONE.cores() == 16
 
 
 def test_throughputs_add_up():

@@ -294,6 +294,27 @@ def test_labels_of_the_others_stay_where_they_are(tmp_path):
     assert resolve_labels(source, ["cat", "dog"])[[1, 3]].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("./0.jpg", "0.jpg"), ("a//0.jpg", "a/0.jpg"), ("a/0.jpg", "a/./0.jpg"), ("/0.jpg", "0.jpg")],
+)
+def test_two_spellings_of_one_path_are_one_file(first, second, tar):
+    content = member(first, b"1") + member(second, b"2") + member("b.jpg", b"3") + END
+    key = f"a.tar/{first.removesuffix('.jpg')}"
+    assert open_source(tar(content)).keys == [key, "a.tar/b"]
+    assert refusals(tar(content)) == {
+        key: f"{second} is in the tar twice, first as {first}; keep one"
+    }
+
+
+def test_a_sample_may_spell_its_files_differently(tar):
+    link = header("c.jpg", type=tarfile.LNKTYPE, linkname="a/./0.jpg")
+    content = member("a/0.jpg", b"1") + member("./a/0.cls", b"1") + member("./b.jpg", b"2") + link
+    source = open_source(tar(content + END))
+    assert source.keys == ["a.tar/a/0", "a.tar/./b", "a.tar/c"]
+    assert (source.labels, source.read(2)) == ([1, None, None], b"1")
+
+
 def test_dots_in_names(tmp_path):
     files = [("v1.0.jpg", b"1"), ("v1.0.cls", b"0"), ("v2.0.JPG", b"2"), ("v2.cls", b"1")]
     write_tar(tmp_path / "a.tar", [*files, ("a/in.put.jpg", b"3"), ("a/in.put.txt", b"1")])

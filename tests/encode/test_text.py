@@ -75,6 +75,54 @@ def test_bad_templates(tmp_path, name, content, message):
     assert str(file) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("lambda c: f'a photo of a {c}.'", "is code"),
+        ("lambda c: f'a photo of a {c}.',", "is code"),
+        ("f'a photo of a {c}.'", "is code"),
+        ("['a photo of a {}.', 'a {}.']", "is code"),
+        ("templates = [lambda c: f'a {c}.']", "is code"),
+        ("'a photo of a {}.',", "has a mark of lists or tables"),
+        ("a photo of a {}.,", "has a mark of lists or tables"),
+        ("- a photo of a {}.", "has a mark of lists or tables"),
+        ('"a photo of a {}."', "is in quotes"),
+        ("# of {}", "begins as a comment does ('# of {}') and is a template; take it out if it"),
+        ("# general", "begins as a comment does ('# general') and is a template"),
+        ("a {} in {place}", "has other braces than {} and {c} ('a {} in {place}'), which go into"),
+        ("a \t{}", "has characters that do not show, or a tab"),
+    ],
+)
+def test_what_is_no_template_is_refused(line, message, tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text(f"the {{}}.\n\n{line}\n")
+    with pytest.raises(InputError) as error:
+        templates(str(file))
+    assert str(error.value).startswith(f"{file}: line 3 {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_numbered_templates_are_refused(tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("1. a photo of a {}.\n2. a {}.\n")
+    with pytest.raises(InputError, match="each line begins with another number"):
+        templates(str(file))
+
+
+def test_templates_that_are_not_odd(tmp_path):
+    file = tmp_path / "t.txt"
+    lines = ["{}", "3D {c}!", "{}: a kind of bird", "(a {})", "full-size {}", "a 'real' {}"]
+    file.write_text("\n".join(lines))
+    assert templates(str(file))("cat") == [
+        "cat",
+        "3D cat!",
+        "cat: a kind of bird",
+        "(a cat)",
+        "full-size cat",
+        "a 'real' cat",
+    ]
+
+
 def test_prompts_go_to_the_same_name(tmp_path):
     file = tmp_path / "cupl.json"
     decomposed = unicodedata.normalize("NFD", "Crème_Brûlée")

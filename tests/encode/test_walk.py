@@ -131,3 +131,12 @@ def test_a_folder_that_is_called_like_a_tar_is_a_folder(images):
     folder = images(2)
     (folder / "dog").rename(folder / "x.tar")
     assert open_source(folder).keys == ["cat/000.png", "x.tar/001.png"]
+
+
+def test_what_is_written_into_the_folder_holds_no_images(images, backbone):
+    folder = images(3)
+    written = encode(folder, backbone, folder / "out")
+    with left_out(folder, "5 files are no images that can be read here: .npy 2, .csv 1, .json 1, "
+                  ".parquet 1"):  # fmt: skip
+        again = encode(folder, backbone, folder / "out")
+    assert (again.n_rows, again.n_kept, written.n_rows) == (3, 3, 3)

@@ -67,3 +67,8 @@ def test_lists_may_be_tensors():
 def test_what_is_cut_off_may_be_wrong():
     wrong_tail = graph(neighbors=np.array([[1, 9], [0, 3], [3, -1], [2, 0]]))
     wrong_tail.check(4, 1)
+
+
+def test_masked_lists_are_refused():
+    with pytest.raises(InputError, match=r"similarities: has masked values \(1\)"):
+        graph(similarities=np.ma.masked_equal(graph().similarities, np.float32(0.1)))

@@ -288,6 +288,17 @@ def test_a_target_is_refused_before_the_solve(target, message, made, tmp_path, m
     assert {path: path.stat().st_mtime_ns for path in made.folder.rglob("*")} == before
 
 
+def test_a_target_in_the_folder_of_images_is_refused(made, monkeypatch, capsys):
+    """The next encode would find each image there a second time."""
+    path = metadata_of(made.folder / "features", [0])[0][0]
+    images = Path(path.removesuffix(made.keys[0]))
+    words = "solve", made.folder / "features", "--out", made.folder / "again"
+    code, out, err = command(monkeypatch, capsys, *words, "--sort-into", images / "a" / "sorted")
+    assert (code, out) == (2, "")
+    assert f"sorted: is in {images}; name a folder outside of it" in err
+    assert not (images / "a").exists()
+
+
 def test_features_without_paths_are_refused(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "f.npz", image_features=np.eye(3), text_features=np.eye(3))
     words = "solve", tmp_path / "f.npz", "--out", tmp_path / "r", "--sort-into", tmp_path / "s"

@@ -53,7 +53,8 @@ def test_hostile_keys_and_labels_are_read_back(tmp_path):
 def test_written_by_hand(tmp_path):
     """Spaces, case, positions and texts without a guard."""
     (tmp_path / "c.csv").write_text("Key, Label\n-2, Dog\n'tis,4\n@x, \n=cmd(),=sum\n")
-    found = read_corrections(tmp_path / "c.csv", HOSTILE, NAMES, len(HOSTILE))
+    with pytest.warns(UserWarning, match=r"'4' is taken as class '7', at position 4"):
+        found = read_corrections(tmp_path / "c.csv", HOSTILE, NAMES, len(HOSTILE))
     assert found == {5: 1, 14: 4, 0: 3}
 
 
@@ -82,7 +83,20 @@ def test_texts_of_classes_with_one_name(tmp_path):
     assert label_texts(None, 3) == ["0", "1", "2"]
     assert label_texts([" ", "long name", "1"], 3, 5) == ["0", None, "1"]
     file = write(tmp_path / "c.csv", [("a", "2"), ("b", "0"), ("c", "kite")])
-    assert read_corrections(file, ["a", "b", "c"], names, 3) == {0: 2, 1: 3, 2: 1}
+    message = r"'0' is taken as class '0', at position 3: a name counts before .* \(1 such labels\)"
+    with pytest.warns(UserWarning, match=message):
+        assert read_corrections(file, ["a", "b", "c"], names, 3) == {0: 2, 1: 3, 2: 1}
+
+
+def test_a_number_that_is_no_name_among_names_that_are(tmp_path, recwarn):
+    file = write(tmp_path / "c.csv", [("a", "2")])
+    assert read_corrections(file, ["a"], ["8", "9", "cat"], 1) == {0: 2}
+    assert read_corrections(file, ["a"], ["0", "1", "2"], 1) == {0: 2}
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match=r"c\.csv: '2' is taken as class '7', at position 2: a name"
+    ):
+        assert read_corrections(file, ["a"], ["8", "9", "7"], 1) == {0: 2}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +108,7 @@ def test_texts_of_classes_with_one_name(tmp_path):
         ([("+1", "-1")], ("key", "label"), "'-1' is none of the classes"),
         ([("+1", "cat"), ("+1", "dog")], ("key", "label"), "corrects row 4 twice"),
         ([("+1", "")], ("key", "label"), "corrects nothing"),
+        ([], ("key", "label"), "corrects nothing"),
         ([("+1", "cat")], ("key", "name"), "has no column 'label'"),
         ([("+1", "cat")], ("name", "label"), "has no column 'key'"),
         ([("0", "cat")], ("path", "label"), "'0' is the key of no row"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +80,13 @@ def test_labels_of_some_rows(folder, column):
     for number, rows in enumerate(ROWS):
         metadata(folder, number, **{column: pa.array([None] + [1] * (rows - 1), pa.int64())})
         expected += [np.nan] + [1] * (rows - 1)
+    np.testing.assert_array_equal(load_features(folder).get("labels"), expected)
+
+
+def test_labels_that_are_decimals(folder):
+    for number, rows in enumerate(ROWS):
+        metadata(folder, number, label=[Decimal("2.0")] + [None] * (rows - 1))
+    expected = np.concatenate([[2] + [np.nan] * (rows - 1) for rows in ROWS])
     np.testing.assert_array_equal(load_features(folder).get("labels"), expected)
 
 

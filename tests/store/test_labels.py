@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from transclip_fast.errors import InputError
+from transclip_fast.store.features import load_features
 from transclip_fast.store.labels import as_positions, read_labels
 
 NAMES = ["cat", "café", "dog"]
@@ -42,6 +44,7 @@ def test_text_files(file, content, tmp_path):
     ("content", "unread"),
     [
         ("Labels,note\n2,a\n0,b\n,c\n1,d\n0,\n", "note"),
+        (",label\n0,2\n1,0\n2,\n3,1\n4,0\n", "one without a name"),
         ("id, label\n5, dog\n6, cat\n7, \n8, café\n9, cat\n", "id"),
     ],
 )
@@ -210,7 +213,40 @@ def test_bad_files(file, content, message, tmp_path):
     assert str(error.value).startswith(f"{tmp_path / file}: ")
 
 
+def test_numbers_that_may_be_names_of_classes(tmp_path):
+    rows = {"image_features": np.eye(2, 4), "text_features": np.eye(2, 4)}
+    np.savez(tmp_path / "x.npz", **rows, labels=[1, 0], class_names=["1", "2"])
+    with pytest.warns(UserWarning, match=r"x.npz: labels: 1 is taken as a position, of class '2'"):
+        assert load_features(tmp_path / "x.npz").get("labels").tolist() == [1, 0]
+    np.savez(tmp_path / "x.npz", **rows, class_names=["1", "2"])
+    np.save(tmp_path / "y.npy", [1, -1])
+    with pytest.warns(UserWarning, match=r"y.npy: 1 is taken as a position, of class '2'"):
+        load_features(tmp_path / "x.npz", {"known_labels": tmp_path / "y.npy"})
+
+
+def test_decimals_are_numbers(tmp_path):
+    """As some databases write them: whole ones exactly."""
+    labels = [Decimal("2.00"), None, Decimal("1")]
+    large = Decimal(2**60 + 1)
+    pq.write_table(pa.table({"label": labels}), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet") == [2, -1, 1]
+    table = {"label": labels, "key": [large, large - 1, large + 1]}
+    pq.write_table(pa.table(table), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet", [str(2**60 + k) for k in range(3)]) == [-1, 2, 1]
+    pq.write_table(pa.table({"label": [Decimal("0.5")]}), tmp_path / "y.parquet")
+    assert read(tmp_path / "y.parquet") == [0.5]  # and refused as a float is
+
+
 def test_labels_of_odd_types(tmp_path):
     pq.write_table(pa.table({"label": [[1], [2, 3]]}), tmp_path / "y.parquet")
     with pytest.raises(InputError, match="holds neither numbers nor texts"):
         read_labels(tmp_path / "y.parquet", "labels")
+
+
+def test_predictions_are_no_known_labels(tmp_path):
+    """Their edits are in the names, and each of their rows would count as known."""
+    (tmp_path / "y.csv").write_text("key,label,label_name\na,1,cat\nb,0,dog\n")
+    message = "y.csv: has a column 'label_name', as predictions do: all its rows would count as kn"
+    with pytest.raises(InputError, match=message):
+        read_labels(tmp_path / "y.csv", "known_labels", ["a", "b"], 2)
+    assert read_labels(tmp_path / "y.csv", "labels", ["a", "b"], 2).tolist() == ["1", "0"]

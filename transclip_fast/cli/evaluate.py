@@ -16,7 +16,7 @@ from transclip_fast.data.names import class_name
 from transclip_fast.errors import InputError
 from transclip_fast.metrics import Evaluation, evaluate
 from transclip_fast.store.json_text import value_of
-from transclip_fast.store.labels import as_positions, read_labels
+from transclip_fast.store.labels import as_positions, read_labels, warn_of_numbers
 from transclip_fast.store.results import Result, load_result
 
 SHOWN_ROWS = 5  # of each table
@@ -100,6 +100,7 @@ def _given_labels(result: Result, file: str) -> np.ndarray:
     table, run = result.predictions, result.run
     keys = table.column("key").to_pylist() if "key" in table.column_names else None
     labels = read_labels(file, "labels", keys, table.num_rows)
+    warn_of_numbers(labels, run["class_names"], file)
     given = as_positions(labels, run["class_names"], file)
     truth = as_labels(given, file, rows=table.num_rows, n_classes=run["n_classes"], lowest=-1)
     if (truth < 0).all():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from transclip_fast.cli.session import counted
-from transclip_fast.data.checks import unit_sample
+from transclip_fast.data.checks import unit_divisors, unit_sample
 from transclip_fast.data.feature_rows import evenly_spaced_rows
 from transclip_fast.data.names import class_name
 from transclip_fast.graph.exact import nearest
@@ -29,10 +29,16 @@ NAMED = 3  # classes of a line
 
 
 def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
-    """K_eff and the rare classes by the prior of some rows, as JSON."""
+    """
+    K_eff and the rare classes by the prior of some rows, as JSON.
+
+    InputError if one of these rows cannot be used.
+    """
     n_classes = problem.prior.n_classes
     widest = max(n_classes, problem.features.shape[1])
     log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // widest))
+    if log_prior.isnan().any():
+        unit_divisors(problem.features, "X")  # names the first row that is not finite, or zero
     power = _sharpness(problem, log_prior, parameters.n_neighbors)
     shares = torch.softmax(power * log_prior.double(), 1).mean(0)
     effective = effective_classes(shares)

@@ -30,7 +30,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import HEADS
 from transclip_fast.ranks import Ranks, current_ranks, joined
-from transclip_fast.report.sorting import check_paths, check_target
+from transclip_fast.report.sorting import check_paths, check_target, walked_folders
 from transclip_fast.store.corrections import corrected, read_corrections
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import load_graph
@@ -119,7 +119,7 @@ def command(
     """
     if sort_into is not None:
         check_paths(path)
-        check_target(sort_into, [path, out])
+        check_target(sort_into, [path, out, *walked_folders(path)])
     with joined(together=True) as ranks:
         run = _solve(path, out, head, ranks, quiet=as_json, **values)
     if not ranks.leads:

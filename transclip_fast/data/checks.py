@@ -18,6 +18,10 @@ ROWS_PER_CHECK = 4096
 ALIGNMENT = 64  # bytes
 
 
+# What follows where labels are no numbers.
+POSITIONS = "give labels as positions in the list of classes, whole numbers from 0"
+
+
 def check_number(name: str, value: object, minimum: int) -> None:
     """Raise InputError unless a parameter is a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
@@ -148,7 +152,7 @@ def as_labels(
         Wrong length, a mask, one-hot of another number of classes, not whole numbers, or outside
         lowest .. n_classes - 1.
     """
-    tensor = as_tensor(array, name)
+    tensor = as_tensor(array, name, POSITIONS)
     if tensor.ndim == 2 and len(tensor) == rows:
         width = tensor.shape[1]
         tensor = tensor[:, 0] if width == 1 else hot_columns(tensor, name)
@@ -214,17 +218,28 @@ def check_rows(matrix: Any, name: str, rows: int) -> None:
         raise InputError(f"{name}: has {len(matrix)} rows, expected {rows}, one per query")
 
 
-def as_tensor(array: Any, name: str) -> torch.Tensor:
-    """A tensor of numbers, without a copy if there is none to make."""
+def check_unmasked(array: Any, name: str) -> None:
+    """Refuse masked values, which would count as the numbers below their mask."""
+    parts = array if isinstance(array, list | tuple) else [array]
+    if masked := sum(np.ma.getmaskarray(x).sum() for x in parts if np.ma.is_masked(x)):
+        raise InputError(
+            f"{name}: has masked values ({masked:,}); leave out their rows, or fill them"
+        )
+
+
+def as_tensor(array: Any, name: str, remedy: str = "") -> torch.Tensor:
+    """A tensor of numbers, without a copy if there is none to make; `remedy` where they are not."""
     if isinstance(array, torch.Tensor):
         tensor = array.detach()
     else:
+        check_unmasked(array, name)
         try:
             values = np.asarray(array)
         except ValueError as error:
             raise InputError(f"{name}: expected an array, got rows of different lengths") from error
         if values.dtype.kind not in "fiub":
-            raise InputError(f"{name}: expected numbers, got an array of {values.dtype}")
+            found = f"{name}: expected numbers, got an array of {values.dtype}"
+            raise InputError(f"{found}; {remedy}" if remedy else found)
         odd = any(stride < 0 or stride % values.itemsize for stride in values.strides)
         if values.dtype.byteorder == ">" or odd:
             values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("=")))

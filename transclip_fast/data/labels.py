@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -58,6 +58,23 @@ def label_positions(
             raise _no_class(where(row), label, names)
         found[row] = position
     return found
+
+
+def number_doubt(labels: Iterable[Any], names: Sequence[str] | None) -> str | None:
+    """Which number among labels is a position, and another class's name; None if none is."""
+    called = {
+        int(match[1]): k
+        for k, name in enumerate(names or ())
+        if (match := WHOLE.fullmatch(plain_name(name)))
+    }
+    for number in labels:
+        if names and called.get(number, number) != number and number in range(len(names)):
+            return (
+                f"{int(number)} is taken as a position, of class {names[int(number)]!r}, and not "
+                "as the class of that name; if names are meant, give classes names that are no "
+                "numbers"
+            )
+    return None
 
 
 def _text_positions(

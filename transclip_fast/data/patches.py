@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.data.checks import UNIT_NORM_TOLERANCE
+from transclip_fast.data.checks import UNIT_NORM_TOLERANCE, check_unmasked
 from transclip_fast.errors import InputError
 
 
@@ -44,6 +44,7 @@ class PatchedRows:
             raise InputError(
                 f"{name}: expected ({n_rows}, L, {d}), the patches of {n_rows} rows, got {shape}"
             )
+        check_unmasked(patches, name)
         self.number = shape[1] // d if flat else shape[1]  # L
         self._rows, self._patches, self._name, self._ids = rows, patches, name, ids
 

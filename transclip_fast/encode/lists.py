@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transclip_fast.errors import InputError, reading
-from transclip_fast.store.tables import KEY, LABEL, PATH, read_columns
+from transclip_fast.data.names import plain_name
+from transclip_fast.errors import InputError, reading, user_level
+from transclip_fast.store.tables import KEY, LABEL, PATH, not_read, read_columns
 
 COLUMNS = {"path": PATH, "key": KEY, "label": LABEL}
 REMEDY = "a .txt has one path a line; labels go in a .csv with the columns path,label"
@@ -23,7 +24,8 @@ def read_path_list(path: Path) -> tuple[list[str] | None, list[str], list[Any] |
     Raises
     ------
     InputError
-        A file that cannot be read, no column of paths, or a row without a path.
+        A file that cannot be read, no column of paths, a row without a path, or with a key that is
+        empty or another row's.
     """
     if path.suffix.lower() == ".txt":
         with reading(path, "cannot be read as a list"):
@@ -32,13 +34,57 @@ def read_path_list(path: Path) -> tuple[list[str] | None, list[str], list[Any] |
         return None, paths, None
     columns, others = read_columns(path, COLUMNS, "path")
     if others and "label" not in columns:
-        warnings.warn(f"{path}: has no column 'label'; not read: {', '.join(others)}", stacklevel=4)
+        warnings.warn(f"{path}: has no column 'label'; {not_read(others)}", stacklevel=4)
     if None in columns["path"] or "" in columns["path"]:
         row = next(row for row, value in enumerate(columns["path"]) if not value)
         raise InputError(f"{path}: row {row} has no path")
     paths = [str(value) for value in columns["path"]]
-    keys = [str(value) for value in columns["key"]] if "key" in columns else None
+    keys = _keys(path, columns["key"]) if "key" in columns else None
     return keys, paths, columns.get("label")
+
+
+def _keys(path: Path, values: Sequence[Any]) -> list[str]:
+    """A column of keys as texts; InputError unless each row has one of its own."""
+    rows: dict[str, int] = {}
+    for row, value in enumerate(values):
+        key = "" if value is None or value != value else str(value)  # NaN
+        if not key.strip():
+            raise InputError(f"{path}: row {row} has no key; give each row one, or drop the column")
+        if rows.setdefault(key, row) != row:
+            raise InputError(
+                f"{path}: rows {rows[key]} and {row} have the key {key!r}; give each row its own"
+            )
+    return [*rows]
+
+
+def check_repeats(path: Path, files: Sequence[str], labels: Sequence[Any] | None) -> None:
+    """Warn of rows of a list with the file of an earlier one; InputError if labels differ."""
+    first: dict[str, int] = {}
+    repeats = []
+    for row, file in enumerate(files):
+        # A link in a path can make any ".." lead elsewhere.
+        plain = os.path.realpath(file) if ".." in file else os.path.abspath(file)
+        before = first.setdefault(plain, row)
+        if before == row:
+            continue
+        repeats.append((before, row))
+        of_both = (None, None) if labels is None else (labels[before], labels[row])
+        if _plain_label(of_both[0]) != _plain_label(of_both[1]):
+            raise InputError(
+                f"{path}: rows {before} and {row} are one image, {file}, with the labels "
+                f"{of_both[0]!r} and {of_both[1]!r}; keep the one that is right"
+            )
+    if repeats:
+        before, row = repeats[0]
+        warnings.warn(
+            f"{path}: {len(repeats):,} of {len(files):,} rows are images of earlier rows, first "
+            f"row {row} ({files[row]}, as row {before}), and count again; leave them out",
+            stacklevel=user_level(),
+        )
+
+
+def _plain_label(label: Any) -> str:
+    return "" if label is None or label != label else plain_name(str(label))  # NaN
 
 
 def check_any_there(path: Path, paths: Sequence[str], files: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from transclip_fast.data.labels import UNKNOWN, label_positions
+from transclip_fast.data.labels import UNKNOWN, label_positions, number_doubt
 from transclip_fast.data.names import first_difference
-from transclip_fast.encode.lists import check_any_there, read_path_list
+from transclip_fast.encode.lists import check_any_there, check_repeats, read_path_list
 from transclip_fast.encode.pixels import Box, suffixes
 from transclip_fast.encode.tars import Sample, is_tar, read_samples, takes_in_next
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
@@ -222,6 +222,9 @@ def resolve_labels(
     if own is not None and first_difference(own, names) is not None:
         # Positions among its own names.
         labels = [own[label] if isinstance(label, int) else label for label in labels]
+    numbers = {label for label in labels if isinstance(label, int | float)} if own is None else ()
+    if doubt := number_doubt(numbers, names):
+        warnings.warn(f"labels: {doubt}", stacklevel=1)  # from one place, so that it is shown once
     try:
         found = label_positions(labels, names, source.keys.__getitem__, synsets)
     except InputError as error:
@@ -263,6 +266,7 @@ def _list(path: Path) -> Source:
     keys, paths, labels = read_path_list(path)
     files = [str(path.parent / name) for name in paths]
     check_any_there(path, paths, files)
+    check_repeats(path, files, labels)
     return Source("list", keys or paths, files, labels=labels, own_keys=keys is not None)
 
 
@@ -279,6 +283,7 @@ def _split(path: Path, split: str, root: str | Path | None) -> Source:
     files = [str(below(folder, key, path)) for key in keys]
     check_any_there(path, keys, files)
     labels = [int(entry[1]) for entry in lists[split]]
+    check_repeats(path, files, labels)
     return Source("split", [printable(key) for key in keys], files, None, labels, names)
 
 

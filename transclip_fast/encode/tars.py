@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _File:
-    """A file in a tar: where it is, or why it cannot be read."""
+    """A file in a tar: its name as spelled there, where it is, or why it cannot be read."""
 
     name: str
     span: tuple[int, int] = (0, 0)  # offset and size
@@ -66,16 +67,18 @@ def read_samples(tar: Path, left_out: Counter[str]) -> list[Sample]:
     InputError
         The tar is damaged, cut, or goes on after its end.
     """
-    samples: dict[str, dict[str, _File]] = {}  # file by the rest of its name, by key
-    for file in _files(tar):
-        folder, _, name = file.name.rpartition("/")
-        stem, _, rest = name.partition(".")
+    samples: dict[str, dict[str, _File]] = {}  # file by the rest of its name, by plain path
+    keys: dict[str, str] = {}  # of samples, as their first files are spelled
+    for path, file in _files(tar).items():
+        stem, _, rest = posixpath.basename(path).partition(".")
         if stem and rest:
-            samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[rest] = file
+            sample = path.removesuffix(f".{rest}")
+            samples.setdefault(sample, {})[rest] = file
+            keys.setdefault(sample, file.name.removesuffix(f".{rest}"))
         else:
             left_out[NO_SUFFIX if stem else HIDDEN] += 1
     with open(tar, "rb") as content:
-        found = (_sample(key, files, content, left_out) for key, files in samples.items())
+        found = (_sample(keys[path], samples[path], content, left_out) for path in samples)
         return [sample for sample in found if sample is not None]
 
 
@@ -163,8 +166,13 @@ def _label(suffix: str, file: _File, content: io.BufferedReader) -> Any:
     return next((label for label in found if label is not None), None)
 
 
-def _files(tar: Path) -> list[_File]:
-    """The files of a tar, each name once."""
+def _plain_path(name: str) -> str:
+    """A name as it is compared: ./a//0.jpg and a/0.jpg are unpacked to one path."""
+    return posixpath.normpath(name.lstrip("/"))
+
+
+def _files(tar: Path) -> dict[str, _File]:
+    """The files of a tar by their plain paths."""
     files: dict[str, _File] = {}
     with reading(tar), open(tar, "rb") as content:
         for member in _members(tar):
@@ -177,15 +185,18 @@ def _files(tar: Path) -> list[_File]:
                     raise InputError(
                         f"{tar}: {name} claims a size that takes in the next file; pack it again"
                     )
-            if name in files:
-                file = _File(name, refusal=f"{name} is in the tar twice; keep one")
-            files[name] = file
-    return list(files.values())
+            path = _plain_path(name)
+            if path in files:
+                first = files[path].name
+                spelled = "" if first == name else f", first as {first}"
+                file = _File(first, refusal=f"{name} is in the tar twice{spelled}; keep one")
+            files[path] = file
+    return files
 
 
 def _file(member: tarfile.TarInfo, files: dict[str, _File]) -> _File:
     """The file of a member; that of a hard link is the one before it that it names."""
-    name, target = member.name, files.get(member.linkname)
+    name, target = member.name, files.get(_plain_path(member.linkname))
     if member.isreg() and not member.issparse():
         return _File(name, (member.offset_data, member.size))
     if member.islnk() and target is not None:

@@ -24,27 +24,44 @@ from transclip_fast.store.names import ClassNames, check_names, place, read_name
 PROMPTS_PER_BATCH = 256
 SHOWN_NAMES = 5  # of classes, in a warning
 JOINERS = "\u200c\u200d"  # between the letters of some scripts
-ODD_NAMES: Sequence[tuple[str, str, Callable[[str], Any]]] = (  # what is odd, remedy, whether so
-    ("has '_' ({!r}), which goes into the prompts", "write spaces", lambda name: "_" in name),
+Odd = tuple[str, str, Callable[[str], Any]]  # what is odd, remedy, whether a line is so
+MARKS: Sequence[Odd] = (  # of a line that is no plain text
     (
-        "begins as a comment does ({!r}) and is a class",
+        "begins as a comment does ({!r}) and is a {}",
         "take it out if it is none",
-        lambda name: name.startswith(("#", "//")),
+        lambda line: line.startswith(("#", "//")),
     ),
     (
         "has a mark of lists or tables ({!r}), which goes into the prompts",
         "take it off",
-        lambda name: name.startswith(("- ", "* ")) or name.endswith((",", ";", ":", "|")),
+        lambda line: line.startswith(("- ", "* ")) or line.endswith((",", ";", ":", "|")),
     ),
     (
         "is in quotes ({!r}), which go into the prompts",
         "take them off",
-        lambda name: len(name) > 1 and name[0] == name[-1] and name[0] in "\"'`",
+        lambda line: len(line) > 1 and line[0] == line[-1] and line[0] in "\"'`",
     ),
     (
         "has characters that do not show, or a tab ({!r}), which go into the prompts",
         "write it again",
-        lambda name: not all(c.isprintable() or c in JOINERS for c in name),
+        lambda line: not all(c.isprintable() or c in JOINERS for c in line),
+    ),
+)
+ODD_NAMES: Sequence[Odd] = (
+    ("has '_' ({!r}), which goes into the prompts", "write spaces", lambda name: "_" in name),
+    *MARKS,
+)
+ODD_TEMPLATES: Sequence[Odd] = (
+    (
+        "is code ({!r}), which goes into the prompts",
+        "write the prompt alone, as a photo of a {}.",
+        re.compile(r"\blambda\b[^:]*:|^\[|^[frbu]{1,2}[\"']", re.I).search,
+    ),
+    *MARKS,
+    (
+        "has other braces than {{}} and {{c}} ({!r}), which go into the prompts",
+        "take them off",
+        lambda line: {*"{}"}.intersection(line.replace("{}", "").replace("{c}", "")),
     ),
 )
 HEADER = re.compile(r"(id|idx|index|labels?|class|classes|class_(id|name)|names?)([,;|].*)?", re.I)
@@ -58,8 +75,8 @@ def templates(spec: str) -> Templates:
 
     `spec` is "openai" (80 templates) or "simple" (7); a text file with one template a line, each
     with `{}` or `{c}` in place of the name; or a JSON file of prompts by class name, as of CuPL.
-    InputError if there is no such file, a template has no place for the name, or (of the function)
-    a class no prompts.
+    InputError if there is no such file, a template has no place for the name, or is code or has
+    marks of a list, or (of the function) a class no prompts.
     """
     if spec in ("openai", "simple"):
         import open_clip
@@ -110,7 +127,7 @@ class ClassPrompts:
         for what, remedy, is_odd in ODD_NAMES:
             odd = [k for k, name in enumerate(self.names) if is_odd(name)]
             if odd:
-                found = what.format(self.names[odd[0]])
+                found = what.format(self.names[odd[0]], "class")
                 yield f"{place(origin, odd[0])} {found}{_more(odd)}; {remedy}"
         if len(self.names) > 1 and HEADER.fullmatch(self.names[0]):
             yield (
@@ -118,8 +135,7 @@ class ClassPrompts:
                 "class; take it out if it is none"
             )
         for where, pattern in (("begin", LEADING), ("end", TRAILING)):
-            numbers = [int(match[1]) for name in self.names if (match := pattern.search(name))]
-            if len(self.names) == len({*numbers}) > 1:
+            if _all_numbered(self.names, pattern):
                 yield (
                     f"all names {where} with another number ({self.names[0]!r}), which goes into "
                     "the prompts; take it off if it is none of the name"
@@ -233,11 +249,22 @@ def _listed(names: Sequence[str]) -> str:
 def _from_lines(path: Path, content: str) -> Templates:
     found = []
     for number, line in enumerate(map(str.strip, content.splitlines()), 1):
-        if line and "{}" not in line and "{c}" not in line:
+        if not line:
+            continue
+        for what, remedy, is_odd in ODD_TEMPLATES:
+            if is_odd(line):
+                shown = what.format(line, "template")
+                raise InputError(f"{path}: line {number} {shown}; {remedy}")
+        if "{}" not in line and "{c}" not in line:
             raise InputError(f"{path}: line {number} has no {{}} for the class name: {line!r}")
-        found += [line] if line else []
+        found.append(line)
     if not found:
         raise InputError(f"{path}: holds no templates")
+    if _all_numbered(found, LEADING):
+        raise InputError(
+            f"{path}: each line begins with another number ({found[0]!r}), which goes into the "
+            "prompts; take it off"
+        )
     return lambda name: [line.replace("{}", name).replace("{c}", name) for line in found]
 
 
@@ -258,6 +285,12 @@ def _from_json(path: Path, content: str) -> Templates:
         raise InputError(f"{path}: has no list of prompts for class {name!r}")
 
     return prompts
+
+
+def _all_numbered(lines: Sequence[str], pattern: re.Pattern[str]) -> bool:
+    """Whether there are several lines, and each has another number where the pattern has it."""
+    numbers = {int(match[1]) for line in lines if (match := pattern.search(line))}
+    return len(lines) == len(numbers) > 1
 
 
 def _repeats(keys: Iterable[Hashable]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from transclip_fast.data.checks import check_unmasked
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 
@@ -43,7 +44,9 @@ class NeighborGraph:
 
     def __post_init__(self) -> None:
         for name in ("neighbors", "similarities"):  # that may be tensors
-            object.__setattr__(self, name, np.asanyarray(getattr(self, name)))
+            array = np.asanyarray(getattr(self, name))
+            check_unmasked(array, name)
+            object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
         return len(self.neighbors)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from transclip_fast.callbacks import Count
-from transclip_fast.data.checks import as_labelled_rows, as_tensor, unread_matrix
+from transclip_fast.data.checks import POSITIONS, as_labelled_rows, as_tensor, unread_matrix
 from transclip_fast.data.feature_rows import Rows, unit
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.texts import ensemble
@@ -118,7 +118,7 @@ def _classes_of(labels: Any) -> int:
     """K, where nothing but the labels of the shots tells it."""
     if labels is None:
         raise InputError("no text features and no shots: give text_features or support_features")
-    tensor = as_tensor(labels, "support_labels")
+    tensor = as_tensor(labels, "support_labels", POSITIONS)
     if tensor.ndim == 2 and tensor.shape[1] > 1:  # one-hot
         return int(tensor.shape[1])
     n_classes = int(tensor.double().nan_to_num(0.0).max()) + 1 if tensor.numel() else 0

@@ -14,9 +14,13 @@ from pathlib import Path, PurePosixPath
 
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.tars import is_tar
+from transclip_fast.encode.walk import path_of
 from transclip_fast.errors import InputError
 from transclip_fast.report.thumbnails import Pictures, metadata_of, pictures_of
+from transclip_fast.store.arrays import read_table
 from transclip_fast.store.atomic import new_folder, read_json, write_json, writing
+from transclip_fast.store.feature_shards import numbered
+from transclip_fast.store.feature_writer import MANIFEST
 from transclip_fast.store.results import load_result
 
 MARK = "sorted.json"  # of a folder that this wrote: the hash of what is in it
@@ -51,6 +55,18 @@ def check_target(target: str | Path, apart: Iterable[str | Path]) -> None:
         raise InputError(
             f"{target}: holds other files, or was changed since it was written; name a new folder"
         )
+
+
+def walked_folders(features: str | Path) -> list[Path]:
+    """The folder in which `encode` found the images, if it was no list or tar of them."""
+    manifest = Path(features, MANIFEST)
+    match read_json(manifest) if manifest.is_file() else {}:
+        case {"config": {"source": {"kind": "folder"}}}:
+            for file in numbered(Path(features), "metadata").values():
+                match read_table(file, ("key", "path")).slice(0, 1).to_pylist():
+                    case [{"key": str(key), "path": str(path)}]:
+                        return [Path(path_of(path.removesuffix(key)))]
+    return []
 
 
 def check_paths(features: str | Path) -> None:

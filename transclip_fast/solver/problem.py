@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from transclip_fast.data.checks import (
+    POSITIONS,
     as_labelled_rows,
     as_labels,
+    as_tensor,
     as_unit_rows,
     is_aligned,
     unit_sample,
@@ -23,6 +25,7 @@ from transclip_fast.data.checks import (
 )
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.npy_shards import StoredRows
+from transclip_fast.data.swapped import check_not_swapped
 from transclip_fast.data.texts import ensemble
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError, user_level
@@ -140,7 +143,7 @@ class Problem:
             text or chosen,
             as_labelled_rows("support", support_features, support_labels, d, n_classes),
             as_labelled_rows("validation", validation_features, validation_labels, d, n_classes),
-            _known(known_labels, n_rows, n_classes),
+            _known(known_labels, n_rows, n_classes, of_texts=text is not None),
             exchange=exchange,
         )
 
@@ -386,12 +389,18 @@ def _hash(arrays: torch.Tensor | tuple[torch.Tensor, ...] | None) -> str:
     return digest.hexdigest()
 
 
-def _known(labels: Any, n_rows: int, n_classes: int) -> torch.Tensor | None:
+def _known(labels: Any, n_rows: int, n_classes: int, *, of_texts: bool) -> torch.Tensor | None:
     """Classes (N,) int64 on the CPU, -1 where unknown; None if they all are."""
     if labels is None:
         return None
+    labels = as_tensor(labels, "known_labels", POSITIONS)
+    if of_texts and labels.ndim:
+        check_not_swapped(n_rows, n_classes, {"known_labels": len(labels)}, {}, "X")
     known = as_labels(labels, "known_labels", rows=n_rows, n_classes=n_classes, lowest=-1).cpu()
-    return known if (known >= 0).any() else None
+    if (known >= 0).any():
+        return known
+    warnings.warn("known_labels: no row has one; they change nothing", stacklevel=user_level())
+    return None
 
 
 def _warn_of_order(

@@ -8,6 +8,7 @@ was.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +16,9 @@ import numpy as np
 
 from transclip_fast.data.labels import WHOLE
 from transclip_fast.data.names import plain_name, positions, positions_by_name
-from transclip_fast.errors import InputError
-from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
+from transclip_fast.errors import InputError, user_level
+from transclip_fast.store.named_rows import COLUMNS, check_no_predictions, has_keys, rows_of_lines
 from transclip_fast.store.tables import LABEL, read_columns, unguarded
-
-OF_PREDICTIONS = "label_name"  # a column beside the label, which is a number there
 
 
 def label_texts(
@@ -62,11 +61,7 @@ def read_corrections(
     """
     path = Path(path)
     columns, others = read_columns(path, {**COLUMNS, "label": LABEL}, "label", exact=True)
-    if OF_PREDICTIONS in others:
-        raise InputError(
-            f"{path}: has a column {OF_PREDICTIONS!r}, as predictions do: all its rows would count "
-            "as corrected; keep those that are, with a key and the name of the class as label"
-        )
+    check_no_predictions(path, others, "corrected")
     texts = {
         name: ["" if cell is None else unguarded(str(cell)) for cell in cells]
         for name, cells in columns.items()
@@ -82,6 +77,7 @@ def read_corrections(
         raise InputError(f"{path}: has no column {column!r}{why}")
     class_of = _class_finder(path, names)
     found: dict[int, int] = {}
+    doubtful: list[tuple[str, int]] = []
     for line, row in zip(filled, rows_of_lines(path, told, keys, n_rows), strict=True):
         if row is None:
             example = next(key for key in keys or () if key is not None)
@@ -91,7 +87,24 @@ def read_corrections(
         k = class_of(texts["label"][line])
         if found.setdefault(row, k) != k:
             raise InputError(f"{path}: corrects row {row} twice, to different classes; keep one")
+        if names and _is_doubtful(texts["label"][line], k, names):
+            doubtful.append((texts["label"][line], k))
+    if names and doubtful:
+        label, k = doubtful[0]
+        warnings.warn(
+            f"{path}: {label!r} is taken as class {names[k]!r}, at position {k}: a name counts "
+            f"before a position ({len(doubtful):,} such labels)",
+            stacklevel=user_level(),
+        )
     return found
+
+
+def _is_doubtful(label: str, k: int, names: Sequence[str]) -> bool:
+    """Whether a number that was taken for class k may mean another, as names are numbers, too."""
+    number, name = WHOLE.fullmatch(label.strip()), WHOLE.fullmatch(names[k].strip())
+    if not number or int(number[1]) >= len(names):
+        return False
+    return int(number[1]) != k or (name is not None and int(name[1]) != k)
 
 
 def _class_finder(path: Path, names: Sequence[str] | None) -> Callable[[str], int]:

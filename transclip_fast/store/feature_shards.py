@@ -104,4 +104,6 @@ def metadata_columns(
         for name, kind in (("key", pa.string()), ("source_row", pa.int64())):
             if name in columns:
                 columns[name] = columns[name].cast(kind)
+        if "label" in columns and pa.types.is_decimal(columns["label"].type):
+            columns["label"] = columns["label"].cast(pa.float64())
     return columns

@@ -19,6 +19,7 @@ import torch
 from transclip_fast.data.names import plain_name
 from transclip_fast.data.npy_shards import Shard
 from transclip_fast.data.priors import ListedPrior
+from transclip_fast.data.swapped import check_not_swapped, warn_of_names
 from transclip_fast.data.texts import templates_first
 from transclip_fast.errors import InputError, user_level
 from transclip_fast.solver.layout import free_bytes
@@ -42,7 +43,7 @@ from transclip_fast.store.feature_shards import (
 )
 from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
 from transclip_fast.store.json_text import value_of
-from transclip_fast.store.labels import as_array, as_positions, read_labels
+from transclip_fast.store.labels import as_array, as_positions, read_labels, warn_of_numbers
 from transclip_fast.store.names import as_names, read_names
 
 ARRAYS = (
@@ -211,6 +212,10 @@ def load_features(
         )
     for name, file in files.items():
         _replace(features, name, file)
+    _check_places(features, files.get("text_features"))
+    for name in LABELS:
+        if name in (files if os.path.isdir(path) else arrays):  # those of a folder are positions
+            warn_of_numbers(arrays[name], features.class_names, origins[name])
     if (texts := features.get("text_features")) is not None:
         arrays["text_features"] = templates_first(texts, _listed_classes(features))
     if isinstance(prior := features.get("prior"), ListedPrior):
@@ -263,6 +268,19 @@ def _replace(features: Features, name: str, file: Path) -> None:
         arrays[name] = as_rows(file, read_labels(file, name, *of_rows), rows)
     else:
         arrays[name] = as_rows(file, read_array(file, name), rows)
+
+
+def _check_places(features: Features, texts: Path | None) -> None:
+    """Refuse texts in the place of the images; warn where only the names of files tell it."""
+    names, arrays = features.class_names, features.arrays
+    if np.ndim(arrays.get("text_features", 0)) != 2:
+        return
+    sizes = len(arrays["image_features"]), len(arrays["text_features"])
+    of_rows = {name: len(arrays[name]) for name in OF_ROWS if np.ndim(arrays.get(name, 0))}
+    of_classes = {} if names is None else {"class_names": len(names)}
+    check_not_swapped(*sizes, of_rows, of_classes, features.path)
+    if texts is not None:
+        warn_of_names(Path(features.path), texts, *sizes)
 
 
 def _reordered(names: Sequence[str], others: Sequence[str]) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from transclip_fast.data.labels import WHOLE, label_positions
-from transclip_fast.errors import InputError, reading
+from transclip_fast.data.labels import WHOLE, label_positions, number_doubt
+from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import SUFFIXES, read_array
-from transclip_fast.store.named_rows import COLUMNS, has_keys, rows_of_lines
+from transclip_fast.store.named_rows import COLUMNS, check_no_predictions, has_keys, rows_of_lines
 from transclip_fast.store.names import as_names
-from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
+from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, not_read, read_columns
 
 TEXT_SUFFIX = ".txt"
 
@@ -57,7 +57,8 @@ def read_labels(
     ------
     InputError
         A file that cannot be read or has no labels; keys that are no row's or several rows', or
-        rows that have none; numbers of no row, or twice; two labels of one key.
+        rows that have none; numbers of no row, or twice; two labels of one key; predictions as
+        known labels.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -74,6 +75,8 @@ def read_labels(
         raise InputError(f"{path}: labels are read from {kinds}")
     wanted = {**COLUMNS, "label": LABEL}
     columns, others = read_columns(path, wanted, "label", n_rows=n_rows or 0)
+    if name == "known_labels":
+        check_no_predictions(path, others, "known")
     labels = columns.pop("label")
     if not has_keys(columns.get("key")):
         columns.pop("key", None)
@@ -82,7 +85,7 @@ def read_labels(
             n_rows = len(labels if keys is None else keys)
         labels = _placed(path, columns, labels, keys, n_rows)
     elif others:
-        shown = f"labels go to the rows in their order; not read: {', '.join(others)}"
+        shown = f"labels go to the rows in their order; {not_read(others)}"
         warnings.warn(f"{path}: {shown}", stacklevel=2)
     return as_array(labels, str(path))
 
@@ -92,6 +95,15 @@ def as_positions(array: Any, names: Sequence[str] | None, name: str) -> Any:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "US":
         return array
     return label_positions(as_names(array, name), names, lambda row: f"{name}: row {row}")
+
+
+def warn_of_numbers(array: Any, names: Sequence[str] | None, name: str) -> None:
+    """Warn of a number among labels that is the position of a class and the name of another."""
+    numbers = np.asarray(array if names else [])
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
+        return
+    if doubt := number_doubt(np.unique(numbers).tolist(), names):
+        warnings.warn(f"{name}: {doubt}", stacklevel=user_level())
 
 
 def as_array(labels: Sequence[Any] | np.ndarray, origin: str) -> np.ndarray:

@@ -13,11 +13,25 @@ from transclip_fast.errors import InputError
 from transclip_fast.store.tables import KEY, PATH, ROW, unguarded
 
 COLUMNS = {"key": (*KEY, *PATH), "row": ROW}
+OF_PREDICTIONS = "label_name"  # a column beside the label, which is a number there
 
 
 def has_keys(keys: Sequence[str | None] | None) -> bool:
     """Whether any of these is a key: None and "" are none."""
     return keys is not None and any(key is not None and str(key) != "" for key in keys)
+
+
+def check_no_predictions(path: Path, columns: Sequence[str], meaning: str) -> None:
+    """
+    Refuse predictions where single rows are expected, which count as `meaning`.
+
+    Edits are most likely in the names, which are not read.
+    """
+    if OF_PREDICTIONS in columns:
+        raise InputError(
+            f"{path}: has a column {OF_PREDICTIONS!r}, as predictions do: all its rows would count "
+            f"as {meaning}; keep those that are, with a key and the name of the class as label"
+        )
 
 
 def rows_of_lines(

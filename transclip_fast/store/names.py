@@ -16,7 +16,7 @@ from transclip_fast.data.synsets import SYNSET, imagenet_synsets
 from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import read_array
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, read_columns
+from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, not_read, read_columns
 
 IMAGENET = "imagenet"  # stands for its 1000 classes
 TEXT_SUFFIXES = (".txt", ".names", ".lst")
@@ -27,6 +27,7 @@ COLUMNS = {
     "synset": ("synset", "wnid"),
 }
 WITH_SYNSET = re.compile(rf"({SYNSET.pattern})\s+(\S.*)")
+SEPARATOR = re.compile(r"[,;|\t]")
 NUMBERED = re.compile(r"(\d+)[\s:,;.)]+\S")
 
 
@@ -125,17 +126,18 @@ def as_names(array: Any, origin: str) -> list[str]:
 def _from_lines(path: Path) -> ClassNames:
     with reading(path, "cannot be read as UTF-8 text", "write it again"):
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    if lines[0].startswith(("[", "{")) or (len(lines) == 1 and "," in lines[0]):
+    if lines[0].startswith(("[", "{")) or (len(lines) == 1 and SEPARATOR.search(lines[0])):
         raise InputError(
             f"{path}: expected one name a line, got {lines[0][:40]!r}; a list in brackets goes in "
             "a .json"
         )
-    numbers = [int(match[1]) for line in lines if (match := NUMBERED.match(line.strip()))]
-    if len(lines) > 1 and numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
-        raise InputError(
-            f"{path}: line 1 begins with a number ({lines[0].strip()!r}), which would go into the "
-            "prompts; give the names alone"
-        )
+    for first, part in enumerate((lines, lines[1:])):  # with or without a header, as of YAML
+        numbers = [int(match[1]) for line in part if (match := NUMBERED.match(line.strip()))]
+        if len(part) > 1 and numbers in ([*range(len(part))], [*range(1, len(part) + 1)]):
+            raise InputError(
+                f"{path}: line {first + 1} begins with a number ({part[0].strip()!r}), which would "
+                "go into the prompts; give the names alone"
+            )
     pairs = [pair for line in lines if (pair := WITH_SYNSET.fullmatch(line.strip()))]
     if len(pairs) == len(lines):
         return ClassNames([pair[2] for pair in pairs], [pair[1] for pair in pairs])
@@ -185,8 +187,7 @@ def _of_entries(path: Path, entries: Sequence[Any]) -> ClassNames:
 def _from_table(path: Path) -> ClassNames:
     columns, others = read_columns(path, COLUMNS, "name")
     if others and "position" not in columns:
-        shown = ", ".join(name or "one without a name" for name in others)
-        message = f"{path}: classes are in the order of the lines; not read: {shown}"
+        message = f"{path}: classes are in the order of the lines; {not_read(others)}"
         warnings.warn(message, stacklevel=user_level())
     names = [name or "" for name in columns["name"]]
     synsets = columns.get("synset")

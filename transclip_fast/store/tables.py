@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_columns(
     Some columns of a table, and the names of the others.
 
     Values of a .csv are texts without spaces around them, unless they are to be `exact`; its first
-    line has the names.
+    line has the names. Decimals of a .parquet are numbers.
 
     Parameters
     ----------
@@ -57,7 +58,10 @@ def read_columns(
             for name, names in wanted.items()
             if (column := find_column(path, table.column_names, names)) is not None
         }
-        found = {name: table.column(column).to_pylist() for name, column in chosen.items()}
+        found = {
+            name: [*map(_plain_number, table.column(column).to_pylist())]
+            for name, column in chosen.items()
+        }
     if needed not in found:
         raise InputError(
             f"{path}: has no column {needed!r}, only {', '.join(table.column_names) or 'none'}; "
@@ -81,6 +85,11 @@ def find_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str
     return None
 
 
+def not_read(columns: Sequence[str]) -> str:
+    """Columns that are left out, in words."""
+    return f"not read: {', '.join(name or 'one without a name' for name in columns)}"
+
+
 def guarded(text: str) -> str:
     """A text as it is written into a cell; `unguarded` is its inverse."""
     return f"'{text}" if text.startswith(tuple(GUARDED)) else text
@@ -89,6 +98,13 @@ def guarded(text: str) -> str:
 def unguarded(text: str) -> str:
     """The text that a cell holds; one without a guard is taken as it is."""
     return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
+
+
+def _plain_number(value: Any) -> Any:
+    """A decimal, as databases write numbers, as an int where it is whole; others as they are."""
+    if not isinstance(value, Decimal):
+        return value
+    return int(value) if value == value.to_integral_value() else float(value)
 
 
 def _singular(name: str) -> str:
