@@ -332,7 +332,7 @@ def test_parameters_are_checked_before_arrays(problem, scale):
 def test_text_features_of_different_lengths(problem):
     features, _, _ = problem()
     with pytest.raises(InputError, match="^text_features: .* rows of different lengths"):
-        TransCLIP(device="cpu").fit(features, [[1.0, 0.0], [1.0]])
+        TransCLIP(device="cpu").fit(features, text_features=[[1.0, 0.0], [1.0]])
 
 
 @pytest.mark.parametrize("gamma", [-0.1, float("nan"), float("inf")])

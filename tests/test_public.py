@@ -12,6 +12,7 @@ import pytest
 import transclip_fast
 from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
+from transclip_fast.methods import StatA
 
 sklearn = pytest.importorskip("sklearn")
 
@@ -71,6 +72,48 @@ def test_the_second_argument_may_be_texts(problem):
     named = TransCLIP(device="cpu").fit(features, text_features=prototypes)
     found = TransCLIP(device="cpu").fit(features, prototypes)
     np.testing.assert_array_equal(found.label_distributions_, named.label_distributions_)
+    methods = [StatA(device="cpu").fit(features, prototypes), StatA(device="cpu")]
+    methods[1].fit(features, text_features=prototypes)
+    np.testing.assert_array_equal(*(method.label_distributions_ for method in methods))
+
+
+@pytest.mark.parametrize("unknown", [-1, np.nan])
+@pytest.mark.parametrize("column", [False, True])
+def test_labels_of_some_rows_as_y_are_not_ignored_in_silence(problem, unknown, column):
+    features, prototypes, labels = problem()
+    some = np.where(np.arange(77) % 5, unknown, labels)
+    y = some[:, None] if column else some
+    with pytest.warns(UserWarning, match="^y: 61 labels are .* give known_labels=y"):
+        model = TransCLIP(device="cpu").fit(features, y, text_features=prototypes)
+    plain = TransCLIP(device="cpu").fit(features, text_features=prototypes)
+    np.testing.assert_array_equal(model.label_distributions_, plain.label_distributions_)
+    known = TransCLIP(device="cpu").fit(features, y, text_features=prototypes, known_labels=y)
+    assert (known.transduction_[::5] == labels[::5]).all()
+    with pytest.warns(UserWarning, match="^y: 61 labels .* as support_features and support_labels"):
+        StatA(device="cpu").fit(features, y, text_features=prototypes)
+
+
+def test_labels_in_any_form_are_no_texts(problem):
+    features, _, labels = problem()
+    prior = np.eye(6, dtype=np.float32)[labels]
+    expected = TransCLIP(device="cpu").fit(features, prior=prior).label_distributions_
+    for y in (labels, labels[:, None], prior, [str(label) for label in labels]):
+        found = TransCLIP(device="cpu").fit(features, y, prior=prior)
+        np.testing.assert_array_equal(found.label_distributions_, expected)
+
+
+def test_y_that_is_neither_labels_nor_texts(problem):
+    features, prototypes, labels = problem()
+    for y in (prototypes[:, :32], np.stack([prototypes] * 2), labels[:5], 1.0):
+        shape = str(np.shape(y)).replace("(", r"\(").replace(")", r"\)")
+        message = rf"^y: expected 77 labels.* texts \(classes, 33\), got shape {shape}; give texts"
+        for model in (TransCLIP(device="cpu"), StatA(device="cpu")):
+            with pytest.raises(InputError, match=message):
+                model.fit(features, y)
+        with pytest.raises(InputError, match=message):
+            TransCLIP(device="cpu").fit(features, y, text_features=prototypes)
+    with pytest.raises(InputError, match="^y: .* rows of different lengths"):
+        TransCLIP(device="cpu").fit(features, [[1.0, 0.0], [1.0]])
 
 
 def test_grid_search(problem):

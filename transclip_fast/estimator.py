@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from transclip_fast.callbacks import Checkpoint, Progress
-from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
+from transclip_fast.data.checks import as_labels, as_unit_rows
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
+from transclip_fast.data.texts import texts_of_fit
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph, given_graph, whole_rows
@@ -203,8 +204,8 @@ class TransCLIP(Parameters):
             Image features of the queries; rows off the unit sphere are normalised. A
             `numpy.memmap` or `transclip_fast.data.npy_shards.StoredRows` may be larger than memory.
         y : array_like (N,), optional
-            Ignored: scikit-learn passes the labels that its scores need. A (K, d) array here is
-            taken as `text_features`.
+            Labels for scikit-learn's scores, from which nothing is learned: see `known_labels`.
+            Without `text_features`, a (K, d) array here is taken as these.
         text_features : array_like (K, d) or (P, K, d), optional
             Text embedding of each class, or those of P templates, of which the mean counts: the
             prior, unless another is given; then only the zero-shot attributes come from it.
@@ -241,9 +242,9 @@ class TransCLIP(Parameters):
         InputError
             Input that cannot be used: which, where, and the remedy.
         """
-        if text_features is None and n_dimensions(y) == 2:
-            text_features = y
         self.check()
+        instead = "known_labels=y" if known_labels is None else None
+        text_features = texts_of_fit(text_features, y, X, instead)
         problem = Problem.check(
             X,
             text_features,

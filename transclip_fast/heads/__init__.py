@@ -179,7 +179,9 @@ def fit_head(
     [0, 1, 2, 0, 1, 2]
     """
     check_scale(logit_scale)
-    method, text = method_named(name), ensemble(text_features)
+    method = method_named(name)
+    known = None if prompting is None else len(prompting.class_names)
+    text = ensemble(text_features, n_classes=known)
     shots = labelled_rows("support", support_features, support_labels, support_local_features, text)
     validation = labelled_rows(
         "validation", validation_features, validation_labels, validation_local_features, text
