@@ -40,6 +40,7 @@ def _one_gibibyte_used(monkeypatch):
         ("300M", 300 << 20),
         ("12345", 12345),
         (12345, 12345),
+        (np.int64(12345), 12345),
         (None, None),
     ],
 )

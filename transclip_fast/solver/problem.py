@@ -299,6 +299,7 @@ class Settings:
             does not fit into memory.
         """
         parameters.check()
+        parameters = parameters.plain()
         name = parameters.device
         if problem.exchange is not None:
             check_same(problem.exchange.ranks, problem.facts(parameters))
@@ -335,8 +336,7 @@ class Settings:
                 f"precision='float16' is for backend='triton', here {backend} computes; leave "
                 "precision out"
             )
-        own = {field.name: getattr(parameters, field.name) for field in fields(Parameters)}
-        return cls(Parameters(**own), device, kl_weight, layout, truncation, backend)
+        return cls(parameters, device, kl_weight, layout, truncation, backend)
 
     def identity(self, gamma: float | None, graph_sha256: str) -> dict[str, Any]:
         """All that the result of a run depends on, except the arrays of the problem."""
