@@ -52,11 +52,16 @@ def labelled_rows(
     """Check the rows (M, d), labels (M,) and patches (M, L, d) of "support" or "validation"."""
     rows = as_labelled_rows(use, features, labels, text.shape[1], len(text))
     if patches is None:
-        return None if rows is None else LabelledFeatures(*rows)
+        return None if rows is None else LabelledFeatures(*map(out_of_inference, rows))
     name = f"{use}_local_features"
     if rows is None:
         raise InputError(f"{name} and {use}_features come together; one is missing")
-    return LabelledFeatures(PatchedRows(rows[0], patches, name)[:], rows[1])
+    return LabelledFeatures(PatchedRows(rows[0], patches, name)[:], out_of_inference(rows[1]))
+
+
+def out_of_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of one that inference mode made, which no training can use."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def as_fit_arguments(
