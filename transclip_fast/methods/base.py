@@ -79,7 +79,10 @@ class Answer:
 
 class Method(ABC):
     """
-    A classifier of all rows at once, with the interface of `transclip_fast.TransCLIP`.
+    A classifier of all rows at once, fitted as `transclip_fast.TransCLIP` is.
+
+    `fit` takes the same rows, texts, shots, validation rows and graph, and the attributes below
+    mean the same. There is no other prior, and no prediction for new rows.
 
     Parameters
     ----------

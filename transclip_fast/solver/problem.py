@@ -223,7 +223,7 @@ class Problem:
         return log_prior_of(self.prior, ids, partial(unit_sample, self.features), pick)
 
     def load(self, settings: Settings) -> Inputs:
-        """Read the features once and bring everything to the device."""
+        """Read the features, for a support and for validation rows once more; all to the device."""
         device, parameters, held = settings.device, settings.parameters, settings.layout.held
         if self.exchange is None:
             features = Rows(self.features, "X", device, held=held)
