@@ -207,7 +207,7 @@ def test_predict_proba_errors(problem):
     with pytest.raises(InputError, match="call fit first"):
         TransCLIP().predict_proba(features)
     linear = fitted(features, prototypes)
-    with pytest.raises(InputError, match="give no prior here"):
+    with pytest.raises(InputError, match="prior from texts or prototypes; give none here"):
         linear.predict_proba(features, prior=prior)
     with pytest.raises(InputError, match=r"^X: has 32 columns, expected 33"):
         linear.predict_proba(unit(features[:, :32]))
