@@ -271,7 +271,7 @@ def _replace(features: Features, name: str, file: Path) -> None:
 
 
 def _check_places(features: Features, texts: Path | None) -> None:
-    """Refuse texts in the place of the images; warn where only the names of files tell it."""
+    """Refuse texts in the place of the images; warn if only the files' names suggest it."""
     names, arrays = features.class_names, features.arrays
     if np.ndim(arrays.get("text_features", 0)) != 2:
         return
