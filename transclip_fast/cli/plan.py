@@ -20,10 +20,10 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import choose_search
 from transclip_fast.graph.centres import default_n_lists
 from transclip_fast.graph.recall import SAMPLE_ROWS
+from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.ranks import current_ranks
-from transclip_fast.solver import layout as layouts
-from transclip_fast.solver.layout import Layout, Size, parse_memory, show_bytes
+from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
@@ -239,7 +239,7 @@ def plan_of_size(
     (n_rows, n_classes, dim), device = shape, device or resolve_device(model.device)
     files = 2 * n_rows * dim
     size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=files, ranks=ranks)
-    layout = layouts.choose_layout(
+    layout = choose_layout(
         size,
         device,
         form=model.form,
@@ -261,7 +261,7 @@ def make_plan(
         passes += size.runs
     stages = _stages(size, layout, device, search, steps, passes)
     block = gemm_rows(device, size.n_classes)
-    limit = layouts.limit_of(device, parse_memory(parameters.memory))
+    limit = limit_of(device, parse_memory(parameters.memory))
     traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
     seconds = None
     if size.ranks > 1 and multiplies_bytes(size.dim):  # as where it was measured

@@ -28,11 +28,11 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.memory import peak_bytes
 from transclip_fast.metrics import check_assignments, check_class_order, rejected_rows
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.ranks import ALONE, Ranks, check_same, current_ranks
-from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.parameters import GAMMAS
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, shared_folder, writing

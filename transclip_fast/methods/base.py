@@ -21,9 +21,10 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.build import given_graph
 from transclip_fast.graph.exact import nearest
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
+from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.methods.task import ANCHORS, Arrays, Labelled, Task
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
-from transclip_fast.solver.layout import PROCESS_BYTES, limit_of, parse_memory, show_bytes
+from transclip_fast.solver.layout import PROCESS_BYTES
 from transclip_fast.solver.parameters import Chosen, check_scale, check_weight
 
 Fitted = TypeVar("Fitted", bound="Method")

@@ -30,13 +30,14 @@ from transclip_fast.data.texts import ensemble
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph.exact import nearest_of_all
+from transclip_fast.memory import limit_of, parse_memory
 from transclip_fast.metrics import check_class_order
 from transclip_fast.ops import choose_backend
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.ranks import Ranks, check_same
 from transclip_fast.solver.known import KnownRows
-from transclip_fast.solver.layout import Layout, Size, choose_layout, limit_of, parse_memory
+from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import GAMMAS, Parameters
 from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior, log_prior_of
 from transclip_fast.solver.support import Support, default_gamma, enough

@@ -22,7 +22,7 @@ from transclip_fast.data.priors import ListedPrior
 from transclip_fast.data.swapped import check_not_swapped, warn_of_names
 from transclip_fast.data.texts import templates_first
 from transclip_fast.errors import InputError, user_level
-from transclip_fast.solver.layout import free_bytes
+from transclip_fast.memory import free_bytes
 from transclip_fast.store.arrays import (
     SINGLE,
     array_sha256,
