@@ -58,11 +58,73 @@ def test_the_peak_begins_anew():
     assert peak_bytes() < before - (128 << 20)
 
 
-def test_memory_of_a_container(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    free = memory.free_bytes(CPU)
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(CPU) > free / 2
-    (tmp_path / "memory.max").write_text("5000\n")
-    assert memory.free_bytes(CPU) == 4000
+@pytest.fixture
+def cgroups(monkeypatch, tmp_path):
+    """Writes the groups of this process, and files of a group; returns what is free then."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "fs")
+    monkeypatch.setattr(memory, "CGROUP_PATHS", tmp_path / "cgroup")
+
+    def write(paths, **folders):
+        (tmp_path / "cgroup").write_text(paths)
+        for folder, files in folders.items():
+            group = tmp_path / "fs" / folder.replace("__", "/")
+            group.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (group / name).write_text(f"{text}\n")
+        return memory.free_bytes(CPU)
+
+    return write
+
+
+def v2(limit, used, cache=0):
+    stat = f"anon 5\nactive_file 7\ninactive_file {cache}\nunevictable 0"
+    return {"memory.max": limit, "memory.current": used, "memory.stat": stat}
+
+
+def v1(limit, used, cache=0):
+    stat = f"cache 9\ninactive_file 1\ntotal_inactive_file {cache}"
+    return {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": used, "memory.stat": stat}
+
+
+ANY_MACHINE = 100 << 20  # has more than this free
+
+
+def test_no_group_has_a_limit(cgroups):
+    assert memory.free_bytes(CPU) > ANY_MACHINE  # no list of groups
+    assert cgroups("0::/\n") > ANY_MACHINE  # no files
+    assert cgroups("0::/job\n", job=v2("max", 1000)) > ANY_MACHINE
+    no_limit = 9223372036854771712  # as v1 writes it
+    assert cgroups("4:memory:/\n", memory=v1(no_limit, 1000)) > ANY_MACHINE
+
+
+def test_memory_of_a_container(cgroups):
+    assert cgroups("0::/\n", **{"": v2(5000, 1000)}) == 4000
+    assert cgroups("0::/\n", **{"": v2(5000, 6000)}) == 0
+
+
+def test_file_cache_is_free(cgroups):
+    assert cgroups("0::/\n", **{"": v2(5000, 4900, cache=3000)}) == 3100
+    assert cgroups("4:cpu,memory:/\n", memory=v1(5000, 4900, cache=2000)) == 2100
+
+
+def test_a_sandbox_without_statistics(cgroups):
+    files = v2(5000, 1000)
+    del files["memory.stat"]
+    assert cgroups("0::/\n", **{"": files}) == 4000
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "root", "free"),
+    [(9000, 5000, "max", 4000), (5000, 9000, "max", 4000), ("max", "max", 3000, 2000)],
+)
+def test_the_tightest_of_nested_groups(cgroups, inner, outer, root, free):
+    folders = {"slurm__job": v2(inner, 1000), "slurm": v2(outer, 1000), "": v2(root, 1000)}
+    assert cgroups("0::/slurm/job\n", **folders) == free
+
+
+def test_nested_groups_of_version_1(cgroups):
+    """Those of other controllers do not count; a path of the host leads to the root."""
+    paths = "9:name=systemd:/\n5:cpu:/small\n4:memory:/slurm/job\n0::/\n"
+    folders = {"memory__slurm": v1(6000, 1000), "memory": v1(9000, 1000), "small": v2(10, 1)}
+    assert cgroups(paths, **folders) == 5000
+    assert cgroups("4:memory:/docker/0a1b\n", **folders) == 8000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +11,10 @@ import torch
 from transclip_fast.errors import InputError
 
 CGROUP = Path("/sys/fs/cgroup")
+CGROUP_PATHS = Path("/proc/self/cgroup")  # the groups of this process
+# Limit, use, and the field of memory.stat that counts the file cache to be reclaimed first.
+CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -71,16 +76,40 @@ def _status(field: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; on the CPU including the reclaimable file cache."""
+    """Free memory of a device; on the CPU including the file cache that is reclaimed first."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     available = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-    free = 1024 * int(available.split()[0])
-    most, now = (CGROUP / name for name in ("memory.max", "memory.current"))
-    if most.exists() and most.read_text().strip() != "max":  # of a container
-        free = min(free, max(0, int(most.read_text()) - int(now.read_text())))
-    return free
+    return min([1024 * int(available.split()[0]), *_free_in_cgroups()])
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Free memory of each cgroup with a limit that this process is in, as `free_bytes`."""
+    lines = CGROUP_PATHS.read_text().splitlines() if CGROUP_PATHS.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, (limit, used, cache) = CGROUP, CGROUP_V2
+        elif "memory" in controllers.split(","):
+            root, (limit, used, cache) = CGROUP / "memory", CGROUP_V1
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for folder in (root / group, *(root / parent for parent in group.parents)):
+            # In a container the path may be the host's, and the container's group is the root.
+            if (folder / limit).exists() and (
+                most := (folder / limit).read_text().strip()
+            ) != "max":
+                taken = int((folder / used).read_text()) - _statistic(folder, cache)
+                yield max(0, int(most) - taken)
+
+
+def _statistic(folder: Path, field: str) -> int:
+    """A number of memory.stat; 0 where a sandbox has no such file."""
+    file = folder / "memory.stat"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == field), 0)
 
 
 def limit_of(device: torch.device, memory: int | None, processes: int = 1) -> int:
