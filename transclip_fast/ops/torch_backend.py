@@ -26,7 +26,15 @@ from transclip_fast.ops.blocks import (
     read_rows,
 )
 from transclip_fast.parallel import n_threads, parallel_map
-from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
+from transclip_fast.types import (
+    FLOAT32_ROUNDING,
+    LARGEST_MESSAGE,
+    Affinity,
+    Assignments,
+    LinearScore,
+    Messages,
+    Scores,
+)
 
 SUM_ROWS = 256  # of a float64 sum: more do not fit the cache, which is several times slower
 THREADED_BLOCKS = 8  # of rows: fewer are summed sooner than handed out
@@ -34,11 +42,9 @@ CENTRE_ROWS = 64  # whose mean is near that of all rows
 KEPT_ENTRIES = 1 << 22  # of features: so few are centred once, and kept, 16 MiB
 START_ROWS = 8  # rows that the mean of a class starts from
 MERGED_BLOCKS = 64  # blocks whose top rows are held at a time
-FLOAT32_ROUNDING = 2.0**-24  # half of float32's eps
 # Of factors: smaller ones have products that float32 sums do not notice, and that are slow to
 # compute where they are below float32's range.
 SMALLEST = 1e-19
-LARGEST_MESSAGE = 64.0  # nats: e^64 moves all of a row's mass
 
 
 class TorchOps:
