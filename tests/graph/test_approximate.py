@@ -102,7 +102,7 @@ def test_as_few_probes_as_reach_the_recall(target):
 
 
 def test_a_sample_of_the_rows(monkeypatch):
-    monkeypatch.setattr(recall, "SAMPLE_ROWS", 200)
+    monkeypatch.setattr(recall, "RECALL_SAMPLE_ROWS", 200)
     features, _ = clustered(900, 40)
     graph = build_graph(features, 3, search="faiss", recall=0.95)
     assert graph.info["recall_rows"] == 200

@@ -19,7 +19,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import choose_search
 from transclip_fast.graph.centres import default_n_lists
-from transclip_fast.graph.recall import SAMPLE_ROWS
+from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
 from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.ranks import current_ranks
@@ -338,5 +338,5 @@ def _search_products(n_rows: int, search: str) -> float:
     if search == "exact":
         return float(n_rows) * n_rows
     lists = default_n_lists(n_rows)
-    sample = min(n_rows, SAMPLE_ROWS)
+    sample = min(n_rows, RECALL_SAMPLE_ROWS)
     return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + sample)

@@ -42,7 +42,7 @@ from transclip_fast.version import __version__
 SEARCHES = ("auto", "faiss", "exact", "cuvs")
 # Up to which "auto" searches exactly: a second or two on a CPU, some seconds on a GPU.
 EXACT_ROWS = {"cpu": 20_000, "cuda": 1_500_000}
-COMPARED_ROWS = 512  # by which processes know that they have the same features
+COMPARED_ROWS = 512  # by which processes know that they have the same features, or graph
 
 
 def build_graph(

@@ -28,16 +28,16 @@ from transclip_fast.store.arrays import (
     array_sha256,
     inside,
     open_arrays,
+    open_rows,
     read_array,
-    read_rows,
 )
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.feature_shards import (
     OWN,
     SHARDS,
     check_hashes,
-    joined,
     joined_local,
+    joined_shards,
     metadata_columns,
     numbered,
 )
@@ -302,8 +302,8 @@ def _listed_classes(features: Features) -> int | None:
 def _load_file(path: Path, local: bool) -> Features:
     arrays: Mapping[str, Any]
     if path.suffix == ".npy":
-        found = read_rows(path, "image_features")
-        arrays = {"image_features": joined([found]) if isinstance(found, Shard) else found}
+        found = open_rows(path, "image_features")
+        arrays = {"image_features": joined_shards([found]) if isinstance(found, Shard) else found}
     else:
         arrays = open_arrays(path)
         if SINGLE in arrays:
@@ -359,13 +359,13 @@ def _load_folder(folder: Path, local: bool) -> Features:
             "are not there are missing",
             stacklevel=user_level(),
         )
-    parts = [read_rows(image, "image_features") for image in images.values()]
+    parts = [open_rows(image, "image_features") for image in images.values()]
     for image, part in zip(images.values(), parts, strict=True):
         if part.dtype.kind not in "fiub":
             raise InputError(f"{image}: expected numbers, got an array of {part.dtype}")
         if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
             raise InputError(f"{image}: has shape {part.shape}, the first shard {parts[0].shape}")
-    arrays, origins = {"image_features": joined(parts)}, {}
+    arrays, origins = {"image_features": joined_shards(parts)}, {}
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
