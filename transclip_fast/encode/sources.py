@@ -18,7 +18,7 @@ import numpy as np
 
 from transclip_fast.data.labels import UNKNOWN, label_positions, number_doubt
 from transclip_fast.data.names import first_difference
-from transclip_fast.encode.lists import check_any_there, check_repeats, read_path_list
+from transclip_fast.encode.path_lists import check_any_there, check_repeats, read_path_list
 from transclip_fast.encode.pixels import Box, suffixes
 from transclip_fast.encode.tars import Sample, is_tar, read_samples, takes_in_next
 from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, utf8_name, walk_images
