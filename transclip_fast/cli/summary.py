@@ -132,8 +132,8 @@ def of_others(
     }
 
 
-def describe_solution(run: dict[str, Any], out: str, *, told: bool = False) -> str:
-    """The run.json of a solve as text; whether classes were charged may be `told` already."""
+def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool = False) -> str:
+    """The run.json of a solve as text, without the line on the class cost if it was shown."""
     seconds, truncation = run["seconds"], run["truncation"]
     classes = use_of_classes(
         run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]
@@ -142,7 +142,7 @@ def describe_solution(run: dict[str, Any], out: str, *, told: bool = False) -> s
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        *([] if told else [classes]),
+        *([] if class_cost_shown else [classes]),
         *describe_changes(run["size_changes"], run["class_names"]),
     ]
     if truncation is not None:
