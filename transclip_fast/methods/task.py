@@ -1,4 +1,4 @@
-"""What a method gets: checked rows on their device, and what they are labelled by."""
+"""The input of a method: checked rows on their device, and the texts and shots of classes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Arrays:
 
     @property
     def prototypes(self) -> torch.Tensor:
-        """What labels each row by itself (K, d): the texts, or without any the mean shots."""
+        """Unit rows of the classes (K, d): the texts, or without any the mean shots."""
         if self.texts is not None:
             return self.texts
         if self.shots is None:
