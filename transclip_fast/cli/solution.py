@@ -302,8 +302,8 @@ def _solver_run(
     return solver_summary(model) | {
         "graph_sha256": graph.sha256() if isinstance(graph, NeighborGraph) else None,
         "modality_gap": modality_gap(problem.features, texts, problem.exchange),
-        "n_shots": 0 if problem.support is None else len(problem.support[1]),
-        "n_validation": 0 if problem.validation is None else len(problem.validation[1]),
+        "n_shots": 0 if problem.support is None else len(problem.support),
+        "n_validation": 0 if problem.validation is None else len(problem.validation),
         "head": start.head and start.head.summary(start.truth),
         "memory": {"planned": start.plan.peak, "allowed": start.plan.limit},
     }
