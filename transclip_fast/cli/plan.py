@@ -11,8 +11,8 @@ import click
 import torch
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.traffic import Traffic, bytes_a_second
 from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError

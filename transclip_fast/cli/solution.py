@@ -16,10 +16,10 @@ import torch
 
 from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import session
+from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.options import path_from
-from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.plan import Plan, plan_of, problem_of
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import modality_gap, of_others, run_summary, solver_summary

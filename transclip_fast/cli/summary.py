@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from transclip_fast.cli import session
+from transclip_fast.cli.class_outlook import describe_changes, size_changes, use_of_classes
 from transclip_fast.cli.graph import describe
 from transclip_fast.cli.options import requested
-from transclip_fast.cli.outlook import describe_changes, size_changes, use_of_classes
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import unit_sample
 from transclip_fast.data.npy_shards import StoredRows

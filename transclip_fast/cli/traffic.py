@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-from transclip_fast.cli.outlook import SAMPLE_ENTRIES
+from transclip_fast.cli.class_outlook import SAMPLE_ENTRIES
 from transclip_fast.errors import InputError
 from transclip_fast.memory import show_bytes
 from transclip_fast.ops.exchange import Partition
