@@ -42,6 +42,13 @@ def test_nothing_wrong():
     assert scores.n_flipped == 0
 
 
+def test_changes_are_counted_in_all_rows():
+    """Those whose truth is unknown are neither corrected nor broken, but they did change."""
+    scores = evaluate(np.array([1, 1, 1]), np.array([0, 0, 0]), np.array([1, -1, -1]))
+    assert (scores.n_queries, scores.n_labelled, scores.n_flipped) == (3, 1, 3)
+    assert (scores.corrected, scores.broken) == (1, 0)
+
+
 def test_against_loops():
     rng = np.random.default_rng(0)
     labels, zero_shot, truth = rng.integers(9, size=(3, 200))

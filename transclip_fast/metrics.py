@@ -35,7 +35,8 @@ class Evaluation:
     `per_class` is (class, rows, zero-shot accuracy, accuracy) for each class that occurs, worst
     first; `confusions` is (true class, predicted class, rows), most frequent first; `corrected`
     and `broken` count rows that zero-shot had wrong and right; `warnings` are those of
-    `check_class_order`. All of them are of the `n_labelled` rows whose truth is known.
+    `check_class_order`. All of them are of the `n_labelled` rows whose truth is known, but
+    `n_queries` and `n_flipped` count all rows.
     """
 
     accuracy: float
@@ -53,7 +54,8 @@ class Evaluation:
 
 def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Evaluation:
     """Compare labels (N,) and zero-shot labels (N,) with the truth (N,), -1 where unknown."""
-    n_queries, known = len(labels), truth >= 0
+    n_queries, n_flipped = len(labels), int((labels != zero_shot).sum())
+    known = truth >= 0
     labels, zero_shot, truth = labels[known], zero_shot[known], truth[known]
     right, zero_shot_right = labels == truth, zero_shot == truth
     rows = np.bincount(truth)
@@ -77,7 +79,7 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
         mean_class_accuracy=round(float(np.mean([row[3] for row in per_class])), 4),
         n_queries=n_queries,
         n_labelled=len(labels),
-        n_flipped=int((labels != zero_shot).sum()),
+        n_flipped=n_flipped,
         corrected=int((right & ~zero_shot_right).sum()),
         broken=int((~right & zero_shot_right).sum()),
         per_class=sorted(per_class, key=lambda row: (row[3], row[0])),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.protocols.data import draw_shots, labelled_pools, load_splits
-from transclip_fast.store.atomic import beside, locked
+from transclip_fast.store.atomic import beside, locked, remove
 from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.store.linear_maps import map_features
@@ -107,7 +106,8 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
         summary["warnings"] = [*noted, *messages]
         if out is not None:
             write_table(out, summary)
-            _remove(leftovers(beside(out, "graph")))
+            for file in leftovers(beside(out, "graph")):
+                remove(file)
     text = as_text(summary)
     session.print_summary(summary, text if out is None else f"{text}\nwritten to {out}", as_json)
 
@@ -121,14 +121,6 @@ def _names(methods: str | None) -> list[str]:
         if name not in NAMES:
             raise InputError(f"method {name!r} is not known; choose of {', '.join(NAMES)}")
     return list(dict.fromkeys(names))
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def drawn(features: Features, shots: int, seed: int, warnings: list[str]) -> Features:

@@ -10,7 +10,7 @@ from typing import Any
 from transclip_fast.cli import session
 from transclip_fast.cli.session import counted
 from transclip_fast.errors import InputError
-from transclip_fast.solver.layout import show_bytes
+from transclip_fast.memory import show_bytes
 from transclip_fast.store.atomic import beside, read_json, write_json, writing
 from transclip_fast.whole_files import new_file
 

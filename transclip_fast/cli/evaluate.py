@@ -62,10 +62,6 @@ class Evaluated:
     gap: dict[str, float | None] | None
     others: dict[str, Any] | None
 
-    def name_of(self, k: int) -> str:
-        """The name of a class."""
-        return self.class_names[k] if self.class_names else f"class {k}"
-
 
 def evaluate_result(result: str, labels: str | None = None) -> Evaluated:
     """The evaluation of a result folder."""

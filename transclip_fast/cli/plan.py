@@ -11,19 +11,19 @@ import click
 import torch
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.traffic import Traffic, bytes_a_second
 from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import choose_search
 from transclip_fast.graph.centres import default_n_lists
-from transclip_fast.graph.recall import SAMPLE_ROWS
+from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
+from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.ops.blocks import gemm_rows
 from transclip_fast.ranks import current_ranks
-from transclip_fast.solver import layout as layouts
-from transclip_fast.solver.layout import Layout, Size, parse_memory, show_bytes
+from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
@@ -239,7 +239,7 @@ def plan_of_size(
     (n_rows, n_classes, dim), device = shape, device or resolve_device(model.device)
     files = 2 * n_rows * dim
     size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=files, ranks=ranks)
-    layout = layouts.choose_layout(
+    layout = choose_layout(
         size,
         device,
         form=model.form,
@@ -261,7 +261,7 @@ def make_plan(
         passes += size.runs
     stages = _stages(size, layout, device, search, steps, passes)
     block = gemm_rows(device, size.n_classes)
-    limit = layouts.limit_of(device, parse_memory(parameters.memory))
+    limit = limit_of(device, parse_memory(parameters.memory))
     traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
     seconds = None
     if size.ranks > 1 and multiplies_bytes(size.dim):  # as where it was measured
@@ -338,5 +338,5 @@ def _search_products(n_rows: int, search: str) -> float:
     if search == "exact":
         return float(n_rows) * n_rows
     lists = default_n_lists(n_rows)
-    sample = min(n_rows, SAMPLE_ROWS)
+    sample = min(n_rows, RECALL_SAMPLE_ROWS)
     return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + sample)

@@ -128,7 +128,7 @@ def command(
         lines = [describe_result(run, out)]
     else:
         lines = [
-            describe_solution(run, out, told=True),
+            describe_solution(run, out, class_cost_shown=True),
             f"to look at it: {command_line('report', out)}",
         ]
     with session.collected_warnings({}):

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from transclip_fast.cli import session
+from transclip_fast.cli.class_outlook import describe_changes, size_changes, use_of_classes
 from transclip_fast.cli.graph import describe
 from transclip_fast.cli.options import requested
-from transclip_fast.cli.outlook import describe_changes, size_changes, use_of_classes
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import unit_sample
 from transclip_fast.data.npy_shards import StoredRows
@@ -132,8 +132,8 @@ def of_others(
     }
 
 
-def describe_solution(run: dict[str, Any], out: str, *, told: bool = False) -> str:
-    """The run.json of a solve as text; whether classes were charged may be `told` already."""
+def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool = False) -> str:
+    """The run.json of a solve as text, without the line on the class cost if it was shown."""
     seconds, truncation = run["seconds"], run["truncation"]
     classes = use_of_classes(
         run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]
@@ -142,7 +142,7 @@ def describe_solution(run: dict[str, Any], out: str, *, told: bool = False) -> s
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        *([] if told else [classes]),
+        *([] if class_cost_shown else [classes]),
         *describe_changes(run["size_changes"], run["class_names"]),
     ]
     if truncation is not None:

@@ -32,7 +32,7 @@ def walk_images(root: Path, follow_links: bool) -> tuple[list[tuple[str, str]], 
         for name in files:
             file = Path(folder, name)
             if file.suffix.lower() in suffixes():
-                found.append((printable(file.relative_to(root).as_posix()), str(file)))
+                found.append((utf8_name(file.relative_to(root).as_posix()), str(file)))
             else:
                 left_out[file.suffix.lower() or NO_SUFFIX] += 1
     words = [left_out_words(left_out), _link_words(sorted(links), follow_links)]
@@ -77,7 +77,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def path_of(shown: str) -> str:
-    """The path that `printable` shows so: with the escapes as bytes, if there is such a file."""
+    """The path that `utf8_name` shows so: with the escapes as bytes, if there is such a file."""
     if ESCAPE.search(os.fsencode(shown)) and not os.path.lexists(shown):
         unescaped = ESCAPE.sub(lambda byte: bytes([int(byte[1], 16)]), os.fsencode(shown))
         if os.path.lexists(unescaped):
@@ -85,6 +85,6 @@ def path_of(shown: str) -> str:
     return shown
 
 
-def printable(name: str) -> str:
-    """A file name as text, with backslash escapes for bytes that are not UTF-8."""
+def utf8_name(name: str) -> str:
+    """A file name as UTF-8, with backslash escapes for other bytes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""What happened, in numbers."""
+"""The facts of a result: counts, accuracies, seconds and settings."""
 
 from __future__ import annotations
 

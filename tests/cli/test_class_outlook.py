@@ -70,8 +70,8 @@ def test_soft_text_is_sharpened(few, save, problem, succeeds, tmp_path):
 
 def test_few_rows_stand_for_many(few, succeeds, monkeypatch):
     """The rest is not read twice: 2^10 entries are those of 31 rows, of 20 classes and d = 33."""
-    monkeypatch.setattr("transclip_fast.cli.outlook.SAMPLE_ENTRIES", 1 << 10)
-    monkeypatch.setattr("transclip_fast.cli.outlook.PRIOR_SAMPLE_ROWS", 5)
+    monkeypatch.setattr("transclip_fast.cli.class_outlook.SAMPLE_ENTRIES", 1 << 10)
+    monkeypatch.setattr("transclip_fast.cli.class_outlook.PRIOR_SAMPLE_ROWS", 5)
     file, prior = few
     found = json.loads(succeeds("plan", file, "--json"))["outlook"]
     assert found["rows"] == 31 < len(prior)

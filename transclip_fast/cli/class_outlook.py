@@ -1,4 +1,4 @@
-"""What `plan` and `solve` tell about the classes: before a solve, and after it."""
+"""How many classes the prior uses, before a solve, and how their sizes changed, after it."""
 
 from __future__ import annotations
 
