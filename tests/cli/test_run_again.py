@@ -30,6 +30,23 @@ def test_run_again_sorts_the_images_that_are_there_now(images, names, tiny, cli,
     assert (inside.code, inside.err.count("is in ")) == (2, 1)
 
 
+def test_run_again_rejects_another_share(images, names, tiny, cli, tmp_path):
+    command = ("run", images(10), "--classes", names, *tiny, "--out", tmp_path / "out")
+    result = tmp_path / "out/result"
+    for options, rejected in ((), 0), (("--reject", 0.2), 2), (("--reject", 0.5), 5), ((), 0):
+        ran = cli(*command, *options)
+        assert ran.code == 0
+        assert (f"\n{rejected} labels rejected" in ran.out) == bool(rejected)
+        table = pq.read_table(result / "predictions.parquet")
+        assert ("rejected" in table.column_names) == bool(options)
+        run = json.loads((result / "run.json").read_text())
+        flag = [option for option in run["options"] if option["option"] == "--reject"]
+        assert flag == [{"option": "--reject", "value": str(share)} for share in options[1:]]
+        before = contents(result)
+        assert cli(*command, *options).code == 0
+        assert contents(result) == before  # and is not solved again
+
+
 def test_a_run_that_is_done_removes_what_a_killed_one_left(images, names, tiny, cli, tmp_path):
     command = ("run", images(6), "--classes", names, *tiny, "--out", tmp_path / "out")
     assert cli(*command).code == 0
