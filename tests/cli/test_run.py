@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import contents
+from tests.cli.test_plan import DENSE
 from tests.cli.test_ranks import start
 from transclip_fast.encode import encoder
 from transclip_fast.store.features import load_features
@@ -158,7 +159,7 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     lines = first.out.splitlines(keepends=True)
     kept = f"0 of 12 images encoded, 12 kept in {tmp_path / 'out/features'}\n"
     assert (again.code, again.out) == (0, kept + "".join(lines[3:]))
-    assert lines[0].startswith("plan: dense, features held, exact graph, at most ")
+    assert lines[0].startswith(DENSE)
     assert "images a second in batches of 16; time spent waiting for images" in lines[2]
     assert contents(tmp_path / "out") == before
 
@@ -170,7 +171,7 @@ def test_the_result_tells_of_its_images(images, names, tiny, cli, tmp_path):
     ran = cli("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
     assert ran.code == 0
     run = json.loads((tmp_path / "out/result/run.json").read_text())
-    warning = "1 file is no image that can be read here: .heic 1"
+    warning = "1 file left out, not an image that can be read here: .heic 1"
     assert [text.endswith(warning) for text in run["warnings"]].count(True) == 1
     assert list(run["seconds"]) == ["list", "load", "text", "images", "graph", "solve"]
     page = (tmp_path / "out/report.html").read_text()
@@ -266,7 +267,7 @@ def test_what_is_left_out_is_one_line_and_links_are_followed_on_request(
     command = ("encode", folder, "--classes", names, *tiny)
     ran = cli(*command, "--out", tmp_path / "out")
     line = (
-        f"{folder}: 1 file is no image that can be read here: .heic 1; "
+        f"{folder}: 1 file left out, not an image that can be read here: .heic 1; "
         f"1 link to folders, not followed without --follow-links: {folder}/linked"
     )
     assert ran.code == 0

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.conftest import contents
+from transclip_fast.cli.session import counted
 
 
 def test_run_again_sorts_the_images_that_are_there_now(images, names, tiny, cli, tmp_path):
@@ -19,10 +20,13 @@ def test_run_again_sorts_the_images_that_are_there_now(images, names, tiny, cli,
         "run", images(5), "--classes", names, *tiny,
         "--out", tmp_path / "out", "--sort-into", tmp_path / "sorted",
     )  # fmt: skip
-    assert cli(*command).out.splitlines()[-1].startswith("5 images sorted into ")
+    ran = cli(*command)
+    folders = len([path for path in (tmp_path / "sorted").iterdir() if path.is_dir()])
+    line = f" images linked into {counted(folders, 'class folder')} of {tmp_path / 'sorted'}/"
+    assert ran.out.splitlines()[-1] == f"5{line}"
     (tmp_path / "images/dog/001.png").unlink()
     again = cli(*command)
-    assert (again.code, again.out.splitlines()[-1][:21]) == (0, "4 images sorted into ")
+    assert (again.code, again.out.splitlines()[-1]) == (0, f"4{line}")
     links = [path for path in (tmp_path / "sorted").rglob("*") if path.is_symlink()]
     found = {path.resolve() for path in links}
     assert found == {path.resolve() for path in (tmp_path / "images").rglob("*.png")}
