@@ -99,7 +99,7 @@ def test_rows_without_a_label_do_not_count(missing, arrays, named, save, succeed
         values = [int(k) if row else missing for k, row in zip(labels, known, strict=True)]
         pq.write_table(pa.table({"label": values}), given)
     out = succeeds("solve", save(named), "--labels", given, "--out", tmp_path / "result")
-    assert "of the 51 rows with a true label" in out
+    assert "of the 51 images with a true label" in out
     table = pq.read_table(tmp_path / "result/predictions.parquet")
     assert table["true_label"].null_count == 26
     right = table["label"].to_numpy()[known] == labels[known]

@@ -117,7 +117,7 @@ def test_solve_tells_what_it_did(few, cli, tmp_path, options, cost):
     k, was, now = next(change for change in run["size_changes"] if change[2] > change[1])
     assert f"grew most: {NAMES[k]} {was} -> {now}" in ran.out
     # Classes are meant to be empty where they cost something.
-    assert charged != any("lost all their queries" in warning for warning in run["warnings"])
+    assert charged != any("lost all their images" in warning for warning in run["warnings"])
 
 
 def test_class_cost_takes_three_values(few, cli, tmp_path):

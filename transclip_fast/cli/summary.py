@@ -204,7 +204,7 @@ def of_labelled(run: Mapping[str, Any]) -> str:
     """How many rows accuracies are of, unless of all."""
     if run["n_labelled"] == run["n_queries"]:
         return ""
-    return f", of the {counted(run['n_labelled'], 'row')} with a true label"
+    return f", of the {counted(run['n_labelled'], 'image')} with a true label"
 
 
 def describe_others(name: str, found: dict[str, Any]) -> str:
