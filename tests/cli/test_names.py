@@ -12,7 +12,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.store.features import load_features
 
-MODEL = ("--model", "tiny", "--pretrained", "none", "--workers", "0")
+MODEL = ("--model", "tiny", "--pretrained", "openai", "--workers", "0")
 
 
 @pytest.fixture

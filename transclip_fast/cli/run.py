@@ -12,7 +12,7 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.encode import encode_options, encode_progress, report
+from transclip_fast.cli.encode import encode_options, encode_progress, report, warn_of_random
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import (
     SEARCH_OPTIONS,
@@ -109,6 +109,7 @@ def command(
                 images, folder / "features", progress=progress, on_sizes=print_plan, **encoding
             )
         encode_summary, encode_text = report(encoded)
+        warn_of_random(messages, values["pretrained"], "labels", shown=ranks.leads)
         stages = session.Stages(encode_summary["seconds"])
         again = options.given_options(str(folder / "result"), SOLVE_OPTIONS)
         output = Output(reject, csv, options=[*again], warnings=messages)
