@@ -190,6 +190,8 @@ def test_one_image_is_counted_as_one(images, tiny, cli, tmp_path):
     [
         (("--model", "ViT-B32", "--pretrained", "none"), "unknown model 'ViT-B32'; nearest: ViT-B"),
         (("--model", "ViT-B-32", "--pretrained", "opneai"), "nearest: openai"),
+        (("--model", "$%&", "--pretrained", "none"), "unknown model '$%&'\n"),
+        (("--model", "demo"), "model demo: is for the digits of `transclip-fast demo`, and for "),
         (("--model", "ViT-B-32", "--pretrained", "missing.pt"), "missing.pt: no such file"),
     ],
 )  # fmt: skip
@@ -232,6 +234,9 @@ def test_real_images_with_two_unreadable(golden_dir, tmp_path, cli, no_network):
     )  # fmt: skip
     ran = cli(*command)
     assert ran.code == 0
+    random = "the weights are random (--pretrained none): the labels mean nothing"
+    assert ran.err.count(f"warning: {random}\n") == 1
+    assert random in json.loads((tmp_path / "out/result/run.json").read_text())["warnings"]
     features = np.load(tmp_path / "out/features/img_emb/img_emb_00000.npy")
     assert features.shape == (36, 384)
     np.testing.assert_allclose(np.linalg.norm(features.astype(float), axis=1), 1, atol=1e-3)
@@ -242,6 +247,7 @@ def test_real_images_with_two_unreadable(golden_dir, tmp_path, cli, no_network):
     ]
     strict = cli(*command, "--strict", "--json")
     assert strict.code == 1
+    assert strict.err.count(random) == 1
     assert [row[0] for row in json.loads(strict.out)["failures"]] == [4, 30]
 
 
