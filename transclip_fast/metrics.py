@@ -140,13 +140,13 @@ def check_assignments(
     largest = int(counts.argmax())
     if n_classes > 1 and counts[largest] > max(SWALLOWED * len(labels), 2 * before[largest]):
         warnings.append(
-            f"{name(largest)} got {counts[largest]} of {len(labels)} queries, {before[largest]} "
+            f"{name(largest)} got {counts[largest]} of {len(labels)} images, {before[largest]} "
             "by zero-shot alone: it may be swallowing the others; check its prompt, or raise "
             "kl_weight"
         )
     elif n_classes > 1 and counts[largest] == len(labels) > FEW_QUERIES:
         warnings.append(
-            f"all {len(labels):,} queries have the label {name(largest)}: do model and class names "
+            f"all {len(labels):,} images have the label {name(largest)}: do model and class names "
             "fit them?"
         )
     if charged:
@@ -155,11 +155,11 @@ def check_assignments(
     empty = np.flatnonzero((counts == 0) & (before == 0))
     if len(lost):
         warnings.append(
-            f"{len(lost)} of {n_classes} classes lost all their queries, e.g. {name(int(lost[0]))}"
+            f"{len(lost)} of {n_classes} classes lost all their images, e.g. {name(int(lost[0]))}"
         )
     if len(empty) and len(labels) >= n_classes:
         warnings.append(
-            f"{len(empty)} of {n_classes} classes got no query, not even by zero-shot, "
+            f"{len(empty)} of {n_classes} classes got no image, not even by zero-shot, "
             f"e.g. {name(int(empty[0]))}"
         )
     return warnings
@@ -195,7 +195,7 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
     if len(set(usual.values())) < _distinct_by_chance(len(usual), int(pairs.max()) + 1):
         return []
     return [
-        f"zero-shot labels match on {as_is:.1f} % of rows but would on {better:.1f} % if classes "
+        f"zero-shot labels match on {as_is:.1f} % of images but would on {better:.1f} % if classes "
         "were renamed: class names, text features and labels do not seem to be in one order"
     ]
 

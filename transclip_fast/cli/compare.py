@@ -63,23 +63,24 @@ ARRAYS = (*METHOD_ARRAYS, "labels", "class_names")
 def command(path: str, methods: str | None, out: str | None, as_json: bool, **values: Any) -> None:
     """Label FEATURES with every method, on the same rows and graph, and show one table.
 
-    FEATURES are those of `solve`, or a folder of the feature folders test/, train/ and val/.
-    Accuracy is of the rows with a true label, "changed" the labels that differ from zero-shot,
-    time that of all runs without the graph, and memory the peak of the process. With --out, run the
-    same command again after a crash, or with other methods: those that are done are kept, and in
-    the table, too.
+    FEATURES are those of `solve`, or a folder of the feature folders test/, train/ and val/. With
+    --out, run the same command again after a crash, or with other methods: those that are done are
+    kept, and in the table, too.
+
+    Columns: text is what classes were learned from; changed, the labels that differ from
+    zero-shot's; time, of all runs, without the graph; settings chosen on the validation rows, and
+    in how many runs; assumes, whether classes must be equally frequent.
 
     \b
     Examples:
       transclip-fast compare features.npz --out table.md
       transclip-fast compare pets --shots 4 --methods transclip,laplacianshot
     \f
-    Settings left open are chosen on the validation rows, over the published grids; the table
-    has how many runs that took, and which methods assume that all classes are equally frequent.
-    Methods that learn from shots take the texts as shots where there are none; --anchors changes
-    that for those that can do otherwise, and the column "text" has what each took. With many rows
-    and classes name fast methods: tim-adm takes 150 passes over the features, alpha-tim and tim-gd
-    1,000, and validation rows multiply all passes by the runs.
+    Settings left open are chosen on the validation rows, over the published grids. Methods that
+    learn from shots take the texts as shots where there are none; --anchors changes that for those
+    that can do otherwise. With many rows and classes name fast methods: tim-adm takes 150 passes
+    over the features, alpha-tim and tim-gd 1,000, and validation rows multiply all passes by the
+    runs.
     """
     names = _names(methods)
     if out is not None and (Path(out).suffix not in SUFFIXES or Path(out).is_dir()):

@@ -87,7 +87,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"{counted(summary['n_validation'], 'validation row')}",
     ]
     lines += [f"not run: {reason}" for reason in summary["not_run"].values()]
-    return lines
+    return [*lines, "choose a method by labelled images that you do not report on"]
 
 
 def as_text(summary: dict[str, Any]) -> str:

@@ -219,7 +219,7 @@ def solve_features(
         charged = model.class_costs_ is not None
         run = solving.summary(warnings, *compared, model.means_.shape, charged=charged)
         columns = _columns(problem, outlier_score, solving.output.reject)
-        run |= _solver_run(model, graph, start)
+        run |= _solver_run(model, graph, start) | {"reject": solving.output.reject}
         for key, name in (("known_labels", "known"), ("rejected", "rejected")):
             run[key] = of_others(name, columns.get(name), *compared)
         tables = _tables(solving.features, model, start.truth, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -191,10 +192,11 @@ def sorted_into(
     if target is None:
         return {}, []
     found = sort_images(result, features, target)
-    copied = f", {found.n_copied:,} of them copied from tars" if found.n_copied else ""
-    rejected = f", {found.n_rejected:,} of them rejected" if found.n_rejected else ""
-    images, folders = counted(found.n_images, "image"), counted(found.n_folders, "folder")
-    line = f"{images} sorted into {folders} of {target}{copied}{rejected}"
+    numbers = (found.n_images - found.n_copied, "linked"), (found.n_copied, "copied")
+    done = " and ".join(f"{counted(number, 'image')} {verb}" for number, verb in numbers if number)
+    folders = counted(found.n_folders - bool(found.n_rejected), "class folder")
+    rejected = f", the {found.n_rejected:,} rejected into rejected/" if found.n_rejected else ""
+    line = f"{done} into {folders} of {os.path.join(target, '')}{rejected}"
     return {"sorted": asdict(found)}, [line]
 
 
@@ -202,7 +204,7 @@ def of_labelled(run: Mapping[str, Any]) -> str:
     """How many rows accuracies are of, unless of all."""
     if run["n_labelled"] == run["n_queries"]:
         return ""
-    return f", of the {counted(run['n_labelled'], 'row')} with a true label"
+    return f", of the {counted(run['n_labelled'], 'image')} with a true label"
 
 
 def describe_others(name: str, found: dict[str, Any]) -> str:

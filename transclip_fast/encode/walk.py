@@ -40,12 +40,13 @@ def walk_images(root: Path, follow_links: bool) -> tuple[list[tuple[str, str]], 
 
 
 def left_out_words(counts: Counter[str]) -> str:
-    """What is left out as "3 files are no images that can be read here: .heic 3"; "" if none."""
+    """Text like "3 files left out, not images that can be read here: .heic 3"; "" if none."""
     number = counts.total()
     by_number = sorted((-n, suffix) for suffix, n in counts.items() if n)
     shown = _shown([f"{suffix} {-n:,}" for n, suffix in by_number])
-    are = "files are no images" if number > 1 else "file is no image"
-    return f"{number:,} {are} that can be read here: {shown}" if number else ""
+    files, images = ("files", "images") if number > 1 else ("file", "an image")
+    text = f"{number:,} {files} left out, not {images} that can be read here: {shown}"
+    return text if number else ""
 
 
 def _link_words(links: Sequence[str], follow_links: bool) -> str:

@@ -30,12 +30,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Groups of images under a title; `name` is its tab's, in the page."""
+    """
+    Groups of images under a title; `name` is its tab's, in the page.
+
+    `size` is of how many these are a sample.
+    """
 
     name: str
     title: str
     text: str
     groups: list[Group] = field(default_factory=list)
+    size: int | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -73,6 +78,7 @@ def _galleries(view: View) -> Iterator[Gallery]:
         "Changed labels",
         "Samples of the most frequent changes from zero-shot.",
         [*_changes(view)],
+        int((view.labels != view.zero_shot).sum()),
     )
     if view.result.has(CALIBRATED):  # else these are the first to correct
         rows = np.flatnonzero(~view.known)
@@ -90,7 +96,7 @@ def _galleries(view: View) -> Iterator[Gallery]:
 def _marked(name: str, title: str, text: str, marked: np.ndarray) -> Gallery:
     all_rows = np.flatnonzero(marked)
     rows = all_rows[evenly_spaced_rows(len(all_rows), MOVED).numpy()].tolist()
-    return Gallery(name, title, text, [Group(rows, size=len(all_rows))] if rows else [])
+    return Gallery(name, title, text, [Group(rows)], len(all_rows))
 
 
 def _changes(view: View) -> Iterator[Group]:
