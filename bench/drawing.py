@@ -106,7 +106,7 @@ def draw_sparse(figure: Figure, rows: Rows) -> None:
     names = [SPARSE_ARMS[arm] for arm in arms]
     bars(left, names, [arm["median"] for arm in arms.values()], "seconds", ".2f")
     peaks = {SPARSE_ARMS[x]: arm["peak_bytes"] / 1e6 for x, arm in arms.items() if x != "gemms"}
-    bars(right, list(peaks), list(peaks.values()), "MB beyond features and graph", ".0f")
+    bars(right, list(peaks), list(peaks.values()), "MB beyond data and graph", ".0f")
     right.set_yticks([])
     right.set_ylim(left.get_ylim())
     sizes = f"N = {row['queries']:,}, K = {row['classes']:,}, d = {row['dim']}"

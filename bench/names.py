@@ -19,7 +19,7 @@ SPARSE_ARMS = {
     "baseline": "a good dense torch version",
     "dense": "transclip_fast, dense",
     "sparse": "transclip_fast, sparse",
-    "gemms": "the eleven products F P^T alone",
+    "gemms": "its matrix products alone",
 }
 GRAPH_ARMS = {
     "faiss_exact avx2": "FAISS `knn`, AVX2",

@@ -11,7 +11,7 @@ from bench.tables import Row, newest, seconds, size, source, table
 from transclip_fast import TransCLIP
 from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.cli.traffic import Traffic
-from transclip_fast.solver.layout import show_bytes
+from transclip_fast.memory import show_bytes
 from transclip_fast.solver.parameters import Parameters
 
 BILLION, RANKS = (10**9, 21_000, 1024), 64  # rows, classes, dimensions

@@ -15,7 +15,15 @@ import json
 import re
 from pathlib import Path
 
-from bench import correction_tables, head_tables, rank_tables, rival_tables, tables, wild_tables
+from bench import (
+    correction_tables,
+    head_tables,
+    million_tables,
+    rank_tables,
+    rival_tables,
+    tables,
+    wild_tables,
+)
 from bench.common import ROOT
 from bench.faults import tables as fault_tables
 from bench.tables import Row, compared, newest
@@ -28,6 +36,7 @@ BLOCKS = (
     | rank_tables.BLOCKS
     | correction_tables.BLOCKS
     | fault_tables.BLOCKS
+    | million_tables.BLOCKS
 )
 DOCUMENTS = (
     "README.md",

@@ -189,7 +189,7 @@ def sparse(folder: Path) -> str:
             memory = "" if arm == "gemms" else size(done["peak_bytes"])
             took = [SPARSE_ARMS[arm], seconds(done["median"]), memory]
             cells.append([*sizes, *took, f"{done['times_sparse']:.2f}", same])
-    head = ["N", "K", "tau", "graph given", "solve", "memory beyond features and graph"]
+    head = ["N", "K", "logit scale", "graph given", "solve", "memory beyond features and graph"]
     head += ["times sparse's", "same labels"]
     return "\n\n".join([plot("sparse", "Time and memory"), table(head, cells), source(rows)])
 

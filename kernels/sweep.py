@@ -21,13 +21,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from transclip_fast import types
 from transclip_fast.kernels.messages import launch, row_messages, segment_messages
 from transclip_fast.kernels.segments import SegmentedAffinity
 from transclip_fast.types import Assignments, Scores
 
 TINY = tl.constexpr(1.1754944e-38)  # the smallest normal float32
-FLOAT32_ROUNDING = tl.constexpr(2.0**-24)  # half of float32's eps
-LARGEST_MESSAGE = tl.constexpr(64.0)  # nats: e^64 moves all of a row's mass
+FLOAT32_ROUNDING = tl.constexpr(types.FLOAT32_ROUNDING)
+LARGEST_MESSAGE = tl.constexpr(types.LARGEST_MESSAGE)
 
 
 @triton.jit

@@ -42,6 +42,13 @@ def test_nothing_wrong():
     assert scores.n_flipped == 0
 
 
+def test_changes_are_counted_in_all_rows():
+    """Those whose truth is unknown are neither corrected nor broken, but they did change."""
+    scores = evaluate(np.array([1, 1, 1]), np.array([0, 0, 0]), np.array([1, -1, -1]))
+    assert (scores.n_queries, scores.n_labelled, scores.n_flipped) == (3, 1, 3)
+    assert (scores.corrected, scores.broken) == (1, 0)
+
+
 def test_against_loops():
     rng = np.random.default_rng(0)
     labels, zero_shot, truth = rng.integers(9, size=(3, 200))
@@ -68,7 +75,7 @@ def test_against_loops():
 def test_a_class_that_swallows_the_others():
     labels = np.array([1] * 8 + [0, 2])
     message, = check_assignments(labels, np.arange(10) % 3, 3, ["a", "b", "c"])  # fmt: skip
-    assert message.startswith("class 1 (b) got 8 of 10 queries, 3 by zero-shot alone")
+    assert message.startswith("class 1 (b) got 8 of 10 images, 3 by zero-shot alone")
 
 
 def test_a_class_that_was_large_before_swallows_nothing():
@@ -85,7 +92,7 @@ def test_one_label_for_all(n, before, warned, charged):
     zero_shot = np.repeat([1, 0], [before, n - before])
     labels, names = np.ones(n, int), ["sea", "desert"]
     found = check_assignments(labels, zero_shot, 2, names, charged=charged)
-    line = f"all {n} queries have the label class 1 (desert): do model and class names fit them?"
+    line = f"all {n} images have the label class 1 (desert): do model and class names fit them?"
     assert (line in found) == warned
     assert sum("all " in text and "desert" in text for text in found) == warned
     assert check_assignments(0 * labels, 0 * labels, 1) == []
@@ -95,8 +102,8 @@ def test_lost_and_empty_classes():
     zero_shot = np.array([0, 0, 1, 1, 2, 2])
     labels = np.array([0, 0, 0, 1, 1, 1])
     lost, empty = check_assignments(labels, zero_shot, 5)
-    assert lost == "1 of 5 classes lost all their queries, e.g. class 2"
-    assert empty.startswith("2 of 5 classes got no query, not even by zero-shot, e.g. class 3")
+    assert lost == "1 of 5 classes lost all their images, e.g. class 2"
+    assert empty.startswith("2 of 5 classes got no image, not even by zero-shot, e.g. class 3")
 
 
 def test_empty_classes_are_no_news_with_fewer_rows_than_classes():
@@ -109,7 +116,7 @@ def test_class_order(shift, warned):
     found = check_class_order((truth + shift) % 5, truth)
     assert bool(found) == warned
     if warned:
-        assert found[0].startswith("zero-shot labels match on 0.0 % of rows but would on 100.0 %")
+        assert found[0].startswith("zero-shot labels match on 0.0 % of images but would on 100.0 %")
 
 
 def test_poor_labels_are_not_a_wrong_order():

@@ -16,7 +16,7 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.texts import texts_of_fit
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError, not_fitted
-from transclip_fast.graph.build import build_graph, given_graph, whole_rows
+from transclip_fast.graph.build import COMPARED_ROWS, build_graph, given_graph, whole_rows
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import outlier_scores
 from transclip_fast.ops.ranked import RankedRows, neighbor_places
@@ -29,8 +29,6 @@ from transclip_fast.solver.problem import Inputs, Problem, Settings
 from transclip_fast.solver.runs import solve_each
 from transclip_fast.solver.state import Solution
 from transclip_fast.solver.truncation import losses
-
-SAMPLE_ROWS = 512  # of a graph, by which processes know that they have the same one
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -293,7 +291,7 @@ class TransCLIP(Parameters):
             return build_graph(whole, self.n_neighbors, own_rows=True)
         graph = given_graph(graph, features, self.n_neighbors)
         if isinstance(features, RankedRows):
-            some = evenly_spaced_rows(len(graph), SAMPLE_ROWS).numpy()
+            some = evenly_spaced_rows(len(graph), COMPARED_ROWS).numpy()
             sample = NeighborGraph(graph.neighbors[some], graph.similarities[some])
             check_same(features.exchange.ranks, {"graph": sample.sha256()})
         return graph.check(len(features), self.n_neighbors, features.own)

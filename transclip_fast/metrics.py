@@ -35,7 +35,8 @@ class Evaluation:
     `per_class` is (class, rows, zero-shot accuracy, accuracy) for each class that occurs, worst
     first; `confusions` is (true class, predicted class, rows), most frequent first; `corrected`
     and `broken` count rows that zero-shot had wrong and right; `warnings` are those of
-    `check_class_order`. All of them are of the `n_labelled` rows whose truth is known.
+    `check_class_order`. All of them are of the `n_labelled` rows whose truth is known, but
+    `n_queries` and `n_flipped` count all rows.
     """
 
     accuracy: float
@@ -53,7 +54,8 @@ class Evaluation:
 
 def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Evaluation:
     """Compare labels (N,) and zero-shot labels (N,) with the truth (N,), -1 where unknown."""
-    n_queries, known = len(labels), truth >= 0
+    n_queries, n_flipped = len(labels), int((labels != zero_shot).sum())
+    known = truth >= 0
     labels, zero_shot, truth = labels[known], zero_shot[known], truth[known]
     right, zero_shot_right = labels == truth, zero_shot == truth
     rows = np.bincount(truth)
@@ -77,7 +79,7 @@ def evaluate(labels: np.ndarray, zero_shot: np.ndarray, truth: np.ndarray) -> Ev
         mean_class_accuracy=round(float(np.mean([row[3] for row in per_class])), 4),
         n_queries=n_queries,
         n_labelled=len(labels),
-        n_flipped=int((labels != zero_shot).sum()),
+        n_flipped=n_flipped,
         corrected=int((right & ~zero_shot_right).sum()),
         broken=int((~right & zero_shot_right).sum()),
         per_class=sorted(per_class, key=lambda row: (row[3], row[0])),
@@ -138,13 +140,13 @@ def check_assignments(
     largest = int(counts.argmax())
     if n_classes > 1 and counts[largest] > max(SWALLOWED * len(labels), 2 * before[largest]):
         warnings.append(
-            f"{name(largest)} got {counts[largest]} of {len(labels)} queries, {before[largest]} "
+            f"{name(largest)} got {counts[largest]} of {len(labels)} images, {before[largest]} "
             "by zero-shot alone: it may be swallowing the others; check its prompt, or raise "
             "kl_weight"
         )
     elif n_classes > 1 and counts[largest] == len(labels) > FEW_QUERIES:
         warnings.append(
-            f"all {len(labels):,} queries have the label {name(largest)}: do model and class names "
+            f"all {len(labels):,} images have the label {name(largest)}: do model and class names "
             "fit them?"
         )
     if charged:
@@ -153,11 +155,11 @@ def check_assignments(
     empty = np.flatnonzero((counts == 0) & (before == 0))
     if len(lost):
         warnings.append(
-            f"{len(lost)} of {n_classes} classes lost all their queries, e.g. {name(int(lost[0]))}"
+            f"{len(lost)} of {n_classes} classes lost all their images, e.g. {name(int(lost[0]))}"
         )
     if len(empty) and len(labels) >= n_classes:
         warnings.append(
-            f"{len(empty)} of {n_classes} classes got no query, not even by zero-shot, "
+            f"{len(empty)} of {n_classes} classes got no image, not even by zero-shot, "
             f"e.g. {name(int(empty[0]))}"
         )
     return warnings
@@ -193,7 +195,7 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
     if len(set(usual.values())) < _distinct_by_chance(len(usual), int(pairs.max()) + 1):
         return []
     return [
-        f"zero-shot labels match on {as_is:.1f} % of rows but would on {better:.1f} % if classes "
+        f"zero-shot labels match on {as_is:.1f} % of images but would on {better:.1f} % if classes "
         "were renamed: class names, text features and labels do not seem to be in one order"
     ]
 

@@ -267,8 +267,8 @@ def _watched(ranks: Ranks, address: str) -> Iterator[None]:
         yield
         return
     connections = _connected(ranks, address)
-    with _sigterm_told() as told:
-        watch = threading.Thread(target=_watch, args=(ranks, connections, told), daemon=True)
+    with _sigterm_socket() as signals:
+        watch = threading.Thread(target=_watch, args=(ranks, connections, signals), daemon=True)
         watch.start()
         try:
             yield
@@ -282,18 +282,18 @@ def _watched(ranks: Ranks, address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_told() -> Iterator[socket.socket]:
+def _sigterm_socket() -> Iterator[socket.socket]:
     """
     Have SIGTERM written to a socket, as its number, instead of ending the process.
 
     `torchrun` sends it when a rank is lost, perhaps before this one has heard who it was.
     """
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
+    signals, writer = socket.socketpair()
+    writer.setblocking(False)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
-    fd = signal.set_wakeup_fd(teller.fileno())
+    fd = signal.set_wakeup_fd(writer.fileno())
     try:
-        yield told
+        yield signals
     finally:
         signal.set_wakeup_fd(fd)
         signal.signal(signal.SIGTERM, before)
@@ -336,18 +336,18 @@ def _kept_alive(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def _watch(ranks: Ranks, connections: dict[socket.socket, int], told: socket.socket) -> None:
+def _watch(ranks: Ranks, connections: dict[socket.socket, int], signals: socket.socket) -> None:
     """Wait until a rank is lost, or all are done; SIGTERM ends this process."""
     with selectors.DefaultSelector() as selector, suppress(ValueError, OSError):
-        for other in (told, *connections):
+        for other in (signals, *connections):
             selector.register(other, selectors.EVENT_READ)
         patience = None  # seconds
         while len(selector.get_map()) > 1:
             ready = selector.select(patience)
             for key, _ in ready:
                 connection: Any = key.fileobj
-                if connection is told:
-                    number = told.recv(1)
+                if connection is signals:
+                    number = signals.recv(1)
                     if not number:  # this rank has closed it
                         return
                     if number[0] == signal.SIGTERM:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Entries of z below this are dropped; the solver accounts for their total mass.
 FLOOR = 1e-4
+FLOAT32_ROUNDING = 2.0**-24  # half of float32's eps
+LARGEST_MESSAGE = 64.0  # nats: e^64 moves all of a row's mass
 MASS_UNITS = 2**30  # of a row: 2^33 rows can be counted
 BLOCK_ROWS = 1 << 14  # of lists that are counted or cut at a time
 

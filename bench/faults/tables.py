@@ -1,9 +1,10 @@
-"""The table of the documents: operations that failed once."""
+"""The tables of the documents: operations that failed once, and mutated files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from bench.fuzz.trial import ACCEPTED, REFUSED
 from bench.tables import newest, source, table
 
 OUTCOMES = ("refused", "finished", "killed")
@@ -20,9 +21,26 @@ def faults(folder: Path) -> str:
         reads = tried.get("READ", {}).get("operations", 0)
         changes = max((x["operations"] for name, x in tried.items() if name != "READ"), default=0)
         counts = [sum(found.get(x, 0) for found in tried.values()) for x in ("tried", *OUTCOMES)]
-        cells.append([f"`{row['case']}`", *(f"{x:,}" for x in (changes, reads, *counts))])
-    head = ["command", "operations that write", "that read", "failed", "one line", "whole"]
-    return table([*head, "killed"], cells) + "\n\n" + source(rows)
+        every = "all" if row["every"] == 1 else f"1 of {row['every']}"
+        numbers = [f"{x:,}" for x in (changes, reads, *counts)]
+        cells.append([f"`{row['case']}`", *numbers[:2], every, *numbers[2:]])
+    head = ["command", "operations that write", "that read", "of which", "failed", "one line"]
+    return table([*head, "whole", "killed"], cells) + "\n\n" + source(rows)
 
 
-BLOCKS = {"faults": faults}
+def mutated(folder: Path) -> str:
+    """Tabulate the campaign with most mutated files: how the commands that read them ended."""
+    rows = newest("fuzz", "seed", "first", folder=folder)
+    if not rows:
+        return "Not recorded yet: `python -m bench.fuzz --count 50000`."
+    row = max(rows, key=lambda row: sum(sum(found.values()) for found in row["formats"].values()))
+    cells = []
+    for name, found in sorted(row["formats"].items()):
+        others = sum(found.values()) - found.get(REFUSED, 0) - found.get(ACCEPTED, 0)
+        counts = sum(found.values()), found.get(REFUSED, 0), found.get(ACCEPTED, 0), others
+        cells.append([name, *(f"{x:,}" for x in counts)])
+    head = ["format", "mutated files", "one line", "a result", "anything else"]
+    return table(head, cells) + "\n\n" + source([row])
+
+
+BLOCKS = {"faults": faults, "mutated": mutated}

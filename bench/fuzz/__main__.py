@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from bench.common import record
 from bench.fuzz.seeds import FORMATS
 from bench.fuzz.trial import ACCEPTED, REFUSED
 from bench.processes import Process
@@ -22,7 +23,7 @@ SHOWN_EXAMPLES = 3  # of a kind of fault
 
 
 def main() -> None:
-    """Run the campaign and print the table; exit code 1 if there is a fault."""
+    """Run the campaign, print the table and record; exit code 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=2000, help="mutated files")
     parser.add_argument("--seed", type=int, default=0)
@@ -41,6 +42,10 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as threads:
             outcomes = list(chain.from_iterable(threads.map(part, range(options.workers))))
     faults = report(outcomes)
+    counts = Counter((outcome["format"], outcome["kind"]) for outcome in outcomes)
+    formats = {name: {k: n for (of, k), n in counts.items() if of == name} for name in FORMATS}
+    found = {"seed": options.seed, "first": options.first, "faults": faults, "formats": formats}
+    record("fuzz", found)
     sys.exit(1 if faults else 0)
 
 

@@ -7,8 +7,16 @@ import torch
 
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.neighbor_graph import NeighborGraph
-from transclip_fast.ops.torch_backend import FLOAT32_ROUNDING, LARGEST_MESSAGE, TorchOps
-from transclip_fast.types import Affinity, Assignments, LinearScore, Scores, Truncation
+from transclip_fast.ops.torch_backend import TorchOps
+from transclip_fast.types import (
+    FLOAT32_ROUNDING,
+    LARGEST_MESSAGE,
+    Affinity,
+    Assignments,
+    LinearScore,
+    Scores,
+    Truncation,
+)
 
 OWN_CLASS = 0.65  # share of neighbours with the row's label: 62 to 71 % of real ones
 SIMILARITY = 0.8  # of all neighbours

@@ -16,11 +16,12 @@ from open_clip import IMAGENET_CLASSNAMES
 from bench.common import command_line, record
 from bench.processes import measured, run_isolated
 from transclip_fast.data.feature_rows import unit
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.encode.models import load_backbone
 from transclip_fast.heads import text_tower as tower
 from transclip_fast.heads.prompts import ContextSettings, Prompting, TextTower
 from transclip_fast.heads.prompts.coop import CoOp
-from transclip_fast.heads.task import HeadTask, LabelledFeatures
+from transclip_fast.heads.task import HeadTask
 
 SHOTS = 32  # rows of the batch
 GIB = 2**30
@@ -38,7 +39,7 @@ def one_step(model: str, classes: int, n_ctx: int, chunks: bool) -> dict[str, An
     labels = torch.randint(classes, (SHOTS,), generator=draw)
     task = HeadTask(
         text=unit(torch.randn(classes, backbone.dim, generator=draw)),
-        shots=LabelledFeatures(rows, labels),
+        shots=LabelledRows(rows, labels),
         validation=None,
         logit_scale=100.0,
         seed=0,

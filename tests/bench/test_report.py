@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bench import report, tables
+from bench import million_tables, report, tables
 from bench.common import RESULTS, ROOT
 
 
@@ -138,6 +138,21 @@ def test_streams_beside_their_plan(tmp_path):
 )
 def test_nearly_all_is_not_all(share, text):
     assert tables.percent(share) == text
+
+
+def test_a_million_images_take_what_was_measured(tmp_path):
+    def write(name, **row):
+        (tmp_path / f"{name}.jsonl").write_text(line(**row) + "\n")
+
+    write("encode", median={"encode": 100.0}, options={"model": "m"})
+    write("graph", case="million", dim=64, seconds=12.34)
+    sizes = [{"seconds": 5.0}, {"seconds": 61.5}]
+    shape = {"classes": 1000, "dim": 64, "present": 0, "published": False}
+    write("stream", queries=[1000, 10**6], sizes=sizes, **shape)
+    text = million_tables.million(tmp_path)
+    assert "| encode with m, at the rate of fewer images | 3 hours |" in text
+    assert "| find neighbours, d = 64 | 12.3 s |" in text
+    assert "| label with 1,000 classes, d = 64 | 61.5 s |" in text
 
 
 def test_kills_of_one_of_several_processes_are_told(tmp_path):

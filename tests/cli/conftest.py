@@ -95,11 +95,11 @@ def refused(cli, tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch, backbone):
-    """Every model name loads the tiny backbone."""
+    """Every model name loads the tiny backbone, in the place of one with weights."""
     monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_, **__: backbone)
     monkeypatch.setattr("transclip_fast.encode.models.identify", lambda *_: backbone.identity)
     monkeypatch.setattr("transclip_fast.encode.models.watch_weights", lambda *_: WatchedFiles({}))
-    return ("--model", "tiny", "--pretrained", "none", "--workers", "0")
+    return ("--model", "tiny", "--pretrained", "openai", "--workers", "0")
 
 
 @pytest.fixture

@@ -96,6 +96,8 @@ def test_suggested_images_are_filled_in_and_solved(named, succeeds, tmp_path):
     assert len(set(rows)) == 7
     file = tmp_path / "to check.csv"
     text = succeeds("suggest", tmp_path / "result", "-n", 7, "--csv", file)
+    least = json.loads(out)["suggested"][0]["confidence"]
+    assert f" (confidence {100 * least:.0f} %), zero-shot " in text.splitlines()[0]
     assert [line.split(":")[0] for line in text.splitlines()[:7]] == [str(row) for row in rows]
     with open(file, newline="") as content:
         lines = [*csv.DictReader(content)]

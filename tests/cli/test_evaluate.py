@@ -105,11 +105,7 @@ def test_the_modality_gap(save, arrays, cli, tmp_path, method, streamed):
     expected = gap_of(arrays["image_features"], arrays["text_features"])
     gap = json.loads(cli("evaluate", tmp_path / "result", "--json").out)["modality_gap"]
     assert gap == pytest.approx(expected, abs=2e-6)
-    line = (
-        f"modality gap {expected['distance']:.3f} from the mean image to the mean class text, "
-        f"their cosine {expected['cosine']:.3f}"
-    )
-    assert line in cli("evaluate", tmp_path / "result").out.splitlines()
+    assert "modality gap" not in cli("evaluate", tmp_path / "result").out
 
 
 def test_the_gap_is_of_the_texts_that_were_solved(save, arrays, succeeds, tmp_path):
@@ -128,12 +124,10 @@ def test_no_gap_without_texts_and_no_cosine_of_a_mean_of_zero(save, arrays, succ
     texts = arrays.pop("text_features")
     succeeds("solve", save(arrays | {"prototypes": texts}), "--out", tmp_path / "a")
     assert json.loads(succeeds("evaluate", tmp_path / "a", "--json"))["modality_gap"] is None
-    assert "modality gap" not in succeeds("evaluate", tmp_path / "a")
     texts[1::2] = -texts[::2]
     succeeds("solve", save(arrays | {"text_features": texts}), "--out", tmp_path / "b")
     gap = json.loads(succeeds("evaluate", tmp_path / "b", "--json"))["modality_gap"]
     assert gap["cosine"] is None
-    assert "one of which is zero" in succeeds("evaluate", tmp_path / "b")
 
 
 @pytest.mark.parametrize("gap", [[], {"distance": "x", "cosine": 0.1}, {"cosine": 0.5}])

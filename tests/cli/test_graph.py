@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.test_solve import read
 from transclip_fast.cli import graph as graph_command
-from transclip_fast.graph import exact, lists
+from transclip_fast.graph import exact, list_search
 from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.checkpoint import FileCheckpoint
 
@@ -187,7 +187,7 @@ def test_a_killed_search_goes_on(search, save, arrays, cli, succeeds, tmp_path, 
     monkeypatch.setattr(graph_command, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(exact, "STEP_ROWS", 30)
     monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 15)
-    monkeypatch.setattr(lists, "BATCH_BLOCKS", 2)
+    monkeypatch.setattr(list_search, "BATCH_BLOCKS", 2)
     command = ("graph", save(arrays), "--search", search, "--out")
     succeeds(*command, tmp_path / "whole")
     keep, kept = FileCheckpoint.keep, []

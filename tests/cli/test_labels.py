@@ -99,7 +99,7 @@ def test_rows_without_a_label_do_not_count(missing, arrays, named, save, succeed
         values = [int(k) if row else missing for k, row in zip(labels, known, strict=True)]
         pq.write_table(pa.table({"label": values}), given)
     out = succeeds("solve", save(named), "--labels", given, "--out", tmp_path / "result")
-    assert "of the 51 rows with a true label" in out
+    assert "of the 51 images with a true label" in out
     table = pq.read_table(tmp_path / "result/predictions.parquet")
     assert table["true_label"].null_count == 26
     right = table["label"].to_numpy()[known] == labels[known]
@@ -226,9 +226,13 @@ def test_texts_of_several_templates(axis, named, save, succeeds, tmp_path):
         {name: k for k, name in reversed([*enumerate(NAMES)])},
     ],
 )
-def test_class_names_as_json(content, arrays, save, succeeds, tmp_path):
+@pytest.mark.parametrize("flag", ["--class-names", "--classes"])
+def test_class_names_as_json(content, flag, arrays, save, succeeds, tmp_path):
+    """By the option's name, and by that of `run` and `encode`."""
     (tmp_path / "names.json").write_text(json.dumps(content))
-    options = ("--class-names", tmp_path / "names.json", "--out", tmp_path / "result")
+    options = (flag, tmp_path / "names.json", "--out", tmp_path / "result")
     succeeds("solve", save(arrays), *options)
+    run = json.loads((tmp_path / "result/run.json").read_text())
+    assert run["options"] == [{"option": "--class-names", "file": "../names.json"}]
     table = pq.read_table(tmp_path / "result/predictions.parquet")
     assert table["label_name"].to_pylist() == [NAMES[k] for k in table["label"].to_pylist()]

@@ -197,6 +197,7 @@ def test_formats(save, arrays, succeeds, tmp_path):
     assert markdown[0].startswith("| method | text | accuracy | changed |")
     assert markdown[3].startswith("| zero-shot | texts | ")
     assert all(line.count("|") == 10 for line in markdown[:6])
+    assert markdown[-1] == "- choose a method by labelled images that you do not report on"
     assert (tmp_path / "table.txt").read_text().startswith("method     text ")
     summary = json.loads(succeeds("compare", features, "--methods", "zero-shot", "--json"))
     assert summary["rows"][0]["method"] == "zero-shot"
@@ -235,8 +236,10 @@ def test_methods_that_cannot_run_are_named(save, arrays, cli, refused, monkeypat
     lines = ran.out.splitlines()
     assert [line.split()[:2] for line in lines[1:3]] == [["bd-cspn", "shots"], ["zlap", "shots"]]
     assert "not run: stata with anchors 'texts' needs text_features" in lines
-    assert lines[-2].startswith("not run: transclip: no text features and no prior")
-    assert lines[-2].endswith("; for the shots alone, a uniform prior: np.full((N, K), 1 / K)")
+    (alone,) = (line for line in lines if line.startswith("not run: transclip: "))
+    assert alone.startswith("not run: transclip: no text features and no prior")
+    assert alone.endswith("; for the shots alone, a uniform prior: np.full((N, K), 1 / K)")
+    assert lines[-1] == "choose a method by labelled images that you do not report on"
     refusal = refused("compare", features, "--methods", "bd-cspn,stata")
     assert "stata with anchors 'texts' needs text_features" in refusal
 

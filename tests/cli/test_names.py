@@ -12,7 +12,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.store.features import load_features
 
-MODEL = ("--model", "tiny", "--pretrained", "none", "--workers", "0")
+MODEL = ("--model", "tiny", "--pretrained", "openai", "--workers", "0")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_list_with_labels_of_some_rows(images, encode, succeeds, tmp_path):
     assert (labels, err) == ([1, -1, 0], "")
     assert load_features(tmp_path / "features").get("labels").tolist()[::2] == [1, 0]
     arguments = ("solve", tmp_path / "features", "--n-neighbors", 1, "--out", tmp_path / "result")
-    assert "of the 2 rows with a true label" in succeeds(*arguments)
+    assert "of the 2 images with a true label" in succeeds(*arguments)
     for given in ((), ("--labels", file)):
         found = json.loads(succeeds("evaluate", tmp_path / "result", *given, "--json"))
         assert (found["n_queries"], found["n_labelled"]) == (3, 2)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import balanced
 
+DENSE = "plan: every class of each image (dense), features in memory, exact neighbours, at most "
+
 
 def plan_of(succeeds, *command):
     return json.loads(succeeds("plan", *command, "--json"))
@@ -30,7 +32,11 @@ def test_of_sizes(succeeds):
     assert found["peak"] == max(stage["host"] for stage in found["stages"]) <= found["limit"]
     text = succeeds("plan", *shape)
     assert "50,000 rows, 300 classes, 64 dimensions, 3 neighbours" in text
-    assert "plan: sparse, 128 candidates a row, features held, faiss graph, at most" in text
+    assert "3 neighbours\n" in text
+    assert (
+        "plan: the 128 likeliest classes of each image (sparse), features in memory, neighbours "
+        "searched by FAISS, at most "
+    ) in text
 
 
 def test_streamed_features_are_read_in_every_pass(succeeds):
@@ -38,6 +44,8 @@ def test_streamed_features_are_read_in_every_pass(succeeds):
     found = plan_of(succeeds, *shape, "--candidates", 32, "--max-iter", 2, "--memory", "4GiB")
     assert found["layout"] == {"candidates": 32, "held": False}
     assert found["passes"] == 9
+    text = succeeds("plan", *shape, "--candidates", 32, "--max-iter", 2, "--memory", "4GiB")
+    assert ", features read 9 times, given neighbours, at most " in text
     stages = {stage["name"]: stage for stage in found["stages"]}
     assert list(stages) == ["load", "solve", "write"]
     rows = 2 * 2_000_000 * 512
@@ -76,10 +84,12 @@ def test_solve_says_it_first(save, arrays, succeeds, tmp_path):
     file = save(arrays)
     line, classes = succeeds("plan", file).splitlines()[-2:]
     first, second = succeeds("solve", file, "--out", tmp_path / "result").splitlines()[:2]
-    assert first.startswith("plan: dense, features held, exact graph, at most ")
+    assert first.startswith(DENSE)
     assert line.startswith(first.partition(" at most")[0])
-    assert (
-        second == classes == "plan: by 77 rows the prior uses about 6 of 6 classes: class cost off"
+    assert second == classes
+    assert classes == (
+        "plan: by 77 images, zero-shot uses about 6 of 6 classes: no charge for a class in use "
+        "(--class-cost)"
     )
 
 

@@ -37,6 +37,11 @@ def test_equals_the_estimator(solved, new, arrays, succeeds, tmp_path):
     assert run["n_flipped"] == (expected.argmax(1) != zero_shot).sum()
     assert (run["n_queries"], run["n_classes"], run["dim"]) == (43, 6, 33)
     assert json.loads(out) == run
+    text = succeeds("predict", solved, file, "--out", tmp_path / "more")
+    assert text.splitlines()[:2] == [
+        "43 images labelled one by one, without neighbours: labels may differ from the result's",
+        f"{run['n_flipped']} labels changed from zero-shot",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["prior", "prior_logits"])

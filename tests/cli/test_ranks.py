@@ -17,7 +17,7 @@ import torch
 from tests.conftest import make_problem
 from tests.ranks import SECONDS, become, free_port
 from transclip_fast.cli import graph, main, solution
-from transclip_fast.graph import exact, lists
+from transclip_fast.graph import exact, list_search
 
 REPORTED = 2
 CHECKPOINTS = {"graph": "search", "solve": "solve-0"}
@@ -80,7 +80,7 @@ def run(rank, size, port, errors, command, arguments, dies, other):
     torch.set_num_threads(1)
     solution.CHECKPOINT_SECONDS = graph.CHECKPOINT_SECONDS = 0
     exact.PANEL_ROWS["cpu"], exact.STEP_ROWS = 64, 128  # so that a search has several rounds
-    lists.BLOCK_PRODUCTS, lists.BATCH_BLOCKS = 1 << 12, 8
+    list_search.BLOCK_PRODUCTS, list_search.BATCH_BLOCKS = 1 << 12, 8
     if dies and dies[0] == rank:
         broadcast, left = torch.distributed.broadcast, [dies[1]]
         saved = checkpoint_index(arguments[arguments.index("--out") + 1], command)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import contents
+from tests.cli.test_plan import DENSE
 from tests.cli.test_ranks import start
 from transclip_fast.encode import encoder
 from transclip_fast.store.features import load_features
@@ -158,7 +159,7 @@ def test_run_goes_the_whole_way_and_skips_what_is_there(
     lines = first.out.splitlines(keepends=True)
     kept = f"0 of 12 images encoded, 12 kept in {tmp_path / 'out/features'}\n"
     assert (again.code, again.out) == (0, kept + "".join(lines[3:]))
-    assert lines[0].startswith("plan: dense, features held, exact graph, at most ")
+    assert lines[0].startswith(DENSE)
     assert "images a second in batches of 16; time spent waiting for images" in lines[2]
     assert contents(tmp_path / "out") == before
 
@@ -170,7 +171,7 @@ def test_the_result_tells_of_its_images(images, names, tiny, cli, tmp_path):
     ran = cli("run", images(12), "--classes", names, *tiny, "--out", tmp_path / "out")
     assert ran.code == 0
     run = json.loads((tmp_path / "out/result/run.json").read_text())
-    warning = "1 file is no image that can be read here: .heic 1"
+    warning = "1 file left out, not an image that can be read here: .heic 1"
     assert [text.endswith(warning) for text in run["warnings"]].count(True) == 1
     assert list(run["seconds"]) == ["list", "load", "text", "images", "graph", "solve"]
     page = (tmp_path / "out/report.html").read_text()
@@ -189,6 +190,8 @@ def test_one_image_is_counted_as_one(images, tiny, cli, tmp_path):
     [
         (("--model", "ViT-B32", "--pretrained", "none"), "unknown model 'ViT-B32'; nearest: ViT-B"),
         (("--model", "ViT-B-32", "--pretrained", "opneai"), "nearest: openai"),
+        (("--model", "$%&", "--pretrained", "none"), "unknown model '$%&'\n"),
+        (("--model", "demo"), "model demo: is for the digits of `transclip-fast demo`, and for "),
         (("--model", "ViT-B-32", "--pretrained", "missing.pt"), "missing.pt: no such file"),
     ],
 )  # fmt: skip
@@ -231,6 +234,9 @@ def test_real_images_with_two_unreadable(golden_dir, tmp_path, cli, no_network):
     )  # fmt: skip
     ran = cli(*command)
     assert ran.code == 0
+    random = "the weights are random (--pretrained none): the labels mean nothing"
+    assert ran.err.count(f"warning: {random}\n") == 1
+    assert random in json.loads((tmp_path / "out/result/run.json").read_text())["warnings"]
     features = np.load(tmp_path / "out/features/img_emb/img_emb_00000.npy")
     assert features.shape == (36, 384)
     np.testing.assert_allclose(np.linalg.norm(features.astype(float), axis=1), 1, atol=1e-3)
@@ -241,6 +247,7 @@ def test_real_images_with_two_unreadable(golden_dir, tmp_path, cli, no_network):
     ]
     strict = cli(*command, "--strict", "--json")
     assert strict.code == 1
+    assert strict.err.count(random) == 1
     assert [row[0] for row in json.loads(strict.out)["failures"]] == [4, 30]
 
 
@@ -266,7 +273,7 @@ def test_what_is_left_out_is_one_line_and_links_are_followed_on_request(
     command = ("encode", folder, "--classes", names, *tiny)
     ran = cli(*command, "--out", tmp_path / "out")
     line = (
-        f"{folder}: 1 file is no image that can be read here: .heic 1; "
+        f"{folder}: 1 file left out, not an image that can be read here: .heic 1; "
         f"1 link to folders, not followed without --follow-links: {folder}/linked"
     )
     assert ran.code == 0

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.conftest import contents
+from transclip_fast.cli.session import counted
 
 
 def test_run_again_sorts_the_images_that_are_there_now(images, names, tiny, cli, tmp_path):
@@ -19,15 +20,35 @@ def test_run_again_sorts_the_images_that_are_there_now(images, names, tiny, cli,
         "run", images(5), "--classes", names, *tiny,
         "--out", tmp_path / "out", "--sort-into", tmp_path / "sorted",
     )  # fmt: skip
-    assert cli(*command).out.splitlines()[-1].startswith("5 images sorted into ")
+    ran = cli(*command)
+    folders = len([path for path in (tmp_path / "sorted").iterdir() if path.is_dir()])
+    line = f" images linked into {counted(folders, 'class folder')} of {tmp_path / 'sorted'}/"
+    assert ran.out.splitlines()[-1] == f"5{line}"
     (tmp_path / "images/dog/001.png").unlink()
     again = cli(*command)
-    assert (again.code, again.out.splitlines()[-1][:21]) == (0, "4 images sorted into ")
+    assert (again.code, again.out.splitlines()[-1]) == (0, f"4{line}")
     links = [path for path in (tmp_path / "sorted").rglob("*") if path.is_symlink()]
     found = {path.resolve() for path in links}
     assert found == {path.resolve() for path in (tmp_path / "images").rglob("*.png")}
     inside = cli(*command[:-1], tmp_path / "images/sorted")
     assert (inside.code, inside.err.count("is in ")) == (2, 1)
+
+
+def test_run_again_rejects_another_share(images, names, tiny, cli, tmp_path):
+    command = ("run", images(10), "--classes", names, *tiny, "--out", tmp_path / "out")
+    result = tmp_path / "out/result"
+    for options, rejected in ((), 0), (("--reject", 0.2), 2), (("--reject", 0.5), 5), ((), 0):
+        ran = cli(*command, *options)
+        assert ran.code == 0
+        assert (f"\n{rejected} labels rejected" in ran.out) == bool(rejected)
+        table = pq.read_table(result / "predictions.parquet")
+        assert ("rejected" in table.column_names) == bool(options)
+        run = json.loads((result / "run.json").read_text())
+        flag = [option for option in run["options"] if option["option"] == "--reject"]
+        assert flag == [{"option": "--reject", "value": str(share)} for share in options[1:]]
+        before = contents(result)
+        assert cli(*command, *options).code == 0
+        assert contents(result) == before  # and is not solved again
 
 
 def test_a_run_that_is_done_removes_what_a_killed_one_left(images, names, tiny, cli, tmp_path):

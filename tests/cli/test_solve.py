@@ -255,7 +255,7 @@ def test_warns_of_empty_classes(save, arrays, cli, tmp_path):
     empty = set("uvwxyz") - set(table["label_name"].to_pylist())
     assert ran.code == 0
     assert empty == set("xyz")
-    assert "3 of 6 classes lost all their queries, e.g. class 3 (x)" in ran.err
+    assert "3 of 6 classes lost all their images, e.g. class 3 (x)" in ran.err
     assert json.loads(ran.out)["warnings"] == run["warnings"]
 
 

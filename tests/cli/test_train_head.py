@@ -142,7 +142,7 @@ def test_its_words_are_shown(coop, save, digits, done, tmp_path):
     words = " ".join(read_head(coop).head.words)
     assert f"words nearest to the context of all: {words}\n" in out
     assert "s, loss " in out
-    assert "accuracy on 55 queries" in out
+    assert "accuracy on 55 images" in out
     assert "accuracy on the validation rows" in out
     assert f"`solve --head {coop}`" in out
 

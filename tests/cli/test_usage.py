@@ -55,6 +55,16 @@ def test_a_command_that_is_none(word, meant, cli):
     assert ran.err.endswith(f"Error: No such command '{word}'.{hint}\n")
 
 
+@pytest.mark.parametrize("command", ["solve", "compare", "train-head"])
+def test_class_names_have_one_more_name(command, cli):
+    """That of `run` and `encode`; help shows one."""
+    for words in (("--classes",), ("x", "x", "--class-names", "x", "--classes")):
+        ran = cli(command, *words)
+        assert ran.code == 2
+        assert ran.err.endswith("Error: Option '--class-names' requires an argument.\n")
+    assert "--classes" not in cli(command, "--help-all").out
+
+
 def test_a_folder_of_another_kind_says_what_it_is(folder, solved, refused, tmp_path):
     """And what to name instead, as far as one can see."""
     out = tmp_path / "out"

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.conftest import unit
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.data.patches import PatchedRows, images
 from transclip_fast.errors import InputError
-from transclip_fast.heads.task import LabelledFeatures, as_fit_arguments
+from transclip_fast.heads.task import as_fit_arguments
 
 N, L, D = 23, 3, 5
 
@@ -71,10 +72,10 @@ def test_unit_rows_stay_as_they_are(parts):
 def test_by_their_names(parts):
     rows, patches = parts
     patched, labels = PatchedRows(rows, patches, "x")[:], torch.zeros(N, dtype=torch.int64)
-    found = as_fit_arguments({"support": LabelledFeatures(patched, labels)})
+    found = as_fit_arguments({"support": LabelledRows(patched, labels)})
     assert found.keys() == {"support_features", "support_labels", "support_local_features"}
     assert torch.equal(found["support_local_features"], patched[:, 1:])
-    assert as_fit_arguments({"validation": LabelledFeatures(rows, labels)}).keys() == {
+    assert as_fit_arguments({"validation": LabelledRows(rows, labels)}).keys() == {
         "validation_features",
         "validation_labels",
     }

@@ -1,4 +1,4 @@
-"""Image and text features in each other's place: what lengths prove, and what names say."""
+"""Image and text features in each other's place: what lengths prove, and names suggest."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_known_labels_in_python(rows):
 
 
 @pytest.mark.parametrize("names", [("text.npy", "images.npy"), ("classes.npy", "val_img.npy")])
-def test_names_of_files_that_say_the_other(names, rows, tmp_path):
+def test_files_that_are_named_as_the_other(names, rows, tmp_path):
     message = (
         f"{names[0]}: is taken for 7 images, and .*{names[1]} for 23 texts; if it is the other"
     )

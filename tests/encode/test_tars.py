@@ -340,8 +340,9 @@ def test_what_is_left_out_of_a_tar_is_counted(tmp_path):
     (tmp_path / "a.parquet").touch()
     (tmp_path / "more").mkdir()
     line = (
-        ": 8 files are no images that can be read here: .npy 2, .mask.png beside an image 1, "
-        ".parquet 1, folders 1, hidden 1, labels without an image 1, no suffix 1"
+        ": 8 files left out, not images that can be read here: .npy 2, "
+        ".mask.png beside an image 1, .parquet 1, folders 1, hidden 1, "
+        "labels without an image 1, no suffix 1"
     )
     with pytest.warns(UserWarning, match=re.escape(f"{tmp_path}{line}") + "$"):
         source = open_source(tmp_path)

@@ -52,7 +52,7 @@ def test_what_is_left_out_is_counted_by_suffix(images):
     folder = images(3)
     for name in ("a.heic", "cat/b.HEIC", "README", "notes.tx\nt"):
         (folder / name).touch()
-    line = "4 files are no images that can be read here: .heic 2, '.tx\\nt 1', no suffix 1"
+    line = "4 files left out, not images that can be read here: .heic 2, '.tx\\nt 1', no suffix 1"
     with left_out(folder, line):
         assert len(open_source(folder)) == 3
     for name in "abcdefgh":
@@ -63,7 +63,10 @@ def test_what_is_left_out_is_counted_by_suffix(images):
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "a.heic").touch()
-    line = "holds no images that can be read here; 1 file is no image that can be read here: .heic"
+    line = (
+        "holds no images that can be read here; 1 file left out, not an image that can be read "
+        "here: .heic 1"
+    )
     with pytest.raises(InputError, match=line):
         open_source(tmp_path)
 
@@ -136,7 +139,7 @@ def test_a_folder_that_is_called_like_a_tar_is_a_folder(images):
 def test_what_is_written_into_the_folder_holds_no_images(images, backbone):
     folder = images(3)
     written = encode(folder, backbone, folder / "out")
-    with left_out(folder, "5 files are no images that can be read here: .npy 2, .csv 1, .json 1, "
-                  ".parquet 1"):  # fmt: skip
+    line = "5 files left out, not images that can be read here: .npy 2, .csv 1, .json 1, .parquet 1"
+    with left_out(folder, line):
         again = encode(folder, backbone, folder / "out")
     assert (again.n_rows, again.n_kept, written.n_rows) == (3, 3, 3)

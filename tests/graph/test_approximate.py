@@ -10,7 +10,15 @@ from tests.conftest import unit
 from tests.graph.test_exact import brute_force
 from transclip_fast import InputError
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import approximate, build, centres, exact, faiss_index, lists, recall
+from transclip_fast.graph import (
+    approximate,
+    build,
+    centres,
+    exact,
+    faiss_index,
+    list_search,
+    recall,
+)
 from transclip_fast.graph.build import build_graph
 
 SEARCHES = ("exact", "faiss")
@@ -22,8 +30,8 @@ def _small_blocks(monkeypatch):
     monkeypatch.setitem(exact.TILE_ROWS, "cpu", 64)
     monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 50)
     monkeypatch.setattr(exact, "STEP_ROWS", 100)
-    monkeypatch.setattr(lists, "BLOCK_PRODUCTS", 512)
-    monkeypatch.setattr(lists, "BATCH_BLOCKS", 9)
+    monkeypatch.setattr(list_search, "BLOCK_PRODUCTS", 512)
+    monkeypatch.setattr(list_search, "BATCH_BLOCKS", 9)
     monkeypatch.setattr(approximate, "PANEL_ROWS", 60)
     monkeypatch.setattr(approximate, "STEP_ROWS", 300)
     monkeypatch.setattr(centres, "BLOCK_ROWS", 33)
@@ -102,7 +110,7 @@ def test_as_few_probes_as_reach_the_recall(target):
 
 
 def test_a_sample_of_the_rows(monkeypatch):
-    monkeypatch.setattr(recall, "SAMPLE_ROWS", 200)
+    monkeypatch.setattr(recall, "RECALL_SAMPLE_ROWS", 200)
     features, _ = clustered(900, 40)
     graph = build_graph(features, 3, search="faiss", recall=0.95)
     assert graph.info["recall_rows"] == 200

@@ -15,7 +15,7 @@ from tests.conftest import unit
 from tests.graph.test_exact import brute_force
 from transclip_fast import InputError
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import faiss_index, lists
+from transclip_fast.graph import faiss_index, list_search
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.faiss_index import lists_of, load_faiss, open_index, read_list
 
@@ -313,9 +313,9 @@ def test_long_and_short_lists(monkeypatch):
     features = np.concatenate([one, unit(rng.normal(size=(60, D)))]).astype("f4")
     expected = build_graph(features, 3, search="exact")
     for products, fewest, most in ((1 << 20, 256, 4096), (64, 3, 7), (200, 1, 9)):
-        monkeypatch.setattr(lists, "BLOCK_PRODUCTS", products)
-        monkeypatch.setattr(lists, "FEWEST_QUERIES", fewest)
-        monkeypatch.setattr(lists, "MOST_QUERIES", most)
+        monkeypatch.setattr(list_search, "BLOCK_PRODUCTS", products)
+        monkeypatch.setattr(list_search, "FEWEST_QUERIES", fewest)
+        monkeypatch.setattr(list_search, "MOST_QUERIES", most)
         found = build_graph(features, 3, search="faiss", recall=1.0)
         np.testing.assert_array_equal(found.neighbors, expected.neighbors)
 

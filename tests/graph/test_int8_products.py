@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import unit
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.graph import int8_products, lists, products
+from transclip_fast.graph import int8_products, list_search, products
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.candidates import Candidates
 from transclip_fast.graph.exact import nearest
@@ -187,7 +187,7 @@ def test_a_list_of_copies_is_not_multiplied_twice(fast, monkeypatch):
             again.append(super().enter(*arguments))
             return again[-1]
 
-    monkeypatch.setattr(lists, "int8_products", lambda *_: SimpleNamespace(Int8Rows=Counting))
+    monkeypatch.setattr(list_search, "int8_products", lambda *_: SimpleNamespace(Int8Rows=Counting))
     graph = build_graph(features, 3, search="faiss")
     np.testing.assert_allclose(graph.similarities, 1, atol=1e-6)
     assert 0 < sum(again) < 3000 * 1000 / 4  # each row has 999 copies

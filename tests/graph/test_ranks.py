@@ -12,7 +12,7 @@ from tests.conftest import unit
 from tests.ranks import on_ranks
 from transclip_fast.data import feature_rows
 from transclip_fast.errors import InputError
-from transclip_fast.graph import build, centres, lists, recall
+from transclip_fast.graph import build, centres, list_search, recall
 from transclip_fast.graph.build import build_graph
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ranks import current_ranks
@@ -47,8 +47,8 @@ def same(graph, other):
 )
 def test_any_number_of_processes_finds_the_graph_of_one(search, n, k, copies, size, monkeypatch):
     """Uneven parts, processes without rows, fewer rows than these, copies, k >= N."""
-    monkeypatch.setattr(lists, "BLOCK_PRODUCTS", 1 << 12)
-    monkeypatch.setattr(lists, "BATCH_BLOCKS", 5)
+    monkeypatch.setattr(list_search, "BLOCK_PRODUCTS", 1 << 12)
+    monkeypatch.setattr(list_search, "BATCH_BLOCKS", 5)
     features, options = rows(n, copies=copies), {"search": search}
     expected = build_graph(features, k, **options)
     for graph in on_ranks(size, shared, features, k, options):
@@ -104,7 +104,7 @@ def test_processes_say_alike_what_the_check_of_one_finds(scale, message, tmp_pat
 def bytes_sent(features, k, search, own_rows):
     """The bytes that a rank has counted, and those of the documented steps."""
     sent, rounds, searches = [], [], []
-    count, merge, fill = Exchange._count, lists._merge, lists.ListSearch.fill
+    count, merge, fill = Exchange._count, list_search._merge, list_search.ListSearch.fill
 
     def counted(exchange, *arguments):
         before = exchange.sent
@@ -119,7 +119,7 @@ def bytes_sent(features, k, search, own_rows):
         searches.append(search)
         fill(search, *arguments)
 
-    Exchange._count, lists._merge, lists.ListSearch.fill = counted, merged, filled
+    Exchange._count, list_search._merge, list_search.ListSearch.fill = counted, merged, filled
     build_graph(features, k, search=search, own_rows=own_rows)
     total = sum(sent)
     expected = sum(bytes_of_lists(found, features.shape, k, len(rounds)) for found in searches)
@@ -167,8 +167,8 @@ def bytes_of_lists(search, shape, k, n_rounds):
     ("search", "own_rows"), [("exact", False), ("exact", True), ("faiss", True)]
 )
 def test_bytes_are_those_of_the_documentation(search, own_rows, monkeypatch):
-    monkeypatch.setattr(lists, "BLOCK_PRODUCTS", 1 << 12)
-    monkeypatch.setattr(lists, "BATCH_BLOCKS", 5)
+    monkeypatch.setattr(list_search, "BLOCK_PRODUCTS", 1 << 12)
+    monkeypatch.setattr(list_search, "BATCH_BLOCKS", 5)
     found = on_ranks(4, bytes_sent, rows(2100, copies=30), 3, search, own_rows)
     assert [sent for sent, _ in found] == [expected for _, expected in found]
     assert (sum(sent for sent, _ in found) == 0) == (search == "exact" and own_rows)

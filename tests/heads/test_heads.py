@@ -12,6 +12,7 @@ from tests.conftest import unit
 from tests.heads.shots import TAU, fitted, logits_of, without_validation
 from tests.ordered_sums import OrderedSums
 from transclip_fast import InputError, TransCLIP
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.heads import (
     HEADS,
     base,
@@ -22,7 +23,7 @@ from transclip_fast.heads import (
     tip_adapter,
     unmix_clip,
 )
-from transclip_fast.heads.task import HeadTask, LabelledFeatures
+from transclip_fast.heads.task import HeadTask
 
 ADAPTERS = ("clip-adapter", "clip-adapter-text", "clip-adapter-both", "clip-adapter-blend")
 DRAWN = (*ADAPTERS, "unmix-clip")  # start at random weights
@@ -91,9 +92,7 @@ def test_linear_probe_holds_where_zero_shot_is_sure(task):
     rows, labels = task["support_features"][kept], task["support_labels"][kept]
     text, shots = torch.from_numpy(task["text_features"]), map(torch.from_numpy, (rows, labels))
     with OrderedSums():
-        found = linear_probe.constraints(
-            HeadTask(text, LabelledFeatures(*shots), None, TAU, 0, None)
-        )
+        found = linear_probe.constraints(HeadTask(text, LabelledRows(*shots), None, TAU, 0, None))
     logits = TAU * rows.astype(np.float64) @ task["text_features"].T
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = np.array([p[labels == k, k].mean() if k != 2 else np.nan for k in range(6)])

@@ -7,9 +7,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.encode.models import Backbone
 from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, TextTower
-from transclip_fast.heads.task import HeadTask, LabelledFeatures
+from transclip_fast.heads.task import HeadTask
 
 NAMES = ("cat", "grey owl", "elk")
 DIM, WIDTH = 32, 16
@@ -56,7 +57,7 @@ def task(tower, n_ctx, *, patches=0, seed=0, epochs=4, batch_size=4, checkpoint=
     centres = draw.normal(size=(3, *[1] * (len(shape) - 2), DIM))
     rows = centres[np.arange(12) % 3] + 0.5 * draw.normal(size=shape)
     rows = F.normalize(torch.from_numpy(rows).float(), dim=-1)
-    shots = LabelledFeatures(rows, torch.arange(12) % 3)
+    shots = LabelledRows(rows, torch.arange(12) % 3)
     more = {} if checkpoint is None else {"checkpoint": checkpoint}
     text = F.normalize(torch.from_numpy(draw.normal(size=(3, DIM))).float(), dim=1)
     prompting = Prompting(

@@ -30,7 +30,7 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(torch_backend, "SUM_ROWS", 10)
         monkeypatch.setitem(blocks_.GEMM_ROWS, "cpu", (10, 10))
         monkeypatch.setattr(block_sums, "SUM_CLASSES", 5)
-        monkeypatch.setitem(blocks_.BLOCK_BYTES, "cpu", 4 * K * 6)
+        monkeypatch.setitem(blocks_.OPERAND_BYTES, "cpu", 4 * K * 6)
         monkeypatch.setattr(numba_backend, "SWEEP_ROWS", 6)
         monkeypatch.setitem(blocks_.READ_ROWS, "cpu", 30)
 

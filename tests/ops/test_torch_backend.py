@@ -23,7 +23,7 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(torch_backend, "SUM_ROWS", 10)
         monkeypatch.setitem(blocks_.GEMM_ROWS, "cpu", (10, 10))
         monkeypatch.setattr(block_sums, "SUM_CLASSES", 5)
-        monkeypatch.setitem(blocks_.BLOCK_BYTES, "cpu", 4 * K * 6)
+        monkeypatch.setitem(blocks_.OPERAND_BYTES, "cpu", 4 * K * 6)
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_random_graphs(problem):
     affinity, matrix = affinity_of(edges, n)
     out = dense(nan_like(assignments.values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(blocks_.BLOCK_BYTES, "cpu", size)
+        patch.setitem(blocks_.OPERAND_BYTES, "cpu", size)
         TorchOps(affinity).sweep(dense_scores(base_tensor), assignments, out=out)
         pairwise, entropy = TorchOps(affinity).energies(assignments)
     scale = 1 + np.abs(matrix).sum(1).max()  # of the messages, and of their rounding

@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.report.conftest import HOSTILE, NAMES
+from tests.report.test_page import edited
 from transclip_fast.cli.run import solve_folder
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.report.page import write_report
 from transclip_fast.store.corrections import read_corrections
 
-TOGETHER = "Together (z, too sure of itself)"
+TOGETHER = "Together (confidence, too sure of itself)"
 NAMES_OF_CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES_OF_CHROMIUM)), None)
 
@@ -127,12 +128,12 @@ def test_an_image_shows_why_it_has_its_label(opened, page_file, made_once):
         first = [say.locator("bdi").first.text_content() for say in panel.locator(".say").all()]
         assert first[0] == table[row]["zero_shot_label_name"]
         assert first[2] == table[row]["label_name"]
-        likely = f"{round(100 * table[row]['calibrated_confidence'])} % likely right"
-        assert likely in panel.locator(".facts2 p").all_text_contents()
-        assert card.locator(".was").text_content().split(",")[0] == likely.removesuffix(
-            " likely right"
-        )
-        assert "how likely that is right" in page.locator("#legend").text_content()
+        percent = f"{round(100 * table[row]['calibrated_confidence'])} %"
+        facts = panel.locator(".facts2 p").all_text_contents()
+        assert f"about {percent} likely right" in facts
+        assert card.locator(".was").text_content().split(",")[0] == percent
+        legend = page.locator("#legend").text_content()
+        assert "its label, about how likely that is right, in percent" in legend
         near = panel.locator(".near bdi").all_text_contents()
         assert near[:3] == [table[other]["label_name"] for other in table[row]["neighbors"]]
         assert panel.locator(".near img").count() == len(near)
@@ -190,6 +191,22 @@ def test_images_are_corrected_and_solved_again(opened, made, cli_in_process, tmp
         assert tab.text_content() == "Corrected3"
         cards = page.locator(".card")
         assert sorted(int(card.get_attribute("data-row")) for card in cards.all()) == sorted(rows)
+    monkeypatch.setattr("transclip_fast.report.gallery.MOVED", 2)
+    write_report(out, after, before=str(made.result))
+    with opened(after) as page:
+        assert page.get_by_role("tab", name="Corrected").text_content() == "Corrected2 of 3"
+
+
+def test_a_sample_says_of_how_many(opened, made, tmp_path, monkeypatch):
+    """Of all changes, also those of a flow that is not shown."""
+    monkeypatch.setattr("transclip_fast.report.gallery.FLOWS", 1)
+    n, file = len(made.keys), tmp_path / "page.html"
+    edited(made.result, label=[0] * 4 + [1] * 3 + [2] * (n - 7), zero_shot_label=[2] * n)
+    write_report(made.result, file)
+    with opened(file) as page:
+        tab = page.get_by_role("tab", name="Changed labels")
+        assert tab.text_content() == "Changed labels4 of 7"
+        assert page.get_by_role("tab", name="Least certain").text_content() == f"Least certain{n}"
 
 
 def test_every_hostile_key_is_saved_and_read_back(opened, page_file, made_once, tmp_path):

@@ -16,8 +16,10 @@ import pytest
 from tests.encode.test_sources import write_tar
 from tests.report.conftest import NAMES, label
 from transclip_fast.cli import main
+from transclip_fast.cli.session import counted
+from transclip_fast.cli.summary import sorted_into
 from transclip_fast.errors import InputError
-from transclip_fast.report.sorting import MARK, folder_names, safe_name, sort_images
+from transclip_fast.report.sorting import MARK, Sorted, folder_names, safe_name, sort_images
 from transclip_fast.report.thumbnails import metadata_of
 from transclip_fast.store.arrays import file_sha256
 from transclip_fast.store.atomic import read_json, write_json
@@ -259,13 +261,31 @@ def test_the_command(made, tmp_path, monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, *words, "--sort-into", tmp_path / "sorted")
     assert (code, err) == (0, "")
     rejected = len(os.listdir(tmp_path / "sorted/rejected"))
-    folders = len(os.listdir(tmp_path / "sorted")) - 1
+    folders = len({*os.listdir(tmp_path / "sorted")} - {MARK, "rejected"})
     n, last = len(made.keys), out.splitlines()[-1]
     assert last == (
-        f"{n} images sorted into {folders} folders of {tmp_path / 'sorted'}, "
-        f"{rejected} of them rejected"
+        f"{n} images linked into {counted(folders, 'class folder')} of {tmp_path / 'sorted'}/, "
+        f"the {rejected} rejected into rejected/"
     )
     assert "sorted" not in read_json(tmp_path / "again/run.json")
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (Sorted(1, 1, 0, 0), "1 image linked into 1 class folder of sorted/"),
+        (Sorted(3, 2, 3, 0), "3 images copied into 2 class folders of sorted/"),
+        (
+            Sorted(5, 3, 2, 1),
+            "3 images linked and 2 images copied into 2 class folders of sorted/, the 1 rejected "
+            "into rejected/",
+        ),
+    ],
+)
+def test_what_was_done_is_said(found, line, monkeypatch):
+    monkeypatch.setattr("transclip_fast.cli.summary.sort_images", lambda *_: found)
+    for target in ("sorted", "sorted/"):
+        assert sorted_into(target, "result", "features")[1] == [line]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,9 @@ class Command(click.Command):
     def __init__(self, *args: Any, shown: str, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self._shown = {FULL, *shown.split()}
+        flags = {flag for parameter in self.params for flag in parameter.opts}
+        if "--class-names" in flags and "--classes" not in flags:  # a number, of `plan`
+            self.context_settings["token_normalize_func"] = _as_class_names
         self.params.append(
             click.Option(
                 ["--help-all"],
@@ -64,6 +67,11 @@ class Command(click.Command):
         if of_click or parameter.required or parameter.name in self._shown:
             return "Options"
         return next((x for x, names in SECTIONS.items() if parameter.name in names), "Advanced")
+
+
+def _as_class_names(flag: str) -> str:
+    """The name of a flag; --classes, as of `run` and `encode`, is --class-names."""
+    return "class-names" if flag == "classes" else flag
 
 
 def _show_all(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.protocols.data import draw_shots, labelled_pools, load_splits
-from transclip_fast.store.atomic import beside, locked
+from transclip_fast.store.atomic import beside, locked, remove
 from transclip_fast.store.features import Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.store.linear_maps import map_features
@@ -64,23 +63,24 @@ ARRAYS = (*METHOD_ARRAYS, "labels", "class_names")
 def command(path: str, methods: str | None, out: str | None, as_json: bool, **values: Any) -> None:
     """Label FEATURES with every method, on the same rows and graph, and show one table.
 
-    FEATURES are those of `solve`, or a folder of the feature folders test/, train/ and val/.
-    Accuracy is of the rows with a true label, "changed" the labels that differ from zero-shot,
-    time that of all runs without the graph, and memory the peak of the process. With --out, run the
-    same command again after a crash, or with other methods: those that are done are kept, and in
-    the table, too.
+    FEATURES are those of `solve`, or a folder of the feature folders test/, train/ and val/. With
+    --out, run the same command again after a crash, or with other methods: those that are done are
+    kept, and in the table, too.
+
+    Columns: text is what classes were learned from; changed, the labels that differ from
+    zero-shot's; time, of all runs, without the graph; settings chosen on the validation rows, and
+    in how many runs; assumes, whether classes must be equally frequent.
 
     \b
     Examples:
       transclip-fast compare features.npz --out table.md
       transclip-fast compare pets --shots 4 --methods transclip,laplacianshot
     \f
-    Settings left open are chosen on the validation rows, over the published grids; the table
-    has how many runs that took, and which methods assume that all classes are equally frequent.
-    Methods that learn from shots take the texts as shots where there are none; --anchors changes
-    that for those that can do otherwise, and the column "text" has what each took. With many rows
-    and classes name fast methods: tim-adm takes 150 passes over the features, alpha-tim and tim-gd
-    1,000, and validation rows multiply all passes by the runs.
+    Settings left open are chosen on the validation rows, over the published grids. Methods that
+    learn from shots take the texts as shots where there are none; --anchors changes that for those
+    that can do otherwise. With many rows and classes name fast methods: tim-adm takes 150 passes
+    over the features, alpha-tim and tim-gd 1,000, and validation rows multiply all passes by the
+    runs.
     """
     names = _names(methods)
     if out is not None and (Path(out).suffix not in SUFFIXES or Path(out).is_dir()):
@@ -107,7 +107,8 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
         summary["warnings"] = [*noted, *messages]
         if out is not None:
             write_table(out, summary)
-            _remove(leftovers(beside(out, "graph")))
+            for file in leftovers(beside(out, "graph")):
+                remove(file)
     text = as_text(summary)
     session.print_summary(summary, text if out is None else f"{text}\nwritten to {out}", as_json)
 
@@ -121,14 +122,6 @@ def _names(methods: str | None) -> list[str]:
         if name not in NAMES:
             raise InputError(f"method {name!r} is not known; choose of {', '.join(NAMES)}")
     return list(dict.fromkeys(names))
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def drawn(features: Features, shots: int, seed: int, warnings: list[str]) -> Features:

@@ -20,11 +20,11 @@ from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.memory import peak_bytes, reset_peak
 from transclip_fast.methods import METHODS, Method
 from transclip_fast.methods.task import Arrays
 from transclip_fast.metrics import accuracy, check_class_order
 from transclip_fast.progress_bar import progress_bar, shown_on
-from transclip_fast.solver.layout import peak_bytes, reset_peak
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.atomic import beside
 from transclip_fast.store.features import Features

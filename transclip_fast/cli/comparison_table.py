@@ -10,7 +10,7 @@ from typing import Any
 from transclip_fast.cli import session
 from transclip_fast.cli.session import counted
 from transclip_fast.errors import InputError
-from transclip_fast.solver.layout import show_bytes
+from transclip_fast.memory import show_bytes
 from transclip_fast.store.atomic import beside, read_json, write_json, writing
 from transclip_fast.whole_files import new_file
 
@@ -87,7 +87,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"{counted(summary['n_validation'], 'validation row')}",
     ]
     lines += [f"not run: {reason}" for reason in summary["not_run"].values()]
-    return lines
+    return [*lines, "choose a method by labelled images that you do not report on"]
 
 
 def as_text(summary: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_progress
 from transclip_fast.cli.run import REPORT, solve_folder
 from transclip_fast.cli.session import counted
+from transclip_fast.data.feature_rows import evenly_spaced_rows
 from transclip_fast.demo import CLASS_NAMES, SHIFTS, TEMPLATES, class_prompts
 from transclip_fast.demo.data import SIDE_PIXELS, write_images
 from transclip_fast.demo.model import backbone
@@ -140,8 +141,8 @@ def _picture(folder: Path, shifts: list[str]) -> Image.Image:
         )
         changed = np.flatnonzero(label != zero_shot)
         draw.text((MARGIN, top), f"{shift}: {counted(len(changed), 'label')} changed", INK, font)
-        spaced = np.linspace(0, len(changed) - 1, min(SHOWN_IMAGES, len(changed)))
-        for column, row in enumerate(changed[spaced.round().astype(int)]):
+        some = changed[evenly_spaced_rows(len(changed), SHOWN_IMAGES).numpy()]
+        for column, row in enumerate(some):
             left = MARGIN + column * cell
             with Image.open(stages / "images" / table.column("key")[int(row)].as_py()) as image:
                 sheet.paste(image.convert("RGB"), (left, top + HEADING - 4))

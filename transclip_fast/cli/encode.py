@@ -138,12 +138,13 @@ def command(
         return
     if images is None or out is None:
         raise InputError("encode needs IMAGES and --out (or --synthetic, which needs neither)")
-    with session.collected_warnings({}) as warnings, encode_progress() as progress:
+    with session.collected_warnings({}) as messages, encode_progress() as progress:
         encoded = encode_images(images, out, progress=progress, **values)
     if not encoded.leads:
         return
     summary, text = report(encoded)
-    session.print_summary({**summary, "warnings": warnings}, text, as_json)
+    warn_of_random(messages, values["pretrained"], "features")
+    session.print_summary({**summary, "warnings": messages}, text, as_json)
     if strict and encoded.failures:
         sys.exit(1)
 
@@ -153,6 +154,15 @@ def encode_progress() -> Iterator[Callable[[EncodeProgress], None]]:
     """Show the progress of `encode_images`."""
     with progress_bar("encode", "images") as show:
         yield lambda state: show(state.done, state.total, waiting_for_images=f"{state.waiting:.0%}")
+
+
+def warn_of_random(
+    messages: list[str], pretrained: str | None, found: str, *, shown: bool = True
+) -> None:
+    """Warn of what is `found` with random weights, which nobody else would tell from real ones."""
+    if pretrained == models.RANDOM:
+        text = f"the weights are random (--pretrained none): the {found} mean nothing"
+        session.warn(messages, text, shown=shown)
 
 
 def report(encoded: Encoded) -> tuple[dict[str, Any], str]:

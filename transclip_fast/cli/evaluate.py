@@ -34,8 +34,8 @@ SHOWN_ROWS = 5  # of each table
 def command(result: str, labels: str | None, as_json: bool) -> None:
     """Compare the labels in RESULT with the truth: accuracy, changed labels, the worst classes.
 
-    The modality gap, the distance of the mean image from the mean class text, and their cosine are
-    those that `solve` found in the features; a result without texts has none.
+    --json also has the modality gap that `solve` found in the features: the distance of the mean
+    image from the mean class text, and their cosine.
 
     \b
     Example:
@@ -61,10 +61,6 @@ class Evaluated:
     class_names: list[str] | None
     gap: dict[str, float | None] | None
     others: dict[str, Any] | None
-
-    def name_of(self, k: int) -> str:
-        """The name of a class."""
-        return self.class_names[k] if self.class_names else f"class {k}"
 
 
 def evaluate_result(result: str, labels: str | None = None) -> Evaluated:
@@ -125,12 +121,6 @@ def describe_evaluation(found: Evaluated) -> str:
     ]
     if found.others is not None:
         lines.insert(2, describe_others("known", found.others))
-    if found.gap is not None:
-        cosine = found.gap["cosine"]
-        lines.append(
-            f"modality gap {found.gap['distance']:.3f} from the mean image to the mean class text, "
-            + ("one of which is zero" if cosine is None else f"their cosine {cosine:.3f}")
-        )
     lines += ["", "worst classes           images  zero-shot  transductive"]
     for k, rows, before, after in scores.per_class[:SHOWN_ROWS]:
         lines.append(

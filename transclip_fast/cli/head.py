@@ -15,6 +15,7 @@ from transclip_fast.cli import session
 from transclip_fast.cli.towers import load_tower
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
+from transclip_fast.data.priors import PRIORS
 from transclip_fast.data.texts import prompt_texts
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -28,7 +29,6 @@ from transclip_fast.store.features import LOCAL, Features, check_encoder
 from transclip_fast.store.tensors import SUFFIX
 
 LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
-PRIORS = ("prior", "prior_logits", "prototypes")
 
 
 @dataclass(frozen=True)

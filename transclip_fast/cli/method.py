@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.class_outlook import describe_changes
 from transclip_fast.cli.graph import GraphSearch, describe
-from transclip_fast.cli.outlook import describe_changes
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import Solving
 from transclip_fast.cli.summary import describe_files, modality_gap, of_labelled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from transclip_fast.device import resolve_device
+from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import SEARCHES
 from transclip_fast.solver.parameters import CHOICES
@@ -154,6 +156,21 @@ sort_option = click.option(
     "--sort-into",
     type=PATH,
     help="Also write a folder for each class with links to its images, copies of those in tars.",
+)
+
+
+def _checked_share(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """Refuse NaN, which click takes to be in any range."""
+    if value is not None and math.isnan(value):
+        raise InputError(f"{option.opts[0]}: must be a share between 0 and 1, got nan")
+    return value
+
+
+reject_option = click.option(
+    "--reject",
+    type=click.FloatRange(0, 1),
+    callback=_checked_share,
+    help="Share of the rows to mark as none of the classes: those with the highest outlier score.",
 )
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 search_option = click.option(

@@ -11,19 +11,18 @@ import click
 import torch
 
 from transclip_fast.cli import options, session
+from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.traffic import Traffic, bytes_a_second
 from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import choose_search
 from transclip_fast.graph.centres import default_n_lists
-from transclip_fast.graph.recall import SAMPLE_ROWS
-from transclip_fast.ops.blocks import gemm_rows
+from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
+from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.ranks import current_ranks
-from transclip_fast.solver import layout as layouts
-from transclip_fast.solver.layout import Layout, Size, parse_memory, show_bytes
+from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
@@ -31,6 +30,12 @@ from transclip_fast.store.features import Features, load_features
 PLAN_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
 CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
+NEIGHBORS = {  # by how they are searched
+    "exact": "exact neighbours",
+    "faiss": "neighbours searched by FAISS",
+    "cuvs": "neighbours searched by cuVS",
+    "given": "given neighbours",
+}
 TABLE_ROW_BYTES = 90  # of predictions.parquet
 CHECKPOINT_ROW_BYTES = 40  # of a sparse state
 # Core-seconds of a row and step of 5 sweeps, operations a second of products, how many times faster
@@ -63,7 +68,6 @@ class Plan:
     size: Size
     layout: Layout  # with as many candidates as there will be
     passes: int  # over the features
-    block_rows: int  # of one matrix product
     graph: str  # the neighbour search, or "given"
     limit: int  # bytes that may be used
     stages: tuple[Stage, ...]
@@ -78,11 +82,13 @@ class Plan:
     def line(self) -> str:
         """The plan in one line."""
         kept = self.layout.candidates
-        form = "dense" if kept is None else f"sparse, {kept} candidates a row"
-        features = "held" if self.layout.held else f"read {self.passes} times"
+        form = "every class of each image (dense)"
+        if kept is not None:
+            form = f"the {kept} likeliest classes of each image (sparse)"
+        features = "in memory" if self.layout.held else f"read {self.passes} times"
         each = "" if self.traffic is None else " in a rank"
         return (
-            f"plan: {form}, features {features}, {self.graph} graph, at most "
+            f"plan: {form}, features {features}, {NEIGHBORS[self.graph]}, at most "
             f"{show_bytes(self.peak)} of {show_bytes(self.limit)}{each}"
         )
 
@@ -91,7 +97,7 @@ class Plan:
         size, on_gpu = self.size, any(stage.device for stage in self.stages)
         lines = [
             f"{size.n_rows:,} rows, {size.n_classes:,} classes, {size.dim} dimensions, "
-            f"{size.n_neighbors} neighbours; products of {self.block_rows} rows",
+            f"{size.n_neighbors} neighbours",
             f"{'':<8}{'GFLOP':>12}{'disk':>10}{'memory':>10}" + f"{'on GPU':>10}" * on_gpu,
         ]
         for stage in self.stages:
@@ -239,7 +245,7 @@ def plan_of_size(
     (n_rows, n_classes, dim), device = shape, device or resolve_device(model.device)
     files = 2 * n_rows * dim
     size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=files, ranks=ranks)
-    layout = layouts.choose_layout(
+    layout = choose_layout(
         size,
         device,
         form=model.form,
@@ -260,13 +266,12 @@ def make_plan(
     if parameters.class_cost is not False:  # the start may read them once more
         passes += size.runs
     stages = _stages(size, layout, device, search, steps, passes)
-    block = gemm_rows(device, size.n_classes)
-    limit = layouts.limit_of(device, parse_memory(parameters.memory))
+    limit = limit_of(device, parse_memory(parameters.memory))
     traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
     seconds = None
     if size.ranks > 1 and multiplies_bytes(size.dim):  # as where it was measured
         seconds = core_seconds(size, layout, parameters, device)
-    plan = Plan(size, layout, passes, block, search or "given", limit, stages, traffic, seconds)
+    plan = Plan(size, layout, passes, search or "given", limit, stages, traffic, seconds)
     if plan.peak <= limit:
         return plan
     remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
@@ -338,5 +343,5 @@ def _search_products(n_rows: int, search: str) -> float:
     if search == "exact":
         return float(n_rows) * n_rows
     lists = default_n_lists(n_rows)
-    sample = min(n_rows, SAMPLE_ROWS)
+    sample = min(n_rows, RECALL_SAMPLE_ROWS)
     return float(n_rows) * (lists + PROBED_LISTS * n_rows / lists + sample)

@@ -100,7 +100,10 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         tables = results.prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):
             run = results.save_result(folder, tables, run, tensors, csv=values["csv"])
-    text = f"{counted(len(rows), 'row')} labelled, {run['n_flipped']:,} unlike zero-shot"
+    text = (
+        f"{counted(len(rows), 'image')} labelled one by one, without neighbours: labels may differ "
+        f"from the result's\n{counted(run['n_flipped'], 'label')} changed from zero-shot"
+    )
     if truth is not None:
         text += (
             f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"

@@ -12,7 +12,7 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.encode import encode_options, encode_progress, report
+from transclip_fast.cli.encode import encode_options, encode_progress, report, warn_of_random
 from transclip_fast.cli.evaluate import describe_evaluation, evaluate_result
 from transclip_fast.cli.graph import (
     SEARCH_OPTIONS,
@@ -39,7 +39,7 @@ from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
 from transclip_fast.version import __version__
 
 REPORT = "report.html"
-SOLVE_OPTIONS = ("class_cost", "memory", "device", "csv")  # of `solve`, beside the graph
+SOLVE_OPTIONS = ("class_cost", "reject", "memory", "device", "csv")  # of `solve`, beside the graph
 
 
 @click.command(
@@ -52,6 +52,7 @@ SOLVE_OPTIONS = ("class_cost", "memory", "device", "csv")  # of `solve`, beside 
 @encode_options
 @options.search_options
 @options.parameter_option("class_cost")
+@options.reject_option
 @options.parameter_option("memory")
 @options.device_option
 @options.csv_option
@@ -61,6 +62,7 @@ def command(
     images: str,
     out: str,
     class_cost: bool | str,
+    reject: float | None,
     memory: str | None,
     strict: bool,
     csv: bool,
@@ -107,9 +109,10 @@ def command(
                 images, folder / "features", progress=progress, on_sizes=print_plan, **encoding
             )
         encode_summary, encode_text = report(encoded)
+        warn_of_random(messages, values["pretrained"], "labels", shown=ranks.leads)
         stages = session.Stages(encode_summary["seconds"])
         again = options.given_options(str(folder / "result"), SOLVE_OPTIONS)
-        output = Output(csv=csv, options=[*again], warnings=messages)
+        output = Output(reject, csv, options=[*again], warnings=messages)
         quiet = as_json or bool(planned)
         solve_summary = solve_folder(folder, model, search, stages, output, quiet=quiet)
         if not ranks.leads:
@@ -152,9 +155,8 @@ def solve_folder(
     result = folder / "result"
     search = search or GraphSearch(model.n_neighbors, resolve_device(model.device))
     graph = kept_graph(folder / "graph", features, search, stages)
-    run = _finished_run(result, features, model, graph)
-    finished = run is not None and (not output.csv or (result / CSV_FILE).is_file())
-    kept = all(ranks.all_gather(finished))
+    run = _finished_run(result, features, model, graph, output)
+    kept = all(ranks.all_gather(run is not None))
     if run is None or not kept:
         found = {"option": "--graph", "file": options.path_from(str(result), str(folder / "graph"))}
         output = replace(output, options=[found, *output.options])
@@ -176,10 +178,10 @@ def describe_folder(folder: Path, run: dict[str, Any]) -> str:
 
 
 def _finished_run(
-    result: Path, features: Features, model: TransCLIP, graph: NeighborGraph
+    result: Path, features: Features, model: TransCLIP, graph: NeighborGraph, output: Output
 ) -> dict[str, Any] | None:
     """
-    run.json of a result that is whole and has these inputs, parameters and graph, or None.
+    run.json of a result that is whole and has these inputs, parameters, graph and output, or None.
 
     One of another version of the package warns, and is none: its labels may be others.
     """
@@ -187,6 +189,8 @@ def _finished_run(
         run = load_result(result).run
         load_mixture(result)
     except InputError:
+        return None
+    if output.csv and not (result / CSV_FILE).is_file():
         return None
     versions = run.get("versions")
     version = versions.get("transclip_fast") if isinstance(versions, dict) else None
@@ -203,5 +207,6 @@ def _finished_run(
         "class_names": features.class_names,
         "graph": {"n_neighbors": model.n_neighbors, **graph.info},
         "graph_sha256": graph.sha256(),
+        "reject": output.reject,
     }
     return run if known.items() <= run.items() else None

@@ -16,10 +16,10 @@ import torch
 
 from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import session
+from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.options import path_from
-from transclip_fast.cli.outlook import describe_outlook, outlook
 from transclip_fast.cli.plan import Plan, plan_of, problem_of
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import modality_gap, of_others, run_summary, solver_summary
@@ -28,11 +28,11 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.memory import peak_bytes
 from transclip_fast.metrics import check_assignments, check_class_order, rejected_rows
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.ranks import ALONE, Ranks, check_same, current_ranks
-from transclip_fast.solver.layout import peak_bytes
 from transclip_fast.solver.parameters import GAMMAS
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, shared_folder, writing
@@ -219,7 +219,7 @@ def solve_features(
         charged = model.class_costs_ is not None
         run = solving.summary(warnings, *compared, model.means_.shape, charged=charged)
         columns = _columns(problem, outlier_score, solving.output.reject)
-        run |= _solver_run(model, graph, start)
+        run |= _solver_run(model, graph, start) | {"reject": solving.output.reject}
         for key, name in (("known_labels", "known"), ("rejected", "rejected")):
             run[key] = of_others(name, columns.get(name), *compared)
         tables = _tables(solving.features, model, start.truth, columns)
@@ -302,8 +302,8 @@ def _solver_run(
     return solver_summary(model) | {
         "graph_sha256": graph.sha256() if isinstance(graph, NeighborGraph) else None,
         "modality_gap": modality_gap(problem.features, texts, problem.exchange),
-        "n_shots": 0 if problem.support is None else len(problem.support[1]),
-        "n_validation": 0 if problem.validation is None else len(problem.validation[1]),
+        "n_shots": 0 if problem.support is None else len(problem.support),
+        "n_validation": 0 if problem.validation is None else len(problem.validation),
         "head": start.head and start.head.summary(start.truth),
         "memory": {"planned": start.plan.peak, "allowed": start.plan.limit},
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -70,11 +69,7 @@ from transclip_fast.store.results import TRANSCLIP
     help="Table of keys and labels that a person checked, as the page of `report` saves it: known "
     "labels, over others. Several times: later ones win.",
 )
-@click.option(
-    "--reject",
-    type=click.FloatRange(0, 1),
-    help="Share of the rows to mark as none of the classes: those with the highest outlier score.",
-)
+@options.reject_option
 @options.parameter_options
 def command(
     path: str, out: str, head: str | None, sort_into: str | None, as_json: bool, **values: Any
@@ -128,7 +123,7 @@ def command(
         lines = [describe_result(run, out)]
     else:
         lines = [
-            describe_solution(run, out, told=True),
+            describe_solution(run, out, class_cost_shown=True),
             f"to look at it: {command_line('report', out)}",
         ]
     with session.collected_warnings({}):
@@ -147,8 +142,6 @@ def _solve(
     if values["method"] != TRANSCLIP and shared:
         name = values["method"]
         raise InputError(f"--method: {name} is one process; run `solve` without ranks")
-    if values["reject"] is not None and math.isnan(values["reject"]):  # in any range, for click
-        raise InputError("--reject: must be a share between 0 and 1, got nan")
     model = options.model_of(values)
     stored = None if head is None else read_choice(head)
     with stages.time("load"), session.collected_warnings({}, shown=ranks.leads) as noted:

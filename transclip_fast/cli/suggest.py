@@ -35,7 +35,7 @@ COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_la
 def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     """List the images of RESULT whose correction helps most.
 
-    They have the smallest z (the column confidence): the solution itself wavers there. Correcting
+    They have the smallest confidence: the solution itself wavers there. Correcting
     those of the lowest calibrated confidence, which tells how often labels are right, gains less.
     The page of `report` shows the same images first.
 
@@ -57,7 +57,8 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
         raise InputError(f"{result}: the class of every image was given; there is none to correct")
     lines = [
         f"{_shown(row['key'] or str(row['row']))}: {_shown(row['label_name'])} "
-        f"(z {100 * row['confidence']:.0f} %), zero-shot {_shown(row['zero_shot_label_name'])}"
+        f"(confidence {100 * row['confidence']:.0f} %), zero-shot "
+        f"{_shown(row['zero_shot_label_name'])}"
         for row in found
     ]
     if table is not None:

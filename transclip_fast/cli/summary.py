@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 import torch
 
 from transclip_fast.cli import session
+from transclip_fast.cli.class_outlook import describe_changes, size_changes, use_of_classes
 from transclip_fast.cli.graph import describe
 from transclip_fast.cli.options import requested
-from transclip_fast.cli.outlook import describe_changes, size_changes, use_of_classes
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import unit_sample
 from transclip_fast.data.npy_shards import StoredRows
@@ -132,8 +133,8 @@ def of_others(
     }
 
 
-def describe_solution(run: dict[str, Any], out: str, *, told: bool = False) -> str:
-    """The run.json of a solve as text; whether classes were charged may be `told` already."""
+def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool = False) -> str:
+    """The run.json of a solve as text, without the line on the class cost if it was shown."""
     seconds, truncation = run["seconds"], run["truncation"]
     classes = use_of_classes(
         run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]
@@ -142,7 +143,7 @@ def describe_solution(run: dict[str, Any], out: str, *, told: bool = False) -> s
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        *([] if told else [classes]),
+        *([] if class_cost_shown else [classes]),
         *describe_changes(run["size_changes"], run["class_names"]),
     ]
     if truncation is not None:
@@ -191,10 +192,11 @@ def sorted_into(
     if target is None:
         return {}, []
     found = sort_images(result, features, target)
-    copied = f", {found.n_copied:,} of them copied from tars" if found.n_copied else ""
-    rejected = f", {found.n_rejected:,} of them rejected" if found.n_rejected else ""
-    images, folders = counted(found.n_images, "image"), counted(found.n_folders, "folder")
-    line = f"{images} sorted into {folders} of {target}{copied}{rejected}"
+    numbers = (found.n_images - found.n_copied, "linked"), (found.n_copied, "copied")
+    done = " and ".join(f"{counted(number, 'image')} {verb}" for number, verb in numbers if number)
+    folders = counted(found.n_folders - bool(found.n_rejected), "class folder")
+    rejected = f", the {found.n_rejected:,} rejected into rejected/" if found.n_rejected else ""
+    line = f"{done} into {folders} of {os.path.join(target, '')}{rejected}"
     return {"sorted": asdict(found)}, [line]
 
 
@@ -202,7 +204,7 @@ def of_labelled(run: Mapping[str, Any]) -> str:
     """How many rows accuracies are of, unless of all."""
     if run["n_labelled"] == run["n_queries"]:
         return ""
-    return f", of the {counted(run['n_labelled'], 'row')} with a true label"
+    return f", of the {counted(run['n_labelled'], 'image')} with a true label"
 
 
 def describe_others(name: str, found: dict[str, Any]) -> str:

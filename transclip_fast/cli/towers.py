@@ -12,6 +12,7 @@ import click
 from transclip_fast.cli.encode import ENCODE
 from transclip_fast.cli.options import options_of
 from transclip_fast.device import resolve_device
+from transclip_fast.encode.architectures import DEMO
 from transclip_fast.encode.models import Backbone, load_backbone
 from transclip_fast.errors import InputError
 from transclip_fast.heads import SETTINGS
@@ -19,8 +20,6 @@ from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, T
 from transclip_fast.heads.text_tower import AUTOCAST
 from transclip_fast.protocols.data import DataSet
 from transclip_fast.store.features import ENCODER, SHA256_DIGITS, Features, describe_encoder
-
-DEMO = "demo"
 
 tower_options = options_of(
     click.option(

@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-from transclip_fast.cli.outlook import SAMPLE_ENTRIES
+from transclip_fast.cli.class_outlook import SAMPLE_ENTRIES
 from transclip_fast.errors import InputError
+from transclip_fast.memory import show_bytes
 from transclip_fast.ops.exchange import Partition
-from transclip_fast.solver.layout import START_BYTES, Layout, Size, show_bytes
+from transclip_fast.solver.layout import START_BYTES, Layout, Size
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import ORDER_SAMPLE_ROWS, PRIOR_SAMPLE_ROWS
 from transclip_fast.solver.state import SHARPNESS_ENTRIES

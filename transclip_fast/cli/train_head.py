@@ -12,6 +12,7 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.head import LABELLED
+from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.towers import Prompter, encoder_of, tower_options
 from transclip_fast.errors import InputError
@@ -171,7 +172,7 @@ def _text(run: Mapping[str, Any], out: str) -> str:
         lines.append(f"accuracy on the validation rows {run['validation_accuracy']:.2f} %")
     if run["accuracy"] is not None:
         lines.append(
-            f"accuracy on {run['n_labelled']:,} queries {run['zero_shot_accuracy']:.2f} % "
+            f"accuracy on {counted(run['n_labelled'], 'image')} {run['zero_shot_accuracy']:.2f} % "
             f"zero-shot -> {run['accuracy']:.2f} %"
         )
     lines.append(f"written to {out}; TransCLIP goes on top with `solve --head {out}`")

@@ -197,23 +197,6 @@ def hot_columns(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return (tensor == 1).int().argmax(1)
 
 
-def as_labelled_rows(
-    name: str, rows: Any, labels: Any, dim: int, n_classes: int
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """
-    Unit rows (M, d) and their labels (M,) int64, on the CPU; None if both are None.
-
-    Errors are those of `as_unit_rows` and `as_labels`, and one without the other.
-    """
-    if rows is None and labels is None:
-        return None
-    if rows is None or labels is None:
-        raise InputError(f"{name}_features and {name}_labels come together; one is missing")
-    features = as_unit_rows(rows, f"{name}_features", columns=dim)
-    checked = as_labels(labels, f"{name}_labels", rows=len(features), n_classes=n_classes)
-    return features, checked.cpu()
-
-
 def as_row_weights(array: Any, name: str, rows: int) -> np.ndarray | None:
     """Weights (rows,) float64, finite and >= 0 but not all 0; None if there are none."""
     if array is None:

@@ -10,6 +10,7 @@ import torch
 from transclip_fast.data.checks import as_matrix, as_tensor, check_rows, first_row
 from transclip_fast.errors import InputError
 
+PRIORS = ("prior", "prior_logits", "prototypes")  # arrays of which each tells a prior
 PROBABILITY_TOLERANCE = 1e-2  # of the sum of a row
 UNLISTED_MASS = 1e-6  # at least, that a row of a sparse prior leaves to the classes it omits
 

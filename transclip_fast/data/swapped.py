@@ -1,4 +1,4 @@
-"""Image and text features in each other's place: any matrix can be either, but lengths tell."""
+"""Image and text features in each other's place: lengths of other arrays can prove it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def check_not_swapped(
     origin: str,
 ) -> None:
     """
-    Refuse features (n_rows, d) and texts (n_texts, d) that the lengths of other arrays tell apart.
+    Refuse features (n_rows, d) and texts (n_texts, d) if other arrays prove them to be swapped.
 
-    These are by name: of labels, one a row, and of names, one a class. Some fit the other way
-    round, and none fits as it is.
+    Those arrays have one entry a row or one a class; `of_rows` and `of_classes` are their lengths
+    by name. Some fit the other way round, and none fits as it is.
     """
     fit = [*map(n_rows.__eq__, of_rows.values()), *map(n_texts.__eq__, of_classes.values())]
     swapped = [name for name, n in of_rows.items() if n == n_texts]
@@ -37,12 +37,12 @@ def check_not_swapped(
 
 
 def warn_of_names(images: Path, texts: Path, n_rows: int, n_texts: int) -> None:
-    """Warn where the names of two files say that each is the other's, and images are fewer."""
+    """Warn if images are fewer than texts, and each file is named as if it were the other."""
 
-    def says(file: Path) -> tuple[bool, bool]:
+    def kinds(file: Path) -> tuple[bool, bool]:
         return bool(OF_IMAGES.search(file.stem)), bool(OF_TEXTS.search(file.stem))
 
-    if n_rows < n_texts and says(images) == (False, True) and says(texts) == (True, False):
+    if n_rows < n_texts and kinds(images) == (False, True) and kinds(texts) == (True, False):
         warnings.warn(
             f"{images}: is taken for {n_rows:,} images, and {texts} for {n_texts:,} texts; if it "
             "is the other way, exchange the files",

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from transclip_fast.demo.data import FOLDER
+from transclip_fast.encode.architectures import DEMO
 from transclip_fast.encode.models import Backbone
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import file_sha256
@@ -106,5 +107,5 @@ def backbone(folder: str | Path = FOLDER, device: str | torch.device = "cpu") ->
     # The file is in float16; copying into the model converts to float32.
     model.load_state_dict(load_file(folder / WEIGHTS))
     tokenizer = TrimmedTokenizer(ids, config["text_cfg"]["context_length"])
-    identity = {"model": "demo", "weights": file_sha256(folder / WEIGHTS), "preprocessing": config}
+    identity = {"model": DEMO, "weights": file_sha256(folder / WEIGHTS), "preprocessing": config}
     return Backbone(model.float().eval().to(device), make_preprocess(config), tokenizer, identity)

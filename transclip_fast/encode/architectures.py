@@ -18,6 +18,7 @@ from transclip_fast.store.atomic import read_json
 from transclip_fast.store.json_text import value_of
 
 FOLDER_CONFIG = "open_clip_config.json"
+DEMO = "demo"  # the model of the package, for its demo
 PARTS = ("vision_cfg", "text_cfg", "multimodal_cfg")
 LARGEST = {  # sizes of networks, far beyond the largest there are
     "embed_dim": 2**16,
@@ -57,6 +58,11 @@ def model_folder(model: str) -> Path | None:
     if model.startswith(HUB_PREFIX):
         raise InputError(f"{model}: {hub_remedy(model.removeprefix(HUB_PREFIX))}")
     if not os.path.isdir(model):
+        if model == DEMO:
+            raise InputError(
+                f"model {DEMO}: is for the digits of `transclip-fast demo`, and for train-head, "
+                "protocol and solve --head on features of these; name another model here"
+            )
         raise unknown(model, open_clip.list_models(), "model")
     if not os.path.isfile(os.path.join(model, FOLDER_CONFIG)):
         raise InputError(f"{model}: has no {FOLDER_CONFIG}")
@@ -211,6 +217,7 @@ def hub_remedy(repository: str) -> str:
 
 
 def unknown(name: str, names: Sequence[str], what: str) -> InputError:
-    """An error that lists the nearest of the known names."""
+    """An error that lists the nearest of the known names, if any is near."""
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.4)
-    return InputError(f"unknown {what} {name!r}; nearest: {', '.join(near) or 'none'}")
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    return InputError(f"unknown {what} {name!r}{hint}")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from transclip_fast.encode.models import Backbone
-from transclip_fast.solver.layout import free_bytes
+from transclip_fast.memory import free_bytes
 
 CPU_BATCH = 16  # images; larger batches are no faster on a CPU, and smaller ones are padded
 PROBE_BATCHES = (8, 32)  # images; the difference of their memory is that of 24 images

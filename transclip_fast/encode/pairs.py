@@ -13,8 +13,8 @@ import torch
 from transclip_fast.data.pairs import PairFeatures
 from transclip_fast.encode.encoder import EncodeProgress
 from transclip_fast.encode.folder import encode_source
-from transclip_fast.encode.lists import check_any_there
 from transclip_fast.encode.models import Backbone
+from transclip_fast.encode.path_lists import check_any_there
 from transclip_fast.encode.pixels import Box
 from transclip_fast.encode.sources import Source, below, first_root
 from transclip_fast.encode.text import embed_texts

@@ -18,10 +18,10 @@ import numpy as np
 
 from transclip_fast.data.labels import UNKNOWN, label_positions, number_doubt
 from transclip_fast.data.names import first_difference
-from transclip_fast.encode.lists import check_any_there, check_repeats, read_path_list
+from transclip_fast.encode.path_lists import check_any_there, check_repeats, read_path_list
 from transclip_fast.encode.pixels import Box, suffixes
 from transclip_fast.encode.tars import Sample, is_tar, read_samples, takes_in_next
-from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, printable, walk_images
+from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, utf8_name, walk_images
 from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.parallel import parallel_map
 from transclip_fast.store.atomic import read_json
@@ -124,7 +124,7 @@ class Source:
 
     def table(self, labels: np.ndarray | None) -> RowTable:
         """The metadata of each row in a feature folder."""
-        paths = [printable(file) for file in self.files]
+        paths = [utf8_name(file) for file in self.files]
         contents = (lambda: self.contents) if self.by_content else None
         return RowTable(self.keys, paths, labels, self.stamps, contents, self.own_keys)
 
@@ -284,7 +284,7 @@ def _split(path: Path, split: str, root: str | Path | None) -> Source:
     check_any_there(path, keys, files)
     labels = [int(entry[1]) for entry in lists[split]]
     check_repeats(path, files, labels)
-    return Source("split", [printable(key) for key in keys], files, None, labels, names)
+    return Source("split", [utf8_name(key) for key in keys], files, None, labels, names)
 
 
 def _split_classes(path: Path, lists: Mapping[str, list[Any]]) -> list[str]:
@@ -340,7 +340,7 @@ def _webdataset(tars: Sequence[Path], left_out: Counter[str]) -> Source:
     labels = [sample.label for _, sample in samples]
     source = Source(
         "webdataset",
-        [printable(f"{tar.name}/{sample.key}") for tar, sample in samples],
+        [utf8_name(f"{tar.name}/{sample.key}") for tar, sample in samples],
         [str(tar) for tar, _ in samples],
         [sample.span for _, sample in samples],
         labels if any(label is not None for label in labels) else None,

@@ -32,7 +32,7 @@ def walk_images(root: Path, follow_links: bool) -> tuple[list[tuple[str, str]], 
         for name in files:
             file = Path(folder, name)
             if file.suffix.lower() in suffixes():
-                found.append((printable(file.relative_to(root).as_posix()), str(file)))
+                found.append((utf8_name(file.relative_to(root).as_posix()), str(file)))
             else:
                 left_out[file.suffix.lower() or NO_SUFFIX] += 1
     words = [left_out_words(left_out), _link_words(sorted(links), follow_links)]
@@ -40,12 +40,13 @@ def walk_images(root: Path, follow_links: bool) -> tuple[list[tuple[str, str]], 
 
 
 def left_out_words(counts: Counter[str]) -> str:
-    """What is left out as "3 files are no images that can be read here: .heic 3"; "" if none."""
+    """Text like "3 files left out, not images that can be read here: .heic 3"; "" if none."""
     number = counts.total()
     by_number = sorted((-n, suffix) for suffix, n in counts.items() if n)
     shown = _shown([f"{suffix} {-n:,}" for n, suffix in by_number])
-    are = "files are no images" if number > 1 else "file is no image"
-    return f"{number:,} {are} that can be read here: {shown}" if number else ""
+    files, images = ("files", "images") if number > 1 else ("file", "an image")
+    text = f"{number:,} {files} left out, not {images} that can be read here: {shown}"
+    return text if number else ""
 
 
 def _link_words(links: Sequence[str], follow_links: bool) -> str:
@@ -77,7 +78,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def path_of(shown: str) -> str:
-    """The path that `printable` shows so: with the escapes as bytes, if there is such a file."""
+    """The path that `utf8_name` shows so: with the escapes as bytes, if there is such a file."""
     if ESCAPE.search(os.fsencode(shown)) and not os.path.lexists(shown):
         unescaped = ESCAPE.sub(lambda byte: bytes([int(byte[1], 16)]), os.fsencode(shown))
         if os.path.lexists(unescaped):
@@ -85,6 +86,6 @@ def path_of(shown: str) -> str:
     return shown
 
 
-def printable(name: str) -> str:
-    """A file name as text, with backslash escapes for bytes that are not UTF-8."""
+def utf8_name(name: str) -> str:
+    """A file name as UTF-8, with backslash escapes for other bytes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

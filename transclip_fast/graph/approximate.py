@@ -1,9 +1,10 @@
 """
 Approximate search in a FAISS index: each row is compared with the lists nearest to it.
 
-A list holds the rows whose nearest centre is the same; `graph.lists` searches them: FAISS's wheels
-choose old kernels on CPUs that they do not know. How many lists are probed follows from 1,000 rows
-with exact neighbours. An index whose lists do not hold the rows themselves is searched by FAISS.
+A list holds the rows whose nearest centre is the same; `graph.list_search` searches them: FAISS's
+wheels choose old kernels on CPUs that they do not know. How many lists are probed follows from
+1,000 rows with exact neighbours. An index whose lists do not hold the rows themselves is searched
+by FAISS.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from transclip_fast.graph.faiss_index import (
     open_index,
 )
 from transclip_fast.graph.job import Job
-from transclip_fast.graph.lists import Blocks, ListSearch
+from transclip_fast.graph.list_search import Blocks, ListSearch
 from transclip_fast.graph.recall import RecallSample, confirms
 from transclip_fast.ranks import check_same
 

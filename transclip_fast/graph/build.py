@@ -42,7 +42,7 @@ from transclip_fast.version import __version__
 SEARCHES = ("auto", "faiss", "exact", "cuvs")
 # Up to which "auto" searches exactly: a second or two on a CPU, some seconds on a GPU.
 EXACT_ROWS = {"cpu": 20_000, "cuda": 1_500_000}
-COMPARED_ROWS = 512  # by which processes know that they have the same features
+COMPARED_ROWS = 512  # by which processes know that they have the same features, or graph
 
 
 def build_graph(
@@ -131,14 +131,7 @@ def build_graph(
     >>> graph.info
     {'search': 'exact', 'recall': 1.0}
     """
-    check_number("n_neighbors", n_neighbors, 1)
-    if not 0 <= recall <= 1:
-        raise InputError(f"recall must be between 0 and 1, got {recall!r}")
-    if search not in SEARCHES:
-        raise InputError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
-    own_index = index is not None or save_index is not None
-    if own_index and search in ("exact", "cuvs"):
-        raise InputError(f"search {search!r} uses no FAISS index: leave index and save_index out")
+    _check_arguments(n_neighbors, search, recall, index, save_index)
     ranks = current_ranks() or ALONE
     if ranks.size > 1:
         _check_shared(search, index, save_index)
@@ -155,46 +148,75 @@ def build_graph(
             "neighbours that are missing send no messages",
             stacklevel=user_level(),
         )
-    if search == "auto":
+    if search == "auto" and (index is not None or save_index is not None):
+        search = "faiss"
+    elif search == "auto":
         search = choose_search(len(rows), rows.device, rows.held and ranks.size == 1)
-        search = "faiss" if own_index else search
     if search == "cuvs" and not (rows.device.type == "cuda" and rows.held):
         raise InputError("search 'cuvs' needs rows that a GPU holds, with device='cuda'")
     if search == "faiss":
         rows = rows.on_cpu()
-    if save_index is not None:
-        faiss_index.check_place(Path(save_index))
-        if index is not None and (not isinstance(index, str) or faiss_index.is_file(index)):
-            raise InputError("save_index: is for an index that is made here, and index is one")
     job = Job.of(len(rows), ranks, progress, checkpoint)
     job.exchange.device = rows.device
-    size = min(n_neighbors, len(rows)) + SPARE_CANDIDATES
-    found = Candidates.empty(job.own.stop - job.own.start, size, rows.device)
-    info: dict[str, Any] = {"search": search}
-    rounding = float32_rounding(rows.shape[1])
     with exact_float32(), current_device(rows.device), single_threaded_torch():
-        if search == "exact":
-            search_exact(rows, found, n_neighbors, job)
-            info["recall"] = 1.0
-        else:
-            sample = RecallSample.draw(rows, n_neighbors, job.exchange)
-            if search == "faiss":
-                indexed = IndexSearch(rows, sample, recall, index, job)
-                indexed.fill(found)
-                info |= indexed.info | {"blas": faiss_index.blas_kernel()}
-                if not indexed.unrounded:
-                    rounding = math.inf
-                if save_index is not None:
-                    faiss_index.save_index(indexed.index, Path(save_index))
-            else:
-                search_cuvs(rows, found)
-                rounding = math.inf
-            info |= _measured(rows, job.exchange.pick(found.ids, sample.ids), sample, recall)
+        found, rounding, info = _candidates(
+            rows, n_neighbors, search, recall, index, save_index, job
+        )
         lists = _final_lists(rows, found, n_neighbors, rounding, job.own)
         if not own_rows:
             lists = tuple(map(job.exchange.join, lists))
         neighbors, similarities = (array.cpu().numpy() for array in lists)
         return NeighborGraph(neighbors, similarities, info)
+
+
+def _check_arguments(
+    n_neighbors: int, search: str, recall: float, index: Any, save_index: str | Path | None
+) -> None:
+    """InputError for arguments of `build_graph` that no rows could be searched with."""
+    check_number("n_neighbors", n_neighbors, 1)
+    if not 0 <= recall <= 1:
+        raise InputError(f"recall must be between 0 and 1, got {recall!r}")
+    if search not in SEARCHES:
+        raise InputError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    if (index is not None or save_index is not None) and search in ("exact", "cuvs"):
+        raise InputError(f"search {search!r} uses no FAISS index: leave index and save_index out")
+    if save_index is not None:
+        faiss_index.check_place(Path(save_index))
+        if index is not None and (not isinstance(index, str) or faiss_index.is_file(index)):
+            raise InputError("save_index: is for an index that is made here, and index is one")
+
+
+def _candidates(
+    rows: Rows,
+    n_neighbors: int,
+    search: str,
+    recall: float,
+    index: Any,
+    save_index: str | Path | None,
+    job: Job,
+) -> tuple[Candidates, float, dict[str, Any]]:
+    """Candidates of own rows, the rounding of the difference of two products, and `info`."""
+    size = min(n_neighbors, len(rows)) + SPARE_CANDIDATES
+    found = Candidates.empty(job.own.stop - job.own.start, size, rows.device)
+    rounding = float32_rounding(rows.shape[1])
+    if search == "exact":
+        search_exact(rows, found, n_neighbors, job)
+        return found, rounding, {"search": search, "recall": 1.0}
+    info: dict[str, Any] = {"search": search}
+    sample = RecallSample.draw(rows, n_neighbors, job.exchange)
+    if search == "faiss":
+        indexed = IndexSearch(rows, sample, recall, index, job)
+        indexed.fill(found)
+        info |= indexed.info | {"blas": faiss_index.blas_kernel()}
+        if not indexed.unrounded:
+            rounding = math.inf
+        if save_index is not None:
+            faiss_index.save_index(indexed.index, Path(save_index))
+    else:
+        search_cuvs(rows, found)
+        rounding = math.inf
+    info |= _measured(rows, job.exchange.pick(found.ids, sample.ids), sample, recall)
+    return found, rounding, info
 
 
 def whole_rows(

@@ -25,7 +25,7 @@ from transclip_fast.whole_files import new_file
 
 ADD_ROWS = 1 << 14
 CHECKED_ROWS, CHECKED_NEIGHBORS, CHECKED_SHARE = 100, 8, 0.5
-LARGEST_ERROR = 0.3  # of a usual product: compressed rows are off by less
+LARGEST_PRODUCT_ERROR = 0.3  # of a usual product: compressed rows are off by less
 COPY_SIMILARITY = 1 - 1e-6  # of two rows that are taken for one
 TRAIN_ROWS_PER_LIST, TRAIN_ROWS = 64, 1 << 16  # FAISS warns below 39 rows a list
 FIRST_BYTE = b"I"  # of every file of a FAISS index
@@ -295,7 +295,7 @@ def _check(index: Any, rows: Rows, name: str) -> None:
             "too much)"
         )
     products = values if index.metric_type == faiss.METRIC_INNER_PRODUCT else 1 - values / 2
-    if (products - similarity)[found >= 0].abs().median() > LARGEST_ERROR:
+    if (products - similarity)[found >= 0].abs().median() > LARGEST_PRODUCT_ERROR:
         raise InputError(
             f"{name}: its rows have other norms than 1, or are compressed too much; make another"
         )

@@ -22,7 +22,7 @@ from transclip_fast.ops.numba_loops import LOWEST_SCORE, F, enter
 from transclip_fast.ops.numba_topk import CHUNK_ENTRIES, at_least, chunk_maxima, dot, to_int8
 from transclip_fast.parallel import parallel_map
 
-CENTRE_ROWS = 512  # sampled rows, whose mean is subtracted from all
+INT8_CENTRE_ROWS = 512  # sampled rows, whose mean is subtracted from all
 # Rows of products, and columns: (256, 2048) int32 fit a core's cache.
 BLOCK_ROWS, TILE_ROWS = 256, 2048
 STEP, ALONG, NORM, LOST = range(4)  # terms of a row
@@ -67,7 +67,7 @@ class Int8Rows:
         """Set the codes and the terms."""
         arrays = self.rows, self.centre.numpy(), self.codes.numpy()
         to_int8(*arrays, self.terms[STEP], self.terms[NORM])
-        measure(*arrays, self.terms[STEP], self.terms[ALONG], self.terms[LOST])
+        rounding_terms(*arrays, self.terms[STEP], self.terms[ALONG], self.terms[LOST])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,7 +119,7 @@ class Int8Search:
     """Searches held rows, of which it makes a copy in int8."""
 
     def __init__(self, rows: Rows) -> None:
-        centre = rows[evenly_spaced_rows(len(rows), CENTRE_ROWS)].mean(0)
+        centre = rows[evenly_spaced_rows(len(rows), INT8_CENTRE_ROWS)].mean(0)
         self._rows = Int8Rows.empty(rows[:], centre)
         parallel_map(lambda block: self._rows.part(block).encode(), rows.blocks())
         self._ids = np.arange(len(rows))
@@ -138,7 +138,7 @@ class Int8Search:
     "void(float32[:, ::1], float32[::1], int8[:, ::1], float32[::1], float32[::1], float32[::1])",
     fastmath=True,
 )
-def measure(rows, centre, codes, steps, along, lost):  # type: ignore[no-untyped-def]
+def rounding_terms(rows, centre, codes, steps, along, lost):  # type: ignore[no-untyped-def]
     """Terms ALONG and LOST of rows (n, d), from their codes and steps."""
     middle = dot(centre, centre) / F(2)
     for i in range(len(rows)):

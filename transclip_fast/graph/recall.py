@@ -12,7 +12,7 @@ from transclip_fast.graph.candidates import rerank_float64
 from transclip_fast.graph.exact import nearest
 from transclip_fast.ops.exchange import Exchange
 
-SAMPLE_ROWS, SAMPLE_SEED = 1000, 1
+RECALL_SAMPLE_ROWS, SAMPLE_SEED = 1000, 1
 CONFIDENCE_STANDARD_ERRORS = 1.645  # one-sided 95 %
 FLOAT64_ROUNDING = 1e-9  # a generous bound, for two sums of one product of unit rows
 
@@ -30,7 +30,7 @@ class RecallSample:
     def draw(cls, rows: Rows, k: int, exchange: Exchange | None = None) -> RecallSample:
         """At most 1,000 random rows, searched exactly; by all processes of an exchange together."""
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SAMPLE_SEED))
-        ids = order[:SAMPLE_ROWS].sort().values.to(rows.device)
+        ids = order[:RECALL_SAMPLE_ROWS].sort().values.to(rows.device)
         own = rows[ids]
         return cls(ids, own, *nearest(own, rows, k, own=ids, exchange=exchange))
 

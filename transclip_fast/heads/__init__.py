@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError
 from transclip_fast.heads import (
@@ -38,7 +39,6 @@ from transclip_fast.heads.prompts import (
 )
 from transclip_fast.heads.task import (
     HeadTask,
-    LabelledFeatures,
     TrainingProgress,
     labelled_rows,
     out_of_inference,
@@ -199,7 +199,7 @@ def fit_head(
     task = HeadTask(
         text=text,
         shots=shots
-        or LabelledFeatures(text.new_empty(0, text.shape[1]), torch.empty(0, dtype=torch.int64)),
+        or LabelledRows(text.new_empty(0, text.shape[1]), torch.empty(0, dtype=torch.int64)),
         validation=validation,
         logit_scale=logit_scale,
         seed=seed,
@@ -210,7 +210,7 @@ def fit_head(
         return method.fit(task)
 
 
-def _check_patches(name: str, method: HeadMethod, rows: dict[str, LabelledFeatures | None]) -> None:
+def _check_patches(name: str, method: HeadMethod, rows: dict[str, LabelledRows | None]) -> None:
     """Raise InputError for patches that the method does not take, or that some rows lack."""
     patched = {use: found.features.ndim == 3 for use, found in rows.items() if found is not None}
     if any(patched.values()) and not method.takes_patches:

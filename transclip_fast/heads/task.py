@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from transclip_fast.data.checks import as_labelled_rows
+from transclip_fast.data.labelled_rows import LabelledRows, as_labelled_rows
 from transclip_fast.data.patches import PatchedRows, images
 from transclip_fast.errors import InputError
 from transclip_fast.heads.prompting import Prompting
@@ -18,23 +18,12 @@ TrainingProgress: TypeAlias = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class LabelledFeatures:
-    """Unit rows (M, d) float32, or (M, 1 + L, d) with L patches, and their classes (M,) int64."""
-
-    features: torch.Tensor
-    labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
 class HeadTask:
     """Texts, shots and settings of one fit."""
 
     text: torch.Tensor  # (K, d) float32, unit rows
-    shots: LabelledFeatures  # (0, d) without any; classes may be missing
-    validation: LabelledFeatures | None  # chooses hyperparameters, instead of published defaults
+    shots: LabelledRows  # (0, d) without any; classes may be missing
+    validation: LabelledRows | None  # chooses hyperparameters, instead of published defaults
     logit_scale: float  # tau: logits are tau times cosines
     seed: int
     progress: TrainingProgress
@@ -48,15 +37,18 @@ class HeadTask:
 
 def labelled_rows(
     use: str, features: Any, labels: Any, patches: Any, text: torch.Tensor
-) -> LabelledFeatures | None:
+) -> LabelledRows | None:
     """Check the rows (M, d), labels (M,) and patches (M, L, d) of "support" or "validation"."""
     rows = as_labelled_rows(use, features, labels, text.shape[1], len(text))
     if patches is None:
-        return None if rows is None else LabelledFeatures(*map(out_of_inference, rows))
+        if rows is None:
+            return None
+        return LabelledRows(out_of_inference(rows.features), out_of_inference(rows.labels))
     name = f"{use}_local_features"
     if rows is None:
         raise InputError(f"{name} and {use}_features come together; one is missing")
-    return LabelledFeatures(PatchedRows(rows[0], patches, name)[:], out_of_inference(rows[1]))
+    patched = PatchedRows(rows.features, patches, name)[:]
+    return LabelledRows(patched, out_of_inference(rows.labels))
 
 
 def out_of_inference(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,9 +56,7 @@ def out_of_inference(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def as_fit_arguments(
-    rows: Mapping[str, LabelledFeatures], *, patches: bool = True
-) -> dict[str, Any]:
+def as_fit_arguments(rows: Mapping[str, LabelledRows], *, patches: bool = True) -> dict[str, Any]:
     """Labelled rows by use as arguments of `fit_head`: "support_features", "support_labels", ..."""
     found: dict[str, Any] = {}
     for use, labelled in rows.items():

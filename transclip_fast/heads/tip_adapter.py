@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.heads.base import Head, percent_right
-from transclip_fast.heads.task import HeadTask, LabelledFeatures
+from transclip_fast.heads.task import HeadTask
 
 ALPHA, BETA = 1.17, 1.0  # of most of the published configurations, ImageNet's among them
 # The published grids are linear, up to 7 or 50 depending on the data set.
@@ -24,7 +25,7 @@ class CacheHead(Head):
     stored_tensors: ClassVar = {"text": "Kd", "cache.features": "Md", "cache.labels": "M"}
     stored_settings: ClassVar = {"alpha": float, "beta": float}
 
-    cache: LabelledFeatures  # keys (M, d) and their classes; trained keys need not be unit rows
+    cache: LabelledRows  # keys (M, d) and their classes; trained keys need not be unit rows
     alpha: float  # weight of the cache
     beta: float  # sharpness of the cache
 
@@ -38,17 +39,17 @@ class CacheHead(Head):
         place[classes] = torch.arange(len(classes))
         labels = place[self.cache.labels]
         inside = labels >= 0
-        cache = LabelledFeatures(self.cache.features[inside], labels[inside])
+        cache = LabelledRows(self.cache.features[inside], labels[inside])
         return replace(self, text=self.text[classes], cache=cache)
 
     @classmethod
     def from_stored(cls, **fields: Any) -> CacheHead:
-        cache = LabelledFeatures(fields.pop("cache.features"), fields.pop("cache.labels"))
+        cache = LabelledRows(fields.pop("cache.features"), fields.pop("cache.labels"))
         return cls(cache=cache, **fields)
 
 
 def cache_logits(
-    affinity: torch.Tensor, cache: LabelledFeatures, beta: float, n_classes: int
+    affinity: torch.Tensor, cache: LabelledRows, beta: float, n_classes: int
 ) -> torch.Tensor:
     """Class sums (n, K) of exp(-beta (1 - affinity)), affinity (n, M)."""
     weights = torch.exp(beta * (affinity - 1))
@@ -67,7 +68,7 @@ def fit(task: HeadTask) -> CacheHead:
     return with_cache(task, task.shots)
 
 
-def with_cache(task: HeadTask, cache: LabelledFeatures) -> CacheHead:
+def with_cache(task: HeadTask, cache: LabelledRows) -> CacheHead:
     """The head with these keys and the alpha and beta of `search`."""
     alpha, beta = search(task, cache)
     return CacheHead(
@@ -80,7 +81,7 @@ def with_cache(task: HeadTask, cache: LabelledFeatures) -> CacheHead:
     )
 
 
-def search(task: HeadTask, cache: LabelledFeatures) -> tuple[float, float]:
+def search(task: HeadTask, cache: LabelledRows) -> tuple[float, float]:
     """The alpha and beta with the best validation accuracy; the defaults without such rows."""
     if task.validation is None:
         return ALPHA, BETA

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from transclip_fast.heads.task import HeadTask, LabelledFeatures
+from transclip_fast.data.labelled_rows import LabelledRows
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.tip_adapter import ALPHA, BETA, CacheHead, cache_logits, with_cache
 from transclip_fast.heads.training import train, trainable
 
@@ -25,8 +26,8 @@ def fit(task: HeadTask) -> CacheHead:
     labels = task.shots.labels
 
     def logits(rows: torch.Tensor) -> torch.Tensor:
-        cached = cache_logits(rows @ keys.T, LabelledFeatures(keys, labels), BETA, len(task.text))
+        cached = cache_logits(rows @ keys.T, LabelledRows(keys, labels), BETA, len(task.text))
         return task.logit_scale * rows @ task.text.T + ALPHA * cached
 
     train(task, logits, torch.optim.AdamW([keys], lr=RATE, eps=ADAM_EPS), epochs=EPOCHS)
-    return with_cache(task, LabelledFeatures(keys.detach(), labels))
+    return with_cache(task, LabelledRows(keys.detach(), labels))

@@ -16,15 +16,17 @@ import torch
 
 from transclip_fast.callbacks import Count
 from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.data.texts import texts_of_fit
 from transclip_fast.device import current_device, exact_float32, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import given_graph
 from transclip_fast.graph.exact import nearest
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
-from transclip_fast.methods.task import ANCHORS, Arrays, Labelled, Task
+from transclip_fast.memory import limit_of, parse_memory, show_bytes
+from transclip_fast.methods.task import ANCHORS, Arrays, Task
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
-from transclip_fast.solver.layout import PROCESS_BYTES, limit_of, parse_memory, show_bytes
+from transclip_fast.solver.layout import PROCESS_BYTES
 from transclip_fast.solver.parameters import Chosen, check_scale, check_weight
 
 Fitted = TypeVar("Fitted", bound="Method")
@@ -288,13 +290,13 @@ class Method(ABC):
         return needed + 4 * n_rows * dim <= limit
 
 
-def _accuracy(validation: Labelled | None, features: Rows) -> Callable[[torch.Tensor], float]:
+def _accuracy(validation: LabelledRows | None, features: Rows) -> Callable[[torch.Tensor], float]:
     """Return a function of z (N, K): the share of validation rows whose nearest query is right."""
     if validation is None:
         return lambda z: 0.0
-    rows = validation.to(features.device)
-    queries = nearest(rows.rows, features, 1)[0][:, 0]
-    return lambda z: float((z[queries].argmax(1) == rows.labels).double().mean())
+    labelled = validation.to(features.device)
+    queries = nearest(labelled.features, features, 1)[0][:, 0]
+    return lambda z: float((z[queries].argmax(1) == labelled.labels).double().mean())
 
 
 def _of_run(progress: Count | None, number: int, n_runs: int) -> Count:

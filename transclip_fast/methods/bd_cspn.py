@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 
 from transclip_fast.data.feature_rows import unit
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.graph.exact import nearest
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, mean_row, softmax_
-from transclip_fast.methods.task import Labelled, Task
+from transclip_fast.methods.task import Task
 from transclip_fast.solver.mixture import Moments
 
 
@@ -59,14 +60,14 @@ def rectified_prototypes(task: Task, n_rows: int, eps: float) -> torch.Tensor:
     labelled, directions = task.labelled, unit(task.means)
     found = [labelled]
     if n_rows:
-        shift = (labelled.rows.double().mean(0) - mean_row(task.features)).float()
+        shift = (labelled.features.double().mean(0) - mean_row(task.features)).float()
         shifted = task.features.mapped(lambda x: unit(x + shift), task.features.shape[1])
         ids, _ = nearest(directions.float(), shifted, n_rows)  # (K, n_rows), less if N is less
         joined = (task.features[ids] + shift).flatten(0, 1)
         labels = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])
-        found.append(Labelled(joined, labels))
-    everything = Labelled.joined(found)
-    rows, labels = everything.rows.double(), everything.labels
+        found.append(LabelledRows(joined, labels))
+    everything = LabelledRows.joined(found)
+    rows, labels = everything.features.double(), everything.labels
     weights = (eps * (unit(rows) * directions[labels]).sum(1)).exp()
     # Moments of the weighted rows, with the weight as one more column.
     weighted = torch.cat([weights[:, None] * rows, weights[:, None]], 1)

@@ -53,8 +53,8 @@ class Dense:
 
     def new_scores(self) -> Scores:
         """Room for scores."""
-        reach = torch.zeros(len(self._features), device=self._features.device)
-        return Scores.empty(reach, self._n_classes, None)
+        max_message = torch.zeros(len(self._features), device=self._features.device)
+        return Scores.empty(max_message, self._n_classes, None)
 
     def new_assignments(self) -> Assignments:
         """Room for assignments."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from transclip_fast.data.feature_rows import Rows, unit
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.label_graph import (
     Edges,
@@ -15,7 +16,7 @@ from transclip_fast.methods.label_graph import (
     normalised,
     spread_labels,
 )
-from transclip_fast.methods.task import Labelled, Task
+from transclip_fast.methods.task import Task
 
 DAMPING = 1e-6  # joins the square roots of the degrees
 SMALLEST_VARIANCE = 1e-12  # of a dimension of the shots
@@ -73,7 +74,7 @@ class ECALP(Method):
         if shots is not None:
             first = len(labelled) - len(shots)
             metric = 1 / _variances(shots).clamp_min(SMALLEST_VARIANCE)
-            nearest = nearest_labelled(_weighted(rows, metric), shots.rows, s.n_shots)
+            nearest = nearest_labelled(_weighted(rows, metric), shots.features, s.n_shots)
             found.append((nearest, n_rows + first))
         edges = [Edges.of_lists(ids + first, cos, s.gamma) for (ids, cos), first in found]
         matrix = normalised(edges, n_rows + len(labelled), DAMPING)
@@ -90,8 +91,8 @@ def _weighted(rows: Rows, metric: torch.Tensor) -> Rows:
     return rows.mapped(lambda x: unit(x * metric), rows.shape[1])
 
 
-def _variances(shots: Labelled) -> torch.Tensor:
+def _variances(shots: LabelledRows) -> torch.Tensor:
     """Variance of each dimension over the shots (d,); 1 for a single shot."""
-    rows = shots.rows.double()
+    rows = shots.features.double()
     variances = rows.var(0) if len(rows) > 1 else torch.ones_like(rows[0])
     return variances.float()

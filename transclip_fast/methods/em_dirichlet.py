@@ -121,7 +121,7 @@ def _of_shots(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     sums = torch.zeros(n_classes, n_classes, dtype=torch.float64, device=task.device)
     counts = sums.new_zeros(n_classes)
     if task.shots is not None:
-        logits = PROBABILITY_SCALE * task.shots.rows.double() @ task.class_texts.double().T
+        logits = PROBABILITY_SCALE * task.shots.features.double() @ task.class_texts.double().T
         order = task.shots.labels.argsort(stable=True)
         lengths = torch.bincount(task.shots.labels, minlength=n_classes)
         logs = logits.log_softmax(1)[order]

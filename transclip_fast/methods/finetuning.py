@@ -51,7 +51,7 @@ class TransductiveFinetuning(Method):
 
     def solve(self, task: Task, s: Values) -> Answer:
         labelled, w = task.labelled, task.means
-        rows = labelled.rows.double()
+        rows = labelled.features.double()
         own = one_hot(labelled.labels, task.n_classes).double()
         dense = Dense(task.features, task.n_classes)
         norms = torch.cat([task.features[b].square().sum(1) for b in task.features.blocks()])

@@ -45,7 +45,7 @@ class LogisticRegression(Method):
 
     def solve(self, task: Task, s: Values) -> Answer:
         labelled = task.labelled.to(torch.device("cpu"))
-        rows, n_classes = labelled.rows.double(), task.n_classes
+        rows, n_classes = labelled.features.double(), task.n_classes
         own = one_hot(labelled.labels, n_classes).double()
         shape = n_classes, rows.shape[1] + 1  # the last column is b
 

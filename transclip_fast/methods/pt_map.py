@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 
 from transclip_fast.data.checks import as_tensor
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.errors import InputError
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks
-from transclip_fast.methods.task import Labelled, Task
+from transclip_fast.methods.task import Task
 from transclip_fast.solver.mixture import Moments
 
 SHARPNESS = 10.0  # of exp(-10 |f - p|^2)
@@ -72,8 +73,8 @@ class PTMAP(Method):
     def solve(self, task: Task, s: Values) -> Answer:
         dim, n_classes = task.features.shape[1], task.n_classes
         mass = self._masses(len(task.features), n_classes).to(task.device)
-        labelled = Labelled(_powers(task.labelled.rows), task.labelled.labels)
-        moments = Moments.of(labelled.rows, labelled.labels, n_classes)
+        labelled = LabelledRows(_powers(task.labelled.features), task.labelled.labels)
+        moments = Moments.of(labelled.features, labelled.labels, n_classes)
         prototypes = moments.sums / moments.counts[:, None]
         dense = Dense(task.features.mapped(_powers, dim), n_classes)
         scores = dense.new_scores()

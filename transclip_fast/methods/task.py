@@ -1,4 +1,4 @@
-"""What a method gets: checked rows on their device, and what they are labelled by."""
+"""The input of a method: checked rows on their device, and the texts and shots of classes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from transclip_fast.callbacks import Count
-from transclip_fast.data.checks import POSITIONS, as_labelled_rows, as_tensor, unread_matrix
+from transclip_fast.data.checks import POSITIONS, as_tensor, unread_matrix
 from transclip_fast.data.feature_rows import Rows, unit
+from transclip_fast.data.labelled_rows import LabelledRows, as_labelled_rows
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.texts import ensemble
 from transclip_fast.errors import InputError, user_level
@@ -26,30 +27,10 @@ Pair = tuple[Any, Any]  # rows and labels as given, or None and None
 PROBABILITY_SCALE = 30.0  # of EM-Dirichlet's softmax
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Rows (M, d) float32 and their classes (M,) int64."""
-
-    rows: torch.Tensor
-    labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @staticmethod
-    def joined(parts: list[Labelled]) -> Labelled:
-        """The rows of all parts, in order."""
-        rows, labels = [part.rows for part in parts], [part.labels for part in parts]
-        return Labelled(torch.cat(rows), torch.cat(labels))
-
-    def to(self, device: torch.device) -> Labelled:
-        """The same on another device."""
-        return Labelled(self.rows.to(device), self.labels.to(device))
-
-    def means(self, n_classes: int) -> torch.Tensor:
-        """Mean row of each class, (K, d) float64, not scaled to unit norm."""
-        moments = Moments.of(self.rows, self.labels, n_classes)
-        return moments.sums / moments.counts[:, None]
+def class_means(labelled: LabelledRows, n_classes: int) -> torch.Tensor:
+    """Mean row of each class, (K, d) float64, not scaled to unit norm."""
+    moments = Moments.of(labelled.features, labelled.labels, n_classes)
+    return moments.sums / moments.counts[:, None]
 
 
 @dataclass(frozen=True)
@@ -59,18 +40,18 @@ class Arrays:
     features: torch.Tensor | StoredRows
     in_file: bool
     texts: torch.Tensor | None  # (K, d), unit rows
-    shots: Labelled | None
-    validation: Labelled | None
+    shots: LabelledRows | None
+    validation: LabelledRows | None
     n_classes: int
 
     @property
     def prototypes(self) -> torch.Tensor:
-        """What labels each row by itself (K, d): the texts, or without any the mean shots."""
+        """Unit rows of the classes (K, d): the texts, or without any the mean shots."""
         if self.texts is not None:
             return self.texts
         if self.shots is None:
             raise TypeError("there are neither texts nor shots")
-        return unit(self.shots.means(self.n_classes))
+        return unit(class_means(self.shots, self.n_classes))
 
     @classmethod
     def check(cls, X: Any, text_features: Any, shots: Pair, validation: Pair) -> Arrays:
@@ -101,14 +82,11 @@ class Arrays:
 
 def _labelled(
     name: str, rows: Any, labels: Any, texts: torch.Tensor | None, dim: int, n_classes: int
-) -> Labelled | None:
+) -> LabelledRows | None:
     """Checked rows of "support" or "validation", with a warning if texts contradict them."""
-    pair = as_labelled_rows(name, rows, labels, dim, n_classes)
-    if pair is None:
-        return None
-    labelled = Labelled(*pair)
-    if texts is not None:
-        zero_shot = (labelled.rows @ texts.T).argmax(1).numpy()
+    labelled = as_labelled_rows(name, rows, labels, dim, n_classes)
+    if labelled is not None and texts is not None:
+        zero_shot = (labelled.features @ texts.T).argmax(1).numpy()
         for message in check_class_order(zero_shot, labelled.labels.numpy()):
             warnings.warn(f"{name}_labels: {message}", stacklevel=user_level())
     return labelled
@@ -141,7 +119,7 @@ class Task:
         Unit rows, and what `anchored` made of them.
     texts : Tensor (K, d), optional
         Unit rows.
-    shots, labelled : Labelled, optional
+    shots, labelled : LabelledRows, optional
         The shots, and the rows that the method learns classes from: what `anchored` chose.
     n_classes : int
         K.
@@ -156,12 +134,12 @@ class Task:
     rows: Rows
     features: Rows
     texts: torch.Tensor | None
-    shots: Labelled | None
+    shots: LabelledRows | None
     n_classes: int
     logit_scale: float
     graph: Callable[[int], NeighborGraph]
     progress: Count = lambda done, steps: None
-    anchors: Labelled | None = None
+    anchors: LabelledRows | None = None
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +147,7 @@ class Task:
         return self.features.device
 
     @property
-    def labelled(self) -> Labelled:
+    def labelled(self) -> LabelledRows:
         """The rows that the method learns the classes from."""
         if self.anchors is None:
             raise TypeError("the method takes no labelled rows")
@@ -185,7 +163,7 @@ class Task:
     @cached_property
     def means(self) -> torch.Tensor:
         """Mean labelled row of each class, (K, d) float64, not scaled to unit norm."""
-        return self.labelled.means(self.n_classes)
+        return class_means(self.labelled, self.n_classes)
 
     def anchored(self, anchors: str, name: str, *, every_class: bool = True) -> Task:
         """
@@ -209,8 +187,8 @@ class Task:
             )
         parts = [] if shots is None or anchors == "texts" else [shots]
         if texts is not None and (anchors in ("texts", "both") or shots is None):
-            parts = [Labelled(texts, torch.arange(len(texts), device=texts.device)), *parts]
-        labelled = Labelled.joined(parts)
+            parts = [LabelledRows(texts, torch.arange(len(texts), device=texts.device)), *parts]
+        labelled = LabelledRows.joined(parts)
         counts = torch.bincount(labelled.labels, minlength=self.n_classes)
         if every_class and not counts.all():
             missing = int((counts == 0).nonzero()[0, 0])
@@ -226,5 +204,5 @@ class Task:
             return (rows @ weights.T).softmax(-1)
 
         features = self.rows.mapped(probabilities, self.n_classes)
-        anchored = Labelled(probabilities(labelled.rows), labelled.labels)
+        anchored = LabelledRows(probabilities(labelled.features), labelled.labels)
         return replace(self, features=features, anchors=anchored)

@@ -57,7 +57,7 @@ class TIM(Method):
 
     def solve(self, task: Task, s: Values) -> Answer:
         labelled, w = task.labelled, task.means
-        rows = labelled.rows.double()
+        rows = labelled.features.double()
         own = one_hot(labelled.labels, task.n_classes).double()
         shots_weight = s.shots_weight / (1 + s.entropy_weight)
         ratio = len(labelled) / len(task.features)

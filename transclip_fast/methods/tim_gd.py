@@ -53,7 +53,7 @@ class TIMGD(Method):
 
     def solve(self, task: Task, s: Values) -> Answer:
         labelled, w = task.labelled, task.means
-        rows = labelled.rows.double()
+        rows = labelled.features.double()
         own = one_hot(labelled.labels, task.n_classes).double()
         slope = alpha_slope(s.alpha)
         dense = Dense(task.features, task.n_classes)

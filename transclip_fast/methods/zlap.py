@@ -68,7 +68,7 @@ class ZLaP(Method):
         neighbors, cosines = (
             torch.as_tensor(x, device=task.device) for x in (graph.neighbors, graph.similarities)
         )
-        ids, similarities = nearest_labelled(task.features, labelled.rows, s.n_labels)
+        ids, similarities = nearest_labelled(task.features, labelled.features, s.n_labels)
         n_rows = len(task.features)
         edges = [
             Edges.of_lists(neighbors, cosines, s.gamma),

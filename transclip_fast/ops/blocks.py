@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 # Of a (rows, K) float32 operand: it fits the cache of a core, or fills a GPU.
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+OPERAND_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 GEMM_ROWS = {"cpu": (512, 512), "cuda": (4096, 1 << 20)}  # at least and at most
 READ_ROWS = {"cpu": 1 << 14, "cuda": 1 << 18}
 EQUAL_BLOCKS = 4  # blocks come in multiples of this: 2 or 4 threads end together
@@ -21,7 +21,7 @@ def blocks(stop: int, size: int, start: int = 0) -> Iterator[slice]:
 
 def block_rows(device: torch.device, n_classes: int) -> int:
     """Rows of a (rows, K) float32 operand that make one block."""
-    size = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
+    size = OPERAND_BYTES.get(device.type, OPERAND_BYTES["cuda"])
     return max(1, size // (4 * n_classes))
 
 

@@ -50,7 +50,7 @@ class Int8Scores:
         log_p = torch.addmm(self._offset, rows, self._weights.T).log_softmax(1).numpy()
         rescored = (log_p >= (log_threshold[places] - np.log(errors))[:, None]).sum(1).mean()
         cost = ROW_COST + RESCORED_COST * rescored
-        return bool(errors.max() < topk.LARGEST_ERROR and cost < len(self._offset))
+        return bool(errors.max() < topk.LARGEST_SCORE_ERROR and cost < len(self._offset))
 
     def errors(self, rows: torch.Tensor) -> np.ndarray:
         """Errors in nats (n,), at four standard errors, of the int8 scores of rows (n, d)."""

@@ -19,7 +19,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from transclip_fast.compiled_loops import compiled
-from transclip_fast.ops import torch_backend
+from transclip_fast.types import FLOAT32_ROUNDING, LARGEST_MESSAGE
 
 CUT_HALVINGS = 24  # of the range in which a row is cut: as many as a float32 has bits
 LINE_ENTRIES = 16  # of a cache line
@@ -29,8 +29,6 @@ SUM_ROWS = 512  # whose features a core's cache holds
 F = np.float32
 LOG2E = F(1 / math.log(2))
 TINY = np.finfo(F).tiny
-FLOAT32_ROUNDING = torch_backend.FLOAT32_ROUNDING
-LARGEST_MESSAGE = F(torch_backend.LARGEST_MESSAGE)
 LOWEST_SCORE = F(-1e30)  # stands for -inf, which fastmath excludes
 # 2^-x for 0 <= x <= 1, to 3e-9.
 _2X = np.polynomial.Chebyshev.interpolate(lambda x: 2.0**-x, 6, [0, 1])
@@ -251,7 +249,7 @@ def sweep(  # type: ignore[no-untyped-def]
         outside_max = clear_messages(i, offsets, columns, z, z_classes, messages)
         # Below float32 rounding the tail mass is unknown; this is its upper bound.
         tail_bound = max(tail[i], n_classes * FLOAT32_ROUNDING)
-        bound[i] = min(1.0, tail_bound * math.expm1(min(outside_max, LARGEST_MESSAGE)))
+        bound[i] = min(1.0, tail_bound * math.expm1(min(outside_max, F(LARGEST_MESSAGE))))
 
 
 @compiled(

@@ -26,7 +26,7 @@ CHUNK_ENTRIES = 16  # of a row, with one maximum: chunks without candidates are 
 LARGEST_INT8 = F(127)
 SMALLEST_MAGNITUDE = F(1e-30)  # of a row: a step of 0 could not be divided by
 STANDARD_ERRORS = F(4)  # assumed bound of an error: one product in 16,000 exceeds it
-LARGEST_ERROR = F(1)  # nats: a row with a larger one is scored in float32 throughout
+LARGEST_SCORE_ERROR = F(1)  # nats: a row with a larger one is scored in float32 throughout
 SMALLEST_ERROR = F(1e-6)  # nats, float32 rounding: keeps its logarithm finite
 MAGNITUDE_BITS = np.int32(0x7FFFFFFF)  # all bits of a float32 but its sign
 
@@ -87,7 +87,7 @@ def enter_row(  # type: ignore[no-untyped-def]
 
 
 @compiled("void(float32, int64, int64, float32[:, ::1], int64[:, ::1])")
-def insert(x, i, k, values, rows):  # type: ignore[no-untyped-def]
+def insert_top_row(x, i, k, values, rows):  # type: ignore[no-untyped-def]
     """Insert row i with the score x into the largest (8, K) of class k, in falling order."""
     place = len(values) - 1
     while place > 0 and x > values[place - 1, k]:
@@ -133,7 +133,7 @@ def select(  # type: ignore[no-untyped-def]
             for k in range(n_classes):
                 x = row[k] - normaliser[first + i]
                 if x > top[last, k]:
-                    insert(x, first + i, k, top, top_rows)
+                    insert_top_row(x, first + i, k, top, top_rows)
 
 
 @compiled("float32(float32[::1], float32[::1])", fastmath=True)
@@ -218,7 +218,7 @@ def select_int8(  # type: ignore[no-untyped-def]
         node, error = nodes[first + i], row_errors[i]
         prefetch_list(nodes[first + min(i + AHEAD_ROWS, len(products) - 1)], values, classes)
         to_scores(products[i], steps[i], class_steps, centre_scores, row)
-        if error > LARGEST_ERROR:  # a row unlike those of the estimate
+        if error > LARGEST_SCORE_ERROR:  # a row unlike those of the estimate
             for k in range(n_classes):
                 row[k] = offset[k] + dot(features[i], weights[k])
             error = SMALLEST_ERROR
@@ -247,4 +247,4 @@ def select_int8(  # type: ignore[no-untyped-def]
                 if row[k] - normaliser[first + i] > top[last, k] - error:
                     x = offset[k] + dot(features[i], weights[k]) - normaliser[first + i]
                     if x > top[last, k]:
-                        insert(x, first + i, k, top, top_rows)
+                        insert_top_row(x, first + i, k, top, top_rows)

@@ -26,19 +26,25 @@ from transclip_fast.ops.blocks import (
     read_rows,
 )
 from transclip_fast.parallel import n_threads, parallel_map
-from transclip_fast.types import Affinity, Assignments, LinearScore, Messages, Scores
+from transclip_fast.types import (
+    FLOAT32_ROUNDING,
+    LARGEST_MESSAGE,
+    Affinity,
+    Assignments,
+    LinearScore,
+    Messages,
+    Scores,
+)
 
 SUM_ROWS = 256  # of a float64 sum: more do not fit the cache, which is several times slower
-THREADED_BLOCKS = 8  # of rows: fewer are summed sooner than handed out
-CENTRE_ROWS = 64  # whose mean is near that of all rows
+THREADED_ROW_BLOCKS = 8  # of rows: fewer are summed sooner than handed out
+SUM_CENTRE_ROWS = 64  # whose mean is near that of all rows
 KEPT_ENTRIES = 1 << 22  # of features: so few are centred once, and kept, 16 MiB
 START_ROWS = 8  # rows that the mean of a class starts from
 MERGED_BLOCKS = 64  # blocks whose top rows are held at a time
-FLOAT32_ROUNDING = 2.0**-24  # half of float32's eps
 # Of factors: smaller ones have products that float32 sums do not notice, and that are slow to
 # compute where they are below float32's range.
 SMALLEST = 1e-19
-LARGEST_MESSAGE = 64.0  # nats: e^64 moves all of a row's mass
 
 
 class TorchOps:
@@ -222,7 +228,7 @@ class TorchOps:
 
         # The variance is the difference of the squares and the squared means: sums of centred
         # rows keep its digits, where float32 sums of thousands of similar rows lose them.
-        centre = features[:CENTRE_ROWS].mean(0)
+        centre = features[:SUM_CENTRE_ROWS].mean(0)
 
         def add(
             block: tuple[slice, torch.Tensor], sums: torch.Tensor, counts: torch.Tensor
@@ -243,7 +249,7 @@ class TorchOps:
             read = features[rows]
             parts = blocks(rows.stop, gemm_rows(device, n_classes), rows.start)
             tasks = [(x, read[x.start - rows.start : x.stop - rows.start]) for x in parts]
-            if few and len(tasks) >= THREADED_BLOCKS:
+            if few and len(tasks) >= THREADED_ROW_BLOCKS:
                 for some, masses in parallel_map(lambda task: add(task, *none()), tasks):
                     sums += some
                     counts += masses

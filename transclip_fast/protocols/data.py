@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from transclip_fast.data.checks import as_labelled_rows, as_labels, as_unit_rows
+from transclip_fast.data.checks import as_labels, as_unit_rows
+from transclip_fast.data.labelled_rows import LabelledRows, as_labelled_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.data.patches import PatchedRows
 from transclip_fast.device import resolve_device
@@ -21,7 +22,6 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import ensemble
-from transclip_fast.heads.task import LabelledFeatures
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.store.features import Features, check_encoder, load_features
 
@@ -32,7 +32,7 @@ MAX_VALIDATION_SHOTS = 4  # of a class, as in CoOp and in the paper
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows to draw shots from; unlike `LabelledFeatures`, their patches can be on disk."""
+    """Rows to draw shots from; unlike `LabelledRows`, their patches can be on disk."""
 
     features: torch.Tensor | PatchedRows
     labels: torch.Tensor
@@ -44,7 +44,7 @@ class Pool:
         taken = features.take(chosen) if isinstance(features, PatchedRows) else features[chosen]
         return Pool(taken, self.labels[chosen] - classes.start, len(classes))
 
-    def draw(self, shots: int | None, seed: int) -> LabelledFeatures:
+    def draw(self, shots: int | None, seed: int) -> LabelledRows:
         """
         That many rows of each class, all of a class that has fewer; without `shots` all rows.
 
@@ -52,14 +52,14 @@ class Pool:
         include those of fewer.
         """
         if shots is None:
-            return LabelledFeatures(self.features[:], self.labels)
+            return LabelledRows(self.features[:], self.labels)
         labels = self.labels.numpy()
         drawn = [
             np.random.default_rng([seed, k]).permutation(np.flatnonzero(labels == k))[:shots]
             for k in range(self.n_classes)
         ]
         chosen = torch.from_numpy(np.concatenate(drawn))
-        return LabelledFeatures(self.features[chosen], self.labels[chosen])
+        return LabelledRows(self.features[chosen], self.labels[chosen])
 
     def shortage(self, shots: int) -> str | None:
         """A warning if classes have fewer rows than that."""
@@ -73,9 +73,7 @@ class Pool:
         )
 
 
-def draw_shots(
-    pools: Mapping[str, Pool], shots: int | None, seed: int
-) -> dict[str, LabelledFeatures]:
+def draw_shots(pools: Mapping[str, Pool], shots: int | None, seed: int) -> dict[str, LabelledRows]:
     """Shots of each pool; at most 4 validation rows a class, unless all rows are taken."""
     fewer = None if shots is None else min(shots, MAX_VALIDATION_SHOTS)
     sizes = {"support": shots, "validation": fewer}
@@ -215,8 +213,9 @@ def labelled_pools(features: Features, d: int, n_classes: int) -> dict[str, Pool
         arrays = features.get(f"{use}_features"), features.get(f"{use}_labels")
         rows = as_labelled_rows(use, *arrays, d, n_classes)
         if rows is not None:
-            patched = patched_rows(rows[0], features, f"{use}_")
-            found[use] = Pool(rows[0] if patched is None else patched, rows[1], n_classes)
+            patched = patched_rows(rows.features, features, f"{use}_")
+            pooled = rows.features if patched is None else patched
+            found[use] = Pool(pooled, rows.labels, n_classes)
     return found
 
 

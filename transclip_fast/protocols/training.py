@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.errors import InputError
 from transclip_fast.heads import Head
 from transclip_fast.heads.base import PrototypeHead, inputs_for
 from transclip_fast.heads.prompts import Prompting
-from transclip_fast.heads.task import LabelledFeatures
 from transclip_fast.metrics import accuracy
 from transclip_fast.protocols.data import draw_shots, labelled_pools, patched_rows
 from transclip_fast.store.arrays import array_sha256
@@ -24,7 +24,7 @@ from transclip_fast.version import __version__
 
 def draw_rows(
     features: Features, text: torch.Tensor, shots: int | None, seed: int
-) -> dict[str, LabelledFeatures]:
+) -> dict[str, LabelledRows]:
     """The shots and validation rows of the training."""
     n_classes, d = text.shape
     pools = labelled_pools(features, d, n_classes)
@@ -41,7 +41,7 @@ def draw_rows(
 def checkpoint_identity(
     name: str,
     features: Features,
-    rows: Mapping[str, LabelledFeatures],
+    rows: Mapping[str, LabelledRows],
     prompting: Prompting,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def checkpoint_identity(
 def summarise_head(
     head: Head,
     features: Features,
-    rows: Mapping[str, LabelledFeatures],
+    rows: Mapping[str, LabelledRows],
     text: torch.Tensor,
     truth: np.ndarray | None,
 ) -> dict[str, Any]:

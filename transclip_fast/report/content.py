@@ -1,4 +1,4 @@
-"""What a page shows: galleries, images with all that is known of them, classes and flows."""
+"""The content of a page: galleries, images with all that is known of them, classes and flows."""
 
 from __future__ import annotations
 
@@ -136,13 +136,13 @@ class Content:
         return found
 
     def _identity(self) -> str:
-        """What tells this result from others, under which a browser keeps corrections."""
+        """A hash of this result alone, under which a browser keeps corrections."""
         view = self.view
         names = json.dumps([view.result.features_sha256, view.run["class_names"]])
         return hashlib.sha256(names.encode() + view.labels.tobytes()).hexdigest()
 
     def _key_column(self) -> str:
-        """What names a row in corrections: its key, unless keys are missing, shared or long."""
+        """The column of a row in corrections: its key, unless keys are missing, shared or long."""
         keys = self.view.result.predictions.column("key")
         if keys.null_count or pc.count_distinct(keys).as_py() < len(keys):
             return "row"
@@ -150,7 +150,7 @@ class Content:
         return "row" if long else "key"
 
     def _command(self) -> str | None:
-        """What solves again with the corrections that the page saves; None if nothing does."""
+        """The command that solves again with the page's corrections; None if there is none."""
         view = self.view
         if not isinstance(view.run.get("features"), str) or view.labelled_by != TRANSCLIP:
             return None

@@ -1,4 +1,4 @@
-"""What happened, in numbers."""
+"""The facts of a result: counts, accuracies, seconds and settings."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def facts(view: View) -> list[Fact]:
 def legend(view: View) -> str:
     """What stands under an image, in a sentence or two."""
     percent = (
-        "how likely that is right, in percent"
+        "about how likely that is right, in percent"
         if view.result.has(CALIBRATED)
-        else "its share of the assignment (z), which is too sure of itself"
+        else "its confidence, which is too sure of itself"
     )
     was = "zero-shot's" if view.earlier is None else "that before the corrections, or zero-shot's"
     red = "" if view.truth is None else " Red: not the true label."

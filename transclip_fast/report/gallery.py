@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from transclip_fast.data.feature_rows import evenly_spaced_rows
 from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.view import View
 from transclip_fast.store.results import CALIBRATED, TRANSCLIP
@@ -29,12 +30,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Groups of images under a title; `name` is its tab's, in the page."""
+    """
+    Groups of images under a title; `name` is its tab's, in the page.
+
+    `size` is of how many these are a sample.
+    """
 
     name: str
     title: str
     text: str
     groups: list[Group] = field(default_factory=list)
+    size: int | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -72,6 +78,7 @@ def _galleries(view: View) -> Iterator[Gallery]:
         "Changed labels",
         "Samples of the most frequent changes from zero-shot.",
         [*_changes(view)],
+        int((view.labels != view.zero_shot).sum()),
     )
     if view.result.has(CALIBRATED):  # else these are the first to correct
         rows = np.flatnonzero(~view.known)
@@ -87,8 +94,9 @@ def _galleries(view: View) -> Iterator[Gallery]:
 
 
 def _marked(name: str, title: str, text: str, marked: np.ndarray) -> Gallery:
-    rows = _spread(np.flatnonzero(marked), MOVED)
-    return Gallery(name, title, text, [Group(rows, size=int(marked.sum()))] if rows else [])
+    all_rows = np.flatnonzero(marked)
+    rows = all_rows[evenly_spaced_rows(len(all_rows), MOVED).numpy()].tolist()
+    return Gallery(name, title, text, [Group(rows)], len(all_rows))
 
 
 def _changes(view: View) -> Iterator[Group]:
@@ -98,7 +106,8 @@ def _changes(view: View) -> Iterator[Group]:
     for before, after, size in flows(view.zero_shot, view.labels, n_classes, FLOWS).tolist():
         rows = np.flatnonzero(codes == before * n_classes + after)
         rows = rows[np.argsort(-view.confidence[rows], kind="stable")]
-        yield Group(_spread(rows, OF_FLOW), before, after, size)
+        some = rows[evenly_spaced_rows(len(rows), OF_FLOW).numpy()]
+        yield Group(some.tolist(), before, after, size)
 
 
 def _typical(view: View) -> Iterator[Group]:
@@ -109,10 +118,3 @@ def _typical(view: View) -> Iterator[Group]:
         certain = rows[np.lexsort(by)[::-1][:OF_CLASS]]
         if sizes[k]:
             yield Group(certain.tolist(), after=int(k), size=int(sizes[k]))
-
-
-def _spread(rows: np.ndarray, most: int) -> list[int]:
-    """Some rows, evenly spaced."""
-    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
-    found: list[int] = rows[places].tolist()
-    return found

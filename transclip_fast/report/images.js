@@ -51,8 +51,7 @@ function show(index) {
     tab.setAttribute("aria-selected", i === index);
     tab.tabIndex = i === index ? 0 : -1;
   });
-  const sample = gallery.groups.length === 1 && gallery.groups[0].size > gallery.groups[0].rows.length;
-  $("about").textContent = gallery.text + (sample ? ` ${gallery.groups[0].rows.length} of ${number(gallery.groups[0].size)}.` : "");
+  $("about").textContent = gallery.text;
   $("gallery").replaceChildren(
     ...gallery.groups.map((group) =>
       element("div", { className: "group" }, title(group), element("div", { className: "cards" }, ...group.rows.map(card))),
@@ -101,7 +100,7 @@ function panel(row) {
     element("p", {}, isolated(nameOf(labelNow(row)), `name ${given.has(row) ? "given" : ""}`)),
     element("p", {}, isolated(keyOf(row))),
   ];
-  if (data.calibrated && !given.has(row)) facts.push(element("p", { textContent: `${share(image.confidence)} likely right` }));
+  if (data.calibrated && !given.has(row)) facts.push(element("p", { textContent: `about ${share(image.confidence)} likely right` }));
   if (given.has(row)) facts.push(element("p", {}, "you corrected ", isolated(nameOf(image.label))));
   else if (image.known) facts.push(element("p", { textContent: "its class was given" }));
   if ("earlier" in image && image.earlier !== image.label) {
@@ -125,7 +124,7 @@ function panel(row) {
     said("The text says", text),
     said("The mixture says", image.mixture),
     neighbors(image.neighbors),
-    said("Together (z, too sure of itself)", image.joint),
+    said("Together (confidence, too sure of itself)", image.joint),
   );
   $("panel").hidden = false;
   $("panel").scrollTop = 0;
@@ -321,7 +320,8 @@ function save() {
 /* Start. */
 galleries.forEach((gallery, i) => {
   const count = gallery.groups.reduce((sum, group) => sum + group.rows.length, 0);
-  const tab = element("button", { type: "button", attributes: { role: "tab" } }, gallery.title, element("small", { textContent: count }));
+  const size = gallery.size > count ? `${number(count)} of ${number(gallery.size)}` : number(count);
+  const tab = element("button", { type: "button", attributes: { role: "tab" } }, gallery.title, element("small", { textContent: size }));
   tab.addEventListener("click", () => show(i));
   $("tabs").append(tab);
 });

@@ -58,7 +58,7 @@ def check_target(target: str | Path, apart: Iterable[str | Path]) -> None:
 
 
 def walked_folders(features: str | Path) -> list[Path]:
-    """The folder in which `encode` found the images, if it was no list or tar of them."""
+    """The folder whose images were encoded; none if they came from a list or from tars."""
     manifest = Path(features, MANIFEST)
     match read_json(manifest) if manifest.is_file() else {}:
         case {"config": {"source": {"kind": "folder"}}}:

@@ -16,7 +16,7 @@ from PIL import Image
 from transclip_fast.encode.pixels import decode
 from transclip_fast.encode.sources import Source, open_source
 from transclip_fast.encode.tars import Sample, is_tar, read_samples
-from transclip_fast.encode.walk import path_of, printable
+from transclip_fast.encode.walk import path_of, utf8_name
 from transclip_fast.errors import InputError, one_line
 from transclip_fast.parallel import parallel_map
 from transclip_fast.store.arrays import read_table
@@ -154,7 +154,7 @@ def _in_tar(tar: Path) -> tuple[dict[str, Sample], str]:
         samples = read_samples(tar, Counter())
     except (InputError, OSError) as error:
         return {}, _reason(error)
-    return {printable(f"{tar.name}/{sample.key}"): sample for sample in samples}, ""
+    return {utf8_name(f"{tar.name}/{sample.key}"): sample for sample in samples}, ""
 
 
 def _size(file: Path) -> int:

@@ -18,7 +18,7 @@ VARIANCE_FLOOR = 1e-6
 # Below this mass, float32 entries of z are so close to underflow that their mean is noise.
 MASS_FLOOR = 1e-30
 CLASS_ENTRIES = 1 << 15  # of a float64 (K, d) array, 256 KiB: a core's cache holds a few of them
-THREADED_BLOCKS = 64  # of so many entries: handing out fewer takes longer than to compute them
+THREADED_CLASS_BLOCKS = 64  # of so many entries: fewer are computed sooner than handed out
 
 Returned = TypeVar("Returned")
 
@@ -176,7 +176,7 @@ def by_classes(task: Callable[[slice], Returned], array: torch.Tensor) -> list[R
     n_classes, dim = array.shape
     size = max(1, CLASS_ENTRIES // dim) if array.device.type == "cpu" else n_classes
     parts = list(blocks(n_classes, size))
-    if len(parts) < THREADED_BLOCKS:
+    if len(parts) < THREADED_CLASS_BLOCKS:
         return [task(part) for part in parts]
     return parallel_map(task, parts, array.device)
 

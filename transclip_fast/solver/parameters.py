@@ -12,8 +12,9 @@ import torch
 from transclip_fast.data.checks import check_number
 from transclip_fast.errors import InputError
 from transclip_fast.graph.affinity import GRAPH_MODES
+from transclip_fast.memory import parse_memory
 from transclip_fast.ops import BACKENDS
-from transclip_fast.solver.layout import FORMS, parse_memory
+from transclip_fast.solver.layout import FORMS
 from transclip_fast.solver.mixture import COVARIANCES
 
 Model = TypeVar("Model", bound="Parameters")

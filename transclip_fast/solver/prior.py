@@ -17,7 +17,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.ops.block_scores import linear_log_prior
 
 PREDICT_ROWS = 16384  # of a block
-COMPARED_ROWS = 64  # of a table, by processes that share its rows
+COMPARED_TABLE_ROWS = 64  # of a table, by processes that share its rows
 Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -113,7 +113,7 @@ def given_prior(
         if array.shape[0] != rows:
             raise InputError(f"{name}: has {array.shape[0]} rows, expected {rows}, one per query")
         part = check(array[read], name, rows=read.stop - read.start)
-        some = evenly_spaced_rows(rows, COMPARED_ROWS)
+        some = evenly_spaced_rows(rows, COMPARED_TABLE_ROWS)
         sample = check(array[some.numpy()], name, rows=len(some))
     except InputError:
         check(array, name, rows=rows)  # names the row by its number among all

@@ -15,7 +15,6 @@ import torch
 
 from transclip_fast.data.checks import (
     POSITIONS,
-    as_labelled_rows,
     as_labels,
     as_tensor,
     as_unit_rows,
@@ -24,19 +23,21 @@ from transclip_fast.data.checks import (
     unread_matrix,
 )
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
+from transclip_fast.data.labelled_rows import LabelledRows, as_labelled_rows
 from transclip_fast.data.npy_shards import StoredRows
 from transclip_fast.data.swapped import check_not_swapped
 from transclip_fast.data.texts import ensemble
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph.exact import nearest_of_all
+from transclip_fast.memory import limit_of, parse_memory
 from transclip_fast.metrics import check_class_order
 from transclip_fast.ops import choose_backend
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.ranks import Ranks, check_same
 from transclip_fast.solver.known import KnownRows
-from transclip_fast.solver.layout import Layout, Size, choose_layout, limit_of, parse_memory
+from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import GAMMAS, Parameters
 from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior, log_prior_of
 from transclip_fast.solver.support import Support, default_gamma, enough
@@ -44,7 +45,6 @@ from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import Truncation
 from transclip_fast.version import __version__
 
-LabelledRows = tuple[torch.Tensor, torch.Tensor]  # unit rows (M, d) float32, classes (M,) int64
 PRIOR_SAMPLE_ROWS = 512  # enough to know the mean mass of the largest classes to about 1 %
 ORDER_SAMPLE_ROWS = 4096  # of known class, enough to see that the classes are in another order
 
@@ -155,10 +155,10 @@ class Problem:
             return (None,)
         if parameters.gamma is not None:
             return (parameters.gamma,)
-        if not enough(self.support[1], self.prior.n_classes):
+        if not enough(self.support.labels, self.prior.n_classes):
             return (None,)
         if self.validation is None:
-            return (default_gamma(len(self.support[1]), self.prior.n_classes),)
+            return (default_gamma(len(self.support), self.prior.n_classes),)
         return GAMMAS
 
     def size(self, parameters: Parameters, device: torch.device, ranks: int | None = None) -> Size:
@@ -180,7 +180,7 @@ class Problem:
             linear=isinstance(self.prior, LinearPrior),
             runs=len(self.gammas(parameters)),
             halved=parameters.precision == "float16",
-            labelled=sum(len(labels) for _, labels in labelled),
+            labelled=sum(map(len, labelled)),
             known=self.known is not None,
             ranks=ranks,
         )
@@ -233,7 +233,8 @@ class Problem:
         zero_shot = prior if self.zero_shot is self.prior else self.zero_shot.to(device)
         support = validation = known = None
         if self.support is not None:
-            rows, labels = (tensor.to(device) for tensor in self.support)
+            labelled = self.support.to(device)
+            rows, labels = labelled.features, labelled.labels
             support = Support.build(
                 rows,
                 labels,
@@ -244,7 +245,8 @@ class Problem:
             )
             _warn_of_order("support", labels, prior, rows, features, support.neighbors[:, 0])
         if self.validation is not None:
-            rows, labels = (tensor.to(device) for tensor in self.validation)
+            labelled = self.validation.to(device)
+            rows, labels = labelled.features, labelled.labels
             queries = nearest_of_all(rows, features, 1)[0][:, 0]
             _warn_of_order("validation", labels, prior, rows, features, queries)
             validation = queries, labels
@@ -381,11 +383,14 @@ def _deciding(parameters: Parameters) -> dict[str, Any]:
     return {name: getattr(parameters, name) for name in names if name not in irrelevant}
 
 
-def _hash(arrays: torch.Tensor | tuple[torch.Tensor, ...] | None) -> str:
+def _hash(array: torch.Tensor | LabelledRows | None) -> str:
     digest = hashlib.sha256()
-    for array in (arrays,) if isinstance(arrays, torch.Tensor) else arrays or ():
-        digest.update(f"{array.dtype} {tuple(array.shape)}".encode())
-        digest.update(array.cpu().contiguous().numpy().tobytes())
+    parts = (array.features, array.labels) if isinstance(array, LabelledRows) else (array,)
+    for part in parts:
+        if part is None:
+            continue
+        digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        digest.update(part.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -118,7 +118,7 @@ class State:
 
     @property
     def class_costs(self) -> torch.Tensor | None:
-        """What the score of each class loses, (K,) float64; None in the published method."""
+        """The loss of each class's score, (K,) float64; None in the published method."""
         return None if self.class_cost is None else self.class_cost.tangent(self.moments.counts)
 
 

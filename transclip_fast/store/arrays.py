@@ -46,7 +46,7 @@ def open_arrays(path: str | Path) -> Mapping[str, Any]:
         return _read(path)
 
 
-def read_rows(path: str | Path, name: str) -> Any:
+def open_rows(path: str | Path, name: str) -> Any:
     """A .npy file as a `Shard`, whose rows stay on disk, or as `read_array` if it holds no rows."""
     path = _existing(path)
     with reading(path):

@@ -69,8 +69,8 @@ def read_corrections(
     filled = [line for line, label in enumerate(texts["label"]) if label.strip()]
     if not filled:
         raise InputError(f"{path}: corrects nothing; give a label in one of its lines")
-    told = {name: [texts[name][line] for line in filled] for name in COLUMNS if name in texts}
-    if "row" not in told and not ("key" in told and has_keys(keys)):
+    named = {name: [texts[name][line] for line in filled] for name in COLUMNS if name in texts}
+    if "row" not in named and not ("key" in named and has_keys(keys)):
         column, why = "key", ""
         if not has_keys(keys):
             column, why = "row", ", and the features have no keys; name their rows in a column row"
@@ -78,7 +78,7 @@ def read_corrections(
     class_of = _class_finder(path, names)
     found: dict[int, int] = {}
     doubtful: list[tuple[str, int]] = []
-    for line, row in zip(filled, rows_of_lines(path, told, keys, n_rows), strict=True):
+    for line, row in zip(filled, rows_of_lines(path, named, keys, n_rows), strict=True):
         if row is None:
             example = next(key for key in keys or () if key is not None)
             raise InputError(

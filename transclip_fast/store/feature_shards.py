@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from transclip_fast.data.npy_shards import Shard, StoredRows
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.arrays import file_sha256, inside, read_rows, read_table
+from transclip_fast.store.arrays import file_sha256, inside, open_rows, read_table
 from transclip_fast.store.json_text import value_of
 from transclip_fast.store.tables import LABEL, find_column
 
@@ -40,7 +40,7 @@ def numbered(folder: Path, kind: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def joined(parts: Sequence[Any]) -> Any:
+def joined_shards(parts: Sequence[Any]) -> Any:
     """All shards as one array: on disk, if they can stay there."""
     parts = [part for part in parts if part.shape[0]] or parts[:1]
     if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
@@ -52,11 +52,11 @@ def joined_local(files: Iterable[Path], images: Sequence[Any]) -> Any:
     """Local features (N, L d) of all shards, checked against the shards of the images."""
     parts = []
     for file, image in zip(files, images, strict=True):
-        shape = (part := read_rows(file, "local_features")).shape
+        shape = (part := open_rows(file, "local_features")).shape
         if len(shape) != 2 or shape[0] != image.shape[0] or shape[1] % image.shape[1]:
             raise InputError(f"{file}: has shape {shape}, the features of its images {image.shape}")
         parts.append(part)
-    return joined(parts)
+    return joined_shards(parts)
 
 
 def check_hashes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -22,22 +22,22 @@ from transclip_fast.data.priors import ListedPrior
 from transclip_fast.data.swapped import check_not_swapped, warn_of_names
 from transclip_fast.data.texts import templates_first
 from transclip_fast.errors import InputError, user_level
-from transclip_fast.solver.layout import free_bytes
+from transclip_fast.memory import free_bytes
 from transclip_fast.store.arrays import (
     SINGLE,
     array_sha256,
     inside,
     open_arrays,
+    open_rows,
     read_array,
-    read_rows,
 )
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.feature_shards import (
     OWN,
     SHARDS,
     check_hashes,
-    joined,
     joined_local,
+    joined_shards,
     metadata_columns,
     numbered,
 )
@@ -273,7 +273,7 @@ def _replace(features: Features, name: str, file: Path) -> None:
 
 
 def _check_places(features: Features, texts: Path | None) -> None:
-    """Refuse texts in the place of the images; warn where only the names of files tell it."""
+    """Refuse texts in the place of the images; warn if only the files' names suggest it."""
     names, arrays = features.class_names, features.arrays
     if np.ndim(arrays.get("text_features", 0)) != 2:
         return
@@ -304,8 +304,8 @@ def _listed_classes(features: Features) -> int | None:
 def _load_file(path: Path, local: bool) -> Features:
     arrays: Mapping[str, Any]
     if path.suffix == ".npy":
-        found = read_rows(path, "image_features")
-        arrays = {"image_features": joined([found]) if isinstance(found, Shard) else found}
+        found = open_rows(path, "image_features")
+        arrays = {"image_features": joined_shards([found]) if isinstance(found, Shard) else found}
     else:
         arrays = open_arrays(path)
         if SINGLE in arrays:
@@ -345,29 +345,11 @@ def _load_folder(folder: Path, local: bool) -> Features:
     ours = manifest.keys() & OWN
     if ours and not value_of(manifest, "complete", bool, file):
         raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
-    files = {kind: numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
-    images = files["img_emb"]
-    if not images:
-        raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; {_no_features(folder)}")
-    for kind, found in files.items():
-        if found and found.keys() != images.keys():
-            number = min(found.keys() ^ images.keys())
-            missing = "img_emb" if number in found else kind
-            raise InputError(f"{folder}: shard {number} has no {missing} file")
-    gap = next((first + 1 for first, after in pairwise(images) if after > first + 1), None)
-    if gap is not None and not ours:
-        warnings.warn(
-            f"{folder}: has no shard {gap} of {min(images)} to {max(images)}; rows of shards that "
-            "are not there are missing",
-            stacklevel=user_level(),
-        )
-    parts = [read_rows(image, "image_features") for image in images.values()]
-    for image, part in zip(images.values(), parts, strict=True):
-        if part.dtype.kind not in "fiub":
-            raise InputError(f"{image}: expected numbers, got an array of {part.dtype}")
-        if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
-            raise InputError(f"{image}: has shape {part.shape}, the first shard {parts[0].shape}")
-    arrays, origins = {"image_features": joined(parts)}, {}
+    files = _shard_files(folder, local)
+    if not ours:
+        _warn_of_gap(folder, files["img_emb"])
+    parts = _image_shards(files["img_emb"].values())
+    arrays, origins = {"image_features": joined_shards(parts)}, {}
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
         origins["text_features"] = str(folder / "prototypes.npy")
@@ -391,6 +373,42 @@ def _load_folder(folder: Path, local: bool) -> Features:
         columns["key"].to_pylist() if "key" in columns else None,
         _encoder(manifest, file),
     )
+
+
+def _shard_files(folder: Path, local: bool) -> dict[str, dict[int, Path]]:
+    """The files of each kind by shard number; all kinds that are there have the same numbers."""
+    files = {kind: numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
+    images = files["img_emb"]
+    if not images:
+        raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; {_no_features(folder)}")
+    for kind, found in files.items():
+        if found and found.keys() != images.keys():
+            number = min(found.keys() ^ images.keys())
+            missing = "img_emb" if number in found else kind
+            raise InputError(f"{folder}: shard {number} has no {missing} file")
+    return files
+
+
+def _warn_of_gap(folder: Path, images: Mapping[int, Path]) -> None:
+    """Warn if a shard is missing between others."""
+    gap = next((first + 1 for first, after in pairwise(images) if after > first + 1), None)
+    if gap is not None:
+        warnings.warn(
+            f"{folder}: has no shard {gap} of {min(images)} to {max(images)}; rows of shards that "
+            "are not there are missing",
+            stacklevel=user_level(),
+        )
+
+
+def _image_shards(files: Collection[Path]) -> list[Any]:
+    """The features of each file, numbers in rows of one length."""
+    parts = [open_rows(file, "image_features") for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part.dtype.kind not in "fiub":
+            raise InputError(f"{file}: expected numbers, got an array of {part.dtype}")
+        if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
+            raise InputError(f"{file}: has shape {part.shape}, the first shard {parts[0].shape}")
+    return parts
 
 
 def _no_features(folder: Path) -> str:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.checks import hot_columns
-from transclip_fast.data.priors import PROBABILITY_TOLERANCE, ListedPrior
+from transclip_fast.data.priors import PRIORS, PROBABILITY_TOLERANCE, ListedPrior
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import inside, one_array, open_arrays, read_array
 
@@ -45,7 +45,6 @@ FILES = {
     "prior_logits": ("logits.pt",),
 }
 SUPPORT = {"support_features": "keys_*shots.pt", "support_labels": "values_*shots.pt"}
-PRIORS = {"prior", "prior_logits", "prototypes"}
 LISTS = ("prior_indices", "prior_values")
 CSR = ("data", "indices", "indptr", "shape")  # of `scipy.sparse.save_npz`
 HALF_PRECISION_NORM = 1e-2  # a unit row's norm in half precision is closer to 1
@@ -85,7 +84,7 @@ def read_cache(
     """
     files, present = {}, sorted(os.listdir(folder))
     for name, patterns in FILES.items():
-        if name in without or (name in PRIORS and PRIORS & set(without)):
+        if name in without or (name in PRIORS and not set(without).isdisjoint(PRIORS)):
             continue
         found = [file for pattern in patterns for file in fnmatch.filter(present, pattern)]
         if len(found) > 1:

@@ -35,9 +35,9 @@ DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.bool: "BOOL",
 }
-Buffers = Mapping[torch.dtype, torch.Tensor]  # (CHUNK_ENTRIES,) of each type
+Buffers = Mapping[torch.dtype, torch.Tensor]  # (CONVERTED_ENTRIES,) of each type
 HEADER_ALIGNMENT = 8  # bytes
-CHUNK_ENTRIES = 1 << 20  # converted in memory at a time: 8 MiB at most
+CONVERTED_ENTRIES = 1 << 20  # converted in memory at a time: 8 MiB at most
 COPIED_BYTES = 1 << 20  # at a time, in a file in memory
 
 
@@ -88,7 +88,7 @@ def write_tensors(
     text = json.dumps({"__metadata__": {"format": "pt", **(metadata or {})}, **header}).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     kinds = {*types.values(), *(tensor.dtype for tensor in tensors.values())}
-    buffers = {kind: torch.empty(CHUNK_ENTRIES, dtype=kind) for kind in kinds}
+    buffers = {kind: torch.empty(CONVERTED_ENTRIES, dtype=kind) for kind in kinds}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as partial, open(partial, "wb") as file:
@@ -175,7 +175,7 @@ def check_header(path: Path) -> None:
 def _chunks(tensor: torch.Tensor, buffers: Buffers, dtype: torch.dtype) -> Iterator[memoryview]:
     """A tensor's bytes as `dtype`; each chunk overwrites the one before."""
     whole = tensor if tensor.is_contiguous() else unmapped(tensor).contiguous()
-    for part in torch.split(whole.reshape(-1), CHUNK_ENTRIES):
+    for part in torch.split(whole.reshape(-1), CONVERTED_ENTRIES):
         chunk = _copy(part, buffers[tensor.dtype][: len(part)])
         if dtype != tensor.dtype:
             chunk = buffers[dtype][: len(part)].copy_(chunk)

@@ -188,13 +188,16 @@ def test_tables(tmp_path):
 
 
 def test_each_set_has_its_mean(tmp_path):
-    def row(scenario, pool, zero_shot, default):
-        accuracy = {"zero_shot": zero_shot, "default": default}
+    def row(scenario, pool, zero_shot, default, published):
+        accuracy = {"zero_shot": zero_shot, "default": default, "published": published}
         return {"scenario": scenario, "pool": pool, "accuracy": accuracy}
 
     pools = ["dtd", "whurs19 rn50", "dtd"]
-    rows = [row("long tail", pools, [10, 90, 30], [20, 95, 50]), row("all", ["dtd"], [44], [42.5])]
-    assert wild_tables.of_pool(rows[:1], "dtd") == "20.0 → 35.0"
-    assert wild_tables.of_pool(rows, "dtd") == "28.0 → 37.5"
+    rows = [
+        row("long tail", pools, [10, 90, 30], [20, 95, 50], [1, 2, 4]),
+        row("all", ["dtd"], [44], [42.5], [10]),
+    ]
+    assert wild_tables.of_pool(rows[:1], "dtd") == "20.0 → 35.0 (2.5)"
+    assert wild_tables.of_pool(rows, "dtd") == "28.0 → 37.5 (5.0)"
     assert wild_tables.of_pool(rows, "caltech101") == ""
     assert "python -m bench.accuracy.wild" in wild_tables.sets(tmp_path)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.heads.prompts.conftest import DIM, NAMES
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.errors import InputError
 from transclip_fast.heads import fit_head
 from transclip_fast.heads import text_tower as tower_module
@@ -18,7 +19,7 @@ from transclip_fast.heads.prompts import ContextSettings, Prompting, Schedule, l
 from transclip_fast.heads.prompts.coop import CoOp
 from transclip_fast.heads.prompts.learning import train
 from transclip_fast.heads.prompts.prograd import ProGrad, aligned
-from transclip_fast.heads.task import HeadTask, LabelledFeatures
+from transclip_fast.heads.task import HeadTask
 
 TAU = 10.0
 SETTINGS = [
@@ -39,8 +40,8 @@ def task_of(tower, *, context=SETTINGS[0], dtype=torch.float32, **more):
     rows = unit_rows(20, 1, dtype)
     given = {
         "text": unit_rows(4, 2, dtype),
-        "shots": LabelledFeatures(rows[:12], labels[:12]),
-        "validation": LabelledFeatures(rows[12:], labels[12:]),
+        "shots": LabelledRows(rows[:12], labels[:12]),
+        "validation": LabelledRows(rows[12:], labels[12:]),
         "logit_scale": TAU,
         "seed": 3,
         "progress": lambda done, of, **figures: None,

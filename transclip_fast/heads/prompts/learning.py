@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.errors import InputError
 from transclip_fast.heads.base import Head, percent_right
 from transclip_fast.heads.prompts.context import class_prompts
-from transclip_fast.heads.task import HeadTask, LabelledFeatures
+from transclip_fast.heads.task import HeadTask
 from transclip_fast.heads.text_tower import Prompts
 from transclip_fast.parallel import fixed_threads
 
@@ -59,7 +60,7 @@ class Learner(torch.nn.Module, ABC):
         torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def validate(self, rows: LabelledFeatures) -> float:
+    def validate(self, rows: LabelledRows) -> float:
         """Accuracy on labelled rows, in percent."""
         return percent_right(self.head(words=False).logits(rows.features), rows.labels)
 

@@ -1,4 +1,4 @@
-"""What `plan` and `solve` tell about the classes: before a solve, and after it."""
+"""How many classes the prior uses, before a solve, and how their sizes changed, after it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from transclip_fast.solver.class_cost import (
     sharpness,
 )
 from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Problem
 
 SAMPLE_ENTRIES = 1 << 22  # of the prior and of the rows that it is of, worth computing twice
 NEIGHBOR_ROWS = 4096  # among which neighbours are searched: a fraction of a second
 RARE = 0.05  # of a fair share of the rows
 NAMED = 3  # classes of a line
+ZERO_SHOT = "zero-shot"
 
 
 def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
@@ -43,7 +45,9 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     shares = torch.softmax(power * log_prior.double(), 1).mean(0)
     effective = effective_classes(shares)
     few_shot = None not in problem.gammas(parameters)
+    of_texts = isinstance(problem.prior, LinearPrior) and problem.prior is problem.zero_shot
     return {
+        "by": ZERO_SHOT if of_texts else "the prior",
         "rows": len(log_prior),
         "n_effective_classes": effective,
         "class_cost": is_charged(parameters.class_cost, effective, n_classes, few_shot=few_shot),
@@ -63,19 +67,23 @@ def _sharpness(problem: Problem, log_prior: torch.Tensor, n_neighbors: int) -> f
 def describe_outlook(found: dict[str, Any], n_classes: int, names: Sequence[str] | None) -> str:
     """An outlook in one line."""
     effective, rare = found["n_effective_classes"], found["rare_classes"]
-    line = use_of_classes(effective, n_classes, found["class_cost"])
+    line = use_of_classes(effective, n_classes, found["class_cost"], found["by"])
     if rare:
         some = ", ".join(class_name(k, names) for k in rare[:NAMED])
         more = ", ..." if len(rare) > NAMED else ""
-        line += f"; {len(rare):,} hardly occur: {some}{more}"
-    return f"plan: by {counted(found['rows'], 'row')} {line}"
+        line += f"; {len(rare):,} hardly {'occurs' if len(rare) == 1 else 'occur'}: {some}{more}"
+    return f"plan: by {counted(found['rows'], 'image')}, {line}"
 
 
-def use_of_classes(effective: float, n_classes: int, charged: bool) -> str:
-    """K_eff, and what follows from it, as text."""
+def use_of_classes(effective: float, n_classes: int, charged: bool, by: str = ZERO_SHOT) -> str:
+    """K_eff `by` some prior, and whether classes are charged, as text."""
+    cost = (
+        "each class in use is charged, so that absent ones take no images"
+        if charged
+        else "no charge for a class in use"
+    )
     return (
-        f"the prior uses about {effective:.0f} of {counted(n_classes, 'class')}: class cost "
-        f"{'on' if charged else 'off'}"
+        f"{by} uses about {effective:.0f} of {counted(n_classes, 'class')}: {cost} (--class-cost)"
     )
 
 

@@ -7,8 +7,11 @@ import pytest
 
 from tests import reference
 from tests.cli.test_solve import read
+from transclip_fast.cli.class_outlook import describe_outlook
 
 NAMES = [f"name{k}" for k in range(20)]
+CHARGED = "each class in use is charged, so that absent ones take no images (--class-cost)"
+NO_CHARGE = "no charge for a class in use (--class-cost)"
 
 
 @pytest.fixture
@@ -35,8 +38,8 @@ def test_plan_tells_how_many_classes_are_in_use(few, succeeds):
     line = succeeds("plan", file).splitlines()[-1]
     some = ", ".join(NAMES[k] for k in rare[:3]) + ", ..." * (len(rare) > 3)
     assert line == (
-        f"plan: by {len(prior)} rows the prior uses about {effective:.0f} of 20 classes: "
-        f"class cost on; {len(rare)} hardly occur: {some}"
+        f"plan: by {len(prior)} images, the prior uses about {effective:.0f} of 20 classes: "
+        f"{CHARGED}; {len(rare)} hardly occur: {some}"
     )
 
 
@@ -70,21 +73,41 @@ def test_soft_text_is_sharpened(few, save, problem, succeeds, tmp_path):
 
 def test_few_rows_stand_for_many(few, succeeds, monkeypatch):
     """The rest is not read twice: 2^10 entries are those of 31 rows, of 20 classes and d = 33."""
-    monkeypatch.setattr("transclip_fast.cli.outlook.SAMPLE_ENTRIES", 1 << 10)
-    monkeypatch.setattr("transclip_fast.cli.outlook.PRIOR_SAMPLE_ROWS", 5)
+    monkeypatch.setattr("transclip_fast.cli.class_outlook.SAMPLE_ENTRIES", 1 << 10)
+    monkeypatch.setattr("transclip_fast.cli.class_outlook.PRIOR_SAMPLE_ROWS", 5)
     file, prior = few
     found = json.loads(succeeds("plan", file, "--json"))["outlook"]
     assert found["rows"] == 31 < len(prior)
 
 
-@pytest.mark.parametrize(("options", "charged"), [((), True), (("--class-cost", "off"), False)])
-def test_solve_tells_what_it_did(few, cli, tmp_path, options, charged):
+def test_one_of_each_is_singular():
+    found = {"rows": 1, "n_effective_classes": 3.2, "class_cost": False, "rare_classes": [3]}
+    assert describe_outlook(found | {"by": "zero-shot"}, 4, None) == (
+        f"plan: by 1 image, zero-shot uses about 3 of 4 classes: {NO_CHARGE}; "
+        "1 hardly occurs: class 3"
+    )
+
+
+@pytest.mark.parametrize("by", ["zero-shot", "the prior"])
+def test_whether_texts_or_another_prior_count_the_classes(save, problem, succeeds, by):
+    """Also where there are texts beside the prior."""
+    features, text, _ = problem()
+    arrays = {"image_features": features, "text_features": text}
+    if by == "the prior":
+        arrays["prototypes"] = text
+    line = succeeds("plan", save(arrays)).splitlines()[-1]
+    assert line.startswith(f"plan: by 77 images, {by} uses about 6 of 6 classes: ")
+
+
+@pytest.mark.parametrize(("options", "cost"), [((), CHARGED), (("--class-cost", "off"), NO_CHARGE)])
+def test_solve_tells_what_it_did(few, cli, tmp_path, options, cost):
     file, prior = few
     ran = cli("solve", file, "--out", tmp_path / "result", *options)
     run, table = read(tmp_path / "result")
+    charged = cost == CHARGED
     assert run["config"]["class_cost"] is charged
     assert run["n_effective_classes"] == pytest.approx(reference.effective_classes(prior), 1e-4)
-    assert ran.out.count(f"classes: class cost {'on' if charged else 'off'}") == 1
+    assert ran.out.count(f"of 20 classes: {cost}") == 1
     labels, before = (np.array(table[name].to_pylist()) for name in ("label", "zero_shot_label"))
     changes = np.bincount(labels, minlength=20) - np.bincount(before, minlength=20)
     assert [now - was for _, was, now in run["size_changes"]] == [
@@ -94,7 +117,7 @@ def test_solve_tells_what_it_did(few, cli, tmp_path, options, charged):
     k, was, now = next(change for change in run["size_changes"] if change[2] > change[1])
     assert f"grew most: {NAMES[k]} {was} -> {now}" in ran.out
     # Classes are meant to be empty where they cost something.
-    assert charged != any("lost all their queries" in warning for warning in run["warnings"])
+    assert charged != any("lost all their images" in warning for warning in run["warnings"])
 
 
 def test_class_cost_takes_three_values(few, cli, tmp_path):
