@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from threading import Thread
 
 import pytest
 import torch
@@ -53,6 +54,25 @@ def test_settings_come_back_after_an_error():
     with pytest.raises(ZeroDivisionError), exact_float32():
         raise ZeroDivisionError
     assert [setting.fp32_precision for setting in SETTINGS] == ["tf32", "bf16"]
+
+
+def test_threads_that_overlap():
+    """Products stay float32 until the last thread has left, and then are the user's again."""
+    newer()
+    first, second = exact_float32(), exact_float32()
+    seen = []
+
+    def in_another_thread(step):
+        worker = Thread(target=step)
+        worker.start()
+        worker.join()
+        seen.append([setting.fp32_precision for setting in SETTINGS])
+
+    for step in (first.__enter__, second.__enter__):
+        in_another_thread(step)
+    for step in (first, second):
+        in_another_thread(lambda step=step: step.__exit__(None, None, None))
+    assert seen == [["ieee", "ieee"]] * 3 + [["tf32", "bf16"]]
 
 
 def test_a_fit_under_autocast(problem):

@@ -207,7 +207,7 @@ def test_predict_proba_errors(problem):
     with pytest.raises(InputError, match="call fit first"):
         TransCLIP().predict_proba(features)
     linear = fitted(features, prototypes)
-    with pytest.raises(InputError, match="give no prior here"):
+    with pytest.raises(InputError, match="prior from texts or prototypes; give none here"):
         linear.predict_proba(features, prior=prior)
     with pytest.raises(InputError, match=r"^X: has 32 columns, expected 33"):
         linear.predict_proba(unit(features[:, :32]))
@@ -332,7 +332,7 @@ def test_parameters_are_checked_before_arrays(problem, scale):
 def test_text_features_of_different_lengths(problem):
     features, _, _ = problem()
     with pytest.raises(InputError, match="^text_features: .* rows of different lengths"):
-        TransCLIP(device="cpu").fit(features, [[1.0, 0.0], [1.0]])
+        TransCLIP(device="cpu").fit(features, text_features=[[1.0, 0.0], [1.0]])
 
 
 @pytest.mark.parametrize("gamma", [-0.1, float("nan"), float("inf")])

@@ -77,6 +77,7 @@ class FitProgress:
         N.
     passes : int
         Passes over the rows before the first step; every step takes two more, and so does the end.
+        Reads beyond those, as of a class cost, do not count.
     steps, runs : int
         Outer steps of a run, and runs: the values of gamma that are tried.
     report : callable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 
 import torch
 
@@ -43,19 +44,48 @@ def multiplies_bytes(dim: int) -> bool:
     return bool(onednn and vnni and 1 < dim <= MAX_INT8_DIM)
 
 
+class _TrueProducts:
+    """
+    True float32 matrix products, a setting that all threads of the process share.
+
+    The first thread in saves what the user has set, and the last one out restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [setting.fp32_precision for setting in self._settings]
+                try:
+                    self._legacy = torch.get_float32_matmul_precision()
+                except RuntimeError:  # it disagrees with `fp32_precision`, which the user has set
+                    self._legacy = "highest"
+            self._inside += 1
+            torch.set_float32_matmul_precision("highest")  # `fp32_precision`, too
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            torch.set_float32_matmul_precision(self._legacy)
+            for setting, precision in zip(self._settings, self._before, strict=True):
+                setting.fp32_precision = precision
+
+
+_true_products = _TrueProducts()
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """
     Matrix products in true float32 (no tf32, no bf16), no autocast, no gradients, no inference
     tensors.
     """
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it disagrees with `fp32_precision`, which the user has set
-        legacy = "highest"
-    torch.set_float32_matmul_precision("highest")  # `fp32_precision`, too
+    _true_products.enter()
     try:
         # Inference mode belongs to a thread: no other one could write to tensors made in it.
         with (
@@ -66,9 +96,7 @@ def exact_float32() -> Iterator[None]:
         ):
             yield
     finally:
-        torch.set_float32_matmul_precision(legacy)
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+        _true_products.leave()
 
 
 @contextmanager

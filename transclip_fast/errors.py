@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # Files that a warning is not about: the package's, and what decorates its functions.
 PASSED = (os.path.join(os.path.dirname(__file__), ""), contextlib.__file__)
@@ -30,6 +31,19 @@ class InputError(ValueError):
     ...     print(error)
     features: row 1 is all zero; remove or recompute that row
     """
+
+
+def not_fitted(message: str) -> InputError:
+    """An `InputError` that is scikit-learn's `NotFittedError`, too, where that is loaded."""
+    exceptions = sys.modules.get("sklearn.exceptions")
+    if exceptions is None:
+        return InputError(message)
+
+    class NotFittedInputError(InputError, exceptions.NotFittedError):  # type: ignore[misc, name-defined]
+        def __reduce__(self) -> Any:  # from another process, by pickle
+            return not_fitted, self.args
+
+    return NotFittedInputError(message)
 
 
 def one_line(error: Exception) -> str:

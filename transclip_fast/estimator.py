@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from transclip_fast.callbacks import Checkpoint, Progress
-from transclip_fast.data.checks import as_labels, as_unit_rows, n_dimensions
+from transclip_fast.data.checks import as_labels, as_row_weights, as_unit_rows
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
+from transclip_fast.data.texts import texts_of_fit
 from transclip_fast.device import current_device, exact_float32
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, not_fitted
 from transclip_fast.graph.build import COMPARED_ROWS, build_graph, given_graph, whole_rows
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import outlier_scores
@@ -201,8 +202,8 @@ class TransCLIP(Parameters):
             Image features of the queries; rows off the unit sphere are normalised. A
             `numpy.memmap` or `transclip_fast.data.npy_shards.StoredRows` may be larger than memory.
         y : array_like (N,), optional
-            Ignored: scikit-learn passes the labels that its scores need. A (K, d) array here is
-            taken as `text_features`.
+            Labels for scikit-learn's scores, from which nothing is learned: see `known_labels`.
+            Without `text_features`, a (K, d) array here is taken as these.
         text_features : array_like (K, d) or (P, K, d), optional
             Text embedding of each class, or those of P templates, of which the mean counts: the
             prior, unless another is given; then only the zero-shot attributes come from it.
@@ -239,9 +240,9 @@ class TransCLIP(Parameters):
         InputError
             Input that cannot be used: which, where, and the remedy.
         """
-        if text_features is None and n_dimensions(y) == 2:
-            text_features = y
         self.check()
+        instead = "known_labels=y" if known_labels is None else None
+        text_features = texts_of_fit(text_features, y, X, instead)
         problem = Problem.check(
             X,
             text_features,
@@ -351,15 +352,16 @@ class TransCLIP(Parameters):
         Raises
         ------
         InputError
-            As `fit`; a prior that is missing, or superfluous after a fit from prototypes; no fit.
+            As `fit`; a prior that is missing, or superfluous after a fit from texts or prototypes;
+            no fit, which is scikit-learn's `NotFittedError`, too.
         """
         if not hasattr(self, "_mixture"):
-            raise InputError("predict_proba: call fit first")
+            raise not_fitted("predict_proba: call fit first")
         device, (n_classes, d) = self._mixture.means.device, self._mixture.means.shape
         given = prior is not None or prior_logits is not None
         if given == (self._prior is not None):
             raise InputError(
-                "predict_proba: the fit took its prior from prototypes; give no prior here"
+                "predict_proba: the fit took its prior from texts or prototypes; give none here"
                 if given
                 else "predict_proba: the fit was given a prior; give prior or prior_logits again"
             )
@@ -388,11 +390,12 @@ class TransCLIP(Parameters):
         """Labels (N,) int64 of the rows of X, solved jointly: `fit(X, ...).transduction_`."""
         return self.fit(X, y, **arrays).transduction_
 
-    def score(self, X: Any, y: Any, *, prior: Any = None, prior_logits: Any = None) -> float:
-        """Accuracy of `predict` on new rows X (N, d) of classes y (N,), between 0 and 1."""
-        predicted = self.predict(X, prior=prior, prior_logits=prior_logits)
+    def score(self, X: Any, y: Any, sample_weight: Any = None, **prior: Any) -> float:
+        """Accuracy of `predict(X, **prior)` for classes y (N,), from 0 to 1; weights (N,)."""
+        predicted = self.predict(X, **prior)
         labels = as_labels(y, "y", rows=len(predicted), n_classes=len(self.classes_))
-        return float((predicted == labels.numpy()).mean())
+        weights = as_row_weights(sample_weight, "sample_weight", len(predicted))
+        return float(np.average(predicted == labels.numpy(), weights=weights))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from transclip_fast.errors import InputError
@@ -29,8 +30,10 @@ def parse_memory(value: str | int | None) -> int | None:
     InputError
         Something else, nothing at all, or a text without a unit that is too few bytes to be meant.
     """
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value > 0:
+        return int(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(value), re.IGNORECASE)
     size = float(match[1]) * UNITS[match[2].upper()] if match is not None else 0.0
     if not isinstance(value, str) or not 1 <= size < 2**63:

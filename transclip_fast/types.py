@@ -34,7 +34,7 @@ def row_offsets(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
     return offsets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affinity:
     """
     A (N, N) in rows of entries; two entries of a row may name the same column.
@@ -61,7 +61,7 @@ class Affinity:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Messages:
     """
     A sparse (N, K) array in rows of entries; no row names a class twice.
@@ -99,7 +99,7 @@ class Messages:
         block[local, self.classes[entries]] += self.weights[entries]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearScore:
     """
     The base score that every backend computes: b = F P^T + c + prior_weight log y_hat + messages.
@@ -152,7 +152,7 @@ class Truncation:
     floor: float = FLOOR
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """
     Base scores b, up to a constant per row.
@@ -226,7 +226,7 @@ class Scores:
         torch.clamp(1 - z.values.sum(1), min=0, out=self.tail)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Assignments:
     """
     Soft assignments z (N, K); rows sum to 1, sparse ones to 1 less the dropped mass.

@@ -73,7 +73,7 @@ def measure(name: str, arrays: Arrays) -> dict[str, Any]:
     predicted = time.perf_counter()
     graph = build_graph(rows, 3)
     built = time.perf_counter()
-    model = TransCLIP(device="cpu").fit(rows, text, **head.prior(rows), graph=graph)
+    model = TransCLIP(device="cpu").fit(rows, text_features=text, **head.prior(rows), graph=graph)
     solved = time.perf_counter()
     plain = fit_plainly(name, arrays).argmax(1)
 

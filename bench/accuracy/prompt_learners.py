@@ -125,7 +125,7 @@ def measure(
         found["seconds"].append(round(time.perf_counter() - start, 2))
         crops = PatchedRows(rows, data.crops[held_out], "crops")
         predicted, prior = head.labels_and_prior(crops if learner == "plot-crops" else rows)
-        model = TransCLIP(device="cpu").fit(rows, text, **prior)
+        model = TransCLIP(device="cpu").fit(rows, text_features=text, **prior)
         found["zero_shot"].append(round(accuracy(model.zero_shot_labels_, labels), 2))
         found["alone"].append(round(accuracy(predicted.numpy(), labels), 2))
         found["with_transclip"].append(round(accuracy(model.transduction_, labels), 2))

@@ -47,11 +47,44 @@ def test_stored_rows_are_the_array(tmp_path_factory, lengths, data):
     found = StoredRows([Shard.find(folder / f"{i}.npy") for i in range(len(lengths))])
     assert (found.shape, found.dtype) == (array.shape, array.dtype)
     np.testing.assert_array_equal(np.asarray(found), array)
-    start, stop = (data.draw(st.integers(0, len(array))) for _ in range(2))
-    np.testing.assert_array_equal(found[start:stop], array[start:stop])
-    if len(array):
-        ids = np.array(data.draw(st.lists(st.integers(0, len(array) - 1), max_size=20)), int)
-        np.testing.assert_array_equal(found[ids], array[ids])
+    n = len(array)
+    numbers = st.integers(-n - 1, n)
+    indices = st.one_of(
+        st.slices(n),
+        numbers,
+        numbers.map(np.int64),
+        st.lists(numbers, max_size=20),
+        st.lists(numbers, max_size=20).map(lambda ids: np.array(ids, np.int8)),
+        st.lists(st.booleans(), min_size=n, max_size=n).map(lambda mask: np.array(mask, bool)),
+    )
+    index = data.draw(indices)
+    try:
+        expected = array[index]
+    except IndexError:
+        with pytest.raises(IndexError, match="there is no such row"):
+            found[index]
+    else:
+        np.testing.assert_array_equal(found[index], expected, strict=True)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [(1, 2), None, True, 1.0, "1", np.zeros((2, 2), int), np.ones(76, bool), [0.0]],
+    ids=str,
+)
+def test_indices_that_are_not_of_rows_alone(index, stored):
+    with pytest.raises(IndexError, match=r"by number, slice, numbers or mask \(77,\)"):
+        stored(features(), [40, 37])[index]
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("index", [slice(None, None, 5), slice(60, 3, -7), slice(3, 3, 2)])
+def test_slices_with_steps(index, held, stored):
+    array = features()
+    for source in (array, stored(array, [40, 37])):
+        np.testing.assert_array_equal(Rows(source, held=held)[index], array[index])
+    with pytest.raises(IndexError, match="consecutive"):
+        stored(array, [40, 37]).part(slice(0, 9, 2))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import unit
+from transclip_fast import TransCLIP, fit_head
 from transclip_fast.data.texts import ensemble, templates_first
 from transclip_fast.errors import InputError
 
@@ -32,7 +34,7 @@ def test_the_mean_of_unit_texts():
     mean = unit.mean(0)
     expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
     with pytest.warns(UserWarning, match="were not unit vectors"):
-        np.testing.assert_allclose(ensemble(TEXTS), expected, atol=1e-6)
+        np.testing.assert_allclose(ensemble(TEXTS, n_classes=5), expected, atol=1e-6)
 
 
 def test_more_templates_than_classes_are_named():
@@ -40,3 +42,47 @@ def test_more_templates_than_classes_are_named():
         templates_first(np.ones((7, 2, 4)), None)
     templates_first(np.ones((2, 7, 4)), None)
     templates_first(np.ones((7, 2, 4)), 2)
+
+
+# -- every way in
+
+IMAGES = unit(np.random.default_rng(1).normal(size=(40, 8))).astype(np.float32)
+TEMPLATES = unit(np.random.default_rng(2).normal(size=(90, 8))).astype(np.float32)
+TEMPLATES = TEMPLATES.reshape(3, 30, 8)  # (P, K, d)
+TURNED = TEMPLATES.swapaxes(0, 1)
+PRIORS = {
+    "prior": np.full((40, 30), 1 / 30, np.float32),
+    "prior_logits": np.zeros((40, 30), np.float32),
+    "prototypes": TEMPLATES[0],
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_fit_turns_texts_by_the_classes_of_its_prior(name):
+    given = {name: PRIORS[name]}
+    expected = TransCLIP(device="cpu").fit(IMAGES, text_features=TEMPLATES, **given)
+    for texts in (TURNED, torch.from_numpy(TURNED), TURNED.tolist()):
+        found = TransCLIP(device="cpu").fit(IMAGES, text_features=texts, **given)
+        np.testing.assert_allclose(
+            found.zero_shot_confidences_, expected.zero_shot_confidences_, atol=1e-6
+        )
+        np.testing.assert_array_equal(found.zero_shot_labels_, expected.zero_shot_labels_)
+
+
+def test_what_does_not_know_its_classes_warns():
+    warning = r"text_features: shape \(30, 3, 8\) is taken as 30 templates of 3 classes"
+    for texts in (TURNED, TURNED.tolist()):
+        with pytest.warns(UserWarning, match=warning):
+            model = TransCLIP(device="cpu").fit(IMAGES, text_features=texts)
+        assert model.label_distributions_.shape == (40, 3)
+        with pytest.warns(UserWarning, match=warning):
+            fit_head("prompt-ensemble", texts)
+
+
+def test_nested_lists_of_templates():
+    np.testing.assert_allclose(ensemble(TEMPLATES.tolist()), ensemble(TEMPLATES), atol=1e-6)
+
+
+def test_a_list_of_templates_is_taken_as_it_is():
+    """Of 30 templates and 3 classes, say: its owner has told which axis is which."""
+    assert len(ensemble(list(TURNED))) == 3

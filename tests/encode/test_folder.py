@@ -54,3 +54,21 @@ def test_patches_of_a_compiled_tower_are_refused(images, tiny, tmp_path):
         )
     with pytest.raises(AttributeError, match="no attribute 'encode_image'"):
         transclip_fast.encode_image  # noqa: B018
+
+
+def test_class_names_in_any_sequence(images, tiny, tmp_path):
+    folder = images(3)
+    stored = []
+    for number, classes in enumerate([["dog", "cat"], ("dog", "cat"), np.array(["dog", "cat"])]):
+        out = tmp_path / str(number)
+        transclip_fast.encode_images(folder, out, classes=classes, batch_size=4, **tiny)
+        stored.append(contents(out))
+    assert stored[0] == stored[1] == stored[2]
+
+
+@pytest.mark.parametrize("classes", [[], (), np.array([], str)])
+def test_no_class_names_are_not_none(classes, images, tiny, tmp_path):
+    with pytest.raises(InputError, match="^class names: holds no class names"):
+        transclip_fast.encode_images(images(3), tmp_path / "out", classes=classes, **tiny)
+    with pytest.raises(InputError, match="^class names: expected a list of strings"):
+        transclip_fast.encode_images(images(3), tmp_path / "out", classes=[1, 2], **tiny)

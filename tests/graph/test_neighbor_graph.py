@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from transclip_fast import InputError
+from transclip_fast import InputError, TransCLIP, build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.methods import StatA
 
 
 def graph(**changes):
@@ -72,3 +73,35 @@ def test_what_is_cut_off_may_be_wrong():
 def test_masked_lists_are_refused():
     with pytest.raises(InputError, match=r"similarities: has masked values \(1\)"):
         graph(similarities=np.ma.masked_equal(graph().similarities, np.float32(0.1)))
+
+
+def test_a_graph_is_equal_to_itself_alone():
+    """Arrays have no single answer; a graph can be looked for in a list, and be a key."""
+    first, second = graph(), graph()
+    assert first == first
+    assert first != second
+    assert [second, first].index(first) == 1
+    assert {first: 1, second: 2}[second] == 2
+
+
+@pytest.mark.parametrize("model", [TransCLIP(device="cpu"), StatA(device="cpu")])
+def test_what_a_function_returns_instead_of_a_graph(model, problem):
+    features, prototypes, _ = problem()
+    with pytest.raises(InputError, match=r"^graph: the function returned tuple, expected a Neigh"):
+        model.fit(features, text_features=prototypes, graph=lambda rows: (1, 2))
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", torch.device("cpu")])
+def test_devices_of_a_search(device, problem, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    features, _, _ = problem()
+    expected = build_graph(features)
+    np.testing.assert_array_equal(
+        build_graph(features, device=device).neighbors, expected.neighbors
+    )
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nope", torch.device("cuda", 99)])
+def test_devices_that_are_none(device, problem):
+    with pytest.raises(InputError, match=f"^device '{device}' cannot be used"):
+        build_graph(problem()[0], device=device)

@@ -208,6 +208,38 @@ def test_below_transclip(name, task, short):
     assert given.kl_weight_ == 1
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_features_are_checked_as_those_of_a_fit(name, task, short):
+    head, rows = fitted(name, task), task["image_features"]
+    expected = logits_of(head, task)
+    for dtype in (np.float32, np.float64):
+        np.testing.assert_array_equal(head.logits(rows.astype(dtype)), expected)
+    np.testing.assert_array_equal(head.predict(rows), expected.argmax(1))
+    assert head.logits(rows.astype(np.float16)).dtype == torch.float32
+    for use in (head.logits, head.predict, head.labels_and_prior):
+        with pytest.warns(UserWarning, match="^features: .* rows were not unit vectors"):
+            found = use(10 * rows)
+        if use == head.logits:
+            np.testing.assert_allclose(found, expected, atol=1e-3)
+    with pytest.raises(InputError, match="^features: has 32 columns, expected 33"):
+        head.logits(rows[:, :32])
+    with pytest.raises(InputError, match="^features: row 3 contains NaN"):
+        head.predict(np.where(np.arange(len(rows))[:, None] == 3, np.nan, rows))
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_fitted_in_inference_mode(name, made_inside, task, short):
+    """What people have around an encoder changes nothing."""
+    expected = logits_of(fitted(name, task), task)
+    with torch.inference_mode():
+        made = {key: torch.from_numpy(array).clone() for key, array in task.items()}
+        head = fitted(name, made if made_inside else task)
+        inside = head.logits(task["image_features"]).numpy()
+    for found in (inside, logits_of(head, task)):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_other_logit_scales(task, short):
     for name in HEADS:
         head = fitted(name, without_validation(task), logit_scale=30.0)

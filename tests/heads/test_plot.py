@@ -168,6 +168,10 @@ def test_rows_with_and_without_patches(tower):
     head = fit(with_patches)
     with pytest.raises(InputError, match="local_features: the head plot was trained with them"):
         head.logits(without.shots.features)
+    rows = with_patches.shots.features
+    with pytest.warns(UserWarning, match="^features: 12 of 12 rows were not unit vectors"):
+        scaled = head.logits(3 * rows.numpy())
+    torch.testing.assert_close(scaled, head.logits(rows), rtol=1e-4, atol=1e-4)
     head, rows = fit(without), with_patches.shots.features
     torch.testing.assert_close(head.logits(rows), head.logits(rows[:, 0]))
 

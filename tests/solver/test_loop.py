@@ -9,7 +9,9 @@ import torch
 from tests import reference
 from tests.agreement import assert_agrees
 from transclip_fast import InputError, TransCLIP
+from transclip_fast.solver.loop import passes_before, solve
 from transclip_fast.solver.parameters import Parameters
+from transclip_fast.solver.prior import LinearPrior
 
 GAMMA = 0.02
 
@@ -120,6 +122,28 @@ def test_tol_stops_when_the_objective_changes_less(problem):
     model.fit(features, prototypes)
     assert model.n_iter_ == 5
     assert_agrees(model, fit_both(problem, False, {"unit_means": False, "max_iter": 5})[1])
+
+
+@pytest.mark.parametrize(
+    ("few_shot", "class_cost", "more"),
+    [(False, False, 0), (False, True, 1), (True, False, 0), (True, True, 2)],
+)
+def test_passes_over_the_features(problem, few_shot, class_cost, more, monkeypatch):
+    """As `solve` says: before the first step, in each one, and at the end."""
+    features, prototypes, labels = problem(n=2000)
+    shots = {"support_features": features[:60], "support_labels": labels[:60]} if few_shot else {}
+    model = TransCLIP(device="cpu", max_iter=2, class_cost=class_cost, gamma=GAMMA)
+    read = []
+
+    def counted(inputs, *rest, **options):
+        inputs.features.on_read = read.append
+        return solve(inputs, *rest, **options)
+
+    monkeypatch.setattr("transclip_fast.solver.runs.solve", counted)
+    model.fit(features, text_features=prototypes, **shots)
+    linear = LinearPrior(torch.from_numpy(prototypes))
+    passes = sum(read) / len(features)  # blocks of sums share some rows
+    assert passes == pytest.approx(passes_before(linear) + 2 * (2 + 1) + more, abs=0.3)
 
 
 def test_progress_reports_rows_and_steps(problem):

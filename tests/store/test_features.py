@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.conftest import unit
+from transclip_fast import TransCLIP
 from transclip_fast.errors import InputError
 from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.features import load_features
@@ -257,3 +259,20 @@ def test_hash_tells_type_shape_and_bytes():
     others = (FEATURES[::-1], FEATURES.astype(np.float32), FEATURES.reshape(-1, 2), FEATURES[:-1],
               tensor.view(torch.bfloat16))  # fmt: skip
     assert len({array_sha256(x) for x in others} | same) == 6
+
+
+def test_names_settle_the_axis_of_templates_for_a_fit(tmp_path):
+    """80 templates of 2 named classes: no fit that gets them warns that it may be the other way."""
+    images = unit(FEATURES.astype(np.float32))
+    texts = np.stack([images[:2]] * 80)
+    for given in (texts, texts.swapaxes(0, 1)):
+        np.savez(
+            tmp_path / "x.npz",
+            image_features=images,
+            text_features=given,
+            class_names=["cat", "dog"],
+        )
+        features = load_features(tmp_path / "x.npz")
+        model = TransCLIP(device="cpu")
+        model.fit(features.get("image_features"), text_features=features.get("text_features"))
+        assert model.label_distributions_.shape == (len(images), 2)

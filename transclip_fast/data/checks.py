@@ -53,8 +53,10 @@ def unread_matrix(array: Any, name: str, columns: int | None = None) -> torch.Te
     """A matrix as of `as_matrix` whose entries are not checked; rows in files stay there."""
     matrix = array if isinstance(array, StoredRows) else as_tensor(array, name)
     if len(matrix.shape) != 2 or 0 in matrix.shape:
+        remedy = "; one row is array.reshape(1, -1)" if len(matrix.shape) == 1 else ""
         raise InputError(
-            f"{name}: expected a non-empty (rows, columns) array, got shape {tuple(matrix.shape)}"
+            f"{name}: expected a non-empty (rows, columns) array, got shape "
+            f"{tuple(matrix.shape)}{remedy}"
         )
     if columns is not None and matrix.shape[1] != columns:
         raise InputError(
@@ -193,6 +195,18 @@ def hot_columns(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if (row := first_row(wrong)) is not None:
         raise InputError(f"{name}: row {row} is not one-hot; give class indices (rows,)")
     return (tensor == 1).int().argmax(1)
+
+
+def as_row_weights(array: Any, name: str, rows: int) -> np.ndarray | None:
+    """Weights (rows,) float64, finite and >= 0 but not all 0; None if there are none."""
+    if array is None:
+        return None
+    weights = as_tensor(array, name).double().cpu().numpy()
+    if weights.shape != (rows,):
+        raise InputError(f"{name}: expected {rows} weights, one a row, got shape {weights.shape}")
+    if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise InputError(f"{name}: weights are finite numbers >= 0, and not all of them 0")
+    return weights
 
 
 def check_rows(matrix: Any, name: str, rows: int) -> None:

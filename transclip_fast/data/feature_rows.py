@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import embedding
 
 from transclip_fast.data.checks import as_unit_rows, unit_divisors, unread_matrix
-from transclip_fast.data.npy_shards import StoredRows
+from transclip_fast.data.npy_shards import StoredRows, row_numbers
 from transclip_fast.parallel import parallel_map
 
 BLOCK_BYTES = 1 << 22  # of float32 rows read at a time
@@ -94,7 +94,9 @@ class Rows:
                 return embedding(ids, self._held)  # copies whole rows, unlike an index
             flat = self._host(ids.flatten().cpu())
             return flat.to(self.device, self.dtype).view(*ids.shape, self._source.shape[1])
-        start, stop, _ = ids.indices(len(self))
+        start, stop, step = ids.indices(len(self))
+        if step != 1:
+            return self._read(torch.from_numpy(row_numbers(ids, len(self))).to(self.device))
         if self.on_read is not None:
             self.on_read(stop - start)
         if self._held is not None:

@@ -84,7 +84,8 @@ class StoredRows:
     """
     Features (N, d) in one or several .npy files of the same width and type, in order.
 
-    A slice, and rows by index (n,), are read into new memory.
+    Rows are read into new memory when they are indexed as those of an array: by number, by slice,
+    by numbers or by a mask (n,).
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -96,22 +97,14 @@ class StoredRows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, ids: slice | int | np.ndarray) -> np.ndarray:
-        if isinstance(ids, int):
-            row: np.ndarray = self[ids : ids + 1][0]
-            return row
-        if not isinstance(ids, slice):
-            return self._take(ids)
-        start, stop, _ = ids.indices(len(self))
-        parts, place = [], start
-        while place < stop:
-            i, first = self._find(place)
-            last = min(stop, self._stops[i])
-            parts.append(self._shards[i].read(place - first, last - first))
-            place = last
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
+    def __getitem__(self, ids: Any) -> np.ndarray:
+        if isinstance(ids, slice):
+            start, stop, step = ids.indices(len(self))
+            if step == 1:
+                return self._consecutive(start, stop)
+        rows = row_numbers(ids, len(self))
+        found: np.ndarray = self._take(rows) if rows.ndim else self._take(rows[None])[0]
+        return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
@@ -121,13 +114,26 @@ class StoredRows:
 
     def part(self, rows: slice) -> StoredRows:
         """Consecutive rows, in the same files."""
-        start, stop, _ = rows.indices(len(self))
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise IndexError(f"a part has consecutive rows, not every {step} of them")
         parts, first = [self._shards[0].part(0, 0)], 0
         for shard, last in zip(self._shards, self._stops, strict=True):
             if max(start, first) < min(stop, last):
                 parts.append(shard.part(max(start, first) - first, min(stop, last) - first))
             first = last
         return StoredRows(parts)
+
+    def _consecutive(self, start: int, stop: int) -> np.ndarray:
+        parts, place = [], start
+        while place < stop:
+            i, first = self._find(place)
+            last = min(stop, self._stops[i])
+            parts.append(self._shards[i].read(place - first, last - first))
+            place = last
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
 
     def _take(self, ids: np.ndarray) -> np.ndarray:
         if len(self._shards) == 1:
@@ -147,3 +153,28 @@ class StoredRows:
         """The number of the shard that holds a row, and that shard's first row."""
         i = bisect_right(self._stops, row)
         return i, self._stops[i - 1] if i else 0
+
+
+def row_numbers(ids: Any, n_rows: int) -> np.ndarray:
+    """
+    Numbers from 0, int64, of the rows that numpy finds by `ids`: () for a single one, else (n,).
+
+    Raises
+    ------
+    IndexError
+        No such row, a mask of another length, or an index that is not of rows alone.
+    """
+    if isinstance(ids, slice):
+        return np.arange(*ids.indices(n_rows))
+    numbers = np.asarray(ids)
+    if numbers.dtype == bool and numbers.shape == (n_rows,):
+        return numbers.nonzero()[0]
+    if isinstance(ids, list) and not ids:
+        numbers = numbers.astype(np.int64)
+    if isinstance(ids, tuple) or numbers.ndim > 1 or numbers.dtype.kind not in "iu":
+        raise IndexError(f"rows are indexed by number, slice, numbers or mask ({n_rows},)")
+    numbers = numbers.astype(np.int64)
+    outside = (numbers < -n_rows) | (numbers >= n_rows)
+    if outside.any():
+        raise IndexError(f"row {numbers[outside][0]} of {n_rows}: there is no such row")
+    return np.asarray(np.where(numbers < 0, numbers + n_rows, numbers))

@@ -9,26 +9,33 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from transclip_fast.data.checks import as_unit_rows
+from transclip_fast.data.checks import as_unit_rows, n_dimensions, unread_matrix
 from transclip_fast.errors import InputError, user_level
 
 
-def ensemble(text_features: Any, columns: int | None = None) -> torch.Tensor:
+def ensemble(
+    text_features: Any, columns: int | None = None, n_classes: int | None = None
+) -> torch.Tensor:
     """
     Prototypes (K, d), unit rows float32, from the texts of one or several templates.
 
     Parameters
     ----------
     text_features : array_like (K, d), (P, K, d), or a sequence of P arrays (K, d)
+        An array may be (K, P, d) where K is known; where it is not, more templates than classes
+        warn.
     columns : int, optional
         d.
+    n_classes : int, optional
+        K, as far as something beside the texts has it.
 
     Raises
     ------
     InputError
-        Another shape, templates of different shapes, and as `as_unit_rows`.
+        Another shape, templates of different shapes, an array that has its known number of classes
+        on both axes, and as `as_unit_rows`.
     """
-    templates = prompt_texts(text_features)
+    templates = prompt_texts(text_features, n_classes)
     if not templates:
         raise InputError("text_features: holds no template")
     rows = [as_unit_rows(template, "text_features", columns=columns) for template in templates]
@@ -41,13 +48,54 @@ def ensemble(text_features: Any, columns: int | None = None) -> torch.Tensor:
     return as_unit_rows(normalize(mean, dim=-1), "text_features")
 
 
-def prompt_texts(text_features: Any) -> list[Any]:
+def prompt_texts(text_features: Any, n_classes: int | None = None) -> list[Any]:
     """The P arrays (K, d) of `text_features`, see `ensemble`; one array if it is (K, d)."""
-    if isinstance(text_features, np.ndarray | torch.Tensor):
-        return list(text_features) if text_features.ndim == 3 else [text_features]
-    parts = list(text_features)
-    nested = bool(parts) and getattr(parts[0], "ndim", 0) == 2
-    return parts if nested else [text_features]
+    if not hasattr(text_features, "ndim"):
+        text_features = parts = list(text_features)
+        if parts and getattr(parts[0], "ndim", 0) == 2:
+            return parts
+    if n_dimensions(text_features) != 3:
+        return [text_features]
+    if not isinstance(text_features, torch.Tensor):
+        text_features = np.asarray(text_features)
+    return list(templates_first(text_features, n_classes))
+
+
+def texts_of_fit(text_features: Any, y: Any, X: Any, instead: str | None) -> Any:
+    """
+    The texts of a fit of the rows X (N, d): `y`, if it is an array (K, d) and there are no others.
+
+    Any other `y` holds labels of the rows, for scores alone; it warns if some are unknown, since
+    then the others are meant to be learned from, unless they are given: `instead` is how.
+
+    Raises
+    ------
+    InputError
+        A `y` that is neither, or an X that is no matrix.
+    """
+    if y is None:
+        return text_features
+    n_rows, dim = unread_matrix(X, "X").shape
+    try:
+        values = y if isinstance(y, torch.Tensor) else np.asarray(y)
+    except ValueError as error:
+        raise InputError("y: expected labels or texts, got rows of different lengths") from error
+    shape = tuple(values.shape)
+    if text_features is None and len(shape) == 2 and shape[1] == dim:
+        return y
+    if len(shape) not in (1, 2) or shape[0] != n_rows:
+        raise InputError(
+            f"y: expected {n_rows} labels, one a row, or texts (classes, {dim}), got shape "
+            f"{shape}; give texts as text_features"
+        )
+    unknown = int(((values == -1) | (values != values)).sum())  # NaN differs from itself
+    if unknown and instead:
+        warnings.warn(
+            f"y: {unknown} labels are -1 or NaN, but y is for scores alone and labels "
+            f"nothing; to learn from the others give {instead}",
+            stacklevel=user_level(),
+        )
+    return text_features
 
 
 def templates_first(text_features: Any, n_classes: int | None) -> Any:

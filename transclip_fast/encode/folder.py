@@ -191,8 +191,8 @@ def encode_images(
                 root=root,
             )
             source.by_content = by_content
-            names = classes or source.class_names
-            text = ClassPrompts.read(names, templates) if names else None
+            names = source.class_names if classes is None else classes
+            text = None if names is None else ClassPrompts.read(names, templates)
             weights = models.watch_weights(model, pretrained)
             identity = models.identify(model, pretrained, precision, compiled)
         known = _config(identity, torch_device, source, local_features)

@@ -19,7 +19,7 @@ from transclip_fast.data.names import plain_name, positions_by_name
 from transclip_fast.encode.models import Backbone
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.store.names import ClassNames, check_names, place, read_names
+from transclip_fast.store.names import ClassNames, as_names, check_names, place, read_names
 
 PROMPTS_PER_BATCH = 256
 SHOWN_NAMES = 5  # of classes, in a warning
@@ -113,7 +113,7 @@ class ClassPrompts:
             found, origin = read_names(names), str(names)
         else:
             origin = "class names"
-            found = ClassNames(check_names(origin, names))
+            found = ClassNames(check_names(origin, as_names(list(names), origin)))
         prompts = templates(template_spec)
         text = cls(
             found.names, [list(prompts(name)) for name in found.names], template_spec, found.synsets

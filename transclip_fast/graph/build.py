@@ -17,7 +17,7 @@ from transclip_fast.callbacks import Checkpoint, Count
 from transclip_fast.data.checks import check_number, unit_divisors, unread_matrix
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.npy_shards import StoredRows
-from transclip_fast.device import current_device, exact_float32
+from transclip_fast.device import current_device, exact_float32, resolve_device
 from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph import faiss_index
 from transclip_fast.graph.approximate import IndexSearch
@@ -85,7 +85,7 @@ def build_graph(
     save_index : str or Path, optional
         For "faiss": file to write the index to.
     device : torch.device or str, default "cpu"
-        Where to search; ignored if `features` are `Rows`, which have a device.
+        Where to search, as of `TransCLIP`; ignored if `features` are `Rows`, which have a device.
     progress : callable, optional
         Called with (rows done, rows in all) after every block.
     checkpoint : Checkpoint, optional
@@ -107,9 +107,9 @@ def build_graph(
     ------
     InputError
         Features that are not finite non-zero rows, `n_neighbors` below 1, `recall` outside 0 .. 1,
-        an unknown search, one whose library is missing, or an index that cannot be made or read, or
-        that holds other rows. Several processes that differ in their arguments; "cuvs", a factory
-        string and `save_index` are for one.
+        an unknown search, one whose library is missing, a device that is not there, or an index
+        that cannot be made or read, or that holds other rows. Several processes that differ in
+        their arguments; "cuvs", a factory string and `save_index` are for one.
 
     Examples
     --------
@@ -135,7 +135,10 @@ def build_graph(
     ranks = current_ranks() or ALONE
     if ranks.size > 1:
         _check_shared(search, index, save_index)
-    rows = features if isinstance(features, Rows) else whole_rows(features, "features", device)
+    if isinstance(features, Rows):
+        rows = features
+    else:
+        rows = whole_rows(features, "features", resolve_device(ranks.device(str(device))))
     if ranks.size > 1:
         parameters = repr((n_neighbors, search, recall))
         check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
@@ -251,7 +254,12 @@ def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> Neighbo
         return graph
     if not callable(graph):
         raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
-    return graph(features)
+    found = graph(features)
+    if not isinstance(found, NeighborGraph):
+        raise InputError(
+            f"graph: the function returned {type(found).__name__}, expected a NeighborGraph"
+        )
+    return found
 
 
 def _check_shared(search: str, index: Any, save_index: str | Path | None) -> None:

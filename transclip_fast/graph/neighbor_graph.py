@@ -14,7 +14,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NeighborGraph:
     """
     Directed k-nearest-neighbour lists, best first.

@@ -37,7 +37,12 @@ from transclip_fast.heads.prompts import (
     plot,
     prograd,
 )
-from transclip_fast.heads.task import HeadTask, TrainingProgress, labelled_rows
+from transclip_fast.heads.task import (
+    HeadTask,
+    TrainingProgress,
+    labelled_rows,
+    out_of_inference,
+)
 from transclip_fast.solver.parameters import check_scale
 
 __all__ = [
@@ -108,6 +113,7 @@ def method_named(name: str) -> HeadMethod:
     return known[name]
 
 
+@torch.inference_mode(False)
 def fit_head(
     name: str,
     text_features: Any,
@@ -156,7 +162,7 @@ def fit_head(
     Head
         With `logits(features)`, `predict(features)` and `prior(features)`: the last gives the
         arguments that make the head the prior of TransCLIP, as in
-        `fit(X, text_features=T, **head.prior(X))` with X a tensor of unit rows.
+        `fit(X, text_features=T, **head.prior(X))`.
 
     Raises
     ------
@@ -180,7 +186,9 @@ def fit_head(
     [0, 1, 2, 0, 1, 2]
     """
     check_scale(logit_scale)
-    method, text = method_named(name), ensemble(text_features)
+    method = method_named(name)
+    known = None if prompting is None else len(prompting.class_names)
+    text = out_of_inference(ensemble(text_features, n_classes=known))
     shots = labelled_rows("support", support_features, support_labels, support_local_features, text)
     validation = labelled_rows(
         "validation", validation_features, validation_labels, validation_local_features, text

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from transclip_fast.callbacks import Count
+from transclip_fast.data.checks import as_tensor, as_unit_rows
 from transclip_fast.data.patches import PatchedRows
 from transclip_fast.errors import InputError
 from transclip_fast.heads.text_tower import TextTower
@@ -81,24 +82,30 @@ class Head(ABC):
         """The head of a head file, from checked tensors and settings."""
         return cls(**fields)
 
-    def logits(self, features: ImageRows, progress: Count | None = None) -> torch.Tensor:
+    def logits(self, features: Any, progress: Count | None = None) -> torch.Tensor:
         """
-        Logits (N, K) float32 of unit rows (N, d), on the scale that a softmax takes.
+        Logits (N, K) float32 of image features (N, d), on the scale that a softmax takes.
 
-        `progress` is called with the rows done and N.
+        Features are numpy or torch, of any float type, or `PatchedRows`; as in a fit, rows off the
+        unit sphere are normalised with a warning. `progress` is called with the rows done and N.
+
+        Raises
+        ------
+        InputError
+            Features of another dimension, or rows that are zero or not finite.
         """
         return torch.cat(list(self._blocks(features, progress)))
 
-    def predict(self, features: ImageRows, progress: Count | None = None) -> torch.Tensor:
-        """Most likely class (N,) int64 of unit rows (N, d); `progress` as in `logits`."""
+    def predict(self, features: Any, progress: Count | None = None) -> torch.Tensor:
+        """Most likely class (N,) int64 of image features (N, d): see `logits`."""
         return torch.cat([logits.argmax(1) for logits in self._blocks(features, progress)])
 
-    def prior(self, features: ImageRows, progress: Count | None = None) -> dict[str, Any]:
-        """Arguments of `TransCLIP.fit` that make the prediction of unit rows (N, d) its prior."""
+    def prior(self, features: Any, progress: Count | None = None) -> dict[str, Any]:
+        """Arguments of `TransCLIP.fit` that make this prediction the prior of the same features."""
         return {"prior_logits": self.logits(features, progress)}
 
     def labels_and_prior(
-        self, features: ImageRows, progress: Count | None = None
+        self, features: Any, progress: Count | None = None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Results of `predict` and `prior`; logits are computed once."""
         prior = self.prior(features, progress)
@@ -106,12 +113,22 @@ class Head(ABC):
         return (self.predict(features, progress) if logits is None else logits.argmax(1)), prior
 
     @torch.no_grad()
-    def _blocks(self, features: ImageRows, progress: Count | None) -> Iterator[torch.Tensor]:
-        n_rows, size = len(features), self.block_rows
-        for start in range(0, max(1, n_rows), size):
-            yield self.block_logits(features[start : start + size])
+    def _blocks(self, features: Any, progress: Count | None) -> Iterator[torch.Tensor]:
+        rows = self._checked(features)
+        n_rows, size = len(rows), self.block_rows
+        for start in range(0, n_rows, size):
+            yield self.block_logits(rows[start : start + size])
             if progress is not None:
                 progress(min(start + size, n_rows), n_rows)
+
+    def _checked(self, features: Any) -> ImageRows:
+        """Image features, also with those of patches (N, 1 + L, d), as unit rows."""
+        if isinstance(features, PatchedRows):
+            return features
+        tensor = as_tensor(features, "features").to(self.text.device)
+        rows = tensor[:, 0] if tensor.ndim == 3 else tensor
+        rows = as_unit_rows(rows, "features", columns=self.text.shape[1])
+        return PatchedRows(rows, tensor[:, 1:], "features") if tensor.ndim == 3 else rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +143,7 @@ class PrototypeHead(Head):
     def restrict(self, classes: torch.Tensor) -> PrototypeHead:
         return replace(self, text=self.text[classes])
 
-    def prior(self, features: ImageRows, progress: Count | None = None) -> dict[str, Any]:
+    def prior(self, features: Any, progress: Count | None = None) -> dict[str, Any]:
         return {"prototypes": self.text}
 
 

@@ -41,11 +41,19 @@ def labelled_rows(
     """Check the rows (M, d), labels (M,) and patches (M, L, d) of "support" or "validation"."""
     rows = as_labelled_rows(use, features, labels, text.shape[1], len(text))
     if patches is None:
-        return rows
+        if rows is None:
+            return None
+        return LabelledRows(out_of_inference(rows.features), out_of_inference(rows.labels))
     name = f"{use}_local_features"
     if rows is None:
         raise InputError(f"{name} and {use}_features come together; one is missing")
-    return LabelledRows(PatchedRows(rows.features, patches, name)[:], rows.labels)
+    patched = PatchedRows(rows.features, patches, name)[:]
+    return LabelledRows(patched, out_of_inference(rows.labels))
+
+
+def out_of_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of one that inference mode made, which no training can use."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def as_fit_arguments(rows: Mapping[str, LabelledRows], *, patches: bool = True) -> dict[str, Any]:

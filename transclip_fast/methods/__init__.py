@@ -1,8 +1,8 @@
 """
-The methods of the literature, each a file, with the interface of `transclip_fast.TransCLIP`.
+The methods of the literature, each a file, with a `fit` like that of `transclip_fast.TransCLIP`.
 
-`METHODS` has them by name. All read the features in blocks of rows, keep dense (N, K) float32
-arrays, and refuse a fit that does not fit into memory.
+`METHODS` has them by name; `Method` says what is the same. All read the features in blocks of
+rows, keep dense (N, K) float32 arrays, and refuse a fit that does not fit into memory.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from transclip_fast.callbacks import Count
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.data.labelled_rows import LabelledRows
+from transclip_fast.data.texts import texts_of_fit
 from transclip_fast.device import current_device, exact_float32, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.graph.build import given_graph
@@ -80,7 +81,10 @@ class Answer:
 
 class Method(ABC):
     """
-    A classifier of all rows at once, with the interface of `transclip_fast.TransCLIP`.
+    A classifier of all rows at once, fitted as `transclip_fast.TransCLIP` is.
+
+    `fit` takes the same rows, texts, shots, validation rows and graph, and the attributes below
+    mean the same. There is no other prior, and no prediction for new rows.
 
     Parameters
     ----------
@@ -205,7 +209,8 @@ class Method(ABC):
         Parameters
         ----------
         X : array_like (N, d)
-        y : ignored
+        y : array_like, optional
+            As in `TransCLIP.fit`: labels, from which nothing is learned, or texts.
         text_features : array_like (K, d) or (P, K, d), optional
             Without texts K is that of the shots' labels.
         support_features, support_labels : array_like (M, d), (M,), optional
@@ -222,6 +227,8 @@ class Method(ABC):
         InputError
             Arrays that cannot be used, a class without labelled rows, or too little memory.
         """
+        instead = "those rows as support_features and support_labels"
+        text_features = texts_of_fit(text_features, y, X, instead)
         shots = support_features, support_labels
         arrays = Arrays.check(X, text_features, shots, (validation_features, validation_labels))
         runs = list(self.runs(searched=arrays.validation is not None))

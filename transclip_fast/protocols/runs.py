@@ -134,7 +134,7 @@ def _solve(data: DataSet, model: TransCLIP, arrays: dict[str, Any]) -> dict[str,
     """Fit the model to the queries; the columns that every run has."""
     graph = data.graph  # built outside the measured time
     start = time.perf_counter()
-    model.fit(data.features, data.text, **arrays, graph=graph)
+    model.fit(data.features, text_features=data.text, **arrays, graph=graph)
     seconds = time.perf_counter() - start
     return {
         "queries": len(data.labels),

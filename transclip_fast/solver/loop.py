@@ -52,7 +52,7 @@ def solve(
 
     The features are read `passes_before(prior)` times before the first step, and twice in every
     outer step and at the end: once for the scores, and once for the class sums, which need z of all
-    rows.
+    rows. The start of a class cost reads them once more, or twice if there is a support.
 
     Parameters
     ----------
@@ -274,7 +274,11 @@ def predict(
 
 
 def passes_before(prior: Prior) -> int:
-    """Passes over the features before the first step: for squares, and a linear prior."""
+    """
+    Passes over the features before the first step: for squares, and a linear prior.
+
+    Without those of a class cost, which the start of `solve` decides on.
+    """
     return 1 if prior.weights is None else 2
 
 

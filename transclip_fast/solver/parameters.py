@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from transclip_fast.data.checks import check_number
@@ -83,17 +84,25 @@ class Parameters:
                 check_weight(name, getattr(self, name))
         check_scale(self.logit_scale)
         for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool | np.bool_):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.class_cost != "auto" and not isinstance(self.class_cost, bool):
+        if self.class_cost != "auto" and not isinstance(self.class_cost, bool | np.bool_):
             raise InputError(f"class_cost must be 'auto', True or False, got {self.class_cost!r}")
         parse_memory(self.memory)
         for name in ("candidates", "rank"):
             if getattr(self, name) is not None and self.assignments == "dense":
                 raise InputError(f"{name}: dense assignments keep every class; leave it out")
+
+    def plain(self) -> Parameters:
+        """These parameters, checked, as Python's own numbers and booleans, which JSON takes."""
+        values = {field.name: getattr(self, field.name) for field in fields(Parameters)}
+        for kind, names in ((int, MINIMUMS), (float, WEIGHTS), (bool, (*FLAGS, "class_cost"))):
+            given = (name for name in names if values[name] not in (None, "auto"))
+            values |= {name: kind(values[name]) for name in given}
+        return Parameters(**values)
 
     @property
     def form(self) -> str:

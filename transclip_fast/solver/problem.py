@@ -116,17 +116,19 @@ class Problem:
         if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
             raise InputError("give one of prior, prior_logits and prototypes, not several")
 
-        text = None
-        if text_features is not None:
-            text_features = ensemble(text_features, columns=d)
-            text = LinearPrior.from_prototypes(text_features, logit_scale)
-        chosen: Prior | None = text
+        chosen: Prior | None = None
         if prior is not None or prior_logits is not None:
             own = None if exchange is None else exchange.partition.rows
             chosen = given_prior(prior, prior_logits, rows=n_rows, own=own)
         elif prototypes is not None:
             rows = as_unit_rows(prototypes, "prototypes", columns=d)
             chosen = LinearPrior.from_prototypes(rows, logit_scale)
+        text = None
+        if text_features is not None:
+            known = None if chosen is None else chosen.n_classes
+            text_features = ensemble(text_features, d, known)
+            text = LinearPrior.from_prototypes(text_features, logit_scale)
+        chosen = chosen or text
         if chosen is None:
             shots = "; for the shots alone, a uniform prior: np.full((N, K), 1 / K)"
             raise InputError(
@@ -186,13 +188,12 @@ class Problem:
     def facts(self, parameters: Parameters) -> dict[str, str]:
         """What all processes that share the rows must have in common, as hashes or text."""
         ids = evenly_spaced_rows(len(self.features), PRIOR_SAMPLE_ROWS)
+        prior = self.prior.sample if isinstance(self.prior, GivenPrior) else self.prior.weights
         arrays = {
             "support": self.support,
             "validation": self.validation,
             "known labels": self.known,
-            "prior": self.prior.sample
-            if isinstance(self.prior, GivenPrior)
-            else self.prior.weights,
+            "prior": prior,
             "text features": self.zero_shot.weights,
         }
         return {
@@ -222,12 +223,11 @@ class Problem:
         return log_prior_of(self.prior, ids, partial(unit_sample, self.features), pick)
 
     def load(self, settings: Settings) -> Inputs:
-        """Read the features once and bring everything to the device."""
-        device, parameters = settings.device, settings.parameters
+        """Read the features, for a support and for validation rows once more; all to the device."""
+        device, parameters, held = settings.device, settings.parameters, settings.layout.held
         if self.exchange is None:
-            features = Rows(self.features, "X", device, held=settings.layout.held)
+            features = Rows(self.features, "X", device, held=held)
         else:
-            held = settings.layout.held
             features = RankedRows(self.features, "X", device, self.exchange, held=held)
         prior = self.prior.to(device)
         zero_shot = prior if self.zero_shot is self.prior else self.zero_shot.to(device)
@@ -301,6 +301,7 @@ class Settings:
             does not fit into memory.
         """
         parameters.check()
+        parameters = parameters.plain()
         name = parameters.device
         if problem.exchange is not None:
             check_same(problem.exchange.ranks, problem.facts(parameters))
@@ -337,8 +338,7 @@ class Settings:
                 f"precision='float16' is for backend='triton', here {backend} computes; leave "
                 "precision out"
             )
-        own = {field.name: getattr(parameters, field.name) for field in fields(Parameters)}
-        return cls(Parameters(**own), device, kl_weight, layout, truncation, backend)
+        return cls(parameters, device, kl_weight, layout, truncation, backend)
 
     def identity(self, gamma: float | None, graph_sha256: str) -> dict[str, Any]:
         """All that the result of a run depends on, except the arrays of the problem."""

@@ -120,14 +120,16 @@ class Features:
     def n_classes(self) -> int | None:
         """K, if there are texts, prototypes or class names."""
         for name in ("text_features", "prototypes"):
-            array = self.get(name)
+            array = self.arrays.get(name)
             if array is not None and array.ndim in (2, 3):
                 return int(array.shape[-2])
         return None if self.class_names is None else len(self.class_names)
 
     def get(self, name: str) -> Any:
-        """The array of that name, or None; labels that are texts as positions."""
-        array = self.arrays.get(name)
+        """The array of that name, or None; labels as positions, several templates as a list."""
+        array: Any = self.arrays.get(name)
+        if name == "text_features" and getattr(array, "ndim", 0) == 3:
+            return list(array)  # which no fit takes the other way round
         return as_positions(array, self.class_names, name) if name in LABELS else array
 
     def with_arrays(self, arrays: dict[str, Any]) -> Features:
@@ -216,7 +218,7 @@ def load_features(
     for name in LABELS:
         if name in (files if os.path.isdir(path) else arrays):  # those of a folder are positions
             warn_of_numbers(arrays[name], features.class_names, origins[name])
-    if (texts := features.get("text_features")) is not None:
+    if (texts := arrays.get("text_features")) is not None:
         arrays["text_features"] = templates_first(texts, _listed_classes(features))
     if isinstance(prior := features.get("prior"), ListedPrior):
         k = n_classes or features.n_classes
