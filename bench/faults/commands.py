@@ -290,5 +290,7 @@ CASES = {
         whole=("out/graph", "out/result", "out/report.html"),
         features="out/features",
     ),
-    "demo": Case(_nothing, "demo --out demo", whole=("demo/changed.png", "demo/run.json", "demo/report.html")),
+    "demo": Case(
+        _nothing, "demo --out demo", whole=("demo/changed.png", "demo/run.json", "demo/report.html")
+    ),
 }
