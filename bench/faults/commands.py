@@ -287,8 +287,10 @@ CASES = {
         RUN,
         (RUN,),
         change_images,
-        whole=("out/graph", "out/result"),
+        whole=("out/graph", "out/result", "out/report.html"),
         features="out/features",
     ),
-    "demo": Case(_nothing, "demo --out demo", whole=("demo/changed.png", "demo/run.json")),
+    "demo": Case(
+        _nothing, "demo --out demo", whole=("demo/changed.png", "demo/run.json", "demo/report.html")
+    ),
 }

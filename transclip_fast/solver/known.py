@@ -7,11 +7,16 @@ their neighbours receive their messages through the graph of the queries.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from transclip_fast.data.checks import POSITIONS, as_labels, as_tensor
 from transclip_fast.data.feature_rows import Rows, Tensors
+from transclip_fast.data.swapped import check_not_swapped
+from transclip_fast.errors import user_level
 from transclip_fast.solver.mixture import Moments
 from transclip_fast.types import Assignments, Scores
 
@@ -73,3 +78,19 @@ class KnownRows:
             entries.classes[rows, 0] = self.labels.int()
         if isinstance(entries, Scores):
             entries.tail[rows] = 0
+
+
+def known_classes(
+    labels: Any, n_rows: int, n_classes: int, *, of_texts: bool
+) -> torch.Tensor | None:
+    """Classes (N,) int64 on the CPU, -1 where unknown; None if they all are."""
+    if labels is None:
+        return None
+    labels = as_tensor(labels, "known_labels", POSITIONS)
+    if of_texts and labels.ndim:
+        check_not_swapped(n_rows, n_classes, {"known_labels": len(labels)}, {}, "X")
+    known = as_labels(labels, "known_labels", rows=n_rows, n_classes=n_classes, lowest=-1).cpu()
+    if (known >= 0).any():
+        return known
+    warnings.warn("known_labels: no row has one; they change nothing", stacklevel=user_level())
+    return None

@@ -14,9 +14,6 @@ import numpy as np
 import torch
 
 from transclip_fast.data.checks import (
-    POSITIONS,
-    as_labels,
-    as_tensor,
     as_unit_rows,
     is_aligned,
     unit_sample,
@@ -25,7 +22,6 @@ from transclip_fast.data.checks import (
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.labelled_rows import LabelledRows, as_labelled_rows
 from transclip_fast.data.npy_shards import StoredRows
-from transclip_fast.data.swapped import check_not_swapped
 from transclip_fast.data.texts import ensemble
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError, user_level
@@ -36,7 +32,7 @@ from transclip_fast.ops import choose_backend
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.ranks import Ranks, check_same
-from transclip_fast.solver.known import KnownRows
+from transclip_fast.solver.known import KnownRows, known_classes
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import GAMMAS, Parameters
 from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior, log_prior_of
@@ -145,7 +141,7 @@ class Problem:
             text or chosen,
             as_labelled_rows("support", support_features, support_labels, d, n_classes),
             as_labelled_rows("validation", validation_features, validation_labels, d, n_classes),
-            _known(known_labels, n_rows, n_classes, of_texts=text is not None),
+            known_classes(known_labels, n_rows, n_classes, of_texts=text is not None),
             exchange=exchange,
         )
 
@@ -392,20 +388,6 @@ def _hash(array: torch.Tensor | LabelledRows | None) -> str:
         digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
         digest.update(part.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _known(labels: Any, n_rows: int, n_classes: int, *, of_texts: bool) -> torch.Tensor | None:
-    """Classes (N,) int64 on the CPU, -1 where unknown; None if they all are."""
-    if labels is None:
-        return None
-    labels = as_tensor(labels, "known_labels", POSITIONS)
-    if of_texts and labels.ndim:
-        check_not_swapped(n_rows, n_classes, {"known_labels": len(labels)}, {}, "X")
-    known = as_labels(labels, "known_labels", rows=n_rows, n_classes=n_classes, lowest=-1).cpu()
-    if (known >= 0).any():
-        return known
-    warnings.warn("known_labels: no row has one; they change nothing", stacklevel=user_level())
-    return None
 
 
 def _warn_of_order(

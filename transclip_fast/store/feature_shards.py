@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from transclip_fast.data.npy_shards import Shard, StoredRows
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import file_sha256, inside, open_rows, read_table
 from transclip_fast.store.json_text import value_of
 from transclip_fast.store.tables import LABEL, find_column
@@ -26,6 +30,31 @@ SHARDS = {
 }
 
 
+def shard_files(folder: Path, local: bool) -> dict[str, dict[int, Path]]:
+    """The files of each kind by shard number; all kinds that are there have the same numbers."""
+    files = {kind: numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
+    images = files["img_emb"]
+    if not images:
+        raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; {_no_features(folder)}")
+    for kind, found in files.items():
+        if found and found.keys() != images.keys():
+            number = min(found.keys() ^ images.keys())
+            missing = "img_emb" if number in found else kind
+            raise InputError(f"{folder}: shard {number} has no {missing} file")
+    return files
+
+
+def warn_of_gap(folder: Path, images: Mapping[int, Path]) -> None:
+    """Warn if a shard is missing between others."""
+    gap = next((first + 1 for first, after in pairwise(images) if after > first + 1), None)
+    if gap is not None:
+        warnings.warn(
+            f"{folder}: has no shard {gap} of {min(images)} to {max(images)}; rows of shards that "
+            "are not there are missing",
+            stacklevel=user_level(),
+        )
+
+
 def numbered(folder: Path, kind: str) -> dict[int, Path]:
     """The files KIND/KIND_<number>.SUFFIX by their numbers, in order."""
     suffix, _ = SHARDS[kind]
@@ -38,6 +67,17 @@ def numbered(folder: Path, kind: str) -> dict[int, Path]:
                 raise InputError(f"{path}: has the same number as {found[number].name}")
             found[number] = inside(folder, f"{kind}/{path.name}")
     return dict(sorted(found.items()))
+
+
+def image_shards(files: Collection[Path]) -> list[Any]:
+    """The features of each file, numbers in rows of one length."""
+    parts = [open_rows(file, "image_features") for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part.dtype.kind not in "fiub":
+            raise InputError(f"{file}: expected numbers, got an array of {part.dtype}")
+        if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
+            raise InputError(f"{file}: has shape {part.shape}, the first shard {parts[0].shape}")
+    return parts
 
 
 def joined_shards(parts: Sequence[Any]) -> Any:
@@ -107,3 +147,17 @@ def metadata_columns(
         if "label" in columns and pa.types.is_decimal(columns["label"].type):
             columns["label"] = columns["label"].cast(pa.float64())
     return columns
+
+
+def _no_features(folder: Path) -> str:
+    """What a folder without features is, and what to name instead."""
+    if (folder / "features" / "img_emb").is_dir():
+        return f"did you mean {folder / 'features'}?"
+    if (folder / "predictions.parquet").is_file():
+        return "it is a result folder; name the features that it was solved from"
+    for _, _, files in os.walk(folder):
+        if any((guess_type(file)[0] or "").startswith("image/") for file in files):
+            return "it holds images; run or encode them first"
+        if files:
+            break
+    return "is it a feature folder?"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import pairwise
-from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,13 @@ from transclip_fast.store.arrays import (
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.feature_shards import (
     OWN,
-    SHARDS,
     check_hashes,
+    image_shards,
     joined_local,
     joined_shards,
     metadata_columns,
-    numbered,
+    shard_files,
+    warn_of_gap,
 )
 from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
 from transclip_fast.store.json_text import value_of
@@ -345,10 +344,10 @@ def _load_folder(folder: Path, local: bool) -> Features:
     ours = manifest.keys() & OWN
     if ours and not value_of(manifest, "complete", bool, file):
         raise InputError(f"{folder}: is not finished; run the same encode again to continue it")
-    files = _shard_files(folder, local)
+    files = shard_files(folder, local)
     if not ours:
-        _warn_of_gap(folder, files["img_emb"])
-    parts = _image_shards(files["img_emb"].values())
+        warn_of_gap(folder, files["img_emb"])
+    parts = image_shards(files["img_emb"].values())
     arrays, origins = {"image_features": joined_shards(parts)}, {}
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")
@@ -373,56 +372,6 @@ def _load_folder(folder: Path, local: bool) -> Features:
         columns["key"].to_pylist() if "key" in columns else None,
         _encoder(manifest, file),
     )
-
-
-def _shard_files(folder: Path, local: bool) -> dict[str, dict[int, Path]]:
-    """The files of each kind by shard number; all kinds that are there have the same numbers."""
-    files = {kind: numbered(folder, kind) for kind in SHARDS if local or kind != "local_emb"}
-    images = files["img_emb"]
-    if not images:
-        raise InputError(f"{folder}: has no img_emb/img_emb_*.npy; {_no_features(folder)}")
-    for kind, found in files.items():
-        if found and found.keys() != images.keys():
-            number = min(found.keys() ^ images.keys())
-            missing = "img_emb" if number in found else kind
-            raise InputError(f"{folder}: shard {number} has no {missing} file")
-    return files
-
-
-def _warn_of_gap(folder: Path, images: Mapping[int, Path]) -> None:
-    """Warn if a shard is missing between others."""
-    gap = next((first + 1 for first, after in pairwise(images) if after > first + 1), None)
-    if gap is not None:
-        warnings.warn(
-            f"{folder}: has no shard {gap} of {min(images)} to {max(images)}; rows of shards that "
-            "are not there are missing",
-            stacklevel=user_level(),
-        )
-
-
-def _image_shards(files: Collection[Path]) -> list[Any]:
-    """The features of each file, numbers in rows of one length."""
-    parts = [open_rows(file, "image_features") for file in files]
-    for file, part in zip(files, parts, strict=True):
-        if part.dtype.kind not in "fiub":
-            raise InputError(f"{file}: expected numbers, got an array of {part.dtype}")
-        if len(part.shape) != 2 or part.shape[1] != parts[0].shape[1]:
-            raise InputError(f"{file}: has shape {part.shape}, the first shard {parts[0].shape}")
-    return parts
-
-
-def _no_features(folder: Path) -> str:
-    """What a folder without features is, and what to name instead."""
-    if (folder / "features" / "img_emb").is_dir():
-        return f"did you mean {folder / 'features'}?"
-    if (folder / "predictions.parquet").is_file():
-        return "it is a result folder; name the features that it was solved from"
-    for _, _, files in os.walk(folder):
-        if any((guess_type(file)[0] or "").startswith("image/") for file in files):
-            return "it holds images; run or encode them first"
-        if files:
-            break
-    return "is it a feature folder?"
 
 
 def _encoder(manifest: Mapping[str, Any], origin: Path) -> dict[str, Any] | None:
