@@ -17,6 +17,7 @@ from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.solver.loop import predict
+from transclip_fast.solver.mixture import Mixture
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
 from transclip_fast.store import results
 from transclip_fast.store.atomic import new_folder, writing
@@ -54,19 +55,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         raise InputError(f"{path}: is a result folder; the order is RESULT NEW_FEATURES")
     stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"), session.collected_warnings({}) as noted:
-        solved = results.load_run(result)
-        if (method := solved.get("method", results.TRANSCLIP)) != results.TRANSCLIP:
-            raise InputError(
-                f"{result}: was solved by {method}, which has no mixture to label other rows with; "
-                f"name a result of {results.TRANSCLIP}"
-            )
-        mixture, weights = results.load_mixture(result)
-        prior = values["prior"] or values["prior_logits"]
-        if "prior_weights" in weights and prior:
-            raise InputError(
-                f"{prior}: {result} was solved with prototypes, not with a prior; leave the option "
-                "out"
-            )
+        solved, mixture, weights = _load_solved(result, values["prior"] or values["prior_logits"])
         arrays = {name: values[name] for name in ("prior", "prior_logits", "labels")}
         n_classes, dim = mixture.means.shape
         features = load_features(path, arrays, shots=0, n_classes=n_classes)
@@ -100,16 +89,39 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         tables = results.prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):
             run = results.save_result(folder, tables, run, tensors, csv=values["csv"])
+    session.print_summary(run, f"{_describe(run)}\n{describe_files(out)}", as_json)
+
+
+def _load_solved(
+    result: str, prior: str | None
+) -> tuple[dict[str, Any], Mixture, dict[str, torch.Tensor]]:
+    """run.json, mixture and weights of a result; InputError if these label no other rows."""
+    solved = results.load_run(result)
+    if (method := solved.get("method", results.TRANSCLIP)) != results.TRANSCLIP:
+        raise InputError(
+            f"{result}: was solved by {method}, which has no mixture to label other rows with; "
+            f"name a result of {results.TRANSCLIP}"
+        )
+    mixture, weights = results.load_mixture(result)
+    if "prior_weights" in weights and prior:
+        raise InputError(
+            f"{prior}: {result} was solved with prototypes, not with a prior; leave the option out"
+        )
+    return solved, mixture, weights
+
+
+def _describe(run: dict[str, Any]) -> str:
+    """The run.json of a prediction as text."""
     text = (
-        f"{counted(len(rows), 'image')} labelled one by one, without neighbours: labels may differ "
-        f"from the result's\n{counted(run['n_flipped'], 'label')} changed from zero-shot"
+        f"{counted(run['n_queries'], 'image')} labelled one by one, without neighbours: labels may "
+        f"differ from the result's\n{counted(run['n_flipped'], 'label')} changed from zero-shot"
     )
-    if truth is not None:
+    if run["accuracy"] is not None:
         text += (
             f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
             f"{of_labelled(run)}"
         )
-    session.print_summary(run, f"{text}\n{describe_files(out)}", as_json)
+    return text
 
 
 def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:
