@@ -364,6 +364,33 @@ def test_a_damaged_index_claims_no_memory(features, tmp_path):
     assert faiss.get_deserialization_vector_byte_limit() == before
 
 
+@pytest.mark.parametrize("scanned", [1 << 20, 7])
+def test_a_damaged_index_claims_no_lists(features, tmp_path, monkeypatch, scanned):
+    """42 million lists: FAISS would make them, of 6.7 GB, before it reads what is in them."""
+    monkeypatch.setattr(faiss_index, "SCANNED_BYTES", scanned)
+    file = stored(made(features, "IVF4,Flat"), tmp_path)
+    content = file.read_bytes()
+    place = content.index(b"ilar") + 4
+    assert content[place : place + 8] == (4).to_bytes(8, "little")
+    open_index(file, Rows(features))
+    file.write_bytes(content[:place] + (42_000_000).to_bytes(8, "little") + content[place + 8 :])
+    with pytest.raises(InputError, match="it claims 42,000,000 inverted lists"):
+        open_index(file, Rows(features))
+
+
+def test_bytes_that_look_like_lists_are_none(tmp_path, features):
+    """Before those of the index there may be any bytes, here of a vector of the centres."""
+    index = made(features, "IVF4,Flat")
+    centres = index.quantizer.reconstruct_n(0, 4)
+    centres[0, :3] = np.frombuffer(b"ilar" + b"\xff\x3f\xff\x3f" * 2, np.float32)
+    quantizer = faiss.IndexFlatIP(D)
+    quantizer.add(centres)
+    index.quantizer, index.nprobe = quantizer, 4
+    file = stored(index, tmp_path)
+    assert file.read_bytes().count(b"ilar") == 2
+    assert open_index(file, Rows(features)).nlist == 4
+
+
 def test_an_index_that_is_a_fifo_is_not_waited_for(features, tmp_path):
     os.mkfifo(tmp_path / "image.index")
     with pytest.raises(InputError, match=r"image\.index"):

@@ -30,6 +30,9 @@ COPY_SIMILARITY = 1 - 1e-6  # of two rows that are taken for one
 TRAIN_ROWS_PER_LIST, TRAIN_ROWS = 64, 1 << 16  # FAISS warns below 39 rows a list
 FIRST_BYTE = b"I"  # of every file of a FAISS index
 TABLES_BYTES, TABLES_RATIO = 1 << 28, 64  # that FAISS may compute from a file, beyond and times it
+# Inverted lists in a file, and how many they claim to be; what FAISS takes for each, even if empty.
+LISTS, LIST_BYTES = re.compile(rb"il(?:ar|bl|od|pn)(.{8})", re.DOTALL), 160
+SCANNED_BYTES = 1 << 20  # at a time
 PLACE = re.compile(r"^Error in .* at \S+:\d+: ")  # in messages of FAISS
 NOTHING = re.compile(r"(HNSW|IVF)0+(?!\d)")
 PATH_SUFFIXES = (".index", ".faiss", ".bin", ".ivf")
@@ -220,22 +223,40 @@ def _read(path: str) -> Any:
     # Lists on disk are looked for beside the index, wherever it says they are.
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
     check_regular(path)
+    most = TABLES_BYTES + TABLES_RATIO * os.path.getsize(path)
+    claimed = list(_claimed_lists(path, most // LIST_BYTES))
+    if claimed and min(claimed) > most // LIST_BYTES:
+        raise InputError(
+            f"{path}: is no FAISS index that can be read: it claims {claimed[0]:,} inverted lists"
+        )
     try:
-        with _without_stdout(), _sizes_of_file(path):  # FAISS says there that it looks beside it
+        with _without_stdout(), _vectors_below(most):  # FAISS says there that it looks beside it
             return faiss.read_index(path, flags)
     except (RuntimeError, MemoryError) as error:
         raise InputError(f"{path}: is no FAISS index that can be read: {_line(error)}") from None
 
 
+def _claimed_lists(path: str, most: int) -> Iterator[int]:
+    """Numbers of inverted lists that a file claims, up to the first that is not above `most`."""
+    with reading(path), open(path, "rb") as file:
+        block = b""
+        while chunk := file.read(SCANNED_BYTES):
+            block = block[-11:] + chunk  # one that the last block cuts, of 12 bytes
+            for found in LISTS.finditer(block):
+                number = int.from_bytes(found[1], "little")
+                yield number
+                if number <= most:
+                    return
+
+
 @contextmanager
-def _sizes_of_file(path: str) -> Iterator[None]:
-    """Let FAISS, where it can, take no more memory than fits the file; a damaged one claims any."""
+def _vectors_below(most: int) -> Iterator[None]:
+    """Let FAISS, where it can, take no more bytes for a vector; a damaged file claims any."""
     faiss = load_faiss()
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # of late 2025
         yield
         return
     before = faiss.get_deserialization_vector_byte_limit()
-    most = TABLES_BYTES + TABLES_RATIO * os.path.getsize(path)
     faiss.set_deserialization_vector_byte_limit(most)
     try:
         yield
