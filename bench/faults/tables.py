@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.fuzz.trial import ACCEPTED, REFUSED
-from bench.tables import newest, source, table
+from bench.tables import Row, newest, source, table
 
 OUTCOMES = ("refused", "finished", "killed")
 
@@ -29,12 +29,15 @@ def faults(folder: Path) -> str:
 
 
 def mutated(folder: Path) -> str:
-    """Tabulate the campaign with most mutated files: how the commands that read them ended."""
+    """Tabulate the newest campaign with most mutated files: how the commands that read them ended."""
     rows = newest("fuzz", "seed", "first", folder=folder)
     if not rows:
         return "Not recorded yet: `python -m bench.fuzz --count 50000`."
-    row = max(rows, key=lambda row: sum(sum(found.values()) for found in row["formats"].values()))
-    cells = []
+
+    def size(row: Row) -> tuple[int, str]:
+        return sum(sum(found.values()) for found in row["formats"].values()), str(row["date"])
+
+    row, cells = max(rows, key=size), []
     for name, found in sorted(row["formats"].items()):
         others = sum(found.values()) - found.get(REFUSED, 0) - found.get(ACCEPTED, 0)
         counts = sum(found.values()), found.get(REFUSED, 0), found.get(ACCEPTED, 0), others

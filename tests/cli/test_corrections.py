@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -131,6 +132,34 @@ def test_a_page_is_written_where_it_is_asked_for(named, succeeds, refused, tmp_p
         "report", tmp_path / "result", "--images", tmp_path / "no", "--out", tmp_path / "c.html"
     )
     assert "no such file or folder" in error
+
+
+def test_what_is_of_another_kind_is_not_replaced(named, succeeds, refused, tmp_path):
+    succeeds("solve", named, "--out", tmp_path / "result")
+    before = Path(named).read_bytes()
+    assert "is no page" in refused("report", tmp_path / "result", "--out", named)
+    assert "is no table of" in refused("suggest", tmp_path / "result", "--csv", named)
+    assert Path(named).read_bytes() == before
+    mine, table = tmp_path / "mine.html", tmp_path / "mine.csv"
+    mine.write_text("<html>mine</html>")
+    table.write_text("key,label\na,cat\n")
+    assert "is no page" in refused("report", tmp_path / "result", "--out", mine)
+    assert "is no table of" in refused("suggest", tmp_path / "result", "--csv", table)
+    assert mine.read_text() == "<html>mine</html>"
+    assert table.read_text() == "key,label\na,cat\n"
+
+
+def test_labels_that_were_filled_in_are_not_replaced(named, succeeds, refused, tmp_path):
+    succeeds("solve", named, "--out", tmp_path / "result")
+    file = tmp_path / "check.csv"
+    for number in (2, 3):  # nobody has filled in a label
+        succeeds("suggest", tmp_path / "result", "-n", number, "--csv", file)
+    assert file.read_text().count("\n") == 4
+    file.write_text(file.read_text().replace(",,", ",cat,", 1))
+    filled = file.read_text()
+    message = refused("suggest", tmp_path / "result", "--csv", file)
+    assert f"{file}: has labels that were filled in; name another file" in message
+    assert file.read_text() == filled
 
 
 def test_a_page_of_predictions(named, arrays, save, succeeds, tmp_path):

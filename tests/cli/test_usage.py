@@ -34,12 +34,13 @@ def test_what_is_required_and_left_out_is_named(cli):
                 if parameter is not missing
             }
             ran = cli(*path, *(word for pair in words.values() for word in pair))
-            *_, last = ran.err.splitlines()
+            (line,) = ran.err.splitlines()
             assert (ran.code, ran.out) == (2, ""), (path, missing)
-            what, name = last.removeprefix("Error: Missing ").split()[:2]
+            what, name = line.removeprefix("error: Missing ").split()[:2]
             assert what == missing.param_type_name
             if what == "option":
-                assert name == f"'{missing.opts[0]}'."
+                assert name == f"'{missing.opts[0]}';"
+            assert line.endswith(f"see `{' '.join(('transclip-fast', *path))} --help`")
             tried += 1
     assert tried > len(command_line.COMMANDS)
 
@@ -51,8 +52,31 @@ def test_what_is_required_and_left_out_is_named(cli):
 def test_a_command_that_is_none(word, meant, cli):
     ran = cli(word)
     assert (ran.code, ran.out) == (2, "")
-    hint = f" Did you mean {meant}?" if meant else ""
-    assert ran.err.endswith(f"Error: No such command '{word}'.{hint}\n")
+    hint = f". Did you mean {meant}?" if meant else ""
+    assert ran.err == f"error: No such command '{word}'{hint}; see `transclip-fast --help`\n"
+
+
+def test_no_words_are_answered_with_the_help(cli):
+    ran = cli()
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("Usage: transclip-fast [OPTIONS] COMMAND")
+    assert "Start here" in ran.err
+    assert "error:" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--max-iter", "nan"), "Invalid value for '--max-iter': 'nan' is not a valid integer"),
+        (("--class-cost", "maybe"), "Invalid value for '--class-cost': 'maybe' is not one of"),
+        (("--nothing",), "No such option '--nothing'"),
+        (("y",), "Got unexpected extra argument (y)"),
+    ],
+)
+def test_words_that_do_not_fit_are_one_line(words, what, refused):
+    message = refused("solve", "x.npz", "--out", "out", *words)
+    assert what in message
+    assert message.endswith("see `transclip-fast solve --help`\n")
 
 
 @pytest.mark.parametrize("command", ["solve", "compare", "train-head"])
@@ -61,7 +85,7 @@ def test_class_names_have_one_more_name(command, cli):
     for words in (("--classes",), ("x", "x", "--class-names", "x", "--classes")):
         ran = cli(command, *words)
         assert ran.code == 2
-        assert ran.err.endswith("Error: Option '--class-names' requires an argument.\n")
+        assert ran.err.startswith("error: Option '--class-names' requires an argument; see ")
     assert "--classes" not in cli(command, "--help-all").out
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 from transclip_fast.store.labels import as_positions, read_labels
@@ -244,10 +246,27 @@ def test_labels_of_odd_types(tmp_path):
         read_labels(tmp_path / "y.parquet", "labels")
 
 
+def test_predictions_as_true_labels_are_doubted(tmp_path):
+    """Against themselves they are all right."""
+    (tmp_path / "y.csv").write_text("key,label,label_name\na,1,cat\nb,0,dog\n")
+    with pytest.warns(UserWarning, match="'label_name', as predictions do: are these true labels"):
+        found = read_labels(tmp_path / "y.csv", "labels", ["b", "a"])
+    assert found.tolist() == ["0", "1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
+def test_tensors_of_any_number_are_labels(dtype, tmp_path):
+    """numpy has no bfloat16."""
+    arrays = {"image_features": torch.eye(3, 4), "text_features": torch.eye(3, 4)}
+    np.savez(tmp_path / "x.npz", **arrays, class_names=["a", "b", "c"])
+    torch.save(torch.tensor([2, 0, 1]).to(dtype), tmp_path / "y.pt")
+    features = load_features(tmp_path / "x.npz", {"labels": str(tmp_path / "y.pt")})
+    assert as_labels(features.get("labels"), "labels", rows=3, n_classes=3).tolist() == [2, 0, 1]
+
+
 def test_predictions_are_no_known_labels(tmp_path):
     """Their edits are in the names, and each of their rows would count as known."""
     (tmp_path / "y.csv").write_text("key,label,label_name\na,1,cat\nb,0,dog\n")
     message = "y.csv: has a column 'label_name', as predictions do: all its rows would count as kn"
     with pytest.raises(InputError, match=message):
         read_labels(tmp_path / "y.csv", "known_labels", ["a", "b"], 2)
-    assert read_labels(tmp_path / "y.csv", "labels", ["a", "b"], 2).tolist() == ["1", "0"]

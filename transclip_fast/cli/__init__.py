@@ -118,7 +118,14 @@ def main() -> None:
     """Run the command line; bad input, a broken library or disk is one line and exit code 2."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of its caches
     try:
-        _cli(prog_name="transclip-fast")
+        code = _cli(prog_name="transclip-fast", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.Abort:
+        click.echo("Aborted!", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        click.echo(_describe_usage(error), err=True)
+        sys.exit(2)
     except InputError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(2)
@@ -134,3 +141,13 @@ def main() -> None:
         text = printable(f"{what}: cannot be read or written ({reason})")
         click.echo(f"error: {text}", err=True)
         sys.exit(2)
+
+
+def _describe_usage(error: click.ClickException) -> str:
+    """What is wrong with the words of a command, in one line; without words, the help."""
+    message = error.format_message()
+    if "\n" in message:
+        return message
+    context = getattr(error, "ctx", None)
+    command = "transclip-fast" if context is None else context.command_path
+    return f"error: {printable(message.rstrip('.'))}; see `{command} --help`"

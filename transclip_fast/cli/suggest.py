@@ -10,13 +10,14 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import command_line, counted
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.report import suggest
 from transclip_fast.store.atomic import writing
 from transclip_fast.store.results import load_result
 from transclip_fast.store.tables import guarded
 from transclip_fast.whole_files import new_file
 
+HEAD = ["label", "now", "zero-shot"]  # of the table, behind the column that names the row
 COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_label_name")
 
 
@@ -76,6 +77,7 @@ def _shown(text: str) -> str:
 def _write(path: Path, found: list[dict[str, Any]]) -> None:
     """A table to fill in: rows by key, or by number if one has no key."""
     name = "row" if any(row["key"] is None for row in found) else "key"
+    _check_place(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -84,7 +86,22 @@ def _write(path: Path, found: list[dict[str, Any]]) -> None:
         open(partial, "w", newline="", encoding="utf-8") as file,
     ):
         lines = csv.writer(file)
-        lines.writerow([name, "label", "now", "zero-shot"])
+        lines.writerow([name, *HEAD])
         for row in found:
             cells = (row[name], "", row["label_name"], row["zero_shot_label_name"])
             lines.writerow([guarded(str(cell)) for cell in cells])
+
+
+def _check_place(path: Path) -> None:
+    """InputError if a file of another kind, or labels that were filled in, would be replaced."""
+    if not path.is_file():
+        return
+    with (
+        reading(path, "is no table of `suggest`", "name another file"),
+        open(path, newline="", encoding="utf-8-sig") as file,
+    ):
+        head, *lines = [*csv.reader(file)] or [[]]
+    if head[1:] != HEAD:
+        raise InputError(f"{path}: exists and is no table of `suggest`; name another file")
+    if any(line[1:2] not in ([], [""]) for line in lines):
+        raise InputError(f"{path}: has labels that were filled in; name another file")

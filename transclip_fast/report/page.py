@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from transclip_fast.errors import InputError, reading
 from transclip_fast.report.content import Content
 from transclip_fast.report.facts import facts, legend, settings, stages
 from transclip_fast.report.figures import figures, solve_figures
@@ -21,6 +22,7 @@ from transclip_fast.store.atomic import writing
 from transclip_fast.whole_files import new_file
 
 STYLE, SCRIPTS = "page.css", ("common.js", "images.js", "tables.js")
+FIRST_BYTES = b"<!doctype html>"  # of every page
 WARNINGS, WARNING_LENGTH = 50, 1000  # that are shown, and their characters
 
 
@@ -43,8 +45,10 @@ def write_report(
     Raises
     ------
     InputError
-        A folder that is no result, results of other images, or a file that cannot be written.
+        A folder that is no result, results of other images, a file that cannot be written, or one
+        that is no page and would be replaced.
     """
+    _check_place(Path(out))
     content = Content.of(View.open(result, before), images)
     page = render(content)
     out = Path(out)
@@ -58,6 +62,14 @@ def write_report(
         "notes": content.notes,
         "bytes": len(page.encode()),
     }
+
+
+def _check_place(out: Path) -> None:
+    """InputError if a file of another kind would be replaced."""
+    if out.is_file():
+        with reading(out), open(out, "rb") as file:
+            if file.read(len(FIRST_BYTES)) != FIRST_BYTES:
+                raise InputError(f"{out}: exists and is no page of a result; name another file")
 
 
 def render(content: Content) -> str:

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from transclip_fast.data.labels import WHOLE, label_positions, number_doubt
 from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import SUFFIXES, read_array
-from transclip_fast.store.named_rows import COLUMNS, check_no_predictions, has_keys, rows_of_lines
+from transclip_fast.store.named_rows import (
+    COLUMNS,
+    OF_PREDICTIONS,
+    check_no_predictions,
+    has_keys,
+    rows_of_lines,
+)
 from transclip_fast.store.names import as_names
 from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, not_read, read_columns
 
@@ -77,6 +84,9 @@ def read_labels(
     columns, others = read_columns(path, wanted, "label", n_rows=n_rows or 0)
     if name == "known_labels":
         check_no_predictions(path, others, "known")
+    elif OF_PREDICTIONS in others:
+        text = "has a column 'label_name', as predictions do: are these true labels?"
+        warnings.warn(f"{path}: {text}", stacklevel=user_level())
     labels = columns.pop("label")
     if not has_keys(columns.get("key")):
         columns.pop("key", None)
@@ -99,6 +109,8 @@ def as_positions(array: Any, names: Sequence[str] | None, name: str) -> Any:
 
 def warn_of_numbers(array: Any, names: Sequence[str] | None, name: str) -> None:
     """Warn of a number among labels that is the position of a class and the name of another."""
+    if isinstance(array, torch.Tensor) and not array.is_complex():
+        array = array.double()  # numpy has no bfloat16
     numbers = np.asarray(array if names else [])
     if numbers.ndim != 1 or numbers.dtype.kind not in "iuf":
         return
