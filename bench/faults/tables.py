@@ -29,7 +29,7 @@ def faults(folder: Path) -> str:
 
 
 def mutated(folder: Path) -> str:
-    """Tabulate the newest campaign with most mutated files: how the commands that read them ended."""
+    """Tabulate the newest campaign with most mutated files: how their commands ended."""
     rows = newest("fuzz", "seed", "first", folder=folder)
     if not rows:
         return "Not recorded yet: `python -m bench.fuzz --count 50000`."
