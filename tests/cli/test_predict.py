@@ -75,6 +75,16 @@ def test_a_prior_that_the_result_has_no_use_for(solved, new, refused, tmp_path):
     assert "not with a prior" in message
 
 
+@pytest.mark.parametrize("kind", ["prior", "prior_logits"])
+def test_a_prior_in_the_file_that_the_result_has_no_use_for(
+    kind, solved, arrays, save, refused, tmp_path
+):
+    rows = arrays["image_features"][:5]
+    file = save({"image_features": rows, kind: np.full((5, 6), 1 / 6)}, "new.npz")
+    message = refused("predict", solved, file, "--out", tmp_path / "new")
+    assert f"{file}: {kind}: the result was solved with prototypes, not with a prior" in message
+
+
 def test_rows_of_another_model(solved, save, refused, tmp_path):
     file = save({"image_features": np.eye(30)}, "new.npz")
     message = refused("predict", solved, file, "--out", tmp_path / "more")

@@ -161,6 +161,10 @@ def _priors(
     names = [name for name in ("prior", "prior_logits") if features.get(name) is not None]
     prior: Prior
     if "prior_weights" in weights:
+        if names:
+            raise InputError(
+                f"{names[0]}: the result was solved with prototypes, not with a prior; leave it out"
+            )
         prior = LinearPrior(weights["prior_weights"].to(device))
     elif len(names) != 1:
         raise InputError(
