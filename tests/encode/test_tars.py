@@ -294,6 +294,14 @@ def test_labels_of_the_others_stay_where_they_are(tmp_path):
     assert resolve_labels(source, ["cat", "dog"])[[1, 3]].tolist() == [1, 1]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path):
+    labels = {"cls": b"1", "txt": b"dog", "json": b'{"label": 1}'}
+    files = [[(f"{s}.jpg", b""), (f"{s}.{s}", b"\xef\xbb\xbf" + x)] for s, x in labels.items()]
+    write_tar(tmp_path / "a.tar", sum(files, []))
+    found = resolve_labels(open_source(tmp_path / "a.tar"), ["cat", "dog"])
+    assert found.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [("./0.jpg", "0.jpg"), ("a//0.jpg", "a/0.jpg"), ("a/0.jpg", "a/./0.jpg"), ("/0.jpg", "0.jpg")],

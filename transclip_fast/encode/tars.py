@@ -158,7 +158,7 @@ def _label(suffix: str, file: _File, content: io.BufferedReader) -> Any:
         raise InputError(f"{file.name}: is too long for a label ({size:,} bytes)")
     content.seek(offset)
     with reading(file.name, "is not a label", "pack it again"):
-        text = content.read(size).decode("utf-8").strip()
+        text = content.read(size).decode("utf-8-sig").strip()
         if suffix != "json":
             return int(text) if suffix == "cls" else text
         value = parse_json(text)
