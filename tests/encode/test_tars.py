@@ -296,8 +296,10 @@ def test_labels_of_the_others_stay_where_they_are(tmp_path):
 
 def test_a_byte_order_mark_is_no_part_of_a_label(tmp_path):
     labels = {"cls": b"1", "txt": b"dog", "json": b'{"label": 1}'}
-    files = [[(f"{s}.jpg", b""), (f"{s}.{s}", b"\xef\xbb\xbf" + x)] for s, x in labels.items()]
-    write_tar(tmp_path / "a.tar", sum(files, []))
+    files = []
+    for suffix, label in labels.items():
+        files += [(f"{suffix}.jpg", b""), (f"{suffix}.{suffix}", b"\xef\xbb\xbf" + label)]
+    write_tar(tmp_path / "a.tar", files)
     found = resolve_labels(open_source(tmp_path / "a.tar"), ["cat", "dog"])
     assert found.tolist() == [1, 1, 1]
 
