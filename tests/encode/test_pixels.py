@@ -328,6 +328,58 @@ def test_damage_raises_what_pillow_raises():
         assert str(ours.value)[:20] == str(theirs.value)[:20]
 
 
+END = b"\xff\xd9"  # of a JPEG
+
+
+def cut(data):
+    """A JPEG without its second half, but with its end."""
+    return data[: len(data) // 2] + END
+
+
+def with_hole(data):
+    """A JPEG with zeros amid its scan."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(400) + data[middle + 400 :]
+
+
+@pytest.mark.parametrize("harm", [cut, with_hole])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_damaged_jpeg_is_refused(harm, mode, options):
+    if module.decoder() == "Pillow":
+        pytest.skip("Pillow decodes it without a word")
+    data = file(made(200, 200, mode), **options)
+    np.testing.assert_array_equal(decode(data), plain(data))
+    with pytest.raises(InputError, match=r"^is damaged: [a-z0-9][\w ]+; replace it$"):
+        decode(harm(data))
+
+
+def test_a_damaged_jpeg_with_a_preview_is_refused():
+    if module.decoder() == "Pillow":
+        pytest.skip("Pillow decodes it without a word")
+    data = file(made(200, 200), "MPO", save_all=True, append_images=[made(20, 20)])
+    np.testing.assert_array_equal(decode(data), plain(data))
+    end = data.index(END)
+    with pytest.raises(InputError, match=r"^is damaged: .*; replace it$"):
+        decode(data[: end // 2] + data[end:])
+
+
+def test_oddities_of_a_whole_jpeg_are_harmless():
+    data = file(made(61, 47))
+    expected = decode(data)
+    table = data.index(b"\xff\xdb")
+    odd = {
+        "bytes before a table": data[:table] + b"odd" + data[table:],
+        "padding": data.removesuffix(END) + b"odd" + END,
+        "more after the end": data + b"odd" * 100,
+        "twice": data + data,
+        "another JFIF version": data.replace(b"JFIF\0\1", b"JFIF\0\7", 1),
+    }
+    for name, changed in odd.items():
+        assert changed != data
+        np.testing.assert_array_equal(decode(changed), expected, err_msg=name)
+
+
 @pytest.mark.parametrize(
     "config",
     [{"resize_mode": "squash"}, {"resize_mode": "longest"}, {"interpolation": "random"},
