@@ -215,17 +215,22 @@ def png(values, colours):
     return b"\x89PNG\r\n\x1a\n" + b"".join(part for chunk in whole for part in chunk)
 
 
-def tiff(values, photometric):
-    """A TIFF of 16 bits, of values (H, W, C)."""
+def tiff(values, photometric, bits=16, tags=(), planes=False):
+    """A TIFF without compression, of values (H, W, C), with other tags, as (number, values)."""
     height, width, channels = values.shape
-    size = 2 * values.size
-    tags = [(256, width), (257, height), (258, 8), (262, photometric), (273, 16)]
-    tags += [(277, channels), (278, height), (279, size)]
-    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
-    entries[2] = struct.pack("<HHII", 258, 3, channels, 8)  # bits of each channel, at byte 8
-    head = b"II*\0" + struct.pack("<I", 16 + size) + struct.pack("<4H", *[16] * 4)
-    table = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-    return head + values.astype("<u2").tobytes() + table
+    strips = [values[..., c] for c in range(channels)] if planes else [values]
+    strips = [strip.astype(f"<u{bits // 8}").tobytes() for strip in strips]
+    places = [8 + sum(map(len, strips[:k])) for k in range(len(strips))]
+    entries = [(256, [width]), (257, [height]), (258, [bits] * channels), (262, [photometric])]
+    entries += [(273, places), (277, [channels]), (278, [height]), (279, [*map(len, strips)])]
+    entries = sorted([*entries, (284, [1 + planes]), *tags])
+    content, table = b"".join(strips), struct.pack("<H", len(entries))
+    for tag, numbers in entries:
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            content, packed = content + packed, struct.pack("<I", 8 + len(content))
+        table += struct.pack("<HHI", tag, 4, len(numbers)) + packed
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + table + bytes(4)
 
 
 COLOURS_OF_16_BITS = {
@@ -256,6 +261,35 @@ def test_colours_of_16_bits_are_the_upper_8_or_are_refused(kind, bits):
         upper = (values >> 8).astype(np.uint8)
         expected = np.asarray(Image.fromarray(upper, "CMYK").convert("RGB"))
     np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_planes_of_16_bits_are_refused_where_pillow_reads_noise():
+    values = np.random.default_rng(0).integers(0, 2**16, (9, 11, 3))
+    with pytest.raises(InputError, match=r"^has a plane of 16 bits for each channel; save it with"):
+        decode(tiff(values, 2, planes=True))
+    np.testing.assert_array_equal(decode(tiff(values, 2)), values >> 8)
+    np.testing.assert_array_equal(decode(tiff(values >> 8, 2, 8, planes=True)), values >> 8)
+
+
+def test_signed_values_of_8_bits_are_refused():
+    values = np.random.default_rng(0).integers(0, 256, (9, 11, 1))
+    with pytest.raises(InputError, match=r"^has signed values of 8 bits; save it with unsigned"):
+        decode(tiff(values, 1, 8, [(339, [2])]))
+    unsigned = decode(tiff(values, 1, 8, [(339, [1])]))
+    np.testing.assert_array_equal(unsigned, np.repeat(values, 3, 2))
+
+
+def test_a_colour_map_of_8_bits_is_refused_where_pillow_reads_black():
+    values = np.random.default_rng(0).integers(0, 256, (9, 11, 1))
+    ramp = np.tile(np.arange(256), 3)
+    with pytest.raises(InputError, match=r"^has a colour map of 8-bit values, .* save it as PNG$"):
+        decode(tiff(values, 3, 8, [(320, ramp.tolist())]))
+    expected = np.repeat(values, 3, 2)
+    np.testing.assert_array_equal(
+        decode(tiff(values, 3, 8, [(320, (ramp * 257).tolist())])), expected
+    )
+    black = decode(tiff(values, 3, 8, [(320, (ramp * 0).tolist())]))
+    np.testing.assert_array_equal(black, expected * 0)
 
 
 def test_large_images_are_converted_in_bands(monkeypatch):

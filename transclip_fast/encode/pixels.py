@@ -37,8 +37,10 @@ PIXELS_PER_BYTE = 1000  # as a damaged header claims; a large photograph has 10,
 BAND_PIXELS = 2**24  # converted at a time, so that a large image is not in memory three times
 STRIP = 16  # long side by short side; resized whole, a longer image takes too much memory
 ORIENTATION = 0x112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to turn and mirror
-# Tags of a TIFF. PHOTOMETRIC: 0 stands for "zero is white"; PLANES and SIGNED: if 2.
-BITS, COMPRESSION, PHOTOMETRIC, PLANES, COLOUR_MAP, SIGNED = 258, 259, 262, 284, 320, 339
+# Tags of a TIFF. PHOTOMETRIC: 0 stands for "zero is white"; PLANES: 2 for a plane a channel; SIGN:
+# 2 for signed values.
+BITS, COMPRESSION, PHOTOMETRIC, CHANNELS, PLANES = 258, 259, 262, 277, 284
+COLOUR_MAP, SIGN = 320, 339
 UNSIGNED_16_BITS = frozenset({"JPEG2000", "PNG", "PPM", "TIFF"})  # formats; others have a sign
 # Of 256, that the largest value of a 16-bit or float image reaches: below, an image of 16 bits
 # may have values of 14 bits or fewer, as cameras and scanners write them, and would be dark.
@@ -232,15 +234,15 @@ def _jpeg_pixels(data: bytes, mode: str) -> np.ndarray | None:
 
 
 def _check_tags(tags: Mapping[int, Any]) -> None:
-    """Refuse a TIFF of a kind that Pillow takes for another one, with other pixels."""
-    bits, channels = max(tags.get(BITS, (1,))), len(tags.get(BITS, (1,)))
-    plain = tags.get(COMPRESSION, 1) == 1
-    if tags.get(PLANES) == 2 and plain and channels > 1 and bits > 8:
-        raise InputError(f"has colours of {bits} bits in planes; save it with 8 bits")
-    if 2 in tags.get(SIGNED, ()) and bits <= 8:
+    """Refuse a TIFF of a kind that Pillow takes for another one, and reads wrong."""
+    bits = max(tags.get(BITS, (1,)))
+    planes = tags.get(PLANES) == 2 and tags.get(CHANNELS, 1) > 1
+    if planes and bits > 8 and tags.get(COMPRESSION, 1) == 1:
+        raise InputError(f"has a plane of {bits} bits for each channel; save it with 8 bits")
+    if bits <= 8 and 2 in tags.get(SIGN, ()):
         raise InputError("has signed values of 8 bits; save it with unsigned ones")
     if 0 < max(tags.get(COLOUR_MAP, (0,))) < 256:
-        raise InputError("has a colour map of 8 bits, where TIFF has 16; save it as PNG")
+        raise InputError("has a colour map of 8-bit values, where a TIFF has 16; save it as PNG")
 
 
 def _orientation(image: Image.Image) -> int:
