@@ -362,6 +362,40 @@ def test_damage_raises_what_pillow_raises():
         assert str(ours.value)[:20] == str(theirs.value)[:20]
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG", "AVIF", "MPO"])
+def test_more_pages_or_frames_than_one_are_noticed(kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
+    pages = [made(61, 47), made(47, 61).resize((61, 47))]
+    assert not module.has_more_frames(file(pages[0], "JPEG" if kind == "MPO" else kind))
+    data = file(pages[0], kind, save_all=True, append_images=pages[1:])
+    assert module.has_more_frames(data) == (kind != "MPO")  # its second is a preview
+    np.testing.assert_array_equal(decode(data), plain(data))
+
+
+def test_a_second_frame_may_be_damaged():
+    first = made(61, 47)
+    data = file(first, "GIF", save_all=True, append_images=[made(47, 61).resize((61, 47))])
+    second = data.rindex(b"\x2c\0\0\0\0")  # where its size begins
+    for end in (second + 3, second + 9, second + 100):
+        np.testing.assert_array_equal(decode(data[:end]), decode(data))
+        assert module.has_more_frames(data[:end])
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_layers_are_no_pages(layers):
+    plane = struct.pack(">hI", 0, 2 + 35)
+    record = struct.pack(">4IH", 0, 0, 5, 7, 3) + 3 * plane + b"8BIMnorm" + bytes(8)
+    content = struct.pack(">h", layers) + layers * record + layers * 3 * bytes(2 + 35)
+    content = struct.pack(">I", len(content)) + content
+    head = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 5, 7, 8, 3) + bytes(8)
+    data = head + struct.pack(">I", len(content)) + content + bytes(2) + 105 * b"\xc8"
+    assert Image.open(io.BytesIO(data)).n_frames == layers
+    assert (decode(data) == 200).all()
+    assert not module.has_more_frames(data)
+
+
 END = b"\xff\xd9"  # of a JPEG
 
 

@@ -31,6 +31,7 @@ RULES = "upright by EXIF; 16-bit and float scaled to 8 bits; strips cut before t
 # Formats that Pillow opens and that are not read: EPS starts Ghostscript on the file, and of the
 # others Pillow reads no more than the header.
 UNREAD_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+JPEG_START = b"\xff\xd8"
 MAX_PIXELS = 178_956_970  # beyond, Pillow takes an image for a decompression bomb
 SUSPECT_PIXELS = 2**24  # beyond, so is an image with more than PIXELS_PER_BYTE in its file,
 PIXELS_PER_BYTE = 1000  # as a damaged header claims; a large photograph has 10, one white page 500
@@ -181,6 +182,19 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
     columns = -1 if orientation in (2, 3, 6, 7) else 1
     upright = pixels[::rows, ::columns]
     return np.ascontiguousarray(upright if box is None else _cut(upright, box))
+
+
+def has_more_frames(data: bytes) -> bool:
+    """Whether a readable image has pages or frames after the first, which alone is decoded."""
+    if data.startswith(JPEG_START):  # what follows an image there is its preview
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _opened(data) as image:
+                return image.format != "PSD" and getattr(image, "is_animated", False)  # its layers
+        except Exception:  # noqa: BLE001 - of a second frame that is damaged
+            return True
 
 
 def rgb(data: bytes, box: Box | None = None) -> Image.Image:
