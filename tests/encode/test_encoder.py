@@ -94,6 +94,27 @@ def test_unreadable_images_leave_no_row_and_shift_none(images, backbone, tmp_pat
     assert encoded.n_rows == 3
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_with_more_pages_than_one_are_counted(workers, images, backbone, tmp_path):
+    folder = images(7)
+    first, second = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+    for name in ("dog/a.tif", "dog/b.gif"):
+        first.save(folder / name, save_all=True, append_images=[second] * 4)
+    first.save(folder / "dog/c.tif")
+    message = (
+        r"^2 images have more than one page or frame, of which the first is taken, "
+        r"e.g. dog/a.tif$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        encode(folder, backbone, tmp_path / "out", workers=workers)
+    stored = load_features(tmp_path / "out")
+    rows = dict(zip(stored.keys, stored.get("image_features"), strict=True))
+    np.testing.assert_array_equal(rows["dog/a.tif"], rows["dog/c.tif"])
+    first.save(folder / "dog/b.tif", save_all=True, append_images=[second])
+    with pytest.warns(UserWarning, match=r"^1 image has more than one .* dog/b.tif$"):
+        encode(folder, backbone, tmp_path / "out", workers=workers)
+
+
 class Killed(Exception):
     """Stands for a signal."""
 

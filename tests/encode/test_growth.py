@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,6 +263,41 @@ def test_copied_images_are_kept_by_content(photos, backbone, tmp_path, seen):
     seen.clear()
     assert encode(photos, backbone, tmp_path / "out").n_kept == 7
     assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer there")
+def test_another_folder_of_equal_names_sizes_and_times_is_encoded(
+    photos, backbone, tmp_path, seen, monkeypatch
+):
+    """As of frames of cameras, or of folders that were unpacked with one time."""
+    other = tmp_path / "other"
+    for k, file in enumerate(sorted(photos.iterdir())):
+        draw_image(other / file.name, 20 + k)
+        os.utime(file, (1, 1))
+        os.utime(other / file.name, (1, 1))
+    encode(photos, backbone, tmp_path / "out")
+    seen.clear()
+    monkeypatch.chdir(tmp_path)
+    assert encode("photos", backbone, tmp_path / "out").n_kept == 7  # the same files
+    assert encode(other, backbone, tmp_path / "out").n_kept == 0
+    assert sum(seen) == 7
+    encode(other, backbone, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    other.rename(tmp_path / "moved")
+    assert encode(tmp_path / "moved", backbone, tmp_path / "out").n_kept == 7
+
+
+def test_a_tar_of_an_equal_name_and_equal_sizes_and_time_is_encoded(photos, backbone, tmp_path):
+    for seed, folder in enumerate(("monday", "tuesday")):
+        (tmp_path / folder).mkdir()
+        draw_image(photos / "00.bmp", seed)
+        with tarfile.open(tmp_path / folder / "a.tar", "w") as tar:
+            tar.add(photos / "00.bmp", "0.bmp")
+        os.utime(tmp_path / folder / "a.tar", (1, 1))
+    encode(tmp_path / "monday/a.tar", backbone, tmp_path / "out")
+    assert encode(tmp_path / "tuesday/a.tar", backbone, tmp_path / "out").n_kept == 0
+    encode(tmp_path / "tuesday/a.tar", backbone, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_images_that_are_gone_are_named(photos, backbone, tmp_path):

@@ -215,17 +215,22 @@ def png(values, colours):
     return b"\x89PNG\r\n\x1a\n" + b"".join(part for chunk in whole for part in chunk)
 
 
-def tiff(values, photometric):
-    """A TIFF of 16 bits, of values (H, W, C)."""
+def tiff(values, photometric, bits=16, tags=(), planes=False):
+    """A TIFF without compression, of values (H, W, C), with other tags, as (number, values)."""
     height, width, channels = values.shape
-    size = 2 * values.size
-    tags = [(256, width), (257, height), (258, 8), (262, photometric), (273, 16)]
-    tags += [(277, channels), (278, height), (279, size)]
-    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
-    entries[2] = struct.pack("<HHII", 258, 3, channels, 8)  # bits of each channel, at byte 8
-    head = b"II*\0" + struct.pack("<I", 16 + size) + struct.pack("<4H", *[16] * 4)
-    table = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-    return head + values.astype("<u2").tobytes() + table
+    strips = [values[..., c] for c in range(channels)] if planes else [values]
+    strips = [strip.astype(f"<u{bits // 8}").tobytes() for strip in strips]
+    places = [8 + sum(map(len, strips[:k])) for k in range(len(strips))]
+    entries = [(256, [width]), (257, [height]), (258, [bits] * channels), (262, [photometric])]
+    entries += [(273, places), (277, [channels]), (278, [height]), (279, [*map(len, strips)])]
+    entries = sorted([*entries, (284, [1 + planes]), *tags])
+    content, table = b"".join(strips), struct.pack("<H", len(entries))
+    for tag, numbers in entries:
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            content, packed = content + packed, struct.pack("<I", 8 + len(content))
+        table += struct.pack("<HHI", tag, 4, len(numbers)) + packed
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + table + bytes(4)
 
 
 COLOURS_OF_16_BITS = {
@@ -256,6 +261,35 @@ def test_colours_of_16_bits_are_the_upper_8_or_are_refused(kind, bits):
         upper = (values >> 8).astype(np.uint8)
         expected = np.asarray(Image.fromarray(upper, "CMYK").convert("RGB"))
     np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_planes_of_16_bits_are_refused_where_pillow_reads_noise():
+    values = np.random.default_rng(0).integers(0, 2**16, (9, 11, 3))
+    with pytest.raises(InputError, match=r"^has a plane of 16 bits for each channel; save it with"):
+        decode(tiff(values, 2, planes=True))
+    np.testing.assert_array_equal(decode(tiff(values, 2)), values >> 8)
+    np.testing.assert_array_equal(decode(tiff(values >> 8, 2, 8, planes=True)), values >> 8)
+
+
+def test_signed_values_of_8_bits_are_refused():
+    values = np.random.default_rng(0).integers(0, 256, (9, 11, 1))
+    with pytest.raises(InputError, match=r"^has signed values of 8 bits; save it with unsigned"):
+        decode(tiff(values, 1, 8, [(339, [2])]))
+    unsigned = decode(tiff(values, 1, 8, [(339, [1])]))
+    np.testing.assert_array_equal(unsigned, np.repeat(values, 3, 2))
+
+
+def test_a_colour_map_of_8_bits_is_refused_where_pillow_reads_black():
+    values = np.random.default_rng(0).integers(0, 256, (9, 11, 1))
+    ramp = np.tile(np.arange(256), 3)
+    with pytest.raises(InputError, match=r"^has a colour map of 8-bit values, .* save it as PNG$"):
+        decode(tiff(values, 3, 8, [(320, ramp.tolist())]))
+    expected = np.repeat(values, 3, 2)
+    np.testing.assert_array_equal(
+        decode(tiff(values, 3, 8, [(320, (ramp * 257).tolist())])), expected
+    )
+    black = decode(tiff(values, 3, 8, [(320, (ramp * 0).tolist())]))
+    np.testing.assert_array_equal(black, expected * 0)
 
 
 def test_large_images_are_converted_in_bands(monkeypatch):
@@ -326,6 +360,92 @@ def test_damage_raises_what_pillow_raises():
         with pytest.raises(OSError) as theirs:  # noqa: PT011
             plain(broken)
         assert str(ours.value)[:20] == str(theirs.value)[:20]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG", "AVIF", "MPO"])
+def test_more_pages_or_frames_than_one_are_noticed(kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
+    pages = [made(61, 47), made(47, 61).resize((61, 47))]
+    assert not module.has_more_frames(file(pages[0], "JPEG" if kind == "MPO" else kind))
+    data = file(pages[0], kind, save_all=True, append_images=pages[1:])
+    assert module.has_more_frames(data) == (kind != "MPO")  # its second is a preview
+    np.testing.assert_array_equal(decode(data), plain(data))
+
+
+def test_a_second_frame_may_be_damaged():
+    first = made(61, 47)
+    data = file(first, "GIF", save_all=True, append_images=[made(47, 61).resize((61, 47))])
+    second = data.rindex(b"\x2c\0\0\0\0")  # where its size begins
+    for end in (second + 3, second + 9, second + 100):
+        np.testing.assert_array_equal(decode(data[:end]), decode(data))
+        assert module.has_more_frames(data[:end])
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_layers_are_no_pages(layers):
+    plane = struct.pack(">hI", 0, 2 + 35)
+    record = struct.pack(">4IH", 0, 0, 5, 7, 3) + 3 * plane + b"8BIMnorm" + bytes(8)
+    content = struct.pack(">h", layers) + layers * record + layers * 3 * bytes(2 + 35)
+    content = struct.pack(">I", len(content)) + content
+    head = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 5, 7, 8, 3) + bytes(8)
+    data = head + struct.pack(">I", len(content)) + content + bytes(2) + 105 * b"\xc8"
+    assert Image.open(io.BytesIO(data)).n_frames == layers
+    assert (decode(data) == 200).all()
+    assert not module.has_more_frames(data)
+
+
+END = b"\xff\xd9"  # of a JPEG
+
+
+def cut(data):
+    """A JPEG without its second half, but with its end."""
+    return data[: len(data) // 2] + END
+
+
+def with_hole(data):
+    """A JPEG with zeros amid its scan."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(400) + data[middle + 400 :]
+
+
+@pytest.mark.parametrize("harm", [cut, with_hole])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+def test_a_damaged_jpeg_is_refused(harm, mode, options):
+    if module.decoder() == "Pillow":
+        pytest.skip("Pillow decodes it without a word")
+    data = file(made(200, 200, mode), **options)
+    np.testing.assert_array_equal(decode(data), plain(data))
+    with pytest.raises(InputError, match=r"^is damaged: [a-z0-9][\w ]+; replace it$"):
+        decode(harm(data))
+
+
+def test_a_damaged_jpeg_with_a_preview_is_refused():
+    if module.decoder() == "Pillow":
+        pytest.skip("Pillow decodes it without a word")
+    data = file(made(200, 200), "MPO", save_all=True, append_images=[made(20, 20)])
+    np.testing.assert_array_equal(decode(data), plain(data))
+    end = data.index(END)
+    with pytest.raises(InputError, match=r"^is damaged: .*; replace it$"):
+        decode(data[: end // 2] + data[end:])
+
+
+def test_oddities_of_a_whole_jpeg_are_harmless():
+    data = file(made(61, 47))
+    expected = decode(data)
+    table = data.index(b"\xff\xdb")
+    odd = {
+        "bytes before a table": data[:table] + b"odd" + data[table:],
+        "padding": data.removesuffix(END) + b"odd" + END,
+        "more after the end": data + b"odd" * 100,
+        "twice": data + data,
+        "another JFIF version": data.replace(b"JFIF\0\1", b"JFIF\0\7", 1),
+    }
+    for name, changed in odd.items():
+        assert changed != data
+        np.testing.assert_array_equal(decode(changed), expected, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import stat
 
 import pytest
@@ -59,6 +60,36 @@ def test_what_is_left_out_is_counted_by_suffix(images):
         (folder / f"x.{name}").touch()
     with pytest.warns(UserWarning, match=r"12 files .*, \.f 1, \.g 1, \.\.\.$"):
         open_source(folder)
+
+
+def test_hidden_and_system_folders_and_files_are_left_out(images, tmp_path):
+    folder = images(3)
+    folder = folder.rename(tmp_path / ".hidden")  # the one that is named is not
+    picture = folder / "cat/000.png"
+    for name in (".ipynb_checkpoints", "cat/@eaDir", "__MACOSX/cat", ".git/objects"):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(picture, folder / name / "a.png")
+    (folder / "linked").symlink_to(folder / ".git")
+    for name in (".h.png", "cat/._000.png", ".DS_Store", "cat/a.b.png"):
+        shutil.copy(picture, folder / name)
+    line = (
+        "3 files left out, not images that can be read here: hidden 3; 4 hidden or system folders "
+        f"left out: {folder}/.git, {folder}/.ipynb_checkpoints, {folder}/__MACOSX, "
+        f"{folder}/cat/@eaDir; "
+        f"1 link to folders, not followed without --follow-links: {folder}/linked"
+    )
+    with left_out(folder, line):
+        source = open_source(folder)
+    assert source.keys == ["cat/000.png", "cat/002.png", "cat/a.b.png", "dog/001.png"]
+
+
+def test_a_folder_of_hidden_images_says_so(tmp_path):
+    (tmp_path / "@eaDir").mkdir()
+    message = (
+        r"holds no images that can be read here; 1 hidden or system folder left out: .*/@eaDir"
+    )
+    with pytest.raises(InputError, match=message):
+        open_source(tmp_path)
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):

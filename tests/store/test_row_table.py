@@ -73,3 +73,23 @@ def test_metadata_without_hashes_are_of_other_images():
     before = stored(table(["x"], [[1, 1]]), None)
     assert table(["x"], [[1, 1]]).find([0], before).tolist() == [0]
     assert table(["x"], [[1, 1]], ["p"]).find([0], before).tolist() == [-1]
+
+
+def test_a_recorded_path_that_is_another_file_is_no_match(tmp_path):
+    for folder in ("monday", "tuesday"):
+        (tmp_path / folder).mkdir()
+        for name in "xyz":
+            (tmp_path / folder / name).write_text(folder)
+    (tmp_path / "monday/y").unlink()  # moved
+    (tmp_path / "monday/z").unlink()
+    (tmp_path / "monday/z").hardlink_to(tmp_path / "tuesday/z")
+    names, stamps = ["x", "y", "z"], [[1, 1], [2, 2], [3, 3]]
+    before = stored(table(names, stamps, root=tmp_path / "monday"), ["p", "q", "r"])
+    now = table(names, stamps, root=tmp_path / "tuesday")
+    assert now.find([0, 1, 2], before).tolist() == [-1, 1, 2]
+    assert not now.matches([0, 1, 2], before)
+    by_content = table(names, stamps, ["p", "q", "r"], root=tmp_path / "tuesday")
+    assert by_content.find([0, 1, 2], before).tolist() == [0, 1, 2]
+    assert by_content.matches([0, 1, 2], before)
+    (tmp_path / "monday/x").unlink()
+    assert now.matches([0, 1, 2], before)

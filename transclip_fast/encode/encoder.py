@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -152,6 +153,13 @@ def encode_shards(
                 )
         loop.wait_for_writing()
     seconds = time.perf_counter() - loop.start
+    if loop.paged:
+        images = "1 image has" if len(loop.paged) == 1 else f"{len(loop.paged):,} images have"
+        warnings.warn(
+            f"{images} more than one page or frame, of which the first is taken, e.g. "
+            f"{next(iter(loop.paged))}",
+            stacklevel=2,
+        )
     return Throughput(planned, seconds, loop.waited, batch_size)
 
 
@@ -168,6 +176,7 @@ class _Loop:
     done: int  # rows that are kept, or of whole shards
     total: int
     writing: Future[None] | None = None
+    paged: dict[str, None] = field(default_factory=dict)  # see `Batch`; a shard may be read twice
     start: float = field(default_factory=time.perf_counter)
     waited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
@@ -220,6 +229,7 @@ class _Loop:
                 self.backbone.weights.check()
             hashes += batch.hashes
             failures += batch.failures
+            self.paged |= dict.fromkeys(batch.paged)
             n_done += len(batch)
             if self.progress is not None:
                 waiting = self.waited["images"] / (time.perf_counter() - self.start)

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from transclip_fast.encode.models import Backbone
+from transclip_fast.encode.pixels import has_more_frames
 from transclip_fast.encode.sources import FATAL_ERRNOS, Source
 from transclip_fast.errors import InputError, one_line
 from transclip_fast.store.feature_writer import Failure
@@ -34,18 +35,19 @@ class Batch:
     images: torch.Tensor | None
     hashes: list[str]  # sha256 of the images' files
     failures: list[Failure]
+    paged: list[str]  # keys of images that have more pages or frames than the one that is read
 
     def __len__(self) -> int:
         return len(self.failures) + len(self.hashes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How a worker hands the batch over, see `_shareable`."""
-        return _received, (_shareable(self.images), self.hashes, self.failures)
+        return _received, (_shareable(self.images), self.hashes, self.failures, self.paged)
 
     def pin_memory(self) -> Batch:
         """The batch in memory that a GPU can fetch from; torch's loader calls this."""
         pinned = None if self.images is None else self.images.pin_memory()
-        return Batch(pinned, self.hashes, self.failures)
+        return replace(self, images=pinned)
 
 
 def feed(
@@ -114,12 +116,15 @@ def _shareable(images: torch.Tensor | None) -> torch.Tensor | np.ndarray | None:
 
 
 def _received(
-    images: torch.Tensor | np.ndarray | None, hashes: list[str], failures: list[Failure]
+    images: torch.Tensor | np.ndarray | None,
+    hashes: list[str],
+    failures: list[Failure],
+    paged: list[str],
 ) -> Batch:
     if isinstance(images, np.ndarray):
         _warn_of_pipes()
         images = torch.from_numpy(images)
-    return Batch(images, hashes, failures)
+    return Batch(images, hashes, failures, paged)
 
 
 @cache
@@ -169,26 +174,39 @@ def _count_read(source: Source, backbone: Backbone, rows: Iterable[int]) -> int:
     return n_read
 
 
+@dataclass(frozen=True)
+class _Image:
+    """An image of the source that was read."""
+
+    key: str
+    pixels: torch.Tensor
+    sha256: str  # of its file
+    more_frames: bool
+
+
 class _Images(Dataset[Any]):
-    """The image of a row with the hash of its file, or its Failure."""
+    """The image of a row, or its Failure."""
 
     def __init__(self, source: Source, backbone: Backbone) -> None:
         self.source, self.read = source, backbone.read
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, str] | Failure:
+    def __getitem__(self, row: int) -> _Image | Failure:
+        key = self.source.keys[row]
         try:
             data = self.source.read(row)
-            return self.read(data, self.source.boxes.get(row)), hashlib.sha256(data).hexdigest()
+            pixels = self.read(data, self.source.boxes.get(row))
+            return _Image(key, pixels, hashlib.sha256(data).hexdigest(), has_more_frames(data))
         except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
             # The buffer's address differs from run to run, and the manifest must not.
             reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", one_line(error))
             reason = reason.encode(errors="backslashreplace").decode()  # it may hold any file name
             fatal = isinstance(error, MemoryError) or getattr(error, "errno", None) in FATAL_ERRNOS
-            return Failure(row, self.source.keys[row], reason, fatal)
+            return Failure(row, key, reason, fatal)
 
 
-def _collate(items: list[tuple[torch.Tensor, str] | Failure]) -> Batch:
+def _collate(items: list[_Image | Failure]) -> Batch:
     good = [item for item in items if not isinstance(item, Failure)]
     failures = [item for item in items if isinstance(item, Failure)]
-    images = torch.stack([image for image, _ in good]) if good else None
-    return Batch(images, [sha256 for _, sha256 in good], failures)
+    images = torch.stack([image.pixels for image in good]) if good else None
+    paged = [image.key for image in good if image.more_frames]
+    return Batch(images, [image.sha256 for image in good], failures, paged)

@@ -1,9 +1,10 @@
 """
 Image files to pixels: the result of open_clip's preprocessing in a third of its time.
 
-simplejpeg, if installed, decodes JPEGs to exactly Pillow's pixels (both are libjpeg-turbo); Pillow
-decodes everything else, and what simplejpeg refuses. Torch resizes bytes, which differs from Pillow
-by at most one of 255 levels (`bench/speed/decoders.py` compares them), and pixels travel as bytes.
+simplejpeg, if installed, decodes JPEGs to exactly Pillow's pixels (both are libjpeg-turbo) and
+tells of damage, which Pillow does not; Pillow decodes everything else. Torch resizes bytes, which
+differs from Pillow by at most one of 255 levels (`bench/speed/decoders.py` compares them), and
+pixels travel as bytes.
 Unlike open_clip, `decode` turns images upright and scales 16-bit and float images (`RULES`).
 """
 
@@ -14,7 +15,6 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -31,18 +31,28 @@ RULES = "upright by EXIF; 16-bit and float scaled to 8 bits; strips cut before t
 # Formats that Pillow opens and that are not read: EPS starts Ghostscript on the file, and of the
 # others Pillow reads no more than the header.
 UNREAD_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+JPEG_START = b"\xff\xd8"
 MAX_PIXELS = 178_956_970  # beyond, Pillow takes an image for a decompression bomb
 SUSPECT_PIXELS = 2**24  # beyond, so is an image with more than PIXELS_PER_BYTE in its file,
 PIXELS_PER_BYTE = 1000  # as a damaged header claims; a large photograph has 10, one white page 500
 BAND_PIXELS = 2**24  # converted at a time, so that a large image is not in memory three times
 STRIP = 16  # long side by short side; resized whole, a longer image takes too much memory
 ORIENTATION = 0x112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to turn and mirror
-PHOTOMETRIC = 0x106  # TIFF tag: 0 stands for "zero is white"
+# Tags of a TIFF. PHOTOMETRIC: 0 stands for "zero is white"; PLANES: 2 for a plane a channel; SIGN:
+# 2 for signed values.
+BITS, COMPRESSION, PHOTOMETRIC, CHANNELS, PLANES = 258, 259, 262, 277, 284
+COLOUR_MAP, SIGN = 320, 339
 UNSIGNED_16_BITS = frozenset({"JPEG2000", "PNG", "PPM", "TIFF"})  # formats; others have a sign
 # Of 256, that the largest value of a 16-bit or float image reaches: below, an image of 16 bits
 # may have values of 14 bits or fewer, as cameras and scanners write them, and would be dark.
 MIN_LEVELS = 64
 COLOURS = {"RGB": 3, "RGBA": 3, "RGBX": 3, "RGBa": 3, "CMYK": 4}  # channels that are no alpha
+# libjpeg's warnings of a JPEG that it decodes in part. Harmless are bytes before a header and up to
+# nine before the end, which some cameras write; where data are damaged, more are left over.
+DAMAGE = re.compile(
+    r"Inconsistent progression|Corrupt JPEG data: "
+    r"(?!\d+ extraneous bytes before marker 0x(c[0-2]|d[bd]|e.|fe)|\d extraneous bytes .* 0xd9)"
+)
 SIXTEEN_BITS = re.compile(";16[BLN]")  # in Pillow's name of how channels are stored
 Box = tuple[int, int, int, int]  # left, top, right and bottom, in pixels of the upright image
 
@@ -146,7 +156,8 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
     Raises
     ------
     InputError
-        Too many pixels, or values that fit no range; a box that is not of this image.
+        Too many pixels, or values that fit no range; a JPEG that simplejpeg finds damaged; a box
+        that is not of this image.
     Exception
         Pillow raises any if the file is damaged or no image.
     """
@@ -154,11 +165,10 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
         warnings.simplefilter("ignore")  # of damaged metadata, and of images that are only large
         with _opened(data) as image:
             pixels = None
-            if image.format == "JPEG" and image.mode in ("L", "RGB") and decoder() == "simplejpeg":
-                import simplejpeg
-
-                with suppress(ValueError):  # damage, too, is left to Pillow
-                    pixels = simplejpeg.decode_jpeg(data, "RGB")  # (H, W, 3) uint8
+            if image.format == "TIFF":
+                _check_tags(image.tag_v2)
+            if image.format in ("JPEG", "MPO") and decoder() == "simplejpeg":
+                pixels = _jpeg_pixels(data, image.mode)
             if pixels is None:
                 stored = str([tile[3] for tile in image.tile])
                 image.load()  # may change the size and the orientation
@@ -172,6 +182,19 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
     columns = -1 if orientation in (2, 3, 6, 7) else 1
     upright = pixels[::rows, ::columns]
     return np.ascontiguousarray(upright if box is None else _cut(upright, box))
+
+
+def has_more_frames(data: bytes) -> bool:
+    """Whether a readable image has pages or frames after the first, which alone is decoded."""
+    if data.startswith(JPEG_START):  # what follows an image there is its preview
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _opened(data) as image:
+                return image.format != "PSD" and getattr(image, "is_animated", False)  # its layers
+        except Exception:  # noqa: BLE001 - of a second frame that is damaged
+            return True
 
 
 def rgb(data: bytes, box: Box | None = None) -> Image.Image:
@@ -208,6 +231,32 @@ def _opened(data: bytes) -> Image.Image:
             "down or save it again"
         )
     return image
+
+
+def _jpeg_pixels(data: bytes, mode: str) -> np.ndarray | None:
+    """The pixels of a JPEG (H, W, 3) uint8; None if they are left to Pillow, as those of CMYK."""
+    import simplejpeg
+
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "CMYK" if mode == "CMYK" else "RGB")
+    except ValueError as error:
+        if DAMAGE.match(str(error)):
+            reason = str(error).removeprefix("Corrupt JPEG data: ")
+            raise InputError(f"is damaged: {reason}; replace it") from error
+        return None  # a kind that simplejpeg does not read; a file that ends early, as Pillow tells
+    return None if mode == "CMYK" else pixels
+
+
+def _check_tags(tags: Mapping[int, Any]) -> None:
+    """Refuse a TIFF of a kind that Pillow takes for another one, and reads wrong."""
+    bits = max(tags.get(BITS, (1,)))
+    planes = tags.get(PLANES) == 2 and tags.get(CHANNELS, 1) > 1
+    if planes and bits > 8 and tags.get(COMPRESSION, 1) == 1:
+        raise InputError(f"has a plane of {bits} bits for each channel; save it with 8 bits")
+    if bits <= 8 and 2 in tags.get(SIGN, ()):
+        raise InputError("has signed values of 8 bits; save it with unsigned ones")
+    if 0 < max(tags.get(COLOUR_MAP, (0,))) < 256:
+        raise InputError("has a colour map of 8-bit values, where a TIFF has 16; save it as PNG")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transclip_fast.encode.pixels import suffixes
-from transclip_fast.encode.walk import NO_SUFFIX
+from transclip_fast.encode.walk import HIDDEN, NO_SUFFIX
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.json_text import parse_json
 
@@ -30,7 +30,7 @@ EXTENSIONS = (  # headers that hold a name or attributes of the next
 )
 MAGIC, MAGIC_AT = b"ustar", 257  # of every header but those of the seventies
 # Words for what is left out and not counted by its suffix.
-HIDDEN, UNPAIRED = "hidden", "labels without an image"
+UNPAIRED = "labels without an image"
 ODD_LABEL = "labels that are neither number nor text"
 SHOWN_NAMES = 3
 

@@ -14,28 +14,38 @@ from transclip_fast.errors import InputError
 
 ESCAPE = re.compile(rb"\\x([89a-f][0-9a-f])")  # of a byte that is not UTF-8
 NO_SUFFIX = "no suffix"
-SHOWN = 8  # kinds of files that are left out, the most frequent; links to folders
+HIDDEN = "hidden"  # in the place of a suffix
+# Folders of previews and attributes that systems write beside images.
+SYSTEM_FOLDERS = frozenset({"@eaDir", "__MACOSX"})
+SHOWN = 8  # kinds of files that are left out, the most frequent; folders and links to them
 
 
 def walk_images(root: Path, follow_links: bool) -> tuple[list[tuple[str, str]], str]:
     """
     Key and path of the image files below a folder, sorted, and what is left out.
 
-    Links to folders are not followed, or with `follow_links` all but those to a folder above.
+    Hidden files and folders, whose names begin with a dot, and those of systems are left out. Links
+    to folders are not followed, or with `follow_links` all but those to a folder above.
     """
-    found, left_out, links = [], Counter[str](), list[str]()
+    found, left_out = [], Counter[str]()
+    links, hidden = list[str](), list[str]()
+    skip = _leads_back if follow_links else os.path.islink
     for folder, subfolders, files in os.walk(root, onerror=_unreadable, followlinks=follow_links):
         paths = {name: os.path.join(folder, name) for name in subfolders}
-        skip = _leads_back if follow_links else os.path.islink
-        subfolders[:] = [name for name, path in paths.items() if not skip(path)]
-        links += [path for name, path in paths.items() if name not in subfolders]
+        hidden += [path for name, path in paths.items() if _is_hidden_folder(name)]
+        seen = {name: path for name, path in paths.items() if not _is_hidden_folder(name)}
+        subfolders[:] = [name for name, path in seen.items() if not skip(path)]
+        links += [path for name, path in seen.items() if name not in subfolders]
         for name in files:
             file = Path(folder, name)
-            if file.suffix.lower() in suffixes():
+            if name.startswith("."):
+                left_out[HIDDEN] += 1
+            elif file.suffix.lower() in suffixes():
                 found.append((utf8_name(file.relative_to(root).as_posix()), str(file)))
             else:
                 left_out[file.suffix.lower() or NO_SUFFIX] += 1
-    words = [left_out_words(left_out), _link_words(sorted(links), follow_links)]
+    words = [left_out_words(left_out), _hidden_words(sorted(hidden))]
+    words.append(_link_words(sorted(links), follow_links))
     return sorted(found), "; ".join(filter(None, words))
 
 
@@ -47,6 +57,17 @@ def left_out_words(counts: Counter[str]) -> str:
     files, images = ("files", "images") if number > 1 else ("file", "an image")
     text = f"{number:,} {files} left out, not {images} that can be read here: {shown}"
     return text if number else ""
+
+
+def _is_hidden_folder(name: str) -> bool:
+    """Whether the name of a folder below the first is hidden, or that of a system's."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _hidden_words(folders: Sequence[str]) -> str:
+    """The hidden folders and those of systems; "" if none."""
+    number = f"{len(folders):,} hidden or system {'folders' if len(folders) > 1 else 'folder'}"
+    return f"{number} left out: {_shown(folders)}" if folders else ""
 
 
 def _link_words(links: Sequence[str], follow_links: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class RowTable:
         Size of each image, and the time its file was last written in nanoseconds.
     contents : callable, optional
         Returns the sha256 of each image. With it images are the same if their contents are,
-        without it if sizes and times are.
+        without it if sizes and times are, and the recorded path is no other file now.
     own_keys : bool
         The user chose the keys, and may give one to another file: images are the same only if
         their paths are, too.
@@ -60,7 +61,9 @@ class RowTable:
         """Whether `stored` metadata are of the same images as these rows, in the same order."""
         expected = self._compared(rows)
         names = expected.column_names
-        return set(names) <= set(stored.column_names) and expected.equals(stored.select(names))
+        if not {*names, "path"} <= set(stored.column_names):
+            return False
+        return expected.equals(stored.select(names)) and not self._replaced(rows, stored).any()
 
     def find(self, rows: Sequence[int], stored: pa.Table) -> np.ndarray:
         """Positions in `stored` of the same images as these rows, -1 where there is none."""
@@ -68,11 +71,16 @@ class RowTable:
             return np.full(len(rows), -1)
         compared = self._compared(rows)
         names = compared.column_names
-        if not set(names) <= set(stored.column_names):
+        if not {*names, "path"} <= set(stored.column_names):
             return np.full(len(rows), -1)
         wanted, known = _joined(compared), _joined(stored.select(names))
         found = pc.index_in(wanted, value_set=known, skip_nulls=True).fill_null(-1)
         positions: np.ndarray = found.to_numpy().astype(np.int64)
+        places = np.flatnonzero(positions >= 0)
+        replaced = self._replaced(
+            [rows[k] for k in places.tolist()], stored.take(positions[places])
+        )
+        positions[places[replaced]] = -1
         return positions
 
     def absent(self, stored: pa.Table) -> list[str]:
@@ -91,11 +99,26 @@ class RowTable:
             return pa.table(columns | self._stamps(rows))
         return pa.table(columns | {"sha256": _text(self.contents(), rows)})
 
+    def _replaced(self, rows: Sequence[int], stored: pa.Table) -> np.ndarray:
+        """Whether the file of each row is another one than that of the row stored beside it."""
+        recorded = stored["path"].cast(pa.string()).to_pylist()
+        pairs = [(path, self.paths[row]) for path, row in zip(recorded, rows, strict=True)]
+        moved = {(old, new) for old, new in pairs if old not in (new, None)}
+        others = {pair for pair in moved if self.contents is None and _is_other_file(*pair)}
+        return np.array([pair in others for pair in pairs], bool)
+
     def _stamps(self, rows: Sequence[int]) -> dict[str, pa.Array]:
         if self.stamps is None:
             return {}
         chosen = self.stamps[list(rows)]
         return {name: pa.array(chosen[:, k]) for k, name in enumerate(("size", "mtime_ns"))}
+
+
+def _is_other_file(recorded: str, path: str) -> bool:
+    """Whether the file at a recorded path is another one; not if it is gone, as after a move."""
+    return os.path.exists(recorded) and not (
+        os.path.exists(path) and os.path.samefile(recorded, path)
+    )
 
 
 def _text(values: Sequence[str], rows: Sequence[int]) -> pa.Array:
