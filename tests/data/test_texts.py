@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import unit
 from transclip_fast import TransCLIP, fit_head
-from transclip_fast.data.texts import ensemble, templates_first
+from transclip_fast.data.texts import ensemble, moved_text, templates_first
 from transclip_fast.errors import InputError
 
 TEXTS = np.random.default_rng(0).normal(size=(7, 5, 4))  # (P, K, d)
@@ -86,3 +86,15 @@ def test_nested_lists_of_templates():
 def test_a_list_of_templates_is_taken_as_it_is():
     """Of 30 templates and 3 classes, say: its owner has told which axis is which."""
     assert len(ensemble(list(TURNED))) == 3
+
+
+def test_texts_in_another_order_are_found():
+    draw = np.random.default_rng(3)
+    texts = torch.from_numpy(draw.normal(size=(3000, 64)) + 2).float()
+    retold = texts + 0.3 * torch.from_numpy(draw.normal(size=texts.shape)).float()
+    assert moved_text(texts, retold) is None
+    assert moved_text(texts[:1], texts[:1]) is None
+    order = torch.arange(3000)
+    order[[17, 40]] = order[[40, 17]]
+    assert moved_text(texts, retold[order]) == (17, 40)
+    assert moved_text(texts, retold.roll(1, 0)) == (0, 1)

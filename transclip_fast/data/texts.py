@@ -12,6 +12,9 @@ from torch.nn.functional import normalize
 from transclip_fast.data.checks import as_unit_rows, n_dimensions, unread_matrix
 from transclip_fast.errors import InputError, user_level
 
+COMPARED_TEXTS = 1024  # at most; each is compared with all of the other order
+MOVED = 0.5  # more of a cosine, of texts less their mean, than training or templates change
+
 
 def ensemble(
     text_features: Any, columns: int | None = None, n_classes: int | None = None
@@ -125,3 +128,23 @@ def templates_first(text_features: Any, n_classes: int | None) -> Any:
             "(classes, templates, d); give the mean over the templates, (classes, d)"
         )
     return text_features.swapaxes(0, 1) if fits == [True, False] else text_features
+
+
+def moved_text(texts: torch.Tensor, others: torch.Tensor) -> tuple[int, int] | None:
+    """
+    A class k, and the class j whose text it has in the other order; None if no class moved.
+
+    `texts` and `others` are (K, d), of one model; templates and training may differ a little. Of
+    many classes some are compared.
+    """
+    ours, theirs = (
+        normalize(rows.float() - rows.float().mean(0), dim=1) for rows in (texts, others)
+    )
+    own = (ours * theirs).sum(1)
+    ids = (own < 1 - MOVED).nonzero()[:, 0]
+    ids = ids[:: len(ids) // COMPARED_TEXTS + 1]
+    if not len(ids):
+        return None
+    best, places = (ours[ids] @ theirs.T).max(1)
+    moved = (best > own[ids] + MOVED).nonzero()[:, 0]
+    return (int(ids[moved[0]]), int(places[moved[0]])) if len(moved) else None
