@@ -44,6 +44,17 @@ def test_more_templates_than_classes_are_named():
     templates_first(np.ones((7, 2, 4)), 2)
 
 
+def test_classes_with_the_same_text(problem):
+    features, texts, _ = problem()
+    equal = texts.copy()
+    equal[[2, 5]] = texts[[0, 1]]
+    message = r"^{}: class 2 has the row of class 0, as 1 more do; such classes cannot be told"
+    for name in ("text_features", "prototypes"):
+        with pytest.warns(UserWarning, match=message.format(name)):
+            model = TransCLIP(device="cpu").fit(features, **{name: equal})
+        assert not {2, 5}.intersection(model.zero_shot_labels_)
+
+
 # -- every way in
 
 IMAGES = unit(np.random.default_rng(1).normal(size=(40, 8))).astype(np.float32)

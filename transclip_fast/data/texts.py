@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from transclip_fast.data.checks import as_unit_rows, n_dimensions, unread_matrix
+from transclip_fast.data.names import more, repeats
 from transclip_fast.errors import InputError, user_level
 
 COMPARED_TEXTS = 1024  # at most; each is compared with all of the other order
@@ -49,6 +50,18 @@ def ensemble(
         return rows[0]
     mean = torch.stack([normalize(row, dim=-1) for row in rows]).mean(0)
     return as_unit_rows(normalize(mean, dim=-1), "text_features")
+
+
+def warn_of_equal_rows(prototypes: torch.Tensor, name: str) -> None:
+    """Warn of classes with equal rows (K, d), between which rounding would choose."""
+    found = repeats(row.tobytes() for row in prototypes.cpu().numpy())
+    if found:
+        first, k = found[0]
+        warnings.warn(
+            f"{name}: class {k} has the row of class {first}{more(found)}; such classes cannot be "
+            "told apart: give each a row of its own, or leave it out",
+            stacklevel=user_level(),
+        )
 
 
 def prompt_texts(text_features: Any, n_classes: int | None = None) -> list[Any]:
