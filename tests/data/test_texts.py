@@ -51,8 +51,7 @@ def test_classes_with_the_same_text(problem):
     message = r"^{}: class 2 has the row of class 0, as 1 more do; such classes cannot be told"
     for name in ("text_features", "prototypes"):
         with pytest.warns(UserWarning, match=message.format(name)):
-            model = TransCLIP(device="cpu").fit(features, **{name: equal})
-        assert not {2, 5}.intersection(model.zero_shot_labels_)
+            TransCLIP(device="cpu").fit(features, **{name: equal})
 
 
 # -- every way in
