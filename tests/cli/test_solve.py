@@ -370,3 +370,22 @@ def test_the_files_that_were_written_are_named(method, save, arrays, done, tmp_p
         said = done("solve", features, "--method", method, "--out", out, *options)
         (line,) = (line for line in said.splitlines() if line.startswith("written to "))
         assert {*line.removeprefix(f"written to {out}: ").split(", ")} == {*os.listdir(out)}
+
+
+def test_odd_class_names_warn(arrays, save, cli, done, tmp_path):
+    out = ("--out", tmp_path / "result")
+    (tmp_path / "names.txt").write_text("# a\nowl\nowl,\n'x'\ncat\n Cat\n")
+    ran = cli("solve", save(arrays), "--class-names", tmp_path / "names.txt", *out)
+    lines = [line for line in ran.err.splitlines() if "names.txt" in line]
+    assert [line.removeprefix(f"warning: {tmp_path / 'names.txt'}: ") for line in lines] == [
+        "line 1 begins as a comment does ('# a') and is a class; take it out if it is none",
+        "line 3 has a mark of lists or tables ('owl,'), which goes into the labels; take it off",
+        "line 4 is in quotes (\"'x'\"), which go into the labels; take them off",
+        "line 6 has the name of line 5 ('Cat'); give each class another name, or their labels are "
+        "one",
+    ]
+    named = {**arrays, "class_names": np.array(["a", "b", "c", "d", "B", "e"])}
+    ran = cli("solve", save(named, "named.npz"), *out)
+    assert "named.npz: class_names: class 4 has the name of class 1 ('B')" in ran.err
+    numbered = {**arrays, "class_names": np.array([f"class_{k} {k}" for k in range(6)])}
+    done("solve", save(numbered, "numbered.npz"), *out)

@@ -344,6 +344,19 @@ def test_heads_that_do_not_fit(change, options, expected, coop, save, digits, re
         assert message.startswith(f"error: {coop}: ")
 
 
+@pytest.mark.parametrize("name", ["taskres", "tip-adapter"])
+def test_texts_in_another_order_than_the_heads(name, save, digits, done, refused, tmp_path):
+    head, out = tmp_path / "head.safetensors", ("--out", tmp_path / "result")
+    done("train-head", name, save(digits), "--out", head)
+    unnamed = {key: array for key, array in digits.items() if key != "class_names"}
+    done("solve", save(unnamed), "--head", head, *out)
+    swapped = {**unnamed, "text_features": digits["text_features"][[0, 3, 2, 1, 4]]}
+    assert refused("solve", save(swapped, "other.npz"), "--head", head, *out) == (
+        f"error: {head}: its class 1 has the text of class 3 of {tmp_path / 'other.npz'}; give "
+        "--text-features in the order of the head\n"
+    )
+
+
 def test_solve_names_what_trains_prompts(save, digits, refused, tmp_path):
     message = refused("solve", save(digits), "--head", "coop", "--out", tmp_path / "result")
     assert "`transclip-fast train-head coop` does that and writes a file for --head" in message

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import unit
-from transclip_fast import InputError
+from transclip_fast import InputError, TransCLIP
 from transclip_fast.data import checks as inputs
 from transclip_fast.data.checks import (
     as_labels,
@@ -261,3 +261,26 @@ def test_wrong_logits(logits, parts):
 def test_float8_rows():
     rows = torch.eye(4).to(torch.float8_e4m3fn)
     assert torch.equal(inputs.as_unit_rows(rows, "X"), torch.eye(4))
+
+
+def test_logits_that_seem_to_be_none(rows):
+    cosines = rows @ rows.T
+    probabilities = torch.from_numpy(100 * cosines).softmax(1).numpy()
+    with pytest.warns(UserWarning, match="logits: all rows are >= 0 and sum to 1: are these prob"):
+        found = as_logits(probabilities, "logits", rows=9)
+    torch.testing.assert_close(found, torch.from_numpy(probabilities).log_softmax(1))
+    with pytest.warns(UserWarning, match=r"logits: all values are within -1 .. 1: are these cos"):
+        as_logits(cosines * 0.99, "logits", rows=9)
+    as_logits(cosines * 2, "logits", rows=9)
+    as_logits(np.full((9, 4), 0.25), "logits", rows=9)  # of no opinion
+
+
+def test_sparse_tensors(rows):
+    sparse = torch.from_numpy(rows).to_sparse()
+    for check in (as_matrix, as_unit_rows):
+        with pytest.raises(InputError, match=r"^X: is a sparse tensor; give a dense one"):
+            check(sparse, "X")
+    with pytest.raises(InputError, match=r"^X: is a sparse tensor"):
+        TransCLIP(device="cpu").fit(sparse, rows[:3])
+    with pytest.raises(InputError, match=r"^text_features: is a sparse tensor"):
+        TransCLIP(device="cpu").fit(rows, sparse)

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import unit
 from transclip_fast import TransCLIP, fit_head
-from transclip_fast.data.texts import ensemble, templates_first
+from transclip_fast.data.texts import ensemble, moved_text, templates_first
 from transclip_fast.errors import InputError
 
 TEXTS = np.random.default_rng(0).normal(size=(7, 5, 4))  # (P, K, d)
@@ -42,6 +42,16 @@ def test_more_templates_than_classes_are_named():
         templates_first(np.ones((7, 2, 4)), None)
     templates_first(np.ones((2, 7, 4)), None)
     templates_first(np.ones((7, 2, 4)), 2)
+
+
+def test_classes_with_the_same_text(problem):
+    features, texts, _ = problem()
+    equal = texts.copy()
+    equal[[2, 5]] = texts[[0, 1]]
+    message = r"^{}: class 2 has the row of class 0, as 1 more do; such classes cannot be told"
+    for name in ("text_features", "prototypes"):
+        with pytest.warns(UserWarning, match=message.format(name)):
+            TransCLIP(device="cpu").fit(features, **{name: equal})
 
 
 # -- every way in
@@ -86,3 +96,15 @@ def test_nested_lists_of_templates():
 def test_a_list_of_templates_is_taken_as_it_is():
     """Of 30 templates and 3 classes, say: its owner has told which axis is which."""
     assert len(ensemble(list(TURNED))) == 3
+
+
+def test_texts_in_another_order_are_found():
+    draw = np.random.default_rng(3)
+    texts = torch.from_numpy(draw.normal(size=(3000, 64)) + 2).float()
+    retold = texts + 0.3 * torch.from_numpy(draw.normal(size=texts.shape)).float()
+    assert moved_text(texts, retold) is None
+    assert moved_text(texts[:1], texts[:1]) is None
+    order = torch.arange(3000)
+    order[[17, 40]] = order[[40, 17]]
+    assert moved_text(texts, retold[order]) == (17, 40)
+    assert moved_text(texts, retold.roll(1, 0)) == (0, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -72,3 +74,18 @@ def test_no_class_names_are_not_none(classes, images, tiny, tmp_path):
         transclip_fast.encode_images(images(3), tmp_path / "out", classes=classes, **tiny)
     with pytest.raises(InputError, match="^class names: expected a list of strings"):
         transclip_fast.encode_images(images(3), tmp_path / "out", classes=[1, 2], **tiny)
+
+
+def test_without_classes_nothing_of_earlier_classes_is_left(images, tiny, tmp_path):
+    folder, out = images(7), tmp_path / "out"
+    transclip_fast.encode_images(folder, tmp_path / "once", **tiny)
+    for whole in (True, False):  # without a load of the model, and with one
+        transclip_fast.encode_images(folder, out, classes=["dog", "cat"], **tiny)
+        if not whole:
+            (folder / "dog/new.png").write_bytes((folder / "dog/001.png").read_bytes())
+            shutil.rmtree(tmp_path / "once")
+            transclip_fast.encode_images(folder, tmp_path / "once", **tiny)
+        with pytest.warns(UserWarning, match=r"out: class names and prototypes of an earlier"):
+            transclip_fast.encode_images(folder, out, **tiny)
+        assert contents(out) == contents(tmp_path / "once")
+        assert load_features(out).class_names is None

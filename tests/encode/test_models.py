@@ -326,3 +326,31 @@ def test_values_of_a_folder_that_cannot_be(part, name, value, small, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=rf"open_clip_config\.json: {name} (is|has) "):
         load_backbone(str(tmp_path), "none", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "expected"),
+    [
+        (
+            "visual.positional_embedding",
+            10,
+            "visual.positional_embedding (10, 64), not (5, 64); its images are of another size: "
+            "name the model of that size",
+        ),
+        (
+            "positional_embedding",
+            248,
+            "positional_embedding (248, 32), not (77, 32); its texts are of another length: name "
+            "the model of that size",
+        ),
+    ],
+)
+def test_positions_of_another_size_are_refused(name, length, expected, small, weights, save):
+    load_backbone(small, save(weights), torch.device("cpu"))
+    longer = weights[name].repeat(4, 1)[:length]
+    file = save({**weights, name: longer}, "longer.safetensors")
+    with pytest.raises(InputError) as error:
+        load_backbone(small, file, torch.device("cpu"))
+    assert str(error.value) == (
+        f"{file}: is not a checkpoint of this model: it has in other shapes {expected}"
+    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import unicodedata
+import warnings
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 
 from transclip_fast.encode.text import ClassPrompts, encode_text, templates
 from transclip_fast.errors import InputError
@@ -62,6 +65,8 @@ def test_identity_follows_the_prompts():
         ("t.json", "[]", "expected an object"),
         ("t.json", '{"dog": ["x"]}', "no list of prompts for class 'cat'"),
         ("t.json", '{"cat": []}', "no list of prompts for class 'cat'"),
+        ("t.json", '{"cat": ["a cat", " "]}', "has an empty prompt for class 'cat'; take it out"),
+        ("t.json", '{"cat": ["a {}."]}', r"has braces in a prompt of class 'cat' \('a \{\}.'\)"),
         ("missing.txt", None, "cannot be read"),
     ],
 )
@@ -127,7 +132,11 @@ def test_prompts_go_to_the_same_name(tmp_path):
     file = tmp_path / "cupl.json"
     decomposed = unicodedata.normalize("NFD", "Crème_Brûlée")
     file.write_text(json.dumps({decomposed: ["a dessert"], "dog": ["a dog"], "Dog": ["another"]}))
-    assert ClassPrompts.read(["crème brûlée"], str(file)).prompts == [["a dessert"]]
+    with pytest.warns(UserWarning, match="not in the list") as warned:
+        assert ClassPrompts.read(["crème brûlée"], str(file)).prompts == [["a dessert"]]
+    assert [str(warning.message) for warning in warned] == [
+        f"{file}: has prompts of classes that are not in the list, and are not used: 2 (dog, Dog)"
+    ]
     with pytest.raises(
         InputError, match=r"cupl\.json: has several lists of prompts for class 'dog'"
     ):
@@ -152,6 +161,7 @@ def test_doubtful_names(tmp_path):
     [
         ("# birds", "begins as a comment does ('# birds') and is a class; take it out if it is"),
         ("// birds", "begins as a comment does ('// birds') and is a class; take it out if it is"),
+        ("a {} owl", "has the braces of a template ('a {} owl'), which go into the prompts; take"),
         ("owl,", "has a mark of lists or tables ('owl,'), which goes into the prompts; take it"),
         ("- owl", "has a mark of lists or tables ('- owl'), which goes into the prompts; take it"),
         ('"owl"', "is in quotes ('\"owl\"'), which go into the prompts; take them off"),
@@ -213,3 +223,22 @@ def test_equal_prompts(tmp_path):
         "class names: class 2 ('dog') has the prompts of class 0 ('cat'); such classes cannot be "
         "told apart"
     ]
+
+
+def test_classes_that_the_tokenizer_makes_equal(backbone):
+    names = ["its", "it's", "it\u2019s", "b&amp;b", "b&b"]
+    read = open_clip.get_tokenizer("ViT-B-32")
+    backbone.model.text = torch.nn.Parameter(torch.rand(read.vocab_size, 5))
+    backbone.tokenizer = lambda texts: read(texts, context_length=9)
+    text = ClassPrompts.read(names, "simple")
+    with pytest.warns(UserWarning, match="tokens of class") as warned:
+        prototypes = encode_text(backbone, text)
+    assert [str(warning.message) for warning in warned] == [
+        "class 2 ('it\u2019s') has the tokens of class 1 (\"it's\"), as 1 more do; such classes "
+        "cannot be told apart"
+    ]
+    np.testing.assert_allclose(prototypes[[1, 3]], prototypes[[2, 4]], atol=1e-6)
+    others = ClassPrompts(names, [[f"a {name}", str(k)] for k, name in enumerate(names)], "here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_text(backbone, others)  # equal in their first prompt alone

@@ -165,3 +165,9 @@ def test_nearest_cuts_k_and_keeps_the_row_itself():
     assert ids.shape == (3, 3)
     assert ids[:, 0].tolist() == [0, 1, 2]
     np.testing.assert_array_equal(values, [[1, 0, 0]] * 3)
+
+
+def test_lists_that_memory_cannot_hold():
+    message = r"^n_neighbors: 100,000,000,000 of 5 rows take 5.46 TiB, there are .*; ask for fewer$"
+    with pytest.raises(InputError, match=message):
+        build_graph(np.eye(5), 100_000_000_000)

@@ -162,3 +162,13 @@ def test_places():
         "class 1",
         "class 1",
     )
+
+
+def test_numbers_of_thousands_of_digits(tmp_path):
+    digits = "9" * 5000
+    file = write(tmp_path / "n.txt", f"{digits} cat\ndog\n")
+    assert read_names(file).names == [f"{digits} cat", "dog"]
+    file = write(tmp_path / "n.json", {digits: "cat", "0": "dog"})
+    with pytest.raises(InputError, match="expected a list of names, names by number") as error:
+        read_names(file)
+    assert len(str(error.value)) < 200

@@ -16,7 +16,7 @@ from transclip_fast.cli.towers import load_tower
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.data.priors import PRIORS
-from transclip_fast.data.texts import prompt_texts
+from transclip_fast.data.texts import ensemble, moved_text, prompt_texts
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS, LEARNERS, Head, fit_head, method_named
@@ -124,6 +124,13 @@ def _check_stored(file: str, stored: StoredHead, features: Features, model: Tran
             f"{file}: its class {k} is {own[k]!r}, that of {features.path} is {others[k]!r}; give "
             "--class-names and --text-features that fit the head"
         )
+    if texts is not None and not (own and others):
+        moved = moved_text(head.text, ensemble(texts, d, n_classes))
+        if moved is not None:
+            raise InputError(
+                f"{file}: its class {moved[0]} has the text of class {moved[1]} of "
+                f"{features.path}; give --text-features in the order of the head"
+            )
     if head.logit_scale != model.logit_scale:
         raise InputError(
             f"{file}: was trained with --logit-scale {head.logit_scale:g}; give the same"

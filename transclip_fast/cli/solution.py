@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import modality_gap, of_others, run_summary, solver_summary
 from transclip_fast.data.checks import as_labels
 from transclip_fast.data.feature_rows import Rows
+from transclip_fast.data.names import odd_names
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
@@ -38,6 +40,7 @@ from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, shared_folder, writing
 from transclip_fast.store.checkpoint import FileCheckpoint, RankedCheckpoint, files, ranked_files
 from transclip_fast.store.features import Features
+from transclip_fast.store.names import place
 from transclip_fast.store.results import (
     CONTENTS,
     joined_parts,
@@ -365,10 +368,14 @@ def true_labels(features: Features, n_classes: int) -> np.ndarray | None:
 
 
 def check_class_names(features: Features, n_classes: int) -> None:
-    """Raise InputError unless there are no class names, or one for each class."""
+    """Raise InputError unless there are no class names, or one a class; warn of odd ones."""
     names = features.class_names
     if names is not None and len(names) != n_classes:
         raise InputError(
             f"class_names: {counted(len(names), 'name')} for {counted(n_classes, 'class')}; give "
             "one name a class"
         )
+    origin = features.origins.get("class_names", "class_names")
+    if names is not None and not features.encoded_names:
+        for message in odd_names(names, partial(place, origin), "labels"):
+            warnings.warn(f"class_names: {message}", stacklevel=2)

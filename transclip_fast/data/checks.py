@@ -228,6 +228,8 @@ def as_tensor(array: Any, name: str, remedy: str = "") -> torch.Tensor:
     """A tensor of numbers, without a copy if there is none to make; `remedy` where they are not."""
     if isinstance(array, torch.Tensor):
         tensor = array.detach()
+        if tensor.layout != torch.strided:
+            raise InputError(f"{name}: is a sparse tensor; give a dense one, as of to_dense()")
     else:
         check_unmasked(array, name)
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from transclip_fast.data.checks import as_matrix, as_tensor, check_rows, first_row
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, user_level
 
 PRIORS = ("prior", "prior_logits", "prototypes")  # arrays of which each tells a prior
 PROBABILITY_TOLERANCE = 1e-2  # of the sum of a row
@@ -50,7 +51,23 @@ def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:
     check_rows(matrix, name, rows)
     if (row := first_row(~matrix.isfinite().all(1))) is not None:
         raise InputError(f"{name}: row {row} is too large for float32; rescale the logits")
+    _warn_of_no_logits(matrix, name)
     return torch.log_softmax(matrix, dim=1).contiguous()
+
+
+def _warn_of_no_logits(matrix: torch.Tensor, name: str) -> None:
+    """Warn of a matrix (rows, K) that seems to hold probabilities or cosines."""
+    low, high = matrix.aminmax()
+    if low == high or low < -1 or high > 1:
+        return
+    if low >= 0 and ((matrix.sum(1) - 1).abs() <= PROBABILITY_TOLERANCE).all():
+        found = "all rows are >= 0 and sum to 1: are these probabilities? then give them as prior"
+    else:
+        found = (
+            "all values are within -1 .. 1: are these cosines? then multiply them by the logit "
+            "scale, 100 for CLIP"
+        )
+    warnings.warn(f"{name}: {found}", stacklevel=user_level())
 
 
 @dataclass(frozen=True)

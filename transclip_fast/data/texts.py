@@ -10,7 +10,11 @@ import torch
 from torch.nn.functional import normalize
 
 from transclip_fast.data.checks import as_unit_rows, n_dimensions, unread_matrix
+from transclip_fast.data.names import more, repeats
 from transclip_fast.errors import InputError, user_level
+
+COMPARED_TEXTS = 1024  # at most; each is compared with all of the other order
+MOVED = 0.5  # more of a cosine, of texts less their mean, than training or templates change
 
 
 def ensemble(
@@ -46,6 +50,18 @@ def ensemble(
         return rows[0]
     mean = torch.stack([normalize(row, dim=-1) for row in rows]).mean(0)
     return as_unit_rows(normalize(mean, dim=-1), "text_features")
+
+
+def warn_of_equal_rows(prototypes: torch.Tensor, name: str) -> None:
+    """Warn of classes with equal rows (K, d), between which rounding would choose."""
+    found = repeats(row.tobytes() for row in prototypes.cpu().numpy())
+    if found:
+        first, k = found[0]
+        warnings.warn(
+            f"{name}: class {k} has the row of class {first}{more(found)}; such classes cannot be "
+            "told apart: give each a row of its own, or leave it out",
+            stacklevel=user_level(),
+        )
 
 
 def prompt_texts(text_features: Any, n_classes: int | None = None) -> list[Any]:
@@ -125,3 +141,23 @@ def templates_first(text_features: Any, n_classes: int | None) -> Any:
             "(classes, templates, d); give the mean over the templates, (classes, d)"
         )
     return text_features.swapaxes(0, 1) if fits == [True, False] else text_features
+
+
+def moved_text(texts: torch.Tensor, others: torch.Tensor) -> tuple[int, int] | None:
+    """
+    A class k, and the class j whose text it has in the other order; None if no class moved.
+
+    `texts` and `others` are (K, d), of one model; templates and training may differ a little. Of
+    many classes some are compared.
+    """
+    ours, theirs = (
+        normalize(rows.float() - rows.float().mean(0), dim=1) for rows in (texts, others)
+    )
+    own = (ours * theirs).sum(1)
+    ids = (own < 1 - MOVED).nonzero()[:, 0]
+    ids = ids[:: len(ids) // COMPARED_TEXTS + 1]
+    if not len(ids):
+        return None
+    best, places = (ours[ids] @ theirs.T).max(1)
+    moved = (best > own[ids] + MOVED).nonzero()[:, 0]
+    return (int(ids[moved[0]]), int(places[moved[0]])) if len(moved) else None

@@ -253,6 +253,8 @@ def encode_source(
         if ranks.leads and batch_size is None:
             config["batch_size"] = fitting_batch_size(backbone, shard_rows)
         writer, missing = _open_folder(out, config, _row_table(source, text), ranks)
+        if ranks.leads and text is None:
+            writer.remove_prototypes()
         with fixed_threads(writer.config["threads"]):
             if ranks.leads and text is not None and not writer.has_prototypes(text.identity()):
                 with timed(seconds, "text"):
@@ -334,7 +336,9 @@ def _finished(
         return None
     with locked(out):
         writer = FeatureWriter(out, known, table)
-    whole = writer.complete and not any(writer.failures())
+        whole = writer.complete and not any(writer.failures())
+        if whole and text is None:
+            writer.remove_prototypes()
     return writer if whole and (text is None or writer.has_prototypes(text.identity())) else None
 
 

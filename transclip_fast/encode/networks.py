@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +14,11 @@ from transclip_fast.store.tensors import unmapped
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_ENCODING = frozenset({"logit_scale", "logit_bias"})  # encoding does without them
+SIZED = {  # tensors with a row for each position
+    "visual.positional_embedding": "images are of another size",
+    "positional_embedding": "texts are of another length",
+    "text.positional_embedding": "texts are of another length",
+}
 SHOWN_NAMES = 5  # of tensors, in a message
 RANDOM_STD = 0.02  # of random weights, as in CLIP's token embedding
 
@@ -79,24 +83,17 @@ def match_weights(net: Any, weights: StateDict, origin: str) -> StateDict:
     """
     Return the tensors of a checkpoint under the network's names, in the network's order.
 
-    open_clip renames the formats it knows; EVA-CLIP's official names are renamed here; positions
-    learned at another resolution are interpolated. InputError if tensors are missing, of another
-    shape, or more than the network has.
+    open_clip renames the formats it knows; EVA-CLIP's official names are renamed here. InputError
+    if tensors are missing, of another shape, or more than the network has.
     """
     from open_clip import factory
 
     if eva.OFFICIAL_NAME in weights:
         weights = {eva.open_clip_name(name): tensor for name, tensor in weights.items()}
     weights = factory.convert_state_dict(net, dict(weights))
-    for name in weights:
-        if name.endswith("positional_embedding"):  # which may be interpolated below
-            weights[name] = unmapped(weights[name])
     if "positional_embedding" in weights and not hasattr(net, "positional_embedding"):
         weights = factory.convert_to_custom_text_state_dict(weights)
     weights.pop("text.transformer.embeddings.position_ids", None)  # of older transformers
-    with suppress(AssertionError, RuntimeError):  # of another width, which is reported below
-        factory.resize_pos_embed(weights, net)
-        factory.resize_text_pos_embed(weights, net)
     wanted = net.state_dict()
     for name in NOT_ENCODING & weights.keys() & wanted.keys():
         weights[name] = weights[name].reshape(wanted[name].shape)
@@ -111,8 +108,16 @@ def match_weights(net: Any, weights: StateDict, origin: str) -> StateDict:
     }
     if any(wrong.values()):
         reasons = "; ".join(f"it {what} {_listed(names)}" for what, names in wrong.items() if names)
-        raise InputError(f"{origin}: is not a checkpoint of this model: {reasons}")
+        remedy = _size_remedy(weights, wanted)
+        raise InputError(f"{origin}: is not a checkpoint of this model: {reasons}{remedy}")
     return {name: weights[name] for name in wanted if name in weights}
+
+
+def _size_remedy(weights: StateDict, wanted: StateDict) -> str:
+    """The model to name for a checkpoint of images or texts of another size."""
+    names = (name for name in SIZED if name in weights.keys() & wanted.keys())
+    found = [SIZED[name] for name in names if len(weights[name]) != len(wanted[name])]
+    return f"; its {' and '.join(found)}: name the model of that size" if found else ""
 
 
 def _listed(names: list[str]) -> str:

@@ -7,15 +7,27 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from transclip_fast.data.names import plain_name, positions_by_name
+from transclip_fast.data.names import (
+    LEADING,
+    MARKS,
+    Odd,
+    all_numbered,
+    more,
+    odd_names,
+    plain_name,
+    positions_by_name,
+    repeats,
+    same_names,
+)
 from transclip_fast.encode.models import Backbone
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.json_text import parse_json
@@ -23,50 +35,74 @@ from transclip_fast.store.names import ClassNames, as_names, check_names, place,
 
 PROMPTS_PER_BATCH = 256
 SHOWN_NAMES = 5  # of classes, in a warning
-JOINERS = "\u200c\u200d"  # between the letters of some scripts
-Odd = tuple[str, str, Callable[[str], Any]]  # what is odd, remedy, whether a line is so
-MARKS: Sequence[Odd] = (  # of a line that is no plain text
-    (
-        "begins as a comment does ({!r}) and is a {}",
-        "take it out if it is none",
-        lambda line: line.startswith(("#", "//")),
-    ),
-    (
-        "has a mark of lists or tables ({!r}), which goes into the prompts",
-        "take it off",
-        lambda line: line.startswith(("- ", "* ")) or line.endswith((",", ";", ":", "|")),
-    ),
-    (
-        "is in quotes ({!r}), which go into the prompts",
-        "take them off",
-        lambda line: len(line) > 1 and line[0] == line[-1] and line[0] in "\"'`",
-    ),
-    (
-        "has characters that do not show, or a tab ({!r}), which go into the prompts",
-        "write it again",
-        lambda line: not all(c.isprintable() or c in JOINERS for c in line),
-    ),
-)
-ODD_NAMES: Sequence[Odd] = (
-    ("has '_' ({!r}), which goes into the prompts", "write spaces", lambda name: "_" in name),
-    *MARKS,
-)
+BRACES = frozenset("{}")
 ODD_TEMPLATES: Sequence[Odd] = (
     (
-        "is code ({!r}), which goes into the prompts",
+        "is code ({0!r}), which goes into the {2}",
         "write the prompt alone, as a photo of a {}.",
         re.compile(r"\blambda\b[^:]*:|^\[|^[frbu]{1,2}[\"']", re.I).search,
     ),
     *MARKS,
     (
-        "has other braces than {{}} and {{c}} ({!r}), which go into the prompts",
+        "has other braces than {{}} and {{c}} ({0!r}), which go into the {2}",
         "take them off",
-        lambda line: {*"{}"}.intersection(line.replace("{}", "").replace("{c}", "")),
+        lambda line: BRACES.intersection(line.replace("{}", "").replace("{c}", "")),
     ),
 )
-HEADER = re.compile(r"(id|idx|index|labels?|class|classes|class_(id|name)|names?)([,;|].*)?", re.I)
-LEADING, TRAILING = re.compile(r"^(\d{1,9})[\s:,;.)-]+\S"), re.compile(r"\S[\s:,;]+(\d{1,9})$")
 Templates = Callable[[str], Sequence[str]]  # from a class name to its prompts
+
+
+@dataclass(frozen=True)
+class ListedPrompts:
+    """The prompts of each class, as a file of CuPL lists them."""
+
+    path: Path
+    table: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path, content: str) -> ListedPrompts:
+        """The content of a JSON file."""
+        with reading(path, "is not JSON"):
+            table = parse_json(content)
+        if not isinstance(table, Mapping):
+            raise InputError(f"{path}: expected an object of class names to lists of prompts")
+        return cls(path, table)
+
+    @cached_property
+    def _listed(self) -> tuple[list[Any], dict[Any, int | None]]:
+        return [*self.table.values()], positions_by_name(self.table)
+
+    def __call__(self, name: str) -> Sequence[str]:
+        """The prompts of a class."""
+        values, positions = self._listed
+        position = positions.get(plain_name(name), -1)
+        if position is None:
+            raise InputError(f"{self.path}: has several lists of prompts for class {name!r}")
+        found = values[position] if position >= 0 else None
+        texts = isinstance(found, list) and all(isinstance(prompt, str) for prompt in found)
+        if not found or not texts:
+            raise InputError(f"{self.path}: has no list of prompts for class {name!r}")
+        for prompt in found:
+            if not prompt.strip():
+                raise InputError(
+                    f"{self.path}: has an empty prompt for class {name!r}; take it out"
+                )
+            if BRACES.intersection(prompt):
+                raise InputError(
+                    f"{self.path}: has braces in a prompt of class {name!r} ({prompt!r:.60}), "
+                    "which no name replaces; write the prompt out"
+                )
+        return list(found)
+
+    def doubts(self, names: Sequence[str]) -> Iterator[str]:
+        """Classes of the file that are none of these."""
+        known = {*map(plain_name, names)}
+        others = [name for name in self.table if plain_name(name) not in known]
+        if others:
+            yield (
+                f"{self.path}: has prompts of classes that are not in the list, and are not used: "
+                f"{len(others):,} ({_listed(others)})"
+            )
 
 
 def templates(spec: str) -> Templates:
@@ -88,9 +124,9 @@ def templates(spec: str) -> Templates:
         raise InputError(f"{spec}: cannot be read; give openai, simple or a file")
     with reading(path, "cannot be read", "give openai, simple or a file"):
         content = path.read_text(encoding="utf-8-sig")
-    return (
-        _from_json(path, content) if path.suffix.lower() == ".json" else _from_lines(path, content)
-    )
+    if path.suffix.lower() == ".json":
+        return ListedPrompts.read(path, content)
+    return _from_lines(path, content)
 
 
 @dataclass(frozen=True)
@@ -120,42 +156,27 @@ class ClassPrompts:
         )
         for message in text.doubts(origin):
             warnings.warn(f"{origin}: {message}", stacklevel=2)
+        for message in prompts.doubts(found.names) if isinstance(prompts, ListedPrompts) else ():
+            warnings.warn(message, stacklevel=2)
         return text
 
     def doubts(self, origin: str) -> Iterator[str]:
         """What is odd about the names in the file `origin` and their prompts."""
-        for what, remedy, is_odd in ODD_NAMES:
-            odd = [k for k, name in enumerate(self.names) if is_odd(name)]
-            if odd:
-                found = what.format(self.names[odd[0]], "class")
-                yield f"{place(origin, odd[0])} {found}{_more(odd)}; {remedy}"
-        if len(self.names) > 1 and HEADER.fullmatch(self.names[0]):
-            yield (
-                f"{place(origin, 0)} ({self.names[0]!r}) looks like a header and is the first "
-                "class; take it out if it is none"
-            )
-        for where, pattern in (("begin", LEADING), ("end", TRAILING)):
-            if _all_numbered(self.names, pattern):
-                yield (
-                    f"all names {where} with another number ({self.names[0]!r}), which goes into "
-                    "the prompts; take it off if it is none of the name"
-                )
-        same_name = _repeats(map(plain_name, self.names))
-        if same_name:
-            first, k = same_name[0]
-            yield (
-                f"{place(origin, k)} has the name of {place(origin, first)} ({self.names[k]!r})"
-                f"{_more(same_name)}; give each class another name, or it gets no images"
-            )
-        # Of their mean the order does not matter; tokenizers fold case and spaces.
-        folded = (sorted(" ".join(p.casefold().split()) for p in ps) for ps in self.prompts)
-        same_prompts = [pair for pair in _repeats(map(tuple, folded)) if pair not in same_name]
+        where = partial(place, origin)
+        yield from odd_names(self.names, where, "prompts")
+        same_prompts = [pair for pair in self.same_prompts() if pair not in same_names(self.names)]
         if same_prompts:
             first, k = same_prompts[0]
             yield (
-                f"{place(origin, k)} ({self.names[k]!r}) has the prompts of {place(origin, first)} "
-                f"({self.names[first]!r}){_more(same_prompts)}; such classes cannot be told apart"
+                f"{where(k)} ({self.names[k]!r}) has the prompts of {where(first)} "
+                f"({self.names[first]!r}){more(same_prompts)}; such classes cannot be told apart"
             )
+
+    def same_prompts(self) -> list[tuple[int, int]]:
+        """Classes that have the prompts of an earlier one, as `repeats`."""
+        # Of their mean the order does not matter; tokenizers fold case and spaces.
+        folded = (sorted(" ".join(p.casefold().split()) for p in ps) for ps in self.prompts)
+        return repeats(map(tuple, folded))
 
     def identity(self) -> dict[str, Any]:
         """The manifest's entries: names, origin, hash of the prompts."""
@@ -177,6 +198,7 @@ def encode_text(backbone: Backbone, text: ClassPrompts) -> np.ndarray:
     flat = [prompt for of_class in text.prompts for prompt in of_class]
     rows, cut = embed_texts(backbone, flat)
     _warn_of_cuts(backbone.tokenizer, text, cut)
+    _warn_of_equal_tokens(backbone.tokenizer, text, cut)
     parts = torch.split(rows, [len(of_class) for of_class in text.prompts])
     means = torch.stack([part.mean(0) for part in parts])
     unit: np.ndarray = torch.nn.functional.normalize(means, dim=1).numpy()
@@ -242,6 +264,30 @@ def _warn_of_cuts(tokenizer: Any, text: ClassPrompts, cut: set[str]) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def _warn_of_equal_tokens(tokenizer: Any, text: ClassPrompts, cut: set[str]) -> None:
+    """Warn of classes whose prompts only the tokenizer makes equal."""
+    known = {*text.same_prompts(), *same_names(text.names)}
+
+    def tokens(k: int) -> list[bytes]:
+        return sorted(row.tobytes() for row in tokenizer(text.prompts[k]).numpy())
+
+    firsts = tokenizer([prompts[0] for prompts in text.prompts]).numpy()
+    found = [
+        (first, k)
+        for first, k in repeats(row.tobytes() for row in firsts)
+        if (first, k) not in known
+        and not cut.intersection(text.prompts[k])
+        and tokens(first) == tokens(k)
+    ]
+    if found:
+        first, k = found[0]
+        warnings.warn(
+            f"class {k} ({text.names[k]!r}) has the tokens of class {first} "
+            f"({text.names[first]!r}){more(found)}; such classes cannot be told apart",
+            stacklevel=2,
+        )
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
@@ -253,53 +299,16 @@ def _from_lines(path: Path, content: str) -> Templates:
             continue
         for what, remedy, is_odd in ODD_TEMPLATES:
             if is_odd(line):
-                shown = what.format(line, "template")
+                shown = what.format(line, "template", "prompts")
                 raise InputError(f"{path}: line {number} {shown}; {remedy}")
         if "{}" not in line and "{c}" not in line:
             raise InputError(f"{path}: line {number} has no {{}} for the class name: {line!r}")
         found.append(line)
     if not found:
         raise InputError(f"{path}: holds no templates")
-    if _all_numbered(found, LEADING):
+    if all_numbered(found, LEADING):
         raise InputError(
             f"{path}: each line begins with another number ({found[0]!r}), which goes into the "
             "prompts; take it off"
         )
     return lambda name: [line.replace("{}", name).replace("{c}", name) for line in found]
-
-
-def _from_json(path: Path, content: str) -> Templates:
-    with reading(path, "is not JSON"):
-        table = parse_json(content)
-    if not isinstance(table, Mapping):
-        raise InputError(f"{path}: expected an object of class names to lists of prompts")
-    listed, positions = [*table.values()], positions_by_name(table)
-
-    def prompts(name: str) -> Sequence[str]:
-        position = positions.get(plain_name(name), -1)
-        if position is None:
-            raise InputError(f"{path}: has several lists of prompts for class {name!r}")
-        match listed[position] if position >= 0 else None:
-            case [*found] if found and all(isinstance(prompt, str) for prompt in found):
-                return found
-        raise InputError(f"{path}: has no list of prompts for class {name!r}")
-
-    return prompts
-
-
-def _all_numbered(lines: Sequence[str], pattern: re.Pattern[str]) -> bool:
-    """Whether there are several lines, and each has another number where the pattern has it."""
-    numbers = {int(match[1]) for line in lines if (match := pattern.search(line))}
-    return len(lines) == len(numbers) > 1
-
-
-def _repeats(keys: Iterable[Hashable]) -> list[tuple[int, int]]:
-    """The first place of each key that is there again, and the place where it is."""
-    first: dict[Hashable, int] = {}
-    places = [(first.setdefault(key, k), k) for k, key in enumerate(keys)]
-    return [(known, k) for known, k in places if known != k]
-
-
-def _more(found: Sequence[object]) -> str:
-    """That there are others of that kind."""
-    return f", as {len(found) - 1} more do" if len(found) > 1 else ""

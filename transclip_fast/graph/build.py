@@ -34,6 +34,7 @@ from transclip_fast.graph.exact import search_exact
 from transclip_fast.graph.job import Job
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.graph.recall import RecallSample
+from transclip_fast.memory import free_bytes, show_bytes
 from transclip_fast.ops.exchange import Partition
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 from transclip_fast.ranks import ALONE, check_same, current_ranks
@@ -42,6 +43,7 @@ from transclip_fast.version import __version__
 SEARCHES = ("auto", "faiss", "exact", "cuvs")
 # Up to which "auto" searches exactly: a second or two on a CPU, some seconds on a GPU.
 EXACT_ROWS = {"cpu": 20_000, "cuda": 1_500_000}
+NEIGHBOR_BYTES = 12  # of an entry of the lists: int64 and float32
 COMPARED_ROWS = 512  # by which processes know that they have the same features, or graph
 
 
@@ -142,6 +144,7 @@ def build_graph(
     if ranks.size > 1:
         parameters = repr((n_neighbors, search, recall))
         check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
+    _check_memory(len(rows) // ranks.size, n_neighbors)
     if n_neighbors >= len(rows):
         warnings.warn(
             f"n_neighbors: {n_neighbors} is not below the number of rows, {len(rows)}; the "
@@ -184,6 +187,16 @@ def _check_arguments(
         faiss_index.check_place(Path(save_index))
         if index is not None and (not isinstance(index, str) or faiss_index.is_file(index)):
             raise InputError("save_index: is for an index that is made here, and index is one")
+
+
+def _check_memory(n_rows: int, n_neighbors: int) -> None:
+    """InputError if the lists of so many rows cannot fit into memory."""
+    needed, free = n_rows * n_neighbors * NEIGHBOR_BYTES, free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise InputError(
+            f"n_neighbors: {n_neighbors:,} of {n_rows:,} rows take {show_bytes(needed)}, there are "
+            f"{show_bytes(free)}; ask for fewer"
+        )
 
 
 def _candidates(

@@ -22,7 +22,7 @@ from transclip_fast.data.checks import (
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.labelled_rows import LabelledRows, as_labelled_rows
 from transclip_fast.data.npy_shards import StoredRows
-from transclip_fast.data.texts import ensemble
+from transclip_fast.data.texts import ensemble, warn_of_equal_rows
 from transclip_fast.device import exact_float32, resolve_device
 from transclip_fast.errors import InputError, user_level
 from transclip_fast.graph.exact import nearest_of_all
@@ -118,11 +118,13 @@ class Problem:
             chosen = given_prior(prior, prior_logits, rows=n_rows, own=own)
         elif prototypes is not None:
             rows = as_unit_rows(prototypes, "prototypes", columns=d)
+            warn_of_equal_rows(rows, "prototypes")
             chosen = LinearPrior.from_prototypes(rows, logit_scale)
         text = None
         if text_features is not None:
             known = None if chosen is None else chosen.n_classes
             text_features = ensemble(text_features, d, known)
+            warn_of_equal_rows(text_features, "text_features")
             text = LinearPrior.from_prototypes(text_features, logit_scale)
         chosen = chosen or text
         if chosen is None:

@@ -233,6 +233,21 @@ class FeatureWriter:
             self.text = {**identity, "prototypes_sha256": sha256}
             self._save_manifest()
 
+    def remove_prototypes(self) -> None:
+        """Remove prototypes and class names of an earlier encode, with a warning."""
+        file = self.folder / PROTOTYPES
+        if not self.text and not file.exists():
+            return
+        with writing(self.folder):
+            file.unlink(missing_ok=True)  # first: class names without prototypes label nothing
+            self.text = {}
+            self._save_manifest()
+        warnings.warn(
+            f"{self.folder}: class names and prototypes of an earlier encode are removed, as there "
+            "are no classes now; give the classes to have them again",
+            stacklevel=2,
+        )
+
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for entry in self.folder.iterdir():  # a run killed at its start leaves no more than these

@@ -111,6 +111,11 @@ class Features:
     _sha256: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
+    def encoded_names(self) -> bool:
+        """Whether the class names are those of an encode, which has checked them."""
+        return self.origins.get("class_names") == _names_in(Path(self.path))
+
+    @property
     def dim(self) -> int:
         """d, of the image features."""
         return int(self.arrays["image_features"].shape[1])
@@ -357,7 +362,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
     check_hashes(folder, manifest, files)
     names = manifest.get("class_names")
     if names is not None:
-        origins["class_names"] = f"{file}: class_names"
+        origins["class_names"] = _names_in(folder)
         names = as_names(names, origins["class_names"])
     columns = metadata_columns(folder, files["metadata"].values(), parts)
     if "label" in columns and columns["label"].null_count < len(columns["label"]):
@@ -372,6 +377,11 @@ def _load_folder(folder: Path, local: bool) -> Features:
         columns["key"].to_pylist() if "key" in columns else None,
         _encoder(manifest, file),
     )
+
+
+def _names_in(folder: Path) -> str:
+    """For error messages: the class names of a feature folder."""
+    return f"{folder / 'manifest.json'}: class_names"
 
 
 def _encoder(manifest: Mapping[str, Any], origin: Path) -> dict[str, Any] | None:

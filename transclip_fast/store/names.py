@@ -28,7 +28,8 @@ COLUMNS = {
 }
 WITH_SYNSET = re.compile(rf"({SYNSET.pattern})\s+(\S.*)")
 SEPARATOR = re.compile(r"[,;|\t]")
-NUMBERED = re.compile(r"(\d+)[\s:,;.)]+\S")
+NUMBER = re.compile(r"\d{1,9}")
+NUMBERED = re.compile(r"(\d{1,9})[\s:,;.)]+\S")
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _from_json(path: Path) -> ClassNames:
     match value:
         case [*entries]:
             return _of_entries(path, entries)
-        case {} if value and all(key.isdecimal() for key in value):
+        case {} if value and all(NUMBER.fullmatch(key) for key in value):
             numbers = [int(key) for key in value]
             return _of_entries(path, in_order(path, numbers, [*value.values()]))
         case {} if value and all(type(number) is int for number in value.values()):
