@@ -50,6 +50,8 @@ def test_after_a_prior_fit(kind, new, arrays, save, succeeds, refused, tmp_path)
     known, given = (
         np.full((len(y), 6), 0.1) + 0.4 * np.eye(6)[y] for y in (arrays["labels"], labels)
     )
+    if kind == "prior_logits":
+        known, given = 4 * known, 4 * given
     option = "--" + kind.replace("_", "-")
     np.save(tmp_path / "given.npy", given)
     succeeds("solve", save({**arrays, kind: known}), "--out", tmp_path / "result")

@@ -288,7 +288,10 @@ def test_labels_follow_the_order_of_the_classes(images, backbone, tmp_path, monk
     turned = ClassPrompts(["cat", "dog"], [["a cat"], ["a dog"]], "here")
     encode(folder, backbone, tmp_path / "out", turned)
     assert load_features(tmp_path / "out").get("labels").tolist() == [0, 0, 0, 0, 1, 1, 1]
-    with pytest.warns(UserWarning, match="labels are not kept without class names"):
+    with (
+        pytest.warns(UserWarning, match="labels are not kept without class names"),
+        pytest.warns(UserWarning, match="class names and prototypes of an earlier encode"),
+    ):
         encode(folder, backbone, tmp_path / "out", None)
     assert load_features(tmp_path / "out").get("labels") is None
 
