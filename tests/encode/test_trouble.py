@@ -223,6 +223,28 @@ def test_workers_that_cannot_start_are_one_line(images, backbone, tmp_path, monk
         encode(images(3), backbone, tmp_path / "out", workers=1)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+def test_a_worker_that_ends_while_it_hands_over_is_a_lost_one(
+    error, images, backbone, tmp_path, quick, monkeypatch
+):
+    iterate, broken = torch.utils.data.DataLoader.__iter__, []
+
+    def breaking(loader):
+        decoded = iterate(loader)
+        if broken or not loader.num_workers:
+            return decoded
+        broken.append(True)
+        return map(fail, range(1))
+
+    def fail(_):
+        raise error(104, "the worker's socket")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", breaking)
+    encoded = encode(images(7), backbone, tmp_path / "out", workers=1, shard_rows=4)
+    assert (broken, encoded.failures) == ([True], [])
+    assert load_features(tmp_path / "out").source_rows.tolist() == list(range(7))
+
+
 def test_an_image_that_always_loses_its_worker_is_a_failure(images, backbone, tmp_path, quick):
     good, folder = backbone.preprocess, images(7)
     with Image.open(folder / "dog/001.png") as image:

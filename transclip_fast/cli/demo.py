@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.encode import encode_progress
+from transclip_fast.cli.report import describe_report
 from transclip_fast.cli.run import REPORT, solve_folder
 from transclip_fast.cli.session import counted
 from transclip_fast.data.feature_rows import evenly_spaced_rows
@@ -55,7 +56,7 @@ def command(out: str, device: str, as_json: bool) -> None:
     runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in shifts}
     picture, report = folder / "changed.png", folder / REPORT
     most = max(runs, key=lambda shift: runs[shift]["n_flipped"])
-    write_report(folder / most.replace(" ", "-") / "result", report)
+    page = write_report(folder / most.replace(" ", "-") / "result", report)
     summary = _summary(runs, time.perf_counter() - started) | {"report": str(report)}
     image = _picture(folder, shifts)
     with writing(out):
@@ -63,7 +64,8 @@ def command(out: str, device: str, as_json: bool) -> None:
             image.save(unfinished, "png")
         with new_file(folder / "run.json") as unfinished:
             write_json(unfinished, summary)
-    session.print_summary(summary, _text(runs, summary, picture), as_json)
+    text = f"{_text(runs, summary, picture)}\n{describe_report(page, report)}"
+    session.print_summary(summary, text, as_json)
 
 
 def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _text(runs: dict[str, dict[str, Any]], summary: dict[str, Any], picture: Pat
         "Transduction gains where the images have shifted and may cost a little where the model is",
         "nearly right already. This is one trained model; transclip_fast/demo/README.md has three.",
         f"{summary['seconds']:.0f} s. Images whose label changed: {picture}",
-        f"A page to look at and to correct, for the browser: {summary['report']}",
+        "A page to look at and to correct, for the browser, is the report:",
     ]
     return "\n".join(lines)
 
