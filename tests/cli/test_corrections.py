@@ -152,7 +152,7 @@ def test_what_is_of_another_kind_is_not_replaced(named, succeeds, refused, tmp_p
 def test_labels_that_were_filled_in_are_not_replaced(named, succeeds, refused, tmp_path):
     succeeds("solve", named, "--out", tmp_path / "result")
     file = tmp_path / "check.csv"
-    for number in (2, 3):  # nobody has filled in a label
+    for number in (2, 3):  # no label is filled in
         succeeds("suggest", tmp_path / "result", "-n", number, "--csv", file)
     assert file.read_text().count("\n") == 4
     file.write_text(file.read_text().replace(",,", ",cat,", 1))

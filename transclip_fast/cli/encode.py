@@ -159,7 +159,7 @@ def encode_progress() -> Iterator[Callable[[EncodeProgress], None]]:
 def warn_of_random(
     messages: list[str], pretrained: str | None, found: str, *, shown: bool = True
 ) -> None:
-    """Warn of what is `found` with random weights, which nobody else would tell from real ones."""
+    """Warn of what is `found` with random weights, which looks like any other result."""
     if pretrained == models.RANDOM:
         text = f"the weights are random (--pretrained none): the {found} mean nothing"
         session.warn(messages, text, shown=shown)

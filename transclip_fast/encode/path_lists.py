@@ -62,7 +62,7 @@ def check_repeats(path: Path, files: Sequence[str], labels: Sequence[Any] | None
     first: dict[str, int] = {}
     repeats = []
     for row, file in enumerate(files):
-        # A link in a path can make any ".." lead elsewhere.
+        # A link in a path can make any ".." lead to another folder.
         plain = os.path.realpath(file) if ".." in file else os.path.abspath(file)
         before = first.setdefault(plain, row)
         if before == row:
