@@ -245,7 +245,10 @@ def test_a_worker_that_ends_while_it_hands_over_is_a_lost_one(
     assert load_features(tmp_path / "out").source_rows.tolist() == list(range(7))
 
 
-def test_an_image_that_always_loses_its_worker_is_a_failure(images, backbone, tmp_path, quick):
+def test_an_image_that_always_loses_its_worker_is_a_failure(
+    images, backbone, tmp_path, quick, monkeypatch
+):
+    monkeypatch.setattr(feed, "HUNG_SECONDS", 60.0)  # workers die, and none is given up under load
     good, folder = backbone.preprocess, images(7)
     with Image.open(folder / "dog/001.png") as image:
         poison = np.asarray(image).sum()
