@@ -223,7 +223,16 @@ def test_workers_that_cannot_start_are_one_line(images, backbone, tmp_path, monk
         encode(images(3), backbone, tmp_path / "out", workers=1)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, FileNotFoundError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "the worker's socket"),
+        EOFError(),
+        FileNotFoundError(2, "the worker's socket"),
+        OSError("got end of file during message"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_worker_that_ends_while_it_hands_over_is_a_lost_one(
     error, images, backbone, tmp_path, quick, monkeypatch
 ):
@@ -237,7 +246,7 @@ def test_a_worker_that_ends_while_it_hands_over_is_a_lost_one(
         return map(fail, range(1))
 
     def fail(_):
-        raise error(104, "the worker's socket")
+        raise error
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", breaking)
     encoded = encode(images(7), backbone, tmp_path / "out", workers=1, shard_rows=4)

@@ -101,7 +101,9 @@ def _next(decoded: Iterator[Batch]) -> Batch | None:
             if time.monotonic() > deadline:
                 reason = f"DataLoader had no batch for {HUNG_SECONDS:.0f} seconds"
                 raise RuntimeError(reason) from error
-        except (ConnectionError, EOFError, FileNotFoundError) as error:  # of the worker's socket
+        except (OSError, EOFError) as error:  # of the worker's socket
+            if getattr(error, "errno", None) in FATAL_ERRNOS:
+                raise
             reason = f"DataLoader worker ended while it handed a batch over ({one_line(error)})"
             raise RuntimeError(reason) from error
 
