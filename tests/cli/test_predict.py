@@ -164,3 +164,16 @@ def test_damaged_results(kind, solved, new, refused, tmp_path):
     message = refused("predict", solved, new[2], "--out", tmp_path / "more")
     assert str(solved) in message
     assert expected in message
+
+
+def test_keys_of_own_features_come_out(arrays, save, succeeds, tmp_path):
+    keys = [f"folder/{i}.jpg" for i in range(len(arrays["image_features"]))]
+    succeeds("solve", save({**arrays, "keys": keys}), "--out", tmp_path / "result")
+    found = pq.read_table(tmp_path / "result" / "predictions.parquet")
+    assert found["key"].to_pylist() == keys
+    np.save(tmp_path / "more.npy", arrays["image_features"][:2])
+    (tmp_path / "more.txt").write_text("x.jpg\ny.jpg\n")
+    new = (tmp_path / "more.npy", "--keys", tmp_path / "more.txt", "--out", tmp_path / "more")
+    succeeds("predict", tmp_path / "result", *new)
+    found = pq.read_table(tmp_path / "more" / "predictions.parquet")
+    assert found["key"].to_pylist() == ["x.jpg", "y.jpg"]

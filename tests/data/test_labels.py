@@ -31,6 +31,16 @@ def test_kinds(labels, expected):
     assert found(labels, ["cat", "café", "polar_bear"]) == expected
 
 
+def test_names_of_folders_may_lack_the_spaces():
+    names = ["bare land", "Land", "ice cream", "icecream"]
+    assert found(["BareLand", "bareland", "bare_land", "La nd"], names) == [0, 0, 0, 1]
+    assert found(["ice cream", "IceCream"], names) == [2, 3]  # a name as it stands comes first
+    with pytest.raises(InputError, match="'i cecream' is none of the 4 classes"):
+        found(["i cecream"], names)
+    with pytest.raises(InputError, match="'1 2' is none of the 2 classes"):
+        found(["1 2"], ["12", "a"])
+
+
 def test_positions_without_names():
     assert found(["7", "", "0"], None) == [7, -1, 0]
 

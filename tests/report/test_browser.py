@@ -199,7 +199,7 @@ def test_images_are_corrected_and_solved_again(opened, made, cli_in_process, tmp
 
 def test_a_sample_says_of_how_many(opened, made, tmp_path, monkeypatch):
     """Of all changes, also those of a flow that is not shown."""
-    monkeypatch.setattr("transclip_fast.report.gallery.FLOWS", 1)
+    monkeypatch.setattr("transclip_fast.report.gallery.CHANGED", 4)
     n, file = len(made.keys), tmp_path / "page.html"
     edited(made.result, label=[0] * 4 + [1] * 3 + [2] * (n - 7), zero_shot_label=[2] * n)
     write_report(made.result, file)

@@ -42,7 +42,7 @@ METHOD_ARRAYS = (
     "validation_features",
     "validation_labels",
 )
-USED_ARRAYS = {*METHOD_ARRAYS, "image_features", "labels", "class_names"}
+USED_ARRAYS = {*METHOD_ARRAYS, "image_features", "labels", "class_names", "keys"}
 
 anchors_option = click.option(
     "--anchors",

@@ -29,6 +29,8 @@ ARRAYS = {
     "labels": "True labels (N,), to report the accuracy: positions or class names, in a .npy, "
     ".csv, .parquet or .txt (one a line); a column key, path or row tells the rows.",
     "class_names": "Class names (K,): a .txt (one a line), .json, .csv, .parquet or .npy.",
+    "keys": "Names of the rows (N,), such as paths of the images: a .txt (one a line), .csv, "
+    ".parquet or .npy.",
     "support_features": "Labelled rows (M, d): few-shot.",
     "support_labels": "Their labels (M,), in a file as of --labels.",
     "validation_features": "Labelled rows (V, d) that choose hyperparameters.",

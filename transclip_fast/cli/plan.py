@@ -27,7 +27,9 @@ from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
 
-PLAN_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
+PLAN_ARRAYS = tuple(
+    name for name in options.ARRAYS if name not in ("labels", "class_names", "keys")
+)
 CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 NEIGHBORS = {  # by how they are searched

@@ -35,6 +35,7 @@ WEIGHTS = ("likelihood_weight", "kl_weight")  # of the solve
 @click.option("--prior", type=options.PATH, help="Probabilities (N, K) of the new rows.")
 @click.option("--prior-logits", type=options.PATH, help="Logits (N, K) of the new rows.")
 @click.option("--labels", type=options.PATH, help="True labels (N,) of the new rows.")
+@options.array_options("keys")
 @options.image_map_option
 @options.device_option
 @options.csv_option
@@ -56,7 +57,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"), session.collected_warnings({}) as noted:
         solved, mixture, weights = _load_solved(result, values["prior"] or values["prior_logits"])
-        arrays = {name: values[name] for name in ("prior", "prior_logits", "labels")}
+        arrays = {name: values[name] for name in ("prior", "prior_logits", "labels", "keys")}
         n_classes, dim = mixture.means.shape
         features = load_features(path, arrays, shots=0, n_classes=n_classes)
         check_encoder(result, solved["encoder"], features)

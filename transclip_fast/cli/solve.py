@@ -99,12 +99,12 @@ def command(
       transclip-fast solve features.npz --method stata --set alpha=2 --out result
       torchrun --nproc-per-node 4 -m transclip_fast.cli solve features --graph graph --out result
 
-    A file may also hold labels (N,), class_names (K,), support_features (M, d), support_labels
-    (M,), validation_features (V, d), validation_labels (V,), known_labels (N,), and of another
-    method one of prior (N, K), prior_logits (N, K) and prototypes (K, d). Caches are test_f.pt,
-    keys_16shots.pt, ... Labels are positions in the list of classes, class names, or one-hot. A
-    sparse prior is a scipy CSR file, or prior_indices (N, m) and prior_values (N, m) with the
-    largest classes of each row.
+    A file may also hold labels (N,), class_names (K,), keys (N,), support_features (M, d),
+    support_labels (M,), validation_features (V, d), validation_labels (V,), known_labels (N,), and
+    of another method one of prior (N, K), prior_logits (N, K) and prototypes (K, d). Caches are
+    test_f.pt, keys_16shots.pt, ... Labels are positions in the list of classes, class names, or
+    one-hot. A sparse prior is a scipy CSR file, or prior_indices (N, m) and prior_values (N, m)
+    with the largest classes of each row.
 
     Methods other than transclip have no mixture, and keep only the graph after a crash.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from transclip_fast.data.names import plain_name, positions_by_name
+from transclip_fast.data.names import joined_name, plain_name, positions, positions_by_name
 from transclip_fast.data.synsets import SYNSET, synset_positions
 from transclip_fast.errors import InputError
 
@@ -84,18 +84,23 @@ def _text_positions(
     ids: Sequence[str] | None,
 ) -> dict[str, int | None]:
     """The position of each text, by the first row that has it; None if it is no class."""
-    positions = positions_by_name(names or ())
-    positions |= {plain_name(name): k for k, name in enumerate(ids or ())}
+    known = positions_by_name(names or ())
+    known |= {plain_name(name): k for k, name in enumerate(ids or ())}
     plain = {text: plain_name(text) for text in rows}
     found: dict[str, int | None] = dict.fromkeys(rows, UNKNOWN)
-    texts = [text for text in rows if plain[text] in positions or plain[text] not in NO_LABEL]
-    named = {text: positions[plain[text]] for text in texts if plain[text] in positions}
+    texts = [text for text in rows if plain[text] in known or plain[text] not in NO_LABEL]
+    named = {text: known[plain[text]] for text in texts if plain[text] in known}
+    joined = positions(map(joined_name, names or ()))
+    for text in texts:
+        k = joined.get(joined_name(text))
+        if text not in named and k is not None and not WHOLE.fullmatch(joined_name(text)):
+            named[text] = k
     if names and not ids:
         synsets = [text for text in texts if text not in named and SYNSET.fullmatch(text)]
         named |= synset_positions(synsets, names) if synsets else {}
     numbers = {text: int(match[1]) for text in texts if (match := WHOLE.fullmatch(plain[text]))}
     for text, k in named.items():
-        if k is None and plain[text] in positions:
+        if k is None and plain[text] in known:
             raise InputError(
                 f"{where(rows[text])}: label {text!r} is the name of several classes; give each "
                 "class another name"

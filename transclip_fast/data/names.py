@@ -56,6 +56,11 @@ def plain_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", folded).replace("_", " ").split())
 
 
+def joined_name(name: str) -> str:
+    """A plain name without its spaces, as folders have it: "BareLand" of "bare land"."""
+    return plain_name(name).replace(" ", "")
+
+
 def class_name(k: int, names: Sequence[str] | None) -> str:
     """The name of a class, or its number where there are no names."""
     return names[k] if names else f"class {k}"

@@ -13,7 +13,7 @@ from transclip_fast.report.view import View
 from transclip_fast.store.results import CALIBRATED, TRANSCLIP
 
 SUGGESTED, UNCERTAIN, MOVED = 30, 48, 48  # images
-FLOWS, OF_FLOW = 14, 6  # flows, and images of each
+CHANGED, OF_FLOW = 80, 6  # images, until which flows are added, and of one flow
 CLASSES, OF_CLASS = 24, 4  # the largest, and images of each
 LISTED_FLOWS = 30
 
@@ -103,10 +103,14 @@ def _changes(view: View) -> Iterator[Group]:
     """The largest flows, each with images from the most to the least certain."""
     n_classes = view.run["n_classes"]
     codes = view.zero_shot * n_classes + view.labels
-    for before, after, size in flows(view.zero_shot, view.labels, n_classes, FLOWS).tolist():
+    shown = 0
+    for before, after, size in flows(view.zero_shot, view.labels, n_classes, CHANGED).tolist():
+        if shown >= CHANGED:
+            return
         rows = np.flatnonzero(codes == before * n_classes + after)
         rows = rows[np.argsort(-view.confidence[rows], kind="stable")]
         some = rows[evenly_spaced_rows(len(rows), OF_FLOW).numpy()]
+        shown += len(some)
         yield Group(some.tolist(), before, after, size)
 
 

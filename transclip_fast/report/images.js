@@ -44,6 +44,13 @@ function title(group) {
   return element("h3", {}, ...parts, isolated(nameOf(group.after)), element("small", { textContent: size }));
 }
 
+function groupOf(group) {
+  const cards = element("div", { className: "cards" }, ...group.rows.map(card));
+  const node = element("div", { className: "group" }, title(group), cards);
+  node.style.setProperty("--images", group.rows.length);
+  return node;
+}
+
 function show(index) {
   state.gallery = index;
   const gallery = galleries[index];
@@ -52,11 +59,7 @@ function show(index) {
     tab.tabIndex = i === index ? 0 : -1;
   });
   $("about").textContent = gallery.text;
-  $("gallery").replaceChildren(
-    ...gallery.groups.map((group) =>
-      element("div", { className: "group" }, title(group), element("div", { className: "cards" }, ...group.rows.map(card))),
-    ),
-  );
+  $("gallery").replaceChildren(...gallery.groups.map(groupOf));
   mark();
 }
 

@@ -42,6 +42,7 @@ from transclip_fast.store.feature_shards import (
 )
 from transclip_fast.store.foreign import as_rows, is_cache, listed_prior, read_cache, read_prior
 from transclip_fast.store.json_text import value_of
+from transclip_fast.store.keys import as_keys, read_keys
 from transclip_fast.store.labels import as_array, as_positions, read_labels, warn_of_numbers
 from transclip_fast.store.names import as_names, read_names
 
@@ -50,6 +51,7 @@ ARRAYS = (
     "text_features",
     "labels",
     "class_names",
+    "keys",
     "support_features",
     "support_labels",
     "validation_features",
@@ -175,7 +177,7 @@ def load_features(
         .npz, .npy, .pt or .safetensors file; one nameless array in it is the image features.
     overrides : mapping, optional
         Files that replace single arrays, by the names in `ARRAYS`; see `read_names` for those of
-        class names, `read_labels` for those of labels.
+        class names, `read_labels` for those of labels, `read_keys` for those of keys.
     shots : int, optional
         Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
@@ -216,8 +218,10 @@ def load_features(
             f"{origins['image_features']}: expected a non-empty (rows, columns) array, got shape "
             f"{tuple(rows.shape)}"
         )
-    for name, file in files.items():
-        _replace(features, name, file)
+    if "keys" in arrays:
+        features.keys = as_keys(arrays.pop("keys"), origins["keys"], len(rows))
+    for name in sorted(files, key="keys".__ne__):  # keys first, as labels may name rows by them
+        _replace(features, name, files[name])
     _check_places(features, files.get("text_features"))
     for name in LABELS:
         if name in (files if os.path.isdir(path) else arrays):  # those of a folder are positions
@@ -267,6 +271,8 @@ def _replace(features: Features, name: str, file: Path) -> None:
                 "of its texts and labels"
             )
         features.class_names = names
+    elif name == "keys":
+        features.keys = read_keys(file, len(rows))
     elif name == "prior":
         arrays[name] = read_prior(file)
     elif name in LABELS:
