@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,9 +18,10 @@ from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.ops.block_scores import block_scores
 from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
-from transclip_fast.solver.class_cost import ClassCost, effective_classes
+from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
 from transclip_fast.solver.confidence import calibrated_confidences
 from transclip_fast.solver.mixture import Mixture, Moments, by_classes
 from transclip_fast.solver.prior import Prior
@@ -69,17 +69,19 @@ def solve(
         Saves the state after every outer step; a saved state is where the run resumes.
     """
     checkpoint = checkpoint or NoCheckpoint()
-    device = inputs.features.device
-    with exact_float32(), flushed_denormals(), single_threaded_torch(device):
+    features, n_classes = inputs.features, inputs.prior.n_classes
+    with exact_float32(), flushed_denormals(), single_threaded_torch(features.device):
         state = start(inputs, graph, settings, gamma)
-        if state.class_cost is not None and gamma is None:
-            start_from_neighbors(state)
-        elif state.class_cost is not None:
+        class_cost, few_shot = settings.parameters.class_cost, gamma is not None
+        charged = is_charged(class_cost, state.n_effective, n_classes, few_shot=few_shot)
+        if charged and few_shot:
             start_from_shots(state)
+        elif charged:
+            start_from_neighbors(state)
         history = restore(state, checkpoint.load())
-        report = _reporter(len(inputs.features), history, progress)
+        _report(progress, history, len(features))
         labels = state.labels()
-        while not _finished(history, settings, len(inputs.features)):
+        while not _finished(history, settings, len(features)):
             update_assignments(state)
             update_means(state)
             update_variance(state)
@@ -87,54 +89,12 @@ def solve(
             history.append(objective(state), state.count(labels != before))
             drop_absent_classes(state)
             checkpoint.keep(partial(saved, state, history))
-            report()
-        n_iter = len(history)
+            _report(progress, history, len(features))
         update_assignments(state, bounded=True)
         history.append(objective(state), state.count(state.labels() != labels))
-        neighbors, _ = neighbor_places(inputs.features, graph.neighbors)
+        neighbors, _ = neighbor_places(features, graph.neighbors)
         confidences = calibrated_confidences(state.ops, state.base, state.z, neighbors, state.nodes)
-    return Solution.of(state, gamma, n_iter, history, confidences)
-
-
-def start_from_neighbors(state: State) -> None:
-    """
-    z <- softmax_k(T log y_hat + A z + messages of the support), some sweeps; mu <- unit(Z^T F).
-
-    Where few classes occur, the 8 rows that are most confident of an absent class are not its own.
-    T is that of `class_cost`, and the cost that of the classes over which z then spreads.
-    """
-    state.z.sharpen(state.sharpness)
-    if state.inputs.support is None:
-        state.base.set_log(state.z)
-    else:
-        _score(state, likelihood_weight=0.0, kl_weight=state.sharpness)
-    _sweeps(state)
-    update_moments(state)
-    state.mixture = state.mixture.update_means(state.moments)
-    state.class_cost = _cost(state)
-
-
-def start_from_shots(state: State) -> None:
-    """
-    Few-shot: z after some sweeps without a cost, and the cost of the classes over which it spreads.
-
-    The means stay at the shots. The cost is scaled as the prior is, by lambda.
-    """
-    _score(
-        state,
-        likelihood_weight=state.settings.parameters.likelihood_weight,
-        kl_weight=state.settings.kl_weight,
-    )
-    _sweeps(state)
-    update_moments(state)
-    cost = _cost(state)
-    state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
-
-
-def _cost(state: State) -> ClassCost:
-    """The class cost where z is that of the last `update_moments`."""
-    n_classes, (n_rows, dim) = state.z.n_classes, state.inputs.features.shape
-    return ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
+    return Solution.of(state, history, confidences)
 
 
 def update_assignments(state: State, *, bounded: bool = False) -> None:
@@ -147,20 +107,9 @@ def update_assignments(state: State, *, bounded: bool = False) -> None:
         state,
         likelihood_weight=state.settings.parameters.likelihood_weight,
         kl_weight=state.settings.kl_weight,
-        class_costs=state.class_costs,
     )
     _sweeps(state, bounded=bounded)
     update_moments(state)
-
-
-def update_moments(state: State) -> None:
-    """n = Z^T 1 and Z^T F of the queries; and of all rows, queries scaled to a mass of 1."""
-    features = state.inputs.features
-    sums, counts = state.ops.class_sums(state.z, features)
-    state.moments = Moments(counts, sums, state.squares)
-    state.pooled = state.moments * (1 / len(features))
-    for moments, weight in state.labelled:
-        state.pooled = state.pooled + moments * weight
 
 
 def update_means(state: State) -> None:
@@ -177,6 +126,16 @@ def update_variance(state: State) -> None:
         state.mixture = state.mixture.update_variance(
             state.pooled, covariance=parameters.covariance
         )
+
+
+def update_moments(state: State) -> None:
+    """n = Z^T 1 and Z^T F of the queries; and of all rows, queries scaled to a mass of 1."""
+    features = state.inputs.features
+    sums, counts = state.ops.class_sums(state.z, features)
+    state.moments = Moments(counts, sums, state.squares)
+    state.pooled = state.moments * (1 / len(features))
+    for moments, weight in state.labelled:
+        state.pooled = state.pooled + moments * weight
 
 
 def objective(state: State) -> float:
@@ -206,6 +165,41 @@ def objective(state: State) -> float:
     if state.class_cost is not None:
         value = value + state.class_cost.total(state.moments.counts)
     return float(value - state.settings.parameters.likelihood_weight * likelihood)
+
+
+def start_from_neighbors(state: State) -> None:
+    """
+    z <- softmax_k(T log y_hat + A z + messages of the support), some sweeps; mu <- unit(Z^T F).
+
+    Where few classes occur, the 8 rows that are most confident of an absent class are not its own.
+    T is that of `class_cost`, and the cost that of the classes over which z then spreads.
+    """
+    state.z.sharpen(state.sharpness)
+    if state.inputs.support is None:
+        state.base.set_log(state.z)
+    else:
+        _score(state, likelihood_weight=0.0, kl_weight=state.sharpness)
+    _sweeps(state)
+    update_moments(state)
+    state.mixture = state.mixture.update_means(state.moments)
+    state.class_cost = _cost(state)
+
+
+def start_from_shots(state: State) -> None:
+    """
+    Few-shot: update z without a cost, then set the cost of the classes over which it spreads.
+
+    The means stay at the shots. The cost is scaled as the prior is, by lambda.
+    """
+    update_assignments(state)
+    cost = _cost(state)
+    state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
+
+
+def _cost(state: State) -> ClassCost:
+    """The class cost where z is that of the last `update_moments`."""
+    n_classes, (n_rows, dim) = state.z.n_classes, state.inputs.features.shape
+    return ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
 
 
 def linear_score(
@@ -267,10 +261,8 @@ def predict(
             kl_weight=kl_weight,
             class_costs=class_costs,
         )
-        out = torch.addmm(score.offset, features[:], score.weights.T)
-        if score.log_prior is not None:
-            out.add_(score.log_prior, alpha=score.prior_weight)
-        return torch.softmax(out, 1)
+        out = score.weights.new_empty(len(features), len(score.weights))
+        return torch.softmax(block_scores(features, score, slice(None), out=out), 1)
 
 
 def passes_before(prior: Prior) -> int:
@@ -282,11 +274,17 @@ def passes_before(prior: Prior) -> int:
     return 1 if prior.weights is None else 2
 
 
-def _score(state: State, **weights: Any) -> None:
-    """Set the base scores: `linear_score` with these weights, and z of known rows one-hot."""
+def _score(state: State, *, likelihood_weight: float, kl_weight: float) -> None:
+    """Set the base scores; those of known rows make z one-hot."""
     inputs, support = state.inputs, state.inputs.support
-    messages = None if support is None else support.messages
-    score = linear_score(state.mixture, inputs.prior, messages=messages, **weights)
+    score = linear_score(
+        state.mixture,
+        inputs.prior,
+        likelihood_weight=likelihood_weight,
+        kl_weight=kl_weight,
+        class_costs=state.class_costs,
+        messages=None if support is None else support.messages,
+    )
     state.ops.score(inputs.features, score, out=state.base)
     if inputs.known is not None:
         inputs.known.clamp(state.base, state.nodes)
@@ -313,16 +311,7 @@ def _finished(history: History, settings: Settings, n_rows: int) -> bool:
     return len(last) > 1 and abs(last[1] - last[0]) < parameters.tol * n_rows
 
 
-def _reporter(
-    n_rows: int, history: History, progress: Callable[[Step], None] | None
-) -> Callable[[], None]:
-    """Return a function that reports the last step of the history."""
-    if progress is None:
-        return lambda: None
-
-    def report() -> None:
+def _report(progress: Callable[[Step], None] | None, history: History, n_rows: int) -> None:
+    """Report the last outer step, if there was one."""
+    if progress is not None and len(history):
         progress(Step(len(history), history.objective[-1] / n_rows, history.changed[-1]))
-
-    if len(history):
-        report()
-    return report
