@@ -25,6 +25,7 @@ from transclip_fast.ranks import current_ranks
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
+from transclip_fast.solver.runs import passes_of_fit
 from transclip_fast.store.features import Features, load_features
 
 PLAN_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
@@ -227,7 +228,15 @@ def plan_of(
     parameters, device = settings.parameters, settings.device
     kept = None if settings.truncation is None else settings.truncation.candidates
     layout = replace(settings.layout, candidates=kept)
-    return make_plan(problem.size(parameters, device, ranks), layout, parameters, device, search)
+    size = problem.size(parameters, device, ranks)
+    passes = passes_of_fit(
+        parameters,
+        problem.gammas(parameters),
+        linear=size.linear,
+        support=problem.support is not None,
+        validation=problem.validation is not None,
+    )
+    return make_plan(size, layout, parameters, device, search, passes)
 
 
 def plan_of_size(
@@ -252,20 +261,25 @@ def plan_of_size(
         candidates=model.candidates,
         memory=parse_memory(model.memory),
     )
-    return make_plan(size, layout, model, device, search)
+    return make_plan(size, layout, model, device, search, passes_of_fit(model))
 
 
 def make_plan(
-    size: Size, layout: Layout, parameters: Parameters, device: torch.device, search: str | None
+    size: Size,
+    layout: Layout,
+    parameters: Parameters,
+    device: torch.device,
+    search: str | None,
+    passes: int,
 ) -> Plan:
-    """Plan a solve that is laid out; `search` finds the neighbours, None if there is a graph."""
+    """
+    Plan a solve that is laid out and reads the features in so many passes.
+
+    `search` finds the neighbours, None if there is a graph.
+    """
     if search == "auto":
         search = choose_search(size.n_rows, device, layout.held and size.ranks == 1)
-    steps = parameters.max_iter + 1
-    passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
-    if parameters.class_cost is not False:  # the start may read them once more
-        passes += size.runs
-    stages = _stages(size, layout, device, search, steps, passes)
+    stages = _stages(size, layout, device, search, parameters.max_iter + 1, passes)
     limit = limit_of(device, parse_memory(parameters.memory))
     traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
     seconds = None

@@ -50,7 +50,7 @@ def solve(
     """
     Classify all queries jointly.
 
-    The features are read `passes_before(prior)` times before the first step, and twice in every
+    The features are read `passes_before` times before the first step, and twice in every
     outer step and at the end: once for the scores, and once for the class sums, which need z of all
     rows. The start of a class cost reads them once more, or twice if there is a support.
 
@@ -265,13 +265,13 @@ def predict(
         return torch.softmax(block_scores(features, score, slice(None), out=out), 1)
 
 
-def passes_before(prior: Prior) -> int:
+def passes_before(*, linear: bool) -> int:
     """
     Passes over the features before the first step: for squares, and a linear prior.
 
     Without those of a class cost, which the start of `solve` decides on.
     """
-    return 1 if prior.weights is None else 2
+    return 1 + linear
 
 
 def _score(state: State, *, likelihood_weight: float, kl_weight: float) -> None:
