@@ -302,7 +302,7 @@ def _stages(
     size: Size, layout: Layout, device: torch.device, search: str | None, steps: int, passes: int
 ) -> tuple[Stage, ...]:
     n, n_classes, d, own = size.n_rows, size.n_classes, size.dim, size.own_rows
-    solving = sum(layout.bytes(size, device).values())
+    solving = layout.solve_bytes(size, device)
     own_files = size.file_bytes * own // n
     read = own_files * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES
