@@ -202,6 +202,11 @@ def test_few_shots_that_auto_may_charge_count(save, arrays, succeeds):
     assert plan_of(succeeds, save(arrays | shots))["passes"] == 24 + 2 + 1
 
 
+def test_a_rank_needs_as_many_candidates(succeeds):
+    shape = ("--queries", 50_000, "--classes", 1000, "--dim", 64)
+    assert plan_of(succeeds, *shape, "--rank", 300)["layout"]["candidates"] == 300
+
+
 MANY = ("--queries", 10**9, "--classes", 21_000, "--dim", 1024, "--graph", "none")
 GPU = ("--device", "cuda:1", "--memory", "200GiB")  # not here
 

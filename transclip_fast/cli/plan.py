@@ -259,6 +259,7 @@ def plan_of_size(
         device,
         form=model.form,
         candidates=model.candidates,
+        rank=model.rank,
         memory=parse_memory(model.memory),
     )
     return make_plan(size, layout, model, device, search, passes_of_fit(model))
