@@ -118,14 +118,11 @@ class Problem:
             chosen = given_prior(prior, prior_logits, rows=n_rows, own=own)
         elif prototypes is not None:
             rows = as_unit_rows(prototypes, "prototypes", columns=d)
-            warn_of_equal_rows(rows, "prototypes")
-            chosen = LinearPrior.from_prototypes(rows, logit_scale)
+            chosen = _linear_prior(rows, "prototypes", logit_scale)
         text = None
         if text_features is not None:
-            known = None if chosen is None else chosen.n_classes
-            text_features = ensemble(text_features, d, known)
-            warn_of_equal_rows(text_features, "text_features")
-            text = LinearPrior.from_prototypes(text_features, logit_scale)
+            rows = ensemble(text_features, d, None if chosen is None else chosen.n_classes)
+            text = _linear_prior(rows, "text_features", logit_scale)
         chosen = chosen or text
         if chosen is None:
             shots = "; for the shots alone, a uniform prior: np.full((N, K), 1 / K)"
@@ -184,7 +181,7 @@ class Problem:
         )
 
     def facts(self, parameters: Parameters) -> dict[str, str]:
-        """What all processes that share the rows must have in common, as hashes or text."""
+        """Hashes and texts that must be equal in all processes that share the rows."""
         ids = evenly_spaced_rows(len(self.features), PRIOR_SAMPLE_ROWS)
         prior = self.prior.sample if isinstance(self.prior, GivenPrior) else self.prior.weights
         arrays = {
@@ -372,6 +369,12 @@ class Inputs:
     support: Support | None = None
     validation: tuple[torch.Tensor, torch.Tensor] | None = None
     known: KnownRows | None = None
+
+
+def _linear_prior(rows: torch.Tensor, name: str, logit_scale: float) -> LinearPrior:
+    """The prior of text features or prototypes (K, d), with a warning if two are equal."""
+    warn_of_equal_rows(rows, name)
+    return LinearPrior.from_prototypes(rows, logit_scale)
 
 
 def _deciding(parameters: Parameters) -> dict[str, Any]:
