@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from transclip_fast.ranks import Ranks, check_same
 from transclip_fast.solver.known import KnownRows, known_classes
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import GAMMAS, Parameters
-from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior, log_prior_of
+from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior
 from transclip_fast.solver.support import Support, default_gamma, enough
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import Truncation
@@ -211,11 +210,10 @@ class Problem:
     def prior_sample(self, rows: int = PRIOR_SAMPLE_ROWS) -> torch.Tensor:
         """log y_hat (n, K) of at most so many rows, evenly spaced."""
         ids = evenly_spaced_rows(len(self.features), rows)
-
-        def pick(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            return table[ids] if self.exchange is None else self.exchange.pick(table, ids)
-
-        return log_prior_of(self.prior, ids, partial(unit_sample, self.features), pick)
+        if isinstance(self.prior, LinearPrior):
+            return self.prior.at(unit_sample(self.features, ids))
+        table = self.prior.log_probabilities
+        return table[ids] if self.exchange is None else self.exchange.pick(table, ids)
 
     def load(self, settings: Settings) -> Inputs:
         """Read the features, for a support and for validation rows once more; all to the device."""

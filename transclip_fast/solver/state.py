@@ -272,7 +272,7 @@ def _prior_counts(z: Assignments, features: Rows, prior: Prior, power: float) ->
         return counts
     # All entries of some rows tell among which classes the dropped mass is spread.
     ids = evenly_spaced_rows(len(features), PRIOR_SAMPLE_ROWS, z.values.device)
-    log_prior = log_prior_of(prior, ids, features.__getitem__, features.pick)
+    log_prior = log_prior_of(prior, ids, features)
     whole = torch.softmax(power * log_prior, 1)
     values, classes = features.pick(z.values, ids), features.pick(z.classes, ids)
     kept = replace(z, values=values, classes=classes).sharpen(power).dense()
@@ -289,7 +289,7 @@ def _sharpness(prior: Prior, labels: torch.Tensor, features: Rows, graph: Neighb
     neighbors = features.pick(lists, ids.cpu()).to(ids.device)  # (S, k)
     theirs = features.pick(labels, neighbors.clamp_min(0).flatten()).view(neighbors.shape)
     shared = agreement(features.pick(labels, ids), theirs.where(neighbors >= 0, -1))
-    return sharpness(log_prior_of(prior, ids, features.__getitem__, features.pick), shared)
+    return sharpness(log_prior_of(prior, ids, features), shared)
 
 
 def drop_absent_classes(state: State) -> None:
