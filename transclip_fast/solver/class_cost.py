@@ -1,5 +1,5 @@
 """
-The class cost: what a class in use costs where few of the K classes occur.
+The class cost: a charge for each class in use, where few of the K classes occur.
 
 TransCLIP takes all classes to be about equally frequent. Where few of them occur, the others take
 rows away from these. Here each class of mass n_k = sum_i z_ik adds w beta n_k / (n_k + beta) to L,

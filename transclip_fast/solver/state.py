@@ -299,8 +299,8 @@ def drop_absent_classes(state: State) -> None:
     They are 9 nats below the best class of every row, and the class cost holds them down.
     """
     cost, truncation = state.class_cost, state.settings.truncation
-    linear = isinstance(state.inputs.prior, LinearPrior) and state.inputs.support is None
-    if cost is None or cost.weight < ABSENT_NATS or truncation is None or not linear:
+    linear_scores = isinstance(state.inputs.prior, LinearPrior) and state.inputs.support is None
+    if cost is None or cost.weight < ABSENT_NATS or truncation is None or not linear_scores:
         return
     counts = state.moments.counts
     classes = counts.nonzero()[:, 0]
