@@ -112,6 +112,34 @@ def update_assignments(state: State, *, bounded: bool = False) -> None:
     update_moments(state)
 
 
+def _score(state: State, *, likelihood_weight: float, kl_weight: float) -> None:
+    """Set the base scores; those of known rows make z one-hot."""
+    inputs, support = state.inputs, state.inputs.support
+    score = linear_score(
+        state.mixture,
+        inputs.prior,
+        likelihood_weight=likelihood_weight,
+        kl_weight=kl_weight,
+        class_costs=state.class_costs,
+        messages=None if support is None else support.messages,
+    )
+    state.ops.score(inputs.features, score, out=state.base)
+    if inputs.known is not None:
+        inputs.known.clamp(state.base, state.nodes)
+
+
+def _sweeps(state: State, *, bounded: bool = False) -> None:
+    """
+    Sweep the assignments `inner_iter` times, all rows at once (Jacobi).
+
+    The bound of the last sweep is only computed if it is read: on a GPU it costs as much again.
+    """
+    last = state.settings.parameters.inner_iter - 1
+    for i in range(last + 1):
+        state.ops.sweep(state.base, state.z, out=state.spare, bounded=bounded and i == last)
+        state.z, state.spare = state.spare, state.z
+
+
 def update_means(state: State) -> None:
     """mu_k <- unit(Z^T F / N + w Y^T S) (equation 6)."""
     parameters = state.settings.parameters
@@ -148,6 +176,7 @@ def objective(state: State) -> float:
     its own. Queries of known class have a constant KL, of which an infinite one is left out.
     """
     inputs, kl_weight, mixture = state.inputs, state.settings.kl_weight, state.mixture
+    n_rows = len(inputs.features)
     pairwise, entropy = state.ops.energies(state.z)
     value = entropy - 0.5 * pairwise
     if kl_weight and inputs.prior.log_probabilities is not None:
@@ -158,8 +187,7 @@ def objective(state: State) -> float:
         value = value - kl_weight * (log_prior - state.prior_normaliser)
     likelihood = mixture.log_likelihood(state.moments)
     for moments, weight in state.labelled:
-        shots = mixture.log_likelihood(moments)
-        likelihood = likelihood + weight * len(inputs.features) * shots
+        likelihood = likelihood + weight * n_rows * mixture.log_likelihood(moments)
     if inputs.support is not None:
         value = value - state.ops.received(state.z, inputs.support.messages)
     if state.class_cost is not None:
@@ -272,34 +300,6 @@ def passes_before(*, linear: bool) -> int:
     Without those of a class cost, which the start of `solve` decides on.
     """
     return 1 + linear
-
-
-def _score(state: State, *, likelihood_weight: float, kl_weight: float) -> None:
-    """Set the base scores; those of known rows make z one-hot."""
-    inputs, support = state.inputs, state.inputs.support
-    score = linear_score(
-        state.mixture,
-        inputs.prior,
-        likelihood_weight=likelihood_weight,
-        kl_weight=kl_weight,
-        class_costs=state.class_costs,
-        messages=None if support is None else support.messages,
-    )
-    state.ops.score(inputs.features, score, out=state.base)
-    if inputs.known is not None:
-        inputs.known.clamp(state.base, state.nodes)
-
-
-def _sweeps(state: State, *, bounded: bool = False) -> None:
-    """
-    Sweep the assignments `inner_iter` times, all rows at once (Jacobi).
-
-    The bound of the last sweep is only computed if it is read: on a GPU it costs as much again.
-    """
-    last = state.settings.parameters.inner_iter - 1
-    for i in range(last + 1):
-        state.ops.sweep(state.base, state.z, out=state.spare, bounded=bounded and i == last)
-        state.z, state.spare = state.spare, state.z
 
 
 def _finished(history: History, settings: Settings, n_rows: int) -> bool:

@@ -26,7 +26,7 @@ from transclip_fast.solver.prior import LinearPrior, Prior, log_prior_of
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
 from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
-from transclip_fast.types import Assignments, Scores
+from transclip_fast.types import Affinity, Assignments, Scores
 
 SHARPNESS_ENTRIES = 1 << 22  # of the rows that T is taken from: 4,096 rows of 1,000 classes
 ABSENT_NATS = 5.0  # cost from which a class without mass is left out
@@ -214,11 +214,7 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     Few-shot is with gamma; without, the support joins all else as it is in zero-shot.
     """
     features, prior, device = inputs.features, inputs.prior, inputs.features.device
-    n_classes, exchange = prior.n_classes, None
-    backend: Any = backend_class(settings.backend)
-    if isinstance(features, RankedRows):
-        exchange = features.exchange
-        backend = RankedBackend(backend, exchange)
+    backend, n_classes = _backend(settings, features), prior.n_classes
     z = Assignments.empty(len(features.local()), n_classes, settings.truncation, device)
     normaliser, log_weights, rows = backend.start(
         features, prior.weights, prior.log_probabilities, out=z
@@ -236,14 +232,7 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         z = z.take(order)
     if inputs.known is not None:
         inputs.known.clamp(z, nodes)
-    weights = affinity(
-        graph,
-        mode=settings.parameters.graph_mode,
-        clamp_similarity=settings.parameters.clamp_similarity,
-        nodes=nodes,
-        device=device,
-        exchange=exchange,
-    )
+    weights = _affinity(graph, settings, features, nodes)
     ops, zero = backend(weights, nodes), Moments.zero(n_classes, features.shape[1], device)
     return State(
         inputs=inputs,
@@ -262,6 +251,26 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         mixture=mixture,
         moments=zero,
         pooled=zero,
+    )
+
+
+def _backend(settings: Settings, features: Rows) -> Any:
+    """The class of the operations, on rows that processes may share."""
+    own = backend_class(settings.backend)
+    return RankedBackend(own, features.exchange) if isinstance(features, RankedRows) else own
+
+
+def _affinity(
+    graph: NeighborGraph, settings: Settings, features: Rows, nodes: torch.Tensor | None
+) -> Affinity:
+    """A between nodes, also those of other processes that share the rows."""
+    return affinity(
+        graph,
+        mode=settings.parameters.graph_mode,
+        clamp_similarity=settings.parameters.clamp_similarity,
+        nodes=nodes,
+        device=features.device,
+        exchange=features.exchange if isinstance(features, RankedRows) else None,
     )
 
 
