@@ -124,12 +124,9 @@ class NumbaOps(TorchOps):
     def sweep(
         self, base: Scores, z: Assignments, *, out: Assignments, bounded: bool = True
     ) -> Assignments:
-        arrays = [
-            *self._graph,
-            *(*_arrays(base), base.tail.numpy()),
-            *_arrays(z),
-            *(*_arrays(out), out.bound.numpy()),
-        ]
+        scores = *_arrays(base), base.tail.numpy()
+        written = *_arrays(out), out.bound.numpy()
+        arrays = *self._graph, *scores, *_arrays(z), *written
 
         def part(rows: slice) -> None:
             loops.sweep(rows.start, rows.stop, *arrays, out.floor, z.n_classes)
@@ -203,9 +200,9 @@ class NumbaOps(TorchOps):
     def unpack(self, packed: torch.Tensor, out: Assignments, before: Assignments | None) -> None:
         heads, rest = np.split(packed.numpy(), [len(out)])
         arrays = *_arrays(out), *_sent(out, before)
-        known = len(heads) == len(out)
-        if not known or not numba_lists.unpack(
-            heads, rest, rest.view(np.float32), *arrays, out.n_classes
+        values = rest.view(np.float32)
+        if len(heads) < len(out) or not numba_lists.unpack(
+            heads, rest, values, *arrays, out.n_classes
         ):
             raise not_lists()
 
