@@ -55,7 +55,7 @@ def compiled(
 
 class LoopCache(caching.NullCache):
     """
-    What numba asks for a loop before it compiles it, and gives it afterwards.
+    The cache of one loop, as numba uses it: it loads before it compiles, and saves afterwards.
 
     A file that is damaged, and a folder that cannot be written, cost the compilation, with a
     warning.

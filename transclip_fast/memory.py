@@ -101,9 +101,9 @@ def _free_in_cgroups() -> Iterator[int]:
         group = Path(path.lstrip("/"))
         for folder in (root / group, *(root / parent for parent in group.parents)):
             # In a container the path may be the host's, and the container's group is the root.
-            if (folder / limit).exists() and (
-                most := (folder / limit).read_text().strip()
-            ) != "max":
+            file = folder / limit
+            most = file.read_text().strip() if file.exists() else "max"
+            if most != "max":
                 taken = int((folder / used).read_text()) - _statistic(folder, cache)
                 yield max(0, int(most) - taken)
 

@@ -62,7 +62,7 @@ def progress_bar(name: str, unit: str, *, shown: bool = True) -> Iterator[Callab
 @contextmanager
 def announced(text: str) -> Iterator[None]:
     """
-    Say on standard error what may take long and has no steps to count.
+    Announce on standard error work that may take long and has no steps to count.
 
     A terminal shows it at once, until it is over; anything else gets a line after 10 s.
     """

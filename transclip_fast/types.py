@@ -34,6 +34,12 @@ def row_offsets(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
     return offsets
 
 
+def _entries_of(offsets: torch.Tensor, rows: slice) -> tuple[torch.Tensor, slice]:
+    """The offsets of consecutive rows, from 0 on, and the place of their entries among all."""
+    offsets = offsets[rows.start : rows.stop + 1]
+    return offsets - offsets[0], slice(int(offsets[0]), int(offsets[-1]))
+
+
 @dataclass(frozen=True, eq=False)
 class Affinity:
     """
@@ -49,9 +55,8 @@ class Affinity:
 
     def take(self, rows: slice) -> Affinity:
         """The consecutive rows `rows`; entries are views of these."""
-        offsets = self.offsets[rows.start : rows.stop + 1]
-        entries = slice(int(offsets[0]), int(offsets[-1]))
-        return Affinity(offsets - offsets[0], self.columns[entries], self.weights[entries])
+        offsets, entries = _entries_of(self.offsets, rows)
+        return Affinity(offsets, self.columns[entries], self.weights[entries])
 
     def max_message(self) -> torch.Tensor:
         """sum_j |A_ij| (N,) float32, a bound on messages to row i, as z_j is a distribution."""
@@ -83,9 +88,8 @@ class Messages:
 
     def take(self, rows: slice) -> Messages:
         """The consecutive rows `rows`; entries are views of these."""
-        offsets = self.offsets[rows.start : rows.stop + 1]
-        entries = slice(int(offsets[0]), int(offsets[-1]))
-        return Messages(offsets - offsets[0], self.classes[entries], self.weights[entries])
+        offsets, entries = _entries_of(self.offsets, rows)
+        return Messages(offsets, self.classes[entries], self.weights[entries])
 
     def rows(self) -> torch.Tensor:
         """Row of each entry, (E,) int64."""
@@ -93,10 +97,8 @@ class Messages:
 
     def add_to(self, block: torch.Tensor, rows: slice) -> None:
         """Add the messages to `rows` to their base scores, a block (n, K), in place."""
-        offsets = self.offsets[rows.start : rows.stop + 1]
-        entries = slice(int(offsets[0]), int(offsets[-1]))
-        local = torch.repeat_interleave(offsets.diff())
-        block[local, self.classes[entries]] += self.weights[entries]
+        own = self.take(rows)
+        block[own.rows(), own.classes] += own.weights
 
 
 @dataclass(frozen=True, eq=False)

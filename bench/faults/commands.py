@@ -89,7 +89,7 @@ def write_shards() -> None:
 def least_memory(assignments: int | None) -> int:
     """Bytes with which the rows of `write_shards` are just solved, and not held in memory."""
     size, cpu = Size(60, 4, 8, file_bytes=4 * 60 * 8), torch.device("cpu")
-    return size.used(cpu) + sum(Layout(assignments, held=False).bytes(size, cpu).values())
+    return size.used(cpu) + Layout(assignments, held=False).solve_bytes(size, cpu)
 
 
 def write_few() -> None:

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import balanced
+from transclip_fast import TransCLIP, build_graph
+from transclip_fast.cli.plan import plan_of as plan_of_problem
+from transclip_fast.data.feature_rows import Rows
+from transclip_fast.solver.problem import Problem, Settings
 
 DENSE = "plan: every class of each image (dense), features in memory, exact neighbours, at most "
 
@@ -60,7 +64,7 @@ def test_runs_of_gamma_and_given_priors_count(save, arrays, succeeds):
     shots = {"support_features": features[rows], "support_labels": labels[rows]}
     held_out = {"validation_features": features[20:30], "validation_labels": labels[20:30]}
     few_shot = plan_of(succeeds, save(arrays | shots | held_out))
-    assert (plain["passes"], few_shot["passes"]) == (25, 4 * 25)
+    assert (plain["passes"], few_shot["passes"]) == (25, 4 * 24 + 2)
     assert few_shot["stages"][2]["work"] == 4 * plain["stages"][2]["work"]
     assert plan_of(succeeds, save(arrays | shots), "--gamma", 0.02)["passes"] == 25
     assert plan_of(succeeds, save(arrays | shots))["passes"] == 25  # by default one gamma
@@ -165,6 +169,42 @@ def test_the_class_cost_may_read_once_more(succeeds):
     shape = ("--queries", 2_000_000, "--classes", 100, "--dim", 512, "--memory", "16GiB")
     assert plan_of(succeeds, *shape)["passes"] == 25
     assert plan_of(succeeds, *shape, "--class-cost", "off")["passes"] == 24
+
+
+@pytest.mark.parametrize("class_cost", [False, True])
+@pytest.mark.parametrize("labelled", [(), ("support",), ("support", "validation")])
+def test_passes_are_those_of_a_fit(labelled, class_cost, problem, monkeypatch):
+    features, prototypes, labels = problem(n=2000)
+    arrays = {"text_features": prototypes}
+    for name in labelled:
+        rows = balanced(labels, 2)
+        arrays |= {f"{name}_features": features[rows], f"{name}_labels": labels[rows]}
+    read = []
+
+    class CountedRows(Rows):
+        def __init__(self, *inputs, **options):
+            super().__init__(*inputs, **options)
+            self.on_read = read.append
+
+    monkeypatch.setattr("transclip_fast.solver.problem.Rows", CountedRows)
+    model = TransCLIP(device="cpu", max_iter=1, class_cost=class_cost)
+    checked = Problem.check(features, logit_scale=model.logit_scale, **arrays)
+    settings = Settings.resolve(model, checked)
+    model.fit_problem(checked, settings, build_graph(features))
+    passes = round(sum(read) / len(features))  # sums read a few rows twice
+    assert plan_of_problem(checked, settings, None).passes == passes
+
+
+def test_few_shots_that_auto_may_charge_count(save, arrays, succeeds):
+    rows = balanced(arrays["labels"], 2)[:-1]  # uneven shots have no gamma
+    features, labels = arrays["image_features"][rows], arrays["labels"][rows]
+    shots = {"support_features": features, "support_labels": labels}
+    assert plan_of(succeeds, save(arrays | shots))["passes"] == 24 + 2 + 1
+
+
+def test_a_rank_needs_as_many_candidates(succeeds):
+    shape = ("--queries", 50_000, "--classes", 1000, "--dim", 64)
+    assert plan_of(succeeds, *shape, "--rank", 300)["layout"]["candidates"] == 300
 
 
 MANY = ("--queries", 10**9, "--classes", 21_000, "--dim", 1024, "--graph", "none")

@@ -25,6 +25,7 @@ from transclip_fast.ranks import current_ranks
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
+from transclip_fast.solver.runs import passes_of_fit
 from transclip_fast.store.features import Features, load_features
 
 PLAN_ARRAYS = tuple(
@@ -229,7 +230,15 @@ def plan_of(
     parameters, device = settings.parameters, settings.device
     kept = None if settings.truncation is None else settings.truncation.candidates
     layout = replace(settings.layout, candidates=kept)
-    return make_plan(problem.size(parameters, device, ranks), layout, parameters, device, search)
+    size = problem.size(parameters, device, ranks)
+    passes = passes_of_fit(
+        parameters,
+        problem.gammas(parameters),
+        linear=size.linear,
+        support=problem.support is not None,
+        validation=problem.validation is not None,
+    )
+    return make_plan(size, layout, parameters, device, search, passes)
 
 
 def plan_of_size(
@@ -252,22 +261,28 @@ def plan_of_size(
         device,
         form=model.form,
         candidates=model.candidates,
+        rank=model.rank,
         memory=parse_memory(model.memory),
     )
-    return make_plan(size, layout, model, device, search)
+    return make_plan(size, layout, model, device, search, passes_of_fit(model))
 
 
 def make_plan(
-    size: Size, layout: Layout, parameters: Parameters, device: torch.device, search: str | None
+    size: Size,
+    layout: Layout,
+    parameters: Parameters,
+    device: torch.device,
+    search: str | None,
+    passes: int,
 ) -> Plan:
-    """Plan a solve that is laid out; `search` finds the neighbours, None if there is a graph."""
+    """
+    Plan a solve that is laid out and reads the features in so many passes.
+
+    `search` finds the neighbours, None if there is a graph.
+    """
     if search == "auto":
         search = choose_search(size.n_rows, device, layout.held and size.ranks == 1)
-    steps = parameters.max_iter + 1
-    passes = size.runs * ((2 if size.linear else 1) + 2 * steps)
-    if parameters.class_cost is not False:  # the start may read them once more
-        passes += size.runs
-    stages = _stages(size, layout, device, search, steps, passes)
+    stages = _stages(size, layout, device, search, parameters.max_iter + 1, passes)
     limit = limit_of(device, parse_memory(parameters.memory))
     traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
     seconds = None
@@ -290,7 +305,7 @@ def _stages(
     size: Size, layout: Layout, device: torch.device, search: str | None, steps: int, passes: int
 ) -> tuple[Stage, ...]:
     n, n_classes, d, own = size.n_rows, size.n_classes, size.dim, size.own_rows
-    solving = sum(layout.bytes(size, device).values())
+    solving = layout.solve_bytes(size, device)
     own_files = size.file_bytes * own // n
     read = own_files * (1 if layout.held else passes)
     row_bytes = 4 * n_classes if layout.candidates is None else CHECKPOINT_ROW_BYTES

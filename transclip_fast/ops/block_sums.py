@@ -28,13 +28,17 @@ def add_class_sums(
         counts[-1] += dropped.sum(dtype=torch.float64)
 
 
-def share_dropped(sums: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def share_dropped(
+    z: Assignments, sums: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Share the last row of `sums` (K + 1, d) and `counts` (K + 1,), sum_i m_i f_i and sum_i m_i of
     the mass m_i that rows dropped, among the K classes as the kept mass is shared.
 
     Without it the kept mass and the sum of all squares belong to different sets of rows, and the
-    variance is wrong by tens of percent.
+    variance is wrong by tens of percent. Dense rows drop nothing.
     """
+    if z.classes is None:
+        return sums[:-1], counts[:-1]
     share = counts[:-1] / counts[:-1].sum()
     return sums[:-1].addr_(share, sums[-1]), counts[:-1] + share * counts[-1]

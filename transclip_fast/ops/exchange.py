@@ -233,30 +233,15 @@ class Exchange:
         """
         device, ids = ids.device, ids.cpu()
         owners = self._owners(ids)
-        rank = self.ranks.rank
-        places = (ids[owners == rank] - self.partition.rows.start).to(device)
+        places = (ids[owners == self.ranks.rank] - self.partition.rows.start).to(device)
         own = table[places if nodes is None else nodes[places]]
-        counts = torch.bincount(owners, minlength=self.ranks.size).tolist()
-        parts = [
-            self._broadcast(own if r == rank else own.new_empty(counts[r], *own.shape[1:]), r)
-            for r in self._all
-        ]
-        found = torch.cat(parts)
+        found = self._rows_of_all(own, self._counts(owners))
         return found[owners.argsort(stable=True).argsort().to(device)]
 
     def join(self, values: torch.Tensor) -> torch.Tensor:
         """The values (N, ...) of all rows, of which each rank has those of its own."""
         firsts = [self.partition.first_row(rank) for rank in range(self.ranks.size + 1)]
-        parts = [
-            self._broadcast(
-                values
-                if rank == self.ranks.rank
-                else values.new_empty(last - first, *values.shape[1:]),
-                rank,
-            )
-            for rank, (first, last) in enumerate(pairwise(firsts))
-        ]
-        return torch.cat(parts)
+        return self._rows_of_all(values, [last - first for first, last in pairwise(firsts)])
 
     def edges(
         self, targets: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor
@@ -322,6 +307,12 @@ class Exchange:
     def _all(self) -> range:
         return range(self.ranks.size)
 
+    def _rows_of_all(self, own: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The rows (n, ...) of all ranks, the first rank's first: `counts` has how many of each."""
+        rank, shape = self.ranks.rank, own.shape[1:]
+        parts = (own if r == rank else own.new_empty(counts[r], *shape) for r in self._all)
+        return torch.cat([self._broadcast(part, r) for r, part in enumerate(parts)])
+
     def _owners(self, ids: torch.Tensor) -> torch.Tensor:
         """The rank that owns each row."""
         return torch.bucketize(ids, self._firsts, right=True)
@@ -331,7 +322,7 @@ class Exchange:
         return counts
 
     def _counts_from_all(self, counts: list[int]) -> list[int]:
-        """What each rank announces to this one, of what this one announces to each."""
+        """How many each rank sends to this one, where this one sends `counts` to each."""
         even = [1] * self.ranks.size
         coming: list[int] = self._all_to_all(torch.tensor(counts), even, even).tolist()
         return coming

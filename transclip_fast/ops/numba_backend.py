@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.feature_rows import UnitRows
-from transclip_fast.ops import numba_lists as lists
+from transclip_fast.ops import numba_lists
 from transclip_fast.ops import numba_loops as loops
 from transclip_fast.ops import numba_topk as topk
 from transclip_fast.ops.block_scores import block_scores, prior_scores
@@ -70,8 +70,9 @@ class NumbaOps(TorchOps):
         lists = Lists(np.arange(n_rows), log_threshold, *_arrays(out), tail, normaliser)
         size = product_rows(CPU, n_rows, n_classes)
 
-        def fill(rows: slice, out: torch.Tensor) -> None:
-            prior_scores(features, None, log_prior, rows, out=out).clamp_(min=loops.LOWEST_SCORE)
+        def fill(rows: slice, scores: torch.Tensor) -> None:
+            prior_scores(features, None, log_prior, rows, out=scores)
+            scores.clamp_(min=loops.LOWEST_SCORE)
 
         if weights is None:
             select = _float32_selector(fill, n_classes, lists)
@@ -123,12 +124,9 @@ class NumbaOps(TorchOps):
     def sweep(
         self, base: Scores, z: Assignments, *, out: Assignments, bounded: bool = True
     ) -> Assignments:
-        arrays = [
-            *self._graph,
-            *(*_arrays(base), base.tail.numpy()),
-            *_arrays(z),
-            *(*_arrays(out), out.bound.numpy()),
-        ]
+        scores = *_arrays(base), base.tail.numpy()
+        written = *_arrays(out), out.bound.numpy()
+        arrays = *self._graph, *scores, *_arrays(z), *written
 
         def part(rows: slice) -> None:
             loops.sweep(rows.start, rows.stop, *arrays, out.floor, z.n_classes)
@@ -167,7 +165,7 @@ class NumbaOps(TorchOps):
 
         def part(rows: slice) -> None:
             some = _arrays(z.take(rows))
-            lists.best(*some, labels.numpy()[rows], values.numpy()[rows])
+            numba_lists.best(*some, labels.numpy()[rows], values.numpy()[rows])
 
         parallel_map(part, blocks(len(z), LIST_ROWS))
         return labels, values
@@ -191,7 +189,8 @@ class NumbaOps(TorchOps):
 
         def part(block: slice) -> torch.Tensor:
             rest = np.empty((block.stop - block.start) * 2 * z.values.shape[1], np.int32)
-            n = lists.pack(rows.numpy()[block], *arrays, heads[block], rest, rest.view(np.float32))
+            values = rest.view(np.float32)
+            n = numba_lists.pack(rows.numpy()[block], *arrays, heads[block], rest, values)
             return torch.from_numpy(rest[:n])
 
         # One part a thread: what a single one packs need not be copied together.
@@ -201,9 +200,9 @@ class NumbaOps(TorchOps):
     def unpack(self, packed: torch.Tensor, out: Assignments, before: Assignments | None) -> None:
         heads, rest = np.split(packed.numpy(), [len(out)])
         arrays = *_arrays(out), *_sent(out, before)
-        known = len(heads) == len(out)
-        if not known or not lists.unpack(
-            heads, rest, rest.view(np.float32), *arrays, out.n_classes
+        values = rest.view(np.float32)
+        if len(heads) < len(out) or not numba_lists.unpack(
+            heads, rest, values, *arrays, out.n_classes
         ):
             raise not_lists()
 

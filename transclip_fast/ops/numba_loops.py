@@ -2,7 +2,7 @@
 Compiled loops of the sparse operations on a CPU; `torch_backend` defines what they compute.
 
 The file has, in this order, tools, the cut of a list to its largest entries, messages, sweep and
-energies, class sums, and what neighbours say. Entries in use of a list come first; the others are
+energies, class sums, and means over neighbours. Entries in use of a list come first; the others are
 -inf in scores and 0 in assignments. The loops have explicit types: numba compiles them at the first
 import, which takes some seconds, and later ones load them from disk. Those with fastmath=True
 have no NaN and no infinity, and sum in any order; one with "contract" only fuses products and sums.

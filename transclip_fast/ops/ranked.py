@@ -1,6 +1,6 @@
 """
-The operations on rows that several processes share: any backend's on each one's own rows, and what
-`Exchange` sends in between. It says what that is, and how much.
+The operations on rows that several processes share: any backend's on each one's own rows, with the
+messages of `ops.exchange` in between.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ class RankedOps:
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
         rows = _local(features)
         for part in self.exchange.partition.parts:
-            written = out.take(part) if self._nodes is None else out
-            self._parts[part.start].score(rows.part(part), score.take(part), out=written)
+            own = out.take(self._entries(part))
+            self._parts[part.start].score(rows.part(part), score.take(part), out=own)
         return out
 
     def sweep(
@@ -213,11 +213,11 @@ class RankedOps:
         rows, (n_classes, dim) = _local(features), (z.n_classes + 1, features.shape[1])
 
         def leaf(part: slice) -> Tensors:
-            read = z.take(part) if self._nodes is None else z
-            return self._parts[part.start].kept_sums(read, rows.part(part))
+            own = z.take(self._entries(part))
+            return self._parts[part.start].kept_sums(own, rows.part(part))
 
         sums, counts = self.exchange.total(leaf, [(n_classes, dim), (n_classes,)])
-        return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)
+        return share_dropped(z, sums, counts)
 
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
         whole = self.with_halo(z)
@@ -231,17 +231,21 @@ class RankedOps:
 
     def expectation(self, z: Assignments, log_prior: torch.Tensor) -> torch.Tensor:
         def leaf(part: slice) -> Tensors:
-            read = z.take(part) if self._nodes is None else z
-            return (self._parts[part.start].expectation(read, log_prior[part]),)
+            own = z.take(self._entries(part))
+            return (self._parts[part.start].expectation(own, log_prior[part]),)
 
         return self.exchange.total(leaf, [()])[0]
 
     def received(self, z: Assignments, messages: Messages) -> torch.Tensor:
         def leaf(part: slice) -> Tensors:
-            read = z.take(part) if self._nodes is None else z
-            return (self._parts[part.start].received(read, messages.take(part)),)
+            own = z.take(self._entries(part))
+            return (self._parts[part.start].received(own, messages.take(part)),)
 
         return self.exchange.total(leaf, [()])[0]
+
+    def _entries(self, part: slice) -> slice:
+        """Entries of z that the operations of a part index: its own, or with nodes all."""
+        return part if self._nodes is None else slice(None)
 
 
 Operations = TorchOps | RankedOps  # of a solve

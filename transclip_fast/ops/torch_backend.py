@@ -215,8 +215,7 @@ class TorchOps:
         The mass that sparse rows dropped, m_i of each row and M of all, is shared among the
         classes as the kept mass is, pi_k: pi (sum_i m_i f_i)^T and pi_k M are added.
         """
-        sums, counts = self.kept_sums(z, features)
-        return (sums[:-1], counts[:-1]) if z.classes is None else share_dropped(sums, counts)
+        return share_dropped(z, *self.kept_sums(z, features))
 
     def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums (K + 1, d) and masses (K + 1,), float64; the last are of what the rows dropped."""

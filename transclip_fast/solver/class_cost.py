@@ -1,5 +1,5 @@
 """
-The class cost: what a class in use costs where few of the K classes occur.
+The class cost: a charge for each class in use, where few of the K classes occur.
 
 TransCLIP takes all classes to be about equally frequent. Where few of them occur, the others take
 rows away from these. Here each class of mass n_k = sum_i z_ik adds w beta n_k / (n_k + beta) to L,
@@ -27,9 +27,10 @@ import torch
 
 FEW_CLASSES = 0.8  # share of the classes over which y_hat spreads where "auto" begins to charge
 CLASS_SHARE = 0.05  # of the rows of a mean class: beta, which costs half the most
-NATS, NATS_OF_FULL_CLASSES = 60.0, 60.0  # of an unused class at d = 512
-FULL_CLASS_ROWS = 8  # rows of a mean class from which it costs the most
-DIM = 512
+DIM = 512  # of features for which nats are stated; they grow with d
+NATS = 60.0  # of an unused class
+NATS_OF_FULL_CLASSES = 60.0  # that are added where a mean class has FULL_CLASS_ROWS rows
+FULL_CLASS_ROWS = 8
 SHARPEST = 16.0  # T at most: confidences are near 1 then
 PRECISION = 1e-7  # of T and of the mean confidence: float32's rounding
 

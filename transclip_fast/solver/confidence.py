@@ -8,7 +8,7 @@ is text and mixture, and z_bar the mean z of its neighbours,
     c_ik = (e^b_ik (z_bar_ik + eps))^(1/T), and the confidence is c_ik of the label over sum_k c_ik.
 
 Of sparse scores the masses of the classes that are no candidates are taken to fall exponentially,
-from the least candidate's on; these classes are in no z_bar.
+from the smallest candidate's on; these classes are in no z_bar.
 
 `bench.accuracy.calibration` chooses T and eps, and holds the confidence against z.
 """
@@ -64,10 +64,11 @@ def calibrated_confidences(
         classes = None if base.classes is None else base.classes[own]
         scores = base.values[own] + (ops.neighbor_means(z, found, classes) + SMOOTHING).log()
         used = scores > -torch.inf
-        least = base.values[own].masked_fill(~used, torch.inf).amin(1)
-        others = _tempered_tail(base.tail[own].log(), least, base.n_classes - used.sum(1))
-        others += math.log(SMOOTHING) / TEMPERATURE
-        shares = torch.softmax(torch.cat([scores / TEMPERATURE, others[:, None]], 1), 1)
+        smallest = base.values[own].masked_fill(~used, torch.inf).amin(1)
+        n_outside = base.n_classes - used.sum(1)
+        outside = _tempered_tail(base.tail[own].log(), smallest, n_outside)
+        outside += math.log(SMOOTHING) / TEMPERATURE
+        shares = torch.softmax(torch.cat([scores / TEMPERATURE, outside[:, None]], 1), 1)
         place = labels[own, None]
         if classes is not None:
             place = (classes == place).int().argmax(1, keepdim=True)
@@ -78,14 +79,14 @@ def calibrated_confidences(
 
 
 def _tempered_tail(
-    log_tail: torch.Tensor, least: torch.Tensor, number: torch.Tensor
+    log_tail: torch.Tensor, smallest: torch.Tensor, number: torch.Tensor
 ) -> torch.Tensor:
     """
     log sum_k m_k^(1/T) (n,) of `number` classes of mass m_k, from the log of their sum, (n,) each.
 
-    None of them has more than e^least. In falling order they are taken to fall exponentially from
-    there; an even share is the most that the sum can be.
+    None of them has more than e^smallest. In falling order they are taken to fall exponentially
+    from there; an even share is the most that the sum can be.
     """
-    falling = math.log(TEMPERATURE) + log_tail + (1 / TEMPERATURE - 1) * least
+    falling = math.log(TEMPERATURE) + log_tail + (1 / TEMPERATURE - 1) * smallest
     even = (1 - 1 / TEMPERATURE) * number.log() + log_tail / TEMPERATURE
     return torch.minimum(falling, even)

@@ -148,6 +148,10 @@ class Layout:
             "exchange": self.travelling_bytes(size) + (merged if size.ranks > 1 else 0),
         }
 
+    def solve_bytes(self, size: Size, device: torch.device) -> int:
+        """The most bytes of a solve, of all its parts."""
+        return sum(self.bytes(size, device).values())
+
     def travelling_bytes(self, size: Size) -> int:
         """Bytes of z that leave a process and come to it in a sweep, at most."""
         kept = 4 * size.n_classes if self.candidates is None else 8 * self.candidates
@@ -199,33 +203,28 @@ def choose_layout(
     used, limit = size.used(device), limit_of(device, memory)
     room = limit - used
     if form == "auto" and candidates is None:
-        dense = sum(Layout(None, held=False).bytes(size, device).values())
+        dense = Layout(None, held=False).solve_bytes(size, device)
         fits = dense <= room or size.n_classes <= FEWEST_CANDIDATES  # lists would be no shorter
         form = "dense" if fits and dense_is_faster(size, device) else "sparse"
     layout = Layout(None, held=False)
     if form == "sparse":
         kept = candidates or max(_candidates_that_fit(size, device, room), rank or 1)
         layout = Layout(min(kept, size.n_classes), held=False)
-    needed = used + sum(layout.bytes(size, device).values())
+    needed = used + layout.solve_bytes(size, device)
     if needed > limit:
-        number = _ranks_that_fit(size, layout, device, limit)
-        remedy = "allow more, or solve fewer rows at a time"
-        if number is not None:
-            remedy = f"allow more, or share the rows among {number} processes with as much each"
-        if form == "dense" and size.n_classes > FEWEST_CANDIDATES:
-            remedy = "choose assignments='sparse', or allow more"
         raise InputError(
             f"memory: {size.own_rows:,} rows and {size.n_classes:,} classes, {form}, need at least "
-            f"{show_bytes(needed)}, there are {show_bytes(limit)}; {remedy}"
+            f"{show_bytes(needed)}, there are {show_bytes(limit)}; "
+            f"{_remedy(size, layout, device, form=form, limit=limit)}"
         )
     held = replace(layout, held=True)
-    most = max(sum(held.bytes(size, device).values()), held.search_bytes(size, device))
+    most = max(held.solve_bytes(size, device), held.search_bytes(size, device))
     return held if most <= room else layout
 
 
 def _candidates_that_fit(size: Size, device: torch.device, room: int) -> int:
     """The usual number, halved until the lists fit into `room` bytes or it is the fewest."""
-    fixed, one = (sum(Layout(x, held=False).bytes(size, device).values()) for x in (0, 1))
+    fixed, one = (Layout(x, held=False).solve_bytes(size, device) for x in (0, 1))
     fits = (room - fixed) // (one - fixed)
     kept = max(USUAL_CANDIDATES, FREE_LIST_BYTES // (ENTRY_BYTES * size.n_rows))
     while kept > FEWEST_CANDIDATES and min(kept, size.n_classes) > fits:
@@ -233,10 +232,12 @@ def _candidates_that_fit(size: Size, device: torch.device, room: int) -> int:
     return kept
 
 
-def _ranks_that_fit(size: Size, layout: Layout, device: torch.device, limit: int) -> int | None:
-    """The fewest processes to share the rows for which a layout fits, None if none does."""
+def _remedy(size: Size, layout: Layout, device: torch.device, *, form: str, limit: int) -> str:
+    """A way to solve a problem for which the least layout is too large."""
+    if form == "dense" and size.n_classes > FEWEST_CANDIDATES:
+        return "choose assignments='sparse', or allow more"
     for ranks in range(size.ranks + 1, size.partition.n_parts + 1):
         shared = replace(size, ranks=ranks)
-        if shared.used(device) + sum(layout.bytes(shared, device).values()) <= limit:
-            return ranks
-    return None
+        if shared.used(device) + layout.solve_bytes(shared, device) <= limit:
+            return f"allow more, or share the rows among {ranks} processes with as much each"
+    return "allow more, or solve fewer rows at a time"

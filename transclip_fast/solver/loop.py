@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,9 +18,10 @@ from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.ops.block_scores import block_scores
 from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
-from transclip_fast.solver.class_cost import ClassCost, effective_classes
+from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
 from transclip_fast.solver.confidence import calibrated_confidences
 from transclip_fast.solver.mixture import Mixture, Moments, by_classes
 from transclip_fast.solver.prior import Prior
@@ -50,7 +50,7 @@ def solve(
     """
     Classify all queries jointly.
 
-    The features are read `passes_before(prior)` times before the first step, and twice in every
+    The features are read `passes_before` times before the first step, and twice in every
     outer step and at the end: once for the scores, and once for the class sums, which need z of all
     rows. The start of a class cost reads them once more, or twice if there is a support.
 
@@ -69,17 +69,19 @@ def solve(
         Saves the state after every outer step; a saved state is where the run resumes.
     """
     checkpoint = checkpoint or NoCheckpoint()
-    device = inputs.features.device
-    with exact_float32(), flushed_denormals(), single_threaded_torch(device):
+    features, n_classes = inputs.features, inputs.prior.n_classes
+    with exact_float32(), flushed_denormals(), single_threaded_torch(features.device):
         state = start(inputs, graph, settings, gamma)
-        if state.class_cost is not None and gamma is None:
-            start_from_neighbors(state)
-        elif state.class_cost is not None:
+        class_cost, few_shot = settings.parameters.class_cost, gamma is not None
+        charged = is_charged(class_cost, state.n_effective, n_classes, few_shot=few_shot)
+        if charged and few_shot:
             start_from_shots(state)
+        elif charged:
+            start_from_neighbors(state)
         history = restore(state, checkpoint.load())
-        report = _reporter(len(inputs.features), history, progress)
+        _report(progress, history, len(features))
         labels = state.labels()
-        while not _finished(history, settings, len(inputs.features)):
+        while not _finished(history, settings, len(features)):
             update_assignments(state)
             update_means(state)
             update_variance(state)
@@ -87,13 +89,110 @@ def solve(
             history.append(objective(state), state.count(labels != before))
             drop_absent_classes(state)
             checkpoint.keep(partial(saved, state, history))
-            report()
-        n_iter = len(history)
+            _report(progress, history, len(features))
         update_assignments(state, bounded=True)
         history.append(objective(state), state.count(state.labels() != labels))
-        neighbors, _ = neighbor_places(inputs.features, graph.neighbors)
+        neighbors, _ = neighbor_places(features, graph.neighbors)
         confidences = calibrated_confidences(state.ops, state.base, state.z, neighbors, state.nodes)
-    return Solution.of(state, gamma, n_iter, history, confidences)
+    return Solution.of(state, history, confidences)
+
+
+def update_assignments(state: State, *, bounded: bool = False) -> None:
+    """
+    z <- softmax_k(likelihood_weight g + A z + lambda log y_hat - class costs), some sweeps.
+
+    Equation 5; the class costs (`class_cost`) are not in the paper. `bounded` sets z's bound.
+    """
+    _score(
+        state,
+        likelihood_weight=state.settings.parameters.likelihood_weight,
+        kl_weight=state.settings.kl_weight,
+    )
+    _sweeps(state, bounded=bounded)
+    update_moments(state)
+
+
+def _score(state: State, *, likelihood_weight: float, kl_weight: float) -> None:
+    """Set the base scores; those of known rows make z one-hot."""
+    inputs, support = state.inputs, state.inputs.support
+    score = linear_score(
+        state.mixture,
+        inputs.prior,
+        likelihood_weight=likelihood_weight,
+        kl_weight=kl_weight,
+        class_costs=state.class_costs,
+        messages=None if support is None else support.messages,
+    )
+    state.ops.score(inputs.features, score, out=state.base)
+    if inputs.known is not None:
+        inputs.known.clamp(state.base, state.nodes)
+
+
+def _sweeps(state: State, *, bounded: bool = False) -> None:
+    """
+    Sweep the assignments `inner_iter` times, all rows at once (Jacobi).
+
+    The bound of the last sweep is only computed if it is read: on a GPU it costs as much again.
+    """
+    last = state.settings.parameters.inner_iter - 1
+    for i in range(last + 1):
+        state.ops.sweep(state.base, state.z, out=state.spare, bounded=bounded and i == last)
+        state.z, state.spare = state.spare, state.z
+
+
+def update_means(state: State) -> None:
+    """mu_k <- unit(Z^T F / N + w Y^T S) (equation 6)."""
+    parameters = state.settings.parameters
+    if parameters.update_means:
+        state.mixture = state.mixture.update_means(state.pooled, unit=parameters.unit_means)
+
+
+def update_variance(state: State) -> None:
+    """sigma^2 <- the mean squared distance to the new means, under the new z (equation 7)."""
+    parameters = state.settings.parameters
+    if parameters.update_variance:
+        state.mixture = state.mixture.update_variance(
+            state.pooled, covariance=parameters.covariance
+        )
+
+
+def update_moments(state: State) -> None:
+    """n = Z^T 1 and Z^T F of the queries; and of all rows, queries scaled to a mass of 1."""
+    features = state.inputs.features
+    sums, counts = state.ops.class_sums(state.z, features)
+    state.moments = Moments(counts, sums, state.squares)
+    state.pooled = state.moments * (1 / len(features))
+    for moments, weight in state.labelled:
+        state.pooled = state.pooled + moments * weight
+
+
+def objective(state: State) -> float:
+    """
+    L at the present z, mu and sigma^2 (equation 1; 4 with support), a sum over all queries.
+
+    L = KL - 1/2 sum_ij A_ij z_i.z_j - likelihood_weight * mixture, where KL is sum_ik z_ik
+    (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log sigma_d^2).
+    Labelled rows add w N times their mixture term, the support also its messages, the class cost
+    its own. Queries of known class have a constant KL, of which an infinite one is left out.
+    """
+    inputs, kl_weight, mixture = state.inputs, state.settings.kl_weight, state.mixture
+    n_rows = len(inputs.features)
+    pairwise, entropy = state.ops.energies(state.z)
+    value = entropy - 0.5 * pairwise
+    if kl_weight and inputs.prior.log_probabilities is not None:
+        value = value - kl_weight * state.ops.expectation(state.z, inputs.prior.log_probabilities)
+    elif kl_weight and inputs.prior.weights is not None:
+        # Linear in the features, so the moments suffice and no row is read.
+        log_prior = state.moments.dot(inputs.prior.weights)
+        value = value - kl_weight * (log_prior - state.prior_normaliser)
+    likelihood = mixture.log_likelihood(state.moments)
+    for moments, weight in state.labelled:
+        likelihood = likelihood + weight * n_rows * mixture.log_likelihood(moments)
+    if inputs.support is not None:
+        value = value - state.ops.received(state.z, inputs.support.messages)
+    if state.class_cost is not None:
+        value = value + state.class_cost.total(state.moments.counts)
+    return float(value - state.settings.parameters.likelihood_weight * likelihood)
 
 
 def start_from_neighbors(state: State) -> None:
@@ -116,17 +215,11 @@ def start_from_neighbors(state: State) -> None:
 
 def start_from_shots(state: State) -> None:
     """
-    Few-shot: z after some sweeps without a cost, and the cost of the classes over which it spreads.
+    Few-shot: update z without a cost, then set the cost of the classes over which it spreads.
 
     The means stay at the shots. The cost is scaled as the prior is, by lambda.
     """
-    _score(
-        state,
-        likelihood_weight=state.settings.parameters.likelihood_weight,
-        kl_weight=state.settings.kl_weight,
-    )
-    _sweeps(state)
-    update_moments(state)
+    update_assignments(state)
     cost = _cost(state)
     state.class_cost = replace(cost, weight=cost.weight * state.settings.kl_weight)
 
@@ -135,77 +228,6 @@ def _cost(state: State) -> ClassCost:
     """The class cost where z is that of the last `update_moments`."""
     n_classes, (n_rows, dim) = state.z.n_classes, state.inputs.features.shape
     return ClassCost.of(effective_classes(state.moments.counts), n_rows, n_classes, dim)
-
-
-def update_assignments(state: State, *, bounded: bool = False) -> None:
-    """
-    z <- softmax_k(likelihood_weight g + A z + lambda log y_hat - class costs), some sweeps.
-
-    Equation 5; the class costs (`class_cost`) are not in the paper. `bounded` sets z's bound.
-    """
-    _score(
-        state,
-        likelihood_weight=state.settings.parameters.likelihood_weight,
-        kl_weight=state.settings.kl_weight,
-        class_costs=state.class_costs,
-    )
-    _sweeps(state, bounded=bounded)
-    update_moments(state)
-
-
-def update_moments(state: State) -> None:
-    """n = Z^T 1 and Z^T F of the queries; and of all rows, queries scaled to a mass of 1."""
-    features = state.inputs.features
-    sums, counts = state.ops.class_sums(state.z, features)
-    state.moments = Moments(counts, sums, state.squares)
-    state.pooled = state.moments * (1 / len(features))
-    for moments, weight in state.labelled:
-        state.pooled = state.pooled + moments * weight
-
-
-def update_means(state: State) -> None:
-    """mu_k <- unit(Z^T F / N + w Y^T S) (equation 6)."""
-    parameters = state.settings.parameters
-    if parameters.update_means:
-        state.mixture = state.mixture.update_means(state.pooled, unit=parameters.unit_means)
-
-
-def update_variance(state: State) -> None:
-    """sigma^2 <- the mean squared distance to the new means, under the new z (equation 7)."""
-    parameters = state.settings.parameters
-    if parameters.update_variance:
-        state.mixture = state.mixture.update_variance(
-            state.pooled, covariance=parameters.covariance
-        )
-
-
-def objective(state: State) -> float:
-    """
-    L at the present z, mu and sigma^2 (equation 1; 4 with support), a sum over all queries.
-
-    L = KL - 1/2 sum_ij A_ij z_i.z_j - likelihood_weight * mixture, where KL is sum_ik z_ik
-    (log z_ik - lambda log y_hat_ik) and mixture is sum_ik z_ik (g_ik - 1/2 sum_d log sigma_d^2).
-    Labelled rows add w N times their mixture term, the support also its messages, the class cost
-    its own. Queries of known class have a constant KL, of which an infinite one is left out.
-    """
-    inputs, kl_weight, mixture = state.inputs, state.settings.kl_weight, state.mixture
-    pairwise, entropy = state.ops.energies(state.z)
-    value = entropy - 0.5 * pairwise
-    if kl_weight and inputs.prior.log_probabilities is not None:
-        value = value - kl_weight * state.ops.expectation(state.z, inputs.prior.log_probabilities)
-    elif kl_weight and inputs.prior.weights is not None:
-        # Linear in the features, so the moments suffice and no row is read.
-        log_prior = state.moments.dot(inputs.prior.weights)
-        value = value - kl_weight * (log_prior - state.prior_normaliser)
-    likelihood = mixture.log_likelihood(state.moments)
-    for moments, weight in state.labelled:
-        shots = mixture.log_likelihood(moments)
-        likelihood = likelihood + weight * len(inputs.features) * shots
-    if inputs.support is not None:
-        value = value - state.ops.received(state.z, inputs.support.messages)
-    if state.class_cost is not None:
-        value = value + state.class_cost.total(state.moments.counts)
-    return float(value - state.settings.parameters.likelihood_weight * likelihood)
 
 
 def linear_score(
@@ -267,41 +289,17 @@ def predict(
             kl_weight=kl_weight,
             class_costs=class_costs,
         )
-        out = torch.addmm(score.offset, features[:], score.weights.T)
-        if score.log_prior is not None:
-            out.add_(score.log_prior, alpha=score.prior_weight)
-        return torch.softmax(out, 1)
+        out = score.weights.new_empty(len(features), len(score.weights))
+        return torch.softmax(block_scores(features, score, slice(None), out=out), 1)
 
 
-def passes_before(prior: Prior) -> int:
+def passes_before(*, linear: bool) -> int:
     """
     Passes over the features before the first step: for squares, and a linear prior.
 
     Without those of a class cost, which the start of `solve` decides on.
     """
-    return 1 if prior.weights is None else 2
-
-
-def _score(state: State, **weights: Any) -> None:
-    """Set the base scores: `linear_score` with these weights, and z of known rows one-hot."""
-    inputs, support = state.inputs, state.inputs.support
-    messages = None if support is None else support.messages
-    score = linear_score(state.mixture, inputs.prior, messages=messages, **weights)
-    state.ops.score(inputs.features, score, out=state.base)
-    if inputs.known is not None:
-        inputs.known.clamp(state.base, state.nodes)
-
-
-def _sweeps(state: State, *, bounded: bool = False) -> None:
-    """
-    Sweep the assignments `inner_iter` times, all rows at once (Jacobi).
-
-    The bound of the last sweep is only computed if it is read: on a GPU it costs as much again.
-    """
-    last = state.settings.parameters.inner_iter - 1
-    for i in range(last + 1):
-        state.ops.sweep(state.base, state.z, out=state.spare, bounded=bounded and i == last)
-        state.z, state.spare = state.spare, state.z
+    return 1 + linear
 
 
 def _finished(history: History, settings: Settings, n_rows: int) -> bool:
@@ -313,16 +311,7 @@ def _finished(history: History, settings: Settings, n_rows: int) -> bool:
     return len(last) > 1 and abs(last[1] - last[0]) < parameters.tol * n_rows
 
 
-def _reporter(
-    n_rows: int, history: History, progress: Callable[[Step], None] | None
-) -> Callable[[], None]:
-    """Return a function that reports the last step of the history."""
-    if progress is None:
-        return lambda: None
-
-    def report() -> None:
+def _report(progress: Callable[[Step], None] | None, history: History, n_rows: int) -> None:
+    """Report the last outer step, if there was one."""
+    if progress is not None and len(history):
         progress(Step(len(history), history.objective[-1] / n_rows, history.changed[-1]))
-
-    if len(history):
-        report()
-    return report

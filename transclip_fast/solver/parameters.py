@@ -76,24 +76,26 @@ class Parameters:
 
     def check(self) -> None:
         """Raise InputError for a value outside its range."""
+        values = self.get_params()
+        left_open = {name for name in OPTIONAL if values[name] is None}
         for name, minimum in MINIMUMS.items():
-            if name not in OPTIONAL or getattr(self, name) is not None:
-                check_number(name, getattr(self, name), minimum)
+            if name not in left_open:
+                check_number(name, values[name], minimum)
         for name in WEIGHTS:
-            if name not in OPTIONAL or getattr(self, name) is not None:
-                check_weight(name, getattr(self, name))
+            if name not in left_open:
+                check_weight(name, values[name])
         check_scale(self.logit_scale)
         for name in FLAGS:
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}")
+            if not isinstance(values[name], bool | np.bool_):
+                raise InputError(f"{name} must be True or False, got {values[name]!r}")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+            if values[name] not in allowed:
+                raise InputError(f"{name} must be one of {allowed}, got {values[name]!r}")
         if self.class_cost != "auto" and not isinstance(self.class_cost, bool | np.bool_):
             raise InputError(f"class_cost must be 'auto', True or False, got {self.class_cost!r}")
         parse_memory(self.memory)
         for name in ("candidates", "rank"):
-            if getattr(self, name) is not None and self.assignments == "dense":
+            if name not in left_open and self.assignments == "dense":
                 raise InputError(f"{name}: dense assignments keep every class; leave it out")
 
     def plain(self) -> Parameters:

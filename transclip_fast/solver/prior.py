@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from transclip_fast.data.checks import as_tensor
-from transclip_fast.data.feature_rows import UnitRows, evenly_spaced_rows
+from transclip_fast.data.feature_rows import Rows, UnitRows, evenly_spaced_rows
 from transclip_fast.data.priors import as_log_probabilities, as_logits
 from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
@@ -18,7 +18,6 @@ from transclip_fast.ops.block_scores import linear_log_prior
 
 PREDICT_ROWS = 16384  # of a block
 COMPARED_TABLE_ROWS = 64  # of a table, by processes that share its rows
-Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,11 @@ class GivenPrior:
 Prior = LinearPrior | GivenPrior
 
 
-def log_prior_of(
-    prior: Prior, ids: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor], pick: Pick
-) -> torch.Tensor:
-    """
-    log y_hat (n, K) of the rows `ids` (n,).
-
-    `read` returns rows of the features, and `pick` those of a table of all rows.
-    """
-    if prior.weights is None:
-        return pick(prior.log_probabilities, ids)
-    return prior.at(read(ids).float())
+def log_prior_of(prior: Prior, ids: torch.Tensor, features: Rows) -> torch.Tensor:
+    """log y_hat (n, K) of the rows `ids` (n,) of the features."""
+    if isinstance(prior, LinearPrior):
+        return prior.at(features[ids].float())
+    return features.pick(prior.log_probabilities, ids)
 
 
 def given_prior(

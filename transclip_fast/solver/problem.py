@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from transclip_fast.ranks import Ranks, check_same
 from transclip_fast.solver.known import KnownRows, known_classes
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import GAMMAS, Parameters
-from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior, log_prior_of
+from transclip_fast.solver.prior import GivenPrior, LinearPrior, Prior, given_prior
 from transclip_fast.solver.support import Support, default_gamma, enough
 from transclip_fast.solver.truncation import choose_truncation
 from transclip_fast.types import Truncation
@@ -118,14 +117,11 @@ class Problem:
             chosen = given_prior(prior, prior_logits, rows=n_rows, own=own)
         elif prototypes is not None:
             rows = as_unit_rows(prototypes, "prototypes", columns=d)
-            warn_of_equal_rows(rows, "prototypes")
-            chosen = LinearPrior.from_prototypes(rows, logit_scale)
+            chosen = _linear_prior(rows, "prototypes", logit_scale)
         text = None
         if text_features is not None:
-            known = None if chosen is None else chosen.n_classes
-            text_features = ensemble(text_features, d, known)
-            warn_of_equal_rows(text_features, "text_features")
-            text = LinearPrior.from_prototypes(text_features, logit_scale)
+            rows = ensemble(text_features, d, None if chosen is None else chosen.n_classes)
+            text = _linear_prior(rows, "text_features", logit_scale)
         chosen = chosen or text
         if chosen is None:
             shots = "; for the shots alone, a uniform prior: np.full((N, K), 1 / K)"
@@ -184,7 +180,7 @@ class Problem:
         )
 
     def facts(self, parameters: Parameters) -> dict[str, str]:
-        """What all processes that share the rows must have in common, as hashes or text."""
+        """Hashes and texts that must be equal in all processes that share the rows."""
         ids = evenly_spaced_rows(len(self.features), PRIOR_SAMPLE_ROWS)
         prior = self.prior.sample if isinstance(self.prior, GivenPrior) else self.prior.weights
         arrays = {
@@ -214,11 +210,10 @@ class Problem:
     def prior_sample(self, rows: int = PRIOR_SAMPLE_ROWS) -> torch.Tensor:
         """log y_hat (n, K) of at most so many rows, evenly spaced."""
         ids = evenly_spaced_rows(len(self.features), rows)
-
-        def pick(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            return table[ids] if self.exchange is None else self.exchange.pick(table, ids)
-
-        return log_prior_of(self.prior, ids, partial(unit_sample, self.features), pick)
+        if isinstance(self.prior, LinearPrior):
+            return self.prior.at(unit_sample(self.features, ids))
+        table = self.prior.log_probabilities
+        return table[ids] if self.exchange is None else self.exchange.pick(table, ids)
 
     def load(self, settings: Settings) -> Inputs:
         """Read the features, for a support and for validation rows once more; all to the device."""
@@ -372,6 +367,12 @@ class Inputs:
     support: Support | None = None
     validation: tuple[torch.Tensor, torch.Tensor] | None = None
     known: KnownRows | None = None
+
+
+def _linear_prior(rows: torch.Tensor, name: str, logit_scale: float) -> LinearPrior:
+    """The prior of text features or prototypes (K, d), with a warning if two are equal."""
+    warn_of_equal_rows(rows, name)
+    return LinearPrior.from_prototypes(rows, logit_scale)
 
 
 def _deciding(parameters: Parameters) -> dict[str, Any]:

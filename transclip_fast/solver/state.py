@@ -18,7 +18,6 @@ from transclip_fast.solver.class_cost import (
     ClassCost,
     agreement,
     effective_classes,
-    is_charged,
     sharpness,
 )
 from transclip_fast.solver.known import KNOWN_WEIGHT
@@ -27,7 +26,7 @@ from transclip_fast.solver.prior import LinearPrior, Prior, log_prior_of
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
 from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
-from transclip_fast.types import Assignments, Scores
+from transclip_fast.types import Affinity, Assignments, Scores
 
 SHARPNESS_ENTRIES = 1 << 22  # of the rows that T is taken from: 4,096 rows of 1,000 classes
 ABSENT_NATS = 5.0  # cost from which a class without mass is left out
@@ -42,8 +41,8 @@ class State:
     ----------
     inputs, settings, ops
         The problem, how it is solved, and the backend that computes.
-    labelled : list of (Moments, float)
-        Moments that join those of the queries, and their weights.
+    gamma : float, optional
+        Weight of the support in few-shot.
     squares : Tensor (d,) float64
         sum_i f_i^2.
     prior_normaliser : Tensor
@@ -54,8 +53,6 @@ class State:
         T of `class_cost`, 1 unless the text is too soft.
     n_effective : float
         K_eff, the classes over which y_hat^T spreads.
-    class_cost : ClassCost, optional
-        What classes in use cost; None in the published method.
     nodes : Tensor (N,) int64, optional
         Row of z, its scores and the affinity for each row of the features.
     z, spare : Assignments
@@ -67,6 +64,8 @@ class State:
     moments, pooled : Moments
         Moments of z over the queries; and the same scaled to a mass of 1, plus the support's. Both
         are zero before the first update, or start.
+    class_cost : ClassCost, optional
+        The cost of a class in use; None in the published method.
     in_use : Tensor (K',) int64, optional
         The classes that all of the above is about, where absent ones were dropped.
     all_means : Tensor (K, d) float64, optional
@@ -76,13 +75,12 @@ class State:
     inputs: Inputs
     settings: Settings
     ops: Operations
-    labelled: list[tuple[Moments, float]]
+    gamma: float | None
     squares: torch.Tensor
     prior_normaliser: torch.Tensor
     prior_best: tuple[torch.Tensor, torch.Tensor]
     sharpness: float
     n_effective: float
-    class_cost: ClassCost | None
     nodes: torch.Tensor | None
     z: Assignments
     spare: Assignments
@@ -90,8 +88,22 @@ class State:
     mixture: Mixture
     moments: Moments
     pooled: Moments
+    class_cost: ClassCost | None = None
     in_use: torch.Tensor | None = None
     all_means: torch.Tensor | None = None
+
+    @property
+    def labelled(self) -> list[tuple[Moments, float]]:
+        """Moments of labelled rows and their weights, where a query has weight 1 / N."""
+        found, n_rows = [], len(self.inputs.features)
+        if (shots := self.inputs.support) is not None:
+            weight = KNOWN_WEIGHT / n_rows
+            if self.gamma is not None:
+                weight = SUPPORT_SCALE * self.gamma / len(shots)
+            found.append((shots.moments, weight))
+        if self.inputs.known is not None:  # which are among the queries already
+            found.append((self.inputs.known.moments, (KNOWN_WEIGHT - 1) / n_rows))
+        return found
 
     def labels(self) -> torch.Tensor:
         """Most likely class of each node, (N,) int64."""
@@ -151,7 +163,6 @@ class Solution:
     gamma: float | None
     assignments: Assignments
     mixture: Mixture
-    n_iter: int
     history: History
     tail_mass: float
     prior_labels: torch.Tensor
@@ -161,14 +172,7 @@ class Solution:
     confidences: torch.Tensor
 
     @classmethod
-    def of(
-        cls,
-        state: State,
-        gamma: float | None,
-        n_iter: int,
-        history: History,
-        confidences: torch.Tensor,
-    ) -> Solution:
+    def of(cls, state: State, history: History, confidences: torch.Tensor) -> Solution:
         """The result at a state, which is not used again; z in the order of the features."""
         z, cost, features = in_row_order(state), state.class_cost, state.inputs.features
         if state.in_use is not None and z.classes is not None:
@@ -177,10 +181,9 @@ class Solution:
         if state.inputs.known is not None:
             z.bound[state.inputs.known.rows] = 0  # nothing there is misplaced
         return cls(
-            gamma,
+            state.gamma,
             z,
             replace(state.mixture, means=state.means()),
-            n_iter,
             history,
             features.largest(state.base.tail),
             *state.prior_best,
@@ -188,6 +191,11 @@ class Solution:
             None if cost is None else cost.tangent(state.counts()),
             confidences,
         )
+
+    @property
+    def n_iter(self) -> int:
+        """Outer steps taken."""
+        return len(self.history) - 1
 
     def accuracy(self, inputs: Inputs) -> float:
         """Share of the validation's queries that have its labels; 0 without any."""
@@ -205,55 +213,37 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
 
     Few-shot is with gamma; without, the support joins all else as it is in zero-shot.
     """
-    features, prior, support = inputs.features, inputs.prior, inputs.support
-    n_rows, n_classes, device = len(features), prior.n_classes, features.device
-    n_own = features.own.stop - features.own.start
-    backend: Any = backend_class(settings.backend)
-    parameters, exchange = settings.parameters, None
-    if isinstance(features, RankedRows):
-        exchange = features.exchange
-        backend = RankedBackend(backend, exchange)
-    z = Assignments.empty(n_own, n_classes, settings.truncation, device)
+    features, prior, device = inputs.features, inputs.prior, inputs.features.device
+    backend, n_classes = _backend(settings, features), prior.n_classes
+    z = Assignments.empty(len(features.local()), n_classes, settings.truncation, device)
     normaliser, log_weights, rows = backend.start(
         features, prior.weights, prior.log_probabilities, out=z
     )
-    shots = None if support is None or gamma is None else support.moments
     (prior_normaliser,) = features.total(lambda rows: (normaliser[rows].double().sum(),), [()])
+    shots = None if inputs.support is None or gamma is None else inputs.support.moments
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
     power = _sharpness(prior, prior_best[0], features, graph)
     n_effective = effective_classes(_prior_counts(z, features, prior, power))
-    charged = is_charged(parameters.class_cost, n_effective, n_classes, few_shot=gamma is not None)
     if settings.truncation is not None:
         # Neighbours mostly share a label: sorted by label, their lists are close in memory.
         order = prior_best[0].argsort(stable=True)
-        nodes = torch.empty_like(order)
-        nodes[order] = torch.arange(n_own, device=device)
+        nodes = order.scatter(0, order, torch.arange(len(order), device=device))
         z = z.take(order)
     if inputs.known is not None:
         inputs.known.clamp(z, nodes)
-    weights = affinity(
-        graph,
-        mode=parameters.graph_mode,
-        clamp_similarity=parameters.clamp_similarity,
-        nodes=nodes,
-        device=device,
-        exchange=exchange,
-    )
-    ops, dim = backend(weights, nodes), features.shape[1]
-    zero = Moments.zero(n_classes, dim, device)
+    weights = _affinity(graph, settings, features, nodes)
+    ops, zero = backend(weights, nodes), Moments.zero(n_classes, features.shape[1], device)
     return State(
         inputs=inputs,
         settings=settings,
         ops=ops,
-        labelled=_labelled(inputs, gamma),
+        gamma=gamma,
         squares=backend.sum_of_squares(features),
         prior_normaliser=prior_normaliser,
         prior_best=prior_best,
         sharpness=power,
         n_effective=n_effective,
-        # Where it costs anything; the start of `solve` counts the classes again.
-        class_cost=ClassCost.of(n_effective, n_rows, n_classes, dim) if charged else None,
         nodes=nodes,
         z=ops.room(z),
         spare=ops.room(z.empty_like()),
@@ -264,15 +254,24 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     )
 
 
-def _labelled(inputs: Inputs, gamma: float | None) -> list[tuple[Moments, float]]:
-    """Moments of labelled rows and their weights, where a query has weight 1 / N."""
-    found, n_rows = [], len(inputs.features)
-    if (support := inputs.support) is not None:
-        weight = KNOWN_WEIGHT / n_rows if gamma is None else SUPPORT_SCALE * gamma / len(support)
-        found.append((support.moments, weight))
-    if inputs.known is not None:  # which are among the queries already
-        found.append((inputs.known.moments, (KNOWN_WEIGHT - 1) / n_rows))
-    return found
+def _backend(settings: Settings, features: Rows) -> Any:
+    """The class of the operations, on rows that processes may share."""
+    own = backend_class(settings.backend)
+    return RankedBackend(own, features.exchange) if isinstance(features, RankedRows) else own
+
+
+def _affinity(
+    graph: NeighborGraph, settings: Settings, features: Rows, nodes: torch.Tensor | None
+) -> Affinity:
+    """A between nodes, also those of other processes that share the rows."""
+    return affinity(
+        graph,
+        mode=settings.parameters.graph_mode,
+        clamp_similarity=settings.parameters.clamp_similarity,
+        nodes=nodes,
+        device=features.device,
+        exchange=features.exchange if isinstance(features, RankedRows) else None,
+    )
 
 
 def _prior_counts(z: Assignments, features: Rows, prior: Prior, power: float) -> torch.Tensor:
@@ -282,7 +281,7 @@ def _prior_counts(z: Assignments, features: Rows, prior: Prior, power: float) ->
         return counts
     # All entries of some rows tell among which classes the dropped mass is spread.
     ids = evenly_spaced_rows(len(features), PRIOR_SAMPLE_ROWS, z.values.device)
-    log_prior = log_prior_of(prior, ids, features.__getitem__, features.pick)
+    log_prior = log_prior_of(prior, ids, features)
     whole = torch.softmax(power * log_prior, 1)
     values, classes = features.pick(z.values, ids), features.pick(z.classes, ids)
     kept = replace(z, values=values, classes=classes).sharpen(power).dense()
@@ -299,7 +298,7 @@ def _sharpness(prior: Prior, labels: torch.Tensor, features: Rows, graph: Neighb
     neighbors = features.pick(lists, ids.cpu()).to(ids.device)  # (S, k)
     theirs = features.pick(labels, neighbors.clamp_min(0).flatten()).view(neighbors.shape)
     shared = agreement(features.pick(labels, ids), theirs.where(neighbors >= 0, -1))
-    return sharpness(log_prior_of(prior, ids, features.__getitem__, features.pick), shared)
+    return sharpness(log_prior_of(prior, ids, features), shared)
 
 
 def drop_absent_classes(state: State) -> None:
@@ -309,8 +308,8 @@ def drop_absent_classes(state: State) -> None:
     They are 9 nats below the best class of every row, and the class cost holds them down.
     """
     cost, truncation = state.class_cost, state.settings.truncation
-    linear = isinstance(state.inputs.prior, LinearPrior) and state.inputs.support is None
-    if cost is None or cost.weight < ABSENT_NATS or truncation is None or not linear:
+    linear_scores = isinstance(state.inputs.prior, LinearPrior) and state.inputs.support is None
+    if cost is None or cost.weight < ABSENT_NATS or truncation is None or not linear_scores:
         return
     counts = state.moments.counts
     classes = counts.nonzero()[:, 0]
@@ -332,7 +331,6 @@ def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
     state.all_means = state.means()
     state.mixture = replace(state.mixture, means=state.mixture.means[classes])
     state.moments, state.pooled = state.moments.take(classes), state.pooled.take(classes)
-    state.labelled = [(moments.take(classes), weight) for moments, weight in state.labelled]
     state.inputs = replace(
         state.inputs,
         prior=LinearPrior(prior.weights[classes]),
