@@ -52,7 +52,8 @@ class Progress:
     rows, all_rows : int
         Rows of features read so far and in all, over all passes; `tol` may end a fit earlier.
     steps, all_steps : int
-        Outer steps taken and in all, over all values of gamma that are tried.
+        Outer steps taken and in all, over all values of gamma that are tried. Both grow where
+        `class_cost` solves a second time.
     objective : float, optional
         L per query after the last step.
     changed : int, optional
@@ -101,7 +102,17 @@ class FitProgress:
             self._report(self._state)
 
     def run(self, number: int) -> Callable[[Step], None]:
-        """Start run `number`; returns the function to call after each of its steps."""
+        """
+        Start run `number`; returns the function to call after each of its steps.
+
+        It may be one more than was known of.
+        """
+        with self._lock:
+            self._state = replace(
+                self._state,
+                all_rows=max(self._state.all_rows, (number + 1) * self._passes * self._n_rows),
+                all_steps=max(self._state.all_steps, (number + 1) * self._steps),
+            )
         before = number * self._passes + self._first
         self._limit = (before + 2) * self._n_rows
 

@@ -22,6 +22,7 @@ from transclip_fast.graph.centres import default_n_lists
 from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
 from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.ranks import current_ranks
+from transclip_fast.solver.class_cost import may_be_undecided
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
@@ -255,7 +256,16 @@ def plan_of_size(
     """
     (n_rows, n_classes, dim), device = shape, device or resolve_device(model.device)
     files = 2 * n_rows * dim
-    size = Size(n_rows, n_classes, dim, model.n_neighbors, file_bytes=files, ranks=ranks)
+    undecided = may_be_undecided(model.class_cost, few_shot=False)
+    size = Size(
+        n_rows,
+        n_classes,
+        dim,
+        model.n_neighbors,
+        file_bytes=files,
+        undecided=undecided,
+        ranks=ranks,
+    )
     layout = choose_layout(
         size,
         device,

@@ -16,16 +16,27 @@ where a class in use has 8 rows or more:
 
     w = (1 - K_eff / 0.8 K)^(2 - r) (60 + 60 r) d / 512 nats,  beta = max(1, 0.05 N / K_eff) rows.
 
+A weak text spreads over few classes, too, where all of them occur; the cost then merges classes. So
+down to K_eff = 0.25 K "auto" solves with and without it, and keeps the labels with the larger
+
+    share of neighbours that have the same label + 0.1 H(class sizes).
+
+Labels that tell more classes apart are kept where a nat of entropy parts at most a tenth of the
+neighbours: where a class of images is split, it parts more, and where two are merged, it saves less.
+
 `bench.accuracy.wild` measures it where few of the classes occur, and where all of them do.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 FEW_CLASSES = 0.8  # share of the classes over which y_hat spreads where "auto" begins to charge
+SURELY_FEW = 0.25  # share below which "auto" charges without solving both ways
+AGREEMENT_OF_A_NAT = 0.1  # share of the neighbours that may be parted for a nat of entropy
 CLASS_SHARE = 0.05  # of the rows of a mean class: beta, which costs half the most
 DIM = 512  # of features for which nats are stated; they grow with d
 NATS = 60.0  # of an unused class
@@ -78,6 +89,24 @@ def is_charged(class_cost: bool | str, effective: float, n_classes: int, *, few_
     if class_cost == "auto":
         return not few_shot and effective < FEW_CLASSES * n_classes
     return bool(class_cost)
+
+
+def is_undecided(
+    class_cost: bool | str, effective: float, n_classes: int, *, few_shot: bool
+) -> bool:
+    """Whether "auto" solves with and without a cost, and keeps the more plausible labels."""
+    charged = is_charged(class_cost, effective, n_classes, few_shot=few_shot)
+    return class_cost == "auto" and charged and effective >= SURELY_FEW * n_classes
+
+
+def may_be_undecided(class_cost: bool | str, *, few_shot: bool) -> bool:
+    """Whether `is_undecided` for some K_eff."""
+    return is_undecided(class_cost, SURELY_FEW, 1, few_shot=few_shot)
+
+
+def plausibility(shared: float, sizes: torch.Tensor) -> float:
+    """By which "auto" chooses: `shared` of the neighbours have one label, classes `sizes` (K,)."""
+    return shared + AGREEMENT_OF_A_NAT * math.log(effective_classes(sizes))
 
 
 @dataclass(frozen=True)

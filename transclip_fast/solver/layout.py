@@ -54,6 +54,8 @@ class Size:
         Whether the prior is that of prototypes; otherwise it is (N, K).
     runs : int
         Values of gamma that are tried.
+    undecided : bool
+        Whether a class cost is decided by a second run.
     halved : bool
         Whether held features have a copy in float16.
     labelled : int
@@ -73,6 +75,7 @@ class Size:
     copied: bool = True
     linear: bool = True
     runs: int = 1
+    undecided: bool = False
     halved: bool = False
     labelled: int = 0
     known: bool = False
@@ -136,7 +139,7 @@ class Layout:
         kept, lists = 4 * n_classes, 12 * n_classes
         if self.candidates is not None:
             kept, lists = 8 * self.candidates, ENTRY_BYTES * self.candidates
-        best = kept if size.runs > 1 else 0  # of the runs so far
+        best = kept if size.runs > 1 or size.undecided else 0  # of the runs so far
         merged = START_BYTES * size.ranks * n_classes + PART_SUMS * 8 * n_classes * d
         return {
             "features": entry * n * d if self.held else 0,

@@ -31,6 +31,7 @@ from transclip_fast.ops import choose_backend
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.ranks import Ranks, check_same
+from transclip_fast.solver.class_cost import may_be_undecided
 from transclip_fast.solver.known import KnownRows, known_classes
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import GAMMAS, Parameters
@@ -162,6 +163,7 @@ class Problem:
             ranks = 1 if self.exchange is None else self.exchange.ranks.size
         whole = n_rows * dim * self.features.dtype.itemsize
         in_place = isinstance(self.features, torch.Tensor) and is_aligned(self.features)
+        gammas = self.gammas(parameters)
         labelled = (rows for rows in (self.support, self.validation) if rows is not None)
         return Size(
             n_rows,
@@ -172,7 +174,8 @@ class Problem:
             input_bytes=0 if self.in_file else whole,
             copied=self.in_file or not in_place or device.type != "cpu",
             linear=isinstance(self.prior, LinearPrior),
-            runs=len(self.gammas(parameters)),
+            runs=len(gammas),
+            undecided=may_be_undecided(parameters.class_cost, few_shot=None not in gammas),
             halved=parameters.precision == "float16",
             labelled=sum(map(len, labelled)),
             known=self.known is not None,

@@ -1,20 +1,26 @@
-"""The runs of a fit, one for each gamma, with their progress and checkpoints."""
+"""The runs of a fit, one for each gamma or two, with their progress and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+
 from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
+from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.ranked import RankedRows
-from transclip_fast.solver.class_cost import is_charged
+from transclip_fast.solver.class_cost import is_charged, is_undecided, may_be_undecided, plausibility
 from transclip_fast.solver.loop import passes_before, solve
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.solver.problem import Inputs, Settings
-from transclip_fast.solver.state import Solution
+from transclip_fast.solver.state import Solution, shared_labels
+
+AGREEMENT_ROWS = 1 << 16  # whose neighbours tell how many have the same label
 
 
 def solve_each(
@@ -25,7 +31,7 @@ def solve_each(
     report: Callable[[Progress], None] | None,
     checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None,
 ) -> Iterator[Solution]:
-    """Solve with each gamma in turn."""
+    """Solve with each gamma in turn; with and without a class cost where "auto" is undecided."""
     parameters, features, meter = settings.parameters, inputs.features, None
     sha256 = checkpoint and features.digest(lambda rows: graph.part(rows).sha256())
     if report is None and isinstance(features, RankedRows):
@@ -37,14 +43,34 @@ def solve_each(
         features.on_read = meter.rows
     if parameters.precision == "float16":
         inputs = replace(inputs, features=features.half())
+
+    def one_run(run: int, settings: Settings, gamma: float | None) -> Solution:
+        saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, sha256 or ""))
+        step = None if meter is None else meter.run(run)
+        return solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
+
     try:
         for run, gamma in enumerate(gammas):
-            identity = settings.identity(gamma, sha256 or "")
-            saved = checkpoint and checkpoint(f"solve-{run}", identity)
-            step = None if meter is None else meter.run(run)
-            yield solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
+            found = one_run(run, settings, gamma)
+            few_shot = gamma is not None
+            effective, n_classes = found.n_effective, inputs.prior.n_classes
+            if is_undecided(parameters.class_cost, effective, n_classes, few_shot=few_shot):
+                free = replace(settings, parameters=replace(parameters, class_cost=False))
+                both = found, one_run(len(gammas) + run, free, gamma)
+                found = max(both, key=partial(_plausibility, features=features, graph=graph))
+            yield found
     finally:
         features.on_read = None
+
+
+def _plausibility(solution: Solution, features: Rows, graph: NeighborGraph) -> float:
+    """By which `class_cost` chooses between two solutions."""
+    labels, n_classes = solution.assignments.best()[0], solution.assignments.n_classes
+    (sizes,) = features.total(
+        lambda rows: (torch.bincount(labels[rows], minlength=n_classes).double(),), [(n_classes,)]
+    )
+    ids = evenly_spaced_rows(len(features), AGREEMENT_ROWS, labels.device)
+    return plausibility(shared_labels(labels, ids, features, graph), sizes)
 
 
 def passes_of_fit(
@@ -64,7 +90,8 @@ def passes_of_fit(
     charged = sum(
         is_charged(parameters.class_cost, 0.0, 1, few_shot=gamma is not None) for gamma in gammas
     )
-    return len(gammas) * run + charged * (1 + support) + support + validation
+    runs = len(gammas) + may_be_undecided(parameters.class_cost, few_shot=None not in gammas)
+    return runs * run + charged * (1 + support) + support + validation
 
 
 def _ignored(progress: Progress) -> None:

@@ -294,11 +294,18 @@ def _sharpness(prior: Prior, labels: torch.Tensor, features: Rows, graph: Neighb
     """T of `class_cost`, from y_hat of some rows, the labels (N,), and the lists of own rows."""
     sample = max(PRIOR_SAMPLE_ROWS, SHARPNESS_ENTRIES // prior.n_classes)
     ids = evenly_spaced_rows(len(features), sample, labels.device)
+    shared = shared_labels(labels, ids, features, graph)
+    return sharpness(log_prior_of(prior, ids, features), shared)
+
+
+def shared_labels(
+    labels: torch.Tensor, ids: torch.Tensor, features: Rows, graph: NeighborGraph
+) -> float:
+    """The share of neighbours of some rows (S,) that have their label, of `labels` (N,)."""
     lists = torch.from_numpy(np.require(graph.neighbors, requirements="W"))
     neighbors = features.pick(lists, ids.cpu()).to(ids.device)  # (S, k)
     theirs = features.pick(labels, neighbors.clamp_min(0).flatten()).view(neighbors.shape)
-    shared = agreement(features.pick(labels, ids), theirs.where(neighbors >= 0, -1))
-    return sharpness(log_prior_of(prior, ids, features), shared)
+    return agreement(features.pick(labels, ids), theirs.where(neighbors >= 0, -1))
 
 
 def drop_absent_classes(state: State) -> None:
