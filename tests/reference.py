@@ -6,7 +6,8 @@ Symbols follow the paper: N queries, M support rows, K classes, d dimensions, k 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -125,6 +126,27 @@ def class_cost(z, dim):
     return f * (60 + 60 * full) * dim / 512, max(1, 0.05 * n / effective)
 
 
+def decided(run, log_y, graph, few_shot, p):
+    """With `class_cost="auto"`: the published method, with a class cost, or what is plausible."""
+    n_classes = log_y.shape[1]
+    used = effective_classes(np.exp(log_softmax(sharpness(log_y, graph) * log_y)))
+    free, charged = (partial(run, parameters=replace(p, class_cost=x)) for x in (False, True))
+    if few_shot or used >= 0.8 * n_classes:
+        return free()
+    if used < 0.25 * n_classes:
+        return charged()
+    return max((charged(), free()), key=lambda solution: plausibility(solution.z, graph))
+
+
+def plausibility(z, graph):
+    """The share of neighbours that have the same label, and a tenth of the entropy of the sizes."""
+    labels = z.argmax(1)
+    rows, neighbors = np.nonzero(graph)
+    one_hot = np.eye(z.shape[1])[labels]
+    shared = (labels[rows] == labels[neighbors]).mean()
+    return shared + 0.1 * np.log(effective_classes(one_hot))
+
+
 def solve(
     features,
     log_y,
@@ -152,6 +174,12 @@ def solve(
     lam = p.kl_weight if p.kl_weight is not None else (0.5 if few_shot else 1.0)
     s = np.zeros((0, d)) if support is None else np.asarray(support, np.float64)
     y = np.zeros((0, n_classes)) if support is None else np.eye(n_classes)[labels]  # (M, K)
+    if graph is None:
+        graph = knn_weights(f, f, p.n_neighbors, True, p.clamp_similarity)  # W (N, N)
+    if p.class_cost == "auto":
+        options = {"support": support, "labels": labels, "gamma": gamma, "known": known}
+        options |= {"graph": graph, "support_graph": support_graph}
+        return decided(partial(solve, features, log_y, **options), log_y, graph, few_shot, p)
     w = 50 * gamma / len(s) if few_shot else KNOWN_WEIGHT / n
     known = np.full(n, -1) if known is None else np.asarray(known)
     counted = np.where(known >= 0, KNOWN_WEIGHT, 1)[:, None]  # (N, 1)
@@ -160,8 +188,6 @@ def solve(
         """z with the rows of known queries at their class."""
         return np.where(known[:, None] >= 0, known[:, None] == np.arange(n_classes), z)
 
-    if graph is None:
-        graph = knn_weights(f, f, p.n_neighbors, True, p.clamp_similarity)  # W (N, N)
     if p.graph_mode == "symmetric":
         a = (graph + graph.T) / (2 * p.n_neighbors)
     else:
@@ -189,11 +215,8 @@ def solve(
     kl_term = lam * log_y if lam else np.zeros_like(log_y)
     weight, beta = 0.0, 1.0
     sharp = log_softmax(sharpness(log_y, graph) * log_y)
-    charged = p.class_cost
-    if charged == "auto":
-        charged = not few_shot and effective_classes(np.exp(sharp)) < 0.8 * n_classes
     z = fixed(y_hat)
-    if charged:
+    if p.class_cost:
         if few_shot:
             score = kl_term + p.likelihood_weight * log_gaussian(f, means, variances)
         else:

@@ -69,8 +69,10 @@ class TransCLIP(Parameters):
         best of 0.002, 0.01, 0.02 and 0.2 on a validation set; without one 0.00125 for each shot of
         a class; with few or uneven shots none: see `support_features` of `fit`.
     class_cost : {"auto", True, False}
-        Charge for each class in use, so that absent classes take no rows; "auto" does so where the
-        prior spreads over less than 0.8 of the classes, and with a gamma never.
+        Charge for each class in use, so that absent classes take no rows. "auto" never does so with
+        a gamma, nor where the prior spreads over 0.8 of the classes or more; it does where it
+        spreads over less than a quarter; and between these it solves with and without, and keeps
+        the labels that are more plausible (`transclip_fast.solver.class_cost`).
     device : str
         "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}

@@ -7,10 +7,12 @@ import pytest
 
 from tests import reference
 from tests.cli.test_solve import read
+from tests.solver.test_class_cost import weak
 from transclip_fast.cli.class_outlook import describe_outlook
 
 NAMES = [f"name{k}" for k in range(20)]
 CHARGED = "each class in use is charged, so that absent ones take no images (--class-cost)"
+UNDECIDED = "solved twice, with and without a charge for each class in use (--class-cost)"
 NO_CHARGE = "no charge for a class in use (--class-cost)"
 
 
@@ -32,14 +34,14 @@ def test_plan_tells_how_many_classes_are_in_use(few, succeeds):
     found = json.loads(succeeds("plan", file, "--json"))["outlook"]
     assert found["n_effective_classes"] == pytest.approx(effective, rel=1e-4)
     assert found["rows"] == len(prior)
-    assert found["class_cost"] is True
+    assert found["class_cost"] is None
     rare = np.flatnonzero(20 * prior.mean(0) < 0.05)
     assert found["rare_classes"] == rare.tolist()
     line = succeeds("plan", file).splitlines()[-1]
     some = ", ".join(NAMES[k] for k in rare[:3]) + ", ..." * (len(rare) > 3)
     assert line == (
         f"plan: by {len(prior)} images, the prior uses about {effective:.0f} of 20 classes: "
-        f"{CHARGED}; {len(rare)} hardly occur: {some}"
+        f"{UNDECIDED}; {len(rare)} hardly occur: {some}"
     )
 
 
@@ -63,8 +65,8 @@ def test_soft_text_is_sharpened(few, save, problem, succeeds, tmp_path):
     soft = np.exp(log_prior)
     assert reference.effective_classes(soft) > 0.8 * 20
     file = save({"image_features": features[chosen], "prior": soft})
-    found = json.loads(succeeds("plan", file, "--json"))["outlook"]
-    succeeds("solve", file, "--out", tmp_path / "result")
+    found = json.loads(succeeds("plan", file, "--class-cost", "on", "--json"))["outlook"]
+    succeeds("solve", file, "--class-cost", "on", "--out", tmp_path / "result")
     run, _ = read(tmp_path / "result")
     assert found["n_effective_classes"] < 0.5 * 20
     assert found["n_effective_classes"] == pytest.approx(run["n_effective_classes"], rel=1e-3)
@@ -86,6 +88,18 @@ def test_one_of_each_is_singular():
         f"plan: by 1 image, zero-shot uses about 3 of 4 classes: {NO_CHARGE}; "
         "1 hardly occurs: class 3"
     )
+
+
+def test_a_solve_decides_where_it_is_open(save, succeeds, cli, tmp_path):
+    """The plan says that it solves twice, the result which of the solutions it kept."""
+    features, texts = weak(0)
+    file = save({"image_features": features, "text_features": texts})
+    assert json.loads(succeeds("plan", file, "--json"))["outlook"]["class_cost"] is None
+    assert UNDECIDED in succeeds("plan", file)
+    shown = cli("solve", file, "--out", tmp_path / "result").out
+    run, _ = read(tmp_path / "result")
+    cost = {True: CHARGED, False: NO_CHARGE}[run["config"]["class_cost"]]
+    assert shown.count(f"of 20 classes: {cost}") == 1
 
 
 @pytest.mark.parametrize("by", ["zero-shot", "the prior"])

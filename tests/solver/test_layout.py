@@ -100,7 +100,7 @@ def test_what_else_takes_memory():
     assert total(copied=False) == plain - 4 * 1000 * 32
     assert total(input_bytes=12345) == plain + 12345
     assert total(halved=True) == plain + 2 * 1000 * 32
-    assert total(runs=4) == plain + 8 * 64 * 1000
+    assert total(runs=4) == total(undecided=True) == plain + 8 * 64 * 1000
     assert total(file_bytes=64000) == plain
 
 
@@ -122,17 +122,17 @@ def test_size_of_what_is_given(tmp_path):
         arrays = arrays or {"text_features": np.eye(5, 8)}
         return Problem.check(X, logit_scale=100.0, **arrays).size(parameters, device)
 
-    assert size_of(in_file) == Size(30, 5, 8, 4, file_bytes=480)
-    assert size_of(images) == Size(30, 5, 8, 4, input_bytes=480)
+    assert size_of(in_file) == Size(30, 5, 8, 4, file_bytes=480, undecided=True)
+    assert size_of(images) == Size(30, 5, 8, 4, input_bytes=480, undecided=True)
     aligned = torch.ones(30, 8)
-    assert size_of(aligned) == Size(30, 5, 8, 4, input_bytes=960, copied=False)
+    assert size_of(aligned) == Size(30, 5, 8, 4, input_bytes=960, copied=False, undecided=True)
     assert size_of(aligned[1:]).copied
     assert size_of(aligned, cuda).copied
     parameters.precision = "float16"
     assert size_of(aligned).halved
     parameters.precision = "float32"
     found = size_of(in_file, prior_logits=np.zeros((30, 5)))
-    assert found == Size(30, 5, 8, 4, file_bytes=480, linear=False)
+    assert found == Size(30, 5, 8, 4, file_bytes=480, linear=False, undecided=True)
     assert found.used(CPU) == size_of(in_file).used(CPU) + 16 * 30 * 5
     parameters.gamma = None
     shots = {name: np.eye(5, 8) for name in ("support_features", "validation_features")}
@@ -141,7 +141,7 @@ def test_size_of_what_is_given(tmp_path):
     assert found == Size(30, 5, 8, 4, file_bytes=480, runs=4, labelled=10)
     known = np.arange(30) % 5 - 1
     found = size_of(images, text_features=np.eye(5, 8), known_labels=known)
-    assert found == Size(30, 5, 8, 4, input_bytes=480, known=True)
+    assert found == Size(30, 5, 8, 4, input_bytes=480, known=True, undecided=True)
 
 
 def test_processes_that_share_the_rows():
@@ -188,7 +188,7 @@ def test_a_fit_that_does_not_fit(problem):
 def test_a_fit_in_a_given_amount(problem):
     features, prototypes, _ = problem(n=177)
     free = TransCLIP(device="cpu", candidates=6).fit(features.astype("float16"), prototypes)
-    size = Size(177, 6, 33, input_bytes=2 * 177 * 33)
+    size = Size(177, 6, 33, input_bytes=2 * 177 * 33, undecided=True)
     needed = size.used(CPU) + sum(Layout(6, held=False).bytes(size, CPU).values())
     tight = TransCLIP(device="cpu", candidates=6, memory=needed)
     tight.fit(features.astype("float16"), prototypes)

@@ -12,6 +12,7 @@ from scipy import sparse
 
 from tests.conftest import make_problem, unit
 from tests.ranks import on_ranks
+from tests.solver.test_class_cost import weak
 from transclip_fast import InputError, NeighborGraph, TransCLIP
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
@@ -102,6 +103,18 @@ def test_any_number_of_ranks_gives_the_same_bits():
         for (rows, whole), (same_rows, same_whole) in zip(bits, first, strict=True):
             for x, y in zip([*rows, *whole], [*same_rows, *same_whole], strict=True):
                 np.testing.assert_equal(x, y)
+
+
+def test_ranks_decide_alike():
+    """With and without a class cost: the choice has the bits of one process, too."""
+    features, texts = weak(0, N_ROWS)
+    graph = build_graph(features, 3)
+    alone = fitted((features, texts), graph, {"max_iter": 3}, {})
+    for size in (2, 3):
+        ranks = on_ranks(size, fitted, (features, texts), graph, {"max_iter": 3}, {})
+        labels = np.concatenate([rows[1] for rows, _ in ranks])
+        np.testing.assert_array_equal(labels, alone[0][1])
+        assert all(whole[3:5] == alone[1][3:5] for _, whole in ranks)
 
 
 def test_golden_rows_on_two_ranks(golden_dir):

@@ -17,6 +17,7 @@ from transclip_fast.solver.class_cost import (
     agreement,
     effective_classes,
     is_charged,
+    is_undecided,
     sharpness,
 )
 from transclip_fast.solver.parameters import Parameters
@@ -28,11 +29,18 @@ NEIGHBOR_ROWS = 4096  # among which neighbours are searched: a fraction of a sec
 RARE = 0.05  # of a fair share of the rows
 NAMED = 3  # classes of a line
 ZERO_SHOT = "zero-shot"
+COSTS = {
+    True: "each class in use is charged, so that absent ones take no images",
+    False: "no charge for a class in use",
+    None: "solved twice, with and without a charge for each class in use",
+}
 
 
 def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     """
     K_eff and the rare classes by the prior of some rows, as JSON.
+
+    `class_cost` is None where the solve decides it.
 
     InputError if one of these rows cannot be used.
     """
@@ -45,12 +53,14 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     shares = torch.softmax(power * log_prior.double(), 1).mean(0)
     effective = effective_classes(shares)
     few_shot = None not in problem.gammas(parameters)
+    facts = parameters.class_cost, effective, n_classes
+    undecided = is_undecided(*facts, few_shot=few_shot)
     of_texts = isinstance(problem.prior, LinearPrior) and problem.prior is problem.zero_shot
     return {
         "by": ZERO_SHOT if of_texts else "the prior",
         "rows": len(log_prior),
         "n_effective_classes": effective,
-        "class_cost": is_charged(parameters.class_cost, effective, n_classes, few_shot=few_shot),
+        "class_cost": None if undecided else is_charged(*facts, few_shot=few_shot),
         "rare_classes": (n_classes * shares < RARE).nonzero()[:, 0].tolist(),
     }
 
@@ -75,16 +85,12 @@ def describe_outlook(found: dict[str, Any], n_classes: int, names: Sequence[str]
     return f"plan: by {counted(found['rows'], 'image')}, {line}"
 
 
-def use_of_classes(effective: float, n_classes: int, charged: bool, by: str = ZERO_SHOT) -> str:
-    """K_eff `by` some prior, and whether classes are charged, as text."""
-    cost = (
-        "each class in use is charged, so that absent ones take no images"
-        if charged
-        else "no charge for a class in use"
-    )
-    return (
-        f"{by} uses about {effective:.0f} of {counted(n_classes, 'class')}: {cost} (--class-cost)"
-    )
+def use_of_classes(
+    effective: float, n_classes: int, charged: bool | None, by: str = ZERO_SHOT
+) -> str:
+    """K_eff `by` some prior, and whether classes are charged, None if a solve decides it."""
+    uses = f"{by} uses about {effective:.0f} of {counted(n_classes, 'class')}"
+    return f"{uses}: {COSTS[charged]} (--class-cost)"
 
 
 def size_changes(labels: np.ndarray, zero_shot: np.ndarray, n_classes: int) -> list[list[int]]:

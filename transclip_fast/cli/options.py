@@ -57,7 +57,7 @@ PARAMETERS = {
     "clamp_similarity": "Edge weights are max(0, cosine).",
     "gamma": "Few-shot: weight of the support.  [default: chosen on the validation rows; without "
     "any 0.00125 for each shot of a class]",
-    "class_cost": "Charge for each class in use: auto where few of the classes occur.",
+    "class_cost": "Charge for each class in use: auto where few of the classes seem to occur.",
 }
 COMPUTATION = {
     "assignments": "Keep all classes of a row, or only its largest.",

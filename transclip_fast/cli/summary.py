@@ -136,9 +136,8 @@ def of_others(
 def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool = False) -> str:
     """The run.json of a solve as text, without the line on the class cost if it was shown."""
     seconds, truncation = run["seconds"], run["truncation"]
-    classes = use_of_classes(
-        run["n_effective_classes"], run["n_classes"], run["config"]["class_cost"]
-    )
+    uses = run["n_effective_classes"], run["n_classes"]
+    classes = use_of_classes(*uses, run["config"]["class_cost"])
     lines = [
         f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
         f"{counted(run['dim'], 'dimension')}",

@@ -21,8 +21,8 @@ down to K_eff = 0.25 K "auto" solves with and without it, and keeps the labels w
 
     share of neighbours that have the same label + 0.1 H(class sizes).
 
-Labels that tell more classes apart are kept where a nat of entropy parts at most a tenth of the
-neighbours: where a class of images is split, it parts more, and where two are merged, it saves less.
+So a nat of entropy may part at most a tenth of the neighbours: where a cost merges classes of
+images, its lack parts fewer; where few occur and its lack splits them, it parts more.
 
 `bench.accuracy.wild` measures it where few of the classes occur, and where all of them do.
 """

@@ -13,7 +13,11 @@ from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.ranked import RankedRows
-from transclip_fast.solver.class_cost import is_charged, is_undecided, may_be_undecided, plausibility
+from transclip_fast.solver.class_cost import (
+    is_charged,
+    is_undecided,
+    plausibility,
+)
 from transclip_fast.solver.loop import passes_before, solve
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
@@ -84,14 +88,13 @@ def passes_of_fit(
     """
     Passes over the features to load a problem and solve it with each gamma: see `Problem.load`.
 
-    With `class_cost="auto"` the most that there can be.
+    With `class_cost="auto"` the most that there can be, unless it solves twice.
     """
     run = passes_before(linear=linear) + 2 * (parameters.max_iter + 1)
     charged = sum(
         is_charged(parameters.class_cost, 0.0, 1, few_shot=gamma is not None) for gamma in gammas
     )
-    runs = len(gammas) + may_be_undecided(parameters.class_cost, few_shot=None not in gammas)
-    return runs * run + charged * (1 + support) + support + validation
+    return len(gammas) * run + charged * (1 + support) + support + validation
 
 
 def _ignored(progress: Progress) -> None:
