@@ -123,6 +123,25 @@ def made_text(pool: Pool, accuracy: float, seed: int = 0) -> Pool:
 
 
 @cache
+def weak_texts() -> list[Pool]:
+    """Return sets beside made text, from hard to easy, of which `textures` has none.
+
+    WHU-RS19 is halved: the class means are those of the other half.
+    """
+    bases = [with_means(name) for name in SETS if name != "dtd"]
+    for pool in whurs19():
+        rows = np.random.default_rng(0).permutation(len(pool.labels))
+        own, others = np.sort(rows[::2]), rows[1::2]
+        means = class_means(pool.features[others], pool.labels[others])
+        bases.append(Pool(pool.name, pool.features[own], means, pool.labels[own]))
+    return [
+        made_text(pool, x)._replace(name=f"{pool.name}, made text {x:.0%}")
+        for x in MADE_ACCURACIES
+        for pool in bases
+    ]
+
+
+@cache
 def textures() -> list[Pool]:
     """Return DTD with made text, from hard to easy."""
     return [

@@ -20,6 +20,7 @@ from bench.accuracy.wild_problems import (
     scaled,
     single_prompts,
     textures,
+    weak_texts,
     whurs19,
 )
 
@@ -33,6 +34,7 @@ SOFT = 30.0  # tau, beside the usual 100
 FEW = "Few of the classes occur"
 FINE = "Fine-grained classes in a long list"
 PROMPTS = "WHU-RS19, single prompts"
+WEAK = "Weak text"
 
 
 class Draw(NamedTuple):
@@ -162,6 +164,13 @@ SCENARIOS: dict[str, dict[str, Scenario]] = {
         },
         "2 classes, 64 rows": Scenario(of_classes(2, 2, BATCH), single_prompts, 1),
         "64 rows at random": Scenario(sample(BATCH), single_prompts, 1),
+    },
+    WEAK: {
+        "all classes": Scenario(sample(), weak_texts, 1),
+        "200 rows at random": Scenario(sample(200), weak_texts, 2),
+        "half the classes": Scenario(half, weak_texts, 2),
+        "2 to 5 classes": Scenario(of_classes(2, 5), weak_texts, 2),
+        "Dirichlet sizes": Scenario(dirichlet, weak_texts, 2),
     },
 }
 
