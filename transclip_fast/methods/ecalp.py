@@ -10,7 +10,6 @@ from transclip_fast.data.feature_rows import Rows, unit
 from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.label_graph import (
-    Edges,
     as_distributions,
     nearest_labelled,
     normalised,
@@ -76,8 +75,8 @@ class ECALP(Method):
             metric = 1 / _variances(shots).clamp_min(SMALLEST_VARIANCE)
             nearest = nearest_labelled(_weighted(rows, metric), shots.features, s.n_shots)
             found.append((nearest, n_rows + first))
-        edges = [Edges.of_lists(ids + first, cos, s.gamma) for (ids, cos), first in found]
-        matrix = normalised(edges, n_rows + len(labelled), DAMPING)
+        lists = [(ids + first, cosines) for (ids, cosines), first in found]
+        matrix = normalised(lists, n_rows + len(labelled), s.gamma, DAMPING)
         z = spread_labels(
             matrix, labelled.labels, task.n_classes, alpha=1.0, sweeps=s.sweeps, clamped=True
         )
