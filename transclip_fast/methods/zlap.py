@@ -54,7 +54,6 @@ class ZLaP(Method):
 
     name = "zlap"
     kinds = ("texts", "shots", "both")
-    matrices = 2
     grid: ClassVar[Grid] = {
         "n_neighbors": Setting(4, least=1, most=1000, whole=True),
         "n_labels": Setting(5, least=1, whole=True),
