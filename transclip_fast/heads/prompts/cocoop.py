@@ -104,7 +104,7 @@ class ConditionalHead(ContextHead):
     def restrict(self, classes: torch.Tensor) -> ConditionalHead:
         reader = self._reader()
         prompts = reader.prompts.rows(classes.to(reader.tower.device))
-        return replace(self, text=self.text[classes], reader=replace(reader, prompts=prompts))
+        return replace(super().restrict(classes), reader=replace(reader, prompts=prompts))
 
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> ConditionalHead:
         prompts = class_prompts(tower, class_names, len(self.context), self.position)
