@@ -151,15 +151,14 @@ def preprocessing_of(model: str, checkpoint: Path | None, image_size: Any) -> An
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     folder = model_folder(model)
-    own: Mapping[str, Any]
-    if folder is not None:
-        own = _own_preprocessing(inside(folder, FOLDER_CONFIG))
-    else:
+    if folder is None:
         own = _shared_preprocessing(model, checkpoint)
+    else:
+        own = _own_preprocessing(inside(folder, FOLDER_CONFIG))
     return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": image_size}))
 
 
-def _own_preprocessing(file: Path) -> dict[str, Any]:
+def _own_preprocessing(file: Path) -> Mapping[str, Any]:
     """The preprocessing in a folder's configuration; values that are none are refused."""
     config = read_json(file)
     own = value_of(config, "preprocess_cfg", dict, file) if "preprocess_cfg" in config else {}
@@ -173,7 +172,7 @@ def _own_preprocessing(file: Path) -> dict[str, Any]:
     for name, known in KNOWN.items():
         if name in own and own[name] not in known:
             raise InputError(f"{file}: {name} is {own[name]!r:.40}; known are {', '.join(known)}")
-    return dict(own)
+    return own
 
 
 def _shared_preprocessing(model: str, checkpoint: Path | None) -> Mapping[str, Any]:
