@@ -208,7 +208,7 @@ def tokenizer_of(model: str) -> Any:
 
 
 def hub_remedy(repository: str) -> str:
-    """What to do where a repository of the Hugging Face hub cannot be downloaded from here."""
+    """The remedy where a repository of the Hugging Face hub cannot be downloaded from here."""
     return (
         f"download the repository https://huggingface.co/{repository.strip('/')} and give its "
         "folder as --model, without --pretrained"

@@ -321,7 +321,7 @@ def _check(index: Any, rows: Rows, name: str) -> None:
 
 
 def _line(error: Exception) -> str:
-    """What FAISS says, without the place in its source."""
+    """FAISS's message, without the place in its source."""
     return PLACE.sub("", str(error).splitlines()[0].rsplit("Error: ", 1)[-1]).strip()
 
 

@@ -114,7 +114,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    kinds: ClassVar[tuple[str, ...]]  # anchors that make sense, the published one first
+    kinds: ClassVar[tuple[str, ...]] = ANCHORS  # that make sense, the published one first
     grid: ClassVar[Grid] = {}
     balanced: ClassVar[bool] = False  # assumes that all classes are equally frequent
     needs_graph: ClassVar[bool] = True  # where it has the setting n_neighbors

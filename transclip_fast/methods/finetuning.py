@@ -40,7 +40,6 @@ class TransductiveFinetuning(Method):
     """
 
     name = "transductive-finetuning"
-    kinds = ("shots", "texts", "both", "probabilities")
     grid: ClassVar[Grid] = {
         "tau": Setting(1.0, (0.25, 0.5, 1.0, 2.0, 4.0)),
         "max_iter": Setting(25, (10, 15, 20, 25, 30, 35, 40), whole=True),

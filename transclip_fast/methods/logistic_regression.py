@@ -36,7 +36,6 @@ class LogisticRegression(Method):
     """
 
     name = "logistic-regression"
-    kinds = ("shots", "texts", "both", "probabilities")
     matrices = 1
     grid: ClassVar[Grid] = {
         "c": Setting(0.316, (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6), least=1e-12)

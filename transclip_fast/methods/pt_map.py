@@ -53,7 +53,6 @@ class PTMAP(Method):
     """
 
     name = "pt-map"
-    kinds = ("shots", "texts", "both", "probabilities")
     balanced = True
     matrices = 1
     grid: ClassVar[Grid] = {

@@ -23,7 +23,7 @@ from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.mixture import Moments
 
-ANCHORS = ("shots", "texts", "both", "probabilities")
+ANCHORS = ("shots", "texts", "both", "probabilities")  # most methods were published with the first
 Pair = tuple[Any, Any]  # rows and labels as given, or None and None
 PROBABILITY_SCALE = 30.0  # of EM-Dirichlet's softmax
 

@@ -44,7 +44,6 @@ class TIM(Method):
     """
 
     name = "tim-adm"
-    kinds = ("shots", "texts", "both", "probabilities")
     balanced = True
     grid: ClassVar[Grid] = {
         "tau": Setting(15.0, (5.0, 10.0, 15.0, 30.0, 60.0)),

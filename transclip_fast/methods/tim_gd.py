@@ -37,7 +37,6 @@ class TIMGD(Method):
     """
 
     name = "tim-gd"
-    kinds = ("shots", "texts", "both", "probabilities")
     balanced = True
     matrices = 1
     grid: ClassVar[Grid] = {
