@@ -139,11 +139,9 @@ class _Frame:
 
     def contents(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text without those around it; a text that is too long is cut."""
-        first = len(self.head)
         found = []
         for row in self._tower.tokenize(list(texts)).tolist():
-            body = row[first:]
-            after = self._after
+            body, after = row[len(self.head) :], self._after
             length = next(m for m in range(len(body) + 1) if body[m:] == after[: len(body) - m])
             found.append(body[:length])
         return found
