@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import floordiv
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,9 @@ def _check_sizes(config: Mapping[str, Any], file: Path) -> None:
                 if value is not None:  # as the patches of a convolutional network
                     value_of({name: value}, name, int, file, minimum=1, maximum=most)
     side, patch = (config["vision_cfg"].get(name) for name in ("image_size", "patch_size"))
-    if isinstance(side, int) and isinstance(patch, int) and (side // patch) ** 2 > MAX_PATCHES:
+    sides, patches = (x if isinstance(x, list) else [x, x] for x in (side, patch))
+    known = None not in (*sides, *patches)
+    if known and math.prod(map(floordiv, sides, patches)) > MAX_PATCHES:
         raise InputError(f"{file}: an image of {side} pixels has too many patches of {patch}")
 
 
