@@ -328,6 +328,15 @@ def test_values_of_a_folder_that_cannot_be(part, name, value, small, tmp_path):
         load_backbone(str(tmp_path), "none", torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("side", "patch"), [(512, 1), ([512, 256], 1), ([256, 512], [1, 1])])
+def test_more_patches_than_an_image_can_have(side, patch, small, tmp_path):
+    config = open_clip.get_model_config(small)
+    config["vision_cfg"] |= {"image_size": side, "patch_size": patch}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"an image of .* pixels has too many patches of "):
+        load_backbone(str(tmp_path), "none", torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("name", "length", "expected"),
     [

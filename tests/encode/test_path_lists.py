@@ -90,6 +90,9 @@ def test_lists_that_lead_nowhere(name, text, message, photos):
 
 def test_single_files_that_are_missing_fail_later(photos):
     assert len(listed(photos, "none.png\nb c.png\n", "list.txt")) == 2
+    source = listed(photos, "../none\0.png\nb c.png\n", "list.txt")
+    with pytest.raises(ValueError, match="null byte"):
+        source.read(0)
 
 
 @pytest.mark.parametrize("again", ["a.png", "./a.png", ".//a.png", "x/../a.png", "{folder}/a.png"])

@@ -126,6 +126,14 @@ def test_learners_with_heads_of_their_own(place, tmp_path):
         read_head(file)
 
 
+def test_a_truth_value_is_no_number_of_patches(tmp_path):
+    head, file = other_heads()[1], tmp_path / "head.safetensors"
+    save_head(file, StoredHead(head, "x", NAMES, None))
+    changed(file, entry={"settings": {**other_settings(head), "patches": True}})
+    with pytest.raises(InputError, match="settings: patches is True; it is damaged"):
+        read_head(file)
+
+
 def other_settings(head):
     return {k: getattr(head, k) for k in ("position", "words", "patches") if hasattr(head, k)}
 
@@ -228,10 +236,11 @@ def test_other_files(file, tmp_path):
         ({}, {"encoder": "ViT"}, "encoder is 'ViT'"),
         ({}, {"logit_scale": -1.0}, "logit_scale is -1.0"),
         ({}, {"logit_scale": float("nan")}, "logit_scale is"),
+        ({}, {"logit_scale": 10**400}, "metadata: logit_scale is 10+; it is damaged"),
         ({}, {"parameters": {"n_ctx": "3"}}, "n_ctx is '3'"),
         ({}, {"settings": {"position": "end"}}, "lacks words"),
         ({}, {"settings": {"position": "end", "words": ["a"]}}, "words are not one for each"),
-        ({}, {"settings": {"position": 3, "words": ["a"] * 3}}, "position is '3'"),
+        ({}, {"settings": {"position": 3, "words": ["a"] * 3}}, "settings: position is 3; it"),
     ],
 )
 def test_what_a_head_cannot_be(file, tensors, entry, expected):

@@ -133,6 +133,11 @@ def more(found: Sequence[object]) -> str:
     return f", as {len(found) - 1} more do" if len(found) > 1 else ""
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, with dots if there are more."""
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
 def all_numbered(lines: Sequence[str], pattern: re.Pattern[str]) -> bool:
     """Whether there are several lines, and each has another number where the pattern has it."""
     numbers = {int(match[1]) for line in lines if (match := pattern.search(line))}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import floordiv
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,9 @@ def _check_sizes(config: Mapping[str, Any], file: Path) -> None:
                 if value is not None:  # as the patches of a convolutional network
                     value_of({name: value}, name, int, file, minimum=1, maximum=most)
     side, patch = (config["vision_cfg"].get(name) for name in ("image_size", "patch_size"))
-    if isinstance(side, int) and isinstance(patch, int) and (side // patch) ** 2 > MAX_PATCHES:
+    sides, patches = (x if isinstance(x, list) else [x, x] for x in (side, patch))
+    known = None not in (*sides, *patches)
+    if known and math.prod(map(floordiv, sides, patches)) > MAX_PATCHES:
         raise InputError(f"{file}: an image of {side} pixels has too many patches of {patch}")
 
 
@@ -151,15 +155,14 @@ def preprocessing_of(model: str, checkpoint: Path | None, image_size: Any) -> An
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     folder = model_folder(model)
-    own: Mapping[str, Any]
-    if folder is not None:
-        own = _own_preprocessing(inside(folder, FOLDER_CONFIG))
-    else:
+    if folder is None:
         own = _shared_preprocessing(model, checkpoint)
+    else:
+        own = _own_preprocessing(inside(folder, FOLDER_CONFIG))
     return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**own, "size": image_size}))
 
 
-def _own_preprocessing(file: Path) -> dict[str, Any]:
+def _own_preprocessing(file: Path) -> Mapping[str, Any]:
     """The preprocessing in a folder's configuration; values that are none are refused."""
     config = read_json(file)
     own = value_of(config, "preprocess_cfg", dict, file) if "preprocess_cfg" in config else {}
@@ -173,7 +176,7 @@ def _own_preprocessing(file: Path) -> dict[str, Any]:
     for name, known in KNOWN.items():
         if name in own and own[name] not in known:
             raise InputError(f"{file}: {name} is {own[name]!r:.40}; known are {', '.join(known)}")
-    return dict(own)
+    return own
 
 
 def _shared_preprocessing(model: str, checkpoint: Path | None) -> Mapping[str, Any]:
@@ -209,7 +212,7 @@ def tokenizer_of(model: str) -> Any:
 
 
 def hub_remedy(repository: str) -> str:
-    """What to do where a repository of the Hugging Face hub cannot be downloaded from here."""
+    """The remedy where a repository of the Hugging Face hub cannot be downloaded from here."""
     return (
         f"download the repository https://huggingface.co/{repository.strip('/')} and give its "
         "folder as --model, without --pretrained"

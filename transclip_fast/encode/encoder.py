@@ -134,14 +134,13 @@ def encode_shards(
                 raise
             except Exception as error:
                 lost = lost_worker(error)
-                if not lost and _is_out_of_memory(error) and batch_size > 1:
+                if not lost:
+                    if not _is_out_of_memory(error):
+                        raise
+                    if batch_size == 1:
+                        reason = f"not even one image fits into memory ({one_line(error)})"
+                        raise InputError(reason) from error
                     batch_size //= 2
-                elif not lost and _is_out_of_memory(error):
-                    raise InputError(
-                        f"not even one image fits into memory ({one_line(error)})"
-                    ) from error
-                elif not lost:
-                    raise
             # Not while the error is handled: it would be the context of those that follow.
             if lost and not retry:
                 lost_shard = pending[0]

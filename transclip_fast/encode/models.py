@@ -66,7 +66,6 @@ class Backbone:
     identity: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32  # of the images that the image tower takes
     pixels: Pixels | None = None  # replaces `preprocess` if it is of the usual kind, and is faster
-    compiled: bool = False  # whether torch compiles `encode_image`
     local: LocalEncoder | None = None  # embeds patches as well as images
     weights: WatchedFiles = field(default_factory=lambda: WatchedFiles({}))
 
@@ -184,7 +183,7 @@ def load_backbone(
     if compiled:
         net.encode_image = torch.compile(net.encode_image, dynamic=False)
     dtype = networks.PRECISIONS[precision]
-    return Backbone(net, preprocess, tokenizer, identity, dtype, pixels, compiled)
+    return Backbone(net, preprocess, tokenizer, identity, dtype, pixels)
 
 
 def _check_finite(net: Any, origin: str, precision: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def check_repeats(path: Path, files: Sequence[str], labels: Sequence[Any] | None
     first: dict[str, int] = {}
     repeats = []
     for row, file in enumerate(files):
-        # A link in a path can make any ".." lead to another folder.
-        plain = os.path.realpath(file) if ".." in file else os.path.abspath(file)
+        plain = os.path.abspath(file)
+        if ".." in file:  # which a link in the path can lead to any folder
+            with suppress(ValueError):  # of a zero byte; reading the file fails, and is reported
+                plain = os.path.realpath(file)
         before = first.setdefault(plain, row)
         if before == row:
             continue

@@ -55,7 +55,15 @@ class Source:
     stamps: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stamps = self._stamps()
+        found = {}
+        for file in dict.fromkeys(self.files):
+            found[file] = (-1, -1)
+            with failing_later():
+                state = os.stat(file)
+                found[file] = (state.st_size, state.st_mtime_ns)
+        self.stamps = np.array([found[file] for file in self.files], np.int64).reshape(-1, 2)
+        if self.spans is not None:
+            self.stamps[:, 0] = [size for _, size in self.spans]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -93,18 +101,6 @@ class Source:
             reason = "claims a size in its tar that takes in the next file; pack it again"
             raise OSError(errno.EBADMSG, reason)
         return content
-
-    def _stamps(self) -> np.ndarray:
-        found = {}
-        for file in dict.fromkeys(self.files):
-            found[file] = (-1, -1)
-            with failing_later():
-                state = os.stat(file)
-                found[file] = (state.st_size, state.st_mtime_ns)
-        stamps = np.array([found[file] for file in self.files], np.int64).reshape(-1, 2)
-        if self.spans is not None:
-            stamps[:, 0] = [size for _, size in self.spans]
-        return stamps
 
     @functools.cached_property
     def contents(self) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transclip_fast.data.names import listed
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.encode.walk import HIDDEN, NO_SUFFIX
 from transclip_fast.errors import InputError, reading
@@ -121,10 +122,9 @@ def _sample(
         return None
     try:
         if len(images) > 1:
-            names = ", ".join([files[rest].name for rest in images][:SHOWN_NAMES])
-            more = ", ..." * (len(images) > SHOWN_NAMES)
+            names = listed([files[rest].name for rest in images], SHOWN_NAMES)
             raise InputError(
-                f"sample {key} has {len(images)} images ({names}{more}): "
+                f"sample {key} has {len(images)} images ({names}): "
                 "all names with the same start up to a dot; leave one of them"
             )
         image = files[images[0]]

@@ -21,6 +21,7 @@ from transclip_fast.data.names import (
     MARKS,
     Odd,
     all_numbered,
+    listed,
     more,
     odd_names,
     plain_name,
@@ -34,7 +35,6 @@ from transclip_fast.store.json_text import parse_json
 from transclip_fast.store.names import ClassNames, as_names, check_names, place, read_names
 
 PROMPTS_PER_BATCH = 256
-SHOWN_NAMES = 5  # of classes, in a warning
 BRACES = frozenset("{}")
 ODD_TEMPLATES: Sequence[Odd] = (
     (
@@ -69,12 +69,12 @@ class ListedPrompts:
         return cls(path, table)
 
     @cached_property
-    def _listed(self) -> tuple[list[Any], dict[Any, int | None]]:
+    def _entries(self) -> tuple[list[Any], dict[Any, int | None]]:
         return [*self.table.values()], positions_by_name(self.table)
 
     def __call__(self, name: str) -> Sequence[str]:
         """The prompts of a class."""
-        values, positions = self._listed
+        values, positions = self._entries
         position = positions.get(plain_name(name), -1)
         if position is None:
             raise InputError(f"{self.path}: has several lists of prompts for class {name!r}")
@@ -101,7 +101,7 @@ class ListedPrompts:
         if others:
             yield (
                 f"{self.path}: has prompts of classes that are not in the list, and are not used: "
-                f"{len(others):,} ({_listed(others)})"
+                f"{len(others):,} ({listed(others)})"
             )
 
 
@@ -256,11 +256,11 @@ def _warn_of_cuts(tokenizer: Any, text: ClassPrompts, cut: set[str]) -> None:
             equal.setdefault(tokenizer(prompts).numpy().tobytes(), []).append(name)
     message = (
         f"{text.origin}: {sum(prompt in cut for prompt in flat):,} of {len(flat):,} prompts are "
-        f"longer than {tokenizer.context_length} tokens and were cut ({_listed(names)})"
+        f"longer than {tokenizer.context_length} tokens and were cut ({listed(names)})"
     )
     for names in equal.values():
         if len(names) > 1:
-            message += f"; the classes {_listed(names)} have the same prompts then"
+            message += f"; the classes {listed(names)} have the same prompts then"
     warnings.warn(message, stacklevel=2)
 
 
@@ -286,10 +286,6 @@ def _warn_of_equal_tokens(tokenizer: Any, text: ClassPrompts, cut: set[str]) -> 
             f"({text.names[first]!r}){more(found)}; such classes cannot be told apart",
             stacklevel=2,
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
 
 
 def _from_lines(path: Path, content: str) -> Templates:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from transclip_fast.data.names import listed
 from transclip_fast.encode.pixels import suffixes
 from transclip_fast.errors import InputError
 
@@ -82,8 +83,7 @@ def _link_words(links: Sequence[str], follow_links: bool) -> str:
 
 def _shown(names: Sequence[str]) -> str:
     """The first of some names, in one line."""
-    first = [name if name.isprintable() else ascii(name) for name in names[:SHOWN]]
-    return ", ".join(first) + ", ..." * (len(names) > SHOWN)
+    return listed([name if name.isprintable() else ascii(name) for name in names], SHOWN)
 
 
 def _leads_back(folder: str) -> bool:

@@ -90,8 +90,7 @@ class IndexSearch:
         """Lists around centres from k-means."""
         rows, sample, exchange = self._rows, self._sample, self._job.exchange
         saved = self._state.get("centres")
-        made = None if saved is None else torch.from_numpy(saved)
-        centres = kmeans_centres(rows, exchange.ranks) if made is None else made
+        centres = kmeans_centres(rows, exchange.ranks) if saved is None else torch.from_numpy(saved)
         neighbors = rows[sample.neighbors.flatten()]
         own_lists = nearest_centres(neighbors, centres, 1).view(sample.neighbors.shape)
         nearest = self._rank_lists(centres, own_lists)
@@ -152,7 +151,7 @@ class IndexSearch:
     def _top(
         self, rows: torch.Tensor, own: torch.Tensor, size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What FAISS finds for some rows: ids and values (n, size), without the rows themselves."""
+        """Ids and values (n, size) by FAISS's search of some rows, without the rows themselves."""
         faiss = load_faiss()
         faiss.omp_set_num_threads(1)  # of this thread, as above
         values, ids = map(torch.from_numpy, self.index.search(rows.numpy(), size + 1))

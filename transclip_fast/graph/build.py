@@ -289,7 +289,7 @@ def _check_shared(search: str, index: Any, save_index: str | Path | None) -> Non
 
 
 def _facts(rows: Rows) -> dict[str, str]:
-    """What all processes that share the rows must have in common."""
+    """Shape of the rows and hash of some, the same in all processes that share them."""
     some = rows[evenly_spaced_rows(len(rows), COMPARED_ROWS, rows.device)].cpu().numpy()
     return {"features": f"{rows.shape} {hashlib.sha256(some.tobytes()).hexdigest()}"}
 
@@ -311,11 +311,7 @@ def choose_search(n_rows: int, device: torch.device, held: bool) -> str:
 def _measured(
     rows: Rows, candidates: torch.Tensor, sample: RecallSample, recall: float
 ) -> dict[str, Any]:
-    """
-    What `info` says of an approximate search that found these candidates (S, C) of the sample.
-
-    Warns if it missed the recall.
-    """
+    """The part of `info` on recall, for candidates (S, C) of the sample; warns if it is missed."""
     shares, error = sample.measure(rows, candidates)
     reached = float(shares.mean())
     if reached < recall:

@@ -149,10 +149,12 @@ def list_index(
 def open_index(source: Any, rows: Rows) -> Any:
     """The index of the rows in a file, from a factory string, or given as an object; checked."""
     faiss = load_faiss()
-    if not isinstance(source, faiss.Index) and not is_file(source):
+    if isinstance(source, faiss.Index):
+        index, name = source, "index"
+    elif is_file(source):
+        index, name = _read(str(source)), str(source)
+    else:
         return _factory(str(source), rows)
-    given = isinstance(source, faiss.Index)
-    index, name = (source, "index") if given else (_read(str(source)), str(source))
     with faiss_errors(name):
         _check(index, rows, name)
     return index
@@ -219,21 +221,17 @@ def faiss_threads(number: int) -> Iterator[None]:
 
 
 def _read(path: str) -> Any:
-    faiss = load_faiss()
+    faiss, unreadable = load_faiss(), f"{path}: is no FAISS index that can be read"
     # Lists on disk are looked for beside the index, wherever it says they are.
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
     check_regular(path)
     most = TABLES_BYTES + TABLES_RATIO * os.path.getsize(path)
     claimed = list(_claimed_lists(path, most // LIST_BYTES))
     if claimed and min(claimed) > most // LIST_BYTES:
-        raise InputError(
-            f"{path}: is no FAISS index that can be read: it claims {claimed[0]:,} inverted lists"
-        )
-    try:
-        with _without_stdout(), _vectors_below(most):  # FAISS says there that it looks beside it
-            return faiss.read_index(path, flags)
-    except (RuntimeError, MemoryError) as error:
-        raise InputError(f"{path}: is no FAISS index that can be read: {_line(error)}") from None
+        raise InputError(f"{unreadable}: it claims {claimed[0]:,} inverted lists")
+    # FAISS says on standard output that it looks beside it.
+    with faiss_errors(unreadable), _without_stdout(), _vectors_below(most):
+        return faiss.read_index(path, flags)
 
 
 def _claimed_lists(path: str, most: int) -> Iterator[int]:
@@ -323,7 +321,7 @@ def _check(index: Any, rows: Rows, name: str) -> None:
 
 
 def _line(error: Exception) -> str:
-    """What FAISS says, without the place in its source."""
+    """FAISS's message, without the place in its source."""
     return PLACE.sub("", str(error).splitlines()[0].rsplit("Error: ", 1)[-1]).strip()
 
 

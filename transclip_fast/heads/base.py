@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from transclip_fast.data.patches import PatchedRows
 from transclip_fast.errors import InputError
 from transclip_fast.heads.text_tower import TextTower
 
+AnyHead = TypeVar("AnyHead", bound="Head")
 ImageRows: TypeAlias = torch.Tensor | PatchedRows
 
 BLOCK_ROWS = 16384  # rows scored at a time: all N rows times M shots do not fit in memory
@@ -38,7 +39,7 @@ class Head(ABC):
 
     kind: ClassVar[str]  # names the class in head files
     # What head files hold of it: tensors with their possible shapes, where "Kd Md" is (K, d) or
-    # (M, d) and a letter is one size in all tensors, and the types of settings.
+    # (M, d) and a letter is one size in all tensors, K that of classes; and the types of settings.
     stored_tensors: ClassVar[Mapping[str, str]] = {"text": "Kd"}
     stored_settings: ClassVar[Mapping[str, type]] = {}
     runs_tower: ClassVar[bool] = False  # True if logits need the text tower for every image
@@ -61,9 +62,10 @@ class Head(ABC):
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits (n, K) of a block of unit rows (n, d), or (n, 1 + L, d) with patches."""
 
-    @abstractmethod
-    def restrict(self, classes: torch.Tensor) -> Head:
+    def restrict(self: AnyHead, classes: torch.Tensor) -> AnyHead:
         """The same head over some of its classes (k,), in that order."""
+        names = [name for name, shape in self.stored_tensors.items() if shape.startswith("K")]
+        return replace(self, **{name: getattr(self, name)[classes] for name in names})
 
     def transfer(self, text: torch.Tensor) -> Head:
         """The same head over other classes with texts (K', d); InputError if it is bound to its."""
@@ -139,9 +141,6 @@ class PrototypeHead(Head):
 
     def block_logits(self, rows: torch.Tensor) -> torch.Tensor:
         return self.logit_scale * rows @ self.text.T
-
-    def restrict(self, classes: torch.Tensor) -> PrototypeHead:
-        return replace(self, text=self.text[classes])
 
     def prior(self, features: Any, progress: Count | None = None) -> dict[str, Any]:
         return {"prototypes": self.text}

@@ -49,9 +49,6 @@ class AdapterHead(Head):
         blended = unit(self.ratio * adapted + (1 - self.ratio) * rows)
         return self.logit_scale * blended @ self.text.T
 
-    def restrict(self, classes: torch.Tensor) -> AdapterHead:
-        return replace(self, text=self.text[classes])
-
     def transfer(self, text: torch.Tensor) -> AdapterHead:
         return replace(self, text=text)
 
@@ -135,5 +132,5 @@ def first_bottleneck(draw: torch.Generator, task: HeadTask) -> dict[str, torch.T
     """Random layers "down" and "up", which take gradients."""
     d = task.text.shape[1]
     width = max(1, d // REDUCTION)
-    layers = [first_weights(draw, d, width, d), first_weights(draw, width, d, width)]
-    return dict(zip(("down", "up"), trainable(layers), strict=True))
+    down, up = first_weights(draw, d, width, d), first_weights(draw, width, d, width)
+    return {"down": trainable(down), "up": trainable(up)}

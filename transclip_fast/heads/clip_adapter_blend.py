@@ -64,9 +64,6 @@ class BlendedHead(Head):
         squares = torch.cat([b.square(), b * (1 - b), (1 - b).square()], 1) @ parts  # (n, K)
         return self.logit_scale * products * squares.clamp_min(SMALLEST_SQUARE).rsqrt()
 
-    def restrict(self, classes: torch.Tensor) -> BlendedHead:
-        return replace(self, text=self.text[classes])
-
     def transfer(self, text: torch.Tensor) -> BlendedHead:
         return replace(self, text=text, mean_text=text.mean(0))
 
@@ -83,13 +80,13 @@ def fit(task: HeadTask) -> BlendedHead:
     """
     d = task.text.shape[1]
     draw = torch.Generator().manual_seed(task.seed)
-    layers = clip_adapter.first_bottleneck(draw, task)
-    layers |= {f"text_{name}": w for name, w in clip_adapter.first_bottleneck(draw, task).items()}
-    width = len(layers["down"])
-    hidden = [first_weights(draw, 2 * d, width, d) for _ in range(2)]
-    names = ("blend_image", "blend_text", "blend_ratio", "blend_text_ratio")
-    network = trainable([*hidden, torch.zeros(width), torch.zeros(width)])
-    weights: dict[str, Any] = {**layers, **dict(zip(names, network, strict=True))}
+    weights: dict[str, Any] = clip_adapter.first_bottleneck(draw, task)
+    weights |= {f"text_{name}": w for name, w in clip_adapter.first_bottleneck(draw, task).items()}
+    width = len(weights["down"])
+    for name in ("blend_image", "blend_text"):
+        weights[name] = trainable(first_weights(draw, 2 * d, width, d))
+    for name in ("blend_ratio", "blend_text_ratio"):
+        weights[name] = trainable(torch.zeros(width))
     head = BlendedHead(
         text=task.text, mean_text=task.text.mean(0), logit_scale=task.logit_scale, **weights
     )

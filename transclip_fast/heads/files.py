@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -22,7 +21,7 @@ from transclip_fast.heads.prompts.coop import PromptHead
 from transclip_fast.heads.prompts.plot import TransportHead
 from transclip_fast.heads.tip_adapter import CacheHead
 from transclip_fast.heads.unmix_clip import ProjectedHead
-from transclip_fast.store.json_text import parse_json
+from transclip_fast.store.json_text import parse_json, value_of
 from transclip_fast.store.tensors import check_writable, read_tensors, write_tensors
 
 ENTRY = "transclip_fast.head"  # key of the JSON in the file's metadata
@@ -142,15 +141,10 @@ def _check_names(what: str, found: Iterable[str], wanted: Iterable[str]) -> None
 
 
 def _check_values(what: str, found: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Raise InputError unless JSON values have these names and types; a float may be whole."""
+    """Raise InputError unless JSON values have these names and types."""
     _check_names(what, found, types)
     for name, kind in types.items():
-        value = found[name]
-        right = isinstance(value, int | float if kind is float else kind)
-        if kind is float:
-            right = right and not isinstance(value, bool) and math.isfinite(value)
-        if not right:
-            raise InputError(f"damaged: {name} is {str(value)[:40]!r}")
+        value_of(found, name, kind, what)
 
 
 def _check_tensors(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, str]) -> None:

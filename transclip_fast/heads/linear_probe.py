@@ -28,7 +28,7 @@ def fit(task: HeadTask) -> PrototypeHead:
     """
     features, labels = task.shots.features, task.shots.labels
     penalties = constraints(task)
-    (weights,) = trainable([task.text])
+    weights = trainable(task.text)
     optimizer = torch.optim.LBFGS(
         [weights],
         max_iter=MAX_ITERATIONS,

@@ -40,18 +40,11 @@ def attribute_swapper(words: Iterable[str] = ATTRIBUTES) -> Callable[[str], str 
         found = [*pattern.finditer(caption)]
         for place, first in enumerate(found):
             for second in found[place + 1 :]:
-                between = pattern.sub(" ", caption[first.end() : second.start()])
-                other = {word.casefold() for word in WORD.findall(between)} - LINKS
-                if other and first[3].casefold() != second[3].casefold():
-                    return "".join(
-                        (
-                            caption[: first.start()],
-                            _instead(second[3], first),
-                            caption[first.end() : second.start()],
-                            _instead(first[3], second),
-                            caption[second.end() :],
-                        )
-                    )
+                between = caption[first.end() : second.start()]
+                other = {word.casefold() for word in WORD.findall(pattern.sub(" ", between))}
+                if other - LINKS and first[3].casefold() != second[3].casefold():
+                    start = caption[: first.start()] + _instead(second[3], first)
+                    return start + between + _instead(first[3], second) + caption[second.end() :]
         return None
 
     return swapped

@@ -40,15 +40,13 @@ def labelled_rows(
 ) -> LabelledRows | None:
     """Check the rows (M, d), labels (M,) and patches (M, L, d) of "support" or "validation"."""
     rows = as_labelled_rows(use, features, labels, text.shape[1], len(text))
-    if patches is None:
-        if rows is None:
-            return None
-        return LabelledRows(out_of_inference(rows.features), out_of_inference(rows.labels))
     name = f"{use}_local_features"
     if rows is None:
-        raise InputError(f"{name} and {use}_features come together; one is missing")
-    patched = PatchedRows(rows.features, patches, name)[:]
-    return LabelledRows(patched, out_of_inference(rows.labels))
+        if patches is not None:
+            raise InputError(f"{name} and {use}_features come together; one is missing")
+        return None
+    found = rows.features if patches is None else PatchedRows(rows.features, patches, name)[:]
+    return LabelledRows(out_of_inference(found), out_of_inference(rows.labels))
 
 
 def out_of_inference(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ def fit(task: HeadTask) -> PrototypeHead:
     beyond. Its learning rate of 2e-3 is for text embeddings as they leave the encoder; on unit rows
     half of it does as well with 4 and 16 shots, and loses nothing with one.
     """
-    (residual,) = trainable([torch.zeros_like(task.text)])
+    residual = trainable(torch.zeros_like(task.text))
 
     def prototypes() -> torch.Tensor:
         return unit(task.text + ALPHA * residual)

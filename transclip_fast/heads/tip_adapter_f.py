@@ -22,7 +22,7 @@ def fit(task: HeadTask) -> CacheHead:
     does best on the test set; here it is the last. It trains on new views of each image, which
     features on disk do not have: each shot then finds its own key.
     """
-    (keys,) = trainable([task.shots.features])
+    keys = trainable(task.shots.features)
     labels = task.shots.labels
 
     def logits(rows: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from transclip_fast.heads.base import Head, percent_right
+from transclip_fast.heads.base import AnyHead, percent_right
 from transclip_fast.heads.task import HeadTask
 
 BATCH_ROWS = 256
-AnyHead = TypeVar("AnyHead", bound=Head)
 
 
 def train(
@@ -63,9 +62,9 @@ def first_weights(draw: torch.Generator, inputs: int, *shape: int) -> torch.Tens
     return (2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(inputs)
 
 
-def trainable(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies that take gradients."""
-    return [tensor.clone().requires_grad_() for tensor in tensors]
+def trainable(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that takes gradients."""
+    return tensor.clone().requires_grad_()
 
 
 def detached(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:

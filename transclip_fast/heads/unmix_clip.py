@@ -42,9 +42,6 @@ class ProjectedHead(Head):
         """Projected texts (K, d/2), unit rows."""
         return unit(torch.relu(self.text @ self.hidden.T) @ self.out.T)
 
-    def restrict(self, classes: torch.Tensor) -> ProjectedHead:
-        return replace(self, text=self.text[classes])
-
     def transfer(self, text: torch.Tensor) -> ProjectedHead:
         return replace(self, text=text)
 
@@ -81,8 +78,9 @@ def _trained(task: HeadTask, alpha: float, place: int, trainings: int) -> Projec
     hidden, out = (max(1, int(part * d)) for part in (HIDDEN, OUT))
     draw = torch.Generator().manual_seed(task.seed)
     shapes = {"image": (out, d), "hidden": (hidden, d), "out": (out, hidden)}
-    layers = trainable([first_weights(draw, shape[1], *shape) for shape in shapes.values()])
-    weights: dict[str, Any] = dict(zip(shapes, layers, strict=True))
+    weights: dict[str, Any] = {
+        name: trainable(first_weights(draw, shape[1], *shape)) for name, shape in shapes.items()
+    }
     head = ProjectedHead(
         text=task.text, logit_scale=task.logit_scale, parameters={"alpha": alpha}, **weights
     )
@@ -90,7 +88,7 @@ def _trained(task: HeadTask, alpha: float, place: int, trainings: int) -> Projec
     def penalty() -> torch.Tensor:
         return alpha * decorrelation(head.projected_text())
 
-    optimizer = torch.optim.AdamW(layers, lr=RATE)
+    optimizer = torch.optim.AdamW(weights.values(), lr=RATE)
     schedule = {"epochs": EPOCHS, "place": place, "trainings": trainings}
     train(task, head.block_logits, optimizer, penalty=penalty, **schedule)
     return replace(head, **detached(weights))

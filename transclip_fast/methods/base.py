@@ -114,7 +114,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    kinds: ClassVar[tuple[str, ...]]  # anchors that make sense, the published one first
+    kinds: ClassVar[tuple[str, ...]] = ANCHORS  # that make sense, the published one first
     grid: ClassVar[Grid] = {}
     balanced: ClassVar[bool] = False  # assumes that all classes are equally frequent
     needs_graph: ClassVar[bool] = True  # where it has the setting n_neighbors
@@ -238,19 +238,15 @@ class Method(ABC):
             features = Rows(X, "X", device, held=held)
             task = self._task(arrays, features, graph)
             on_validation = _accuracy(arrays.validation, features)
-            best: tuple[float, Answer, dict[str, Any]] | None = None
+            best = -math.inf
             for number, settings in enumerate(runs):
                 run = replace(task, progress=_of_run(progress, number, len(runs)))
-                solution = self.solve(run, SimpleNamespace(**settings))
-                score = on_validation(solution.z)
-                if best is None or score > best[0]:
-                    best = score, solution, settings
-        if best is None:
-            raise TypeError("a method has at least one run")
-        _, solution, settings = best
+                found = self.solve(run, SimpleNamespace(**settings))
+                if (score := on_validation(found.z)) > best:
+                    best, solution, chosen = score, found, settings
         self.label_distributions_ = solution.z.cpu().numpy()
         self.transduction_ = solution.z.argmax(1).cpu().numpy()
-        self.n_iter_, self.chosen_ = solution.n_iter, Chosen(settings, len(runs))
+        self.n_iter_, self.chosen_ = solution.n_iter, Chosen(chosen, len(runs))
         return self
 
     def _task(self, arrays: Arrays, features: Rows, graph: GraphSource) -> Task:

@@ -43,7 +43,6 @@ class BDCSPN(Method):
     """
 
     name = "bd-cspn"
-    kinds = ("shots", "texts", "both", "probabilities")
     matrices = 1
     grid: ClassVar[Grid] = {
         "n_rows": Setting(8, tuple(range(11)), whole=True),

@@ -10,7 +10,6 @@ from transclip_fast.data.feature_rows import Rows, unit
 from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.label_graph import (
-    Edges,
     as_distributions,
     nearest_labelled,
     normalised,
@@ -53,7 +52,6 @@ class ECALP(Method):
 
     name = "ecalp"
     kinds = ("both", "texts", "shots")
-    matrices = 2
     needs_graph = False
     grid: ClassVar[Grid] = {
         "n_neighbors": Setting(8, least=1, most=1000, whole=True),
@@ -68,22 +66,21 @@ class ECALP(Method):
         texts = None if self.anchors == "shots" else task.texts
         shots = None if self.anchors == "texts" else task.shots
         metric = (task.means if texts is None else texts.double()).var(0).float()
-        found = [(nearest_labelled(_weighted(rows, metric), rows, s.n_neighbors), 0)]
+        lists = [nearest_labelled(_weighted(rows, metric), rows, s.n_neighbors)]
         if texts is not None:
-            found.append((nearest_labelled(rows, texts, s.n_texts), n_rows))
+            ids, cosines = nearest_labelled(rows, texts, s.n_texts)
+            lists.append((n_rows + ids, cosines))
         if shots is not None:
-            first = len(labelled) - len(shots)
             metric = 1 / _variances(shots).clamp_min(SMALLEST_VARIANCE)
-            nearest = nearest_labelled(_weighted(rows, metric), shots.features, s.n_shots)
-            found.append((nearest, n_rows + first))
-        edges = [Edges.of_lists(ids + first, cos, s.gamma) for (ids, cos), first in found]
-        matrix = normalised(edges, n_rows + len(labelled), DAMPING)
+            ids, cosines = nearest_labelled(_weighted(rows, metric), shots.features, s.n_shots)
+            lists.append((n_rows + len(labelled) - len(shots) + ids, cosines))
+        matrix = normalised(lists, n_rows + len(labelled), s.gamma, DAMPING)
         z = spread_labels(
             matrix, labelled.labels, task.n_classes, alpha=1.0, sweeps=s.sweeps, clamped=True
         )
         task.progress(1, 1)
-        (ids, _), first = found[1]
-        return Answer(as_distributions(z, labelled.labels[ids[:, 0] + first - n_rows]), s.sweeps)
+        closest = labelled.labels[lists[1][0][:, 0] - n_rows]
+        return Answer(as_distributions(z, closest), s.sweeps)
 
 
 def _weighted(rows: Rows, metric: torch.Tensor) -> Rows:

@@ -10,6 +10,7 @@ from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks
 from transclip_fast.methods.dirichlet import fit_dirichlet
 from transclip_fast.methods.task import PROBABILITY_SCALE, Task
+from transclip_fast.solver.mixture import Moments
 
 SMALLEST = 1e-15  # of a class's mass and of its share
 
@@ -46,7 +47,6 @@ class EMDirichlet(Method):
     name = "em-dirichlet"
     kinds = ("probabilities",)
     every_class = False
-    matrices = 2
     hard = False
     grid: ClassVar[Grid] = {
         "share_weight": Setting(0.0),
@@ -100,10 +100,7 @@ class HardEMDirichlet(EMDirichlet):
 
     name = "hard-em-dirichlet"
     hard = True
-    grid: ClassVar[Grid] = {
-        "share_weight": Setting(0.0),
-        "max_iter": Setting(10, least=1, whole=True),
-    }
+    grid: ClassVar[Grid] = {**EMDirichlet.grid, "max_iter": Setting(10, least=1, whole=True)}
 
 
 def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -117,13 +114,9 @@ def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def _of_shots(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of log F (K, K) and number (K,) of the shots of each class, float64."""
-    n_classes = task.n_classes
-    sums = torch.zeros(n_classes, n_classes, dtype=torch.float64, device=task.device)
-    counts = sums.new_zeros(n_classes)
-    if task.shots is not None:
+    if task.shots is None:
+        moments = Moments.zero(task.n_classes, task.n_classes, task.device)
+    else:
         logits = PROBABILITY_SCALE * task.shots.features.double() @ task.class_texts.double().T
-        order = task.shots.labels.argsort(stable=True)
-        lengths = torch.bincount(task.shots.labels, minlength=n_classes)
-        logs = logits.log_softmax(1)[order]
-        return torch.segment_reduce(logs, "sum", lengths=lengths, axis=0), lengths.double()
-    return sums, counts
+        moments = Moments.of(logits.log_softmax(1), task.shots.labels, task.n_classes)
+    return moments.sums, moments.counts

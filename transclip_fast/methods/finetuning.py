@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import one_hot
 
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks
@@ -41,8 +40,6 @@ class TransductiveFinetuning(Method):
     """
 
     name = "transductive-finetuning"
-    kinds = ("shots", "texts", "both", "probabilities")
-    matrices = 2
     grid: ClassVar[Grid] = {
         "tau": Setting(1.0, (0.25, 0.5, 1.0, 2.0, 4.0)),
         "max_iter": Setting(25, (10, 15, 20, 25, 30, 35, 40), whole=True),
@@ -50,9 +47,7 @@ class TransductiveFinetuning(Method):
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        labelled, w = task.labelled, task.means
-        rows = labelled.features.double()
-        own = one_hot(labelled.labels, task.n_classes).double()
+        (rows, own), w = task.labelled_float64(), task.means
         dense = Dense(task.features, task.n_classes)
         norms = torch.cat([task.features[b].square().sum(1) for b in task.features.blocks()])
         scores, p = dense.new_scores(), dense.new_scores().values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
@@ -18,42 +17,30 @@ from transclip_fast.types import Affinity, row_offsets
 BLOCK_CLASSES = 256  # that are spread at a time: columns do not depend on each other
 
 
-@dataclass(frozen=True)
-class Edges:
-    """Weighted edges (E,) from rows of the features to nodes."""
-
-    rows: torch.Tensor
-    nodes: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def of_lists(cls, nodes: torch.Tensor, similarities: torch.Tensor, power: float) -> Edges:
-        """
-        Edges of each row to its list of nodes (N, k), -1 for none.
-
-        The weight is max(0, similarity) to a power; edges of weight 0 are left out.
-        """
-        rows = torch.arange(len(nodes), device=nodes.device)[:, None].expand_as(nodes)
-        present = (nodes >= 0) & (similarities > 0)
-        weights = similarities[present].double() ** power
-        return cls(rows[present], nodes[present], weights)
+Lists = tuple[torch.Tensor, torch.Tensor]  # nodes of each row (N, k), -1 for none; similarities
 
 
-def nearest_labelled(
-    features: Rows, labelled: UnitRows, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_labelled(features: Rows, labelled: UnitRows, k: int) -> Lists:
     """The k most similar labelled rows (M, d) of each row: ids (N, k), similarities float64."""
     found = [nearest(features[block], labelled, k) for block in features.blocks()]
     ids, similarities = zip(*found, strict=True)
     return torch.cat(ids), torch.cat(similarities)
 
 
-def normalised(edges: Iterable[Edges], n_nodes: int, damping: float = 0.0) -> Affinity:
-    """D^(-1/2) (G + G^T) D^(-1/2) of the edges G, D its row sums; `damping` joins D^(1/2)."""
-    parts = list(edges)
-    starts, ends, weights = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "nodes", "weights")
-    )
+def normalised(
+    lists: Iterable[Lists], n_nodes: int, gamma: float, damping: float = 0.0
+) -> Affinity:
+    """
+    D^(-1/2) (G + G^T) D^(-1/2), D its row sums; `damping` joins D^(1/2).
+
+    G has edges of each row to the nodes of its lists, of weight max(0, similarity)^gamma.
+    """
+    edges = []
+    for nodes, similarities in lists:
+        present = (nodes >= 0) & (similarities > 0)
+        rows = torch.arange(len(nodes), device=nodes.device)[:, None].expand_as(nodes)
+        edges.append((rows[present], nodes[present], similarities[present].double() ** gamma))
+    starts, ends, weights = map(torch.cat, zip(*edges, strict=True))
     rows, columns = torch.cat([starts, ends]), torch.cat([ends, starts])
     weights = torch.cat([weights, weights])
     rows, order = rows.sort(stable=True)

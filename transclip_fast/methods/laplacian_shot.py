@@ -44,7 +44,6 @@ class LaplacianShot(Method):
     """
 
     name = "laplacianshot"
-    kinds = ("shots", "texts", "both", "probabilities")
     matrices = 3
     grid: ClassVar[Grid] = {
         "n_neighbors": Setting(3, (3, 5, 10), least=1, most=1000, whole=True),

@@ -7,7 +7,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from torch.nn.functional import one_hot
 
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, softmax_
@@ -37,17 +36,14 @@ class LogisticRegression(Method):
     """
 
     name = "logistic-regression"
-    kinds = ("shots", "texts", "both", "probabilities")
     matrices = 1
     grid: ClassVar[Grid] = {
         "c": Setting(0.316, (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6), least=1e-12)
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        labelled = task.labelled.to(torch.device("cpu"))
-        rows, n_classes = labelled.features.double(), task.n_classes
-        own = one_hot(labelled.labels, n_classes).double()
-        shape = n_classes, rows.shape[1] + 1  # the last column is b
+        rows, own = (array.cpu() for array in task.labelled_float64())
+        shape = task.n_classes, rows.shape[1] + 1  # the last column is b
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
             """The loss over c M, and its gradient."""
@@ -63,7 +59,7 @@ class LogisticRegression(Method):
         options = {"maxiter": MAX_ITERATIONS, "gtol": GRADIENT_TOLERANCE, "ftol": 0.0}
         found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
         parameters = torch.from_numpy(found.x).view(shape).to(task.device)
-        scores = Dense(task.features, n_classes).scores(parameters[:, :-1], parameters[:, -1])
+        scores = Dense(task.features, task.n_classes).scores(parameters[:, :-1], parameters[:, -1])
         task.progress(1, 1)
         softmax_(scores.values)
         return Answer(scores.values, int(found.nit))

@@ -11,7 +11,7 @@ from transclip_fast.data.checks import as_tensor
 from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.errors import InputError
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
-from transclip_fast.methods.dense import Dense, in_blocks
+from transclip_fast.methods.dense import Dense, in_blocks, softmax_
 from transclip_fast.methods.task import Task
 from transclip_fast.solver.mixture import Moments
 
@@ -53,7 +53,6 @@ class PTMAP(Method):
     """
 
     name = "pt-map"
-    kinds = ("shots", "texts", "both", "probabilities")
     balanced = True
     matrices = 1
     grid: ClassVar[Grid] = {
@@ -137,26 +136,20 @@ def to_plan(values: torch.Tensor, mass: torch.Tensor, most: int) -> None:
     one in a million.
     """
 
-    def to_kernel(rows: slice) -> None:
-        torch.softmax(values[rows], 1, out=values[rows])  # the factor of a row joins u
+    softmax_(values)  # the factor of a row joins u
 
-    in_blocks(values, to_kernel)
-    v = values.new_ones(values.shape[1])
-    received = torch.cat(in_blocks(values, lambda rows: values[rows] @ v))
-    before = received
+    def row_sums(v: torch.Tensor) -> torch.Tensor:
+        return torch.cat(in_blocks(values, lambda rows: values[rows] @ v))
+
+    def column_sums(u: torch.Tensor) -> torch.Tensor:
+        parts = in_blocks(values, lambda rows: (u[rows] @ values[rows]).double())
+        return torch.stack(parts).sum(0)
+
+    received = before = row_sums(values.new_ones(values.shape[1]))
     for _ in range(most):
         u = 1 / received.clamp_min(SMALLEST)
-
-        def sent(rows: slice, u: torch.Tensor = u) -> torch.Tensor:
-            return (u[rows] @ values[rows]).double()
-
-        totals = torch.stack(in_blocks(values, sent)).sum(0)
-        v = (mass / totals.clamp_min(SMALLEST)).clamp_min(SMALLEST).float()
-
-        def received_of(rows: slice, v: torch.Tensor = v) -> torch.Tensor:
-            return values[rows] @ v
-
-        received = torch.cat(in_blocks(values, received_of))
+        v = (mass / column_sums(u).clamp_min(SMALLEST)).clamp_min(SMALLEST).float()
+        received = row_sums(v)
         sums = u * received
         if (sums - before).abs().max() < TOLERANCE:
             break

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
 
 from transclip_fast.callbacks import Count
 from transclip_fast.data.checks import POSITIONS, as_tensor, unread_matrix
@@ -22,7 +23,7 @@ from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.mixture import Moments
 
-ANCHORS = ("shots", "texts", "both", "probabilities")
+ANCHORS = ("shots", "texts", "both", "probabilities")  # most methods were published with the first
 Pair = tuple[Any, Any]  # rows and labels as given, or None and None
 PROBABILITY_SCALE = 30.0  # of EM-Dirichlet's softmax
 
@@ -164,6 +165,11 @@ class Task:
     def means(self) -> torch.Tensor:
         """Mean labelled row of each class, (K, d) float64, not scaled to unit norm."""
         return class_means(self.labelled, self.n_classes)
+
+    def labelled_float64(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The labelled rows (M, d) and their one-hot labels (M, K)."""
+        labels = one_hot(self.labelled.labels, self.n_classes)
+        return self.labelled.features.double(), labels.double()
 
     def anchored(self, anchors: str, name: str, *, every_class: bool = True) -> Task:
         """

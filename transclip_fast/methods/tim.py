@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import one_hot
 
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.bd_cspn import cosine_answer
@@ -45,9 +44,7 @@ class TIM(Method):
     """
 
     name = "tim-adm"
-    kinds = ("shots", "texts", "both", "probabilities")
     balanced = True
-    matrices = 2
     grid: ClassVar[Grid] = {
         "tau": Setting(15.0, (5.0, 10.0, 15.0, 30.0, 60.0)),
         "shots_weight": Setting(0.1, (0.025, 0.05, 0.1, 0.2, 0.4)),
@@ -56,11 +53,9 @@ class TIM(Method):
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        labelled, w = task.labelled, task.means
-        rows = labelled.features.double()
-        own = one_hot(labelled.labels, task.n_classes).double()
+        (rows, own), w = task.labelled_float64(), task.means
         shots_weight = s.shots_weight / (1 + s.entropy_weight)
-        ratio = len(labelled) / len(task.features)
+        ratio = len(rows) / len(task.features)
         dense = Dense(task.features, task.n_classes)
         scores = dense.new_scores()
         for step in range(s.max_iter):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch.nn.functional import one_hot
-
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, softmax_
 from transclip_fast.methods.gradients import Adam, alpha_slope, to_logit_gradients
@@ -39,7 +37,6 @@ class TIMGD(Method):
     """
 
     name = "tim-gd"
-    kinds = ("shots", "texts", "both", "probabilities")
     balanced = True
     matrices = 1
     grid: ClassVar[Grid] = {
@@ -52,9 +49,7 @@ class TIMGD(Method):
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        labelled, w = task.labelled, task.means
-        rows = labelled.features.double()
-        own = one_hot(labelled.labels, task.n_classes).double()
+        (rows, own), w = task.labelled_float64(), task.means
         slope = alpha_slope(s.alpha)
         dense = Dense(task.features, task.n_classes)
         scores, adam = dense.new_scores(), Adam(w, s.rate)

@@ -9,7 +9,6 @@ import torch
 
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.label_graph import (
-    Edges,
     as_distributions,
     nearest_labelled,
     normalised,
@@ -55,7 +54,6 @@ class ZLaP(Method):
 
     name = "zlap"
     kinds = ("texts", "shots", "both")
-    matrices = 2
     grid: ClassVar[Grid] = {
         "n_neighbors": Setting(4, least=1, most=1000, whole=True),
         "n_labels": Setting(5, least=1, whole=True),
@@ -70,11 +68,8 @@ class ZLaP(Method):
         )
         ids, similarities = nearest_labelled(task.features, labelled.features, s.n_labels)
         n_rows = len(task.features)
-        edges = [
-            Edges.of_lists(neighbors, cosines, s.gamma),
-            Edges.of_lists(ids + n_rows, similarities, s.gamma),
-        ]
-        matrix = normalised(edges, n_rows + len(labelled))
+        lists = [(neighbors, cosines), (ids + n_rows, similarities)]
+        matrix = normalised(lists, n_rows + len(labelled), s.gamma)
         sweeps = max(1, math.ceil(math.log(TOLERANCE) / math.log(s.alpha))) if s.alpha else 1
         z = spread_labels(
             matrix, labelled.labels, task.n_classes, alpha=s.alpha, sweeps=sweeps, clamped=False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,13 +77,11 @@ def evaluate_pairs(
     counted = {g: right[rows] for g, rows in rows_of.items() if g not in out}
     per_group = [(g, len(hits), _percent(hits)) for g, hits in counted.items()]
     mean = _percent([hits.mean() for hits in counted.values()]) if counted else None
-    return PairScores(
-        scores.accuracy,
-        scores.n_pairs,
-        scores.n_ties,
-        mean,
-        sorted(per_group, key=lambda row: (row[2], row[0])),
-        sorted((g, len(rows_of[g])) for g in out),
+    return replace(
+        scores,
+        group_accuracy=mean,
+        per_group=sorted(per_group, key=lambda row: (row[2], row[0])),
+        left_out=sorted((g, len(rows_of[g])) for g in out),
     )
 
 

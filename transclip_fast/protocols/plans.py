@@ -107,13 +107,11 @@ def few_shot(paths: Sequence[str], trials: Trials) -> list[Run]:
 
     "transclip-fs" among the heads is TransCLIP with the shots as its own support.
     """
-    return [
-        run
-        for data in trials.load(paths)
-        for run in _runs(
-            "few-shot", data, [Target(data, {"data": data.name}, is_source=True)], trials
-        )
-    ]
+    runs = []
+    for data in trials.load(paths):
+        target = Target(data, {"data": data.name}, is_source=True)
+        runs += _runs("few-shot", data, [target], trials)
+    return runs
 
 
 def base_to_new(paths: Sequence[str], trials: Trials) -> list[Run]:

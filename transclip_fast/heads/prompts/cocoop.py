@@ -59,9 +59,8 @@ class Reader:
         """Logits (n, K) of unit rows (n, d), each with prototypes (K, d) of its own context."""
         n_rows, n_classes = len(rows), len(self.prompts)
         each = torch.arange(n_classes, device=self.tower.device).repeat(n_rows)
-        contexts = shifted_contexts(weights, rows).repeat_interleave(
-            n_classes, 0
-        )  # (n K, n_ctx, width)
+        # (n K, n_ctx, width)
+        contexts = shifted_contexts(weights, rows).repeat_interleave(n_classes, 0)
         text = self.tower.encode(self.prompts.rows(each), contexts).view(n_rows, n_classes, -1)
         return scale * torch.einsum("nd,nkd->nk", rows, text)
 
@@ -104,7 +103,7 @@ class ConditionalHead(ContextHead):
     def restrict(self, classes: torch.Tensor) -> ConditionalHead:
         reader = self._reader()
         prompts = reader.prompts.rows(classes.to(reader.tower.device))
-        return replace(self, text=self.text[classes], reader=replace(reader, prompts=prompts))
+        return replace(super().restrict(classes), reader=replace(reader, prompts=prompts))
 
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> ConditionalHead:
         prompts = class_prompts(tower, class_names, len(self.context), self.position)

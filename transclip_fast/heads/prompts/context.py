@@ -75,9 +75,8 @@ def class_prompts(
                 f"the model reads {frame.room}; shorten the name or the context"
             )
         contents.append(content)
-        first = len(frame.head)
-        shift = len(class_tokens)
-        places.append([first + k + (shift if k >= before else 0) for k in range(n_ctx)])
+        first, after = len(frame.head), len(frame.head) + len(class_tokens)
+        places.append([*range(first, first + before), *range(after + before, after + n_ctx)])
     longest = max(len(content) for content in contents)
     tokens = torch.tensor([frame.filled(content, longest) for content in contents])
     return Prompts(tokens.to(tower.device), torch.tensor(places).to(tower.device))
@@ -94,9 +93,8 @@ def first_context(
         shared = tower.vectors(torch.tensor(words))
         return shared.repeat(n_classes, 1, 1) if settings.class_specific else shared
     like = tower.vectors(torch.zeros(1, dtype=torch.int64))
-    shape = (settings.n_ctx, like.shape[1])
-    if settings.class_specific:
-        shape = (n_classes, *shape)  # type: ignore[assignment]
+    classes = [n_classes] if settings.class_specific else []
+    shape = (*classes, settings.n_ctx, like.shape[1])
     draw = torch.Generator().manual_seed(seed)
     return (INITIAL_DEVIATION * torch.randn(shape, generator=draw)).to(like)
 
@@ -141,11 +139,9 @@ class _Frame:
 
     def contents(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text without those around it; a text that is too long is cut."""
-        first = len(self.head)
         found = []
         for row in self._tower.tokenize(list(texts)).tolist():
-            body = row[first:]
-            after = self._after
+            body, after = row[len(self.head) :], self._after
             length = next(m for m in range(len(body) + 1) if body[m:] == after[: len(body) - m])
             found.append(body[:length])
         return found

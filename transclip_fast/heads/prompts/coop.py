@@ -31,7 +31,7 @@ class PromptHead(ContextHead, PrototypeHead):
     context: torch.Tensor  # (n_ctx, width), or (K, n_ctx, width) with one for each class
 
     def restrict(self, classes: torch.Tensor) -> PromptHead:
-        head = replace(self, text=self.text[classes])
+        head = super().restrict(classes)
         if self.context.ndim == 2:
             return head
         n_ctx, chosen = self.context.shape[1], classes.tolist()

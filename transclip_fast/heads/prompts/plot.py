@@ -122,9 +122,6 @@ class TransportHead(ContextHead):
             )
         return transported_logits(rows, self.texts, self.logit_scale)
 
-    def restrict(self, classes: torch.Tensor) -> TransportHead:
-        return replace(self, text=self.text[classes], texts=self.texts[classes])
-
     @torch.no_grad()
     def for_classes(self, tower: TextTower, class_names: Sequence[str]) -> TransportHead:
         contexts = self.contexts.to(tower.device)
