@@ -24,7 +24,7 @@ from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import load_splits
 from transclip_fast.protocols.training import checkpoint_identity, draw_rows, summarise_head
 from transclip_fast.store.atomic import locked, remove
-from transclip_fast.store.checkpoint import TensorCheckpoint, files
+from transclip_fast.store.checkpoint import FileCheckpoint, files
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
@@ -122,7 +122,7 @@ def command(
             with stages.time("model"):
                 prompting = Prompter(values)(features, name)
             identity = checkpoint_identity(name, features, rows, prompting, values)
-            checkpoint = TensorCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS)
+            checkpoint = FileCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS)
             prompting = replace(prompting, checkpoint=checkpoint)
             encoder = encoder_of(prompting.tower.backbone)
         last: dict[str, str] = {}
@@ -146,7 +146,7 @@ def command(
             run |= summarise_head(head, features, rows, text, truth)
         training = {"shots": shots, "seed": values["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
-        for file in files(out, CHECKPOINT, TensorCheckpoint.suffix):
+        for file in files(out, CHECKPOINT):
             remove(file)
         run["loss"] = float(last["loss"]) if "loss" in last else None
         run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
