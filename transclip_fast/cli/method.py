@@ -15,7 +15,12 @@ from transclip_fast.cli.class_outlook import describe_changes
 from transclip_fast.cli.graph import GraphSearch, describe
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import Solving
-from transclip_fast.cli.summary import describe_files, modality_gap, of_labelled
+from transclip_fast.cli.summary import (
+    describe_accuracy,
+    describe_files,
+    describe_sizes,
+    modality_gap,
+)
 from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -211,8 +216,7 @@ def describe_result(run: Mapping[str, Any], out: str) -> str:
     )
     before = "zero-shot" if run["zero_shot_from"] == "texts" else "the nearest mean of the shots"
     lines = [
-        f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
-        f"{counted(run['dim'], 'dimension')}",
+        describe_sizes(run),
         f"{run['method']} from {run['anchors']}" + (f": {settings}, {tried}" if settings else ""),
         f"{counted(run['n_flipped'], 'label')} changed from {before}",
         *describe_changes(run["size_changes"], run["class_names"]),
@@ -220,12 +224,8 @@ def describe_result(run: Mapping[str, Any], out: str) -> str:
     if run["assumes_balanced"]:
         lines.append(f"{run['method']} assumes equally many images of every class")
     if run["accuracy"] is not None:
-        lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % {before} -> {run['accuracy']:.2f} %"
-            f"{of_labelled(run)}"
-        )
+        lines.append(describe_accuracy(run, before))
     if run["graph"] is not None:
         lines.append(f"graph {describe(run['graph'])}")
-    lines.append(f"solve {run['seconds']['solve']:.1f} s")
-    lines.append(describe_files(out))
+    lines += [f"solve {run['seconds']['solve']:.1f} s", describe_files(out)]
     return "\n".join(lines)
