@@ -22,9 +22,8 @@ from tests.report.conftest import NAMES, label, make_result
 from transclip_fast.errors import InputError
 from transclip_fast.report import class_table
 from transclip_fast.report.figures import STYLE, steps_plot
-from transclip_fast.report.gallery import galleries
+from transclip_fast.report.gallery import galleries, suggested_rows
 from transclip_fast.report.page import write_report
-from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.thumbnails import pictures_in, thumbnails
 from transclip_fast.report.view import View
 from transclip_fast.store.results import load_mixture, load_result

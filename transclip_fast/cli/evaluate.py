@@ -51,16 +51,12 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """
-    The evaluation of a result, the names of its classes, and the `modality_gap` of run.json.
-
-    `others` has how many rows were labelled by hand, and the accuracy of the others.
-    """
+    """The evaluation of a result."""
 
     scores: Evaluation
     class_names: list[str] | None
-    gap: dict[str, float | None] | None
-    others: dict[str, Any] | None
+    gap: dict[str, float | None] | None  # the `modality_gap` of run.json
+    others: dict[str, Any] | None  # how many rows were labelled by hand, and accuracy of the others
 
 
 def evaluate_result(result: str, labels: str | None = None) -> Evaluated:

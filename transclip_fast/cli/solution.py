@@ -55,25 +55,12 @@ CHECKPOINT_SECONDS = 1.0  # the most work that a crash costs
 
 @dataclass(frozen=True)
 class Output:
-    """
-    What a result has beside labels.
+    """The parts of a result beside its labels."""
 
-    Parameters
-    ----------
-    reject : float, optional
-        Share of the rows to mark as none of the classes.
-    csv : bool
-        Write the predictions as .csv, too.
-    options : list of dict
-        Of the command that solves so again, see `given_options`.
-    warnings : list of str
-        Of what went before.
-    """
-
-    reject: float | None = None
-    csv: bool = False
-    options: Sequence[Mapping[str, str]] = ()
-    warnings: Sequence[str] = ()
+    reject: float | None = None  # share of the rows to mark as none of the classes
+    csv: bool = False  # the predictions as .csv, too
+    options: Sequence[Mapping[str, str]] = ()  # that solve so again, see `given_options`
+    warnings: Sequence[str] = ()  # of earlier stages
 
 
 @dataclass(frozen=True)

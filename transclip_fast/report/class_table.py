@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from transclip_fast.data.names import class_name
-from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
 from transclip_fast.store.corrections import label_texts
+from transclip_fast.store.json_text import script_json
 
 # So that a page has at most 20 MB.
 LISTED_CLASSES, NAME_BYTES = 50_000, 4_000_000

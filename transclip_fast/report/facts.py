@@ -48,7 +48,7 @@ def facts(view: View) -> list[Fact]:
 
 
 def legend(view: View) -> str:
-    """What stands under an image, in a sentence or two."""
+    """The meaning of the text under an image, in a sentence or two."""
     percent = (
         "about how likely that is right, in percent"
         if view.result.has(CALIBRATED)

@@ -1,16 +1,15 @@
-"""Which images a report shows: samples, however many there are."""
+"""Which images a report shows, and which to correct first: samples, however many there are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from transclip_fast.data.feature_rows import evenly_spaced_rows
-from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.view import View
-from transclip_fast.store.results import CALIBRATED, TRANSCLIP
+from transclip_fast.store.results import CALIBRATED, TRANSCLIP, Result
 
 SUGGESTED, UNCERTAIN, MOVED = 30, 48, 48  # images
 FLOWS, OF_FLOW = 14, 6  # flows, and images of each
@@ -30,21 +29,29 @@ class Group:
 
 @dataclass(frozen=True)
 class Gallery:
-    """
-    Groups of images under a title; `name` is its tab's, in the page.
+    """Groups of images under a title."""
 
-    `size` is of how many these are a sample.
-    """
-
-    name: str
+    name: str  # of its tab
     title: str
     text: str
-    groups: list[Group] = field(default_factory=list)
-    size: int | None = None
+    groups: list[Group]
+    size: int | None = None  # of how many these are a sample
 
     @property
     def rows(self) -> list[int]:
         return [row for group in self.groups for row in group.rows]
+
+
+def suggested_rows(result: Result, n: int) -> np.ndarray:
+    """
+    At most `n` rows of a result whose class was not given, the first to correct first.
+
+    These have the smallest z of their label: the solution wavers there. Of the choices that a
+    result allows this one gains most, more than those by calibrated confidences, zero-shot or
+    neighbours: `bench.accuracy.corrections`.
+    """
+    rows = np.flatnonzero(~result.flags("known"))
+    return rows[np.argsort(result.shares("confidence")[rows], kind="stable")[:n]]
 
 
 def flows(before: np.ndarray, after: np.ndarray, n_classes: int, most: int) -> np.ndarray:
@@ -56,7 +63,7 @@ def flows(before: np.ndarray, after: np.ndarray, n_classes: int, most: int) -> n
 
 
 def galleries(view: View) -> list[Gallery]:
-    """What the page shows, in its order; galleries without images are left out."""
+    """The galleries of the page, in its order, without those that have no image."""
     return [gallery for gallery in _galleries(view) if gallery.rows]
 
 

@@ -16,9 +16,9 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.report.content import Content
 from transclip_fast.report.facts import facts, legend, settings, stages
 from transclip_fast.report.figures import figures, solve_figures
-from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
 from transclip_fast.store.atomic import writing
+from transclip_fast.store.json_text import script_json
 from transclip_fast.whole_files import new_file
 
 STYLE, SCRIPTS = "page.css", ("common.js", "images.js", "tables.js")
@@ -86,9 +86,8 @@ def render(content: Content) -> str:
         lstrip_blocks=True,
     )
     folder = view.result.folder.resolve()
-    return environment.get_template(
-        "page.html.j2"
-    ).render(
+    template = environment.get_template("page.html.j2")
+    return template.render(
         title=f"{folder.parent.name}/{folder.name}",
         policy=_policy(style, scripts),
         style=Markup(style),  # noqa: S704 - of this package
