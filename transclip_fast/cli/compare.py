@@ -19,7 +19,7 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.protocols.data import draw_shots, labelled_pools, load_splits
 from transclip_fast.store.atomic import beside, locked, remove
-from transclip_fast.store.features import Features
+from transclip_fast.store.features import LABELLED, Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.store.linear_maps import map_features
 
@@ -124,8 +124,7 @@ def drawn(features: Features, shots: int, seed: int, warnings: list[str]) -> Fea
     """Features with so many of their labelled rows of each class; 0 for none of them."""
     if features.get("support_features") is None:
         raise InputError("shots: there are no support_features to draw them from")
-    labelled = {name for name in METHOD_ARRAYS if name != "text_features"}
-    kept = {name: array for name, array in features.arrays.items() if name not in labelled}
+    kept = {name: array for name, array in features.arrays.items() if name not in LABELLED}
     if not shots:
         return features.with_arrays(kept)
     n_classes = checked_arrays(features).n_classes

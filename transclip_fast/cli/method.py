@@ -31,7 +31,7 @@ from transclip_fast.methods.task import ANCHORS, Arrays
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.atomic import writing
-from transclip_fast.store.features import Features
+from transclip_fast.store.features import LABELLED, Features
 from transclip_fast.store.results import TRANSCLIP, prediction_tables
 
 NAMES = (TRANSCLIP, *METHODS)
@@ -40,13 +40,7 @@ SHARED = {
     *("path", "out", "method", "anchors", "settings", "graph_folder", "search", "index", "recall"),
     *("device", "memory", "logit_scale", "csv", "as_json", "shots", "text_map", "image_map"),
 }
-METHOD_ARRAYS = (
-    "text_features",
-    "support_features",
-    "support_labels",
-    "validation_features",
-    "validation_labels",
-)
+METHOD_ARRAYS = ("text_features", *LABELLED)
 USED_ARRAYS = {*METHOD_ARRAYS, "image_features", "labels", "class_names"}
 
 anchors_option = click.option(
@@ -73,10 +67,7 @@ def method_of(values: Mapping[str, Any], features: Features) -> Method | None:
     """
     The method that the options of `solve` name, None for TransCLIP.
 
-    Raises
-    ------
-    InputError
-        Options, settings or arrays that the method would have to ignore.
+    InputError if it would have to ignore options, settings or arrays.
     """
     name, context = values["method"], click.get_current_context()
     if name == TRANSCLIP:
@@ -160,7 +151,12 @@ def solve_with_method(
             session.warn(messages, text)
         compared = method.transduction_, zero_shot[0], truth
         run = solving.summary(messages, *compared, tuple(prototypes.shape))
-        run |= describe_method(method) | {
+        run |= {
+            "method": method.name,
+            "anchors": method.anchors,
+            "chosen": method.chosen_.values,
+            "runs": method.chosen_.runs,
+            "assumes_balanced": method.assumes_balanced,
             "zero_shot_from": "shots" if arrays.texts is None else "texts",
             "modality_gap": modality_gap(
                 unread_matrix(features.get("image_features"), "X"), arrays.texts
@@ -195,17 +191,6 @@ def _fit(
     ):
         method.fit(**arguments, graph=recorded, progress=show)
     return used[0] if used else None
-
-
-def describe_method(method: Method) -> dict[str, Any]:
-    """The method that was fitted, and what it chose, as JSON."""
-    return {
-        "method": method.name,
-        "anchors": method.anchors,
-        "chosen": method.chosen_.values,
-        "runs": method.chosen_.runs,
-        "assumes_balanced": method.assumes_balanced,
-    }
 
 
 def describe_result(run: Mapping[str, Any], out: str) -> str:

@@ -11,7 +11,6 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.head import LABELLED
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.towers import Prompter, encoder_of, tower_options
@@ -25,6 +24,7 @@ from transclip_fast.protocols.data import load_splits
 from transclip_fast.protocols.training import checkpoint_identity, draw_rows, summarise_head
 from transclip_fast.store.atomic import locked, remove
 from transclip_fast.store.checkpoint import FileCheckpoint, files
+from transclip_fast.store.features import LABELLED
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 

@@ -48,15 +48,12 @@ class FileCheckpoint:
             return None
         try:
             state, identity = _read_state(self.file)
+            if identity != self.identity:
+                raise InputError(f"{self.file}: is of other input or parameters")
         except InputError as error:
             warnings.warn(f"{error}; {self.name} begins anew", stacklevel=2)
             return None
-        if identity == self.identity:
-            return state
-        warnings.warn(
-            f"{self.file}: is of other input or parameters; {self.name} begins anew", stacklevel=2
-        )
-        return None
+        return state
 
     def keep(self, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Write the state if the last one is old enough."""

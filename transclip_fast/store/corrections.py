@@ -114,21 +114,18 @@ def _class_finder(path: Path, names: Sequence[str] | None) -> Callable[[str], in
     def find(label: str) -> int:
         stripped = label.strip()
         for places, text in ((exact, label), (exact, stripped), (plain, plain_name(label))):
+            if (k := places.get(text)) is not None:
+                return k
             if text in places:
-                several = f"{path}: {label!r} is the name of several classes; give a position"
-                return _only(places[text], several)
+                raise InputError(
+                    f"{path}: {label!r} is the name of several classes; give a position"
+                )
         number = WHOLE.fullmatch(stripped)
         if not number or (names is not None and int(number[1]) >= len(names)):
             raise InputError(f"{path}: {label!r} is none of the classes")
         return int(number[1])
 
     return find
-
-
-def _only(place: int | None, several: str) -> int:
-    if place is None:
-        raise InputError(several)
-    return place
 
 
 def corrected(known: np.ndarray, corrections: Mapping[int, int]) -> np.ndarray:
