@@ -76,7 +76,7 @@ def evaluate_result(result: str, labels: str | None = None) -> Evaluated:
 
 
 def _modality_gap(result: Result) -> dict[str, float | None] | None:
-    """That of run.json; earlier results have none."""
+    """The `modality_gap` of run.json; earlier results have none."""
     gap, file = result.run.get("modality_gap"), result.folder / "run.json"
     if gap is None:
         return None
@@ -103,13 +103,11 @@ def _given_labels(result: Result, file: str) -> np.ndarray:
 def describe_evaluation(found: Evaluated) -> str:
     """An evaluation as text."""
     scores, names = found.scores, found.class_names
+    images = counted(scores.n_queries, "image")
+    if scores.n_labelled < scores.n_queries:
+        images += f", {scores.n_labelled:,} of them with a true label"
     lines = [
-        counted(scores.n_queries, "image")
-        + (
-            ""
-            if scores.n_labelled == scores.n_queries
-            else f", {scores.n_labelled:,} of them with a true label"
-        ),
+        images,
         f"accuracy {scores.zero_shot_accuracy:.2f} % zero-shot -> {scores.accuracy:.2f} %, "
         f"mean over classes {scores.mean_class_accuracy:.2f} %",
         f"{counted(scores.n_flipped, 'label')} changed: {scores.corrected:,} corrected, "

@@ -84,10 +84,7 @@ def command(
     the graph has the same bits for any number of them, also when another number resumes.
     """
     stages = session.Stages()
-    if save_index is not None and Path(out).resolve() in (
-        Path(save_index).resolve(),
-        *Path(save_index).resolve().parents,
-    ):
+    if save_index is not None and Path(save_index).resolve().is_relative_to(Path(out).resolve()):
         raise InputError(
             f"{save_index}: is in --out, which is replaced as a whole; name another file"
         )

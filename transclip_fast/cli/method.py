@@ -204,7 +204,7 @@ def describe_result(run: Mapping[str, Any], out: str) -> str:
         describe_sizes(run),
         f"{run['method']} from {run['anchors']}" + (f": {settings}, {tried}" if settings else ""),
         f"{counted(run['n_flipped'], 'label')} changed from {before}",
-        *describe_changes(run["size_changes"], run["class_names"]),
+        *describe_changes(run),
     ]
     if run["assumes_balanced"]:
         lines.append(f"{run['method']} assumes equally many images of every class")

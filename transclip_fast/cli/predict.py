@@ -125,11 +125,7 @@ def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:
     """Raise InputError unless the new rows went through the image map of the solved ones."""
     known = solved["maps"].get("image_map")
     if features.maps.get("image_map") != known:
-        how = (
-            "without an image map; leave out"
-            if known is None
-            else "with an image map; give the same"
-        )
+        how = "with an image map; give the same" if known else "without an image map; leave out"
         raise InputError(f"{result}: was solved {how} --image-map")
 
 

@@ -143,7 +143,7 @@ def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool =
         describe_sizes(run),
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
         *([] if class_cost_shown else [classes]),
-        *describe_changes(run["size_changes"], run["class_names"]),
+        *describe_changes(run),
     ]
     if truncation is not None:
         lines.append(

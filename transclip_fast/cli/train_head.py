@@ -141,16 +141,22 @@ def command(
                 progress=step,
                 prompting=prompting,
             )
-        run: dict[str, Any] = {"kind": "train-head", "name": name}
         with about():
-            run |= summarise_head(head, features, rows, text, truth)
+            found = summarise_head(head, features, rows, text, truth)
         training = {"shots": shots, "seed": values["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
         for file in files(out, CHECKPOINT):
             remove(file)
-        run["loss"] = float(last["loss"]) if "loss" in last else None
-        run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
-        run["warnings"] = [*noted, *messages]
+    run = {
+        "kind": "train-head",
+        "name": name,
+        **found,
+        "loss": float(last["loss"]) if "loss" in last else None,
+        "training": training,
+        "seconds": stages.seconds,
+        "versions": session.versions(),
+        "warnings": [*noted, *messages],
+    }
     session.print_summary(run, _text(run, out), as_json)
 
 

@@ -75,7 +75,7 @@ class Content:
     def data(self) -> dict[str, Any]:
         """All this for the script of the page, as JSON."""
         view = self.view
-        changes = flows(view.zero_shot, view.labels, view.run["n_classes"], LISTED_FLOWS).tolist()
+        changes = flows(view, LISTED_FLOWS)
         images = {row: self._image(row) for row in self.keys}
         named = {k for change in changes for k in change[:2]}
         named |= {k for image in images.values() for k in _named(image)}

@@ -54,12 +54,15 @@ def suggested_rows(result: Result, n: int) -> np.ndarray:
     return rows[np.argsort(result.shares("confidence")[rows], kind="stable")[:n]]
 
 
-def flows(before: np.ndarray, after: np.ndarray, n_classes: int, most: int) -> np.ndarray:
-    """(from, to, rows) of the most frequent changes of labels (N,), most frequent first."""
-    changed = before != after
-    pairs, sizes = np.unique(before[changed] * n_classes + after[changed], return_counts=True)
+def flows(view: View, most: int) -> list[list[int]]:
+    """[from, to, rows] of the most frequent changes of labels, most frequent first."""
+    changed, n_classes = view.labels != view.zero_shot, view.run["n_classes"]
+    codes = view.zero_shot[changed] * n_classes + view.labels[changed]
+    pairs, sizes = np.unique(codes, return_counts=True)
     largest = np.argsort(-sizes, kind="stable")[:most]
-    return np.stack([*np.divmod(pairs[largest], n_classes), sizes[largest]], axis=1)
+    found: list[list[int]]
+    found = np.stack([*np.divmod(pairs[largest], n_classes), sizes[largest]], axis=1).tolist()
+    return found
 
 
 def galleries(view: View) -> list[Gallery]:
@@ -108,10 +111,8 @@ def _marked(name: str, title: str, text: str, marked: np.ndarray) -> Gallery:
 
 def _changes(view: View) -> Iterator[Group]:
     """The largest flows, each with images from the most to the least certain."""
-    n_classes = view.run["n_classes"]
-    codes = view.zero_shot * n_classes + view.labels
-    for before, after, size in flows(view.zero_shot, view.labels, n_classes, FLOWS).tolist():
-        rows = np.flatnonzero(codes == before * n_classes + after)
+    for before, after, size in flows(view, FLOWS):
+        rows = np.flatnonzero((view.zero_shot == before) & (view.labels == after))
         rows = rows[np.argsort(-view.confidence[rows], kind="stable")]
         some = rows[evenly_spaced_rows(len(rows), OF_FLOW).numpy()]
         yield Group(some.tolist(), before, after, size)

@@ -75,7 +75,8 @@ def _check_place(out: Path) -> None:
 def render(content: Content) -> str:
     """The page as HTML."""
     view, data = content.view, content.data()
-    style, *scripts = (_asset(name) for name in (STYLE, *SCRIPTS))
+    folder = resources.files("transclip_fast.report")
+    style, *scripts = (folder.joinpath(x).read_text(encoding="utf-8") for x in (STYLE, *SCRIPTS))
     found = view.run.get("warnings")
     warnings = [str(text)[:WARNING_LENGTH] for text in found] if isinstance(found, list) else []
     environment = Environment(
@@ -85,10 +86,10 @@ def render(content: Content) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    folder = view.result.folder.resolve()
+    shown = view.result.folder.resolve()
     template = environment.get_template("page.html.j2")
     return template.render(
-        title=f"{folder.parent.name}/{folder.name}",
+        title=f"{shown.parent.name}/{shown.name}",
         policy=_policy(style, scripts),
         style=Markup(style),  # noqa: S704 - of this package
         scripts=[Markup(script) for script in scripts],  # noqa: S704
@@ -109,10 +110,6 @@ def render(content: Content) -> str:
 def _marked_up(plots: Sequence[tuple[str, str]]) -> list[tuple[str, Markup]]:
     """Plots as the page takes them; numbers only are in their SVG."""
     return [(name, Markup(svg)) for name, svg in plots]  # noqa: S704
-
-
-def _asset(name: str) -> str:
-    return resources.files("transclip_fast.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _policy(style: str, scripts: Sequence[str]) -> str:

@@ -157,10 +157,8 @@ class View:
             return []
         first, second = self.links
         start, stop = np.searchsorted(first, [row, row + 1])
-        linked, own = (
-            second[start:stop].tolist(),
-            self.result.predictions.column("neighbors")[row].as_py(),
-        )
+        linked = second[start:stop].tolist()
+        own = self.result.predictions.column("neighbors")[row].as_py()
         return [*own, *(other for other in linked if other not in own)][:most]
 
     def joint(self, rows: Sequence[int]) -> dict[int, Opinion]:

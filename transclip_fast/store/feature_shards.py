@@ -150,7 +150,7 @@ def metadata_columns(
 
 
 def _no_features(folder: Path) -> str:
-    """What a folder without features is, and what to name instead."""
+    """The likely kind of a folder without features, and the remedy."""
     if (folder / "features" / "img_emb").is_dir():
         return f"did you mean {folder / 'features'}?"
     if (folder / "predictions.parquet").is_file():
