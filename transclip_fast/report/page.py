@@ -50,17 +50,18 @@ def write_report(
     """
     _check_place(Path(out))
     content = Content.of(View.open(result, before), images)
-    page = render(content)
+    # A path that is no UTF-8 has half characters, which are no text; they are shown escaped.
+    page = render(content).encode("utf-8", "backslashreplace")
     out = Path(out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_file(out) as partial:
-            partial.write_text(page, encoding="utf-8")
+            partial.write_bytes(page)
     return {
         "shown": {gallery.name: len(gallery.rows) for gallery in content.galleries},
         "thumbnails": len(content.thumbnails),
         "notes": content.notes,
-        "bytes": len(page.encode()),
+        "bytes": len(page),
     }
 
 
