@@ -35,9 +35,7 @@ HANG_SECONDS = 120.0
 TRACEBACK = 70  # exit code of a command that ended in another exception
 CLEANING = ("unlink", "rmdir", "list", "stat", "open")  # operations with which files are removed
 # Checkpoints, from which the next run goes on.
-KEPT = re.compile(
-    r"\.(search|solve-\d)\.npz|\.training\.safetensors|\.compare\.json|\.[\w.]+\.graph(/|$)"
-)
+KEPT = re.compile(r"\.(search|solve-\d|training)\.npz|\.compare\.json|\.[\w.]+\.graph(/|$)")
 # Of a page: its times, and what its list of warnings has.
 VARYING_LINES = re.compile(
     rb"(?ms)^ *<div><dt>\w+</dt><dd>[\d.]+ s\b[^\n]*\n|<ul class=.warnings.*?</ul>\n"

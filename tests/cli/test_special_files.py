@@ -82,10 +82,12 @@ def test_names_that_are_not_text_are_shown_escaped(save, arrays, tmp_path):
     out = os.fsencode(tmp_path) + b"/r\xff"
     ran = command_line("solve", save(arrays), "--out", out, "--head", b"\xe9.safetensors")
     assert (ran.returncode, ran.stderr.count(b"\n")) == (2, 1)
-    ran = command_line("solve", save(arrays), "--out", out)
-    assert ran.returncode == 0, ran.stderr
-    assert b"r\\udcff" in ran.stdout
-    assert os.path.isfile(out + b"/predictions.parquet")
+    features = save(arrays)
+    for words, folder in ((["solve"], out), (["predict", out], out + b"2")):
+        ran = command_line(*words, features, "--out", folder)
+        assert ran.returncode == 0, ran.stderr
+        assert b"r\\udcff" in ran.stdout
+        assert os.path.isfile(folder + b"/predictions.parquet")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -22,9 +23,8 @@ from tests.report.conftest import NAMES, label, make_result
 from transclip_fast.errors import InputError
 from transclip_fast.report import class_table
 from transclip_fast.report.figures import STYLE, steps_plot
-from transclip_fast.report.gallery import galleries
+from transclip_fast.report.gallery import galleries, suggested_rows
 from transclip_fast.report.page import write_report
-from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.thumbnails import pictures_in, thumbnails
 from transclip_fast.report.view import View
 from transclip_fast.store.results import load_mixture, load_result
@@ -304,6 +304,17 @@ def test_the_page_of_predict(made, cli_in_process, tmp_path):
     assert len(said) == len(made.keys)
     for row, image in said.items():
         assert (image["text"], image["mixture"]) == (solved[row]["text"], solved[row]["mixture"])
+
+
+def test_a_result_in_a_folder_that_is_no_utf8(made, tmp_path):
+    folder = tmp_path / os.fsdecode(b"new\xff")
+    shutil.copytree(made.folder, folder)
+    summary = write_report(folder / "result", tmp_path / os.fsdecode(b"\xff.html"))
+    page = (tmp_path / os.fsdecode(b"\xff.html")).read_text(encoding="utf-8")
+    assert r"<title>new\udcff/result" in page
+    assert summary["thumbnails"] == len(made.keys)
+    assert summary["bytes"] == len(page.encode())
+    assert '"mixture":[' in page
 
 
 def test_images_that_could_not_be_read_are_counted(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from transclip_fast.store.checkpoint import FileCheckpoint, TensorCheckpoint, files
+from transclip_fast.store.checkpoint import FileCheckpoint, files
 
 STATE = {"values": np.arange(6.0).reshape(2, 3), "blocks": np.array(4)}
 
@@ -21,7 +21,7 @@ def test_round_trip(tmp_path):
     for name, array in STATE.items():
         np.testing.assert_array_equal(found[name], array)
     assert len(list(tmp_path.iterdir())) == 1
-    assert first.file == files(tmp_path / "graph", "search")[0] == tmp_path / ".graph.search.npz"
+    assert first.file == next(files(tmp_path / "graph", "search")) == tmp_path / ".graph.search.npz"
 
 
 def test_of_another_search(tmp_path):
@@ -43,18 +43,12 @@ def test_damaged(tmp_path):
         assert checkpoint.load() is None
 
 
-@pytest.mark.parametrize("kind", [FileCheckpoint, TensorCheckpoint])
-def test_a_state_that_was_changed_is_not_resumed_from(kind, tmp_path):
+def test_a_state_that_was_changed_is_not_resumed_from(tmp_path):
     """With the checksums of the archive right, as only a writer of archives makes them."""
-    checkpoint = kind(tmp_path / "graph", "search", {}, 0.0)
+    checkpoint = checkpoint_of(tmp_path / "graph", {})
     checkpoint.keep(lambda: {"values": STATE["values"]})
     assert checkpoint.load() is not None
-    if kind is FileCheckpoint:
-        arrays = dict(np.load(checkpoint.file))
-        np.savez(checkpoint.file, **arrays | {"values": arrays["values"] + 1})
-    else:
-        content = bytearray(checkpoint.file.read_bytes())
-        content[-1] ^= 1
-        checkpoint.file.write_bytes(content)
+    arrays = dict(np.load(checkpoint.file))
+    np.savez(checkpoint.file, **arrays | {"values": arrays["values"] + 1})
     with pytest.warns(UserWarning, match="damaged, or of an earlier version; search begins anew"):
         assert checkpoint.load() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,12 @@ from scipy import sparse
 
 from transclip_fast.store import results
 from transclip_fast.store.features import Features
-from transclip_fast.store.results import prediction_tables, save_result
+from transclip_fast.store.results import (
+    joined_parts,
+    prediction_tables,
+    save_result,
+    write_part,
+)
 
 
 def table(distributions):
@@ -56,6 +62,17 @@ def test_blocks_are_the_whole_in_parts(monkeypatch):
     monkeypatch.setattr(results, "TABLE_ROWS", 7)
     assert table(draw).equals(whole)
     assert table(draw)["row"].to_pylist() == list(range(20))
+
+
+def test_parts_of_ranks_in_a_folder_that_is_no_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"out\xff")
+    folder.mkdir()
+    found = table(np.random.default_rng(0).random((20, 9)))
+    write_part(folder, 12, [found[12:]])
+    write_part(folder, 0, [found[:5], found[5:12]])
+    write_part(folder, 20, [])
+    assert pa.concat_tables(joined_parts(folder)).equals(found)
+    assert not list(folder.iterdir())
 
 
 def test_names():

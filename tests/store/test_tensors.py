@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.tensors import unmapped, write_tensors
+from transclip_fast.store.tensors import read_tensors, unmapped, write_tensors
 
 
 def ignore(done, total):
@@ -50,6 +50,14 @@ def test_what_is_written_is_read(tmp_path_factory, made):
         expected = tensor.bfloat16() if tensor.is_floating_point() else tensor
         assert read[name].dtype == expected.dtype
         torch.testing.assert_close(read[name], expected, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_path_that_is_no_utf8(tmp_path):
+    file = tmp_path / os.fsdecode(b"\xff") / "x.safetensors"
+    write_tensors(file, {"a": torch.arange(3)}, None, metadata={"of": "b"})
+    tensors, metadata = read_tensors(file)
+    assert tensors["a"].tolist() == [0, 1, 2]
+    assert metadata["of"] == "b"
 
 
 def test_a_transposed_view(tmp_path):

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -124,30 +124,31 @@ def main() -> None:
         click.echo("Aborted!", err=True)
         sys.exit(1)
     except click.ClickException as error:
-        click.echo(_describe_usage(error), err=True)
-        sys.exit(2)
+        _refuse_words(error)
     except InputError as error:
-        click.echo(f"error: {printable(str(error))}", err=True)
-        sys.exit(2)
+        _refuse(str(error))
     except (ImportError, RuntimeError, OSError) as error:  # no mistake of the program
         library = broken_library(error)
         if library is not None:
-            text = f"{describe_broken(library, error)}; `transclip-fast doctor` checks all of them"
-            click.echo(f"error: {printable(text)}", err=True)
-            sys.exit(2)
+            found = describe_broken(library, error)
+            _refuse(f"{found}; `transclip-fast doctor` checks all of them")
         if not isinstance(error, OSError):  # which any call can meet
             raise
         what, reason = error.filename or "a file", error.strerror or one_line(error)
-        text = printable(f"{what}: cannot be read or written ({reason})")
-        click.echo(f"error: {text}", err=True)
-        sys.exit(2)
+        _refuse(f"{what}: cannot be read or written ({reason})")
 
 
-def _describe_usage(error: click.ClickException) -> str:
-    """What is wrong with the words of a command, in one line; without words, the help."""
+def _refuse(text: str) -> NoReturn:
+    click.echo(f"error: {printable(text)}", err=True)
+    sys.exit(2)
+
+
+def _refuse_words(error: click.ClickException) -> NoReturn:
+    """Say in one line what is wrong with the words of a command; without words, print the help."""
     message = error.format_message()
     if "\n" in message:
-        return message
+        click.echo(message, err=True)
+        sys.exit(2)
     context = getattr(error, "ctx", None)
     command = "transclip-fast" if context is None else context.command_path
-    return f"error: {printable(message.rstrip('.'))}; see `{command} --help`"
+    _refuse(f"{message.rstrip('.')}; see `{command} --help`")

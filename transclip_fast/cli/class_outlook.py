@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,13 +100,13 @@ def size_changes(labels: np.ndarray, zero_shot: np.ndarray, n_classes: int) -> l
     return [[int(k), int(before[k]), int(now[k])] for k in most if now[k] != before[k]]
 
 
-def describe_changes(changes: list[list[int]], names: Sequence[str] | None) -> list[str]:
-    """Lines of the classes that grew and that shrank most."""
+def describe_changes(run: Mapping[str, Any]) -> list[str]:
+    """Lines of the classes that grew and that shrank most, as of run.json."""
     lines = []
     for verb, sign in (("grew", 1), ("shrank", -1)):
         some = [
-            f"{class_name(k, names)} {before:,} -> {now:,}"
-            for k, before, now in changes
+            f"{class_name(k, run['class_names'])} {before:,} -> {now:,}"
+            for k, before, now in run["size_changes"]
             if sign * (now - before) > 0
         ]
         if some:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,13 @@ from transclip_fast.cli.command import Command
 from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.comparison_table import SUFFIXES, as_text, write_table
 from transclip_fast.cli.graph import leftovers
-from transclip_fast.cli.method import (
-    METHOD_ARRAYS,
-    NAMES,
-    anchors_option,
-    checked_arrays,
-)
+from transclip_fast.cli.method import METHOD_ARRAYS, NAMES, anchors_option, checked_arrays
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.protocols.data import draw_shots, labelled_pools, load_splits
 from transclip_fast.store.atomic import beside, locked, remove
-from transclip_fast.store.features import Features
+from transclip_fast.store.features import LABELLED, Features
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.store.linear_maps import map_features
 
@@ -94,12 +89,13 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     if values["gamma"] is not None and features.get("support_features") is None:
         raise InputError("gamma: is the weight of the support, and there is none; leave it out")
     origins = features.origins | {"X": features.origins["image_features"], str(out): str(out)}
-    with ExitStack() as stack:
-        messages = stack.enter_context(session.collected_warnings(origins))
+    with (
+        session.collected_warnings(origins) as messages,
+        nullcontext() if out is None else locked(out),
+        session.errors_about(origins, features.path),
+    ):
         if out is not None:
-            stack.enter_context(locked(out))
             click.get_current_context().meta[RESUMES] = True
-        stack.enter_context(session.errors_about(origins, features.path))
         if shots is not None and not is_cache(path):
             features = drawn(features, shots, values["seed"], messages)
         run = Comparison(features, values, out, stages)
@@ -128,8 +124,7 @@ def drawn(features: Features, shots: int, seed: int, warnings: list[str]) -> Fea
     """Features with so many of their labelled rows of each class; 0 for none of them."""
     if features.get("support_features") is None:
         raise InputError("shots: there are no support_features to draw them from")
-    labelled = {name for name in METHOD_ARRAYS if name != "text_features"}
-    kept = {name: array for name, array in features.arrays.items() if name not in labelled}
+    kept = {name: array for name, array in features.arrays.items() if name not in LABELLED}
     if not shots:
         return features.with_arrays(kept)
     n_classes = checked_arrays(features).n_classes

@@ -173,7 +173,7 @@ class Comparison:
         }
 
     def _anchors(self, model: TransCLIP | Method) -> str:
-        """What text means to a method."""
+        """The anchors of a method; of TransCLIP its texts, or these and the shots."""
         if isinstance(model, Method):
             return model.anchors
         return "texts" if self.features.get("support_features") is None else "both"

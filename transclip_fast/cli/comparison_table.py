@@ -9,6 +9,7 @@ from typing import Any
 
 from transclip_fast.cli import session
 from transclip_fast.cli.session import counted
+from transclip_fast.cli.summary import describe_sizes
 from transclip_fast.errors import InputError
 from transclip_fast.memory import show_bytes
 from transclip_fast.store.atomic import beside, read_json, write_json, writing
@@ -80,10 +81,9 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What is compared, and which methods were not run."""
+    """The sizes of a comparison, and the methods that were not run."""
     lines = [
-        f"{counted(summary['n_queries'], 'image')}, {counted(summary['n_classes'], 'class')}, "
-        f"{counted(summary['dim'], 'dimension')}, {counted(summary['n_shots'], 'shot')}, "
+        f"{describe_sizes(summary)}, {counted(summary['n_shots'], 'shot')}, "
         f"{counted(summary['n_validation'], 'validation row')}",
     ]
     lines += [f"not run: {reason}" for reason in summary["not_run"].values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import SPLITS
 from transclip_fast.errors import InputError
 from transclip_fast.progress_bar import progress_bar
+from transclip_fast.store.feature_writer import Failure
 
 SHOWN_FAILURES = 5
 
@@ -186,13 +187,11 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
         "seconds": {stage: round(spent, 4) for stage, spent in encoded.seconds.items()},
         "versions": session.versions(),
     }
-    encoded_now = encoded.n_rows - encoded.n_kept
     images = session.counted(encoded.n_rows, "image")
     lines = [f"{images} encoded into {encoded.folder}"]
     if encoded.n_kept:
-        lines = [
-            f"{encoded_now:,} of {images} encoded, {encoded.n_kept:,} kept in {encoded.folder}"
-        ]
+        now = f"{encoded.n_rows - encoded.n_kept:,} of {images} encoded"
+        lines = [f"{now}, {encoded.n_kept:,} kept in {encoded.folder}"]
     if speed is not None:
         waits = ", ".join(f"{stage} {share:.0%}" for stage, share in speed.shares().items())
         lines.append(
@@ -202,11 +201,16 @@ def report(encoded: Encoded) -> tuple[dict[str, Any], str]:
         if speed.bottleneck == "images" and decoder() == "Pillow":
             lines.append("JPEGs were decoded by Pillow; `pip install simplejpeg` is faster")
     if failures:
-        where = f"{encoded.folder}/failures.csv"
-        lines.append(f"{len(failures):,} could not be read, listed in {where}:")
-        lines += [f"  {f.key}: {f.reason}" for f in failures[:SHOWN_FAILURES]]
-        lines += ["  ..."] * (len(failures) > SHOWN_FAILURES)
+        listed = f"listed in {encoded.folder}/failures.csv"
+        lines.append(f"{len(failures):,} could not be read, {listed}:")
+        lines += failure_lines(failures)
     return summary, "\n".join(lines)
+
+
+def failure_lines(failures: Sequence[Failure]) -> list[str]:
+    """The first images that could not be read, and why, a line each."""
+    lines = [f"  {failure.key}: {failure.reason}" for failure in failures[:SHOWN_FAILURES]]
+    return lines + ["  ..."] * (len(failures) > SHOWN_FAILURES)
 
 
 def time_model(options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -51,16 +51,12 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """
-    The evaluation of a result, the names of its classes, and the `modality_gap` of run.json.
-
-    `others` has how many rows were labelled by hand, and the accuracy of the others.
-    """
+    """The evaluation of a result."""
 
     scores: Evaluation
     class_names: list[str] | None
-    gap: dict[str, float | None] | None
-    others: dict[str, Any] | None
+    gap: dict[str, float | None] | None  # the `modality_gap` of run.json
+    others: dict[str, Any] | None  # how many rows were labelled by hand, and accuracy of the others
 
 
 def evaluate_result(result: str, labels: str | None = None) -> Evaluated:
@@ -80,7 +76,7 @@ def evaluate_result(result: str, labels: str | None = None) -> Evaluated:
 
 
 def _modality_gap(result: Result) -> dict[str, float | None] | None:
-    """That of run.json; earlier results have none."""
+    """The `modality_gap` of run.json; earlier results have none."""
     gap, file = result.run.get("modality_gap"), result.folder / "run.json"
     if gap is None:
         return None
@@ -107,13 +103,11 @@ def _given_labels(result: Result, file: str) -> np.ndarray:
 def describe_evaluation(found: Evaluated) -> str:
     """An evaluation as text."""
     scores, names = found.scores, found.class_names
+    images = counted(scores.n_queries, "image")
+    if scores.n_labelled < scores.n_queries:
+        images += f", {scores.n_labelled:,} of them with a true label"
     lines = [
-        counted(scores.n_queries, "image")
-        + (
-            ""
-            if scores.n_labelled == scores.n_queries
-            else f", {scores.n_labelled:,} of them with a true label"
-        ),
+        images,
         f"accuracy {scores.zero_shot_accuracy:.2f} % zero-shot -> {scores.accuracy:.2f} %, "
         f"mean over classes {scores.mean_class_accuracy:.2f} %",
         f"{counted(scores.n_flipped, 'label')} changed: {scores.corrected:,} corrected, "

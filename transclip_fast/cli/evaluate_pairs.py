@@ -89,10 +89,8 @@ def _mapped(loaded: LoadedPairs, path: str, file: str | None) -> PairFeatures:
     if file is None:
         return features
     weight, bias = read_map(file, loaded.encoder)
-    captions, negatives = (
-        linear_map(texts, weight, bias, names=(f"{path}: {name}", file))
-        for name, texts in (("captions", features.captions), ("negatives", features.negatives))
-    )
+    captions = linear_map(features.captions, weight, bias, names=(f"{path}: captions", file))
+    negatives = linear_map(features.negatives, weight, bias, names=(f"{path}: negatives", file))
     if (found := captions.shape[1]) != (expected := features.images.shape[1]):
         raise InputError(f"{file}: maps to {found} columns, expected {expected}, those of images")
     return replace(features, captions=captions, negatives=negatives)

@@ -12,7 +12,6 @@ from typing import Any
 import click
 import torch
 
-from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.data.feature_rows import Rows
@@ -25,7 +24,7 @@ from transclip_fast.ops.exchange import Partition
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.ranks import ALONE, check_same, current_ranks, joined
 from transclip_fast.store.atomic import HIDDEN, beside, clean, shared_folder, writing
-from transclip_fast.store.checkpoint import FileCheckpoint, RankedCheckpoint, files, ranked_files
+from transclip_fast.store.checkpoint import checkpoint_of, files
 from transclip_fast.store.features import Features, load_features
 from transclip_fast.store.graphs import CONTENTS, load_graph, load_manifest, save_graph, save_lists
 from transclip_fast.version import __version__
@@ -85,10 +84,7 @@ def command(
     the graph has the same bits for any number of them, also when another number resumes.
     """
     stages = session.Stages()
-    if save_index is not None and Path(out).resolve() in (
-        Path(save_index).resolve(),
-        *Path(save_index).resolve().parents,
-    ):
+    if save_index is not None and Path(save_index).resolve().is_relative_to(Path(out).resolve()):
         raise InputError(
             f"{save_index}: is in --out, which is replaced as a whole; name another file"
         )
@@ -133,8 +129,12 @@ def graph_features(
     Ranks that share the rows all call this: each writes and returns the lists of its own, the first
     one writes everything else, and returns the whole manifest.
     """
-    ranks, identity = current_ranks() or ALONE, _identity(features, search)
-    own = Partition(len(features.get("image_features")), ranks).rows
+    group, identity = current_ranks(), _identity(features, search)
+    ranks = group or ALONE
+    partition = Partition(len(features.get("image_features")), ranks)
+    work = {**identity, "faiss": faiss_installed(), "arrays": 2}  # "auto" depends on FAISS
+    shared = None if group is None else partition
+    checkpoint = checkpoint_of(out, CHECKPOINT, work, CHECKPOINT_SECONDS, shared)
     origins = {"features": features.origins["image_features"]}
     with (
         session.collected_warnings(origins, shown=ranks.leads) as warnings,
@@ -150,13 +150,13 @@ def graph_features(
                 features.get("image_features") if rows is None else rows,
                 save_index=save_index,
                 progress=show,
-                checkpoint=_checkpoint(out, identity, own),
+                checkpoint=checkpoint,
                 own_rows=True,
                 **vars(search),
             )
         with writing(out):
             if len(graph):
-                save_lists(folder, graph, own.start)
+                save_lists(folder, graph, partition.rows.start)
             # All ranks have written theirs when they say this.
             said = ranks.all_gather(warnings)
         manifest = {
@@ -173,15 +173,6 @@ def graph_features(
             with writing(out):
                 manifest = save_graph(folder, graph.info, manifest)
     return graph, manifest
-
-
-def _checkpoint(out: str, identity: Mapping[str, Any], own: slice) -> Checkpoint:
-    """The checkpoint of a search for the neighbours of own rows."""
-    of = {**identity, "faiss": faiss_installed(), "arrays": 2}  # "auto" depends on FAISS
-    ranks = current_ranks()
-    if ranks is None:
-        return FileCheckpoint(out, CHECKPOINT, of, CHECKPOINT_SECONDS)
-    return RankedCheckpoint(out, CHECKPOINT, of, CHECKPOINT_SECONDS, ranks=ranks, rows=own)
 
 
 def kept_graph(
@@ -212,13 +203,8 @@ def kept_graph(
 
 
 def search_leftovers(folder: str | Path) -> Iterator[Path]:
-    """
-    The checkpoints beside a graph folder, which it needs no more once it is whole.
-
-    They are looked for when they are asked for.
-    """
-    yield from files(folder, CHECKPOINT)
-    yield from ranked_files(folder, CHECKPOINT)
+    """The checkpoints beside a graph folder, which it needs no more once it is whole."""
+    return files(folder, CHECKPOINT)
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -25,10 +25,8 @@ from transclip_fast.heads.files import StoredHead, read_head
 from transclip_fast.metrics import accuracy
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import patched_rows
-from transclip_fast.store.features import LOCAL, Features, check_encoder
+from transclip_fast.store.features import LABELLED, LOCAL, Features, check_encoder
 from transclip_fast.store.tensors import SUFFIX
-
-LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
 
 
 @dataclass(frozen=True)

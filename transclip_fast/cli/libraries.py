@@ -29,7 +29,7 @@ def broken_library(error: BaseException) -> str | None:
 
 
 def describe_broken(library: str, error: BaseException) -> str:
-    """That a library cannot be imported, why, and what repairs it, in one line."""
+    """One line: a library cannot be imported, why, and the command that repairs it."""
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     return f"{library}: cannot be imported ({reason}); {_repair(library, error)}"
 

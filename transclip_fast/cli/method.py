@@ -15,7 +15,12 @@ from transclip_fast.cli.class_outlook import describe_changes
 from transclip_fast.cli.graph import GraphSearch, describe
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import Solving
-from transclip_fast.cli.summary import describe_files, modality_gap, of_labelled
+from transclip_fast.cli.summary import (
+    describe_accuracy,
+    describe_files,
+    describe_sizes,
+    modality_gap,
+)
 from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -26,7 +31,7 @@ from transclip_fast.methods.task import ANCHORS, Arrays
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.store.atomic import writing
-from transclip_fast.store.features import Features
+from transclip_fast.store.features import LABELLED, Features
 from transclip_fast.store.results import TRANSCLIP, prediction_tables
 
 NAMES = (TRANSCLIP, *METHODS)
@@ -35,13 +40,7 @@ SHARED = {
     *("path", "out", "method", "anchors", "settings", "graph_folder", "search", "index", "recall"),
     *("device", "memory", "logit_scale", "csv", "as_json", "shots", "text_map", "image_map"),
 }
-METHOD_ARRAYS = (
-    "text_features",
-    "support_features",
-    "support_labels",
-    "validation_features",
-    "validation_labels",
-)
+METHOD_ARRAYS = ("text_features", *LABELLED)
 USED_ARRAYS = {*METHOD_ARRAYS, "image_features", "labels", "class_names", "keys"}
 
 anchors_option = click.option(
@@ -68,10 +67,7 @@ def method_of(values: Mapping[str, Any], features: Features) -> Method | None:
     """
     The method that the options of `solve` name, None for TransCLIP.
 
-    Raises
-    ------
-    InputError
-        Options, settings or arrays that the method would have to ignore.
+    InputError if it would have to ignore options, settings or arrays.
     """
     name, context = values["method"], click.get_current_context()
     if name == TRANSCLIP:
@@ -155,7 +151,12 @@ def solve_with_method(
             session.warn(messages, text)
         compared = method.transduction_, zero_shot[0], truth
         run = solving.summary(messages, *compared, tuple(prototypes.shape))
-        run |= describe_method(method) | {
+        run |= {
+            "method": method.name,
+            "anchors": method.anchors,
+            "chosen": method.chosen_.values,
+            "runs": method.chosen_.runs,
+            "assumes_balanced": method.assumes_balanced,
             "zero_shot_from": "shots" if arrays.texts is None else "texts",
             "modality_gap": modality_gap(
                 unread_matrix(features.get("image_features"), "X"), arrays.texts
@@ -192,17 +193,6 @@ def _fit(
     return used[0] if used else None
 
 
-def describe_method(method: Method) -> dict[str, Any]:
-    """The method that was fitted, and what it chose, as JSON."""
-    return {
-        "method": method.name,
-        "anchors": method.anchors,
-        "chosen": method.chosen_.values,
-        "runs": method.chosen_.runs,
-        "assumes_balanced": method.assumes_balanced,
-    }
-
-
 def describe_result(run: Mapping[str, Any], out: str) -> str:
     """The run.json of `solve_with_method` as text."""
     settings = ", ".join(f"{name} {value:g}" for name, value in run["chosen"].items())
@@ -211,21 +201,16 @@ def describe_result(run: Mapping[str, Any], out: str) -> str:
     )
     before = "zero-shot" if run["zero_shot_from"] == "texts" else "the nearest mean of the shots"
     lines = [
-        f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
-        f"{counted(run['dim'], 'dimension')}",
+        describe_sizes(run),
         f"{run['method']} from {run['anchors']}" + (f": {settings}, {tried}" if settings else ""),
         f"{counted(run['n_flipped'], 'label')} changed from {before}",
-        *describe_changes(run["size_changes"], run["class_names"]),
+        *describe_changes(run),
     ]
     if run["assumes_balanced"]:
         lines.append(f"{run['method']} assumes equally many images of every class")
     if run["accuracy"] is not None:
-        lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % {before} -> {run['accuracy']:.2f} %"
-            f"{of_labelled(run)}"
-        )
+        lines.append(describe_accuracy(run, before))
     if run["graph"] is not None:
         lines.append(f"graph {describe(run['graph'])}")
-    lines.append(f"solve {run['seconds']['solve']:.1f} s")
-    lines.append(describe_files(out))
+    lines += [f"solve {run['seconds']['solve']:.1f} s", describe_files(out)]
     return "\n".join(lines)

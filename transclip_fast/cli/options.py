@@ -125,10 +125,10 @@ def parameter_option(name: str) -> Callable[[Decorated], Decorated]:
     """A parameter of TransCLIP, with its default."""
     default, flag = inspect.signature(TransCLIP).parameters[name].default, flag_of(name)
     kind: Any = TYPES[name] if default is None else type(default)
-    if default == "auto" and name not in CHOICES:
-        kind = AutoSwitch()
-    elif name in CHOICES:
+    if name in CHOICES:
         kind = click.Choice(CHOICES[name])
+    elif default == "auto":
+        kind = AutoSwitch()
     elif kind is bool:
         flag, kind = f"{flag}/--no-{flag[2:]}", None
     return click.option(flag, name, default=default, type=kind, help=ESTIMATOR[name])
@@ -175,14 +175,13 @@ reject_option = click.option(
     help="Share of the rows to mark as none of the classes: those with the highest outlier score.",
 )
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-search_option = click.option(
-    "--search",
-    default="auto",
-    type=click.Choice(SEARCHES),
-    help="How neighbours are searched; auto is exact up to 20,000 rows, on a GPU 1,500,000.",
-)
 search_options = options_of(
-    search_option,
+    click.option(
+        "--search",
+        default="auto",
+        type=click.Choice(SEARCHES),
+        help="How neighbours are searched; auto is exact up to 20,000 rows, on a GPU 1,500,000.",
+    ),
     click.option(
         "--index",
         metavar="FILE|FACTORY",

@@ -1,4 +1,4 @@
-"""What the commands about pairs of captions share: their options, and the features of a file."""
+"""Options of the commands about pairs of captions, and the features of a file of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from transclip_fast.cli import options
-from transclip_fast.cli.encode import SHOWN_FAILURES, encode_option, encode_progress
+from transclip_fast.cli.encode import encode_option, encode_progress, failure_lines
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.towers import encoder_of
 from transclip_fast.data.pairs import PairFeatures
@@ -69,11 +69,8 @@ class LoadedPairs:
         """The same for a reader."""
         if not self.failures:
             return []
-        lines = [f"{counted(self.n_failed, 'pair')} left out, as images could not be read:"]
-        lines += [
-            f"  {failure.key}: {failure.reason}" for failure in self.failures[:SHOWN_FAILURES]
-        ]
-        return lines + ["  ..."] * (len(self.failures) > SHOWN_FAILURES)
+        first = f"{counted(self.n_failed, 'pair')} left out, as images could not be read:"
+        return [first, *failure_lines(self.failures)]
 
 
 def load_pairs(

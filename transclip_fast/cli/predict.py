@@ -11,7 +11,7 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.summary import describe_files, of_labelled, run_summary
+from transclip_fast.cli.summary import describe_accuracy, describe_files, run_summary
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device
@@ -118,10 +118,7 @@ def _describe(run: dict[str, Any]) -> str:
         f"differ from the result's\n{counted(run['n_flipped'], 'label')} changed from zero-shot"
     )
     if run["accuracy"] is not None:
-        text += (
-            f"\naccuracy {run['zero_shot_accuracy']:.2f} % zero-shot -> {run['accuracy']:.2f} %"
-            f"{of_labelled(run)}"
-        )
+        text += f"\n{describe_accuracy(run)}"
     return text
 
 
@@ -129,11 +126,7 @@ def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:
     """Raise InputError unless the new rows went through the image map of the solved ones."""
     known = solved["maps"].get("image_map")
     if features.maps.get("image_map") != known:
-        how = (
-            "without an image map; leave out"
-            if known is None
-            else "with an image map; give the same"
-        )
+        how = "with an image map; give the same" if known else "without an image map; leave out"
         raise InputError(f"{result}: was solved {how} --image-map")
 
 

@@ -45,6 +45,6 @@ def command(result: str, images: str | None, before: str | None, out: str, as_js
 
 
 def describe_report(summary: dict[str, Any], out: str | Path) -> str:
-    """What a page shows, as text."""
+    """The notes and the size of a page, as text."""
     lines = [f"note: {text}" for text in summary["notes"]]
     return "\n".join([*lines, f"report: {out}, {summary['bytes'] / 1e6:.1f} MB"])

@@ -38,7 +38,7 @@ from transclip_fast.ranks import ALONE, Ranks, check_same, current_ranks
 from transclip_fast.solver.parameters import GAMMAS
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, shared_folder, writing
-from transclip_fast.store.checkpoint import FileCheckpoint, RankedCheckpoint, files, ranked_files
+from transclip_fast.store.checkpoint import checkpoint_of, files
 from transclip_fast.store.features import Features
 from transclip_fast.store.names import place
 from transclip_fast.store.results import (
@@ -55,25 +55,12 @@ CHECKPOINT_SECONDS = 1.0  # the most work that a crash costs
 
 @dataclass(frozen=True)
 class Output:
-    """
-    What a result has beside labels.
+    """The parts of a result beside its labels."""
 
-    Parameters
-    ----------
-    reject : float, optional
-        Share of the rows to mark as none of the classes.
-    csv : bool
-        Write the predictions as .csv, too.
-    options : list of dict
-        Of the command that solves so again, see `given_options`.
-    warnings : list of str
-        Of what went before.
-    """
-
-    reject: float | None = None
-    csv: bool = False
-    options: Sequence[Mapping[str, str]] = ()
-    warnings: Sequence[str] = ()
+    reject: float | None = None  # share of the rows to mark as none of the classes
+    csv: bool = False  # the predictions as .csv, too
+    options: Sequence[Mapping[str, str]] = ()  # that solve so again, see `given_options`
+    warnings: Sequence[str] = ()  # of earlier stages
 
 
 @dataclass(frozen=True)
@@ -268,12 +255,10 @@ def _fit(
     """Solve, from the last checkpoint on."""
     inputs = {"inputs_sha256": start.features.inputs_sha256(), "version": __version__}
     exchange = start.problem.exchange
+    partition = None if exchange is None else exchange.partition
 
     def checkpoint(name: str, identity: dict[str, Any]) -> Checkpoint:
-        arguments = solving.out, name, identity | inputs, CHECKPOINT_SECONDS
-        if exchange is None:
-            return FileCheckpoint(*arguments)
-        return RankedCheckpoint(*arguments, ranks=solving.ranks, rows=exchange.partition.rows)
+        return checkpoint_of(solving.out, name, identity | inputs, CHECKPOINT_SECONDS, partition)
 
     source = solving.source(graph, start.features)
     bar = progress_bar("solve", "rows", shown=solving.ranks.leads)
@@ -335,14 +320,9 @@ def _tables(
 
 
 def solve_leftovers(out: str) -> Iterator[Path]:
-    """
-    The checkpoints and the graph beside a result, which it needs no more once it is whole.
-
-    They are looked for when they are asked for.
-    """
+    """The checkpoints and the graph beside a result, which it needs no more once it is whole."""
     for run in range(len(GAMMAS)):
         yield from files(out, f"solve-{run}")
-        yield from ranked_files(out, f"solve-{run}")
     yield from leftovers(beside(out, "graph"))
 
 

@@ -11,14 +11,17 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import command_line, counted
 from transclip_fast.errors import InputError, reading
-from transclip_fast.report import suggest
+from transclip_fast.report.gallery import suggested_rows
 from transclip_fast.store.atomic import writing
 from transclip_fast.store.results import load_result
 from transclip_fast.store.tables import guarded
 from transclip_fast.whole_files import new_file
 
 HEAD = ["label", "now", "zero-shot"]  # of the table, behind the column that names the row
-COLUMNS = ("row", "key", "label", "label_name", "zero_shot_label", "zero_shot_label_name")
+SHOWN = (  # columns of the predictions
+    *("row", "key", "label", "label_name"),
+    *("zero_shot_label", "zero_shot_label_name", "confidence"),
+)
 
 
 @click.command("suggest")
@@ -45,12 +48,9 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
       transclip-fast suggest result -n 30
       transclip-fast suggest result --csv to_check.csv
     """
-    loaded = load_result(result, (*COLUMNS, *suggest.COLUMNS))
-    chosen = suggest.suggested_rows(loaded, number)
-    rows = loaded.predictions.select(
-        [name for name in (*COLUMNS, "confidence") if loaded.has(name)]
-    )
-    found = rows.take(chosen).to_pylist()
+    loaded = load_result(result, (*SHOWN, "known"))
+    rows = loaded.predictions.select([name for name in SHOWN if loaded.has(name)])
+    found = rows.take(suggested_rows(loaded, number)).to_pylist()
     names = loaded.run["class_names"] or [str(k) for k in range(loaded.run["n_classes"])]
     for row in found:  # results of earlier versions have no names of zero-shot's labels
         row.setdefault("zero_shot_label_name", names[row["zero_shot_label"]])

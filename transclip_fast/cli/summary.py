@@ -139,11 +139,10 @@ def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool =
     uses = run["n_effective_classes"], run["n_classes"]
     classes = use_of_classes(*uses, run["config"]["class_cost"])
     lines = [
-        f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
-        f"{counted(run['dim'], 'dimension')}",
+        describe_sizes(run),
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
         *([] if class_cost_shown else [classes]),
-        *describe_changes(run["size_changes"], run["class_names"]),
+        *describe_changes(run),
     ]
     if truncation is not None:
         lines.append(
@@ -163,10 +162,7 @@ def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool =
     if run["accuracy"] is not None:
         head = run.get("head")
         alone = f", {head['accuracy']:.2f} % {head['name']}" if head else ""
-        lines.append(
-            f"accuracy {run['zero_shot_accuracy']:.2f} % zero-shot{alone} -> "
-            f"{run['accuracy']:.2f} %{of_labelled(run)}"
-        )
+        lines.append(describe_accuracy(run, f"zero-shot{alone}"))
     for name, found in (("known", run["known_labels"]), ("rejected", run["rejected"])):
         if found is not None:
             lines.append(describe_others(name, found))
@@ -177,6 +173,22 @@ def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool =
         describe_files(out),
     ]
     return "\n".join(lines)
+
+
+def describe_sizes(run: Mapping[str, Any]) -> str:
+    """How many images, classes and dimensions there are, as text."""
+    return (
+        f"{counted(run['n_queries'], 'image')}, {counted(run['n_classes'], 'class')}, "
+        f"{counted(run['dim'], 'dimension')}"
+    )
+
+
+def describe_accuracy(run: Mapping[str, Any], before: str = "zero-shot") -> str:
+    """The accuracy of what was `before` and of the labels, as text; of how many, unless of all."""
+    text = f"accuracy {run['zero_shot_accuracy']:.2f} % {before} -> {run['accuracy']:.2f} %"
+    if run["n_labelled"] == run["n_queries"]:
+        return text
+    return f"{text}, of the {counted(run['n_labelled'], 'image')} with a true label"
 
 
 def describe_files(out: str) -> str:
@@ -199,15 +211,8 @@ def sorted_into(
     return {"sorted": asdict(found)}, [line]
 
 
-def of_labelled(run: Mapping[str, Any]) -> str:
-    """How many rows accuracies are of, unless of all."""
-    if run["n_labelled"] == run["n_queries"]:
-        return ""
-    return f", of the {counted(run['n_labelled'], 'image')} with a true label"
-
-
 def describe_others(name: str, found: dict[str, Any]) -> str:
-    """What `of_others` found, as text."""
+    """The summary of `of_others` as text."""
     line = f"{counted(found[f'n_{name}'], 'label')} {name}"
     if found["accuracy_of_others"] is None:
         return line

@@ -24,22 +24,12 @@ from transclip_fast.solver.state import SHARPNESS_ENTRIES
 
 @dataclass(frozen=True)
 class Sender:
-    """
-    One rank, or all of them together.
-
-    Parameters
-    ----------
-    size : Size
-    ranks, rows : int
-        How many, and their rows.
-    sums : int
-        How often they send a sum over all rows: up the tree, and to all.
-    """
+    """One rank, or all of them together."""
 
     size: Size
-    ranks: int
-    rows: int
-    sums: int
+    ranks: int  # how many these are
+    rows: int  # that they own
+    sums: int  # how often they send a sum over all rows: up the tree, and to all
 
     def to_others(self, data: int) -> int:
         """Bytes of what each rank sends to all others."""
@@ -52,15 +42,10 @@ class Sender:
 
 @dataclass(frozen=True)
 class Traffic:
-    """
-    What ranks send in a solve, at most.
+    """The most bytes that ranks send in each stage of a solve (`bytes_sent`), and in "all"."""
 
-    `by_rank` and `by_all` are bytes of each stage (`bytes_sent`) and in "all": of the rank that
-    sends most, and of all together.
-    """
-
-    by_rank: dict[str, int]
-    by_all: dict[str, int]
+    by_rank: dict[str, int]  # of the rank that sends most
+    by_all: dict[str, int]  # of all together
 
     @classmethod
     def of(cls, size: Size, layout: Layout, parameters: Parameters) -> Traffic:

@@ -11,7 +11,6 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.head import LABELLED
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.towers import Prompter, encoder_of, tower_options
@@ -24,7 +23,8 @@ from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import load_splits
 from transclip_fast.protocols.training import checkpoint_identity, draw_rows, summarise_head
 from transclip_fast.store.atomic import locked, remove
-from transclip_fast.store.checkpoint import TensorCheckpoint, files
+from transclip_fast.store.checkpoint import FileCheckpoint, files
+from transclip_fast.store.features import LABELLED
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
@@ -122,7 +122,7 @@ def command(
             with stages.time("model"):
                 prompting = Prompter(values)(features, name)
             identity = checkpoint_identity(name, features, rows, prompting, values)
-            checkpoint = TensorCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS)
+            checkpoint = FileCheckpoint(out, CHECKPOINT, identity, CHECKPOINT_SECONDS)
             prompting = replace(prompting, checkpoint=checkpoint)
             encoder = encoder_of(prompting.tower.backbone)
         last: dict[str, str] = {}
@@ -141,16 +141,22 @@ def command(
                 progress=step,
                 prompting=prompting,
             )
-        run: dict[str, Any] = {"kind": "train-head", "name": name}
         with about():
-            run |= summarise_head(head, features, rows, text, truth)
+            found = summarise_head(head, features, rows, text, truth)
         training = {"shots": shots, "seed": values["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
-        for file in files(out, CHECKPOINT, TensorCheckpoint.suffix):
+        for file in files(out, CHECKPOINT):
             remove(file)
-        run["loss"] = float(last["loss"]) if "loss" in last else None
-        run |= {"training": training, "seconds": stages.seconds, "versions": session.versions()}
-        run["warnings"] = [*noted, *messages]
+    run = {
+        "kind": "train-head",
+        "name": name,
+        **found,
+        "loss": float(last["loss"]) if "loss" in last else None,
+        "training": training,
+        "seconds": stages.seconds,
+        "versions": session.versions(),
+        "warnings": [*noted, *messages],
+    }
     session.print_summary(run, _text(run, out), as_json)
 
 

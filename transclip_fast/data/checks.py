@@ -272,9 +272,7 @@ def is_aligned(matrix: torch.Tensor) -> bool:
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    if is_aligned(matrix):
-        return matrix
-    return matrix.clone(memory_format=torch.contiguous_format)
+    return matrix if is_aligned(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _in_memory(matrix: torch.Tensor | StoredRows) -> torch.Tensor:

@@ -239,14 +239,8 @@ class _ReadAhead:
     Blocks of rows on a GPU; while it computes on one, the next is read and copied.
 
     Three are there at most: one is fetched when the GPU is done with the third before it, however
-    far ahead of the GPU the caller is.
-
-    Parameters
-    ----------
-    read : callable
-        Returns the rows of a slice in float32, on the CPU.
-    dtype : torch.dtype
-        Type they are copied in.
+    far ahead of the GPU the caller is. `read` returns the rows of a slice in float32, on the CPU;
+    `dtype` is the type they are copied in.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ def positions_by_name(names: Iterable[str]) -> dict[str, int | None]:
 
 
 def odd_names(names: Sequence[str], place: Callable[[int], str], use: str) -> Iterator[str]:
-    """What is odd about class names that go into `use`, prompts or labels; `place` of a class."""
+    """Messages about odd class names that go into `use`, prompts or labels; `place` of a class."""
     for what, remedy, is_odd in ODD_PROMPT_NAMES if use == "prompts" else MARKS:
         odd = [k for k, name in enumerate(names) if is_odd(name)]
         if odd:
@@ -129,7 +129,7 @@ def repeats(keys: Iterable[Hashable]) -> list[tuple[int, int]]:
 
 
 def more(found: Sequence[object]) -> str:
-    """That there are others of that kind."""
+    """The words ", as 2 more do" where there are others of that kind."""
     return f", as {len(found) - 1} more do" if len(found) > 1 else ""
 
 

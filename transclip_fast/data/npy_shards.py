@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -39,14 +40,13 @@ class Shard:
             return None
         return cls(path, array.shape, array.dtype, array.offset, state)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop`; InputError if the file is gone, or was changed or cut."""
-        width = self.shape[1]
-        offset = self.offset + start * width * self.dtype.itemsize
+    def read(self) -> np.ndarray:
+        """All rows; InputError if the file is gone, or was changed or cut."""
+        number = math.prod(self.shape)
         with reading(self.path), open(self.path, "rb") as file:
-            values = np.fromfile(file, self.dtype, (stop - start) * width, offset=offset)
-            self._check(os.fstat(file.fileno()), len(values) == (stop - start) * width)
-        return values.reshape(-1, width)
+            values = np.fromfile(file, self.dtype, number, offset=self.offset)
+            self._check(os.fstat(file.fileno()), len(values) == number)
+        return values.reshape(self.shape)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """
@@ -101,7 +101,10 @@ class StoredRows:
         if isinstance(ids, slice):
             start, stop, step = ids.indices(len(self))
             if step == 1:
-                return self._consecutive(start, stop)
+                parts = [piece.read() for piece in self._pieces(start, stop)]
+                if len(parts) == 1:
+                    return parts[0]
+                return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
         rows = row_numbers(ids, len(self))
         found: np.ndarray = self._take(rows) if rows.ndim else self._take(rows[None])[0]
         return found
@@ -117,23 +120,16 @@ class StoredRows:
         start, stop, step = rows.indices(len(self))
         if step != 1:
             raise IndexError(f"a part has consecutive rows, not every {step} of them")
-        parts, first = [self._shards[0].part(0, 0)], 0
-        for shard, last in zip(self._shards, self._stops, strict=True):
-            if max(start, first) < min(stop, last):
-                parts.append(shard.part(max(start, first) - first, min(stop, last) - first))
-            first = last
-        return StoredRows(parts)
+        return StoredRows([self._shards[0].part(0, 0), *self._pieces(start, stop)])
 
-    def _consecutive(self, start: int, stop: int) -> np.ndarray:
-        parts, place = [], start
-        while place < stop:
-            i, first = self._find(place)
-            last = min(stop, self._stops[i])
-            parts.append(self._shards[i].read(place - first, last - first))
-            place = last
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
+    def _pieces(self, start: int, stop: int) -> Iterator[Shard]:
+        """The consecutive rows `start` to `stop`, as far as they are in one file each."""
+        i = bisect_right(self._stops, start)
+        while start < stop:
+            shard, last = self._shards[i], min(stop, self._stops[i])
+            first = self._stops[i] - shard.shape[0]
+            yield shard.part(start - first, last - first)
+            start, i = last, i + 1
 
     def _take(self, ids: np.ndarray) -> np.ndarray:
         if len(self._shards) == 1:
@@ -145,14 +141,9 @@ class StoredRows:
         order = holder.argsort(kind="stable")
         present, starts = np.unique(holder[order], return_index=True)
         for i, places in zip(present, np.split(order, starts[1:]), strict=True):
-            first = self._stops[i - 1] if i else 0
+            first = self._stops[i] - self._shards[i].shape[0]
             out[places] = self._shards[i].take(ids[places] - first)
         return out
-
-    def _find(self, row: int) -> tuple[int, int]:
-        """The number of the shard that holds a row, and that shard's first row."""
-        i = bisect_right(self._stops, row)
-        return i, self._stops[i - 1] if i else 0
 
 
 def row_numbers(ids: Any, n_rows: int) -> np.ndarray:

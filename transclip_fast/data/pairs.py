@@ -49,10 +49,8 @@ class PairFeatures:
             As `as_unit_rows`, and for arrays of different shapes.
         """
         first = as_unit_rows(images, "image_features")
-        true, false = (
-            as_unit_rows(texts, f"{name}_features", columns=first.shape[1])
-            for name, texts in (("caption", captions), ("negative", negatives))
-        )
+        true = as_unit_rows(captions, "caption_features", columns=first.shape[1])
+        false = as_unit_rows(negatives, "negative_features", columns=first.shape[1])
         named = {"caption_features": true, "negative_features": false, "groups": groups}
         for name, rows in named.items():
             if rows is not None and len(rows) != len(first):
@@ -75,8 +73,6 @@ class PairFeatures:
 
     def margins(self) -> torch.Tensor:
         """Cosines of images to their captions less those to the false ones, (N,) float64."""
-        true, false = (
-            (self.images.double() * texts.double()).sum(1)
-            for texts in (self.captions, self.negatives)
-        )
-        return true - false
+        images = self.images.double()
+        true, false = self.captions.double(), self.negatives.double()
+        return (images * true).sum(1) - (images * false).sum(1)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from transclip_fast.data.names import class_name
-from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
 from transclip_fast.store.corrections import label_texts
+from transclip_fast.store.json_text import script_json
 
 # So that a page has at most 20 MB.
 LISTED_CLASSES, NAME_BYTES = 50_000, 4_000_000
@@ -24,9 +24,8 @@ def class_table(view: View, named: Collection[int]) -> dict[str, Any]:
     `name`; null where nothing would do.
     """
     n_classes, names = view.run["n_classes"], view.run["class_names"]
-    before, now = (
-        np.bincount(labels, minlength=n_classes) for labels in (view.zero_shot, view.labels)
-    )
+    before = np.bincount(view.zero_shot, minlength=n_classes)
+    now = np.bincount(view.labels, minlength=n_classes)
     largest = np.argsort(-(before + now), kind="stable")[:LISTED_CLASSES]
     ids = np.union1d(largest, np.array(sorted(named), np.int64))
     sums = np.bincount(view.labels, view.confidence, minlength=n_classes)

@@ -38,32 +38,15 @@ THUMBNAIL_BYTES, KEY_LENGTH = 8_000_000, 400
 
 @dataclass(frozen=True)
 class Content:
-    """
-    What one page shows.
-
-    Parameters
-    ----------
-    view : View
-    galleries : list of Gallery
-    neighbors : dict
-        Rows around each row of the galleries.
-    opinions : dict
-        By "text", "mixture" and "joint" what each says of the rows of the galleries.
-    keys : dict
-        Of all these rows.
-    thumbnails : dict
-        Those of them that there are, JPEGs in base64.
-    notes : list of str
-        What cannot be shown, and why.
-    """
+    """The content of one page."""
 
     view: View
     galleries: list[Gallery]
-    neighbors: Mapping[int, list[int]]
-    opinions: Mapping[str, Mapping[int, Opinion]]
-    keys: Mapping[int, str | None]
-    thumbnails: Mapping[int, str]
-    notes: list[str]
+    neighbors: Mapping[int, list[int]]  # around each row of the galleries
+    opinions: Mapping[str, Mapping[int, Opinion]]  # of these rows, by "text", "mixture" and "joint"
+    keys: Mapping[int, str | None]  # of all these rows
+    thumbnails: Mapping[int, str]  # of those that have one: JPEGs in base64
+    notes: list[str]  # what cannot be shown, and why
 
     @classmethod
     def of(cls, view: View, images: str | None = None) -> Content:
@@ -92,7 +75,7 @@ class Content:
     def data(self) -> dict[str, Any]:
         """All this for the script of the page, as JSON."""
         view = self.view
-        changes = flows(view.zero_shot, view.labels, view.run["n_classes"], LISTED_FLOWS).tolist()
+        changes = flows(view, LISTED_FLOWS)
         images = {row: self._image(row) for row in self.keys}
         named = {k for change in changes for k in change[:2]}
         named |= {k for image in images.values() for k in _named(image)}
@@ -179,7 +162,7 @@ class Content:
 
 
 def _about(view: View, features: Features | None) -> list[str]:
-    """What a reader has to know about the whole result."""
+    """Notes for the reader about the whole result."""
     notes = []
     if view.labelled_by == PREDICT:
         notes.append(

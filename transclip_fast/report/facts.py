@@ -24,13 +24,15 @@ class Fact(NamedTuple):
 def facts(view: View) -> list[Fact]:
     """The summary of a result."""
     run, n = view.run, len(view)
-    found = [Fact("images", f"{n:,}"), Fact("classes", f"{run['n_classes']:,}", _used(view))]
+    used = len(np.unique(view.labels))
+    in_use = "" if used == run["n_classes"] else f"{used:,} in use"
+    found = [Fact("images", f"{n:,}"), Fact("classes", f"{run['n_classes']:,}", in_use)]
     if view.labelled_by != TRANSCLIP:
         found.append(Fact("labelled by", view.labelled_by))
     if view.truth is not None and (view.truth >= 0).any():
         found.append(_accuracy(view, view.truth))
     changed = int((view.labels != view.zero_shot).sum())
-    found.append(Fact("labels changed", f"{changed:,}", f"{_percent(changed, n)} of all"))
+    found.append(Fact("labels changed", f"{changed:,}", f"{100 * changed / n:.1f} % of all"))
     if view.before is not None:
         moved, back = int(view.moved.sum()), int(view.moved_back.sum())
         note = f"{moved:,} others moved, {back:,} of them back"
@@ -48,7 +50,7 @@ def facts(view: View) -> list[Fact]:
 
 
 def legend(view: View) -> str:
-    """What stands under an image, in a sentence or two."""
+    """The meaning of the text under an image, in a sentence or two."""
     percent = (
         "about how likely that is right, in percent"
         if view.result.has(CALIBRATED)
@@ -67,15 +69,6 @@ def _accuracy(view: View, truth: np.ndarray) -> Fact:
     of = "" if labelled == len(view) else f", of {labelled:,}"
     note = f"{what} {accuracy(labels, truth):.2f} %{of}"
     return Fact("accuracy", f"{accuracy(view.labels, truth):.2f} %", note)
-
-
-def _used(view: View) -> str:
-    used = len(np.unique(view.labels))
-    return "" if used == view.run["n_classes"] else f"{used:,} in use"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %"
 
 
 def stages(run: Mapping[str, Any]) -> list[Fact]:

@@ -21,6 +21,8 @@ INK, GRID, BEFORE, AFTER = "#010101", "#020202", "#030303", "#040404"
 VARIABLES = {INK: "--muted", GRID: "--line", BEFORE: "--before", AFTER: "--after"}
 SIZE = (3.7, 2.15)  # inches; the page scales them
 STYLE: Any = {
+    "figure.figsize": SIZE,
+    "figure.constrained_layout.use": True,
     "svg.fonttype": "none",
     "svg.hashsalt": "transclip-fast",
     "font.size": 8,
@@ -63,12 +65,10 @@ def solve_figures(view: View) -> list[tuple[str, str]]:
 
 def steps_plot(objective: Sequence[float], changed: Sequence[float]) -> str:
     """The objective and the number of labels changed in each step, as SVG."""
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure()
+    axes = figure.add_subplot(xlabel="step", ylabel="objective")
     steps = np.arange(1, len(objective) + 1)
-    axes = figure.add_subplot()
     axes.plot(steps, objective, color=AFTER, marker="o", markersize=2.5, linewidth=1.4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("objective")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.ticklabel_format(axis="y", useOffset=False)
     if len(changed) == len(steps):
@@ -84,25 +84,20 @@ def steps_plot(objective: Sequence[float], changed: Sequence[float]) -> str:
 
 
 def _confidences(before: np.ndarray, after: np.ndarray) -> str:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure()
+    axes = figure.add_subplot(xlabel="confidence", ylabel="% of images", xlim=(0, 1))
     edges = np.linspace(0, 1, BINS + 1)
     for values, colour, name in ((before, BEFORE, "zero-shot"), (after, AFTER, "now")):
-        counts, _ = np.histogram(values, edges)
-        axes.stairs(counts / max(len(values), 1) * 100, edges, color=colour, fill=True, alpha=0.25)
-        axes.stairs(
-            counts / max(len(values), 1) * 100, edges, color=colour, linewidth=1.4, label=name
-        )
-    axes.set_xlabel("confidence")
-    axes.set_ylabel("% of images")
-    axes.set_xlim(0, 1)
+        shares = np.histogram(values, edges)[0] / len(values) * 100
+        axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
+        axes.stairs(shares, edges, color=colour, linewidth=1.4, label=name)
     axes.legend(loc="upper left")
     return _svg(figure)
 
 
 def _sizes(view: View) -> str:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure()
+    axes = figure.add_subplot(xlabel="class, by its size", ylabel="images")
     n_classes = view.run["n_classes"]
     for labels, colour, name in (
         (view.zero_shot, BEFORE, "zero-shot"),
@@ -110,8 +105,6 @@ def _sizes(view: View) -> str:
     ):
         sizes = np.sort(np.bincount(labels, minlength=n_classes))[::-1]
         _curve(axes, sizes, colour, name)
-    axes.set_xlabel("class, by its size")
-    axes.set_ylabel("images")
     axes.set_ylim(bottom=0)
     if n_classes <= POINTS:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

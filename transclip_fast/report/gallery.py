@@ -1,16 +1,15 @@
-"""Which images a report shows: samples, however many there are."""
+"""Which images a report shows, and which to correct first: samples, however many there are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from transclip_fast.data.feature_rows import evenly_spaced_rows
-from transclip_fast.report.suggest import suggested_rows
 from transclip_fast.report.view import View
-from transclip_fast.store.results import CALIBRATED, TRANSCLIP
+from transclip_fast.store.results import CALIBRATED, TRANSCLIP, Result
 
 SUGGESTED, UNCERTAIN, MOVED = 30, 48, 48  # images
 CHANGED, OF_FLOW = 80, 6  # images, until which flows are added, and of one flow
@@ -30,33 +29,44 @@ class Group:
 
 @dataclass(frozen=True)
 class Gallery:
-    """
-    Groups of images under a title; `name` is its tab's, in the page.
+    """Groups of images under a title."""
 
-    `size` is of how many these are a sample.
-    """
-
-    name: str
+    name: str  # of its tab
     title: str
     text: str
-    groups: list[Group] = field(default_factory=list)
-    size: int | None = None
+    groups: list[Group]
+    size: int | None = None  # of how many these are a sample
 
     @property
     def rows(self) -> list[int]:
         return [row for group in self.groups for row in group.rows]
 
 
-def flows(before: np.ndarray, after: np.ndarray, n_classes: int, most: int) -> np.ndarray:
-    """(from, to, rows) of the most frequent changes of labels (N,), most frequent first."""
-    changed = before != after
-    pairs, sizes = np.unique(before[changed] * n_classes + after[changed], return_counts=True)
+def suggested_rows(result: Result, n: int) -> np.ndarray:
+    """
+    At most `n` rows of a result whose class was not given, the first to correct first.
+
+    These have the smallest z of their label: the solution wavers there. Of the choices that a
+    result allows this one gains most, more than those by calibrated confidences, zero-shot or
+    neighbours: `bench.accuracy.corrections`.
+    """
+    rows = np.flatnonzero(~result.flags("known"))
+    return rows[np.argsort(result.shares("confidence")[rows], kind="stable")[:n]]
+
+
+def flows(view: View, most: int) -> list[list[int]]:
+    """[from, to, rows] of the most frequent changes of labels, most frequent first."""
+    changed, n_classes = view.labels != view.zero_shot, view.run["n_classes"]
+    codes = view.zero_shot[changed] * n_classes + view.labels[changed]
+    pairs, sizes = np.unique(codes, return_counts=True)
     largest = np.argsort(-sizes, kind="stable")[:most]
-    return np.stack([*np.divmod(pairs[largest], n_classes), sizes[largest]], axis=1)
+    found: list[list[int]]
+    found = np.stack([*np.divmod(pairs[largest], n_classes), sizes[largest]], axis=1).tolist()
+    return found
 
 
 def galleries(view: View) -> list[Gallery]:
-    """What the page shows, in its order; galleries without images are left out."""
+    """The galleries of the page, in its order, without those that have no image."""
     return [gallery for gallery in _galleries(view) if gallery.rows]
 
 
@@ -101,13 +111,11 @@ def _marked(name: str, title: str, text: str, marked: np.ndarray) -> Gallery:
 
 def _changes(view: View) -> Iterator[Group]:
     """The largest flows, each with images from the most to the least certain."""
-    n_classes = view.run["n_classes"]
-    codes = view.zero_shot * n_classes + view.labels
     shown = 0
-    for before, after, size in flows(view.zero_shot, view.labels, n_classes, CHANGED).tolist():
+    for before, after, size in flows(view, CHANGED):
         if shown >= CHANGED:
             return
-        rows = np.flatnonzero(codes == before * n_classes + after)
+        rows = np.flatnonzero((view.zero_shot == before) & (view.labels == after))
         rows = rows[np.argsort(-view.confidence[rows], kind="stable")]
         some = rows[evenly_spaced_rows(len(rows), OF_FLOW).numpy()]
         shown += len(some)

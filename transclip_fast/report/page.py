@@ -16,9 +16,9 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.report.content import Content
 from transclip_fast.report.facts import facts, legend, settings, stages
 from transclip_fast.report.figures import figures, solve_figures
-from transclip_fast.report.script_json import script_json
 from transclip_fast.report.view import View
 from transclip_fast.store.atomic import writing
+from transclip_fast.store.json_text import script_json
 from transclip_fast.whole_files import new_file
 
 STYLE, SCRIPTS = "page.css", ("common.js", "images.js", "tables.js")
@@ -50,17 +50,18 @@ def write_report(
     """
     _check_place(Path(out))
     content = Content.of(View.open(result, before), images)
-    page = render(content)
+    # A path that is no UTF-8 has half characters, which are no text; they are shown escaped.
+    page = render(content).encode("utf-8", "backslashreplace")
     out = Path(out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_file(out) as partial:
-            partial.write_text(page, encoding="utf-8")
+            partial.write_bytes(page)
     return {
         "shown": {gallery.name: len(gallery.rows) for gallery in content.galleries},
         "thumbnails": len(content.thumbnails),
         "notes": content.notes,
-        "bytes": len(page.encode()),
+        "bytes": len(page),
     }
 
 
@@ -75,7 +76,8 @@ def _check_place(out: Path) -> None:
 def render(content: Content) -> str:
     """The page as HTML."""
     view, data = content.view, content.data()
-    style, *scripts = (_asset(name) for name in (STYLE, *SCRIPTS))
+    folder = resources.files("transclip_fast.report")
+    style, *scripts = (folder.joinpath(x).read_text(encoding="utf-8") for x in (STYLE, *SCRIPTS))
     found = view.run.get("warnings")
     warnings = [str(text)[:WARNING_LENGTH] for text in found] if isinstance(found, list) else []
     environment = Environment(
@@ -85,11 +87,10 @@ def render(content: Content) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    folder = view.result.folder.resolve()
-    return environment.get_template(
-        "page.html.j2"
-    ).render(
-        title=f"{folder.parent.name}/{folder.name}",
+    shown = view.result.folder.resolve()
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        title=f"{shown.parent.name}/{shown.name}",
         policy=_policy(style, scripts),
         style=Markup(style),  # noqa: S704 - of this package
         scripts=[Markup(script) for script in scripts],  # noqa: S704
@@ -110,10 +111,6 @@ def render(content: Content) -> str:
 def _marked_up(plots: Sequence[tuple[str, str]]) -> list[tuple[str, Markup]]:
     """Plots as the page takes them; numbers only are in their SVG."""
     return [(name, Markup(svg)) for name, svg in plots]  # noqa: S704
-
-
-def _asset(name: str) -> str:
-    return resources.files("transclip_fast.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _policy(style: str, scripts: Sequence[str]) -> str:

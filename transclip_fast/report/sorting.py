@@ -138,10 +138,10 @@ def _place(
     placed, copied, missing = Counter[str](), 0, dict[str, list[int]]()
     taken = dict[str, set[str]]()  # names by folder
     for row, name in enumerate(folders):
-        place = pictures.places.get(row)
-        if place is None or (reason := _missing(pictures, row)):
-            missing.setdefault(reason if place is not None else GONE, []).append(row)
+        if reason := _missing(pictures, row):
+            missing.setdefault(reason, []).append(row)
             continue
+        place = pictures.places[row]
         file = Path(pictures.source.files[place])
         content = pictures.source.read(place) if is_tar(file) else None
         stem, suffix = _stem_and_suffix(pictures, row)
@@ -169,8 +169,8 @@ def _stem_and_suffix(pictures: Pictures, row: int) -> tuple[str, str]:
 
 def _missing(pictures: Pictures, row: int) -> str:
     """Why the image of a row cannot be sorted; "" if it can."""
-    place = pictures.places[row]
-    if place in pictures.source.refusals:
+    place = pictures.places.get(row)
+    if place is None or place in pictures.source.refusals:
         return GONE
     size = int(pictures.source.stamps[place, 0])
     if size < 0 or not os.path.isfile(pictures.source.files[place]):

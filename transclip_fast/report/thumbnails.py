@@ -68,28 +68,22 @@ def pictures_of(folder: Path, keys: Mapping[int, str | None]) -> Pictures:
     """The images of rows with these keys, at the paths in the metadata of a feature folder."""
     rows = sorted(keys)
     paths, sizes = metadata_of(folder, rows)
-    spans: dict[int, tuple[int, int] | None] = dict.fromkeys(paths)
-    refusals, suffixes = dict[int, str](), dict[int, str]()
+    spans, refusals, suffixes = list[tuple[int, int]](), dict[int, str](), dict[int, str]()
     tars = {path: _in_tar(Path(path)) for path in {*paths.values()} if is_tar(Path(path))}
-    for row, path in paths.items():
-        if path in tars:
-            in_tar, refused = tars[path]
-            sample = in_tar.get(str(keys[row]))
-            spans[row] = (0, 0) if sample is None else sample.span
-            if sample is None:
-                refusals[row] = refused or "not in its tar any more"
-            else:
-                suffixes[row] = sample.suffix
+    for place, (row, path) in enumerate(paths.items()):
+        if path not in tars:
+            spans.append((0, _size(Path(path))))
+            continue
+        samples, refused = tars[path]
+        if (sample := samples.get(str(keys[row]))) is None:
+            spans.append((0, 0))
+            refusals[place] = refused or "not in its tar any more"
+        else:
+            spans.append(sample.span)
+            suffixes[row] = sample.suffix
+    names = [str(keys[row]) for row in paths]
+    source = Source("list", names, [*paths.values()], spans, refusals=refusals)
     places = {row: place for place, row in enumerate(paths)}
-    files = [*paths.values()]
-    whole = {place: _size(Path(file)) for place, file in enumerate(files)}
-    source = Source(
-        "list",
-        [str(keys[row]) for row in paths],
-        files,
-        [spans[row] or (0, whole[place]) for row, place in places.items()],
-        refusals={places[row]: why for row, why in refusals.items()},
-    )
     return Pictures(source, places, sizes, suffixes)
 
 

@@ -43,14 +43,10 @@ Opinion = list[tuple[int, float]]  # classes and probabilities, the largest firs
 
 @dataclass(frozen=True)
 class View:
-    """
-    A result, and one `before` corrections that its labels are compared with.
-
-    `before` has the same rows in the same order.
-    """
+    """A result, and one that its labels are compared with."""
 
     result: Result
-    before: Result | None = None
+    before: Result | None = None  # before corrections, of the same rows in the same order
 
     @classmethod
     def open(cls, folder: str | Path, before: str | None = None) -> View:
@@ -74,7 +70,7 @@ class View:
 
     @property
     def labelled_by(self) -> str:
-        """What gave the labels: the method that solved, or `PREDICT`."""
+        """The method that gave the labels, or `PREDICT`."""
         if self.run.get("kind") == PREDICT:
             return PREDICT
         method = self.run.get("method")
@@ -161,10 +157,8 @@ class View:
             return []
         first, second = self.links
         start, stop = np.searchsorted(first, [row, row + 1])
-        linked, own = (
-            second[start:stop].tolist(),
-            self.result.predictions.column("neighbors")[row].as_py(),
-        )
+        linked = second[start:stop].tolist()
+        own = self.result.predictions.column("neighbors")[row].as_py()
         return [*own, *(other for other in linked if other not in own)][:most]
 
     def joint(self, rows: Sequence[int]) -> dict[int, Opinion]:
@@ -196,7 +190,7 @@ def solved_features(view: View) -> Features:
 def opinions(
     result: Result, features: Features, rows: Sequence[int]
 ) -> tuple[dict[int, Opinion], dict[int, Opinion]]:
-    """What the text alone says of each row, and what the mixture alone says; {} if unknown."""
+    """The opinion of the text alone on each row, and that of the mixture; {} if unknown."""
     mixture, weights = load_mixture(result.folder)
     text = weights.get("zero_shot_weights", weights.get("prior_weights"))
     strength = result.run["config"].get("likelihood_weight")

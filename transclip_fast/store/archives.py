@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -99,9 +98,3 @@ def check_torch_zip(path: Path) -> None:
         # `torch.serialization.set_crc32_options(False)` writes none.
         if any(member.CRC for member in members) and (damaged := archive.testzip()):
             raise ValueError(f"{damaged} is damaged")
-
-
-def check_npy_file(path: Path) -> None:
-    """As `check_npy`, of a file."""
-    with open(path, "rb") as content:
-        check_npy(content, os.fstat(content.fileno()).st_size)

@@ -18,7 +18,7 @@ import torch
 
 from transclip_fast.data.npy_shards import Shard
 from transclip_fast.errors import InputError, check_regular, reading
-from transclip_fast.store.archives import NpzArrays, check_npy_file, check_torch_zip, checked_texts
+from transclip_fast.store.archives import NpzArrays, check_npy, check_torch_zip, checked_texts
 from transclip_fast.store.tensors import DTYPES, read_tensors, unmapped
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -147,7 +147,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".npz":
         return NpzArrays(path)
     if path.suffix == ".npy":
-        check_npy_file(path)
+        with open(path, "rb") as content:
+            check_npy(content, path.stat().st_size)
         return {SINGLE: checked_texts(np.load(path, allow_pickle=False))}
     if path.suffix == ".safetensors":
         return {name: as_numbers(path, tensor) for name, tensor in read_tensors(path)[0].items()}

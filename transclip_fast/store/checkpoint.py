@@ -6,18 +6,17 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from transclip_fast.errors import InputError
+from transclip_fast.ops.exchange import Partition
 from transclip_fast.ranks import Ranks
 from transclip_fast.store.arrays import array_sha256, read_arrays
 from transclip_fast.store.atomic import beside, read_json, remove, write_json, writing
-from transclip_fast.store.tensors import read_tensors, write_tensors
 from transclip_fast.whole_files import new_file, partial_of
 
 # Arrays of a state, by rows: of a solve (see `Assignments.state`), and of a search for neighbours.
@@ -34,13 +33,11 @@ class FileCheckpoint:
     A state younger than `seconds` is not replaced, so a crash costs that much work.
     """
 
-    suffix = "npz"
-
     def __init__(
         self, path: str | Path, name: str, identity: Mapping[str, Any], seconds: float
     ) -> None:
         self.path = path
-        self.file = files(path, name, self.suffix)[0]
+        self.file = beside(path, f"{name}.npz")
         self.name, self.seconds = name, seconds
         self.identity = json.dumps(identity, sort_keys=True)
         self._last = time.monotonic()
@@ -50,31 +47,21 @@ class FileCheckpoint:
         if not self.file.exists():
             return None
         try:
-            state, identity = self._read()
+            state, identity = _read_state(self.file)
+            if identity != self.identity:
+                raise InputError(f"{self.file}: is of other input or parameters")
         except InputError as error:
             warnings.warn(f"{error}; {self.name} begins anew", stacklevel=2)
             return None
-        if identity == self.identity:
-            return state
-        warnings.warn(
-            f"{self.file}: is of other input or parameters; {self.name} begins anew", stacklevel=2
-        )
-        return None
+        return state
 
     def keep(self, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Write the state if the last one is old enough."""
         if time.monotonic() - self._last < self.seconds:
             return
         with writing(self.path):
-            self._write(state())
+            _write_state(self.file, state(), self.identity)
         self._last = time.monotonic()
-
-    def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
-        """The state in the file and its identity."""
-        return _read_state(self.file)
-
-    def _write(self, state: Mapping[str, np.ndarray]) -> None:
-        _write_state(self.file, state, self.identity)
 
 
 class RankedCheckpoint:
@@ -184,38 +171,34 @@ class RankedCheckpoint:
         return beside(self.path, f"{self.name}.ranks.{step}{rows}.npz")
 
 
-class TensorCheckpoint(FileCheckpoint):
-    """The same in a .safetensors file, for a training."""
-
-    suffix = "safetensors"
-
-    def _read(self) -> tuple[Mapping[str, np.ndarray], str]:
-        tensors, metadata = read_tensors(self.file)
-        state = {name: tensor.numpy() for name, tensor in tensors.items()}
-        _check_state(self.file, state, metadata.get("sha256", ""))
-        return state, metadata.get("identity", "")
-
-    def _write(self, state: Mapping[str, np.ndarray]) -> None:
-        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        metadata = {"identity": self.identity, "sha256": _state_sha256(state)}
-        write_tensors(self.file, tensors, None, metadata=metadata)
-
-
-def _check_state(file: Path, state: Mapping[str, np.ndarray], sha256: str) -> None:
-    if sha256 != _state_sha256(state):
-        raise InputError(f"{file}: damaged, or of an earlier version")
-
-
 def _state_sha256(state: Mapping[str, np.ndarray]) -> str:
     """Hash of the arrays of a state and of their names."""
     hashes = [(name, array_sha256(np.asarray(array))) for name, array in sorted(state.items())]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
-def files(path: str | Path, name: str, suffix: str = FileCheckpoint.suffix) -> list[Path]:
-    """The files of a checkpoint: the state, and its hidden neighbour while it is written."""
-    file = beside(path, f"{name}.{suffix}")
-    return [file, partial_of(file)]
+def checkpoint_of(
+    path: str | Path,
+    name: str,
+    identity: Mapping[str, Any],
+    seconds: float,
+    partition: Partition | None,
+) -> FileCheckpoint | RankedCheckpoint:
+    """The checkpoint of work that ranks share by rows, or of one process where it is None."""
+    if partition is None:
+        return FileCheckpoint(path, name, identity, seconds)
+    ranks, rows = partition.ranks, partition.rows
+    return RankedCheckpoint(path, name, identity, seconds, ranks=ranks, rows=rows)
+
+
+def files(path: str | Path, name: str) -> Iterator[Path]:
+    """
+    The files of a checkpoint of either kind, and its hidden neighbour while it is written.
+
+    They are looked for when they are asked for.
+    """
+    file = beside(path, f"{name}.npz")
+    yield from (file, partial_of(file), *ranked_files(path, name))
 
 
 def ranked_files(path: str | Path, name: str) -> list[Path]:
@@ -235,7 +218,8 @@ def _read_state(file: Path) -> tuple[dict[str, np.ndarray], str]:
     """The state in a file of `_write_state`, and its identity."""
     state = dict(read_arrays(file))
     identity, sha256 = (str(state.pop(name, "")) for name in ("identity", "sha256"))
-    _check_state(file, state, sha256)
+    if sha256 != _state_sha256(state):
+        raise InputError(f"{file}: damaged, or of an earlier version")
     return state, identity
 
 

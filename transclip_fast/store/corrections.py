@@ -25,8 +25,8 @@ def label_texts(
     names: Sequence[str] | None, n_classes: int, longest: int | None = None
 ) -> list[str | None]:
     """
-    What corrections call each class: its name; or its position, if the name is empty, has more
-    than `longest` characters, or is that of another class, too.
+    The text that names each class in corrections: its name; or its position, if the name is empty,
+    has more than `longest` characters, or is that of another class, too.
 
     None of a class that neither would tell from the others.
     """
@@ -34,14 +34,13 @@ def label_texts(
     if names is None:
         return [*numbers]
     single = positions(names)
-    return [
-        name
-        if single[name] is not None and name.strip() and len(name[:longest]) == len(name)
-        else None
-        if number in single
-        else number
-        for name, number in zip(names, numbers, strict=True)
-    ]
+
+    def text(name: str, number: str) -> str | None:
+        if single[name] is not None and name.strip() and len(name[:longest]) == len(name):
+            return name
+        return None if number in single else number
+
+    return [text(name, number) for name, number in zip(names, numbers, strict=True)]
 
 
 def read_corrections(
@@ -114,21 +113,18 @@ def _class_finder(path: Path, names: Sequence[str] | None) -> Callable[[str], in
     def find(label: str) -> int:
         stripped = label.strip()
         for places, text in ((exact, label), (exact, stripped), (plain, plain_name(label))):
+            if (k := places.get(text)) is not None:
+                return k
             if text in places:
-                several = f"{path}: {label!r} is the name of several classes; give a position"
-                return _only(places[text], several)
+                raise InputError(
+                    f"{path}: {label!r} is the name of several classes; give a position"
+                )
         number = WHOLE.fullmatch(stripped)
         if not number or (names is not None and int(number[1]) >= len(names)):
             raise InputError(f"{path}: {label!r} is none of the classes")
         return int(number[1])
 
     return find
-
-
-def _only(place: int | None, several: str) -> int:
-    if place is None:
-        raise InputError(several)
-    return place
 
 
 def corrected(known: np.ndarray, corrections: Mapping[int, int]) -> np.ndarray:

@@ -85,7 +85,7 @@ def joined_shards(parts: Sequence[Any]) -> Any:
     parts = [part for part in parts if part.shape[0]] or parts[:1]
     if all(isinstance(part, Shard) and part.dtype == parts[0].dtype for part in parts):
         return StoredRows(parts)
-    return np.concatenate([p.read(0, p.shape[0]) if isinstance(p, Shard) else p for p in parts])
+    return np.concatenate([p.read() if isinstance(p, Shard) else p for p in parts])
 
 
 def joined_local(files: Iterable[Path], images: Sequence[Any]) -> Any:
@@ -150,7 +150,7 @@ def metadata_columns(
 
 
 def _no_features(folder: Path) -> str:
-    """What a folder without features is, and what to name instead."""
+    """The likely kind of a folder without features, and the remedy."""
     if (folder / "features" / "img_emb").is_dir():
         return f"did you mean {folder / 'features'}?"
     if (folder / "predictions.parquet").is_file():

@@ -179,8 +179,9 @@ class FeatureWriter:
         """
         listed = [[failure.source_row, failure.key, failure.reason] for failure in failures]
         failed = {failure.source_row for failure in failures}
-        encoded = [row for row in self.rows_to_encode(number) if row not in failed]
-        kept = [row for row in self.rows(number) if self.kept.has(row)]
+        rows = [row for row in self.rows(number) if row not in failed]
+        kept = [row for row in rows if self.kept.has(row)]
+        encoded = [row for row in rows if not self.kept.has(row)]
         order = np.argsort([*encoded, *kept])
 
         def joined(array: np.ndarray, kind: str) -> np.ndarray:
@@ -188,7 +189,6 @@ class FeatureWriter:
 
         unordered = [*hashes, *self.kept.hashes(kept)]
         sha256 = [unordered[place] for place in order]
-        rows = sorted([*encoded, *kept])
         patches = {}
         with writing(self.folder):
             if features.ndim == 3:

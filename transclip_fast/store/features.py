@@ -16,7 +16,7 @@ import torch
 
 from transclip_fast.data.names import plain_name
 from transclip_fast.data.npy_shards import Shard
-from transclip_fast.data.priors import ListedPrior
+from transclip_fast.data.priors import PRIORS, ListedPrior
 from transclip_fast.data.swapped import check_not_swapped, warn_of_names
 from transclip_fast.data.texts import templates_first
 from transclip_fast.errors import InputError, user_level
@@ -46,29 +46,18 @@ from transclip_fast.store.keys import as_keys, read_keys
 from transclip_fast.store.labels import as_array, as_positions, read_labels, warn_of_numbers
 from transclip_fast.store.names import as_names, read_names
 
+LABELLED = ("support_features", "support_labels", "validation_features", "validation_labels")
 ARRAYS = (
-    "image_features",
-    "text_features",
-    "labels",
-    "class_names",
-    "keys",
-    "support_features",
-    "support_labels",
-    "validation_features",
-    "validation_labels",
+    *("image_features", "text_features", "labels", "class_names", "keys"),
+    *LABELLED,
     "known_labels",
-    "prior",
-    "prior_logits",
-    "prototypes",
+    *PRIORS,
 )
 OF_ROWS = ("labels", "known_labels")  # labels of the image features' rows
 LABELS = (*OF_ROWS, "support_labels", "validation_labels")
 LOCAL = tuple(f"{use}local_features" for use in ("", "support_", "validation_"))
-ENCODER = {
-    "model": str,
-    "weights": str,
-    "quick_gelu": bool,
-}  # entries of a manifest that identify a backbone
+# Entries of a manifest that identify a backbone.
+ENCODER = {"model": str, "weights": str, "quick_gelu": bool}
 NEARLY = 0.8  # of difflib's ratio: one letter of ten, or two
 SHA256_DIGITS = 64  # model names and weight tags are shorter
 

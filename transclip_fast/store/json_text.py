@@ -26,6 +26,14 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def script_json(data: Any) -> str:
+    """JSON for a script of a page: it ends and starts no element; ASCII, so no line separator."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
 def value_of(
     record: Mapping[str, Any],
     name: str,

@@ -25,27 +25,13 @@ FILES = {  # by the entry's hash of each
 
 @dataclass
 class KeptRows:
-    """
-    The rows that need not be encoded, each with its place in a shard that was set aside.
+    """The rows that need not be encoded, each with its place in a shard that was set aside."""
 
-    Attributes
-    ----------
-    folder : Path
-        Of the feature folder.
-    names : list of str
-        Shards that were set aside.
-    shard, position : list of int
-        Of each row of the source: its shard as a position in `names`, -1 for a row to encode, and
-        its position there.
-    absent : list of str
-        Keys of images that the source no longer has.
-    """
-
-    folder: Path
-    names: list[str]
-    shard: list[int]
-    position: list[int]
-    absent: list[str] = field(default_factory=list)
+    folder: Path  # of the features
+    names: list[str]  # of the shards that were set aside
+    shard: list[int]  # of each row of the source, a position in `names`; -1 for a row to encode
+    position: list[int]  # of each row in its shard
+    absent: list[str] = field(default_factory=list)  # keys of images that the source lost
 
     @classmethod
     def none(cls, folder: Path, n_rows: int) -> KeptRows:

@@ -147,7 +147,7 @@ def _trained(path: Path) -> None:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What the metadata of a map say of it; other files say nothing."""
+    """The JSON about a map in the metadata of its file; {} in other files."""
     metadata = read_tensors(path)[1]
     with reading(path):
         found = parse_json(metadata.get(ENTRY, "{}"))

@@ -187,21 +187,7 @@ def save_result(
     `tensors` are those of a mixture, None where the method has none. Returns `run` with the hashes
     of the files.
     """
-    blocks = iter(tables)
-    first = next(blocks)
-    with ExitStack() as files:
-        # Opened here: pyarrow takes no paths that are not UTF-8.
-        predictions = files.enter_context(open(folder / "predictions.parquet", "wb"))
-        writer = files.enter_context(pq.ParquetWriter(predictions, first.schema))
-        lines = None
-        if csv:
-            schema = _flat(first).schema
-            csv_file = files.enter_context(open(folder / CSV_FILE, "wb"))
-            lines = files.enter_context(pa.csv.CSVWriter(csv_file, schema))
-        for block in chain([first], blocks):
-            writer.write_table(block)
-            if lines is not None:
-                lines.write_table(_flat(block))
+    _write_tables(tables, folder / "predictions.parquet", folder / CSV_FILE if csv else None)
     if tensors is not None:
         # As bytes: on a full disk safetensors raises an error of its own, not an OSError.
         (folder / "mixture.safetensors").write_bytes(save(tensors))
@@ -214,18 +200,33 @@ def save_result(
 def write_part(folder: Path, first: int, tables: Iterable[pa.Table]) -> None:
     """Write the predictions from row `first` on into the folder that others write to, too."""
     blocks = iter(tables)
-    if (block := next(blocks, None)) is None:
-        return
-    with pq.ParquetWriter(folder / PART.format(first), block.schema) as writer:
-        for table in chain([block], blocks):
-            writer.write_table(table)
+    if (block := next(blocks, None)) is not None:
+        _write_tables(chain([block], blocks), folder / PART.format(first))
+
+
+def _write_tables(tables: Iterable[pa.Table], parquet: Path, csv: Path | None = None) -> None:
+    """Write the blocks of a table as .parquet, and, without its lists, as `csv`."""
+    blocks = iter(tables)
+    first = next(blocks)
+    with ExitStack() as files:
+        # Opened here: pyarrow takes no paths that are not UTF-8.
+        content = files.enter_context(open(parquet, "wb"))
+        writer = files.enter_context(pq.ParquetWriter(content, first.schema))
+        lines = None
+        if csv is not None:
+            csv_content = files.enter_context(open(csv, "wb"))
+            lines = files.enter_context(pa.csv.CSVWriter(csv_content, _flat(first).schema))
+        for block in chain([first], blocks):
+            writer.write_table(block)
+            if lines is not None:
+                lines.write_table(_flat(block))
 
 
 def joined_parts(folder: Path) -> Iterator[pa.Table]:
     """The predictions of all `write_part`, in the blocks of `prediction_tables`; removes them."""
     rest: list[pa.Table] = []
     for file in sorted(folder.glob(PART.format(0).replace("0", "[0-9]"))):
-        with pq.ParquetFile(file) as part:
+        with open(file, "rb") as content, pq.ParquetFile(content) as part:
             for group in range(part.num_row_groups):
                 rest.append(part.read_row_group(group))
                 while sum(map(len, rest)) >= TABLE_ROWS:

@@ -113,7 +113,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         raise InputError(f"{path}: expected a file ending in {SUFFIX}")
     with reading(path):
         check_header(path)
-    with reading(path), open(path, "rb") as file, safe_open(path, "pt") as checked:
+    with (
+        reading(path),
+        open(path, "rb") as file,
+        # By its number: the library takes no paths that are not UTF-8.
+        safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as checked,
+    ):
         begin = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(begin - 8))
         tensors = {name: _read(file, begin, header[name]) for name in checked.keys()}  # noqa: SIM118
