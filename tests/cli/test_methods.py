@@ -266,6 +266,20 @@ def test_done_methods_are_not_run_again(save, arrays, succeeds, cli, counted, tm
     assert "--logit-scale" not in ran.err
 
 
+def test_rows_of_other_class_names_are_not_kept(save, arrays, cli, counted, tmp_path):
+    """Labels by name are others once the names are put right."""
+    names = np.array(list("fbdace"))
+    features = save(arrays | {"labels": names[arrays["labels"]]})
+    command = "compare", features, "--methods", "zero-shot", "--out", tmp_path / "table.json"
+    for order in (names[::-1], names):
+        (tmp_path / "names.txt").write_text("\n".join(order))
+        assert cli(*command, "--class-names", tmp_path / "names.txt").code == 0
+    assert counted == ["zero-shot", "zero-shot"]
+    nearest = (arrays["image_features"] @ arrays["text_features"].T).argmax(1)
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert row["accuracy"] == round(100 * (nearest == arrays["labels"]).mean(), 4)
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"rows": 3}', None])
 def test_a_damaged_state_is_not_used(save, arrays, cli, counted, damage, tmp_path):
     features, out = save(arrays), tmp_path / "table.md"

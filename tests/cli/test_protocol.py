@@ -165,6 +165,19 @@ def test_other_data_are_run_anew(pets, done, tmp_path):
     assert runs_of(tmp_path / "table") != before
 
 
+def test_labels_by_name_are_run_anew_with_other_class_names(pets, done, tmp_path, problem):
+    """The names of labels are the same, the classes that they mean are not."""
+    names = np.array(list("fbdace"))
+    _, _, labels = problem()
+    command = ("--head", "tip-adapter", "--shots", 1, "--seeds", 1, "--out", tmp_path / "table")
+    found = []
+    for order in (np.roll(names, 1), names):
+        done("protocol", "few-shot", pets(labels=names[labels], class_names=order), *command)
+        found.append(runs_of(tmp_path / "table")[0]["zero_shot_accuracy"])
+    (data,) = load_data([tmp_path / "pets.npz"], pools=True)
+    assert found[1] == accuracy((data.features @ data.text.T).argmax(1), labels) != found[0]
+
+
 def test_more_shots_than_there_are(pets, cli, tmp_path):
     ran = cli(
         "protocol", "few-shot", pets(), "--head", "tip-adapter", "--shots", 50, "--seeds", 1,
