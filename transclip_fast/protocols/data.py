@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import ensemble
+from transclip_fast.heads.base import PrototypeHead
+from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.store.features import Features, check_encoder, load_features
 
@@ -185,6 +188,9 @@ def _load(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
     names = arrays.class_names
     if names is not None and len(names) != n_classes:
         raise InputError(f"{len(names)} class names for {n_classes} text features")
+    zero_shot = PrototypeHead(text=text, logit_scale=1.0).predict(features)
+    for sign in check_class_order(zero_shot.numpy(), labels.numpy()):
+        warnings.warn(f"{path}: {sign}", stacklevel=2)
     return DataSet(
         name=_name_of(Path(path)),
         features=features,
