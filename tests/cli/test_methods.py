@@ -280,6 +280,17 @@ def test_rows_of_other_class_names_are_not_kept(save, arrays, cli, counted, tmp_
     assert row["accuracy"] == round(100 * (nearest == arrays["labels"]).mean(), 4)
 
 
+@pytest.mark.parametrize("suffix", ["md", "txt", "json"])
+def test_only_a_table_is_replaced(save, arrays, refused, succeeds, suffix, tmp_path):
+    """Not the names that the comparison reads, say."""
+    names, out = tmp_path / f"names.{suffix}", tmp_path / f"table.{suffix}"
+    names.write_text('["a", "b", "c", "d", "e", "f"]' if suffix == "json" else "a\nb\nc\nd\ne\nf")
+    command = "compare", save(arrays), "--methods", "zero-shot", "--out"
+    assert f"{names}: exists and is no table of `compare`" in refused(*command, names)
+    for _ in range(2):
+        succeeds(*command, out)
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"rows": 3}', None])
 def test_a_damaged_state_is_not_used(save, arrays, cli, counted, damage, tmp_path):
     features, out = save(arrays), tmp_path / "table.md"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from transclip_fast.cli import RESUMES, options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.comparison import Comparison
-from transclip_fast.cli.comparison_table import SUFFIXES, as_text, write_table
+from transclip_fast.cli.comparison_table import SUFFIXES, as_text, check_place, write_table
 from transclip_fast.cli.graph import leftovers
 from transclip_fast.cli.method import (
     METHOD_ARRAYS,
@@ -83,8 +82,8 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     runs.
     """
     names = _names(methods)
-    if out is not None and (Path(out).suffix not in SUFFIXES or Path(out).is_dir()):
-        raise InputError(f"{out}: name a file that ends in {', '.join(SUFFIXES)}")
+    if out is not None:
+        check_place(out)
     TransCLIP(**{k: values[k] for k in ("logit_scale", "gamma", "memory")}).check()
     stages, shots = session.Stages(), values["shots"]
     with stages.time("load"), session.collected_warnings({}) as noted:
