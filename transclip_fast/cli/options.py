@@ -95,7 +95,34 @@ class CountType(click.ParamType):  # type: ignore[type-arg]
         return int(number)
 
 
+class FiniteRange(click.FloatRange):
+    """A range that has neither NaN, which click takes to be in any, nor infinity."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            share = f"a share between {self.min:g} and {self.max:g}" if self.max else None
+            what = f"must be {share or 'a finite number'}, got {value}"
+            raise InputError(what if param is None else f"{param.opts[0]}: {what}")
+        return found
+
+
+class SeedType(click.ParamType):  # type: ignore[type-arg]
+    """A number that every source of random numbers takes."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = click.INT.convert(value, param, ctx)
+        if not 0 <= number < 2**63:
+            self.fail(f"{value!r} is no seed; they are whole numbers from 0 to 2**63 - 1")
+        return number
+
+
 COUNT = CountType()
+SEED = SeedType()
 
 
 def options_of(*options: Callable[..., Any]) -> Callable[[Decorated], Decorated]:
@@ -159,17 +186,9 @@ sort_option = click.option(
 )
 
 
-def _checked_share(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """Refuse NaN, which click takes to be in any range."""
-    if value is not None and math.isnan(value):
-        raise InputError(f"{option.opts[0]}: must be a share between 0 and 1, got nan")
-    return value
-
-
 reject_option = click.option(
     "--reject",
-    type=click.FloatRange(0, 1),
-    callback=_checked_share,
+    type=FiniteRange(0, 1),
     help="Share of the rows to mark as none of the classes: those with the highest outlier score.",
 )
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -189,7 +208,7 @@ search_options = options_of(
     click.option(
         "--recall",
         default=0.99,
-        type=click.FloatRange(0, 1),
+        type=FiniteRange(0, 1),
         help="Least recall of an approximate graph, measured on 1,000 rows.",
     ),
 )

@@ -52,7 +52,7 @@ from transclip_fast.store.results import TRANSCLIP
     help="Few-shot method that makes the prior: a file of `train-head`, or a method to train on "
     f"the shots: {', '.join(HEADS)}.",
 )
-@click.option("--seed", default=0, help="Seed of the head's training.")
+@click.option("--seed", default=0, type=options.SEED, help="Seed of the head's training.")
 @tower_options
 @options.device_option
 @options.csv_option

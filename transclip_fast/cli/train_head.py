@@ -40,8 +40,13 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @click.option("--shots", type=options.POSITIVE, help="Rows of a class.  [default: all]")
 @click.option("--out", required=True, type=options.PATH, help="The .safetensors file to write.")
-@click.option("--seed", default=0, help="Of the shots and of the training.")
-@click.option("--logit-scale", default=100.0, help="Temperature; `solve` needs the same.")
+@click.option("--seed", default=0, type=options.SEED, help="Of the shots and of the training.")
+@click.option(
+    "--logit-scale",
+    default=100.0,
+    type=options.FiniteRange(0, min_open=True),
+    help="Temperature; `solve` needs the same.",
+)
 @tower_options
 @click.option(
     "--context",
@@ -66,7 +71,7 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(0, min_open=True),
+    type=options.FiniteRange(0, min_open=True),
     help=f"Of the gradient descent.  [default: coop, prograd, plot: {SETTINGS['coop'][1].rate:g}; "
     f"cocoop: {SETTINGS['cocoop'][1].rate:g}]",
 )
