@@ -117,6 +117,8 @@ def test_solve_says_what_validation_chose_and_what_a_method_assumes(
         ({}, ["--method", "stata", "--set", "alpha=much"], "expected NAME=VALUE with a number"),
         ({}, ["--method", "stata", "--set", "alpha=1", "--set", "alpha=2"], "set twice"),
         ({}, ["--method", "stata", "--set", "n_neighbors=1.5"], "must be a whole number"),
+        ({}, ["--method", "stata", "--set", "device=1"], "--set device: is no setting"),
+        ({}, ["--method", "stata", "--set", "anchors=1"], "the option for it is --anchors"),
         ({}, ["--method", "stata", "--gamma", "1"], "--gamma is for method transclip"),
         ({}, ["--method", "stata", "--reject", "0.1"], "--reject is for method transclip"),
         ({}, ["--method", "stata", "--head", "taskres"], "--head is for method transclip"),

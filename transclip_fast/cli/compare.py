@@ -11,7 +11,7 @@ from transclip_fast.cli import RESUMES, options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.comparison_table import SUFFIXES, as_text, check_place, write_table
-from transclip_fast.cli.graph import leftovers
+from transclip_fast.cli.graph import SEARCH_OPTIONS, leftovers
 from transclip_fast.cli.method import (
     METHOD_ARRAYS,
     NAMES,
@@ -84,6 +84,8 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     names = _names(methods)
     if out is not None:
         check_place(out)
+    if values["graph_folder"]:
+        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
     TransCLIP(**{k: values[k] for k in ("logit_scale", "gamma", "memory")}).check()
     stages, shots = session.Stages(), values["shots"]
     with stages.time("load"), session.collected_warnings({}) as noted:

@@ -238,6 +238,19 @@ def path_from(folder: str, path: str) -> str:
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
+def is_given(option: click.Parameter) -> bool:
+    """Whether the command was given this option or argument."""
+    source = click.get_current_context().get_parameter_source(str(option.name))
+    return source is ParameterSource.COMMANDLINE
+
+
+def refuse_unused(names: Collection[str], why: str) -> None:
+    """Raise InputError if the command was given one of these options, which it would ignore."""
+    for option in click.get_current_context().command.params:
+        if option.name in names and is_given(option):
+            raise InputError(f"{option.opts[0]}: {why}; leave it out")
+
+
 def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
     """
     Those of the options with these names that the command was given, for run.json.
@@ -247,8 +260,7 @@ def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
     context = click.get_current_context()
     for option in context.command.params:
         name = str(option.name)
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if not given or not isinstance(option, click.Option) or name not in names:
+        if not is_given(option) or not isinstance(option, click.Option) or name not in names:
             continue
         value = context.params[name]
         if option.is_flag:

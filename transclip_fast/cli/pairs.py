@@ -27,6 +27,11 @@ from transclip_fast.store.feature_writer import Failure
 
 ARRAYS = ("image_features", "caption_features", "negative_features")
 
+# Options that features need not.
+OF_IMAGES = (
+    *("model", "pretrained", "allow_hub", "precision", "root", "features", "batch_size", "workers"),
+    "attributes",
+)
 pair_options = options.options_of(
     encode_option("model", optional=True),
     *map(encode_option, ("pretrained", "allow_hub", "precision")),
@@ -85,6 +90,7 @@ def load_pairs(
     `complete` checks the listed pairs, or adds to them, before anything is encoded.
     """
     if Path(path).suffix in SUFFIXES:
+        options.refuse_unused(OF_IMAGES, f"{path} holds features, and lists no images")
         return LoadedPairs(_stored(path))
     pairs = complete(read_pairs(path))
     if values["model"] is None:
