@@ -145,6 +145,8 @@ def test_what_is_of_another_kind_is_not_replaced(named, succeeds, refused, tmp_p
     table.write_text("key,label\na,cat\n")
     assert "is no page" in refused("report", tmp_path / "result", "--out", mine)
     assert "is no table of" in refused("suggest", tmp_path / "result", "--csv", table)
+    unread = refused("suggest", tmp_path / "result", "--csv", tmp_path / "check.txt")
+    assert "check.txt: name a file that ends in .csv" in unread
     assert mine.read_text() == "<html>mine</html>"
     assert table.read_text() == "key,label\na,cat\n"
 

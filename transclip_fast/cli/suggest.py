@@ -93,9 +93,15 @@ def _write(path: Path, found: list[dict[str, Any]]) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """InputError if a file of another kind, or labels that were filled in, would be replaced."""
-    if not path.is_file():
-        return
+    """InputError if another file would be replaced, or for a name that no table has."""
+    if path.is_file():
+        _check_replaced(path)
+    if path.suffix.lower() != ".csv":
+        raise InputError(f"{path}: name a file that ends in .csv, as `solve --corrections` reads")
+
+
+def _check_replaced(path: Path) -> None:
+    """InputError for a file of another kind, or labels that were filled in."""
     with (
         reading(path, "is no table of `suggest`", "name another file"),
         open(path, newline="", encoding="utf-8-sig") as file,
