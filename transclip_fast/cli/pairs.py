@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from transclip_fast.cli import options
 from transclip_fast.cli.encode import SHOWN_FAILURES, encode_option, encode_progress
@@ -24,6 +25,7 @@ from transclip_fast.progress_bar import progress_bar
 from transclip_fast.ranks import ALONE
 from transclip_fast.store.arrays import SUFFIXES, open_arrays
 from transclip_fast.store.feature_writer import Failure
+from transclip_fast.store.names import as_names
 
 ARRAYS = ("image_features", "caption_features", "negative_features")
 
@@ -140,6 +142,16 @@ def text_lines(file: str) -> list[str]:
     return found
 
 
+def _groups(array: Any) -> list[Any] | None:
+    """The group of each row, from an array of texts or numbers (N,)."""
+    if array is None:
+        return None
+    values = np.asarray(array)
+    if values.ndim != 1:
+        raise InputError(f"groups: expected one a row, got shape {values.shape}")
+    return as_names(values, "groups") if values.dtype.kind == "S" else values.tolist()
+
+
 def _stored(path: str) -> PairFeatures:
     """Features of a file of arrays."""
     arrays = open_arrays(path)
@@ -149,6 +161,6 @@ def _stored(path: str) -> PairFeatures:
             raise InputError(f"{path}: has no array {name!r}, only {listed}")
     try:
         images, captions, negatives = (arrays[name] for name in ARRAYS)
-        return PairFeatures.of(images, captions, negatives, arrays.get("groups"))
+        return PairFeatures.of(images, captions, negatives, _groups(arrays.get("groups")))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

@@ -27,6 +27,7 @@ from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.graphs import load_manifest
 
 PLAN_ARRAYS = tuple(name for name in options.ARRAYS if name not in ("labels", "class_names"))
 CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, norms
@@ -189,6 +190,8 @@ def command(
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
         with session.collected_warnings({}):
             stored = load_features(features, {name: values[name] for name in options.ARRAYS})
+        if values["graph_folder"]:
+            _check_graph(values["graph_folder"], len(stored.get("image_features")))
         origins = stored.origins | {"X": stored.origins["image_features"]}
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
@@ -202,6 +205,13 @@ def command(
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
     plan = plan_of_size(sizes, model, searched, ranks, device)
     session.print_summary(plan.summary(), plan.table(rate), as_json)
+
+
+def _check_graph(folder: str, n_rows: int) -> None:
+    """Raise InputError unless a folder has a graph of so many rows; `solve` checks the rest."""
+    found = load_manifest(folder).get("n_rows", n_rows)  # earlier versions have none
+    if found != n_rows:
+        raise InputError(f"{folder}: has {found} rows, the features have {n_rows}; build it again")
 
 
 def problem_of(features: Features, model: TransCLIP) -> Problem:
