@@ -10,6 +10,7 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import command_line, counted
+from transclip_fast.data.names import positions
 from transclip_fast.errors import InputError, reading
 from transclip_fast.report import suggest
 from transclip_fast.store.atomic import writing
@@ -63,7 +64,9 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
         for row in found
     ]
     if table is not None:
-        _write(Path(table), found)
+        rows_of = positions(loaded.predictions.column("key").to_pylist())
+        by_key = all(row["key"] is not None and rows_of[row["key"]] is not None for row in found)
+        _write(Path(table), found, "key" if by_key else "row")
         line = command_line("solve", "FEATURES", "--corrections", table, "--out", "result2")
         lines.append(f"{counted(len(found), 'image')} to label in {table}; then {line}")
     session.print_summary({"suggested": found}, "\n".join(lines), as_json)
@@ -74,9 +77,8 @@ def _shown(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    """A table to fill in: rows by key, or by number if one has no key."""
-    name = "row" if any(row["key"] is None for row in found) else "key"
+def _write(path: Path, found: list[dict[str, Any]], name: str) -> None:
+    """A table to fill in; the column `name` tells the rows."""
     _check_place(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
