@@ -99,6 +99,26 @@ def test_convert_refuses(weights, tmp_path, refused):
     )
 
 
+def test_only_a_converted_checkpoint_is_replaced(tiny, weights, tmp_path, refused, succeeds):
+    """Not the checkpoint, by any of its names, nor other tensors."""
+    checkpoint, out = tmp_path / "official.safetensors", tmp_path / "out.safetensors"
+    save_file(weights, checkpoint)
+    (tmp_path / "link.safetensors").symlink_to(checkpoint)
+    save_file({"image_features": torch.eye(3)}, tmp_path / "features.safetensors")
+    command = "convert", checkpoint, "--model", tiny, "--out"
+    for name in ("official", "link"):
+        message = refused(*command, tmp_path / f"{name}.safetensors")
+        assert f"{name}.safetensors: is the checkpoint itself; name another file" in message
+    message = refused(*command, tmp_path / "features.safetensors")
+    assert "features.safetensors: is there and is no converted checkpoint" in message
+    succeeds(*command, out)
+    first = out.read_bytes()
+    succeeds(*command, out)
+    assert out.read_bytes() == first
+    again = "convert", out, "--model", tiny, "--dtype", "fp16", "--out", out
+    assert "is the checkpoint itself" in refused(*again)
+
+
 @pytest.mark.parametrize("change", ["written", "cut"])
 def test_a_checkpoint_that_changes_is_refused(change, tiny, weights, tmp_path, monkeypatch):
     file = tmp_path / "official.safetensors"

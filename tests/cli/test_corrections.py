@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -145,8 +146,27 @@ def test_what_is_of_another_kind_is_not_replaced(named, succeeds, refused, tmp_p
     table.write_text("key,label\na,cat\n")
     assert "is no page" in refused("report", tmp_path / "result", "--out", mine)
     assert "is no table of" in refused("suggest", tmp_path / "result", "--csv", table)
+    unread = refused("suggest", tmp_path / "result", "--csv", tmp_path / "check.txt")
+    assert "check.txt: name a file that ends in .csv" in unread
     assert mine.read_text() == "<html>mine</html>"
     assert table.read_text() == "key,label\na,cat\n"
+
+
+def test_rows_that_share_a_key_are_suggested_by_number(folder, succeeds, tmp_path):
+    """A table of their keys would be refused as corrections."""
+    (folder / "manifest.json").unlink()
+    metadata = folder / "metadata/metadata_00000.parquet"
+    pq.write_table(pa.table({"key": [str(row // 2) for row in range(77)]}), metadata)
+    succeeds("solve", folder, "--out", tmp_path / "result")
+    file = tmp_path / "check.csv"
+    succeeds("suggest", tmp_path / "result", "-n", 2, "--csv", file)
+    with open(file, newline="") as content:
+        lines = [*csv.DictReader(content)]
+    file.write_text(file.read_text().replace(",,", ",3,"))
+    succeeds("solve", folder, "--corrections", file, "--out", tmp_path / "again")
+    table = pq.read_table(tmp_path / "again/predictions.parquet")
+    known = np.flatnonzero(table["known"].to_numpy(zero_copy_only=False))
+    assert [*known] == sorted(int(line["row"]) for line in lines)
 
 
 def test_labels_that_were_filled_in_are_not_replaced(named, succeeds, refused, tmp_path):

@@ -137,3 +137,19 @@ def test_names_that_are_no_group(arrays, save, cli, tmp_path):
     ran = cli("evaluate-pairs", file, "--leave-out", tmp_path / "names.txt")
     assert ran.code == 0
     assert "names.txt: 1 of 2 names are no group of" in ran.err
+
+
+def test_groups_of_a_file_of_features(save, succeeds, refused, tmp_path):
+    """Bytes, as of numpy's S, are the texts that --leave-out has."""
+    rows = {
+        f"{use}_features": unit(np.random.default_rng(k).normal(size=(6, 4)))
+        for k, use in enumerate(("image", "caption", "negative"))
+    }
+    groups = np.array(["in", "on", "by"] * 2)
+    (tmp_path / "left.txt").write_text("by\n")
+    for kind in ("U", "S"):
+        file = save(rows | {"groups": groups.astype(kind)})
+        out = succeeds("evaluate-pairs", file, "--leave-out", tmp_path / "left.txt", "--json")
+        assert {name for name, *_ in json.loads(out)["per_group"]} == {"in", "on"}
+    message = refused("evaluate-pairs", save(rows | {"groups": groups[:, None]}))
+    assert "groups: expected one a row, got shape (6, 1)" in message

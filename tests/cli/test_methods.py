@@ -117,6 +117,8 @@ def test_solve_says_what_validation_chose_and_what_a_method_assumes(
         ({}, ["--method", "stata", "--set", "alpha=much"], "expected NAME=VALUE with a number"),
         ({}, ["--method", "stata", "--set", "alpha=1", "--set", "alpha=2"], "set twice"),
         ({}, ["--method", "stata", "--set", "n_neighbors=1.5"], "must be a whole number"),
+        ({}, ["--method", "stata", "--set", "device=1"], "--set device: is no setting"),
+        ({}, ["--method", "stata", "--set", "anchors=1"], "the option for it is --anchors"),
         ({}, ["--method", "stata", "--gamma", "1"], "--gamma is for method transclip"),
         ({}, ["--method", "stata", "--reject", "0.1"], "--reject is for method transclip"),
         ({}, ["--method", "stata", "--head", "taskres"], "--head is for method transclip"),
@@ -264,6 +266,31 @@ def test_done_methods_are_not_run_again(save, arrays, succeeds, cli, counted, tm
     assert "is damaged, or of other input or options; begins anew" in ran.err
     assert counted[4:] == ["zero-shot"]
     assert "--logit-scale" not in ran.err
+
+
+def test_rows_of_other_class_names_are_not_kept(save, arrays, cli, counted, tmp_path):
+    """Labels by name are others once the names are put right."""
+    names = np.array(list("fbdace"))
+    features = save(arrays | {"labels": names[arrays["labels"]]})
+    command = "compare", features, "--methods", "zero-shot", "--out", tmp_path / "table.json"
+    for order in (names[::-1], names):
+        (tmp_path / "names.txt").write_text("\n".join(order))
+        assert cli(*command, "--class-names", tmp_path / "names.txt").code == 0
+    assert counted == ["zero-shot", "zero-shot"]
+    nearest = (arrays["image_features"] @ arrays["text_features"].T).argmax(1)
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert row["accuracy"] == round(100 * (nearest == arrays["labels"]).mean(), 4)
+
+
+@pytest.mark.parametrize("suffix", ["md", "txt", "json"])
+def test_only_a_table_is_replaced(save, arrays, refused, succeeds, suffix, tmp_path):
+    """Not the names that the comparison reads, say."""
+    names, out = tmp_path / f"names.{suffix}", tmp_path / f"table.{suffix}"
+    names.write_text('["a", "b", "c", "d", "e", "f"]' if suffix == "json" else "a\nb\nc\nd\ne\nf")
+    command = "compare", save(arrays), "--methods", "zero-shot", "--out"
+    assert f"{names}: exists and is no table of `compare`" in refused(*command, names)
+    for _ in range(2):
+        succeeds(*command, out)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"rows": 3}', None])

@@ -74,6 +74,15 @@ def test_runs_of_gamma_and_given_priors_count(save, arrays, succeeds):
     assert given["stages"][0]["host"] == plain["stages"][0]["host"] + 16 * 77 * 6
 
 
+def test_a_graph_that_solve_would_refuse(save, arrays, done, refused, tmp_path):
+    features = save(arrays)
+    done("graph", save({"image_features": arrays["image_features"][:70]}, "x.npz"), "--out",
+         tmp_path / "graph")  # fmt: skip
+    message = refused("plan", features, "--graph", tmp_path / "graph")
+    assert "graph: has 70 rows, the features have 77; build it again" in message
+    assert "is not a graph folder" in refused("plan", features, "--graph", tmp_path / "none")
+
+
 def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
     arrays["image_features"] = np.tile(arrays["image_features"], (3, 1))
     del arrays["labels"]

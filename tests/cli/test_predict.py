@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.conftest import unit
 from transclip_fast import TransCLIP
 
 
@@ -85,6 +86,33 @@ def test_a_prior_in_the_file_that_the_result_has_no_use_for(
     file = save({"image_features": rows, kind: np.full((5, 6), 1 / 6)}, "new.npz")
     message = refused("predict", solved, file, "--out", tmp_path / "new")
     assert f"{file}: {kind}: the result was solved with prototypes, not with a prior" in message
+
+
+def test_what_does_not_fit_the_result_is_warned_of(arrays, save, succeeds, cli, tmp_path):
+    """Labels in another order, other classes, and known labels, which a solve would keep."""
+    text = unit(
+        np.stack([arrays["image_features"][arrays["labels"] == k].mean(0) for k in range(6)])
+    )
+    names = np.array(list("abcdef"))
+    succeeds(
+        "solve", save(arrays | {"text_features": text, "class_names": names}), "--out",
+        tmp_path / "result",
+    )  # fmt: skip
+    new = {"image_features": arrays["image_features"], "class_names": names[::-1]}
+    file = save(new | {"known_labels": arrays["labels"]}, "new.npz")
+    np.save(tmp_path / "y.npy", (arrays["labels"] + 1) % 6)
+    ran = cli(
+        "predict", tmp_path / "result", file, "--labels", tmp_path / "y.npy", "--out",
+        tmp_path / "more",
+    )  # fmt: skip
+    assert ran.code == 0
+    lines = ran.err.splitlines()
+    assert [line.startswith("warning: ") for line in lines] == [True] * 3
+    assert f"{file}: its class 0 is not that of {tmp_path / 'result'}" in lines[0]
+    assert f"{file}: known_labels: not used" in lines[1]
+    assert "would on" in lines[2]
+    assert "if classes were renamed" in lines[2]
+    assert len(json.loads((tmp_path / "more/run.json").read_text())["warnings"]) == 3
 
 
 def test_rows_of_another_model(solved, save, refused, tmp_path):

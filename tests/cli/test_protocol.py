@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import contents
+from tests.conftest import unit
 from transclip_fast import TransCLIP
 from transclip_fast.heads import fit_head
 from transclip_fast.protocols.data import load_data, load_splits
@@ -165,6 +166,31 @@ def test_other_data_are_run_anew(pets, done, tmp_path):
     assert runs_of(tmp_path / "table") != before
 
 
+def test_labels_by_name_are_run_anew_with_other_class_names(pets, done, tmp_path, problem):
+    """The names of labels are the same, the classes that they mean are not."""
+    names = np.array(list("fbdace"))
+    _, _, labels = problem()
+    command = ("--head", "tip-adapter", "--shots", 1, "--seeds", 1, "--out", tmp_path / "table")
+    found = []
+    for order in (np.roll(names, 1), names):
+        done("protocol", "few-shot", pets(labels=names[labels], class_names=order), *command)
+        found.append(runs_of(tmp_path / "table")[0]["zero_shot_accuracy"])
+    (data,) = load_data([tmp_path / "pets.npz"], pools=True)
+    assert found[1] == accuracy((data.features @ data.text.T).argmax(1), labels) != found[0]
+
+
+def test_labels_in_another_order_than_the_texts(pets, cli, tmp_path, problem):
+    features, _, labels = problem(n=167, noise=0.06)
+    text = unit(np.stack([features[labels == k].mean(0) for k in range(6)]))
+    paths = pets(), pets("turned", text_features=text, labels=(labels[90:] + 1) % 6)
+    command = "--head", "tip-adapter", "--shots", 1, "--seeds", 1, "--out", tmp_path / "table"
+    ran = cli("protocol", "few-shot", *paths, *command)
+    assert ran.code == 0
+    assert ran.err.startswith(f"warning: {paths[1]}: zero-shot labels match on ")
+    assert ran.err.count("warning: ") == 1
+    assert json.loads((tmp_path / "table/run.json").read_text())["warnings"]
+
+
 def test_more_shots_than_there_are(pets, cli, tmp_path):
     ran = cli(
         "protocol", "few-shot", pets(), "--head", "tip-adapter", "--shots", 50, "--seeds", 1,
@@ -290,9 +316,23 @@ def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
         (("domains", "pets.npz", "bare.npz", "--subset", "bare", "s.txt"), "line 2: label '9'"),
         (("domains", "pets.npz", "bare.npz", "--subset", "bare", "t.txt"), "t.txt: 2 classes"),
         (("domains", "pets.npz", "bare.npz"), "bare: has 4 classes, pets 6"),
+        (("domains", "pets.npz", "narrow.npz"), "narrow: has 20 dimensions, pets 33"),
+        (
+            ("domains", "pets.npz", "bare.npz", "--subset", "bare", "u.txt"),
+            "u.txt: line 2: '-1' is no class of pets",
+        ),
+        (
+            ("domains", "pets.npz", "bare.npz", "--subset", "bare", "v.txt"),
+            "v.txt: class 1 of bare is taken as 'class 2' of pets, whose text is that of class 2",
+        ),
+        (
+            ("domains", "pets.npz", "turned.npz"),
+            "turned: class 0 of turned is taken as 'class 0' of pets, whose text is that of",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run(command, expected, pets, problem, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     pets("other/pets")
     pets("bold", validation_features=None, validation_labels=None)
@@ -305,7 +345,11 @@ def test_what_cannot_be_run(command, expected, pets, problem, cli, tmp_path, mon
         )
     (tmp_path / "s.txt").write_text("1\n9\n")
     (tmp_path / "t.txt").write_text("1\n3\n")
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "u.txt").write_text("0\n-1\n2\n3\n")
+    (tmp_path / "v.txt").write_text("0\n2\n1\n3\n")
+    with np.load("pets.npz") as whole:
+        arrays = {**whole, "text_features": whole["text_features"][::-1]}
+    np.savez("turned.npz", **{**arrays, "labels": 5 - arrays["labels"]})
     ran = cli("protocol", *command, "--shots", 1, "--seeds", 1, "--out", tmp_path / "table")
     assert ran.code == 2
     assert ran.err.startswith("error: ")

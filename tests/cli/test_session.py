@@ -28,6 +28,16 @@ def test_warnings_name_the_file_and_are_kept(capsys):
     assert capsys.readouterr().err == "warning: y.npy: odd\n"
 
 
+def test_a_warning_that_comes_again_is_shown_once(capsys):
+    """As of shots that each method of a comparison checks."""
+    with session.collected_warnings({}) as kept:
+        for text in ("odd", "odd", "odder"):
+            session.warn(kept, text)
+            warnings.warn(text, stacklevel=1)
+    assert kept == ["odd", "odder"]
+    assert capsys.readouterr().err == "warning: odd\nwarning: odder\n"
+
+
 def test_a_stage_inside_another_counts_once(monkeypatch):
     clock = iter([0.0, 1.0, 4.0, 5.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.cli.conftest import with_shots
+from tests.conftest import unit
 from transclip_fast import TransCLIP, demo
 from transclip_fast.cli import train_head
 from transclip_fast.encode.folder import encode_source
@@ -364,3 +366,14 @@ def test_solve_names_what_trains_prompts(save, digits, refused, tmp_path):
         "solve", save(digits), "--head", "no.safetensors", "--out", tmp_path / "result"
     )
     assert message == "error: no.safetensors: no such file\n"
+
+
+def test_shots_in_another_order_than_the_texts_are_warned_of(save, arrays, cli, tmp_path):
+    text = np.stack([arrays["image_features"][arrays["labels"] == k].mean(0) for k in range(6)])
+    few_shot = with_shots(arrays | {"text_features": unit(text)}, 4)
+    few_shot["support_labels"] = (few_shot["support_labels"] + 1) % 6
+    features = save(few_shot)
+    ran = cli("train-head", "taskres", features, "--out", tmp_path / "head.safetensors")
+    assert ran.code == 0
+    (line,) = (line for line in ran.err.splitlines() if line.startswith("warning: "))
+    assert line.startswith(f"warning: {features}: support_labels: zero-shot labels match on ")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from transclip_fast import cli as command_line
+from transclip_fast.cli.options import SeedType
 
 
 def commands(command: click.Command, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -43,6 +44,31 @@ def test_what_is_required_and_left_out_is_named(cli):
             assert line.endswith(f"see `{' '.join(('transclip-fast', *path))} --help`")
             tried += 1
     assert tried > len(command_line.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (SeedType, ("-1", "99999999999999999999"), "is no seed; they are whole numbers from 0"),
+        (click.FloatRange, ("nan",), "got nan"),
+    ],
+)
+def test_numbers_that_nothing_computes_with_are_refused(kind, values, message, cli):
+    """Of each option of that kind: they end in a traceback, or in a file that cannot be read."""
+    tried = 0
+    for path, command in commands(command_line._cli):
+        required = [parameter for parameter in command.params if parameter.required]
+        words = [x for p in required for x in ([p.opts[0]] if p.opts[0][0] == "-" else []) + ["x"]]
+        for option in command.params:
+            if not isinstance(option.type, kind):
+                continue
+            for value in values:
+                ran = cli(*path, *words, option.opts[0], value)
+                assert (ran.code, ran.err.count("\n")) == (2, 1), (path, option)
+                assert f"{option.opts[0]}" in ran.err
+                assert message in ran.err
+                tried += 1
+    assert tried > 3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from transclip_fast.errors import InputError
@@ -143,3 +145,16 @@ def test_corrections_win_over_known_labels():
     known = np.array([-1, 2, 3])
     assert corrected(known, {1: 0, 0: 4}).tolist() == [4, 0, 3]
     assert known.tolist() == [-1, 2, 3]
+
+
+def test_labels_that_are_no_numbers_are_left_out(tmp_path):
+    """As pandas writes a column of positions that has gaps."""
+    table = pa.table({"row": [0, 1, 2], "label": [1.0, float("nan"), None]})
+    pq.write_table(table, tmp_path / "c.parquet")
+    assert read_corrections(tmp_path / "c.parquet", None, NAMES, 3) == {0: 1}
+
+
+def test_a_file_that_is_no_table(tmp_path):
+    np.save(tmp_path / "c.npy", np.zeros(3))
+    with pytest.raises(InputError, match=r"c\.npy: is no table that is read here; give a \.csv"):
+        read_corrections(tmp_path / "c.npy", None, NAMES, 3)

@@ -57,6 +57,26 @@ def test_labels_in_their_order_beside_what_might_tell_the_rows(content, unread, 
         assert read(tmp_path / "y.csv", None, 5) == WANTED
 
 
+@pytest.mark.parametrize("name", ["", "index", "__index_level_0__"])
+def test_lines_that_a_column_numbers_in_another_order(name, tmp_path):
+    """As of a table that was shuffled: neither order is taken in silence."""
+    file, order = tmp_path / "y.csv", [3, 0, 4, 1, 2]
+    lines = [f"{row},{TEXTS[row]}" for row in order]
+    file.write_text("\n".join([f"{name},label", *lines]), encoding="utf-8")
+    message = rf"y\.csv: its column ({name or 'without a name'}) numbers the lines in another order"
+    with pytest.raises(InputError, match=message):
+        read(file, None, 5)
+    file.write_text("\n".join(["row,label", *lines]), encoding="utf-8")
+    assert read(file, None, 5) == WANTED
+
+
+def test_tables_with_other_separators(tmp_path):
+    for mark in ";\t|":
+        (tmp_path / "y.csv").write_text(f"row{mark}label\n0{mark}dog\n", encoding="utf-8")
+        with pytest.raises(InputError, match=r"are separated by .*: write it with commas"):
+            read(tmp_path / "y.csv")
+
+
 @pytest.mark.parametrize("labels", [[2, 0, None, 1, 0], [text or None for text in TEXTS]])
 def test_parquet(labels, tmp_path):
     pq.write_table(pa.table({"labels": labels}), tmp_path / "y.parquet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,8 +10,8 @@ import click
 from transclip_fast.cli import RESUMES, options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.comparison import Comparison
-from transclip_fast.cli.comparison_table import SUFFIXES, as_text, write_table
-from transclip_fast.cli.graph import leftovers
+from transclip_fast.cli.comparison_table import SUFFIXES, as_text, check_place, write_table
+from transclip_fast.cli.graph import SEARCH_OPTIONS, leftovers
 from transclip_fast.cli.method import METHOD_ARRAYS, NAMES, anchors_option, checked_arrays
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -43,7 +42,7 @@ ARRAYS = (*METHOD_ARRAYS, "labels", "class_names")
 @click.option(
     "--shots", type=click.IntRange(min=0), help="Labelled rows drawn of a class.  [default: all]"
 )
-@click.option("--seed", default=0, help="Of the draw.")
+@click.option("--seed", default=0, type=options.SEED, help="Of the draw.")
 @anchors_option
 @click.option("--graph", "graph_folder", type=options.PATH, help="Graph folder of these features.")
 @options.search_options
@@ -78,8 +77,10 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     runs.
     """
     names = _names(methods)
-    if out is not None and (Path(out).suffix not in SUFFIXES or Path(out).is_dir()):
-        raise InputError(f"{out}: name a file that ends in {', '.join(SUFFIXES)}")
+    if out is not None:
+        check_place(out)
+    if values["graph_folder"]:
+        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
     TransCLIP(**{k: values[k] for k in ("logit_scale", "gamma", "memory")}).check()
     stages, shots = session.Stages(), values["shots"]
     with stages.time("load"), session.collected_warnings({}) as noted:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from transclip_fast.cli import session
-from transclip_fast.cli.comparison_table import KeptTable
+from transclip_fast.cli.comparison_table import KIND, KeptTable
 from transclip_fast.cli.graph import kept_graph, search_of
 from transclip_fast.cli.method import NAMES, USED_ARRAYS, arguments_of, checked_arrays
 from transclip_fast.cli.solution import check_class_names, true_labels
@@ -70,7 +70,7 @@ class Comparison:
         if not rows:
             raise InputError(f"no method can run: {not_run[names[0]]}")
         return {
-            "kind": "compare",
+            "kind": KIND,
             "rows": rows,
             "not_run": not_run,
             "n_queries": len(self._rows),

@@ -10,9 +10,10 @@ from typing import Any
 from transclip_fast.cli import session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import describe_sizes
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 from transclip_fast.memory import show_bytes
 from transclip_fast.store.atomic import beside, read_json, write_json, writing
+from transclip_fast.store.json_text import parse_json
 from transclip_fast.whole_files import new_file
 
 HEADINGS = (
@@ -26,7 +27,9 @@ HEADINGS = (
     "runs",
     "assumes",
 )
+FIRST = [*HEADINGS[:2]]  # words of a table
 SUFFIXES = (".md", ".json", ".txt")
+KIND = "compare"  # of a table in JSON
 
 
 class KeptTable:
@@ -106,6 +109,24 @@ def as_markdown(summary: dict[str, Any]) -> str:
     table = [list(HEADINGS), ["---"] * len(HEADINGS), *(cells(row) for row in summary["rows"])]
     lines = ["| " + " | ".join(line) + " |" for line in table]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(summary))])
+
+
+def check_place(out: str) -> None:
+    """Raise InputError if a table cannot have this name, or would replace another file."""
+    file = Path(out)
+    if file.suffix not in SUFFIXES or file.is_dir():
+        raise InputError(f"{out}: name a file that ends in {', '.join(SUFFIXES)}")
+    if not file.exists():
+        return
+    with reading(file, "is no table of `compare`", "name another file"):
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            found = parse_json(text)
+            is_table = isinstance(found, dict) and found.get("kind") == KIND
+        else:
+            is_table = text.replace("|", " ").split()[: len(FIRST)] == FIRST
+    if not is_table:
+        raise InputError(f"{out}: exists and is no table of `compare`; name another file")
 
 
 def write_table(out: str, summary: dict[str, Any]) -> None:

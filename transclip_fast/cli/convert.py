@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -13,7 +14,9 @@ from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weig
 from transclip_fast.encode.weights import WatchedFiles, checkpoint_files, read_checkpoint
 from transclip_fast.errors import InputError, reading
 from transclip_fast.progress_bar import progress_bar
-from transclip_fast.store.tensors import write_tensors
+from transclip_fast.store.tensors import check_writable, read_metadata, write_tensors
+
+ENTRY = "transclip_fast.converted"  # key of the model's name in the file's metadata
 
 
 @click.command("convert")
@@ -38,14 +41,14 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
       transclip-fast encode photos --model EVA-CLIP-8B --pretrained eva-clip-8b.safetensors \\
           --precision bf16 --out features
     """
-    if not out.endswith(".safetensors"):
-        raise InputError(f"{out}: name a file that ends in .safetensors")
+    files = checkpoint_files(Path(checkpoint))
+    _check_out(out, files)
     stages = session.Stages()
     with stages.time("convert"), progress_bar("convert", "bytes") as show:
         config = network_config(model)
         with reading(model, "does not describe a network", "correct its configuration"):
             net = empty_network(config)
-        watched = WatchedFiles.of(checkpoint_files(Path(checkpoint)))
+        watched = WatchedFiles.of(files)
 
         def step(done: int, total: int) -> None:
             watched.check()
@@ -53,7 +56,7 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
 
         with watched.in_use():
             tensors = match_weights(net, read_checkpoint(checkpoint), checkpoint)
-            size = write_tensors(out, tensors, PRECISIONS[dtype], step)
+            size = write_tensors(out, tensors, PRECISIONS[dtype], step, metadata={ENTRY: model})
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     summary = {
         "out": out,
@@ -70,3 +73,15 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
         f"{size / 2**30:.2f} GiB written to {out}"
     )
     session.print_summary(summary, text, as_json)
+
+
+def _check_out(out: str, checkpoint: Iterable[Path]) -> None:
+    """Raise InputError if the checkpoint, or a file that is no converted one, would be replaced."""
+    if Path(out).resolve() in {file.resolve() for file in checkpoint}:
+        raise InputError(f"{out}: is the checkpoint itself; name another file")
+    check_writable(out, "converted checkpoint", _check_converted)
+
+
+def _check_converted(path: Path) -> None:
+    if ENTRY not in read_metadata(path):
+        raise InputError(f"{path}: was not written by `convert`")

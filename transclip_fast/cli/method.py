@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.class_outlook import describe_changes
@@ -77,8 +76,7 @@ def method_of(values: Mapping[str, Any], features: Features) -> Method | None:
                 raise InputError(f"{flag} is for methods other than {TRANSCLIP}; leave it out")
         return None
     for parameter in context.command.params:
-        given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-        if given and parameter.name not in SHARED | USED_ARRAYS:
+        if options.is_given(parameter) and parameter.name not in SHARED | USED_ARRAYS:
             raise InputError(f"{parameter.opts[0]} is for method {TRANSCLIP}, not for {name}")
     for array in features.arrays:
         if array not in USED_ARRAYS:
@@ -86,7 +84,11 @@ def method_of(values: Mapping[str, Any], features: Features) -> Method | None:
     texts, shots = (features.get(f"{use}_features") is not None for use in ("text", "support"))
     anchors = values["anchors"] or method_class(name).possible_anchors(texts=texts, shots=shots)
     shared: dict[str, Any] = {k: values[k] for k in ("device", "memory", "logit_scale")}
-    return method_class(name)(anchors=anchors, **shared, **_settings(values["settings"]))
+    settings = _settings(values["settings"])
+    if twice := settings.keys() & {"anchors", *shared}:
+        flag = options.flag_of(min(twice))
+        raise InputError(f"--set {min(twice)}: is no setting; the option for it is {flag}")
+    return method_class(name)(anchors=anchors, **shared, **settings)
 
 
 def neighbors_of(model: Method | TransCLIP, features: Features) -> int:

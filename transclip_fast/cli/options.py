@@ -97,7 +97,34 @@ class CountType(click.ParamType):  # type: ignore[type-arg]
         return int(number)
 
 
+class FiniteRange(click.FloatRange):
+    """A range that has neither NaN, which click takes to be in any, nor infinity."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            share = f"a share between {self.min:g} and {self.max:g}" if self.max else None
+            what = f"must be {share or 'a finite number'}, got {value}"
+            raise InputError(what if param is None else f"{param.opts[0]}: {what}")
+        return found
+
+
+class SeedType(click.ParamType):  # type: ignore[type-arg]
+    """A number that every source of random numbers takes."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = click.INT.convert(value, param, ctx)
+        if not 0 <= number < 2**63:
+            self.fail(f"{value!r} is no seed; they are whole numbers from 0 to 2**63 - 1")
+        return number
+
+
 COUNT = CountType()
+SEED = SeedType()
 
 
 def options_of(*options: Callable[..., Any]) -> Callable[[Decorated], Decorated]:
@@ -161,17 +188,9 @@ sort_option = click.option(
 )
 
 
-def _checked_share(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """Refuse NaN, which click takes to be in any range."""
-    if value is not None and math.isnan(value):
-        raise InputError(f"{option.opts[0]}: must be a share between 0 and 1, got nan")
-    return value
-
-
 reject_option = click.option(
     "--reject",
-    type=click.FloatRange(0, 1),
-    callback=_checked_share,
+    type=FiniteRange(0, 1),
     help="Share of the rows to mark as none of the classes: those with the highest outlier score.",
 )
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -190,7 +209,7 @@ search_options = options_of(
     click.option(
         "--recall",
         default=0.99,
-        type=click.FloatRange(0, 1),
+        type=FiniteRange(0, 1),
         help="Least recall of an approximate graph, measured on 1,000 rows.",
     ),
 )
@@ -220,6 +239,19 @@ def path_from(folder: str, path: str) -> str:
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
+def is_given(option: click.Parameter) -> bool:
+    """Whether the command was given this option or argument."""
+    source = click.get_current_context().get_parameter_source(str(option.name))
+    return source is ParameterSource.COMMANDLINE
+
+
+def refuse_unused(names: Collection[str], why: str) -> None:
+    """Raise InputError if the command was given one of these options, which it would ignore."""
+    for option in click.get_current_context().command.params:
+        if option.name in names and is_given(option):
+            raise InputError(f"{option.opts[0]}: {why}; leave it out")
+
+
 def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
     """
     Those of the options with these names that the command was given, for run.json.
@@ -229,8 +261,7 @@ def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
     context = click.get_current_context()
     for option in context.command.params:
         name = str(option.name)
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if not given or not isinstance(option, click.Option) or name not in names:
+        if not is_given(option) or not isinstance(option, click.Option) or name not in names:
             continue
         value = context.params[name]
         if option.is_flag:

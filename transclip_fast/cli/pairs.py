@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from transclip_fast.cli import options
 from transclip_fast.cli.encode import encode_option, encode_progress, failure_lines
@@ -24,9 +25,15 @@ from transclip_fast.progress_bar import progress_bar
 from transclip_fast.ranks import ALONE
 from transclip_fast.store.arrays import SUFFIXES, open_arrays
 from transclip_fast.store.feature_writer import Failure
+from transclip_fast.store.names import as_names
 
 ARRAYS = ("image_features", "caption_features", "negative_features")
 
+# Options that features need not.
+OF_IMAGES = (
+    *("model", "pretrained", "allow_hub", "precision", "root", "features", "batch_size", "workers"),
+    "attributes",
+)
 pair_options = options.options_of(
     encode_option("model", optional=True),
     *map(encode_option, ("pretrained", "allow_hub", "precision")),
@@ -82,6 +89,7 @@ def load_pairs(
     `complete` checks the listed pairs, or adds to them, before anything is encoded.
     """
     if Path(path).suffix in SUFFIXES:
+        options.refuse_unused(OF_IMAGES, f"{path} holds features, and lists no images")
         return LoadedPairs(_stored(path))
     pairs = complete(read_pairs(path))
     if values["model"] is None:
@@ -131,6 +139,16 @@ def text_lines(file: str) -> list[str]:
     return found
 
 
+def _groups(array: Any) -> list[Any] | None:
+    """The group of each row, from an array of texts or numbers (N,)."""
+    if array is None:
+        return None
+    values = np.asarray(array)
+    if values.ndim != 1:
+        raise InputError(f"groups: expected one a row, got shape {values.shape}")
+    return as_names(values, "groups") if values.dtype.kind == "S" else values.tolist()
+
+
 def _stored(path: str) -> PairFeatures:
     """Features of a file of arrays."""
     arrays = open_arrays(path)
@@ -140,6 +158,6 @@ def _stored(path: str) -> PairFeatures:
             raise InputError(f"{path}: has no array {name!r}, only {listed}")
     try:
         images, captions, negatives = (arrays[name] for name in ARRAYS)
-        return PairFeatures.of(images, captions, negatives, arrays.get("groups"))
+        return PairFeatures.of(images, captions, negatives, _groups(arrays.get("groups")))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error

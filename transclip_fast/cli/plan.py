@@ -13,6 +13,7 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.command import Command
+from transclip_fast.cli.graph import SEARCH_OPTIONS
 from transclip_fast.cli.traffic import Traffic, bytes_a_second
 from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError
@@ -28,6 +29,7 @@ from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.solver.runs import passes_of_fit
 from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.graphs import load_manifest
 
 PLAN_ARRAYS = tuple(
     name for name in options.ARRAYS if name not in ("labels", "class_names", "keys")
@@ -185,12 +187,15 @@ def command(
     sizes = [values[name] for name in ("queries", "classes", "dim")]
     searched: str | None = "faiss" if values["index"] else search
     if values["graph_folder"]:
+        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
         searched = None
     if features is not None:
         if sizes != [None] * 3:
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
         with session.collected_warnings({}):
             stored = load_features(features, {name: values[name] for name in options.ARRAYS})
+        if values["graph_folder"]:
+            _check_graph(values["graph_folder"], len(stored.get("image_features")))
         origins = stored.origins | {"X": stored.origins["image_features"]}
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
@@ -204,6 +209,13 @@ def command(
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
     plan = plan_of_size(sizes, model, searched, ranks, device)
     session.print_summary(plan.summary(), plan.table(rate), as_json)
+
+
+def _check_graph(folder: str, n_rows: int) -> None:
+    """Raise InputError unless a folder has a graph of so many rows; `solve` checks the rest."""
+    found = load_manifest(folder).get("n_rows", n_rows)  # earlier versions have none
+    if found != n_rows:
+        raise InputError(f"{folder}: has {found} rows, the features have {n_rows}; build it again")
 
 
 def problem_of(features: Features, model: TransCLIP) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
+from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.loop import predict
 from transclip_fast.solver.mixture import Mixture
 from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
@@ -26,6 +28,7 @@ from transclip_fast.store.json_text import value_of
 from transclip_fast.store.linear_maps import map_features
 
 WEIGHTS = ("likelihood_weight", "kl_weight")  # of the solve
+UNUSED = {"known_labels", "prototypes"}  # arrays that decide labels in a solve
 
 
 @click.command("predict")
@@ -64,9 +67,11 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         map_features(features, image=values["image_map"])
         _check_map(features, solved, result)
         _check_class_names(features, solved, result, values["labels"])
+        for name in UNUSED & features.arrays.keys():
+            session.warn(noted, f"{features.origins[name]}: not used: predict labels every row")
         features.class_names = solved["class_names"]
     with (
-        session.collected_warnings(features.origins) as warnings,
+        session.collected_warnings(features.origins) as messages,
         new_folder(out, results.CONTENTS) as folder,
     ):
         with session.errors_about(features.origins, features.path):
@@ -82,10 +87,12 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
             distributions = found.cpu().numpy()
             zero_shot = zero_shot_prior.predict(rows)
         labels = distributions.argmax(1)
+        for sign in [] if truth is None else check_class_order(zero_shot[0], truth):
+            session.warn(messages, sign)
         run = run_summary("predict", features, labels, zero_shot[0], truth, (n_classes, dim))
         run |= {"device": str(device), "config": solved["config"]}
         run["features"] = options.path_from(out, features.path)
-        run |= {"seconds": stages.seconds, "warnings": [*noted, *warnings]}
+        run |= {"seconds": stages.seconds, "warnings": [*noted, *messages]}
         tensors = {"means": mixture.means, "variances": mixture.variances, **weights}
         tables = results.prediction_tables(distributions, zero_shot, features, truth)
         with writing(out):
@@ -133,15 +140,21 @@ def _check_map(features: Features, solved: dict[str, Any], result: str) -> None:
 def _check_class_names(
     features: Features, solved: dict[str, Any], result: str, labels: str | None
 ) -> None:
-    """Raise InputError if the labels of the new rows are positions among other classes."""
+    """
+    Raise InputError if the labels of the new rows are positions among other classes.
+
+    Warn of other classes where nothing is said in them.
+    """
     own, names = features.class_names, solved["class_names"]
-    if labels is not None or features.arrays.get("labels") is None or not own or not names:
+    if not own or not names or (k := first_difference(own, names)) is None:
         return
-    if (k := first_difference(own, names)) is not None:
+    if labels is None and features.arrays.get("labels") is not None:
         raise InputError(
             f"{features.path}: its class {k} is not that of {result}; encode both with the same "
             "class names, or give --labels"
         )
+    text = f"its class {k} is not that of {result}, whose classes are used"
+    warnings.warn(f"{features.path}: {text}", stacklevel=2)
 
 
 def _priors(

@@ -12,8 +12,15 @@ import click
 
 from transclip_fast.cli import session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.options import PATH, POSITIVE, device_option, json_option, options_of
-from transclip_fast.cli.towers import Prompter, tower_options
+from transclip_fast.cli.options import (
+    PATH,
+    POSITIVE,
+    device_option,
+    json_option,
+    options_of,
+    refuse_unused,
+)
+from transclip_fast.cli.towers import TOWER, Prompter, tower_options
 from transclip_fast.heads import HEADS, LEARNERS
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols import plans
@@ -193,6 +200,8 @@ def domains(
 
 def _carry_out(plan: Callable[[plans.Trials], list[Run]], options: Mapping[str, Any]) -> None:
     """Do the runs, write the tables, and print them."""
+    if not LEARNERS.keys() & {*options["heads"]}:
+        refuse_unused(("epochs", *TOWER), "none of the heads learns prompts")
     stages, out = session.Stages(), options["out"]
     folder = Path(out)
     tried = {name: options[name] for name in ("heads", "shots", "seeds", "device")}

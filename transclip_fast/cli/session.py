@@ -60,7 +60,9 @@ def collected_warnings(origins: Mapping[str, str], *, shown: bool = True) -> Ite
 
 
 def warn(messages: list[str], message: str, *, shown: bool = True) -> None:
-    """Append a warning to `messages`, and print it on standard error if it is shown."""
+    """Append a warning to `messages`, unless it is there, and print it if it is shown."""
+    if message in messages:
+        return
     messages.append(message)
     if shown:
         click.echo(f"warning: {printable(message)}", err=True)

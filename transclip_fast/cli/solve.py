@@ -11,7 +11,7 @@ import numpy as np
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.graph import GraphSearch, search_of
+from transclip_fast.cli.graph import SEARCH_OPTIONS, GraphSearch, search_of
 from transclip_fast.cli.head import apply_head, read_choice
 from transclip_fast.cli.method import (
     describe_result,
@@ -23,16 +23,17 @@ from transclip_fast.cli.method import (
 from transclip_fast.cli.session import command_line
 from transclip_fast.cli.solution import Output, Solving, solve_features
 from transclip_fast.cli.summary import describe_solution, sorted_into
-from transclip_fast.cli.towers import tower_options
+from transclip_fast.cli.towers import TOWER, tower_options
 from transclip_fast.data.checks import as_labels
 from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import HEADS
+from transclip_fast.heads.files import StoredHead
 from transclip_fast.ranks import Ranks, current_ranks, joined
 from transclip_fast.report.sorting import check_paths, check_target, walked_folders
 from transclip_fast.solver.class_cost import is_undecided
 from transclip_fast.store.corrections import corrected, read_corrections
-from transclip_fast.store.features import Features, load_features
+from transclip_fast.store.features import LABELLED, Features, load_features
 from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.linear_maps import map_features
 from transclip_fast.store.results import TRANSCLIP
@@ -53,7 +54,7 @@ from transclip_fast.store.results import TRANSCLIP
     help="Few-shot method that makes the prior: a file of `train-head`, or a method to train on "
     f"the shots: {', '.join(HEADS)}.",
 )
-@click.option("--seed", default=0, help="Seed of the head's training.")
+@click.option("--seed", default=0, type=options.SEED, help="Seed of the head's training.")
 @tower_options
 @options.device_option
 @options.csv_option
@@ -147,6 +148,10 @@ def _solve(
         raise InputError(f"--method: {name} is one process; run `solve` without ranks")
     model = options.model_of(values)
     stored = None if head is None else read_choice(head)
+    if values["method"] == TRANSCLIP:
+        _refuse_unused(head, stored)
+    if values["graph_folder"]:
+        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
     with stages.time("load"), session.collected_warnings({}, shown=ranks.leads) as noted:
         local = stored is not None and stored.head.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}
@@ -175,6 +180,16 @@ def _solve(
         features.origins[head] = head  # if it is a file
         make_head = partial(apply_head, head, stored, values, model, stages)
     return solve_features(solving, model, graph, make_head=make_head, quiet=quiet)
+
+
+def _refuse_unused(head: str | None, stored: StoredHead | None) -> None:
+    """Raise InputError for an option that the head, in the file or to be fitted, would ignore."""
+    if head is None:
+        options.refuse_unused(("seed", *TOWER), "is of a --head, and there is none")
+    if stored is None or not stored.head.runs_tower:
+        options.refuse_unused(TOWER, f"the head {head} runs no text tower")
+    if stored is not None:
+        options.refuse_unused(("seed", *LABELLED), f"the head in {head} is trained already")
 
 
 def corrected_features(features: Features, files: Sequence[str]) -> Features:

@@ -10,6 +10,7 @@ import click
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import command_line, counted
+from transclip_fast.data.names import positions
 from transclip_fast.errors import InputError, reading
 from transclip_fast.report.gallery import suggested_rows
 from transclip_fast.store.atomic import writing
@@ -63,7 +64,9 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
         for row in found
     ]
     if table is not None:
-        _write(Path(table), found)
+        rows_of = positions(loaded.predictions.column("key").to_pylist())
+        by_key = all(row["key"] is not None and rows_of[row["key"]] is not None for row in found)
+        _write(Path(table), found, "key" if by_key else "row")
         line = command_line("solve", "FEATURES", "--corrections", table, "--out", "result2")
         lines.append(f"{counted(len(found), 'image')} to label in {table}; then {line}")
     session.print_summary({"suggested": found}, "\n".join(lines), as_json)
@@ -74,9 +77,8 @@ def _shown(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    """A table to fill in: rows by key, or by number if one has no key."""
-    name = "row" if any(row["key"] is None for row in found) else "key"
+def _write(path: Path, found: list[dict[str, Any]], name: str) -> None:
+    """A table to fill in; the column `name` tells the rows."""
     _check_place(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +95,15 @@ def _write(path: Path, found: list[dict[str, Any]]) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """InputError if a file of another kind, or labels that were filled in, would be replaced."""
-    if not path.is_file():
-        return
+    """InputError if another file would be replaced, or for a name that no table has."""
+    if path.is_file():
+        _check_replaced(path)
+    if path.suffix.lower() != ".csv":
+        raise InputError(f"{path}: name a file that ends in .csv, as `solve --corrections` reads")
+
+
+def _check_replaced(path: Path) -> None:
+    """InputError for a file of another kind, or labels that were filled in."""
     with (
         reading(path, "is no table of `suggest`", "name another file"),
         open(path, newline="", encoding="utf-8-sig") as file,

@@ -21,6 +21,7 @@ from transclip_fast.heads.text_tower import AUTOCAST
 from transclip_fast.protocols.data import DataSet
 from transclip_fast.store.features import ENCODER, SHA256_DIGITS, Features, describe_encoder
 
+TOWER = ("model", "pretrained", "allow_hub", "precision")
 tower_options = options_of(
     click.option(
         "--model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.solution import true_labels
-from transclip_fast.cli.towers import Prompter, encoder_of, tower_options
+from transclip_fast.cli.towers import TOWER, Prompter, encoder_of, tower_options
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, ensemble, fit_head, method_named
 from transclip_fast.heads.files import StoredHead, check_head_file, save_head
@@ -31,7 +32,7 @@ from transclip_fast.version import __version__
 CHECKPOINT_SECONDS = 5.0  # the most work that a crash costs
 CHECKPOINT = "training"  # ends the name of the checkpoint, a hidden file next to the head
 ARRAYS = ("text_features", "class_names", "labels", *LABELLED)
-PROMPT_OPTIONS = ("model", "pretrained", "precision", "n_ctx", "start", "class_specific", "epochs")
+PROMPT_OPTIONS = (*TOWER, "n_ctx", "start", "class_specific", "position", "epochs", "rate")
 SHOWN_CLASSES = 5  # contexts whose words are printed
 
 
@@ -40,8 +41,13 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @click.option("--shots", type=options.POSITIVE, help="Rows of a class.  [default: all]")
 @click.option("--out", required=True, type=options.PATH, help="The .safetensors file to write.")
-@click.option("--seed", default=0, help="Of the shots and of the training.")
-@click.option("--logit-scale", default=100.0, help="Temperature; `solve` needs the same.")
+@click.option("--seed", default=0, type=options.SEED, help="Of the shots and of the training.")
+@click.option(
+    "--logit-scale",
+    default=100.0,
+    type=options.FiniteRange(0, min_open=True),
+    help="Temperature; `solve` needs the same.",
+)
 @tower_options
 @click.option(
     "--context",
@@ -66,7 +72,7 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(0, min_open=True),
+    type=options.FiniteRange(0, min_open=True),
     help=f"Of the gradient descent.  [default: coop, prograd, plot: {SETTINGS['coop'][1].rate:g}; "
     f"cocoop: {SETTINGS['cocoop'][1].rate:g}]",
 )
@@ -100,9 +106,8 @@ def command(
     """
     method = method_named(name)
     check_head_file(out)
-    for option in PROMPT_OPTIONS if name in HEADS else ():
-        if values[option]:
-            raise InputError(f"head {name} learns no prompts; leave {option} out")
+    if name in HEADS:
+        options.refuse_unused(PROMPT_OPTIONS, f"head {name} learns no prompts")
     stages = session.Stages()
     with stages.time("load"), session.collected_warnings({}) as noted:
         arrays = {array: values[array] for array in ARRAYS}
@@ -181,5 +186,5 @@ def _text(run: Mapping[str, Any], out: str) -> str:
             f"accuracy on {counted(run['n_labelled'], 'image')} {run['zero_shot_accuracy']:.2f} % "
             f"zero-shot -> {run['accuracy']:.2f} %"
         )
-    lines.append(f"written to {out}; TransCLIP goes on top with `solve --head {out}`")
+    lines.append(f"written to {out}; TransCLIP goes on top with `solve --head {shlex.quote(out)}`")
     return "\n".join(lines)

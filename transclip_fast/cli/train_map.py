@@ -78,13 +78,13 @@ class _Negatives:
 @click.option(
     "--held-out",
     default=DEFAULTS.held_out,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=options.FiniteRange(0, 1, min_open=True, max_open=True),
     help="Share of the images whose pairs choose the epoch.",
 )
-@click.option("--seed", default=0, help="Of the share and of the training.")
+@click.option("--seed", default=0, type=options.SEED, help="Of the share and of the training.")
 @click.option(
     "--logit-scale",
-    type=click.FloatRange(0, min_open=True),
+    type=options.FiniteRange(0, min_open=True),
     help="Of the loss.  [default: the model's; of a file of features 100]",
 )
 @pair_options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import ensemble
+from transclip_fast.heads.base import PrototypeHead
+from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.store.features import Features, check_encoder, load_features
 
@@ -185,13 +188,14 @@ def _load(path: str, pools: bool, device: torch.device, local: bool) -> DataSet:
     names = arrays.class_names
     if names is not None and len(names) != n_classes:
         raise InputError(f"{len(names)} class names for {n_classes} text features")
+    _warn_of_order(text, features, labels, origins["labels"])
     return DataSet(
         name=_name_of(Path(path)),
         features=features,
         labels=labels.numpy(),
         text=text,
         class_names=names,
-        pools=labelled_pools(arrays, d, n_classes) if pools else {},
+        pools=labelled_pools(arrays, d, n_classes, text) if pools else {},
         patched=patched_rows(features, arrays),
         sha256=arrays.inputs_sha256(),
         path=str(path),
@@ -206,17 +210,35 @@ def _name_of(path: Path) -> str:
     return Path(os.path.realpath(path)).name if is_folder else path.stem
 
 
-def labelled_pools(features: Features, d: int, n_classes: int) -> dict[str, Pool]:
-    """The pools of features: unit rows (M, d), with their patches if there are any."""
+def labelled_pools(
+    features: Features, d: int, n_classes: int, text: torch.Tensor | None = None
+) -> dict[str, Pool]:
+    """
+    The pools of features: unit rows (M, d), with their patches if there are any.
+
+    With the classes' texts (K, d), labels in another order than theirs are warned of.
+    """
     found = {}
     for use in POOLS.values():
         arrays = features.get(f"{use}_features"), features.get(f"{use}_labels")
         rows = as_labelled_rows(use, *arrays, d, n_classes)
         if rows is not None:
+            if text is not None:
+                origin = features.origins[f"{use}_labels"]
+                _warn_of_order(text, rows.features, rows.labels, origin)
             patched = patched_rows(rows.features, features, f"{use}_")
             pooled = rows.features if patched is None else patched
             found[use] = Pool(pooled, rows.labels, n_classes)
     return found
+
+
+def _warn_of_order(
+    text: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, origin: str
+) -> None:
+    """Warn if labels of unit rows are in another order than the texts of the classes."""
+    zero_shot = PrototypeHead(text=text, logit_scale=1.0).predict(features)
+    for sign in check_class_order(zero_shot.numpy(), labels.numpy()):
+        warnings.warn(f"{origin}: {sign}", stacklevel=2)
 
 
 def patched_rows(rows: torch.Tensor, features: Features, use: str = "") -> PatchedRows | None:

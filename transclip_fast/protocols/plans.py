@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from transclip_fast.data.labels import label_positions
-from transclip_fast.data.names import first_difference
+from transclip_fast.data.labels import UNKNOWN, label_positions
+from transclip_fast.data.names import class_name, first_difference
 from transclip_fast.data.patches import PatchedRows
+from transclip_fast.data.texts import moved_text
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.heads import HEADS, LEARNERS, fit_head, method_named
@@ -137,12 +138,7 @@ def cross_dataset(path: str, targets: Sequence[str], trials: Trials) -> list[Run
     """Each head trained on a source, with the texts of each target in place of the source's."""
     (source,), sets = trials.load([path]), trials.load(targets, pools=False)
     _check_transferable(trials, sets)
-    for data in sets:
-        if data.dim != source.dim:
-            raise InputError(
-                f"{data.name}: has {data.dim} dimensions, {source.name} {source.dim}; encode "
-                "both with one model"
-            )
+    _check_dims(source, sets)
     moved = [Target(data, {"source": source.name, "data": data.name}) for data in sets]
     return _runs("cross-dataset", source, moved, trials)
 
@@ -162,9 +158,13 @@ def domains(
     unknown = sorted(subsets.keys() - {data.name for data in sets})
     if unknown:
         raise InputError(f"{unknown[0]}: is no target; give --subset a target's name and a file")
+    _check_dims(source, sets)
     moved = []
     for data in sets:
-        classes = class_subset(source, data, subsets.get(data.name))
+        file = subsets.get(data.name)
+        classes = class_subset(source, data, file)
+        if file is not None or not (source.class_names and data.class_names):
+            _check_order(source, data, classes, file or data.name)
         moved.append(Target(data, {"source": source.name, "data": data.name}, classes))
     return _runs("domains", source, moved, trials)
 
@@ -192,12 +192,38 @@ def class_subset(source: DataSet, target: DataSet, file: str | None) -> list[int
     if first_difference(names, known) is None:  # also where two classes have one name
         return list(range(n_source))
     found = [*map(int, label_positions(names, known, lambda k: f"{origin}: {place(origin, k)}"))]
+    if UNKNOWN in found:  # what is no label among labels
+        k = found.index(UNKNOWN)
+        raise InputError(f"{origin}: {place(origin, k)}: {names[k]!r} is no class of {source.name}")
     if len(found) != n_target:
         raise InputError(
             f"{origin}: {len(found)} classes, but {target.name} has {n_target}; give one of them "
             "a line"
         )
     return found
+
+
+def _check_dims(source: DataSet, targets: Sequence[DataSet]) -> None:
+    """Raise InputError unless source and targets are of one model, as far as their sizes tell."""
+    for data in targets:
+        if data.dim != source.dim:
+            raise InputError(
+                f"{data.name}: has {data.dim} dimensions, {source.name} {source.dim}; encode "
+                "both with one model"
+            )
+
+
+def _check_order(source: DataSet, target: DataSet, classes: Sequence[int], origin: str) -> None:
+    """Raise InputError if a class of the target has the text of another of these classes."""
+    moved = moved_text(source.text[[*classes]], target.text)
+    if moved is not None:
+        k, other = moved
+        taken = class_name(classes[k], source.class_names)
+        raise InputError(
+            f"{origin}: class {k} of {target.name} is taken as {taken!r} of {source.name}, whose "
+            f"text is that of class {other}; give --subset {target.name} FILE with the classes in "
+            "the order of its labels"
+        )
 
 
 def _check_transferable(trials: Trials, targets: Sequence[DataSet]) -> None:

@@ -27,7 +27,7 @@ def draw_rows(
 ) -> dict[str, LabelledRows]:
     """The shots and validation rows of the training."""
     n_classes, d = text.shape
-    pools = labelled_pools(features, d, n_classes)
+    pools = labelled_pools(features, d, n_classes, text)
     if "support" not in pools:
         raise InputError(
             "has no shots: give a folder with train/, or support_features and support_labels"

@@ -125,7 +125,7 @@ class Features:
         array: Any = self.arrays.get(name)
         if name == "text_features" and getattr(array, "ndim", 0) == 3:
             return list(array)  # which no fit takes the other way round
-        return as_positions(array, self.class_names, name) if name in LABELS else array
+        return self._positions(name) if name in LABELS else array
 
     def with_arrays(self, arrays: dict[str, Any]) -> Features:
         """A copy with other arrays."""
@@ -137,13 +137,25 @@ class Features:
 
     def sha256(self) -> str:
         """Hash of the image features: type, shape and bytes."""
-        return self.inputs_sha256()["image_features"]
+        return self._hash("image_features")
 
     def inputs_sha256(self) -> dict[str, str]:
-        """Hash of every array, by name."""
-        for name in sorted(self.arrays.keys() - self._sha256.keys()):
-            self._sha256[name] = array_sha256(self.arrays[name])
-        return self._sha256
+        """
+        Hash of every array, by name.
+
+        Of labels that are names it is that of their positions, which follow from the class names.
+        """
+        return {name: self._hash(name) for name in sorted(self.arrays)}
+
+    def _hash(self, name: str) -> str:
+        if name not in self._sha256:
+            array = self._positions(name) if name in LABELS else self.arrays[name]
+            self._sha256[name] = array_sha256(array)
+        return self._sha256[name]
+
+    def _positions(self, name: str) -> Any:
+        """Labels as positions; None without any."""
+        return as_positions(self.arrays.get(name), self.class_names, name)
 
 
 def load_features(

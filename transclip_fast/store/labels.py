@@ -21,7 +21,13 @@ from transclip_fast.store.named_rows import (
     rows_of_lines,
 )
 from transclip_fast.store.names import as_names
-from transclip_fast.store.tables import LABEL, TABLE_SUFFIXES, not_read, read_columns
+from transclip_fast.store.tables import (
+    LABEL,
+    TABLE_SUFFIXES,
+    check_line_order,
+    not_read,
+    read_columns,
+)
 
 TEXT_SUFFIX = ".txt"
 
@@ -64,8 +70,8 @@ def read_labels(
     ------
     InputError
         A file that cannot be read or has no labels; keys that are no row's or several rows', or
-        rows that have none; numbers of no row, or twice; two labels of one key; predictions as
-        known labels.
+        rows that have none; numbers of no row, or twice; two labels of one key; lines that another
+        column numbers in another order; predictions as known labels.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -95,6 +101,7 @@ def read_labels(
             n_rows = len(labels if keys is None else keys)
         labels = _placed(path, columns, labels, keys, n_rows)
     elif others:
+        check_line_order(path, others)
         shown = f"labels go to the rows in their order; {not_read(others)}"
         warnings.warn(f"{path}: {shown}", stacklevel=2)
     return as_array(labels, str(path))

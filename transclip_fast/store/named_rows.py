@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def has_keys(keys: Sequence[str | None] | None) -> bool:
     return keys is not None and any(key is not None and str(key) != "" for key in keys)
 
 
-def check_no_predictions(path: Path, columns: Sequence[str], meaning: str) -> None:
+def check_no_predictions(path: Path, columns: Collection[str], meaning: str) -> None:
     """
     Refuse predictions where single rows are expected, which count as `meaning`.
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from transclip_fast.data.labels import WHOLE
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import read_table
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 # The names of columns, best first; case, spaces around them and a plural do not matter.
 KEY, PATH, ROW, LABEL = ("key",), ("path",), ("row",), ("label",)
+SEPARATORS = ";\t|"  # of values, in files that are called .csv
 GUARDED = "=+-@\t\r'"  # starts of texts that a ' goes before
 
 
@@ -26,9 +28,9 @@ def read_columns(
     *,
     exact: bool = False,
     n_rows: int = 0,
-) -> tuple[dict[str, list[Any]], list[str]]:
+) -> tuple[dict[str, list[Any]], dict[str, pa.ChunkedArray]]:
     """
-    Some columns of a table, and the names of the others.
+    Some columns of a table, and the others by their names in the file.
 
     Values of a .csv are texts without spaces around them, unless they are to be `exact`; its first
     line has the names. Decimals of a .parquet are numbers.
@@ -47,9 +49,11 @@ def read_columns(
     Raises
     ------
     InputError
-        A file that is missing or damaged, a line of another length, two columns of one name, or not
-        the needed one.
+        A file that is missing, damaged or no table, a line of another length, two columns of one
+        name, or not the needed one.
     """
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise InputError(f"{path}: is no table that is read here; give a .csv or .parquet")
     with reading(path, failure := "cannot be read as a table"):
         csv_file = path.suffix.lower() == ".csv"
         table = _read_csv(path, exact, n_rows) if csv_file else read_table(path, failure=failure)
@@ -65,9 +69,11 @@ def read_columns(
     if needed not in found:
         raise InputError(
             f"{path}: has no column {needed!r}, only {', '.join(table.column_names) or 'none'}; "
-            "the first line of a .csv has the columns' names"
+            f"{_remedy(table.column_names)}"
         )
-    return found, [column for column in table.column_names if column not in chosen.values()]
+    names = enumerate(table.column_names)
+    others = {name: table.column(k) for k, name in names if name not in chosen.values()}
+    return found, others
 
 
 def find_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str | None:
@@ -85,7 +91,32 @@ def find_column(path: Path, columns: Sequence[str], names: Sequence[str]) -> str
     return None
 
 
-def not_read(columns: Sequence[str]) -> str:
+def _remedy(columns: Sequence[str]) -> str:
+    """What to do about a table without the column that is needed."""
+    mark = next((mark for mark in SEPARATORS if len(columns) == 1 and mark in columns[0]), None)
+    if mark is not None:
+        return f"its values are separated by {mark!r}: write it with commas"
+    return "the first line of a .csv has the columns' names"
+
+
+def check_line_order(path: Path, others: Mapping[str, pa.ChunkedArray]) -> None:
+    """
+    Refuse lines that a column numbers in another order, as of a table that was shuffled or sorted.
+
+    `others` are the columns that are not read.
+    """
+    for name, column in others.items():
+        cells = [WHOLE.fullmatch(str(cell)) for cell in column.to_pylist()]
+        numbers = [int(match[1]) for match in cells if match]
+        in_order = [*range(len(cells))]
+        if numbers != in_order and sorted(numbers) == in_order:
+            raise InputError(
+                f"{path}: its column {name or 'without a name'} numbers the lines in another order "
+                f"than theirs; call it row if that order counts, else take it out"
+            )
+
+
+def not_read(columns: Iterable[str]) -> str:
     """Columns that are left out, in words."""
     return f"not read: {', '.join(name or 'one without a name' for name in columns)}"
 

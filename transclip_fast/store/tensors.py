@@ -125,6 +125,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         return tensors, dict(checked.metadata() or {})
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file, of which no tensor is read."""
+    with reading(path):
+        check_header(path)
+        with safe_open(path, "pt") as checked:
+            return dict(checked.metadata() or {})
+
+
 def _read(file: BinaryIO, begin: int, entry: Mapping[str, Any]) -> torch.Tensor:
     """The tensor of an entry of the header; tensors start at byte `begin`."""
     types = {name: kind for kind, name in DTYPES.items()}

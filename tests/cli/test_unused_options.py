@@ -1,0 +1,57 @@
+"""Options that a command would ignore beside others are refused, in a line that names them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.cli.conftest import with_shots
+from tests.reference import unit
+
+NO_HEAD = "is of a --head, and there is none"
+NO_SEARCH = "the graph of --graph is not searched"
+NO_PROMPTS = "learns no prompts"
+NO_IMAGES = "holds features, and lists no images"
+
+
+@pytest.mark.parametrize(
+    ("command", "unused", "message"),
+    [
+        ("solve features.npz", "--seed 3", NO_HEAD),
+        ("solve features.npz", "--model RN50", NO_HEAD),
+        ("solve features.npz --head taskres", "--pretrained openai", "runs no text tower"),
+        ("solve features.npz --head head.safetensors", "--seed 3", "is trained already"),
+        ("solve features.npz --head head.safetensors", "--support-labels y.npy", "is trained"),
+        ("solve features.npz --graph graph", "--search exact", NO_SEARCH),
+        ("solve features.npz --graph graph --method stata", "--index Flat", NO_SEARCH),
+        ("compare features.npz --methods stata --graph graph", "--recall 0.5", NO_SEARCH),
+        ("plan features.npz --graph graph", "--index Flat", NO_SEARCH),
+        ("train-head taskres features.npz", "--position front", NO_PROMPTS),
+        ("train-head taskres features.npz", "--rate 1", NO_PROMPTS),
+        ("train-head taskres features.npz", "--context 4", NO_PROMPTS),
+        ("protocol few-shot features.npz --head taskres", "--epochs 3", "learns prompts"),
+        ("evaluate-pairs pairs.safetensors", "--model RN50", NO_IMAGES),
+        ("train-map pairs.safetensors", "--attributes words.txt", NO_IMAGES),
+    ],
+)
+def test_it_is_refused(
+    command, unused, message, save, arrays, done, refused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    save(with_shots(arrays, 2))
+    pairs = (unit(np.random.default_rng(k).normal(size=(20, 4))) for k in range(3))
+    names = ("image_features", "caption_features", "negative_features")
+    save_file(dict(zip(names, pairs, strict=True)), "pairs.safetensors")
+    (tmp_path / "words.txt").write_text("red\nblue\n")
+    if "head.safetensors" in command:
+        done("train-head", "taskres", "features.npz", "--out", "head.safetensors")
+    if "--graph" in command:
+        done("graph", "features.npz", "--out", "graph")
+    words = command.split()
+    outputs = {"plan": None, "evaluate-pairs": None, "compare": "table.md"}
+    output = outputs.get(words[0], "out.safetensors")
+    line = refused(*words, *unused.split(), *(["--out", output] if output else []))
+    assert line.startswith(f"error: {unused.split()[0]}: ")
+    assert message in line
+    assert line.endswith("; leave it out\n")
