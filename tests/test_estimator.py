@@ -383,6 +383,27 @@ def test_inference_mode_and_another_default_type(problem, assignments):
         np.testing.assert_allclose(other.means_, model.means_, atol=1e-6)
 
 
+@pytest.mark.parametrize("candidates", [None, 28])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_another_default_type_changes_no_bit(problem, candidates, dtype):
+    features, prototypes, labels = problem(n=300, k=40, noise=0.1)
+    known = np.where(np.arange(300) % 9, -1, labels)
+
+    def fit():
+        form = "dense" if candidates is None else "sparse"
+        model = TransCLIP(device="cpu", assignments=form, candidates=candidates)
+        return model.fit(features, prototypes, known_labels=known)
+
+    expected = fit()
+    try:
+        torch.set_default_dtype(dtype)
+        found = fit()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("transduction_", "calibrated_confidences_", "outlier_score_", "objective_"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_verbose_shows_a_bar_and_still_reports(problem, monkeypatch):
     shown, reported = [], []
 

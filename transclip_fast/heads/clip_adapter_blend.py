@@ -88,7 +88,7 @@ def fit(task: HeadTask) -> BlendedHead:
     width = len(layers["down"])
     hidden = [first_weights(draw, 2 * d, width, d) for _ in range(2)]
     names = ("blend_image", "blend_text", "blend_ratio", "blend_text_ratio")
-    network = trainable([*hidden, torch.zeros(width), torch.zeros(width)])
+    network = trainable([*hidden, hidden[0].new_zeros(width), hidden[0].new_zeros(width)])
     weights: dict[str, Any] = {**layers, **dict(zip(names, network, strict=True))}
     head = BlendedHead(
         text=task.text, mean_text=task.text.mean(0), logit_scale=task.logit_scale, **weights

@@ -98,7 +98,8 @@ def first_context(
     if settings.class_specific:
         shape = (n_classes, *shape)  # type: ignore[assignment]
     draw = torch.Generator().manual_seed(seed)
-    return (INITIAL_DEVIATION * torch.randn(shape, generator=draw)).to(like)
+    noise = torch.randn(shape, generator=draw, dtype=torch.float32)
+    return (INITIAL_DEVIATION * noise).to(like)
 
 
 @torch.no_grad()
