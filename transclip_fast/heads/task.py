@@ -43,17 +43,21 @@ def labelled_rows(
     if patches is None:
         if rows is None:
             return None
-        return LabelledRows(out_of_inference(rows.features), out_of_inference(rows.labels))
+        return LabelledRows(own_copy(rows.features), own_copy(rows.labels))
     name = f"{use}_local_features"
     if rows is None:
         raise InputError(f"{name} and {use}_features come together; one is missing")
     patched = PatchedRows(rows.features, patches, name)[:]
-    return LabelledRows(patched, out_of_inference(rows.labels))
+    return LabelledRows(patched, own_copy(rows.labels))
 
 
-def out_of_inference(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of one that inference mode made, which no training can use."""
-    return tensor.clone() if tensor.is_inference() else tensor
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    A copy that a head can keep: the caller may write to the tensor.
+
+    It can be trained with, too, unlike a tensor that inference mode made.
+    """
+    return tensor.clone()
 
 
 def as_fit_arguments(rows: Mapping[str, LabelledRows], *, patches: bool = True) -> dict[str, Any]:
