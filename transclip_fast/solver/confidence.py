@@ -87,5 +87,5 @@ def _tempered_tail(
     there; an even share is the most that the sum can be.
     """
     falling = math.log(TEMPERATURE) + log_tail + (1 / TEMPERATURE - 1) * least
-    even = (1 - 1 / TEMPERATURE) * number.log() + log_tail / TEMPERATURE
+    even = (1 - 1 / TEMPERATURE) * number.to(log_tail.dtype).log() + log_tail / TEMPERATURE
     return torch.minimum(falling, even)
