@@ -6,6 +6,7 @@ import hashlib
 import math
 import warnings
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,11 @@ def build_graph(
 
 
 def _check_arguments(
-    n_neighbors: int, search: str, recall: float, index: Any, save_index: str | Path | None
+    n_neighbors: int, search: str, recall: Any, index: Any, save_index: str | Path | None
 ) -> None:
     """InputError for arguments of `build_graph` that no rows could be searched with."""
     check_number("n_neighbors", n_neighbors, 1)
-    if not 0 <= recall <= 1:
+    if not isinstance(recall, Real) or not 0 <= float(recall) <= 1:
         raise InputError(f"recall must be between 0 and 1, got {recall!r}")
     if search not in SEARCHES:
         raise InputError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")

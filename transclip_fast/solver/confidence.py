@@ -57,7 +57,7 @@ def calibrated_confidences(
         nodes = torch.cat([nodes, torch.arange(n_rows, len(z), device=device)])
 
     def part(rows: slice) -> None:
-        found = torch.from_numpy(np.ascontiguousarray(neighbors[rows])).to(device).long()
+        found = torch.from_numpy(np.require(neighbors[rows], requirements=("C", "W"))).to(device)
         own: slice | torch.Tensor = rows
         if nodes is not None:
             found, own = torch.where(found >= 0, nodes[found], -1), nodes[rows]
