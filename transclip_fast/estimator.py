@@ -126,7 +126,7 @@ class TransCLIP(Parameters):
         Classes over which the prior spreads, made as confident as neighbours agree on its labels:
         exp of the entropy of its mean over the queries.
     class_costs_ : ndarray (K,) float64 or None
-        Nats by which the class cost lowered the score of each class; None in the published method.
+        Nats by which a class's score is lowered, at its mass in z; None in the published method.
     device_ : torch.device
         The device used.
     backend_ : str
@@ -315,9 +315,9 @@ class TransCLIP(Parameters):
         self.n_iter_, self.objective_ = solution.n_iter, np.array(solution.history.objective)
         self.changed_ = np.array(solution.history.changed)
         self.classes_, self.n_features_in_ = np.arange(z.n_classes), self.means_.shape[1]
-        self.gamma_ = solution.gamma
-        self.n_effective_classes_, self._class_costs = solution.n_effective, solution.class_costs
-        self.class_costs_ = None if self._class_costs is None else self._class_costs.cpu().numpy()
+        self.gamma_, self.n_effective_classes_ = solution.gamma, solution.n_effective
+        costs = self._class_costs = solution.class_costs
+        self.class_costs_ = None if costs is None else costs.cpu().numpy().copy()
         self.kl_weight_, self.layout_ = settings.kl_weight, settings.layout
         self._likelihood_weight = settings.parameters.likelihood_weight
         self.device_, self.backend_, self.graph_ = settings.device, settings.backend, graph
@@ -352,8 +352,8 @@ class TransCLIP(Parameters):
         Raises
         ------
         InputError
-            As `fit`; a prior that is missing, or superfluous after a fit from texts or prototypes;
-            no fit, which is scikit-learn's `NotFittedError`, too.
+            As `fit`; a prior missing, given twice, or superfluous after texts or prototypes; no
+            fit, which is scikit-learn's `NotFittedError`, too.
         """
         if not hasattr(self, "_mixture"):
             raise not_fitted("predict_proba: call fit first")
@@ -405,6 +405,8 @@ class TransCLIP(Parameters):
         prototypes of a linear prior, centred; `zero_shot_weights`, the same of text features
         beside another prior; `class_costs` (K,) float64, if classes in use were charged.
         """
+        if not hasattr(self, "_mixture"):
+            raise not_fitted("tensors: call fit first")
         found = {"means": self._mixture.means, "variances": self._mixture.variances}
         if self._prior is not None:
             found["prior_weights"] = self._prior.weights

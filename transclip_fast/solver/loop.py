@@ -8,6 +8,7 @@ sigma^2 (7). The operations on all N rows are in `transclip_fast.ops`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
+from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
@@ -67,6 +69,11 @@ def solve(
         Called after every outer step.
     checkpoint : Checkpoint, optional
         Saves the state after every outer step; a saved state is where the run resumes.
+
+    Raises
+    ------
+    InputError
+        Scores that are too large for float32.
     """
     checkpoint = checkpoint or NoCheckpoint()
     device = inputs.features.device
@@ -91,6 +98,7 @@ def solve(
         n_iter = len(history)
         update_assignments(state, bounded=True)
         history.append(objective(state), state.count(state.labels() != labels))
+        _check_finite(state, history)
         neighbors, _ = neighbor_places(inputs.features, graph.neighbors)
         confidences = calibrated_confidences(state.ops, state.base, state.z, neighbors, state.nodes)
     return Solution.of(state, gamma, n_iter, history, confidences)
@@ -302,6 +310,16 @@ def _sweeps(state: State, *, bounded: bool = False) -> None:
     for i in range(last + 1):
         state.ops.sweep(state.base, state.z, out=state.spare, bounded=bounded and i == last)
         state.z, state.spare = state.spare, state.z
+
+
+def _check_finite(state: State, history: History) -> None:
+    """InputError where scores left float32: L is no number, or some row has no class."""
+    without = state.count(~(state.ops.best(state.z)[1] > 0))  # NaN is not greater
+    if without or not math.isfinite(history.objective[-1]):
+        raise InputError(
+            "the scores of the classes are too large for float32: lower logit_scale, kl_weight, "
+            "likelihood_weight, gamma or the similarities of the graph"
+        )
 
 
 def _finished(history: History, settings: Settings, n_rows: int) -> bool:
