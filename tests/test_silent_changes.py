@@ -35,6 +35,7 @@ LARGE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:graph. says")
 @pytest.mark.parametrize("backend", ["dense", "torch", "numba"])
 @pytest.mark.parametrize("name", LARGE)
 def test_scores_beyond_float32_are_no_labels(problem, name, backend):

@@ -219,15 +219,15 @@ class TransCLIP(Parameters):
             at least four. Otherwise they leave all else as in zero-shot: each counts three times,
             as known labels do, and joins its most similar queries.
         validation_features, validation_labels : array_like (V, d), (V,), optional
-            Labelled rows that choose gamma unless it is set: the value with which most of them
-            have the label of their most similar query, the first of equal ones.
+            Labelled rows that choose gamma, few-shot and unless it is set: that with which most of
+            them have the label of their most similar query, the first of equal ones.
         known_labels : array_like (N,), optional
             Class of each query where it is known, -1 or NaN elsewhere: z is one-hot there, and the
             row counts three times in the means and the variance. Unlike shots, such rows may be few
             and of some classes only.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or a function that makes them from its unit rows, a
-            `transclip_fast.data.feature_rows.Rows`; by default `build_graph`.
+            `transclip_fast.data.feature_rows.Rows`; by default `build_graph`. Those of others warn.
         progress : callable, optional
             Called with a `transclip_fast.callbacks.Progress` after every block of rows that is
             read, from any thread, and after every outer step.

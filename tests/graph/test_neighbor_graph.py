@@ -86,7 +86,7 @@ KINDS = {
 def test_lists_of_any_type_and_order_are_the_same(problem, kind, assignments):
     features, prototypes, _ = problem()
     made = build_graph(features)
-    arrays = made.neighbors, (16 * made.similarities).round() / 16  # exact in half
+    arrays = made.neighbors, (256 * made.similarities).round() / 256  # exact in half
     changed = [
         array.astype(change) if isinstance(change, str) else change(array.copy())
         for array, change in zip(arrays, KINDS[kind], strict=True)
@@ -148,6 +148,19 @@ def test_what_a_function_returns_instead_of_a_graph(model, problem):
     features, prototypes, _ = problem()
     with pytest.raises(InputError, match=r"^graph: the function returned tuple, expected a Neigh"):
         model.fit(features, text_features=prototypes, graph=lambda rows: (1, 2))
+
+
+@pytest.mark.parametrize("model", [TransCLIP(device="cpu"), StatA(device="cpu")])
+@pytest.mark.parametrize("lists", ["given", "made"])
+def test_lists_of_rows_in_another_order(model, lists, problem):
+    features, prototypes, _ = problem(noise=0.2)
+    graph, order = build_graph(features), np.random.default_rng(0).permutation(len(features))
+    given = graph if lists == "given" else lambda rows: graph
+    with pytest.warns(UserWarning, match=r"^graph: says that rows 0 and \d+ have the similarity 0"):
+        model.fit(features[order], text_features=prototypes, graph=given)
+    half = features.astype(np.float16)
+    for rows in (features, half):  # other digits are no other order
+        model.fit(rows, text_features=prototypes, graph=given)
 
 
 @pytest.mark.parametrize("recall", ["all", None, float("nan"), 1.5])
