@@ -1,5 +1,6 @@
 """The estimator against the float64 reference: priors, few-shot, gamma, predict_proba, arrays."""
 
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -216,6 +217,10 @@ def test_predict_proba_errors(problem):
         given.predict_proba(features)
     with pytest.raises(InputError, match="has 5 classes, the fit 6"):
         given.predict_proba(features, prior=probabilities(77, 5))
+    with pytest.raises(InputError, match="give one of prior and prior_logits, not both"):
+        given.predict_proba(features, prior=prior, prior_logits=prior)
+    with pytest.raises(InputError, match="^tensors: call fit first"):
+        TransCLIP().tensors()
 
 
 # -- arrays
@@ -357,10 +362,10 @@ def test_what_is_not_there_yet_says_so(problem, name, value):
         TransCLIP(**{name: value}).fit(features, prototypes)
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda:99", "abacus"])
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "abacus", None, 1.5, ["cpu"]])
 def test_devices_that_are_none(problem, device):
     features, prototypes, _ = problem()
-    with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
+    with pytest.raises(InputError, match=rf"device {re.escape(repr(device))} cannot be used"):
         TransCLIP(device=device).fit(features, prototypes)
 
 

@@ -146,6 +146,12 @@ def test_few_rows_say_nothing(rows, warned):
     assert bool(check_class_order((truth + 1) % 5, truth)) == warned
 
 
+def test_rows_without_a_truth_say_nothing():
+    labels = np.arange(40) % 5
+    assert check_class_order(labels, np.full(40, -1)) == []
+    assert check_class_order(labels[:0], labels[:0]) == []
+
+
 def test_some_classes_of_many():
     """Ten classes out of a thousand have labels of their own whatever the texts know."""
     truth = np.repeat(np.arange(10), 20)

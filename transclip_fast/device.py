@@ -27,7 +27,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no CUDA, no such device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        # No CUDA, no such device, or no name of one.
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used: {reason}") from error
     return device

@@ -128,7 +128,7 @@ class TransCLIP(Parameters):
         Classes over which the prior spreads, made as confident as neighbours agree on its labels:
         exp of the entropy of its mean over the queries.
     class_costs_ : ndarray (K,) float64 or None
-        Nats by which the class cost lowered the score of each class; None in the published method.
+        Nats by which a class's score is lowered, at its mass in z; None in the published method.
     device_ : torch.device
         The device used.
     backend_ : str
@@ -221,15 +221,15 @@ class TransCLIP(Parameters):
             at least four. Otherwise they leave all else as in zero-shot: each counts three times,
             as known labels do, and joins its most similar queries.
         validation_features, validation_labels : array_like (V, d), (V,), optional
-            Labelled rows that choose gamma unless it is set: the value with which most of them
-            have the label of their most similar query, the first of equal ones.
+            Labelled rows that choose gamma, few-shot and unless it is set: that with which most of
+            them have the label of their most similar query, the first of equal ones.
         known_labels : array_like (N,), optional
             Class of each query where it is known, -1 or NaN elsewhere: z is one-hot there, and the
             row counts three times in the means and the variance. Unlike shots, such rows may be few
             and of some classes only.
         graph : NeighborGraph or callable, optional
             Neighbour lists of X, or a function that makes them from its unit rows, a
-            `transclip_fast.data.feature_rows.Rows`; by default `build_graph`.
+            `transclip_fast.data.feature_rows.Rows`; by default `build_graph`. Those of others warn.
         progress : callable, optional
             Called with a `transclip_fast.callbacks.Progress` after every block of rows that is
             read, from any thread, and after every outer step.
@@ -317,9 +317,9 @@ class TransCLIP(Parameters):
         self.n_iter_, self.objective_ = solution.n_iter, np.array(solution.history.objective)
         self.changed_ = np.array(solution.history.changed)
         self.classes_, self.n_features_in_ = np.arange(z.n_classes), self.means_.shape[1]
-        self.gamma_ = solution.gamma
-        self.n_effective_classes_, self._class_costs = solution.n_effective, solution.class_costs
-        self.class_costs_ = None if self._class_costs is None else self._class_costs.cpu().numpy()
+        self.gamma_, self.n_effective_classes_ = solution.gamma, solution.n_effective
+        costs = self._class_costs = solution.class_costs
+        self.class_costs_ = None if costs is None else costs.cpu().numpy().copy()
         self.kl_weight_, self.layout_ = settings.kl_weight, settings.layout
         self._likelihood_weight = settings.parameters.likelihood_weight
         self.device_, self.backend_, self.graph_ = settings.device, settings.backend, graph
@@ -354,8 +354,8 @@ class TransCLIP(Parameters):
         Raises
         ------
         InputError
-            As `fit`; a prior that is missing, or superfluous after a fit from texts or prototypes;
-            no fit, which is scikit-learn's `NotFittedError`, too.
+            As `fit`; a prior missing, given twice, or superfluous after texts or prototypes; no
+            fit, which is scikit-learn's `NotFittedError`, too.
         """
         if not hasattr(self, "_mixture"):
             raise not_fitted("predict_proba: call fit first")
@@ -407,6 +407,8 @@ class TransCLIP(Parameters):
         prototypes of a linear prior, centred; `zero_shot_weights`, the same of text features
         beside another prior; `class_costs` (K,) float64, if classes in use were charged.
         """
+        if not hasattr(self, "_mixture"):
+            raise not_fitted("tensors: call fit first")
         found = {"means": self._mixture.means, "variances": self._mixture.variances}
         if self._prior is not None:
             found["prior_weights"] = self._prior.weights

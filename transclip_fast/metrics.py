@@ -173,6 +173,8 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
     Rows whose truth is unknown, -1, do not count.
     """
     labels, truth = labels[truth >= 0], truth[truth >= 0]
+    if len(truth) < ORDER_ROWS:
+        return []
     as_is = accuracy(labels, truth)
     pairs, counts = np.unique(np.stack([labels, truth]), axis=1, return_counts=True)
     # Greedy matching of labels and classes: it finds at least half of the best renaming.
@@ -188,7 +190,7 @@ def check_class_order(labels: np.ndarray, truth: np.ndarray) -> list[str]:
             taken.add(true)
             renamed += int(counts[i])
     better = 100 * renamed / len(labels)
-    if len(truth) < ORDER_ROWS or len(taken) < 3:
+    if len(taken) < 3:
         return []
     if better - as_is < ORDER_GAIN or ORDER_FACTOR * as_is > better:
         return []

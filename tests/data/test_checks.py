@@ -149,6 +149,16 @@ def test_a_row_beyond_float32(rows):
     assert_error(lambda: as_unit_rows(large, "X"), "row 4", "too large")
 
 
+@pytest.mark.parametrize("scale", [1e-39, 1e-44, 1e-300])
+def test_a_row_of_which_float32_has_few_digits_or_none(rows, scale):
+    small = rows.astype(np.float64)
+    small[4] *= scale
+    assert_error(lambda: as_unit_rows(small, "X"), "row 4", "too small for float32")
+    whole = rows.astype(np.float64) * 1e-35
+    with pytest.warns(UserWarning, match="were not unit vectors"):
+        np.testing.assert_allclose(as_unit_rows(whole, "X"), as_unit_rows(rows, "X"), atol=1e-6)
+
+
 def test_rows_lie_aligned_and_contiguous(rows):
     shifted = np.empty(rows.size + 16, np.float32)
     for offset in range(16):
@@ -284,3 +294,21 @@ def test_sparse_tensors(rows):
         TransCLIP(device="cpu").fit(sparse, rows[:3])
     with pytest.raises(InputError, match=r"^text_features: is a sparse tensor"):
         TransCLIP(device="cpu").fit(rows, sparse)
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|quantize)")
+@pytest.mark.parametrize("kind", ["nested", "quantized", "meta"])
+def test_tensors_without_plain_entries(rows, kind):
+    tensor = torch.from_numpy(rows)
+    made = {
+        "nested": lambda: torch.nested.nested_tensor([tensor[0], tensor[1]]),
+        "quantized": lambda: torch.quantize_per_tensor(tensor, 0.01, 0, torch.qint8),
+        "meta": lambda: tensor.to("meta"),
+    }[kind]()
+    with pytest.raises(InputError, match=f"^X: is a {kind} tensor"):
+        as_unit_rows(made, "X")
+
+
+def test_a_list_of_tensors_that_numpy_cannot_read(rows):
+    with pytest.raises(InputError, match=r"^X: expected an array \(Got unsupported ScalarType BF"):
+        as_unit_rows([torch.from_numpy(row).bfloat16() for row in rows], "X")

@@ -108,3 +108,8 @@ def test_texts_in_another_order_are_found():
     order[[17, 40]] = order[[40, 17]]
     assert moved_text(texts, retold[order]) == (17, 40)
     assert moved_text(texts, retold.roll(1, 0)) == (0, 1)
+
+
+def test_a_number_is_no_text(problem):
+    with pytest.raises(InputError, match=r"^text_features: expected a non-empty .* shape \(\)"):
+        TransCLIP(device="cpu").fit(problem()[0], text_features=5)

@@ -6,7 +6,7 @@ import torch
 
 from transclip_fast import InputError, TransCLIP, build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
-from transclip_fast.methods import StatA
+from transclip_fast.methods import StatA, ZLaP
 
 
 def graph(**changes):
@@ -65,6 +65,65 @@ def test_lists_may_be_tensors():
     np.testing.assert_array_equal(checked.neighbors, own.neighbors[:, :1])
 
 
+def frozen(array):
+    array.setflags(write=False)
+    return array
+
+
+KINDS = {
+    **{f"ids {kind}": (kind, "float32") for kind in ("int8", "uint8", "uint32", ">i4", ">i8")},
+    **{kind: ("int64", kind) for kind in ("float16", ">f4", "float64", "longdouble")},
+    "reversed": (lambda a: a[:, ::-1].copy()[:, ::-1],) * 2,
+    "Fortran": (np.asfortranarray,) * 2,
+    "frozen": (frozen,) * 2,
+    "lists": (np.ndarray.tolist,) * 2,
+    "tensors": (torch.from_numpy, lambda a: torch.from_numpy(a).bfloat16().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("assignments", ["dense", "sparse"])
+def test_lists_of_any_type_and_order_are_the_same(problem, kind, assignments):
+    features, prototypes, _ = problem()
+    made = build_graph(features)
+    arrays = made.neighbors, (256 * made.similarities).round() / 256  # exact in half
+    changed = [
+        array.astype(change) if isinstance(change, str) else change(array.copy())
+        for array, change in zip(arrays, KINDS[kind], strict=True)
+    ]
+    for model in (TransCLIP(device="cpu", assignments=assignments), ZLaP(n_neighbors=3)):
+        found, expected = (
+            model.fit(
+                features, text_features=prototypes, graph=NeighborGraph(*lists)
+            ).label_distributions_
+            for lists in (changed, arrays)
+        )
+        assert abs(found - expected).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neighbors": [[1, 2], [0]]}, "^neighbors: expected an array, got rows of different"),
+        (
+            {"similarities": [["a", "b"]] * 4},
+            "^similarities: expected numbers, got",
+        ),
+        ({"similarities": np.ones((4, 2), object)}, "^similarities: expected numbers, .* object"),
+        ({"similarities": np.ones((4, 2), complex)}, "^similarities: expected numbers"),
+        ({"neighbors": torch.ones(4, 2).to_sparse()}, "^neighbors: is a sparse tensor"),
+    ],
+)
+def test_lists_that_are_no_numbers(changes, message):
+    with pytest.raises(InputError, match=message):
+        graph(**changes)
+
+
+def test_similarities_beyond_float32_are_refused():
+    with pytest.raises(InputError, match="row 1 has an impossible neighbour"):
+        graph(similarities=np.array([[1, 1], [1e300, 1], [1, 1], [1, 1]])).check(4, 2)
+
+
 def test_what_is_cut_off_may_be_wrong():
     wrong_tail = graph(neighbors=np.array([[1, 9], [0, 3], [3, -1], [2, 0]]))
     wrong_tail.check(4, 1)
@@ -89,6 +148,25 @@ def test_what_a_function_returns_instead_of_a_graph(model, problem):
     features, prototypes, _ = problem()
     with pytest.raises(InputError, match=r"^graph: the function returned tuple, expected a Neigh"):
         model.fit(features, text_features=prototypes, graph=lambda rows: (1, 2))
+
+
+@pytest.mark.parametrize("model", [TransCLIP(device="cpu"), StatA(device="cpu")])
+@pytest.mark.parametrize("lists", ["given", "made"])
+def test_lists_of_rows_in_another_order(model, lists, problem):
+    features, prototypes, _ = problem(noise=0.2)
+    graph, order = build_graph(features), np.random.default_rng(0).permutation(len(features))
+    given = graph if lists == "given" else lambda rows: graph
+    with pytest.warns(UserWarning, match=r"^graph: says that rows 0 and \d+ have the similarity 0"):
+        model.fit(features[order], text_features=prototypes, graph=given)
+    half = features.astype(np.float16)
+    for rows in (features, half):  # other digits are no other order
+        model.fit(rows, text_features=prototypes, graph=given)
+
+
+@pytest.mark.parametrize("recall", ["all", None, float("nan"), 1.5])
+def test_recalls_that_are_none(recall, problem):
+    with pytest.raises(InputError, match="^recall must be between 0 and 1, got"):
+        build_graph(problem()[0], recall=recall)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", torch.device("cpu")])

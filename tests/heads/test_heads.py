@@ -13,6 +13,7 @@ from tests.heads.shots import TAU, fitted, logits_of, without_validation
 from tests.ordered_sums import OrderedSums
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.data.labelled_rows import LabelledRows
+from transclip_fast.data.patches import PatchedRows
 from transclip_fast.heads import (
     HEADS,
     base,
@@ -240,6 +241,43 @@ def test_fitted_in_inference_mode(name, made_inside, task, short):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_and_another_default_type_change_nothing(name, task, short):
+    expected = logits_of(fitted(name, task), task)
+    with torch.autocast("cpu"):
+        head = fitted(name, task)
+        inside = head.logits(task["image_features"])
+    assert inside.dtype == torch.float32
+    for found in (inside.numpy(), logits_of(head, task)):
+        np.testing.assert_array_equal(found, expected)
+    try:
+        for dtype in (torch.float16, torch.float64):
+            torch.set_default_dtype(dtype)
+            np.testing.assert_array_equal(logits_of(fitted(name, task), task), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_is_written_to_the_arrays_later_changes_no_head(name, task, short):
+    made = {key: torch.from_numpy(array).clone() for key, array in task.items()}  # aligned
+    head = fitted(name, made)
+    expected = logits_of(head, task)
+    for tensor in made.values():
+        tensor.zero_()
+    np.testing.assert_array_equal(logits_of(head, task), expected)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rows_with_patches_are_refused(name, task, short):
+    head, rows = fitted(name, task), torch.from_numpy(task["image_features"])
+    patched = rows[:, None].repeat(1, 3, 1)
+    for features in (patched, PatchedRows(rows, patched[:, 1:], "features")):
+        for use in (head.logits, head.predict):
+            with pytest.raises(InputError, match="^features: have patches, .* does not take"):
+                use(features)
+
+
 def test_other_logit_scales(task, short):
     for name in HEADS:
         head = fitted(name, without_validation(task), logit_scale=30.0)
@@ -278,3 +316,15 @@ def test_progress_reaches_its_end(task, short):
 def test_what_cannot_be_fitted(name, change, expected, task):
     with pytest.raises(InputError, match=expected):
         fitted(name, {**task, **change})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("logit_scale", scale) for scale in (float("nan"), float("inf"), -1.0, "100", None)),
+        *(("seed", seed) for seed in (None, "a", 1.5, -1)),
+    ],
+)
+def test_numbers_out_of_range(setting, value, task):
+    with pytest.raises(InputError, match=f"^{setting} must be a .*number >= 0, got"):
+        fitted("clip-adapter", task, **{setting: value})

@@ -81,6 +81,17 @@ def test_arrays_of_any_kind_are_not_modified(name, arrays, tmp_path):
 
 
 @EVERY_METHOD
+def test_another_default_type_changes_nothing(name, arrays):
+    expected = fit(name, arrays).label_distributions_
+    try:
+        for dtype in (torch.float16, torch.float64):
+            torch.set_default_dtype(dtype)
+            np.testing.assert_array_equal(fit(name, arrays).label_distributions_, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@EVERY_METHOD
 def test_few_rows(name, arrays):
     few = {**arrays, "X": arrays["X"][:K]}
     with warnings.catch_warnings():

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from transclip_fast.data.npy_shards import StoredRows
-from transclip_fast.errors import InputError, user_level
+from transclip_fast.errors import InputError, one_line, user_level
 
 # fp16 rows are off by up to 6e-4; renormalising those would move z by up to 3e-2.
 UNIT_NORM_TOLERANCE = 2e-3
+SMALLEST_NORM = 1e-36  # below, float32 has few digits of a row's entries, or none
 ROWS_PER_CHECK = 4096
 ALIGNMENT = 64  # bytes
 
@@ -77,7 +78,7 @@ def as_unit_rows(
     Raises
     ------
     InputError
-        As `as_matrix`, and for an all-zero row.
+        As `as_matrix`, and for a row that is all zero, or too large or too small for float32.
     """
     matrix = _in_memory(unread_matrix(array, name, columns))
     divisors = unit_divisors(matrix, name, first)
@@ -100,7 +101,7 @@ def unit_divisors(
     Raises
     ------
     InputError
-        A row that is all zero, not finite, or too large for float32.
+        A row that is all zero, not finite, or too large or too small for float32.
     """
     norms = torch.empty(len(matrix), dtype=torch.float64)
     for start in range(0, len(matrix), ROWS_PER_CHECK):
@@ -108,7 +109,11 @@ def unit_divisors(
         norms[block] = _norms(matrix[block])
     if (row := first_row(~norms.isfinite())) is not None:
         raise _not_finite(matrix, row, name, first)
-    if (row := first_row(norms == 0)) is not None:
+    if (row := first_row(norms < SMALLEST_NORM)) is not None:
+        if torch.as_tensor(matrix[row : row + 1]).any():
+            raise InputError(
+                f"{name}: row {first + row} is too small for float32; rescale that row"
+            )
         raise InputError(f"{name}: row {first + row} is all zero; remove or recompute that row")
     far = (norms - 1).abs() > UNIT_NORM_TOLERANCE
     if (row := first_row(far)) is None:
@@ -227,30 +232,48 @@ def check_unmasked(array: Any, name: str) -> None:
 def as_tensor(array: Any, name: str, remedy: str = "") -> torch.Tensor:
     """A tensor of numbers, without a copy if there is none to make; `remedy` where they are not."""
     if isinstance(array, torch.Tensor):
-        tensor = array.detach()
-        if tensor.layout != torch.strided:
-            raise InputError(f"{name}: is a sparse tensor; give a dense one, as of to_dense()")
-    else:
-        check_unmasked(array, name)
-        try:
-            values = np.asarray(array)
-        except ValueError as error:
-            raise InputError(f"{name}: expected an array, got rows of different lengths") from error
-        if values.dtype.kind not in "fiub":
-            found = f"{name}: expected numbers, got an array of {values.dtype}"
-            raise InputError(f"{found}; {remedy}" if remedy else found)
-        odd = any(stride < 0 or stride % values.itemsize for stride in values.strides)
-        if values.dtype.byteorder == ">" or odd:
-            values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("=")))
-        if values.dtype.kind == "f" and values.dtype.itemsize > 8:
-            values = values.astype(np.float64)
-        if values.dtype.kind == "u" and values.dtype.itemsize > 1:  # torch computes little in these
-            if values.size and values.max() > np.iinfo(np.int64).max:
-                raise InputError(f"{name}: holds whole numbers beyond int64")
-            values = values.astype(np.int64)
-        with warnings.catch_warnings():  # of a read-only array; nothing here writes to it
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-            tensor = torch.from_numpy(values)
+        return _dense(array.detach(), name)
+    values = as_array(array, name, remedy)
+    with warnings.catch_warnings():  # of a read-only array; nothing here writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        return torch.from_numpy(values)
+
+
+def as_array(array: Any, name: str, remedy: str = "") -> np.ndarray:
+    """As `as_tensor`, but a numpy array of a type and of strides that torch takes."""
+    if isinstance(array, torch.Tensor):
+        tensor = _dense(array.detach(), name).cpu()
+        found: np.ndarray = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return found
+    check_unmasked(array, name)
+    try:
+        values = np.asarray(array)
+    except ValueError as error:
+        raise InputError(f"{name}: expected an array, got rows of different lengths") from error
+    except (TypeError, RuntimeError) as error:  # of tensors that numpy cannot read
+        raise InputError(f"{name}: expected an array ({one_line(error)})") from error
+    if values.dtype.kind not in "fiub":
+        kind = f"{name}: expected numbers, got an array of {values.dtype}"
+        raise InputError(f"{kind}; {remedy}" if remedy else kind)
+    odd = any(stride < 0 or stride % values.itemsize for stride in values.strides)
+    if values.dtype.byteorder == ">" or odd:
+        values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("=")))
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        values = values.astype(np.float64)
+    if values.dtype.kind == "u" and values.dtype.itemsize > 1:  # torch computes little in these
+        if values.size and values.max() > np.iinfo(np.int64).max:
+            raise InputError(f"{name}: holds whole numbers beyond int64")
+        values = values.astype(np.int64)
+    return values
+
+
+def _dense(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor, if its entries are real numbers that can be read one by one."""
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name}: is a sparse tensor; give a dense one, as of to_dense()")
+    if tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "meta"
+        raise InputError(f"{name}: is a {kind} tensor; give one with an entry for each number")
     if tensor.is_complex():
         raise InputError(f"{name}: expected real numbers, got {tensor.dtype}")
     return tensor

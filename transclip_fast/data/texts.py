@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def warn_of_equal_rows(prototypes: torch.Tensor, name: str) -> None:
 
 def prompt_texts(text_features: Any, n_classes: int | None = None) -> list[Any]:
     """The P arrays (K, d) of `text_features`, see `ensemble`; one array if it is (K, d)."""
-    if not hasattr(text_features, "ndim"):
+    if isinstance(text_features, Iterable) and not hasattr(text_features, "ndim"):
         text_features = parts = list(text_features)
         if parts and getattr(parts[0], "ndim", 0) == 2:
             return parts

@@ -6,6 +6,7 @@ import hashlib
 import math
 import warnings
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ SEARCHES = ("auto", "faiss", "exact", "cuvs")
 # Up to which "auto" searches exactly: a second or two on a CPU, some seconds on a GPU.
 EXACT_ROWS = {"cpu": 20_000, "cuda": 1_500_000}
 NEIGHBOR_BYTES = 12  # of an entry of the lists: int64 and float32
+COMPARED_LISTS = 64  # of a given graph, with the rows
+SIMILARITY_TOLERANCE = 0.02  # rows of half precision, or rounded to 8 bits, differ by less
 COMPARED_ROWS = 512  # by which processes know that they have the same features, or graph
 
 
@@ -173,11 +176,11 @@ def build_graph(
 
 
 def _check_arguments(
-    n_neighbors: int, search: str, recall: float, index: Any, save_index: str | Path | None
+    n_neighbors: int, search: str, recall: Any, index: Any, save_index: str | Path | None
 ) -> None:
     """InputError for arguments of `build_graph` that no rows could be searched with."""
     check_number("n_neighbors", n_neighbors, 1)
-    if not 0 <= recall <= 1:
+    if not isinstance(recall, Real) or not 0 <= float(recall) <= 1:
         raise InputError(f"recall must be between 0 and 1, got {recall!r}")
     if search not in SEARCHES:
         raise InputError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
@@ -260,19 +263,43 @@ def _are_unit(matrix: torch.Tensor | StoredRows, own: slice) -> bool:
 
 
 def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> NeighborGraph:
-    """The graph of the `features` that a fit is given, or its own; `check` follows."""
+    """
+    The graph of the `features` that a fit is given, or its own.
+
+    Of a process alone it is checked, and warns of another order of the rows; else `check` follows.
+    """
     if graph is None:
         return build_graph(features, n_neighbors)
-    if isinstance(graph, NeighborGraph):
-        return graph
-    if not callable(graph):
+    if not (callable(graph) or isinstance(graph, NeighborGraph)):
         raise InputError(f"graph: expected a NeighborGraph, got {type(graph).__name__}")
-    found = graph(features)
+    found = graph if isinstance(graph, NeighborGraph) else graph(features)
     if not isinstance(found, NeighborGraph):
         raise InputError(
             f"graph: the function returned {type(found).__name__}, expected a NeighborGraph"
         )
+    if features.own == slice(0, len(features)):
+        _warn_of_other_rows(found.check(len(features), n_neighbors), features)
     return found
+
+
+def _warn_of_other_rows(graph: NeighborGraph, features: Rows) -> None:
+    """Warn if most similarities of some lists are not the inner products of these rows."""
+    ids = evenly_spaced_rows(len(graph), COMPARED_LISTS)
+    neighbors = torch.from_numpy(graph.neighbors[ids.numpy()])
+    similarities = torch.from_numpy(graph.similarities[ids.numpy()])
+    rows = features[ids.to(features.device)].double()
+    theirs = features[neighbors.clamp_min(0).flatten().to(features.device)].double()
+    products = torch.einsum("nd,nkd->nk", rows, theirs.view(*neighbors.shape, -1)).cpu()
+    wrong = ((products - similarities).abs() > SIMILARITY_TOLERANCE) & (neighbors >= 0)
+    if 2 * int(wrong.sum()) > int((neighbors >= 0).sum()):
+        row, place = (int(i) for i in wrong.nonzero()[0])
+        warnings.warn(
+            f"graph: says that rows {int(ids[row])} and {int(neighbors[row, place])} have the "
+            f"similarity {similarities[row, place]:.3g}, and they have {products[row, place]:.3g}; "
+            "as most others differ, too, it seems to be of other rows, or of another order: build "
+            "it again",
+            stacklevel=user_level(),
+        )
 
 
 def _check_shared(search: str, index: Any, save_index: str | Path | None) -> None:

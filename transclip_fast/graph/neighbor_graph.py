@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from transclip_fast.data.checks import check_unmasked
+from transclip_fast.data.checks import as_array
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 
@@ -44,9 +44,7 @@ class NeighborGraph:
 
     def __post_init__(self) -> None:
         for name in ("neighbors", "similarities"):  # that may be tensors
-            array = np.asanyarray(getattr(self, name))
-            check_unmasked(array, name)
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, as_array(getattr(self, name), name))
 
     def __len__(self) -> int:
         return len(self.neighbors)
@@ -88,11 +86,13 @@ class NeighborGraph:
                 f"{name}: lists have {self.n_neighbors} neighbours, {n_neighbors} are needed; "
                 "build the graph again or lower n_neighbors"
             )
-        if self.neighbors.dtype.kind != "i":
+        if self.neighbors.dtype.kind not in "iu":
             raise InputError(f"{name}: neighbors must be integers, got {self.neighbors.dtype}")
         own = own or slice(0, n_rows)
-        neighbors = self.neighbors[own, :n_neighbors]
-        similarities = self.similarities[own, :n_neighbors]
+        # Arrays of these types, as `build_graph` makes them, are not copied.
+        neighbors = np.asarray(self.neighbors[own, :n_neighbors], np.int64)
+        with np.errstate(over="ignore"):  # infinity is no similarity: see below
+            similarities = np.asarray(self.similarities[own, :n_neighbors], np.float32)
         wrong = (neighbors < -1) | (neighbors >= n_rows)
         wrong |= neighbors == np.arange(own.start, own.stop)[:, None]
         wrong |= ~np.isfinite(similarities)

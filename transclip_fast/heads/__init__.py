@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from transclip_fast.data.checks import check_number
 from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.data.texts import ensemble
+from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.heads import (
     clip_adapter,
@@ -41,9 +43,9 @@ from transclip_fast.heads.task import (
     HeadTask,
     TrainingProgress,
     labelled_rows,
-    out_of_inference,
+    own_copy,
 )
-from transclip_fast.solver.parameters import check_scale
+from transclip_fast.solver.parameters import check_scale, check_weight
 
 __all__ = [
     "HEADS",
@@ -113,7 +115,7 @@ def method_named(name: str) -> HeadMethod:
     return known[name]
 
 
-@torch.inference_mode(False)
+@exact_float32()
 def fit_head(
     name: str,
     text_features: Any,
@@ -167,7 +169,8 @@ def fit_head(
     Raises
     ------
     InputError
-        An unknown name, missing shots, a temperature of 0, or arrays that cannot be used.
+        An unknown name, missing shots, a temperature or seed out of range, or arrays that cannot be
+        used.
 
     Examples
     --------
@@ -185,10 +188,12 @@ def fit_head(
     >>> model.transduction_.tolist()
     [0, 1, 2, 0, 1, 2]
     """
+    check_weight("logit_scale", logit_scale)
     check_scale(logit_scale)
+    check_number("seed", seed, 0)
     method = method_named(name)
     known = None if prompting is None else len(prompting.class_names)
-    text = out_of_inference(ensemble(text_features, n_classes=known))
+    text = own_copy(ensemble(text_features, n_classes=known))
     shots = labelled_rows("support", support_features, support_labels, support_local_features, text)
     validation = labelled_rows(
         "validation", validation_features, validation_labels, validation_local_features, text

@@ -12,6 +12,7 @@ import torch
 from transclip_fast.callbacks import Count
 from transclip_fast.data.checks import as_tensor, as_unit_rows
 from transclip_fast.data.patches import PatchedRows
+from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.heads.text_tower import TextTower
 
@@ -47,6 +48,8 @@ class Head(ABC):
     text: torch.Tensor
     logit_scale: float
     parameters: dict[str, float] = field(default_factory=dict)
+
+    takes_patches: ClassVar[bool] = False  # True if rows may have patches
 
     @property
     def wants_patches(self) -> bool:
@@ -84,6 +87,7 @@ class Head(ABC):
         """The head of a head file, from checked tensors and settings."""
         return cls(**fields)
 
+    @exact_float32()
     def logits(self, features: Any, progress: Count | None = None) -> torch.Tensor:
         """
         Logits (N, K) float32 of image features (N, d), on the scale that a softmax takes.
@@ -94,10 +98,12 @@ class Head(ABC):
         Raises
         ------
         InputError
-            Features of another dimension, or rows that are zero or not finite.
+            Features of another dimension, rows that are zero or not finite, or patches that this
+            head does not take.
         """
         return torch.cat(list(self._blocks(features, progress)))
 
+    @exact_float32()
     def predict(self, features: Any, progress: Count | None = None) -> torch.Tensor:
         """Most likely class (N,) int64 of image features (N, d): see `logits`."""
         return torch.cat([logits.argmax(1) for logits in self._blocks(features, progress)])
@@ -114,7 +120,6 @@ class Head(ABC):
         logits = prior.get("prior_logits")
         return (self.predict(features, progress) if logits is None else logits.argmax(1)), prior
 
-    @torch.no_grad()
     def _blocks(self, features: Any, progress: Count | None) -> Iterator[torch.Tensor]:
         rows = self._checked(features)
         n_rows, size = len(rows), self.block_rows
@@ -125,9 +130,15 @@ class Head(ABC):
 
     def _checked(self, features: Any) -> ImageRows:
         """Image features, also with those of patches (N, 1 + L, d), as unit rows."""
+        patched = isinstance(features, PatchedRows)
+        tensor = features if patched else as_tensor(features, "features")
+        if (patched or tensor.ndim == 3) and not self.takes_patches:
+            raise InputError(
+                "features: have patches, which this head does not take; give rows of images, (N, d)"
+            )
         if isinstance(features, PatchedRows):
             return features
-        tensor = as_tensor(features, "features").to(self.text.device)
+        tensor = tensor.to(self.text.device)
         rows = tensor[:, 0] if tensor.ndim == 3 else tensor
         rows = as_unit_rows(rows, "features", columns=self.text.shape[1])
         return PatchedRows(rows, tensor[:, 1:], "features") if tensor.ndim == 3 else rows

@@ -86,7 +86,7 @@ def fit(task: HeadTask) -> BlendedHead:
     for name in ("blend_image", "blend_text"):
         weights[name] = trainable(first_weights(draw, 2 * d, width, d))
     for name in ("blend_ratio", "blend_text_ratio"):
-        weights[name] = trainable(torch.zeros(width))
+        weights[name] = trainable(weights["blend_text"].new_zeros(width))
     head = BlendedHead(
         text=task.text, mean_text=task.text.mean(0), logit_scale=task.logit_scale, **weights
     )

@@ -46,12 +46,16 @@ def labelled_rows(
             raise InputError(f"{name} and {use}_features come together; one is missing")
         return None
     found = rows.features if patches is None else PatchedRows(rows.features, patches, name)[:]
-    return LabelledRows(out_of_inference(found), out_of_inference(rows.labels))
+    return LabelledRows(own_copy(found), own_copy(rows.labels))
 
 
-def out_of_inference(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of one that inference mode made, which no training can use."""
-    return tensor.clone() if tensor.is_inference() else tensor
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    A copy that a head can keep: the caller may write to the tensor.
+
+    It can be trained with, too, unlike a tensor that inference mode made.
+    """
+    return tensor.clone()
 
 
 def as_fit_arguments(rows: Mapping[str, LabelledRows], *, patches: bool = True) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def train_text_map(
         raise InputError(
             f"pairs: none of the {len(judges):,} held out has a false caption; hold out more"
         )
-    weight = torch.eye(pairs.images.shape[1]).requires_grad_()
+    weight = torch.eye(pairs.images.shape[1], dtype=torch.float32).requires_grad_()
     optimizer = torch.optim.Adam([weight], lr=RATE)
     best, accuracies, losses = weight.detach().clone(), list[float](), list[float]()
     for epoch in range(training.epochs + 1):

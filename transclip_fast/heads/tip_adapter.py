@@ -13,8 +13,8 @@ from transclip_fast.heads.task import HeadTask
 
 ALPHA, BETA = 1.17, 1.0  # of most of the published configurations, ImageNet's among them
 # The published grids are linear, up to 7 or 50 depending on the data set.
-ALPHAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 20))
-BETAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 40))
+ALPHAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 20, dtype=torch.float32))
+BETAS = tuple(float(x) for x in torch.logspace(-1, 1.7, 40, dtype=torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)

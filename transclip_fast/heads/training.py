@@ -59,7 +59,7 @@ def best_validated(heads: Sequence[AnyHead], task: HeadTask) -> AnyHead:
 
 def first_weights(draw: torch.Generator, inputs: int, *shape: int) -> torch.Tensor:
     """Random weights like those of torch's linear layers: uniform up to 1 / sqrt(inputs)."""
-    return (2 * torch.rand(shape, generator=draw) - 1) / math.sqrt(inputs)
+    return (2 * torch.rand(shape, generator=draw, dtype=torch.float32) - 1) / math.sqrt(inputs)
 
 
 def trainable(tensor: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,8 @@ class Dense:
 
     def new_scores(self) -> Scores:
         """Room for scores."""
-        max_message = torch.zeros(len(self._features), device=self._features.device)
+        n_rows, device = len(self._features), self._features.device
+        max_message = torch.zeros(n_rows, dtype=torch.float32, device=device)
         return Scores.empty(max_message, self._n_classes, None)
 
     def new_assignments(self) -> Assignments:
@@ -103,6 +104,6 @@ def softmax_(values: torch.Tensor) -> torch.Tensor:
 
 def mean_row(features: Rows) -> torch.Tensor:
     """Mean of all rows (d,) float64."""
-    ones = torch.ones(len(features), 1, device=features.device)
+    ones = torch.ones(len(features), 1, dtype=torch.float32, device=features.device)
     sums, counts = Dense(features, 1).class_sums(ones)
     return sums[0] / counts

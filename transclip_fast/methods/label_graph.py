@@ -81,13 +81,13 @@ def spread_labels(
     n_nodes, device = len(matrix.offsets) - 1, labels.device
     n_rows = n_nodes - len(labels)
     nodes = torch.arange(n_rows, n_nodes, device=device)
-    result = torch.empty(n_rows, n_classes, device=device)
+    result = torch.empty(n_rows, n_classes, dtype=torch.float32, device=device)
     ops = TorchOps(matrix)
     for first in range(0, n_classes, BLOCK_CLASSES):
         width = min(BLOCK_CLASSES, n_classes - first)
         own = (labels >= first) & (labels < first + width)
         places = nodes[own], labels[own] - first
-        z = torch.zeros(n_nodes, width, device=device)
+        z = torch.zeros(n_nodes, width, dtype=torch.float32, device=device)
         z[places] = 1.0
         spare = torch.empty_like(z)
         for _ in range(sweeps):

@@ -87,7 +87,7 @@ class StatA(Method):
             task.progress(step + 1, s.max_iter + 1)
             if step == s.max_iter:
                 break
-            rows = torch.bincount(z.best()[0], minlength=task.n_classes)[:, None]
+            rows = torch.bincount(z.best()[0], minlength=task.n_classes)[:, None].float()
             weight = rows / (s.alpha + rows).clamp_min(MASS_FLOOR)
             counts, sums, squares = moments()
             averages = sums / counts.clamp_min(MASS_FLOOR)

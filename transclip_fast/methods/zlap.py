@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
-
+from transclip_fast.data.checks import as_tensor
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.label_graph import (
     as_distributions,
@@ -64,7 +63,7 @@ class ZLaP(Method):
     def solve(self, task: Task, s: Values) -> Answer:
         graph, labelled = task.graph(s.n_neighbors), task.labelled
         neighbors, cosines = (
-            torch.as_tensor(x, device=task.device) for x in (graph.neighbors, graph.similarities)
+            as_tensor(x, "graph").to(task.device) for x in (graph.neighbors, graph.similarities)
         )
         ids, similarities = nearest_labelled(task.features, labelled.features, s.n_labels)
         n_rows = len(task.features)

@@ -57,7 +57,7 @@ def calibrated_confidences(
         nodes = torch.cat([nodes, torch.arange(n_rows, len(z), device=device)])
 
     def part(rows: slice) -> None:
-        found = torch.from_numpy(np.ascontiguousarray(neighbors[rows])).to(device).long()
+        found = torch.from_numpy(np.require(neighbors[rows], requirements=("C", "W"))).to(device)
         own: slice | torch.Tensor = rows
         if nodes is not None:
             found, own = torch.where(found >= 0, nodes[found], -1), nodes[rows]
@@ -88,5 +88,5 @@ def _tempered_tail(
     from there; an even share is the most that the sum can be.
     """
     falling = math.log(TEMPERATURE) + log_tail + (1 / TEMPERATURE - 1) * smallest
-    even = (1 - 1 / TEMPERATURE) * number.log() + log_tail / TEMPERATURE
+    even = (1 - 1 / TEMPERATURE) * number.to(log_tail.dtype).log() + log_tail / TEMPERATURE
     return torch.minimum(falling, even)

@@ -8,6 +8,7 @@ sigma^2 (7). The operations on all N rows are in `transclip_fast.ops`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint, NoCheckpoint, Step
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.device import exact_float32
+from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.block_scores import block_scores
 from transclip_fast.ops.ranked import neighbor_places
@@ -67,6 +69,11 @@ def solve(
         Called after every outer step.
     checkpoint : Checkpoint, optional
         Saves the state after every outer step; a saved state is where the run resumes.
+
+    Raises
+    ------
+    InputError
+        Scores that are too large for float32.
     """
     checkpoint = checkpoint or NoCheckpoint()
     features, n_classes = inputs.features, inputs.prior.n_classes
@@ -92,6 +99,7 @@ def solve(
             _report(progress, history, len(features))
         update_assignments(state, bounded=True)
         history.append(objective(state), state.count(state.labels() != labels))
+        _check_finite(state, history)
         neighbors, _ = neighbor_places(features, graph.neighbors)
         confidences = calibrated_confidences(state.ops, state.base, state.z, neighbors, state.nodes)
     return Solution.of(state, history, confidences)
@@ -300,6 +308,16 @@ def passes_before(*, linear: bool) -> int:
     Without those of a class cost, which the start of `solve` decides on.
     """
     return 1 + linear
+
+
+def _check_finite(state: State, history: History) -> None:
+    """InputError where scores left float32: L is no number, or some row has no class."""
+    without = state.count(~(state.ops.best(state.z)[1] > 0))  # NaN is not greater
+    if without or not math.isfinite(history.objective[-1]):
+        raise InputError(
+            "the scores of the classes are too large for float32: lower logit_scale, kl_weight, "
+            "likelihood_weight, gamma or the similarities of the graph"
+        )
 
 
 def _finished(history: History, settings: Settings, n_rows: int) -> bool:

@@ -95,6 +95,8 @@ def given_prior(
 
     With `own`, those rows only, unless they are wrong.
     """
+    if prior is not None and prior_logits is not None:
+        raise InputError("give one of prior and prior_logits, not both")
     array, name, check = prior, "prior", as_log_probabilities
     if prior is None:
         array, name, check = prior_logits, "prior_logits", as_logits

@@ -96,7 +96,8 @@ def first_context(
     classes = [n_classes] if settings.class_specific else []
     shape = (*classes, settings.n_ctx, like.shape[1])
     draw = torch.Generator().manual_seed(seed)
-    return (INITIAL_DEVIATION * torch.randn(shape, generator=draw)).to(like)
+    noise = torch.randn(shape, generator=draw, dtype=torch.float32)
+    return (INITIAL_DEVIATION * noise).to(like)
 
 
 @torch.no_grad()

@@ -98,6 +98,7 @@ class TransportHead(ContextHead):
     stored_tensors: ClassVar = {"text": "Kd", "texts": "KPd", "contexts": "Pnv"}
     stored_settings: ClassVar = {**ContextHead.stored_settings, "patches": int}
     vectors: ClassVar[str] = "contexts"
+    takes_patches: ClassVar[bool] = True
 
     texts: torch.Tensor  # (K, P, d), unit rows
     contexts: torch.Tensor  # (P, n_ctx, width)
@@ -152,7 +153,7 @@ class Plot(Learner):
         contexts = first_context(self.tower, settings, PROMPTS, task.seed)
         if settings.start is not None:  # without noise all prompts would stay equal
             draw = torch.Generator().manual_seed(task.seed)
-            noise = torch.randn(contexts.shape, generator=draw).to(contexts)
+            noise = torch.randn(contexts.shape, generator=draw, dtype=torch.float32).to(contexts)
             contexts = contexts + INITIAL_DEVIATION * noise
         self.prompts = self.class_prompts(contexts.shape[1])
         self.contexts = torch.nn.Parameter(contexts)
