@@ -69,10 +69,9 @@ class TransCLIP(Parameters):
         best of 0.002, 0.01, 0.02 and 0.2 on a validation set; without one 0.00125 for each shot of
         a class; with few or uneven shots none: see `support_features` of `fit`.
     class_cost : {"auto", True, False}
-        Charge for each class in use, so that absent classes take no rows. "auto" never does so with
-        a gamma, nor where the prior spreads over 0.8 of the classes or more; it does where it
-        spreads over less than a quarter; and between these it solves with and without, and keeps
-        the labels that are more plausible (`transclip_fast.solver.class_cost`).
+        Charge for each class in use, so that absent classes take no rows. "auto" does so where the
+        prior spreads over less than a quarter of the classes, up to 0.8 of them if its labels are
+        more plausible than those without (`solver.class_cost`), and with a gamma never.
     device : str
         "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
     assignments : {"auto", "dense", "sparse"}
@@ -354,8 +353,7 @@ class TransCLIP(Parameters):
         Raises
         ------
         InputError
-            As `fit`; a prior missing, given twice, or superfluous after texts or prototypes; no
-            fit, which is scikit-learn's `NotFittedError`, too.
+            As `fit`; a prior missing, twice, or superfluous; no fit, scikit-learn's `NotFittedError`.
         """
         if not hasattr(self, "_mixture"):
             raise not_fitted("predict_proba: call fit first")
