@@ -353,7 +353,7 @@ class TransCLIP(Parameters):
         Raises
         ------
         InputError
-            As `fit`; a prior missing, twice, or superfluous; no fit, scikit-learn's `NotFittedError`.
+            As `fit`; a prior missing, twice or superfluous; no fit: sklearn's `NotFittedError`.
         """
         if not hasattr(self, "_mixture"):
             raise not_fitted("predict_proba: call fit first")
