@@ -129,12 +129,10 @@ def graph_features(
     Ranks that share the rows all call this: each writes and returns the lists of its own, the first
     one writes everything else, and returns the whole manifest.
     """
-    group, identity = current_ranks(), _identity(features, search)
-    ranks = group or ALONE
+    ranks, identity = current_ranks() or ALONE, _identity(features, search)
     partition = Partition(len(features.get("image_features")), ranks)
     work = {**identity, "faiss": faiss_installed(), "arrays": 2}  # "auto" depends on FAISS
-    shared = None if group is None else partition
-    checkpoint = checkpoint_of(out, CHECKPOINT, work, CHECKPOINT_SECONDS, shared)
+    checkpoint = checkpoint_of(out, CHECKPOINT, work, CHECKPOINT_SECONDS, partition)
     origins = {"features": features.origins["image_features"]}
     with (
         session.collected_warnings(origins, shown=ranks.leads) as warnings,
@@ -160,7 +158,7 @@ def graph_features(
             # All ranks have written theirs when they say this.
             said = ranks.all_gather(warnings)
         manifest = {
-            "n_rows": len(features.get("image_features")),
+            "n_rows": partition.n_rows,
             "n_neighbors": search.n_neighbors,
             "features_sha256": features.sha256(),
             "identity": identity,

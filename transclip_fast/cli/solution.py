@@ -32,6 +32,7 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.memory import peak_bytes
 from transclip_fast.metrics import check_assignments, check_class_order, rejected_rows
+from transclip_fast.ops.exchange import Partition
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.ranks import ALONE, Ranks, check_same, current_ranks
@@ -254,8 +255,7 @@ def _fit(
 ) -> None:
     """Solve, from the last checkpoint on."""
     inputs = {"inputs_sha256": start.features.inputs_sha256(), "version": __version__}
-    exchange = start.problem.exchange
-    partition = None if exchange is None else exchange.partition
+    partition = Partition(len(start.problem.features), solving.ranks)
 
     def checkpoint(name: str, identity: dict[str, Any]) -> Checkpoint:
         return checkpoint_of(solving.out, name, identity | inputs, CHECKPOINT_SECONDS, partition)

@@ -14,7 +14,7 @@ import numpy as np
 
 from transclip_fast.errors import InputError
 from transclip_fast.ops.exchange import Partition
-from transclip_fast.ranks import Ranks
+from transclip_fast.ranks import ALONE, Ranks
 from transclip_fast.store.arrays import array_sha256, read_arrays
 from transclip_fast.store.atomic import beside, read_json, remove, write_json, writing
 from transclip_fast.whole_files import new_file, partial_of
@@ -182,12 +182,12 @@ def checkpoint_of(
     name: str,
     identity: Mapping[str, Any],
     seconds: float,
-    partition: Partition | None,
+    partition: Partition,
 ) -> FileCheckpoint | RankedCheckpoint:
-    """The checkpoint of work that ranks share by rows, or of one process where it is None."""
-    if partition is None:
-        return FileCheckpoint(path, name, identity, seconds)
+    """The checkpoint of work on rows, which one process has or ranks share."""
     ranks, rows = partition.ranks, partition.rows
+    if ranks is ALONE:
+        return FileCheckpoint(path, name, identity, seconds)
     return RankedCheckpoint(path, name, identity, seconds, ranks=ranks, rows=rows)
 
 
