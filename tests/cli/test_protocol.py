@@ -186,7 +186,7 @@ def test_labels_in_another_order_than_the_texts(pets, cli, tmp_path, problem):
     command = "--head", "tip-adapter", "--shots", 1, "--seeds", 1, "--out", tmp_path / "table"
     ran = cli("protocol", "few-shot", *paths, *command)
     assert ran.code == 0
-    assert ran.err.startswith(f"warning: {paths[1]}: zero-shot labels match on ")
+    assert ran.err.startswith(f"warning: {paths[1]}: labels: zero-shot labels match on ")
     assert ran.err.count("warning: ") == 1
     assert json.loads((tmp_path / "table/run.json").read_text())["warnings"]
 
