@@ -37,6 +37,7 @@ from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.graph.recall import RecallSample
 from transclip_fast.memory import free_bytes, show_bytes
 from transclip_fast.ops.exchange import Partition
+from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.parallel import parallel_map, single_threaded_torch
 from transclip_fast.ranks import ALONE, check_same, current_ranks
 from transclip_fast.version import __version__
@@ -277,7 +278,7 @@ def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> Neighbo
         raise InputError(
             f"graph: the function returned {type(found).__name__}, expected a NeighborGraph"
         )
-    if features.own == slice(0, len(features)):
+    if not isinstance(features, RankedRows):
         _warn_of_other_rows(found.check(len(features), n_neighbors), features)
     return found
 
