@@ -79,7 +79,7 @@ class Traffic:
 
 def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[str, int]:
     """
-    Bytes that ranks send, at most, by stage.
+    Bytes that ranks send, at most, by stage, unless a class cost is decided by two solves.
 
     `load` and `write` are once; `start`, each `step` and `end` in each of `size.runs`.
     """

@@ -19,6 +19,9 @@ rows, and G is how often its own rows are in halos. With P ranks, a rank sends, 
     end      outlier scores, once in float32, twice in float64: 20 G; `solve` also both labels and
              the outlier score of its n rows to all: 20 n (P - 1)
 
+Where two solves decide on a class cost, start to step are sent twice, and of S rows the neighbours,
+their labels and those of the neighbours: 8 (2 k + 1) S (P - 1) for each solve.
+
 To search the graph, of k neighbours a row, a rank with n of the N rows sends, in bytes:
 
     exact    nothing
