@@ -105,7 +105,8 @@ def test_a_number_that_is_no_name_among_names_that_are(tmp_path, recwarn):
     ("rows", "head", "message"),
     [
         ([("nowhere.jpg", "cat")], ("key", "label"), "'nowhere.jpg' is the key of no row"),
-        ([("+1", "cow")], ("key", "label"), "'cow' is none of the classes"),
+        ([("+1", "cow")], ("key", "label"), r"key '\+1': label 'cow' is none of the classes$"),
+        ([("+1", "dgo")], ("key", "label"), "'dgo' is none of the classes; did you mean 'dog'"),
         ([("+1", "6")], ("key", "label"), "'6' is none of the classes"),
         ([("+1", "-1")], ("key", "label"), "'-1' is none of the classes"),
         ([("+1", "cat"), ("+1", "dog")], ("key", "label"), "corrects row 4 twice"),

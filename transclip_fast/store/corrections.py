@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def read_corrections(
         if not has_keys(keys):
             column, why = "row", ", and the features have no keys; name their rows in a column row"
         raise InputError(f"{path}: has no column {column!r}{why}")
-    class_of = _class_finder(path, names)
+    class_of = _class_finder(names)
     found: dict[int, int] = {}
     doubtful: list[tuple[str, int]] = []
     for line, row in zip(filled, rows_of_lines(path, named, keys, n_rows), strict=True):
@@ -83,7 +84,8 @@ def read_corrections(
             raise InputError(
                 f"{path}: {texts['key'][line]!r} is the key of no row, as {example!r} is of one"
             )
-        k = class_of(texts["label"][line])
+        column = "key" if "key" in named else "row"
+        k = class_of(texts["label"][line], f"{path}: {column} {texts[column][line]!r}")
         if found.setdefault(row, k) != k:
             raise InputError(f"{path}: corrects row {row} twice, to different classes; keep one")
         if names and _is_doubtful(texts["label"][line], k, names):
@@ -106,22 +108,24 @@ def _is_doubtful(label: str, k: int, names: Sequence[str]) -> bool:
     return int(number[1]) != k or (name is not None and int(name[1]) != k)
 
 
-def _class_finder(path: Path, names: Sequence[str] | None) -> Callable[[str], int]:
-    """Return a function from a label to the class that it means."""
+def _class_finder(names: Sequence[str] | None) -> Callable[[str, str], int]:
+    """Return a function from a label, and where it stands, to the class that it means."""
     exact, plain = positions(names or ()), positions_by_name(names or ())
 
-    def find(label: str) -> int:
+    def find(label: str, place: str) -> int:
         stripped = label.strip()
         for places, text in ((exact, label), (exact, stripped), (plain, plain_name(label))):
             if (k := places.get(text)) is not None:
                 return k
             if text in places:
                 raise InputError(
-                    f"{path}: {label!r} is the name of several classes; give a position"
+                    f"{place}: {label!r} is the name of several classes; give a position"
                 )
         number = WHOLE.fullmatch(stripped)
         if not number or (names is not None and int(number[1]) >= len(names)):
-            raise InputError(f"{path}: {label!r} is none of the classes")
+            near = get_close_matches(label, names or (), n=1)
+            remedy = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{place}: label {label!r} is none of the classes{remedy}")
         return int(number[1])
 
     return find
