@@ -47,6 +47,7 @@ SEARCHES = ("auto", "faiss", "exact", "cuvs")
 EXACT_ROWS = {"cpu": 20_000, "cuda": 1_500_000}
 NEIGHBOR_BYTES = 12  # of an entry of the lists: int64 and float32
 COMPARED_LISTS = 64  # of a given graph, with the rows
+NEARER = 0.75  # share of neighbours that are nearer than those of other rows; half by chance
 SIMILARITY_TOLERANCE = 0.02  # rows of half precision, or rounded to 8 bits, differ by less
 COMPARED_ROWS = 512  # by which processes know that they have the same features, or graph
 
@@ -284,15 +285,23 @@ def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> Neighbo
 
 
 def _warn_of_other_rows(graph: NeighborGraph, features: Rows) -> None:
-    """Warn if most similarities of some lists are not the inner products of these rows."""
+    """
+    Warn if most similarities of some lists are not the inner products of these rows.
+
+    Similarities may be scaled: not where the neighbours are more similar than those of other rows.
+    """
     ids = evenly_spaced_rows(len(graph), COMPARED_LISTS)
     neighbors = torch.from_numpy(graph.neighbors[ids.numpy()])
     similarities = torch.from_numpy(graph.similarities[ids.numpy()])
     rows = features[ids.to(features.device)].double()
     theirs = features[neighbors.clamp_min(0).flatten().to(features.device)].double()
-    products = torch.einsum("nd,nkd->nk", rows, theirs.view(*neighbors.shape, -1)).cpu()
-    wrong = ((products - similarities).abs() > SIMILARITY_TOLERANCE) & (neighbors >= 0)
-    if 2 * int(wrong.sum()) > int((neighbors >= 0).sum()):
+    theirs = theirs.view(*neighbors.shape, -1)
+    products = torch.einsum("nd,nkd->nk", rows, theirs).cpu()
+    of_others = torch.einsum("nd,nkd->nk", rows, theirs.roll(1, 0)).cpu()
+    there = neighbors >= 0
+    wrong = ((products - similarities).abs() > SIMILARITY_TOLERANCE) & there
+    nearer = (products > of_others)[there].double().mean()
+    if 2 * int(wrong.sum()) > int(there.sum()) and nearer < NEARER:
         row, place = (int(i) for i in wrong.nonzero()[0])
         warnings.warn(
             f"graph: says that rows {int(ids[row])} and {int(neighbors[row, place])} have the "
