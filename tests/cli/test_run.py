@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import socket
+import warnings
 
 import numpy as np
 import open_clip
@@ -19,6 +20,7 @@ from tests.cli.conftest import contents
 from tests.cli.test_plan import DENSE
 from tests.cli.test_ranks import start
 from transclip_fast.encode import encoder
+from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
 
@@ -303,6 +305,20 @@ def test_demo(cli, tmp_path, no_network):
     assert (tmp_path / "demo/changed.png").stat().st_size > 10_000
     assert summary["report"] == str(tmp_path / "demo/report.html")
     assert (tmp_path / "demo/report.html").read_text().count('"picture":') > 100
+
+
+def test_what_the_demo_warns_of_is_one_line(cli, tmp_path, monkeypatch):
+    """Also where it encodes, as of a lock that cannot be removed."""
+
+    def fail(*_, **__):
+        warnings.warn("cannot remove .features.lock", stacklevel=2)
+        raise InputError("features: cannot be written")
+
+    monkeypatch.setattr("transclip_fast.cli.demo.encode_source", fail)
+    ran = cli("demo", "--out", tmp_path / "demo")
+    assert ran.code == 2
+    lines = ["warning: cannot remove .features.lock", "error: features: cannot be written"]
+    assert ran.err.splitlines() == lines
 
 
 def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp_path):

@@ -50,8 +50,14 @@ def command(out: str, device: str, as_json: bool) -> None:
     Example:
       transclip-fast demo --out transclip-demo
     """
+    with session.collected_warnings({}):
+        summary, text = _demo(Path(out), device)
+    session.print_summary(summary, text, as_json)
+
+
+def _demo(folder: Path, device: str) -> tuple[dict[str, Any], str]:
+    """Write all that `command` says; the summary, and its text."""
     started = time.perf_counter()
-    folder = Path(out)
     shifts = [*reversed(SHIFTS)]  # those with most to gain first, plain last
     runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in shifts}
     picture, report = folder / "changed.png", folder / REPORT
@@ -59,13 +65,12 @@ def command(out: str, device: str, as_json: bool) -> None:
     page = write_report(folder / most.replace(" ", "-") / "result", report)
     summary = _summary(runs, time.perf_counter() - started) | {"report": str(report)}
     image = _picture(folder, shifts)
-    with writing(out):
+    with writing(folder):
         with new_file(picture) as unfinished:
             image.save(unfinished, "png")
         with new_file(folder / "run.json") as unfinished:
             write_json(unfinished, summary)
-    text = f"{_text(runs, summary, picture)}\n{describe_report(page, report)}"
-    session.print_summary(summary, text, as_json)
+    return summary, f"{_text(runs, summary, picture)}\n{describe_report(page, report)}"
 
 
 def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
@@ -78,10 +83,7 @@ def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:
         encoded = encode_source(
             source, loaded, folder / "features", class_prompts(), progress=progress
         )
-    with session.collected_warnings({}):
-        return solve_folder(
-            folder, TransCLIP(device=device), stages=session.Stages(encoded.seconds)
-        )
+    return solve_folder(folder, TransCLIP(device=device), stages=session.Stages(encoded.seconds))
 
 
 def _summary(runs: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
