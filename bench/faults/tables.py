@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.fuzz.trial import ACCEPTED, REFUSED
-from bench.tables import Row, newest, source, table
+from bench.tables import Row, clean_lines, newest, source, table
 
 OUTCOMES = ("refused", "finished", "killed")
 
 
+def of_cases(folder: Path) -> list[Row]:
+    """Return the newest line of each command, with what earlier ones of its stride tried beside."""
+    found: dict[str, Row] = {}
+    for line in clean_lines("faults", folder):
+        earlier = found.get(line["case"])
+        if earlier is not None and earlier["every"] == line["every"]:
+            line = {**line, "faults": earlier["faults"] | line["faults"]}
+        found[line["case"]] = line
+    return [found[case] for case in sorted(found)]
+
+
 def faults(folder: Path) -> str:
     """Tabulate failed operations of each command and how the command ended."""
-    rows = newest("faults", "case", folder=folder)
+    rows = of_cases(folder)
     if not rows:
         return "Not recorded yet: `python -m bench.faults`."
     cells = []

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from bench.faults.commands import CASES
 from bench.faults.library import FAULTS, build, compiler
+from bench.faults.tables import of_cases
 from bench.processes import Process
 from transclip_fast.cli import COMMANDS
 
@@ -121,3 +123,22 @@ def test_a_command(command, stride, process):
 def test_every_command_that_writes_is_tried():
     tried = {case.command.split()[0] for case in CASES.values()}
     assert tried == {*COMMANDS} - {"plan", "doctor"}
+
+
+def test_faults_of_several_lines_are_one_row(tmp_path):
+    """Those of the newest line's stride."""
+    lines = [
+        ("demo", 131, {"EIO": {"operations": 9, "tried": 1, "refused": 1}}),
+        ("demo", 1, {"EIO": {"operations": 9, "tried": 9, "refused": 9}}),
+        ("demo", 1, {"READ": {"operations": 5, "tried": 5, "refused": 4, "finished": 1}}),
+    ]
+    machine = {"dirty": False, "gpu": None}
+    (tmp_path / "faults.jsonl").write_text(
+        "".join(
+            json.dumps({"machine": machine, "date": day, "case": c, "every": n, "faults": faults})
+            + "\n"
+            for day, (c, n, faults) in enumerate(lines)
+        )
+    )
+    (row,) = of_cases(tmp_path)
+    assert (row["every"], row["faults"]) == (1, lines[1][2] | lines[2][2])
