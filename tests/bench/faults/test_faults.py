@@ -132,13 +132,10 @@ def test_faults_of_several_lines_are_one_row(tmp_path):
         ("demo", 1, {"EIO": {"operations": 9, "tried": 9, "refused": 9}}),
         ("demo", 1, {"READ": {"operations": 5, "tried": 5, "refused": 4, "finished": 1}}),
     ]
-    machine = {"dirty": False, "gpu": None}
-    (tmp_path / "faults.jsonl").write_text(
-        "".join(
-            json.dumps({"machine": machine, "date": day, "case": c, "every": n, "faults": faults})
-            + "\n"
-            for day, (c, n, faults) in enumerate(lines)
-        )
-    )
+    same = {"machine": {"dirty": False, "gpu": None}}
+    with open(tmp_path / "faults.jsonl", "w") as file:
+        for day, (case, every, faults) in enumerate(lines):
+            line = {**same, "date": day, "case": case, "every": every, "faults": faults}
+            file.write(f"{json.dumps(line)}\n")
     (row,) = of_cases(tmp_path)
     assert (row["every"], row["faults"]) == (1, lines[1][2] | lines[2][2])
