@@ -143,7 +143,7 @@ def plausibility(z, graph):
     labels = z.argmax(1)
     rows, neighbors = np.nonzero(graph)
     one_hot = np.eye(z.shape[1])[labels]
-    shared = (labels[rows] == labels[neighbors]).mean()
+    shared = (labels[rows] == labels[neighbors]).mean() if len(rows) else 0.0
     return shared + 0.1 * np.log(effective_classes(one_hot))
 
 

@@ -34,6 +34,7 @@ from bench.processes import Process, measured
 from bench.speed.stream import N_NEIGHBORS, write_problem
 from transclip_fast import TransCLIP
 from transclip_fast.cli.plan import problem_of
+from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.ranked import RankedOps
 from transclip_fast.ranks import joined
@@ -80,8 +81,7 @@ def run_rank(folder: str) -> dict[str, Any]:
 def warm_up() -> None:
     """Fit a small problem, so that loops are loaded and threads are there."""
     small = make_problem(SMALL, 20, 64)
-    near = (np.arange(SMALL)[:, None] + 1 + np.arange(N_NEIGHBORS)) % SMALL
-    graph = NeighborGraph(near, np.ones(near.shape, np.float32))
+    graph = build_graph(small.features, N_NEIGHBORS, device="cpu")
     model = TransCLIP(device="cpu", assignments="sparse", logit_scale=100.0)
     model.fit(small.features, text_features=small.prototypes, graph=graph)
 

@@ -49,9 +49,8 @@ def run_arm(arm: str, folder: str, logit_scale: float) -> dict[str, Any]:
     # Copies have torch's own alignment, so that no arm makes another copy.
     tensors = [torch.from_numpy(np.load(place / f"{name}.npy")).clone() for name in ARRAYS]
     small = make_problem(300, 20, tensors[0].shape[1])
-    near = (np.arange(300)[:, None] + 1 + np.arange(N_NEIGHBORS)) % 300
-    arrays = (small.features, small.prototypes, near, np.ones(near.shape, np.float32))
-    solve_arm(arm, [torch.from_numpy(x) for x in arrays], logit_scale)
+    rows, texts = map(torch.from_numpy, (small.features, small.prototypes))
+    solve_arm(arm, [rows, texts, *baseline.nearest(rows, N_NEIGHBORS)], logit_scale)
     (labels, facts), seconds, peak = measured(lambda: solve_arm(arm, tensors, logit_scale))
     if seconds < LONG_SECONDS:
         (labels, facts), seconds, _ = measured(lambda: solve_arm(arm, tensors, logit_scale))

@@ -183,7 +183,7 @@ def test_class_names_in_another_order(folder, refused, succeeds, tmp_path):
     succeeds("solve", folder, "--class-names", other, "--out", tmp_path / "r")
 
 
-def test_new_rows_with_labels_in_another_order(folder, named, arrays, save, refused, succeeds,
+def test_new_rows_with_labels_in_another_order(folder, named, arrays, save, refused, succeeds, cli,
                                                tmp_path):  # fmt: skip
     succeeds("solve", folder, "--out", tmp_path / "r")
     names = np.array(NAMES[1:] + NAMES[:1])
@@ -192,9 +192,12 @@ def test_new_rows_with_labels_in_another_order(folder, named, arrays, save, refu
     assert f"new.npz: its class 0 is not that of {tmp_path / 'r'}" in message
     np.save(tmp_path / "y.npy", texts_of(arrays["labels"]))
     labels = ("--labels", tmp_path / "y.npy")
-    found = succeeds("predict", tmp_path / "r", new, *labels, "--out", tmp_path / "p", "--json")
+    ran = cli("predict", tmp_path / "r", new, *labels, "--out", tmp_path / "p", "--json")
+    assert ran.err.endswith(
+        f"its class 0 is not that of {tmp_path / 'r'}, whose classes are used\n"
+    )
     expected = succeeds("evaluate", tmp_path / "r", *labels, "--json")
-    zero_shot = [json.loads(text)["zero_shot_accuracy"] for text in (found, expected)]
+    zero_shot = [json.loads(text)["zero_shot_accuracy"] for text in (ran.out, expected)]
     assert zero_shot[0] == zero_shot[1]
 
 

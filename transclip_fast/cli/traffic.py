@@ -117,7 +117,7 @@ def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[s
         start += picked(few * (prior + 8 * kept))
     if charged:
         start += parameters.inner_iter * fetch + class_sums
-    end = step + 20 * remote + sender.to_others(4) + picked(8 * size.labelled)
+    end = step + 8 * sums + 20 * remote + sender.to_others(4) + picked(8 * size.labelled)
     write = picked(20 * n) + 8 * d * sums
     return {"load": load, "start": start, "step": step, "end": end, "write": write}
 

@@ -297,7 +297,7 @@ def _warn_of_other_rows(graph: NeighborGraph, features: Rows) -> None:
     theirs = features[neighbors.clamp_min(0).flatten().to(features.device)].double()
     theirs = theirs.view(*neighbors.shape, -1)
     products = torch.einsum("nd,nkd->nk", rows, theirs).cpu()
-    of_others = torch.einsum("nd,nkd->nk", rows, theirs.roll(1, 0)).cpu()
+    of_others = torch.einsum("nd,nkd->nk", rows, theirs.roll(len(ids) // 2, 0)).cpu()
     there = neighbors >= 0
     wrong = ((products - similarities).abs() > SIMILARITY_TOLERANCE) & there
     nearer = (products > of_others)[there].double().mean()

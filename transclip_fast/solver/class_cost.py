@@ -105,7 +105,8 @@ def may_be_undecided(class_cost: bool | str, *, few_shot: bool) -> bool:
 
 
 def plausibility(shared: float, sizes: torch.Tensor) -> float:
-    """By which "auto" chooses: `shared` of the neighbours have one label, classes `sizes` (K,)."""
+    """By which "auto" chooses: `shared` of the neighbours, if any, have one label; `sizes` (K,)."""
+    shared = 0.0 if math.isnan(shared) else shared
     return shared + AGREEMENT_OF_A_NAT * math.log(effective_classes(sizes))
 
 
