@@ -356,7 +356,7 @@ def core_seconds(
     size: Size, layout: Layout, parameters: Parameters, device: torch.device
 ) -> tuple[float, float] | None:
     """
-    The time that all cores spend in a solve, of the CPUs that were measured the least and the most.
+    The time that all cores spend in one solve, of the CPUs measured the least and the most.
 
     None unless a solve like it was measured.
     """
