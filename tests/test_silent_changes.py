@@ -1,4 +1,4 @@
-"""What could change a result in silence: torch's settings, sizes of numbers, shared memory."""
+"""What could change a result unnoticed: torch's settings, sizes of numbers, shared memory."""
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ import pytest
 
 from tests import reference
 from tests.cli.test_solve import read
-from tests.solver.test_class_cost import weak
+from tests.solver.test_class_cost_choice import weak
 from transclip_fast.cli.class_outlook import describe_outlook
 
 NAMES = [f"name{k}" for k in range(20)]

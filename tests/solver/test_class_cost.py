@@ -19,8 +19,6 @@ from transclip_fast.solver.class_cost import (
     ClassCost,
     agreement,
     effective_classes,
-    is_undecided,
-    plausibility,
     sharpness,
 )
 from transclip_fast.store.checkpoint import FileCheckpoint
@@ -375,99 +373,3 @@ def test_lists_of_few_classes_drop_nothing(few, backend):
     assert model.truncation_["floor"] == 0
     found = model.label_distributions_.toarray()
     np.testing.assert_allclose(found, dense.label_distributions_, atol=1e-5)
-
-
-def test_plausibility_by_hand():
-    """0.9 of the neighbours share a label; two classes of one size have an entropy of log 2."""
-    assert plausibility(0.9, torch.tensor([5.0, 0.0, 5.0])) == pytest.approx(0.9 + 0.1 * log(2))
-    assert plausibility(1.0, torch.tensor([0.0, 7.0])) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-    ("class_cost", "effective", "few_shot", "expected"),
-    [
-        ("auto", 25.0, False, True),
-        ("auto", 79.9, False, True),
-        ("auto", 24.9, False, False),  # few of the classes occur, for sure
-        ("auto", 80.0, False, False),
-        ("auto", 50.0, True, False),
-        (True, 50.0, False, False),
-        (False, 50.0, False, False),
-    ],
-)
-def test_when_auto_solves_both_ways(class_cost, effective, few_shot, expected):
-    assert is_undecided(class_cost, effective, 100, few_shot=few_shot) is expected
-
-
-@pytest.mark.parametrize("assignments", ["dense", "sparse"])
-def test_a_weak_text_merges_no_classes(golden, assignments):
-    """All classes occur, though zero-shot uses about half of them: the published method is kept."""
-    labels, draw = golden["labels"], np.random.default_rng(0)
-    features = unit(golden["image_features"].astype(np.float64))
-    means = unit(np.stack([features[labels == k].mean(0) for k in range(19)]))
-    apart = unit(draw.normal(size=(1, features.shape[1])))  # as texts lie from images
-    texts = unit(0.3 * means + 0.7 * unit(draw.normal(size=means.shape)) + apart)
-    values = {"device": "cpu", "assignments": assignments}
-    runs = {
-        x: TransCLIP(**values, class_cost=x).fit(features.astype(np.float32), texts)
-        for x in ("auto", True, False)
-    }
-    assert 0.25 * 19 <= runs["auto"].n_effective_classes_ < 0.8 * 19
-    right = {x: np.mean(run.transduction_ == labels) for x, run in runs.items()}
-    assert right[True] < right[False] - 0.1
-    assert runs["auto"].class_costs_ is None
-    for name in ("transduction_", "means_", "objective_", "calibrated_confidences_"):
-        np.testing.assert_array_equal(getattr(runs["auto"], name), getattr(runs[False], name))
-
-
-def weak(seed, n=300):
-    """Rows of all 20 classes beside texts that tell few of them apart: 0.25 K < K_eff < 0.8 K."""
-    draw = np.random.default_rng(seed)
-    centres = unit(0.5 * draw.normal(size=(20, 24)) + 1)
-    features = unit(centres[np.arange(n) % 20] + 0.06 * draw.normal(size=(n, 24)))
-    texts = unit(centres + 0.8 * unit(draw.normal(size=(20, 24))))
-    return features.astype(np.float32), texts.astype(np.float32)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_solved_both_ways_is_the_reference(seed):
-    features, texts = weak(seed)
-    model = everything(None).fit(features, texts)
-    assert 0.25 * 20 <= model.n_effective_classes_ < 0.8 * 20
-    assert_agrees(model, reference.zero_shot(features, texts))
-
-
-def test_killed_in_the_second_solve(tmp_path):
-    """It resumes there, with the same bits; progress counts the steps of both."""
-    features, texts = weak(0)
-    expected = TransCLIP(device="cpu").fit(features, texts)
-
-    class Killed(Exception):
-        pass
-
-    def checkpoint(name, identity):
-        return FileCheckpoint(tmp_path / "out", name, identity, 0.0)
-
-    def kill(seen):
-        if seen.steps == 14:
-            raise Killed
-
-    with pytest.raises(Killed):
-        TransCLIP(device="cpu").fit(features, texts, progress=kill, checkpoint=checkpoint)
-    seen = []
-    model = TransCLIP(device="cpu")
-    model.fit(features, texts, checkpoint=checkpoint, progress=seen.append)
-    for name in ("transduction_", "means_", "variances_", "objective_"):
-        np.testing.assert_array_equal(getattr(model, name), getattr(expected, name))
-    second = [state.steps for state in seen if state.steps > 10]
-    assert min(second) >= 13
-    assert (seen[-1].steps, seen[-1].rows) == (20, seen[-1].all_rows)
-
-
-def test_streamed_rows_are_decided_alike(tmp_path):
-    features, texts = weak(0)
-    np.save(tmp_path / "rows.npy", features)
-    rows = StoredRows([Shard.find(tmp_path / "rows.npy")])
-    streamed, held = (TransCLIP(device="cpu").fit(x, texts) for x in (rows, features))
-    for name in ("transduction_", "means_", "variances_", "objective_"):
-        np.testing.assert_array_equal(getattr(streamed, name), getattr(held, name))

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from tests.conftest import make_problem, unit
 from tests.ranks import on_ranks
-from tests.solver.test_class_cost import weak
+from tests.solver.test_class_cost_choice import weak
 from transclip_fast import InputError, NeighborGraph, TransCLIP
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph

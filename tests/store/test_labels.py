@@ -59,7 +59,7 @@ def test_labels_in_their_order_beside_what_might_tell_the_rows(content, unread, 
 
 @pytest.mark.parametrize("name", ["", "index", "__index_level_0__"])
 def test_lines_that_a_column_numbers_in_another_order(name, tmp_path):
-    """As of a table that was shuffled: neither order is taken in silence."""
+    """As of a table that was shuffled: neither order is taken without a word."""
     file, order = tmp_path / "y.csv", [3, 0, 4, 1, 2]
     lines = [f"{row},{TEXTS[row]}" for row in order]
     file.write_text("\n".join([f"{name},label", *lines]), encoding="utf-8")
