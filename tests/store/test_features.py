@@ -261,6 +261,13 @@ def test_hash_tells_type_shape_and_bytes():
     assert len({array_sha256(x) for x in others} | same) == 6
 
 
+def test_hash_of_one_column_of_others():
+    column = torch.ones(5, 6)[:, 2:3]
+    assert array_sha256(column) == array_sha256(np.ones((5, 1), np.float32))
+    one = torch.ones(1, 6).T[:1]  # contiguous for torch, though its stride is not 1
+    assert array_sha256(one) == array_sha256(np.ones((1, 1), np.float32))
+
+
 def test_names_settle_the_axis_of_templates_for_a_fit(tmp_path):
     """80 templates of 2 named classes: no fit that gets them warns that it may be the other way."""
     images = unit(FEATURES.astype(np.float32))

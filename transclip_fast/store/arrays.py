@@ -104,7 +104,9 @@ def array_sha256(array: Any) -> str:
     for start in range(0, len(array), HASHED_ROWS):
         rows = array[start : start + HASHED_ROWS]
         if isinstance(rows, torch.Tensor):
-            rows = rows.cpu().contiguous().view(torch.uint8).numpy()
+            rows = rows.cpu().contiguous()
+            # Where there is one column, its stride may be any, which no view of bytes takes.
+            rows = rows.as_strided((rows.numel(),), (1,)).view(torch.uint8).numpy()
         digest.update(np.ascontiguousarray(rows).tobytes())
     return digest.hexdigest()
 
