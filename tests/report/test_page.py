@@ -334,6 +334,15 @@ def test_a_result_of_other_images_is_refused(made, tmp_path):
     set_run(tmp_path / "other", inputs_sha256={"image_features": "another"})
     with pytest.raises(InputError, match="is of other images or classes"):
         write_report(made.result, tmp_path / "page.html", before=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="is the result itself"):
+        write_report(made.result, tmp_path / "page.html", before=f"{made.result}/../result")
+
+
+@pytest.mark.parametrize("name", ["page.pdf", "page", "page.html.txt"])
+def test_a_page_that_no_browser_would_open_is_refused(name, made, tmp_path):
+    with pytest.raises(InputError, match=r"is for a page of HTML; name it page(\.html)+$"):
+        write_report(made.result, tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_many_long_names_fit(made, tmp_path, monkeypatch):

@@ -45,10 +45,12 @@ def write_report(
     Raises
     ------
     InputError
-        A folder that is no result, results of other images, a file that cannot be written, or one
-        that is no page and would be replaced.
+        A folder that is no result, results of other images or twice the same, `out` without the
+        suffix .html, a file that cannot be written, or one that is no page and would be replaced.
     """
     _check_place(Path(out))
+    if before is not None and Path(before).resolve() == Path(result).resolve():
+        raise InputError(f"before: {before} is the result itself; give the one before corrections")
     content = Content.of(View.open(result, before), images)
     # A path that is no UTF-8 has half characters, which are no text; they are shown escaped.
     page = render(content).encode("utf-8", "backslashreplace")
@@ -66,7 +68,9 @@ def write_report(
 
 
 def _check_place(out: Path) -> None:
-    """InputError if a file of another kind would be replaced."""
+    """InputError if no browser would open the page, or a file of another kind be replaced."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{out}: is for a page of HTML; name it {out.with_suffix('.html').name}")
     if out.is_file():
         with reading(out), open(out, "rb") as file:
             if file.read(len(FIRST_BYTES)) != FIRST_BYTES:
