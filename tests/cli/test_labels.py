@@ -221,6 +221,17 @@ def test_texts_of_several_templates(axis, named, save, succeeds, tmp_path):
     succeeds("plan", tmp_path / "several.npz")
 
 
+def test_a_folder_with_the_name_of_a_value_is_no_input(
+    arrays, save, succeeds, tmp_path, monkeypatch
+):
+    """The report's command names its files, and says values as they were given."""
+    (tmp_path / "cpu").mkdir()
+    monkeypatch.chdir(tmp_path)
+    succeeds("solve", save(arrays), "--device", "cpu", "--out", tmp_path / "result")
+    run = json.loads((tmp_path / "result/run.json").read_text())
+    assert run["options"] == [{"option": "--device", "value": "cpu"}]
+
+
 @pytest.mark.parametrize(
     "content",
     [

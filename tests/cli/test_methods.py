@@ -268,6 +268,17 @@ def test_done_methods_are_not_run_again(save, arrays, succeeds, cli, counted, tm
     assert "--logit-scale" not in ran.err
 
 
+def test_other_anchors_run_again_only_what_they_change(save, few_shot, succeeds, counted, tmp_path):
+    features, out = save(few_shot), tmp_path / "table.json"
+    command = "compare", features, "--methods", "zero-shot,zlap", "--out", out
+    kinds = "shots", "shots", "texts"
+    for anchors in kinds:
+        succeeds(*command, "--anchors", anchors)
+        rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+        assert (rows["zero-shot"]["anchors"], rows["zlap"]["anchors"]) == ("texts", anchors)
+    assert counted == ["zero-shot", "zlap", "zlap"]
+
+
 def test_rows_of_other_class_names_are_not_kept(save, arrays, cli, counted, tmp_path):
     """Labels by name are others once the names are put right."""
     names = np.array(list("fbdace"))

@@ -108,6 +108,20 @@ def test_transclip_fs_has_the_shots_itself(pets, done, tmp_path):
     assert row["head_parameters"] == f"gamma {model.gamma_:g}"
 
 
+def test_transclip_fs_without_validation_rows_has_its_own_gamma(pets, done, tmp_path):
+    path = pets(validation_features=None, validation_labels=None)
+    done(
+        "protocol", "few-shot", path, "--head", "transclip-fs", "--shots", 2, "--seeds", 1,
+        "--out", tmp_path / "table",
+    )  # fmt: skip
+    (data,), (row,) = load_data([path], pools=True), runs_of(tmp_path / "table")
+    shots = data.pools["support"].draw(2, 0)
+    support = {"support_features": shots.features, "support_labels": shots.labels}
+    model = TransCLIP().fit(data.features, data.text, **support)
+    assert row["accuracy"] == accuracy(model.transduction_, data.labels)
+    assert row["head_parameters"] == f"gamma {model.gamma_:g}"
+
+
 def test_a_class_with_fewer_shots_leaves_no_gamma(pets, cli, tmp_path):
     made = dict(np.load(pets()))
     kept = made["support_labels"] != 2
@@ -307,7 +321,6 @@ def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
         (("few-shot", "pets.npz", "--head", "lora"), "head 'lora' is not known"),
         (("few-shot", "pets.npz", "other/pets.npz"), "pets: two data sets have this name"),
         (("few-shot", "bare.npz"), "bare.npz: has no support_features"),
-        (("few-shot", "bold.npz", "--head", "transclip-fs"), "needs validation rows"),
         (("cross-dataset", "pets.npz", "bare.npz", "--head", "taskres"), "bound to the classes"),
         (("base-to-new", "pets.npz", "--head", "taskres"), "taskres is bound to the classes"),
         (("base-to-new", "half.npz"), "half: has no query of the classes 3 to 5"),
@@ -335,7 +348,6 @@ def test_what_cannot_be_run(command, expected, pets, problem, cli, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     pets("other/pets")
-    pets("bold", validation_features=None, validation_labels=None)
     pets("half", labels=np.zeros(77))
     pets()
     for name, d in (("bare", 33), ("narrow", 20)):

@@ -307,6 +307,24 @@ def test_demo(cli, tmp_path, no_network):
     assert (tmp_path / "demo/report.html").read_text().count('"picture":') > 100
 
 
+def test_the_demo_replaces_nothing_but_a_demo(cli, refused, tmp_path, monkeypatch):
+    """A result folder has a run.json, too; what a killed demo left is written again."""
+
+    def fail(*_, **__):
+        raise InputError("features: cannot be written")
+
+    monkeypatch.setattr("transclip_fast.cli.demo.encode_source", fail)
+    for name in ("run.json", "changed.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{}")
+        message = refused("demo", "--out", tmp_path / name)
+        assert f"{tmp_path / name}: holds other files ({name}); name a new folder" in message
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+    for _ in range(2):
+        assert "cannot be written" in cli("demo", "--out", tmp_path / "demo").err
+        (tmp_path / "demo/.changed.png.1").write_text("half")
+
+
 def test_what_the_demo_warns_of_is_one_line(cli, tmp_path, monkeypatch):
     """Also where it encodes, as of a lock that cannot be removed."""
 

@@ -92,6 +92,17 @@ def test_other_files_are_never_replaced(tmp_path):
     assert listing(tmp_path) == {"out": {"a": "old", "thesis": "mine"}}
 
 
+def test_files_that_came_while_it_was_written_stay(earlier, tmp_path):
+    def write_slowly():
+        with new_folder(earlier, CONTENTS) as folder:
+            (folder / "a").write_text("new")
+            (earlier / "thesis").write_text("mine")
+
+    with pytest.raises(InputError, match="holds other files \\(thesis\\)"):
+        write_slowly()
+    assert listing(tmp_path) == {"out": {"a": "old", "thesis": "mine"}}
+
+
 def test_a_link_to_the_folder_stays_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk/out")

@@ -110,6 +110,19 @@ def test_as_many_shots_as_dimensions(transposed, tip_adapter, problem):
     assert_same(load_features(tip_adapter, shots=1).get("support_features"), keys)
 
 
+@pytest.mark.parametrize("of_norm_1", ["neither", "both"])
+def test_square_texts_whose_rows_nothing_tells(of_norm_1, problem_parts, tmp_path):
+    """In a .npy a row is a class, as everywhere."""
+    np.save(tmp_path / "X.npy", problem_parts[0][0])
+    texts = torch.eye(D) if of_norm_1 == "both" else torch.rand(D, D)
+    torch.save(texts, tmp_path / "text_features.pt")
+    with pytest.raises(InputError, match=f"text_features.pt: is {D} x {D}, so that rows cannot"):
+        load_features(tmp_path / "X.npy", {"text_features": tmp_path / "text_features.pt"})
+    np.save(tmp_path / "text_features.npy", texts.numpy())
+    files = {"text_features": tmp_path / "text_features.npy"}
+    assert_same(load_features(tmp_path / "X.npy", files).get("text_features"), texts)
+
+
 def test_rs_transclip(problem_parts, tmp_path):
     test, _, prototypes, _ = problem_parts
     for name, array in (("images", half(test[0])), ("texts_a_photo_of_a", half(prototypes))):

@@ -32,8 +32,8 @@ from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import TRANSCLIP
 from transclip_fast.version import __version__
 
-# Options on which a row depends, beside the arrays.
-IDENTITY = ("anchors", "gamma", "logit_scale", "device", "search", "index", "recall")
+# Options on which all rows depend, beside the arrays; a row has its anchors.
+IDENTITY = ("gamma", "logit_scale", "device", "search", "index", "recall")
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Comparison:
                 session.warn(warnings, sign)
         kept, not_run = KeptTable(self.out, self._identity(), warnings), {}
         for name in names:
-            if name in kept.rows:
-                continue
             try:
-                kept.add(name, self._row(name, truth, zero_shot))
+                model, row = self._model(name), kept.rows.get(name)
+                if row is None or row["anchors"] != self._anchors(model):
+                    kept.add(name, self._row(name, model, truth, zero_shot))
             except InputError as error:
                 not_run[name] = str(error) if name in str(error) else f"{name}: {error}"
                 if named:
@@ -79,7 +79,7 @@ class Comparison:
             "n_labelled": 0 if truth is None else int((truth >= 0).sum()),
             "n_shots": 0 if arrays.shots is None else len(arrays.shots),
             "n_validation": 0 if arrays.validation is None else len(arrays.validation),
-            "options": self._identity(),
+            "options": {"anchors": self.values["anchors"], **self._identity()},
             "seconds": self.stages.seconds,
             "versions": session.versions(),
         }
@@ -139,10 +139,13 @@ class Comparison:
         return cls(anchors=anchors or cls.possible_anchors(texts=texts, shots=shots), **shared)
 
     def _row(
-        self, name: str, truth: np.ndarray | None, zero_shot: np.ndarray | None
+        self,
+        name: str,
+        model: TransCLIP | Method,
+        truth: np.ndarray | None,
+        zero_shot: np.ndarray | None,
     ) -> dict[str, Any]:
         """Fit a method: its row of the table."""
-        model = self._model(name)
         if isinstance(model, TransCLIP) or model.neighbors_needed(searched=False):
             self._graph  # noqa: B018  # made once, outside of the time of a method
         reset, start = reset_peak(), time.perf_counter()

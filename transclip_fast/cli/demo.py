@@ -22,13 +22,15 @@ from transclip_fast.demo.model import backbone
 from transclip_fast.device import resolve_device
 from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
+from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.report.page import write_report
-from transclip_fast.store.atomic import write_json, writing
+from transclip_fast.store.atomic import read_json, write_json, writing
 from transclip_fast.store.results import load_result
 from transclip_fast.whole_files import new_file
 
 PLAIN = "plain"
+PICTURE, RUN = "changed.png", "run.json"
 SHOWN_IMAGES = 8  # in a row of the picture
 MARGIN, HEADING, CAPTION = 12, 22, 18  # pixels
 GREEN, RED, GREY, INK = (24, 122, 58), (176, 42, 48), (110, 110, 110), (20, 20, 20)
@@ -36,7 +38,9 @@ LEGEND = ((165, "corrected", GREEN), (235, "broken", RED), (295, "both wrong", G
 
 
 @click.command("demo")
-@click.option("--out", default="transclip-demo", help="Folder to write.")
+@click.option(
+    "--out", default="transclip-demo", type=options.PATH, help="Folder to write, or write again."
+)
 @options.device_option
 @options.json_option
 def command(out: str, device: str, as_json: bool) -> None:
@@ -58,9 +62,10 @@ def command(out: str, device: str, as_json: bool) -> None:
 def _demo(folder: Path, device: str) -> tuple[dict[str, Any], str]:
     """Write all that `command` says; the summary, and its text."""
     started = time.perf_counter()
+    _check_place(folder)
     shifts = [*reversed(SHIFTS)]  # those with most to gain first, plain last
     runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in shifts}
-    picture, report = folder / "changed.png", folder / REPORT
+    picture, report = folder / PICTURE, folder / REPORT
     most = max(runs, key=lambda shift: runs[shift]["n_flipped"])
     page = write_report(folder / most.replace(" ", "-") / "result", report)
     summary = _summary(runs, time.perf_counter() - started) | {"report": str(report)}
@@ -68,9 +73,19 @@ def _demo(folder: Path, device: str) -> tuple[dict[str, Any], str]:
     with writing(folder):
         with new_file(picture) as unfinished:
             image.save(unfinished, "png")
-        with new_file(folder / "run.json") as unfinished:
+        with new_file(folder / RUN) as unfinished:
             write_json(unfinished, summary)
     return summary, f"{_text(runs, summary, picture)}\n{describe_report(page, report)}"
+
+
+def _check_place(folder: Path) -> None:
+    """InputError if the folder holds files, and neither a demo nor one that was killed."""
+    run, own = folder / RUN, {PICTURE, REPORT, *(shift.replace(" ", "-") for shift in SHIFTS)}
+    if not folder.is_dir() or (run.exists() and "sets" in read_json(run)):
+        return
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if others := sorted(names - own):
+        raise InputError(f"{folder}: holds other files ({others[0]}); name a new folder")
 
 
 def _label(folder: Path, shift: str, device: str) -> dict[str, Any]:

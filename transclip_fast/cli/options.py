@@ -23,6 +23,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 POSITIVE = click.IntRange(min=1)
 PATH = click.Path(readable=False)  # why a file cannot be read is known, in one line, on reading it
+FILE_OR_NAME = ("index", "head")  # options that take a file, too
 
 ARRAYS = {
     "text_features": "Text embeddings (K, d), or of several templates (P, K, d).",
@@ -268,7 +269,7 @@ def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
             yield {"option": (option.opts if value else option.secondary_opts)[0]}
             continue
         for one in value if option.multiple else [value]:
-            if isinstance(one, str) and (option.type is PATH or os.path.exists(one)):
+            if option.type is PATH or (name in FILE_OR_NAME and os.path.isfile(one)):
                 yield {"option": option.opts[0], "file": path_from(out, one)}
             else:
                 text = ("on" if one else "off") if isinstance(one, bool) else str(one)

@@ -119,8 +119,6 @@ def measure(data: DataSet, model: TransCLIP, head: Head, train_seconds: float) -
 
 def measure_few_shot(data: DataSet, model: TransCLIP, shots: int, seed: int) -> dict[str, Any]:
     """Accuracies on the queries of zero-shot and of TransCLIP-FS, which uses the shots itself."""
-    if "validation" not in data.pools:
-        raise InputError(f"{data.name}: transclip-fs needs validation rows, which choose gamma")
     drawn = draw_shots(data.pools, shots, seed)
     return {
         **_solve(data, model, as_fit_arguments(drawn, patches=False)),

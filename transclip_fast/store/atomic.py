@@ -53,6 +53,7 @@ def new_folder(
                 partial.mkdir()
             yield partial
             with writing(path):
+                check_replaceable(target, path, contents)  # what was put there meanwhile stays
                 _publish(partial, target, replaced)
             for entry in (replaced, *obsolete):
                 remove(entry)

@@ -111,7 +111,8 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
     An array of a cache with one row a shot or class; arrays of other file names are unchanged.
 
     Keys and texts have the columns of the image features (N, d), several views become their unit
-    mean, one-hot labels become class indices.
+    mean, one-hot labels become class indices. A square array has the rows that have norm 1;
+    InputError if neither rows nor columns have, or both.
     """
     if fnmatch.fnmatch(path.name, SUPPORT["support_labels"]) and array.ndim == 2:
         return hot_columns(array, str(path))
@@ -122,9 +123,14 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
         several = len(array) > 1
         array = torch.nn.functional.normalize(array.float().mean(0)) if several else array[0]
     d = image_features.shape[-1] if image_features.ndim else 0
-    if array.ndim == 2 and len(array) == d and not (array.shape[1] == d and _are_unit(array)):
-        return array.T
-    return array
+    if array.ndim != 2 or len(array) != d:
+        return array
+    if array.shape[1] == d and _are_unit(array) == _are_unit(array.T):
+        raise InputError(
+            f"{path}: is {d} x {d}, so that rows cannot be told from columns; give rows of norm 1, "
+            "or a .npy, which has a row for each class or shot"
+        )
+    return array if array.shape[1] == d and _are_unit(array) else array.T
 
 
 def read_prior(path: str | Path) -> Any:
