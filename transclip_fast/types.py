@@ -277,12 +277,16 @@ class Assignments:
             values.exp_().clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
 
     def sharpen(self, power: float) -> Assignments:
-        """z <- z^power in place, rows scaled to 1; dropped mass counts as one class more."""
+        """z <- z^power in place, rows scaled to 1; all classes of a row's dropped mass have equal z."""
         for start in range(0, len(self), BLOCK_ROWS):
             values = self.values[start : start + BLOCK_ROWS]
             used = values > 0
-            dropped = (1 - values.sum(1)).clamp_min(0).pow(power)
-            values.pow_(power).div_((values.sum(1) + dropped)[:, None])
+            # In logs, as powers of a soft row underflow.
+            log_tail = (1 - values.sum(1)).clamp_min(0).log()
+            spread = (self.n_classes - used.sum(1)).clamp_min(1).log()
+            tail = power * (log_tail - spread) + spread
+            powers = torch.cat([power * values.log(), tail[:, None]], 1)
+            values.copy_(torch.softmax(powers, 1)[:, :-1])
             # No entry in use may underflow: a list ends at its first 0.
             values.clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
         return self

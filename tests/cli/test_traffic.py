@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import balanced, make_problem
+from tests.conftest import balanced, make_problem, unit
 from tests.ranks import on_ranks
 from transclip_fast import NeighborGraph, TransCLIP
 from transclip_fast.cli.session import Stages
@@ -105,6 +105,20 @@ def test_planned_bytes_bound_what_is_counted(succeeds, tmp_path):
         by_all, by_rank = planned(succeeds, file, 3, values)
         assert by_all / 10 < sum(sent) <= by_all
         assert max(sent) <= by_rank
+
+
+def test_planned_bytes_are_those_of_two_solves(succeeds, tmp_path):
+    """Where "auto" is undecided."""
+    image, text, labels = make_problem(n=2048, k=9)
+    image, text = image[labels < 5][:1024], unit(text - 0.5).astype(np.float32)  # texts far apart
+    file, graph = tmp_path / "few.npz", all_remote(2048, 2)
+    np.savez(file, image_features=np.tile(image, (2, 1)), text_features=text)
+    cases = [{"max_iter": 2, "class_cost": cost} for cost in ("auto", True, False)]
+    ranks = on_ranks(2, counted, file, tmp_path / "out", graph, cases)
+    auto, charged, free = (sum(sent) for sent in zip(*ranks, strict=True))
+    assert auto > 1.5 * max(charged, free)
+    by_all, _ = planned(succeeds, file, 2, cases[0] | {"n_neighbors": 1})
+    assert auto <= by_all < 1.2 * auto
 
 
 @pytest.mark.parametrize("n_rows", [1, 700, 100_000, 10**9])

@@ -180,6 +180,22 @@ def test_sharpened_assignments(form):
     assert torch.equal(z.values > 0, values > 0)  # what underflows stays in use
 
 
+def test_sharpened_lists_spread_what_they_dropped():
+    """0.4 over the four classes that the list of row 0 lacks, 0.1 each; row 1 lacks nothing."""
+    values = torch.tensor([[0.5, 0.1], [1.0, 0.0]])
+    z = Assignments(values, torch.tensor([[4, 2], [1, 0]]).int(), 6, torch.zeros(2))
+    expected = torch.tensor([[0.25, 0.01], [0.3, 0.0]]) / 0.3
+    torch.testing.assert_close(z.sharpen(2.0).values, expected)
+
+
+@pytest.mark.parametrize("kept", [1000, 32])
+def test_a_soft_text_of_many_classes_is_sharpened(kept):
+    """0.001^16 is below float32."""
+    classes = None if kept == 1000 else torch.arange(32, dtype=torch.int32).repeat(3, 1)
+    z = Assignments(torch.full((3, kept), 1e-3), classes, 1000, torch.zeros(3))
+    torch.testing.assert_close(z.sharpen(16.0).values, torch.full((3, kept), 1e-3))
+
+
 def test_soft_text_counts_no_absent_classes(golden):
     """5 of 19 classes: divided by three, logits spread over nearly all, and few are charged for."""
     labels, text = golden["labels"], golden["text_features"]

@@ -3,7 +3,7 @@ Bytes that ranks send each other in a solve, by arithmetic: the steps of `ops.ex
 
 Where data decide, these are the most, spread evenly over the ranks: all neighbours of a row are on
 other ranks, and no two rows of a rank share one while there are others; lists are full, and none
-is in part that of the last sweep; and classes are charged unless the parameters say otherwise.
+is in part that of the last sweep; and "auto" solves with and without a class cost.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transclip_fast.ops.exchange import Partition
 from transclip_fast.solver.layout import START_BYTES, Layout, Size
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import ORDER_SAMPLE_ROWS, PRIOR_SAMPLE_ROWS
+from transclip_fast.solver.runs import AGREEMENT_ROWS
 from transclip_fast.solver.state import SHARPNESS_ENTRIES
 
 
@@ -60,7 +61,7 @@ class Traffic:
         ]
         for stages in sent:
             run = stages["start"] + parameters.max_iter * stages["step"] + stages["end"]
-            stages["all"] = stages["load"] + size.runs * run + stages["write"]
+            stages["all"] = stages["load"] + (size.runs + size.undecided) * run + stages["write"]
         by_all = sent.pop()
         return cls({name: max(stages[name] for stages in sent) for name in by_all}, by_all)
 
@@ -79,9 +80,10 @@ class Traffic:
 
 def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[str, int]:
     """
-    Bytes that ranks send, at most, by stage, unless a class cost is decided by two solves.
+    Bytes that ranks send, at most, by stage.
 
-    `load` and `write` are once; `start`, each `step` and `end` in each of `size.runs`.
+    `load` and `write` are once; `start`, each `step` and `end` in each of `size.runs`, and in the
+    second solve of one that is undecided.
     """
     size, picked, sums = sender.size, sender.picked, sender.sums
     n, n_classes, d, k = size.n_rows, size.n_classes, size.dim, size.n_neighbors
@@ -118,6 +120,8 @@ def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[s
     if charged:
         start += parameters.inner_iter * fetch + class_sums
     end = step + 8 * sums + 20 * remote + sender.to_others(4) + picked(8 * size.labelled)
+    if size.undecided:  # by labels of neighbours and class sizes
+        end += picked((16 * k + 8) * min(n, AGREEMENT_ROWS)) + 8 * n_classes * sums
     write = picked(20 * n) + 8 * d * sums
     return {"load": load, "start": start, "step": step, "end": end, "write": write}
 
