@@ -6,6 +6,7 @@ import torch
 
 from tests.conftest import unit
 from transclip_fast import InputError
+from transclip_fast.data.feature_rows import Rows
 from transclip_fast.graph import exact, int8_products
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.exact import nearest
@@ -69,6 +70,16 @@ def test_progress_counts_rows(problem):
     assert sorted(seen) == seen
     assert len(set(seen)) > 2
     assert seen[-1] == (203, 203)
+
+
+def test_queries_are_read_once(problem):
+    """However many rows look for them: they may be in a file of a million rows."""
+    features, _, _ = problem(n=203)
+    queries, read = Rows(features, held=False), []
+    queries.on_read = read.append
+    ids, values = nearest(torch.from_numpy(features[:130]), queries, 4)
+    assert sum(read) == 203
+    assert_lists(ids.numpy(), values.numpy(), features[:130], features, same=False)
 
 
 def test_any_number_of_threads_finds_the_same(problem):

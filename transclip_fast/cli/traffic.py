@@ -20,7 +20,7 @@ from transclip_fast.solver.layout import START_BYTES, Layout, Size
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import ORDER_SAMPLE_ROWS, PRIOR_SAMPLE_ROWS
 from transclip_fast.solver.runs import AGREEMENT_ROWS
-from transclip_fast.solver.state import SHARPNESS_ENTRIES
+from transclip_fast.solver.state import sharpness_rows
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[s
     scalars = 8 * (3 + (not size.linear) + bool(size.labelled)) * sums
     step = parameters.inner_iter * fetch + class_sums + scalars + more
 
-    sample = min(n, max(PRIOR_SAMPLE_ROWS, SHARPNESS_ENTRIES // n_classes))
+    sample = min(n, sharpness_rows(n_classes))
     edges = 20 * k * sender.rows + 16 * remote if size.ranks > 1 else 0
     start = sender.to_others(START_BYTES * n_classes + 16) + edges + 8 * (1 + n_classes + d) * sums
     start += picked(4 * d * min(8, n) * n_classes + sample * (16 * k + 8 + prior)) + fetch

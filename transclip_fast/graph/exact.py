@@ -31,6 +31,7 @@ from transclip_fast.parallel import parallel_map, single_threaded_torch
 
 PANEL_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are searched at a time,
 TILE_ROWS = {"cpu": 8192, "cuda": 16384}  # and that they are compared with
+MERGED_TILES = 32  # that threads may search at a time
 STEP_ROWS = 1 << 14  # between two checkpoints
 GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
 GPU_CANDIDATES = 8  # of each row: KEPT of `transclip_fast.kernels.neighbors`
@@ -90,25 +91,27 @@ def nearest(
     int8 = int8_products(len(rows) * len(queries), rows.shape[1], rows.device)
     coded = None if int8 is None else int8.Int8Rows.of(rows, rows.mean(0))
 
-    def top(part: slice, task: tuple[slice, Candidates]) -> None:
+    def top(task: tuple[slice, Candidates]) -> None:
         tile, found = task
-        if coded is None:
-            products, places = largest(rows[part] @ queries[tile].T, size)
-        else:
-            others = int8.Int8Rows.of(queries[tile], coded.centre)
-            products, places = coded.part(part).largest(others, size)
-        width = products.shape[1]
-        found.values[:, :width], found.ids[:, :width] = products, places + tile.start
+        others = queries[tile]  # read once for all panels
+        if coded is not None:
+            others = int8.Int8Rows.of(others, coded.centre)
+        for part in blocks(len(rows), PANEL_ROWS[rows.device.type]):
+            if coded is None:
+                products, places = largest(rows[part] @ others.T, size)
+            else:
+                products, places = coded.part(part).largest(others, size)
+            width = products.shape[1]
+            found.values[part, :width], found.ids[part, :width] = products, places + tile.start
 
     with exact_float32(), single_threaded_torch():
-        for part in blocks(len(rows), PANEL_ROWS[rows.device.type]):
+        for some in blocks(len(tiles), MERGED_TILES):
             # Made before the products are: between those, these would keep freed memory in pieces.
-            n_rows = part.stop - part.start
-            found = [Candidates.empty(n_rows, size, rows.device) for _ in tiles]
-            parallel_map(partial(top, part), zip(tiles, found, strict=True), rows.device)
-            found.append(Candidates(ids[part], values[part]))
+            found = [Candidates.empty(len(rows), size, rows.device) for _ in tiles[some]]
+            parallel_map(top, zip(tiles[some], found, strict=True), rows.device)
+            found.append(Candidates(ids, values))
             columns = [x.values for x in found], [x.ids for x in found]
-            values[part], ids[part] = best([torch.cat(parts, 1) for parts in columns], size)
+            values, ids = best([torch.cat(parts, 1) for parts in columns], size)
         if exchange is not None:
             values, ids = best([torch.cat(exchange.gather(x), 1) for x in (values, ids)], size)
         if own is not None:

@@ -28,7 +28,8 @@ from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
 from transclip_fast.types import Affinity, Assignments, Scores
 
-SHARPNESS_ENTRIES = 1 << 22  # of the rows that T is taken from: 4,096 rows of 1,000 classes
+SHARPNESS_ENTRIES = 1 << 22  # of the rows that T is taken from: 4,096 rows of 1,000 classes,
+SHARPNESS_ROWS = 1 << 13  # and at most so many: their features are held
 ABSENT_NATS = 5.0  # cost from which a class without mass is left out
 
 
@@ -290,9 +291,14 @@ def _prior_counts(z: Assignments, features: Rows, prior: Prior, power: float) ->
     return counts + (len(features) - counts.sum()).clamp_min(0) * share
 
 
+def sharpness_rows(n_classes: int) -> int:
+    """The most rows from which T is taken."""
+    return max(PRIOR_SAMPLE_ROWS, min(SHARPNESS_ROWS, SHARPNESS_ENTRIES // n_classes))
+
+
 def _sharpness(prior: Prior, labels: torch.Tensor, features: Rows, graph: NeighborGraph) -> float:
     """T of `class_cost`, from y_hat of some rows, the labels (N,), and the lists of own rows."""
-    sample = max(PRIOR_SAMPLE_ROWS, SHARPNESS_ENTRIES // prior.n_classes)
+    sample = sharpness_rows(prior.n_classes)
     ids = evenly_spaced_rows(len(features), sample, labels.device)
     shared = shared_labels(labels, ids, features, graph)
     return sharpness(log_prior_of(prior, ids, features), shared)
