@@ -199,6 +199,11 @@ class WithTexts(TransCLIP, BaseEstimator):
             warnings.filterwarnings("ignore", message=".* rows were not unit vectors")
             return super().predict_proba(X, **arrays)
 
+    def predict(self, X, **arrays):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* rows were not unit vectors")
+            return super().predict(X, **arrays)
+
 
 IGNORED = "y is ignored: labels are positions in the list of texts"
 WORDS = "refused in one line of our own words"

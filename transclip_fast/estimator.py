@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from transclip_fast.progress_bar import progress_bar, shown_on
 from transclip_fast.ranks import check_same, current_ranks
 from transclip_fast.solver.loop import predict
 from transclip_fast.solver.parameters import Chosen, Parameters
-from transclip_fast.solver.prior import LinearPrior, Prior, given_prior
+from transclip_fast.solver.prior import LinearPrior, Prior, given_prior, most_likely
 from transclip_fast.solver.problem import Inputs, Problem, Settings
 from transclip_fast.solver.runs import solve_each
 from transclip_fast.solver.state import Solution
@@ -335,7 +335,6 @@ class TransCLIP(Parameters):
             self.outlier_score_[inputs.known.rows.cpu().numpy()] = 0
         return self
 
-    @exact_float32()
     def predict_proba(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
         """
         Class probabilities of new rows from the fitted mixture and the prior, without neighbours.
@@ -355,23 +354,30 @@ class TransCLIP(Parameters):
         InputError
             As `fit`; a prior missing, twice or superfluous; no fit: sklearn's `NotFittedError`.
         """
+        return torch.cat([*self._posteriors(X, prior, prior_logits)]).cpu().numpy()
+
+    def predict(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
+        """Most likely class (N,) int64 of new rows: see `predict_proba`."""
+        return most_likely(self._posteriors(X, prior, prior_logits))[0]
+
+    @exact_float32()
+    def _posteriors(self, X: Any, prior: Any, prior_logits: Any) -> Iterator[torch.Tensor]:
+        """z (n, K) of block after block of new rows."""
         if not hasattr(self, "_mixture"):
             raise not_fitted("predict_proba: call fit first")
         device, (n_classes, d) = self._mixture.means.device, self._mixture.means.shape
         given = prior is not None or prior_logits is not None
         if given == (self._prior is not None):
-            raise InputError(
-                "predict_proba: the fit took its prior from texts or prototypes; give none here"
-                if given
-                else "predict_proba: the fit was given a prior; give prior or prior_logits again"
-            )
+            had = "took its prior from texts or prototypes; give none here"
+            lacks = "was given a prior; give prior or prior_logits again"
+            raise InputError(f"predict_proba: the fit {had if given else lacks}")
         features = as_unit_rows(X, "X", columns=d).to(device)
         new_prior: Prior | None = self._prior
         if new_prior is None:
             new_prior = given_prior(prior, prior_logits, rows=len(features)).to(device)
         if new_prior.n_classes != n_classes:
             raise InputError(f"prior: has {new_prior.n_classes} classes, the fit {n_classes}")
-        z = predict(
+        return predict(
             features,
             self._mixture,
             new_prior,
@@ -379,12 +385,6 @@ class TransCLIP(Parameters):
             kl_weight=self.kl_weight_,
             class_costs=self._class_costs,
         )
-        return z.cpu().numpy()
-
-    def predict(self, X: Any, *, prior: Any = None, prior_logits: Any = None) -> np.ndarray:
-        """Most likely class (N,) int64 of new rows: see `predict_proba`."""
-        labels: np.ndarray = self.predict_proba(X, prior=prior, prior_logits=prior_logits).argmax(1)
-        return labels
 
     def fit_predict(self, X: Any, y: Any = None, **arrays: Any) -> np.ndarray:
         """Labels (N,) int64 of the rows of X, solved jointly: `fit(X, ...).transduction_`."""

@@ -277,7 +277,7 @@ class Assignments:
             values.exp_().clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
 
     def sharpen(self, power: float) -> Assignments:
-        """z <- z^power in place, rows scaled to 1; all classes of a row's dropped mass have equal z."""
+        """z <- z^power in place, rows scaled to 1; the classes that a list dropped have equal z."""
         for start in range(0, len(self), BLOCK_ROWS):
             values = self.values[start : start + BLOCK_ROWS]
             used = values > 0

@@ -84,7 +84,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
             costs = weights.get("class_costs")
             costs = None if costs is None else costs.to(device)
             found = predict(rows, mixture.to(device), row_prior, class_costs=costs, **strengths)
-            distributions = found.cpu().numpy()
+            distributions = torch.cat([*found]).cpu().numpy()
             zero_shot = zero_shot_prior.predict(rows)
         labels = distributions.argmax(1)
         for sign in [] if truth is None else check_class_order(zero_shot[0], truth):

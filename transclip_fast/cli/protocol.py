@@ -124,8 +124,9 @@ def few_shot(features: tuple[str, ...], **options: Any) -> None:
     """Train each head on a few shots of each class, and put TransCLIP on top.
 
     Shots are drawn from the support rows, the same for every head, and up to four validation rows a
-    class, if there are any, choose hyperparameters. The head transclip-fs is TransCLIP with the shots as its own
-    support; prompt-ensemble takes no shots: its row, with 0 of them, is that of zero-shot.
+    class, if there are any, choose hyperparameters. The head transclip-fs is TransCLIP with the
+    shots as its own support; prompt-ensemble takes no shots: its row, with 0 of them, is that of
+    zero-shot.
 
     \b
     Example:

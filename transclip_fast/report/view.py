@@ -204,8 +204,8 @@ def opinions(
             by_text |= _most_likely(some, scores)
         if isinstance(strength, int | float):
             prior = LinearPrior(torch.zeros_like(mixture.means, dtype=torch.float32))
-            z = predict(unit, mixture, prior, likelihood_weight=strength, kl_weight=0.0)
-            by_mixture |= _most_likely(some, z)
+            found = predict(unit, mixture, prior, likelihood_weight=strength, kl_weight=0.0)
+            by_mixture |= _most_likely(some, torch.cat([*found]))
     return by_text, by_mixture
 
 

@@ -9,7 +9,7 @@ sigma^2 (7). The operations on all N rows are in `transclip_fast.ops`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from transclip_fast.device import exact_float32
 from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops.block_scores import block_scores
+from transclip_fast.ops.blocks import blocks, product_rows
 from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
 from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
@@ -287,8 +288,13 @@ def predict(
     likelihood_weight: float,
     kl_weight: float,
     class_costs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """z (N, K) of rows outside the graph: the mixture, the prior and class costs, no messages."""
+) -> Iterator[torch.Tensor]:
+    """
+    z (n, K) float32 of block after block of rows outside the graph.
+
+    The mixture, the prior and class costs decide it, without messages.
+    """
+    n_rows, n_classes = len(features), prior.n_classes
     with exact_float32():
         score = linear_score(
             mixture,
@@ -297,8 +303,11 @@ def predict(
             kl_weight=kl_weight,
             class_costs=class_costs,
         )
-        out = score.weights.new_empty(len(features), len(score.weights))
-        return torch.softmax(block_scores(features, score, slice(None), out=out), 1)
+    for rows in blocks(n_rows, product_rows(features.device, n_rows, n_classes)):
+        with exact_float32():
+            z = score.weights.new_empty(rows.stop - rows.start, n_classes)
+            z = torch.softmax(block_scores(features, score, rows, out=z), 1)
+        yield z
 
 
 def passes_before(*, linear: bool) -> int:

@@ -50,7 +50,7 @@ class LinearPrior:
 
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
-        return _most_likely(linear_log_prior(rows, self.weights) for rows in _blocks(features))
+        return most_likely(linear_log_prior(rows, self.weights) for rows in _blocks(features))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class GivenPrior:
 
     def predict(self, features: UnitRows) -> tuple[np.ndarray, np.ndarray]:
         """Most likely class (N,) int64 of each row and its probability (N,) float32."""
-        return _most_likely(_blocks(self.log_probabilities))
+        return most_likely(_blocks(self.log_probabilities))
 
 
 Prior = LinearPrior | GivenPrior
@@ -121,7 +121,8 @@ def _blocks(rows: UnitRows) -> Iterator[torch.Tensor]:
         yield rows[start : start + PREDICT_ROWS]
 
 
-def _most_likely(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def most_likely(blocks: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """The class (N,) int64 of the largest of each row's log probabilities, and exp of that."""
     with exact_float32():
         best = [block.max(1) for block in blocks]
     labels = torch.cat([block.indices for block in best])
