@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-KEPT = 8  # neighbours of a row: more than k, so that most rows can be proven
+FEWEST = 8  # that are kept of a row: more than k, so that most rows can be proven
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 128
 # Dimensions of a step, warps, stages of its pipeline. AMD's 64 KB hold one stage.
 LAUNCHES = {"cuda": (64, 8, 3), "hip": (32, 8, 1)}
@@ -79,10 +79,12 @@ def neighbors_kernel(
 
 
 def candidates(
-    features: torch.Tensor, first: int = 0, stop: int | None = None
+    features: torch.Tensor, size: int = FEWEST, first: int = 0, stop: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The KEPT rows with the largest products with each of the n rows `first` to `stop`, in any order.
+    Rows with the largest products with each of the n rows `first` to `stop`, in any order.
+
+    KEPT is the next power of 2 from `size` up, at least FEWEST.
 
     Returns
     -------
@@ -100,12 +102,13 @@ def candidates(
     stop = n_rows if stop is None else stop
     if not features.is_contiguous() or n_rows >= 2**31:
         raise ValueError("features must be contiguous, of fewer than 2^31 rows")
-    ids = torch.empty(stop - first, KEPT, dtype=torch.int64, device=features.device)
-    similarities = torch.empty(stop - first, KEPT, device=features.device)
+    kept = max(FEWEST, triton.next_power_of_2(size))
+    ids = torch.empty(stop - first, kept, dtype=torch.int64, device=features.device)
+    similarities = torch.empty(stop - first, kept, device=features.device)
     depth, warps, stages = LAUNCHES["hip" if torch.version.hip else "cuda"]
     neighbors_kernel[(triton.cdiv(stop - first, BLOCK_ROWS),)](
         features, ids, similarities, first, stop, n_rows, d,
-        KEPT=KEPT, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_DIMS=depth,
+        KEPT=kept, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_DIMS=depth,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return ids, similarities

@@ -168,7 +168,7 @@ def search(n: int, d: int) -> None:
     from transclip_fast.kernels import neighbors
 
     for rows in blocks(n, GPU_STEP_ROWS):
-        neighbors.candidates(empty(n, d, dtype=HALF), rows.start, rows.stop)
+        neighbors.candidates(empty(n, d, dtype=HALF), 8, rows.start, rows.stop)
 
 
 def backend(n: int, *, hub: int = 0) -> Any:

@@ -82,3 +82,13 @@ def test_when_auto_takes_it(monkeypatch):
         assert choose_search(10**9, gpu, held=False) == "faiss"
         assert choose_search(10**9, cpu, held=True) == "faiss"
         assert choose_search(10**6, gpu, held=True) == "exact"
+        assert choose_search(10**6, gpu, held=False) == "faiss"
+        assert choose_search(10**4, gpu, held=False) == "exact"
+
+
+def test_when_a_gpu_holds_rows_in_files(monkeypatch):
+    """A million rows of 512 dimensions take 3 GB in float32 and 16 bits."""
+    monkeypatch.setattr(build, "free_bytes", lambda device: 6.2e9)
+    assert build._fits_gpu(512 * 10**6, torch.device("cuda"))
+    assert not build._fits_gpu(520 * 10**6, torch.device("cuda"))
+    assert not build._fits_gpu(1, torch.device("cpu"))

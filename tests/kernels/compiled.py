@@ -125,9 +125,9 @@ def multiplied(target):
     return Case(products.product_kernel, *matrix_launch(target, split=True), types)
 
 
-def nearest(target):
+def nearest(target, kept=neighbors.FEWEST):
     depth, warps, stages = neighbors.LAUNCHES[TARGETS[target].backend]
-    constants = {"KEPT": neighbors.KEPT, "BLOCK_ROWS": neighbors.BLOCK_ROWS}
+    constants = {"KEPT": kept, "BLOCK_ROWS": neighbors.BLOCK_ROWS}
     constants |= {"BLOCK_COLUMNS": neighbors.BLOCK_COLUMNS, "BLOCK_DIMS": depth}
     options = {"num_warps": warps, "num_stages": stages}
     types = {"features_ptr": F16, "first": SIZE}
@@ -166,6 +166,7 @@ CASES = {
 # On matrix units, each target with its own configuration.
 PRODUCTS = {
     "neighbours": nearest,
+    "neighbours, 16 of each row": partial(nearest, kept=16),
     "score": partial(fused, split=False),
     "score, float32": partial(fused, split=True),
     "products, float32": multiplied,

@@ -243,16 +243,23 @@ def whole_rows(
     """
     The `Rows` of a search, of which every process can read any.
 
-    Of streamed rows each checks its own; all are read only where some are no unit rows.
+    By default a GPU holds rows in files if they take no more than half of its free memory. Of
+    streamed rows each process checks its own; all are read only where some are no unit rows.
     """
+    ranks, matrix = current_ranks() or ALONE, unread_matrix(features, name)
     if held is None:
         held = not isinstance(features, np.memmap | StoredRows)
-    ranks, matrix = current_ranks() or ALONE, unread_matrix(features, name)
+        held = held or _fits_gpu(len(matrix) * matrix.shape[1], torch.device(device))
     if ranks.size == 1:
         return Rows(features, name, device, held=held)
     own = Partition(len(matrix), ranks).rows
     checked = all(ranks.all_gather(held or own.start == own.stop or _are_unit(matrix, own)))
     return Rows(features, name, device, held=held, checked=checked and not held)
+
+
+def _fits_gpu(n_entries: int, device: torch.device) -> bool:
+    """Whether a device is a GPU with room for twice so many entries in float32 and in 16 bits."""
+    return device.type == "cuda" and 2 * (4 + 2) * n_entries <= free_bytes(device)
 
 
 def _are_unit(matrix: torch.Tensor | StoredRows, own: slice) -> bool:
@@ -333,9 +340,10 @@ def _facts(rows: Rows) -> dict[str, str]:
 
 def choose_search(n_rows: int, device: torch.device, held: bool) -> str:
     """The search that "auto" means."""
-    if n_rows <= EXACT_ROWS["cuda" if device.type == "cuda" else "cpu"]:
+    on_gpu = device.type == "cuda" and held  # streamed rows would be read once a panel
+    if n_rows <= EXACT_ROWS["cuda" if on_gpu else "cpu"]:
         return "exact"
-    if device.type == "cuda" and held and cuvs_installed():
+    if on_gpu and cuvs_installed():
         return "cuvs"
     if faiss_index.faiss_installed():
         return "faiss"

@@ -34,7 +34,7 @@ TILE_ROWS = {"cpu": 8192, "cuda": 16384}  # and that they are compared with
 MERGED_TILES = 32  # that threads may search at a time
 STEP_ROWS = 1 << 14  # between two checkpoints
 GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
-GPU_CANDIDATES = 8  # of each row: KEPT of `transclip_fast.kernels.neighbors`
+GPU_CANDIDATES = 16  # most of each row: more take more registers than a program has
 
 
 def search_exact(rows: Rows, found: Candidates, k: int, job: Job) -> None:
@@ -164,7 +164,7 @@ def search_certified(rows: Rows, found: Candidates, k: int, job: Job) -> int:
 
     def search(panel: slice, part: Candidates) -> None:
         ids = torch.arange(panel.start, panel.stop, device=rows.device)
-        nearest_ids, products = candidates(half, panel.start, panel.stop)
+        nearest_ids, products = candidates(half, part.size, panel.start, panel.stop)
         nearest_ids, similarities = rerank_float64(rows[ids], rows, nearest_ids, part.size)
         enter(part, ids - panel.start, nearest_ids, similarities)
         kth = similarities[:, min(k, n_rows - 1) - 1]

@@ -35,12 +35,12 @@ def test_candidates_are_the_largest_products(dtype, n, d):
     features = rows_of(0, n, d, 1.0).to(dtype)
     ids, similarities = kernels.candidates(features)
     products = products_of(features)
-    expected = products.topk(kernels.KEPT, dim=1).values
+    expected = products.topk(kernels.FEWEST, dim=1).values
     found = similarities.sort(dim=1, descending=True).values
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(products.gather(1, ids), similarities, atol=1e-6)
     assert all(len(set(row)) == len(row) for row in ids.tolist())
-    part, _ = kernels.candidates(features, 3, n - 2)
+    part, _ = kernels.candidates(features, first=3, stop=n - 2)
     assert torch.equal(part.sort(1).values, ids[3 : n - 2].sort(1).values)
 
 
@@ -49,7 +49,7 @@ def test_fewer_rows_than_are_kept(n):
     ids, similarities = kernels.candidates(rows_of(0, n, 8, 1.0))
     assert (ids[:, : n - 1].sort(1).values.diff() > 0).all()
     assert (ids >= 0).sum().item() == n * (n - 1)
-    assert (similarities == -torch.inf).sum().item() == n * (kernels.KEPT - n + 1)
+    assert (similarities == -torch.inf).sum().item() == n * (kernels.FEWEST - n + 1)
     assert kernels.certified(
         torch.zeros(n), similarities, torch.zeros(n), torch.tensor(0.0), 8
     ).all()
@@ -95,7 +95,7 @@ def test_graphs_of_golden_rows(golden):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    st.integers(1, 140), st.sampled_from([1, 3, 4]), st.sampled_from([5, 33]),
+    st.integers(1, 140), st.sampled_from([1, 3, 4, 5, 12]), st.sampled_from([5, 33]),
     st.sampled_from([1.0, 0.05]), st.integers(0, 4), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_graphs_are_those_of_the_exact_search(n, k, d, spread, copies, seed):
@@ -155,5 +155,10 @@ def test_where_rows_are_searched_this_way():
             assert not exact.certifiable(held, 7)
 
 
-def test_a_list_is_as_long_as_the_kernel_fills():
-    assert exact.GPU_CANDIDATES == kernels.KEPT
+@pytest.mark.parametrize(("size", "kept"), [(1, 8), (8, 8), (9, 16), (16, 16)])
+def test_longer_lists(size, kept):
+    features = rows_of(0, 140, 33, 1.0)
+    ids, similarities = kernels.candidates(features, size)
+    expected = products_of(features).topk(kept, dim=1).values
+    np.testing.assert_allclose(similarities.sort(dim=1, descending=True).values, expected, atol=1e-6)
+    np.testing.assert_allclose(products_of(features).gather(1, ids), similarities, atol=1e-6)
