@@ -1,8 +1,8 @@
 """
-Class sums: Z^T F (K, d), the mass n_k of each class, and the sum of what rows dropped.
+Class sums: Z^T F (K, d), and the mass n_k of each class.
 
-The entries of z are sorted by class, in the order of the rows within a class; the mass that a row
-dropped is one more entry, of an extra class K. A program sums a piece of one class,
+The entries of z are sorted by class, in the order of the rows within a class. A program sums a
+piece of one class,
 
     part_p = sum_e z_e f_(row of e),
 
@@ -12,7 +12,7 @@ Products and sums are float64, since float32 sums of thousands of similar rows l
 the variance needs. An H200 or A100 does float64 at half rate; the gather of F dominates the time.
 
 Shapes: z (N, R) float32; F (N, d) float32 or float16; sums float64. Bytes: d entries of F for each
-entry in use, and a sort of N (R + 1) keys of 2 or 4 bytes.
+entry in use, and a sort of N R keys of 2 or 4 bytes.
 """
 
 from __future__ import annotations
@@ -80,44 +80,42 @@ def total_kernel(
 
 def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Sums (K + 1, d) and masses (K + 1,) of the classes; the last one is of what rows dropped.
+    Sums (K, d) and masses (K,) of the classes, float64.
 
     Raises
     ------
     ValueError
         Features that are not contiguous; 2^31 entries or more: 64-bit divisions are slow.
     """
-    n_rows, width, n_classes = len(z), z.values.shape[1] + 1, z.n_classes
+    n_rows, width, n_classes = len(z), z.values.shape[1], z.n_classes
     if not features.is_contiguous():
         raise ValueError("features must be contiguous")
     if n_rows * width >= 2**31:
         raise ValueError(f"{n_rows} rows of {width} entries are too many at once")
-    key_type = torch.int16 if n_classes + 1 < 2**15 else torch.int32
-    keys = torch.full((n_rows, width), n_classes, dtype=key_type, device=features.device)
-    used = z.values > 0
-    keys[:, :-1] = torch.where(used, z.classes, n_classes + 1)  # unused entries come last
-    values = torch.cat([z.values, 1 - z.values.sum(1, keepdim=True)], 1)
+    key_type = torch.int16 if n_classes < 2**15 else torch.int32
+    values = z.values.contiguous()
+    keys = torch.where(values > 0, z.classes, n_classes).to(key_type)  # unused entries come last
     keys, order = keys.flatten().sort(stable=True)
-    every = torch.arange(n_classes + 2, dtype=key_type, device=keys.device)
-    bounds = torch.searchsorted(keys, every)  # (K + 2,) of the classes' entries
+    every = torch.arange(n_classes + 1, dtype=key_type, device=keys.device)
+    bounds = torch.searchsorted(keys, every)  # (K + 1,) of the classes' entries
     length = max(PIECE_ENTRIES, triton.cdiv(len(keys), MAX_PIECES))
     pieces = torch.nn.functional.pad(((bounds.diff() + length - 1) // length).cumsum(0), (1, 0))
-    n_pieces = len(keys) // length + n_classes + 1  # at most: the number stays on the device
+    n_pieces = len(keys) // length + n_classes  # at most: the number stays on the device
     places = torch.arange(n_pieces, device=keys.device)
     class_of = torch.searchsorted(pieces, places, right=True) - 1
 
     d = features.shape[1]
     part = values.new_empty(n_pieces, d, dtype=torch.float64)
     part_counts = part.new_empty(n_pieces)
-    sums = part.new_empty(n_classes + 1, d)
-    counts = part.new_empty(n_classes + 1)
+    sums = part.new_empty(n_classes, d)
+    counts = part.new_empty(n_classes)
     blocks = triton.cdiv(d, BLOCK_DIMS)
     piece_kernel[(n_pieces, blocks)](
         order, values, features, bounds, pieces, class_of, part, part_counts,
-        n_classes + 1, width, length, d,
+        n_classes, width, length, d,
         BLOCK_DIMS=BLOCK_DIMS, BLOCK_ENTRIES=BLOCK_ENTRIES, num_warps=WARPS,
     )  # fmt: skip
-    total_kernel[(n_classes + 1, blocks)](
+    total_kernel[(n_classes, blocks)](
         part, part_counts, pieces, sums, counts, d,
         BLOCK_DIMS=BLOCK_DIMS, BLOCK_PIECES=BLOCK_ENTRIES, num_warps=WARPS,
     )  # fmt: skip

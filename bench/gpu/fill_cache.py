@@ -142,7 +142,7 @@ def solve(n: int, k: int, d: int, dtype: torch.dtype, truncation: Truncation) ->
     ops.start(features, empty(k, d), None, out=z)
     scores(n, k, d, dtype, truncation)
     sweeps(n, k, truncation)
-    ops.kept_sums(z, features)
+    ops.class_sums(z, features)
 
 
 def scores(

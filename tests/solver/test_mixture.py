@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import reference
 from tests.conftest import unit
 from transclip_fast.solver.loop import linear_score
 from transclip_fast.solver.mixture import VARIANCE_FLOOR, Mixture, Moments
@@ -201,3 +202,18 @@ def test_start_of_a_class_whose_probabilities_underflow():
     np.testing.assert_allclose(shifted, expected, atol=1e-3)  # float32 of 5000
     excluded = Mixture.start(*first(log_prior - [0.0, np.inf, 0.0]), features).means
     np.testing.assert_allclose(excluded[1], unit(features.double().numpy().sum(0)[None])[0])
+
+
+def test_the_mass_that_rows_dropped_is_shared():
+    """As the kept mass is; class 2 has none."""
+    draw = np.random.default_rng(0)
+    z = draw.dirichlet(np.full(5, 0.3), size=40)
+    z[z < 0.1] = z[:, 2] = 0
+    features = draw.normal(size=(40, 7))
+    kept = [torch.from_numpy(x) for x in (z.sum(0), z.T @ features, (features**2).sum(0))]
+    whole = [torch.tensor([40.0]).double(), torch.from_numpy(features.sum(0))[None], kept[2]]
+    moments = Moments(*kept).with_dropped(Moments(*whole))
+    sums, counts = reference.sparse_sums(z, features)
+    np.testing.assert_allclose(moments.sums, sums, atol=1e-12)
+    np.testing.assert_allclose(moments.counts, counts, atol=1e-12)
+    assert moments.squares is kept[2]

@@ -239,7 +239,7 @@ def bytes_sent():
         energies += (new - revalued) * n_wanted
         sends(f"{form} energies", energies, ops.energies, spare)
         sends(f"{form} sweep after them", 0, partial(ops.sweep, base, spare, out=z))
-        sends(f"{form} class sums", 8 * 7 * 6 * times, ops.class_sums, spare, features)
+        sends(f"{form} class sums", 8 * 6 * 6 * times, ops.class_sums, spare, features)
 
     places, extend = neighbor_places(features, graph.neighbors)
     scores = np.ones(n_own, np.float32)

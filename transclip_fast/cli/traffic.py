@@ -107,13 +107,15 @@ def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[s
         fetch = (4 + 8 * kept) * remote + sender.to_others(8)  # as if all lists were new
         dropping = charged and size.linear  # of absent classes
         more = picked(4 * layout.candidates * few) if dropping else 0
-    class_sums = 8 * (n_classes + 1) * (d + 1) * sums
+    class_sums = 8 * n_classes * (d + 1) * sums
     scalars = 8 * (3 + (not size.linear) + bool(size.labelled)) * sums
     step = parameters.inner_iter * fetch + class_sums + scalars + more
 
     sample = min(n, sharpness_rows(n_classes))
     edges = 20 * k * sender.rows + 16 * remote if size.ranks > 1 else 0
-    start = sender.to_others(START_BYTES * n_classes + 16) + edges + 8 * (1 + n_classes + d) * sums
+    start = (
+        sender.to_others(START_BYTES * n_classes + 16) + edges + 8 * (1 + n_classes + 2 * d) * sums
+    )
     start += picked(4 * d * min(8, n) * n_classes + sample * (16 * k + 8 + prior)) + fetch
     if layout.candidates is not None:
         start += picked(few * (prior + 8 * kept))

@@ -15,7 +15,7 @@ rows, and G is how often its own rows are in halos. With P ranks, a rank sends, 
              these differ, too, and 8 (P - 1); nothing where z is that of the last fetch, as after
              the energies
     energies the same of the new z, and sums of 2 numbers
-    step     class sums and masses, 8 (K + 1) (d + 1): see below
+    step     class sums and masses, 8 K (d + 1): see below
     end      outlier scores, once in float32, twice in float64: 20 G; `solve` also both labels and
              the outlier score of its n rows to all: 20 n (P - 1)
 

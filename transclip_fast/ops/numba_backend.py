@@ -30,7 +30,7 @@ from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
 LIST_ROWS = 4096  # rows of a block of lists whose labels are found
-SQUARE_ROWS = 2048  # rows of a block of squares
+SUM_ROWS = 2048  # rows of a block of power sums
 CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
 # Writes the candidates of a block of rows to their lists. Two arrays (8, K) receive the largest
 # scores of each class, less the row's log-sum-exp, and their rows; arrays (0, K) receive none.
@@ -97,13 +97,13 @@ class NumbaOps(TorchOps):
         return torch.from_numpy(normaliser), values.gather(0, order), rows.gather(0, order)
 
     @staticmethod
-    def sum_of_squares(features: UnitRows) -> torch.Tensor:
+    def power_sums(features: UnitRows) -> torch.Tensor:
         def part(rows: slice) -> np.ndarray:
-            total = np.zeros(features.shape[1])
-            loops.add_squares(features[rows].numpy(), total)
+            total = np.zeros((2, features.shape[1]))
+            loops.add_powers(features[rows].numpy(), total)
             return total
 
-        found = parallel_map(part, blocks(len(features), SQUARE_ROWS))
+        found = parallel_map(part, blocks(len(features), SUM_ROWS))
         return torch.from_numpy(np.sum(found, axis=0))
 
     def score(self, features: UnitRows, score: LinearScore, *, out: Scores) -> Scores:
@@ -134,9 +134,9 @@ class NumbaOps(TorchOps):
         parallel_map(part, blocks(len(out), equal_rows(len(out), SWEEP_ROWS)))
         return out
 
-    def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = torch.zeros(z.n_classes + 1, features.shape[1], dtype=torch.float64)
-        counts = torch.zeros(z.n_classes + 1, dtype=torch.float64)
+    def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = torch.zeros(z.n_classes, features.shape[1], dtype=torch.float64)
+        counts = torch.zeros(z.n_classes, dtype=torch.float64)
         nodes = self._node_ids(len(features))
         centre = features[: loops.SUM_ROWS].mean(0)
         parts = equal_classes(z, n_threads())
@@ -242,11 +242,10 @@ def _float32_selector(
 
 
 def equal_classes(z: Assignments, number: int) -> list[slice]:
-    """At most `number` slices of the K + 1 classes with about equally many entries of z each."""
+    """At most `number` slices of the K classes with about equally many entries of z each."""
     some = z.take(slice(None, None, max(1, len(z) // CLASS_SIZE_ROWS)))
     values, classes = _arrays(some)
-    entries = np.bincount(classes[values > 0], minlength=z.n_classes + 1)
-    entries[-1] = len(some)
+    entries = np.bincount(classes[values > 0], minlength=z.n_classes)
     shares = np.arange(1, number) / number * entries.sum()
     ends = [0, *np.searchsorted(entries.cumsum(), shares) + 1, len(entries)]
     return [slice(first, last) for first, last in pairwise(ends) if first < last]

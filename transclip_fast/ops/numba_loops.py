@@ -299,13 +299,12 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
     """
     Add the sums, of features less the centre (d,), and masses of the classes from `low` to `high`.
 
-    Rows are added in their order. The class after the last, of `sums` (K + 1, d), takes what they
-    dropped. Entries of some rows at a time are sorted by class, so that a class's sum is read and
-    written once for them.
+    Rows are added in their order. Entries of some rows at a time are sorted by class, so that a
+    class's sum is read and written once for them.
     """
-    dropped, width = high == len(sums), z.shape[1]
+    width = z.shape[1]
     ends = np.empty(high - low + 1, np.int32)
-    rows = np.empty(SUM_ROWS * (width + 1), np.int32)
+    rows = np.empty(SUM_ROWS * width, np.int32)
     weights = np.empty(len(rows), np.float32)
     centred = np.empty((SUM_ROWS, features.shape[1]), np.float32)
     for start in range(0, len(features), SUM_ROWS):
@@ -314,7 +313,7 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
         for i in range(n):
             node = nodes[start + i]
             prefetch_list(nodes[start + min(i + AHEAD_ROWS, n - 1)], z, classes)
-            wanted = dropped
+            wanted = False
             for r in range(width):
                 if z[node, r] == 0:
                     break
@@ -324,25 +323,17 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
             if wanted:
                 for x in range(len(centre)):
                     centred[i, x] = features[start + i, x] - centre[x]
-        if dropped:
-            ends[high - low] = n
         for k in range(high - low):
             ends[k + 1] += ends[k]
         for i in range(n):
-            node, rest = nodes[start + i], 1.0
-            for r in range(width + 1):
-                last = r == width or z[node, r] == 0
-                if last and not dropped:
+            node = nodes[start + i]
+            for r in range(width):
+                if z[node, r] == 0:
                     break
-                k, weight = high - 1, F(rest)
-                if not last:
-                    k, weight = classes[node, r], z[node, r]
-                    rest -= np.float64(weight)
-                if low <= k < high:
-                    rows[ends[k - low]], weights[ends[k - low]] = i, weight
-                    ends[k - low] += 1
-                if last:
-                    break
+                k = classes[node, r] - low
+                if 0 <= k < high - low:
+                    rows[ends[k]], weights[ends[k]] = i, z[node, r]
+                    ends[k] += 1
         first = 0
         for k in range(low, high):
             last = ends[k - low]
@@ -353,13 +344,14 @@ def class_sums(low, high, features, centre, nodes, z, classes, sums, counts):  #
             first = last
 
 
-@compiled("void(float32[:, ::1], float64[::1])")
-def add_squares(rows, out):  # type: ignore[no-untyped-def]
-    """Add the squares of rows (n, d) to `out` (d,)."""
+@compiled("void(float32[:, ::1], float64[:, ::1])")
+def add_powers(rows, out):  # type: ignore[no-untyped-def]
+    """Add rows (n, d) and their squares to `out` (2, d)."""
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):
             x = np.float64(rows[i, j])
-            out[j] += x * x
+            out[0, j] += x
+            out[1, j] += x * x
 
 
 @compiled(

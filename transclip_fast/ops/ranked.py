@@ -14,7 +14,6 @@ import torch
 
 from transclip_fast.data.checks import unread_matrix
 from transclip_fast.data.feature_rows import Rows, Tensors, UnitRows
-from transclip_fast.ops.block_sums import share_dropped
 from transclip_fast.ops.exchange import Exchange
 from transclip_fast.ops.torch_backend import START_ROWS, TorchOps, top_rows
 from transclip_fast.parallel import parallel_map
@@ -124,14 +123,14 @@ class RankedBackend:
         n_rows = min(START_ROWS, len(features))
         return normaliser, merged[0][:n_rows], merged[1][:n_rows]
 
-    def sum_of_squares(self, features: RankedRows) -> torch.Tensor:
-        """As `TorchOps.sum_of_squares`, of the rows of all."""
+    def power_sums(self, features: RankedRows) -> torch.Tensor:
+        """As `TorchOps.power_sums`, of the rows of all."""
         rows = features.local()
 
         def leaf(part: slice) -> Tensors:
-            return (self._local.sum_of_squares(rows.part(part)),)
+            return (self._local.power_sums(rows.part(part)),)
 
-        return features.total(leaf, [features.shape[1:]])[0]
+        return features.total(leaf, [(2, features.shape[1])])[0]
 
 
 class RankedOps:
@@ -210,14 +209,14 @@ class RankedOps:
         return out
 
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, (n_classes, dim) = _local(features), (z.n_classes + 1, features.shape[1])
+        rows, (n_classes, dim) = _local(features), (z.n_classes, features.shape[1])
 
         def leaf(part: slice) -> Tensors:
             own = z.take(self._entries(part))
-            return self._parts[part.start].kept_sums(own, rows.part(part))
+            return self._parts[part.start].class_sums(own, rows.part(part))
 
         sums, counts = self.exchange.total(leaf, [(n_classes, dim), (n_classes,)])
-        return share_dropped(z, sums, counts)
+        return sums, counts
 
     def energies(self, z: Assignments) -> tuple[torch.Tensor, torch.Tensor]:
         whole = self.with_halo(z)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transclip_fast.data.feature_rows import UnitRows
 from transclip_fast.ops import packed_lists
 from transclip_fast.ops.block_scores import block_scores, prior_scores
-from transclip_fast.ops.block_sums import SUM_CLASSES, add_class_sums, share_dropped
+from transclip_fast.ops.block_sums import SUM_CLASSES, add_class_sums
 from transclip_fast.ops.blocks import (
     GEMM_ROWS,
     block_rows,
@@ -112,15 +112,17 @@ class TorchOps:
         return normaliser, *top[0]
 
     @staticmethod
-    def sum_of_squares(features: UnitRows) -> torch.Tensor:
-        """sum_i f_id^2, (d,) float64, of features (N, d)."""
+    def power_sums(features: UnitRows) -> torch.Tensor:
+        """sum_i f_id and sum_i f_id^2 of features (N, d), (2, d) float64."""
         device = features.device
         size = SUM_ROWS if device.type == "cpu" else GEMM_ROWS["cuda"][0]
 
         def part(rows: slice) -> torch.Tensor:
-            total = torch.zeros(features.shape[1], dtype=torch.float64, device=device)
+            total = torch.zeros(2, features.shape[1], dtype=torch.float64, device=device)
             for piece in blocks(rows.stop, size, rows.start):
-                total += features[piece].double().square_().sum(0)
+                some = features[piece].double()
+                total[0] += some.sum(0)
+                total[1] += some.square_().sum(0)
             return total
 
         return torch.stack(parallel_map(part, blocks(len(features), 16 * size), device)).sum(0)
@@ -209,21 +211,12 @@ class TorchOps:
         return z
 
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Z^T F (K, d) and the mass n_k (K,) of each class, float64.
-
-        The mass that sparse rows dropped, m_i of each row and M of all, is shared among the
-        classes as the kept mass is, pi_k: pi (sum_i m_i f_i)^T and pi_k M are added.
-        """
-        return share_dropped(z, *self.kept_sums(z, features))
-
-    def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums (K + 1, d) and masses (K + 1,), float64; the last are of what the rows dropped."""
+        """Z^T F (K, d) and the mass n_k (K,) of each class, float64; of the mass that rows keep."""
         device, (n_rows, dim), n_classes = features.device, features.shape, z.n_classes
         options: dict[str, Any] = {"dtype": torch.float64, "device": device}
 
         def none() -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.zeros(n_classes + 1, dim, **options), torch.zeros(n_classes + 1, **options)
+            return torch.zeros(n_classes, dim, **options), torch.zeros(n_classes, **options)
 
         # The variance is the difference of the squares and the squared means: sums of centred
         # rows keep its digits, where float32 sums of thousands of similar rows lose them.

@@ -74,7 +74,7 @@ class TritonOps(TorchOps):
         sweep.sweep(base, self._graph, z, out=out, bounded=bounded)
         return out
 
-    def kept_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+    def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
         parts = (
             class_sums.class_sums(z.take(self._nodes_of(rows)), features[rows])
             for rows in blocks(len(features), read_rows(features.device))

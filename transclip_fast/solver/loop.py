@@ -169,7 +169,9 @@ def update_moments(state: State) -> None:
     """n = Z^T 1 and Z^T F of the queries; and of all rows, queries scaled to a mass of 1."""
     features = state.inputs.features
     sums, counts = state.ops.class_sums(state.z, features)
-    state.moments = Moments(counts, sums, state.squares)
+    state.moments = Moments(counts, sums, state.whole.squares)
+    if state.z.classes is not None:
+        state.moments = state.moments.with_dropped(state.whole)
     state.pooled = state.moments * (1 / len(features))
     for moments, weight in state.labelled:
         state.pooled = state.pooled + moments * weight

@@ -51,6 +51,19 @@ class Moments:
         sums = torch.segment_reduce(rows, "sum", lengths=counts, axis=0)  # (K, d)
         return cls(counts.double(), sums, rows.square().sum(0))
 
+    def with_dropped(self, whole: Moments) -> Moments:
+        """
+        Add the mass that sparse rows dropped, to the classes as the kept mass is shared.
+
+        `whole` has the moments of all rows, as of one class. Without what was dropped the kept mass
+        and the squares belong to different sets of rows, and the variance is wrong by tens of
+        percent.
+        """
+        share = self.counts / self.counts.sum()
+        counts = self.counts + share * (whole.counts - self.counts.sum())
+        sums = torch.addr(self.sums, share, whole.sums[0] - self.sums.sum(0))
+        return Moments(counts, sums, self.squares)
+
     def take(self, classes: torch.Tensor) -> Moments:
         """Of some classes (K',), the only ones with mass."""
         return Moments(self.counts[classes], self.sums[classes], self.squares)

@@ -44,8 +44,8 @@ class State:
         The problem, how it is solved, and the backend that computes.
     gamma : float, optional
         Weight of the support in few-shot.
-    squares : Tensor (d,) float64
-        sum_i f_i^2.
+    whole : Moments
+        Of the queries, as of one class.
     prior_normaliser : Tensor
         Sum over rows of the log-sum-exp that made log y_hat of the prior's logits, float64 scalar.
     prior_best : tuple of Tensor (N,), (N,)
@@ -77,7 +77,7 @@ class State:
     settings: Settings
     ops: Operations
     gamma: float | None
-    squares: torch.Tensor
+    whole: Moments
     prior_normaliser: torch.Tensor
     prior_best: tuple[torch.Tensor, torch.Tensor]
     sharpness: float
@@ -235,12 +235,13 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
         inputs.known.clamp(z, nodes)
     weights = _affinity(graph, settings, features, nodes)
     ops, zero = backend(weights, nodes), Moments.zero(n_classes, features.shape[1], device)
+    total, squares = backend.power_sums(features)
     return State(
         inputs=inputs,
         settings=settings,
         ops=ops,
         gamma=gamma,
-        squares=backend.sum_of_squares(features),
+        whole=Moments(zero.counts.new_full((1,), len(features)), total[None], squares),
         prior_normaliser=prior_normaliser,
         prior_best=prior_best,
         sharpness=power,

@@ -10,7 +10,7 @@ from transclip_fast.kernels import messages
 from transclip_fast.ops.torch_backend import TorchOps
 
 STEPS = {"max_iter": 2, "inner_iter": 2}
-OVERRIDDEN = ("start", "score", "sweep", "kept_sums", "row_energies")
+OVERRIDDEN = ("start", "score", "sweep", "class_sums", "row_energies")
 
 
 @pytest.fixture(autouse=True)

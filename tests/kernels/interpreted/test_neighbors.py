@@ -160,5 +160,7 @@ def test_longer_lists(size, kept):
     features = rows_of(0, 140, 33, 1.0)
     ids, similarities = kernels.candidates(features, size)
     expected = products_of(features).topk(kept, dim=1).values
-    np.testing.assert_allclose(similarities.sort(dim=1, descending=True).values, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        similarities.sort(dim=1, descending=True).values, expected, atol=1e-6
+    )
     np.testing.assert_allclose(products_of(features).gather(1, ids), similarities, atol=1e-6)
