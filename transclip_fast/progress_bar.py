@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -49,7 +49,7 @@ def progress_bar(name: str, unit: str, *, shown: bool = True) -> Iterator[Callab
         if bar is None:
             bar = _make_bar(name, unit, done, total)
         bar.total = max(done, total)
-        bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in figures.items()), refresh=False)
+        bar.set_postfix_str(_in_words(figures), refresh=False)
         bar.update(done - bar.n)
 
     try:
@@ -57,6 +57,10 @@ def progress_bar(name: str, unit: str, *, shown: bool = True) -> Iterator[Callab
     finally:
         if bar is not None:
             bar.close()
+
+
+def _in_words(figures: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items())
 
 
 @contextmanager

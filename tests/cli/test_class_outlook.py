@@ -98,8 +98,8 @@ def test_a_solve_decides_where_it_is_open(save, succeeds, cli, tmp_path):
     assert UNDECIDED in succeeds("plan", file)
     shown = cli("solve", file, "--out", tmp_path / "result").out
     run, _ = read(tmp_path / "result")
-    cost = {True: CHARGED, False: NO_CHARGE}[run["config"]["class_cost"]]
-    assert shown.count(f"of 20 classes: {cost}") == 1
+    kept = "with" if run["config"]["class_cost"] else "without"
+    assert shown.count(f"in use; kept: {kept} it (--class-cost)") == 1
 
 
 @pytest.mark.parametrize("by", ["zero-shot", "the prior"])
@@ -121,7 +121,8 @@ def test_solve_tells_what_it_did(few, cli, tmp_path, options, cost):
     charged = cost == CHARGED
     assert run["config"]["class_cost"] is charged
     assert run["n_effective_classes"] == pytest.approx(reference.effective_classes(prior), 1e-4)
-    assert ran.out.count(f"of 20 classes: {cost}") == 1
+    said = cost if options else f"{UNDECIDED.removesuffix(' (--class-cost)')}; kept: with it"
+    assert ran.out.count(f"of 20 classes: {said}") == 1
     labels, before = (np.array(table[name].to_pylist()) for name in ("label", "zero_shot_label"))
     changes = np.bincount(labels, minlength=20) - np.bincount(before, minlength=20)
     assert [now - was for _, was, now in run["size_changes"]] == [

@@ -98,8 +98,10 @@ def test_suggested_images_are_filled_in_and_solved(named, succeeds, tmp_path):
     assert len(set(rows)) == 7
     file = tmp_path / "to check.csv"
     text = succeeds("suggest", tmp_path / "result", "-n", 7, "--csv", file)
-    least = json.loads(out)["suggested"][0]["confidence"]
-    assert f" (confidence {100 * least:.0f} %), zero-shot " in text.splitlines()[0]
+    least = json.loads(out)["suggested"][0]
+    assert least["confidence"] == min(x["confidence"] for x in json.loads(out)["suggested"])
+    shown = least["calibrated_confidence"]
+    assert f" ({100 * shown:.0f} %), zero-shot " in text.splitlines()[0]
     assert [line.split(":")[0] for line in text.splitlines()[:7]] == [str(row) for row in rows]
     with open(file, newline="") as content:
         lines = [*csv.DictReader(content)]
@@ -138,7 +140,7 @@ def test_a_page_is_written_where_it_is_asked_for(named, succeeds, refused, tmp_p
 def test_what_is_of_another_kind_is_not_replaced(named, succeeds, refused, tmp_path):
     succeeds("solve", named, "--out", tmp_path / "result")
     before = Path(named).read_bytes()
-    assert "is no page" in refused("report", tmp_path / "result", "--out", named)
+    assert "is for a page" in refused("report", tmp_path / "result", "--out", named)
     assert "is no table of" in refused("suggest", tmp_path / "result", "--csv", named)
     assert Path(named).read_bytes() == before
     mine, table = tmp_path / "mine.html", tmp_path / "mine.csv"

@@ -224,6 +224,12 @@ def test_maps(save, few_shot, succeeds, cli, tmp_path, kind):
     assert list(found["options"]["maps"]) == [f"{kind}_map"]
 
 
+def test_no_labels_no_accuracy(save, arrays, succeeds):
+    del arrays["labels"]
+    lines = succeeds("compare", save(arrays), "--methods", "zero-shot").splitlines()
+    assert "no accuracy, as no image has a true label: give --labels" in lines
+
+
 def test_methods_that_cannot_run_are_named(save, arrays, cli, refused, monkeypatch):
     monkeypatch.setattr(compare, "NAMES", ("transclip", "stata", "bd-cspn", "zlap"))
     shots = balanced(arrays["labels"], 3)

@@ -94,7 +94,7 @@ def test_synset_folders(classes, expected, images, encode, tmp_path):
     assert labels == [tench, tench, goldfish, goldfish]
 
 
-def test_a_list_with_labels_of_some_rows(images, encode, succeeds, tmp_path):
+def test_a_list_with_labels_of_some_rows(images, encode, cli, succeeds, tmp_path):
     images(4)
     keys = ["images/dog/001.png", "images/cat/000.png", "images/cat/002.png"]
     file = written(
@@ -104,7 +104,11 @@ def test_a_list_with_labels_of_some_rows(images, encode, succeeds, tmp_path):
     assert (labels, err) == ([1, -1, 0], "")
     assert load_features(tmp_path / "features").get("labels").tolist()[::2] == [1, 0]
     arguments = ("solve", tmp_path / "features", "--n-neighbors", 1, "--out", tmp_path / "result")
-    assert "of the 2 images with a true label" in succeeds(*arguments)
+    ran = cli(*arguments)
+    assert "of the 2 images with a true label" in ran.out
+    assert (
+        ran.err == "warning: the weights are random (--pretrained none): the labels mean nothing\n"
+    )
     for given in ((), ("--labels", file)):
         found = json.loads(succeeds("evaluate", tmp_path / "result", *given, "--json"))
         assert (found["n_queries"], found["n_labelled"]) == (3, 2)

@@ -158,9 +158,9 @@ def test_a_file_where_a_folder_is_to_be_written(words, cli, tmp_path, monkeypatc
 
 
 def test_a_folder_where_a_file_is_to_be_written(solved, refused, tmp_path):
-    (tmp_path / "page").mkdir()
-    message = refused("report", solved, "--out", tmp_path / "page")
-    assert message == f"error: {tmp_path / 'page'}: is a folder; name a file\n"
+    (tmp_path / "page.html").mkdir()
+    message = refused("report", solved, "--out", tmp_path / "page.html")
+    assert message == f"error: {tmp_path / 'page.html'}: is a folder; name a file\n"
 
 
 BROKEN = {  # a module's file that fails, and the line about it

@@ -170,6 +170,8 @@ def test_images_are_corrected_and_solved_again(opened, made, cli_in_process, tmp
         page.keyboard.press("Escape")
         page.keyboard.press("u")
         assert page.locator("#count").text_content() == "3 corrections"
+        card = page.locator(f'.card[data-row="{rows[0]}"] .was').first
+        assert "%" not in card.text_content()  # the confidence was of the other label
         file = saved(page, tmp_path)
         command = page.locator("#command").text_content()
     assert file.name == "corrections.csv"

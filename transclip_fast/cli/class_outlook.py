@@ -34,6 +34,7 @@ COSTS = {
     False: "no charge for a class in use",
     None: "solved twice, with and without a charge for each class in use",
 }
+KEPT = {True: "with", False: "without"}  # what a second solve decided
 
 
 def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
@@ -86,11 +87,24 @@ def describe_outlook(found: dict[str, Any], n_classes: int, names: Sequence[str]
 
 
 def use_of_classes(
-    effective: float, n_classes: int, charged: bool | None, by: str = ZERO_SHOT
+    effective: float,
+    n_classes: int,
+    charged: bool | None,
+    by: str = ZERO_SHOT,
+    *,
+    decided: bool = False,
 ) -> str:
-    """K_eff `by` some prior, and whether classes are charged, None if a solve decides it."""
+    """
+    K_eff `by` some prior, and whether classes are charged.
+
+    None if a solve decides it; `decided` if it has.
+    """
     uses = f"{by} uses about {effective:.0f} of {counted(n_classes, 'class')}"
-    return f"{uses}: {COSTS[charged]} (--class-cost)"
+    if decided and charged is not None:
+        costs = f"{COSTS[None]}; kept: {KEPT[charged]} it"
+    else:
+        costs = COSTS[charged]
+    return f"{uses}: {costs} (--class-cost)"
 
 
 def size_changes(labels: np.ndarray, zero_shot: np.ndarray, n_classes: int) -> list[list[int]]:

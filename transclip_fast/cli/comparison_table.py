@@ -89,6 +89,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
         f"{describe_sizes(summary)}, {counted(summary['n_shots'], 'shot')}, "
         f"{counted(summary['n_validation'], 'validation row')}",
     ]
+    if not summary["n_labelled"]:
+        lines.append("no accuracy, as no image has a true label: give --labels")
     lines += [f"not run: {reason}" for reason in summary["not_run"].values()]
     return [*lines, "choose a method by labelled images that you do not report on"]
 

@@ -158,11 +158,16 @@ def encode_progress() -> Iterator[Callable[[EncodeProgress], None]]:
 
 
 def warn_of_random(
-    messages: list[str], pretrained: str | None, found: str, *, shown: bool = True
+    messages: list[str],
+    weights: object,
+    found: str,
+    *,
+    said: Sequence[str] = (),
+    shown: bool = True,
 ) -> None:
-    """Warn of what is `found` with random weights, which looks like any other result."""
-    if pretrained == models.RANDOM:
-        text = f"the weights are random (--pretrained none): the {found} mean nothing"
+    """Warn of what is `found` with random weights, unless it is `said`: it looks like any other."""
+    text = f"the weights are random (--pretrained none): the {found} mean nothing"
+    if weights == models.RANDOM and text not in said:
         session.warn(messages, text, shown=shown)
 
 

@@ -44,7 +44,7 @@ def _repair(library: str, error: BaseException) -> str:
     index = ""
     with suppress(metadata.PackageNotFoundError):
         if metadata.version("torch").endswith("+cpu"):
-            index = f" --index-url {CPU_INDEX}"
+            index = f" --index-url {CPU_INDEX} (without the index if that changes nothing)"
     return (
         "torch and torchvision must come from one index: "
         f"pip install --force-reinstall torch torchvision{index}"

@@ -18,6 +18,7 @@ import torch
 from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import session
 from transclip_fast.cli.class_outlook import describe_outlook, outlook
+from transclip_fast.cli.encode import warn_of_random
 from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.options import path_from
@@ -140,6 +141,8 @@ class Solving:
             signs += check_class_order(zero_shot, truth)
         for sign in signs:
             session.warn(warnings, sign, shown=self.ranks.leads)
+        weights, said = (self.features.encoder or {}).get("weights"), self.output.warnings
+        warn_of_random(warnings, weights, "labels", said=said, shown=self.ranks.leads)
         return run_summary("solve", self.features, labels, zero_shot, truth, means_shape) | {
             "features": path_from(self.out, self.features.path),
             "options": [*self.output.options],

@@ -31,7 +31,6 @@ from transclip_fast.heads import HEADS
 from transclip_fast.heads.files import StoredHead
 from transclip_fast.ranks import Ranks, current_ranks, joined
 from transclip_fast.report.sorting import check_paths, check_target, walked_folders
-from transclip_fast.solver.class_cost import is_undecided
 from transclip_fast.store.corrections import corrected, read_corrections
 from transclip_fast.store.features import LABELLED, Features, load_features
 from transclip_fast.store.graphs import load_graph
@@ -124,10 +123,8 @@ def command(
     if run["method"] != TRANSCLIP:
         lines = [describe_result(run, out)]
     else:
-        uses, gamma = (run["n_effective_classes"], run["n_classes"]), run["config"]["gamma"]
-        undecided = is_undecided(values["class_cost"], *uses, few_shot=gamma is not None)
         lines = [
-            describe_solution(run, out, class_cost_shown=not undecided),
+            describe_solution(run, out, planned=True),
             f"to look at it: {command_line('report', out)}",
         ]
     with session.collected_warnings({}):

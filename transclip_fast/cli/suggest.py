@@ -21,7 +21,7 @@ from transclip_fast.whole_files import new_file
 HEAD = ["label", "now", "zero-shot"]  # of the table, behind the column that names the row
 SHOWN = (  # columns of the predictions
     *("row", "key", "label", "label_name"),
-    *("zero_shot_label", "zero_shot_label_name", "confidence"),
+    *("zero_shot_label", "zero_shot_label_name", "confidence", "calibrated_confidence"),
 )
 
 
@@ -40,9 +40,9 @@ SHOWN = (  # columns of the predictions
 def command(result: str, number: int, table: str | None, as_json: bool) -> None:
     """List the images of RESULT whose correction helps most.
 
-    They have the smallest confidence: the solution itself wavers there. Correcting
-    those of the lowest calibrated confidence, which tells how often labels are right, gains less.
-    The page of `report` shows the same images first.
+    They have the smallest confidence: the solution itself wavers there. Correcting those of the
+    smallest calibrated confidence, the percentage that is printed, gains less. The page of `report`
+    shows the same images first.
 
     \b
     Examples:
@@ -59,7 +59,7 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
         raise InputError(f"{result}: the class of every image was given; there is none to correct")
     lines = [
         f"{_shown(row['key'] or str(row['row']))}: {_shown(row['label_name'])} "
-        f"(confidence {100 * row['confidence']:.0f} %), zero-shot "
+        f"({100 * row.get('calibrated_confidence', row['confidence']):.0f} %), zero-shot "
         f"{_shown(row['zero_shot_label_name'])}"
         for row in found
     ]

@@ -23,6 +23,7 @@ from transclip_fast.estimator import TransCLIP
 from transclip_fast.metrics import accuracy
 from transclip_fast.ops.exchange import Exchange
 from transclip_fast.report.sorting import sort_images
+from transclip_fast.solver.class_cost import is_undecided
 from transclip_fast.store.features import Features
 from transclip_fast.store.results import FILES, TRANSCLIP
 
@@ -133,15 +134,16 @@ def of_others(
     }
 
 
-def describe_solution(run: dict[str, Any], out: str, *, class_cost_shown: bool = False) -> str:
-    """The run.json of a solve as text, without the line on the class cost if it was shown."""
+def describe_solution(run: dict[str, Any], out: str, *, planned: bool = False) -> str:
+    """The run.json of a solve as text, without what its outlook, if it was `planned`, has said."""
     seconds, truncation = run["seconds"], run["truncation"]
-    uses = run["n_effective_classes"], run["n_classes"]
-    classes = use_of_classes(*uses, run["config"]["class_cost"])
+    uses, charged = (run["n_effective_classes"], run["n_classes"]), run["config"]["class_cost"]
+    few_shot = run["config"]["gamma"] is not None
+    decided = is_undecided(run["parameters"]["class_cost"], *uses, few_shot=few_shot)
     lines = [
         describe_sizes(run),
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        *([] if class_cost_shown else [classes]),
+        *([] if planned and not decided else [use_of_classes(*uses, charged, decided=decided)]),
         *describe_changes(run),
     ]
     if truncation is not None:

@@ -25,11 +25,13 @@ function fill(node, row) {
   }
   const earlier = "earlier" in image && image.earlier !== label ? image.earlier : image.zeroShot;
   const before = given.has(row) ? image.label : earlier;
-  const was = `${share(image.confidence)}${before === label ? "" : `, was ${nameOf(before)}`}`;
+  // The confidence is of the label before a correction.
+  const facts = given.has(row) ? [] : [share(image.confidence)];
+  if (before !== label) facts.push(`was ${nameOf(before)}`);
   node.replaceChildren(
     box,
     isolated(nameOf(label), `name ${tone}`),
-    isolated(was, "was"),
+    isolated(facts.join(", "), "was"),
   );
 }
 
