@@ -40,6 +40,7 @@ BLOCKS = (
 )
 DOCUMENTS = (
     "README.md",
+    "docs/method.md",
     "docs/methods.md",
     "docs/scale.md",
     "docs/speed.md",
