@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.tables import Row, newest, seconds, source, table
+from bench.tables import Row, newest, seconds, source, streamed, table
 
 MILLION = 10**6
 
@@ -22,7 +22,7 @@ def million(folder: Path) -> str:
         if row["case"] == "million":
             used.append(row)
             lines.append([f"find neighbours, d = {row['dim']}", seconds(row["seconds"])])
-    for row in newest("stream", "classes", "dim", "present", "published", folder=folder):
+    for row in streamed(folder):
         for queries, done in zip(row["queries"], row["sizes"], strict=True):
             if queries == MILLION and row.get("published") is False:
                 used.append(row)

@@ -252,9 +252,22 @@ def prompt_learners(folder: Path) -> str:
     return "\n\n".join([text, table(head, cells), source(rows)])
 
 
+def streamed(folder: Path) -> list[Row]:
+    """Return the newest lines of solves of features in files; early ones lack some keys."""
+    lines = (
+        line | {"present": line.get("present") or 0, "published": bool(line.get("published"))}
+        for line in clean_lines("stream", folder)
+    )
+    found = {
+        (line["classes"], line["dim"], line["present"], line["published"], *line["queries"]): line
+        for line in lines
+    }
+    return [found[key] for key in sorted(found)]
+
+
 def stream(folder: Path) -> str:
     """Tabulate solves of features that stay on disk."""
-    rows = newest("stream", "classes", "dim", "present", "published", folder=folder)
+    rows = streamed(folder)
     if not rows:
         return "Not recorded yet: `python -m bench.speed.stream`."
     head = [
@@ -274,7 +287,8 @@ def stream(folder: Path) -> str:
     for row in rows:
         for n, done in zip(row["queries"], row["sizes"], strict=True):
             present = f"{row['present']:,}" if row.get("present") else "all"
-            cost = {True: "on", False: "off", None: ""}[done.get("class_cost")]
+            kept = {True: "auto: kept", False: "auto: lifted", None: "auto"}
+            cost = "off" if row.get("published") else kept[done.get("class_cost")]
             line = [f"{n:,}", f"{row['classes']:,}", present, str(row["dim"]), cost]
             line += [seconds(done["seconds"]), f"{1e6 * done['seconds'] / n:.0f} µs"]
             line += [size(done["peak_bytes"]), size(done["planned_bytes"])]

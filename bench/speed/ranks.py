@@ -103,7 +103,7 @@ def count_sweeps() -> list[int]:
 
 def solve(place: Path) -> tuple[TransCLIP, Problem]:
     """Fit the problem in a folder."""
-    model = TransCLIP(device="cpu", assignments="sparse")
+    model = TransCLIP(device="cpu", assignments="sparse", class_cost=True)  # one solve
     problem = problem_of(load_features(place), model)
     names = ("neighbors", "similarities")
     lists = (np.load(place / f"{name}.npy", mmap_mode="r") for name in names)
