@@ -20,6 +20,7 @@ from transclip_fast.store.results import (
     save_result,
     write_part,
 )
+from transclip_fast.store.tables import unguarded
 
 
 def table(distributions):
@@ -94,11 +95,12 @@ def test_names():
 def test_csv(block, monkeypatch, tmp_path):
     """All columns of single values, of all blocks; no text that a spreadsheet would run."""
     monkeypatch.setattr(results, "TABLE_ROWS", block)
-    hostile = ["=cmd()", "+1", "-1", "@x", "\tx", "plain", 'a "b", c', "two\nlines"]
-    features = Features("x.npz", {"image_features": np.ones((8, 2))}, {})
+    hostile = ["=cmd()", "+1", "-1", "@x", "\tx", "plain", 'a "b", c', "two\nlines", "'=x", "'tis"]
+    n = len(hostile)
+    features = Features("x.npz", {"image_features": np.ones((n, 2))}, {})
     features.keys, features.class_names = hostile, ["=SUM(A1)", "b"]
-    draw = np.random.default_rng(0).random((8, 2), np.float32)
-    made = prediction_tables(draw, (np.zeros(8, np.int64), np.ones(8, "f4")), features)
+    draw = np.random.default_rng(0).random((n, 2), np.float32)
+    made = prediction_tables(draw, (np.zeros(n, np.int64), np.ones(n, "f4")), features)
     save_result(tmp_path, made, {}, {"means": torch.zeros(2, 2)}, csv=True)
     table = pq.read_table(tmp_path / "predictions.parquet")
     assert table["key"].to_pylist() == hostile
@@ -106,7 +108,9 @@ def test_csv(block, monkeypatch, tmp_path):
         rows = [*csv.DictReader(file)]
     flat = [name for name in table.column_names if not name.startswith("top5")]
     assert [*rows[0]] == flat
-    assert [row["key"] for row in rows] == [f"'{x}" if x[0] in "=+-@\t" else x for x in hostile]
+    assert [unguarded(row["key"]) for row in rows] == hostile
+    assert not any(row["key"][0] in "=+-@\t" for row in rows)
+    assert rows[-1]["key"] == "'tis"
     assert {row["label_name"] for row in rows} <= {"'=SUM(A1)", "b"}
     assert [int(row["label"]) for row in rows] == table["label"].to_pylist()
     assert [float(row["confidence"]) for row in rows] == pytest.approx(

@@ -150,9 +150,7 @@ class Rows:
         """The rows of this process; other processes may share them: `ops.ranked.RankedRows`."""
         return slice(0, len(self))
 
-    def total(
-        self, leaf: Callable[[slice], Tensors], shapes: Sequence[Sequence[int]] = ()
-    ) -> Tensors:
+    def total(self, leaf: Callable[[slice], Tensors], shapes: Sequence[Sequence[int]]) -> Tensors:
         """
         The sum over all rows of what `leaf` returns for a slice of own rows, float64 tensors.
 

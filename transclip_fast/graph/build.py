@@ -385,14 +385,17 @@ def _final_lists(
     similarities, part = found.values.new_empty(neighbors.shape), rows.part(own)
 
     def rerank(ids: torch.Tensor) -> None:
-        neighbors[ids] = rerank_float64(part[ids], rows, found.ids[ids], neighbors.shape[1])[0]
+        best = rerank_float64(part[ids], rows, found.ids[ids], neighbors.shape[1])
+        neighbors[ids], similarities[ids] = best[0], best[1].float()
 
-    def weigh(block: slice) -> None:
-        similarities[block] = products_float64(part[block], rows, neighbors[block]).float()
+    def weigh(ids: torch.Tensor) -> None:
+        similarities[ids] = products_float64(part[ids], rows, neighbors[ids]).float()
 
     ambiguous = found.ambiguous_rows(k, rounding)
+    clear = torch.ones(len(neighbors), dtype=torch.bool, device=neighbors.device)
+    clear[ambiguous] = False
     parallel_map(rerank, torch.split(ambiguous, RERANK_ROWS), rows.device)
-    parallel_map(weigh, part.blocks(), rows.device)
+    parallel_map(weigh, torch.split(clear.nonzero()[:, 0], RERANK_ROWS), rows.device)
     similarities[neighbors < 0] = 0
     missing = (0, k - neighbors.shape[1])  # if N < k
     return pad(neighbors, missing, value=-1), pad(similarities, missing)

@@ -62,9 +62,7 @@ class RankedRows(Rows):
     def own(self) -> slice:
         return self.exchange.partition.rows
 
-    def total(
-        self, leaf: Callable[[slice], Tensors], shapes: Sequence[Sequence[int]] = ((),)
-    ) -> Tensors:
+    def total(self, leaf: Callable[[slice], Tensors], shapes: Sequence[Sequence[int]]) -> Tensors:
         return self.exchange.total(leaf, shapes)
 
     def largest(self, values: torch.Tensor) -> float:

@@ -9,10 +9,8 @@ import numpy as np
 
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import read_array
-from transclip_fast.store.names import as_names
+from transclip_fast.store.names import ARRAY_SUFFIXES, as_names
 from transclip_fast.store.tables import KEY, PATH, TABLE_SUFFIXES, read_columns
-
-ARRAY_SUFFIXES = (".npy", ".npz")
 
 
 def read_keys(path: str | Path, n_rows: int) -> list[str | None]:

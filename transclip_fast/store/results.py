@@ -32,7 +32,8 @@ FILES = ("predictions.parquet", CSV_FILE, "mixture.safetensors", "run.json")
 CONTENTS = frozenset(FILES)
 TRANSCLIP = "transclip"  # the method of a result that names no other
 HASHED = ("predictions.parquet", "mixture.safetensors")
-FORMULA = r"^([=+\-@\t\r])"  # starts of texts that spreadsheets run
+# Before what spreadsheets run, and what `unguarded` would take it off, a ' goes.
+GUARD = r"^([=+\-@\t\r]|'[=+\-@\t\r'])"
 TRUTH, CALIBRATED = "true_label", "calibrated_confidence"  # columns
 TOP_CLASSES = 5  # listed for each row
 PART = "part-{:015}.parquet"  # of predictions, by its first row
@@ -243,7 +244,7 @@ def _flat(table: pa.Table) -> pa.Table:
     flat = table.select([field.name for field in table.schema if not pa.types.is_list(field.type)])
     for place, field in enumerate(flat.schema):
         if pa.types.is_string(field.type):
-            safe = pc.replace_substring_regex(flat.column(place), FORMULA, r"'\1")
+            safe = pc.replace_substring_regex(flat.column(place), GUARD, r"'\1")
             flat = flat.set_column(place, field, safe)
     return flat
 
