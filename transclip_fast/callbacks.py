@@ -107,14 +107,14 @@ class FitProgress:
 
         It may be one more than was known of.
         """
+        before = number * self._passes + self._first
         with self._lock:
+            self._limit = (before + 2) * self._n_rows
             self._state = replace(
                 self._state,
                 all_rows=max(self._state.all_rows, (number + 1) * self._passes * self._n_rows),
                 all_steps=max(self._state.all_steps, (number + 1) * self._steps),
             )
-        before = number * self._passes + self._first
-        self._limit = (before + 2) * self._n_rows
 
         def step(taken: Step) -> None:
             rows = (before + 2 * taken.number) * self._n_rows

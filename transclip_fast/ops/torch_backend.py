@@ -59,7 +59,7 @@ class TorchOps:
     def __init__(self, affinity: Affinity, nodes: torch.Tensor | None = None) -> None:
         self._affinity, self._nodes = affinity, nodes
         self.kept_entries = KEPT_ENTRIES
-        self._cut: list[tuple[slice, Affinity]] = []
+        self._cut: dict[int, list[tuple[slice, Affinity]]] = {}  # by rows of a block
         self._centred: dict[tuple[int, int], torch.Tensor] = {}  # blocks of few rows
 
     @staticmethod
@@ -332,12 +332,12 @@ class TorchOps:
 
     def _edges(self, n_classes: int) -> list[tuple[slice, Affinity]]:
         """Blocks of nodes with their rows of A, cut once: sweeps would spend a third on it."""
-        if not self._cut:
-            offsets = self._affinity.offsets
-            size = block_rows(offsets.device, n_classes)
+        offsets = self._affinity.offsets
+        size = block_rows(offsets.device, n_classes)
+        if size not in self._cut:  # classes that are absent leave
             parts = blocks(len(offsets) - 1, size)
-            self._cut = [(rows, self._affinity.take(rows)) for rows in parts]
-        return self._cut
+            self._cut = {size: [(rows, self._affinity.take(rows)) for rows in parts]}
+        return self._cut[size]
 
     def _nodes_of(self, rows: slice) -> torch.Tensor | slice:
         """Nodes of consecutive rows of the features."""

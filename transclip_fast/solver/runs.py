@@ -37,7 +37,7 @@ def solve_each(
 ) -> Iterator[Solution]:
     """Solve with each gamma in turn; with and without a class cost where "auto" is undecided."""
     parameters, features, meter = settings.parameters, inputs.features, None
-    sha256 = checkpoint and features.digest(lambda rows: graph.part(rows).sha256())
+    sha256 = features.digest(lambda rows: graph.part(rows).sha256()) if checkpoint else ""
     if report is None and isinstance(features, RankedRows):
         report = _ignored  # steps are counted by all processes or by none
     if report is not None:
@@ -49,7 +49,8 @@ def solve_each(
         inputs = replace(inputs, features=features.half())
 
     def one_run(run: int, settings: Settings, gamma: float | None) -> Solution:
-        saved = checkpoint and checkpoint(f"solve-{run}", settings.identity(gamma, sha256 or ""))
+        identity = settings.identity(gamma, sha256)
+        saved = checkpoint(f"solve-{run}", identity) if checkpoint else None
         step = None if meter is None else meter.run(run)
         return solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
 
