@@ -17,7 +17,7 @@ def million(folder: Path) -> str:
         hours = MILLION / row["median"]["encode"] / 3600
         model = row["options"]["model"]
         used.append(row)
-        lines.append([f"encode with {model}, at the rate of fewer images", f"{hours:.0f} hours"])
+        lines.append([f"encode with {model}, extrapolated from fewer images", f"{hours:.0f} hours"])
     for row in newest("graph", "case", folder=folder):
         if row["case"] == "million":
             used.append(row)
@@ -27,7 +27,7 @@ def million(folder: Path) -> str:
             if queries == MILLION and row.get("published") is False:
                 used.append(row)
                 occur = f", of which {row['present']} occur" if row["present"] else ""
-                what = f"label with {row['classes']:,} classes{occur}, d = {row['dim']}"
+                what = f"then label with {row['classes']:,} classes{occur}, d = {row['dim']}"
                 lines.append([what, seconds(done["seconds"])])
     if not lines:
         return "Not recorded yet: `python -m bench.speed.stream`."

@@ -150,9 +150,9 @@ def test_a_million_images_take_what_was_measured(tmp_path):
     shape = {"classes": 1000, "dim": 64, "present": 0, "published": False}
     write("stream", queries=[1000, 10**6], sizes=sizes, **shape)
     text = million_tables.million(tmp_path)
-    assert "| encode with m, at the rate of fewer images | 3 hours |" in text
+    assert "| encode with m, extrapolated from fewer images | 3 hours |" in text
     assert "| find neighbours, d = 64 | 12.3 s |" in text
-    assert "| label with 1,000 classes, d = 64 | 61.5 s |" in text
+    assert "| then label with 1,000 classes, d = 64 | 61.5 s |" in text
 
 
 def test_kills_of_one_of_several_processes_are_told(tmp_path):
