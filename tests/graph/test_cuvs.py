@@ -86,9 +86,14 @@ def test_when_auto_takes_it(monkeypatch):
         assert choose_search(10**4, gpu, held=False) == "exact"
 
 
-def test_when_a_gpu_holds_rows_in_files(monkeypatch):
-    """A million rows of 512 dimensions take 3 GB in float32 and 16 bits."""
+@pytest.mark.parametrize("installed", [True, False])
+def test_when_a_gpu_holds_rows_in_files(installed, monkeypatch):
+    """Where it searches them: a million rows of 512 dimensions take 3 GB, of twice as much."""
     monkeypatch.setattr(build, "free_bytes", lambda device: 6.2e9)
-    assert build._fits_gpu(512 * 10**6, torch.device("cuda"))
-    assert not build._fits_gpu(520 * 10**6, torch.device("cuda"))
-    assert not build._fits_gpu(1, torch.device("cpu"))
+    monkeypatch.setattr(build, "cuvs_installed", lambda: installed)
+    gpu, shape = torch.device("cuda"), (10**6, 512)
+    assert all(build.holds_files(search, shape, gpu) for search in ("auto", "exact", "cuvs"))
+    assert not build.holds_files("auto", (10**6, 520), gpu)
+    assert not build.holds_files("faiss", shape, gpu)
+    assert not build.holds_files("auto", shape, torch.device("cpu"))
+    assert build.holds_files("auto", (2 * 10**6, 128), gpu) is installed  # else FAISS streams them

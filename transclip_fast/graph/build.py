@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
@@ -142,10 +143,15 @@ def build_graph(
     ranks = current_ranks() or ALONE
     if ranks.size > 1:
         _check_shared(search, index, save_index)
+    if search == "auto" and (index is not None or save_index is not None):
+        search = "faiss"
     if isinstance(features, Rows):
         rows = features
     else:
-        rows = whole_rows(features, "features", resolve_device(ranks.device(str(device))))
+        device, held = resolve_device(ranks.device(str(device))), None
+        if ranks.size == 1 and holds_files(search, getattr(features, "shape", ()), device):
+            held = True
+        rows = whole_rows(features, "features", device, held=held)
     if ranks.size > 1:
         parameters = repr((n_neighbors, search, recall))
         check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
@@ -156,9 +162,7 @@ def build_graph(
             "neighbours that are missing send no messages",
             stacklevel=user_level(),
         )
-    if search == "auto" and (index is not None or save_index is not None):
-        search = "faiss"
-    elif search == "auto":
+    if search == "auto":
         search = choose_search(len(rows), rows.device, rows.held and ranks.size == 1)
     if search == "cuvs" and not (rows.device.type == "cuda" and rows.held):
         raise InputError("search 'cuvs' needs rows that a GPU holds, with device='cuda'")
@@ -243,13 +247,11 @@ def whole_rows(
     """
     The `Rows` of a search, of which every process can read any.
 
-    By default a GPU holds rows in files if they take no more than half of its free memory. Of
-    streamed rows each process checks its own; all are read only where some are no unit rows.
+    Of streamed rows each process checks its own; all are read only where some are no unit rows.
     """
     ranks, matrix = current_ranks() or ALONE, unread_matrix(features, name)
     if held is None:
         held = not isinstance(features, np.memmap | StoredRows)
-        held = held or _fits_gpu(len(matrix) * matrix.shape[1], torch.device(device))
     if ranks.size == 1:
         return Rows(features, name, device, held=held)
     own = Partition(len(matrix), ranks).rows
@@ -257,9 +259,13 @@ def whole_rows(
     return Rows(features, name, device, held=held, checked=checked and not held)
 
 
-def _fits_gpu(n_entries: int, device: torch.device) -> bool:
-    """Whether a device is a GPU with room for twice so many entries in float32 and in 16 bits."""
-    return device.type == "cuda" and 2 * (4 + 2) * n_entries <= free_bytes(device)
+def holds_files(search: str, shape: Sequence[int], device: torch.device) -> bool:
+    """Whether a GPU that searches rows in files holds them: they take half of its free memory."""
+    if device.type != "cuda" or len(shape) != 2 or search == "faiss":
+        return False
+    if search == "auto" and shape[0] > EXACT_ROWS["cuda"] and not cuvs_installed():
+        return False  # `choose_search`
+    return 2 * (4 + 2) * shape[0] * shape[1] <= free_bytes(device)  # in float32 and in 16 bits
 
 
 def _are_unit(matrix: torch.Tensor | StoredRows, own: slice) -> bool:
