@@ -31,7 +31,7 @@ from transclip_fast.types import Affinity, Assignments, LinearScore, Scores
 SWEEP_ROWS = 1024  # rows of a block of a sweep, at most
 LIST_ROWS = 4096  # rows of a block of lists whose labels are found
 SUM_ROWS = 2048  # rows of a block of power sums
-CLASS_SIZE_ROWS = 512  # rows on which the number of entries of each class is estimated
+CLASS_SIZE_ROWS = 512  # rows a thread on which the number of entries of each class is estimated
 # Writes the candidates of a block of rows to their lists. Two arrays (8, K) receive the largest
 # scores of each class, less the row's log-sum-exp, and their rows; arrays (0, K) receive none.
 Select = Callable[[slice, np.ndarray, np.ndarray], None]
@@ -243,7 +243,7 @@ def _float32_selector(
 
 def equal_classes(z: Assignments, number: int) -> list[slice]:
     """At most `number` slices of the K classes with about equally many entries of z each."""
-    some = z.take(slice(None, None, max(1, len(z) // CLASS_SIZE_ROWS)))
+    some = z.take(slice(None, None, max(1, len(z) // (CLASS_SIZE_ROWS * number))))
     values, classes = _arrays(some)
     entries = np.bincount(classes[values > 0], minlength=z.n_classes)
     shares = np.arange(1, number) / number * entries.sum()
