@@ -277,15 +277,20 @@ class Assignments:
             values.exp_().clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
 
     def sharpen(self, power: float) -> Assignments:
-        """z <- z^power in place, rows scaled to 1; the classes that a list dropped have equal z."""
+        """
+        z <- z^power in place, rows scaled to 1.
+
+        What a list dropped counts as classes with its least z: no others have a larger z^power.
+        """
         for start in range(0, len(self), BLOCK_ROWS):
             values = self.values[start : start + BLOCK_ROWS]
             used = values > 0
             # In logs, as powers of a soft row underflow.
-            log_tail = (1 - values.sum(1)).clamp_min(0).log()
-            spread = (self.n_classes - used.sum(1)).clamp_min(1).log()
-            tail = power * (log_tail - spread) + spread
-            powers = torch.cat([power * values.log(), tail[:, None]], 1)
+            logs = values.log()
+            dropped = (1 - values.sum(1)).clamp_min(0).log()
+            number = (dropped - logs.masked_fill(~used, 0).amin(1)).clamp_min(0)  # of them, its log
+            tail = power * (dropped - number) + number
+            powers = torch.cat([power * logs, tail[:, None]], 1)
             values.copy_(torch.softmax(powers, 1)[:, :-1])
             # No entry in use may underflow: a list ends at its first 0.
             values.clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)

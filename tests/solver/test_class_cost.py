@@ -180,11 +180,12 @@ def test_sharpened_assignments(form):
     assert torch.equal(z.values > 0, values > 0)  # what underflows stays in use
 
 
-def test_sharpened_lists_spread_what_they_dropped():
-    """0.4 over the four classes that the list of row 0 lacks, 0.1 each; row 1 lacks nothing."""
-    values = torch.tensor([[0.5, 0.1], [1.0, 0.0]])
-    z = Assignments(values, torch.tensor([[4, 2], [1, 0]]).int(), 6, torch.zeros(2))
-    expected = torch.tensor([[0.25, 0.01], [0.3, 0.0]]) / 0.3
+def test_sharpened_lists_count_what_they_dropped():
+    """0.4 as four classes of 0.1, which the list has, too; nothing; 0.1, less than the list has."""
+    values = torch.tensor([[0.5, 0.1], [1.0, 0.0], [0.7, 0.2]])
+    z = Assignments(values, torch.tensor([[4, 2], [1, 0], [3, 0]]).int(), 9, torch.zeros(3))
+    expected = torch.tensor([[0.25, 0.01], [0.3, 0.0], [0.49, 0.04]])
+    expected /= torch.tensor([[0.3], [0.3], [0.54]])
     torch.testing.assert_close(z.sharpen(2.0).values, expected)
 
 
