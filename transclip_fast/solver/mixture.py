@@ -55,13 +55,13 @@ class Moments:
         """
         Add the mass that sparse rows dropped, to the classes as the kept mass is shared.
 
-        `whole` has the moments of all rows, as of one class. Without what was dropped the kept mass
-        and the squares belong to different sets of rows, and the variance is wrong by tens of
-        percent.
+        The sums take it in place, as they are large. `whole` has the moments of all rows, as of one
+        class. Without what was dropped the kept mass and the squares belong to different sets of
+        rows, and the variance is wrong by tens of percent.
         """
         share = self.counts / self.counts.sum()
         counts = self.counts + share * (whole.counts - self.counts.sum())
-        sums = torch.addr(self.sums, share, whole.sums[0] - self.sums.sum(0))
+        sums = self.sums.addr_(share, whole.sums[0] - self.sums.sum(0))
         return Moments(counts, sums, self.squares)
 
     def take(self, classes: torch.Tensor) -> Moments:
