@@ -108,6 +108,21 @@ def test_lists(images, suffix):
         assert resolve_labels(source, ["a", "b"]).tolist() == [0, 1]
 
 
+def test_paths_are_those_of_any_working_directory(images, monkeypatch):
+    """Pages and links are made later, elsewhere."""
+    folder = images(3)
+    monkeypatch.chdir(folder.parent)
+    expected = [str(folder / key) for key in open_source(folder).keys]
+    (folder.parent / "list.txt").write_text(
+        "".join(f"images/{key}\n" for key in open_source(folder).keys)
+    )
+    for path in ("images", "./images", "list.txt"):
+        found = open_source(path).table(None).paths
+        monkeypatch.chdir("/")
+        assert all(map(os.path.samefile, found, expected))
+        monkeypatch.chdir(folder.parent)
+
+
 def test_webdataset_with_class_numbers(images):
     folder = images(3)
     pictures = [(folder / key).read_bytes() for key in ("cat/000.png", "dog/001.png")]

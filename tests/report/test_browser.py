@@ -174,6 +174,7 @@ def test_images_are_corrected_and_solved_again(opened, made, cli_in_process, tmp
         assert "%" not in card.text_content()  # the confidence was of the other label
         file = saved(page, tmp_path)
         command = page.locator("#command").text_content()
+        look = page.locator("#look").text_content()
     assert file.name == "corrections.csv"
     assert not any(line.startswith(("=", "+", "-", "@")) for line in file.read_text().split('"'))
     expected = dict(zip(rows, (NAMES.index("plain"), 2, NAMES.index("line\nbreak")), strict=True))
@@ -186,8 +187,8 @@ def test_images_are_corrected_and_solved_again(opened, made, cli_in_process, tmp
     assert {row: table[row]["label"] for row in rows} == expected
     assert [row for row, line in enumerate(table) if line["known"]] == sorted(rows)
 
-    after = tmp_path / "after.html"
-    write_report(out, after, before=str(made.result))
+    after = tmp_path / "corrected.html"
+    cli_in_process(*shlex.split(look)[1:])
     with opened(after) as page:
         tab = page.get_by_role("tab", name="Corrected")
         assert tab.text_content() == "Corrected3"

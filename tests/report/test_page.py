@@ -119,7 +119,8 @@ def test_images_moved_deleted_and_replaced(tmp_path):
     summary = write_report(made.result, out)
     assert summary["thumbnails"] == len(made.keys) - 2
     assert sorted(summary["notes"]) == [
-        "1 of 12 images are not shown: cannot be read (No such file or directory).",
+        "1 of 12 images are not shown: cannot be read (No such file or directory); if they have "
+        "moved, give `report --images` where they are.",
         "1 of 12 images are not shown: not the image that was encoded.",
     ]
     images.rename(tmp_path / "moved")
@@ -238,7 +239,7 @@ def command(cli_in_process, tmp_path):
     def solve(made, *options):
         cli_in_process("solve", made.folder / "features", "--out", tmp_path / "a result", *options)
         write_report(tmp_path / "a result", tmp_path / "page.html")
-        shown = read(tmp_path / "page.html")["command"]
+        shown = next(iter(read(tmp_path / "page.html")["commands"]), None)
         return shown and shlex.split(shown)
 
     return solve
@@ -274,7 +275,7 @@ def test_a_result_that_does_not_say_its_options(made, tmp_path):
     for options in (None, "x", [{"option": 3}], [{"option": "--csv", "run": "x"}], [["--csv"]]):
         set_run(made.result, options=options)
         write_report(made.result, tmp_path / "page.html")
-        words = shlex.split(read(tmp_path / "page.html")["command"])
+        words = shlex.split(read(tmp_path / "page.html")["commands"][0])
         assert words[2:4] == [str(made.folder / "features"), "--corrections"]
         assert "with the other options" in (tmp_path / "page.html").read_text()
 
@@ -297,7 +298,7 @@ def test_the_page_of_predict(made, cli_in_process, tmp_path):
     assert note.startswith("Labelled by predict: each row by itself")
     assert summary["thumbnails"] == len(made.keys)
     data = read(tmp_path / "page.html")
-    assert data["command"] is None
+    assert data["commands"] == []
     write_report(made.result, tmp_path / "solved.html")
     solved = read(tmp_path / "solved.html")["images"]
     said = {row: image for row, image in data["images"].items() if "mixture" in image}

@@ -120,7 +120,8 @@ class Source:
 
     def table(self, labels: np.ndarray | None) -> RowTable:
         """The metadata of each row in a feature folder."""
-        paths = [utf8_name(file) for file in self.files]
+        # Read from other folders later; not normalised, as a folder before ".." may be a link.
+        paths = [utf8_name(os.path.join(os.getcwd(), file)) for file in self.files]
         contents = (lambda: self.contents) if self.by_content else None
         return RowTable(self.keys, paths, labels, self.stamps, contents, self.own_keys)
 

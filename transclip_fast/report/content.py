@@ -34,6 +34,7 @@ NEIGHBORS = 6  # of an image that are shown
 SIDE, NEIGHBOR_SIDE = 160, 80  # pixels of a thumbnail
 # Bytes of thumbnails and characters of a key, so that a page has at most 20 MB.
 THUMBNAIL_BYTES, KEY_LENGTH = 8_000_000, 400
+MOVED = "give `report --images` where they are"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Content:
         pictures = _pictures(features, images, keys, notes)
         found, missing = thumbnails(pictures, sides.items(), THUMBNAIL_BYTES)
         for why, number in missing.most_common():
-            notes.append(f"{number:,} of {len(sides):,} images are not shown: {why}.")
+            remedy = f"; if they have moved, {MOVED}" if why.startswith("cannot be read") else ""
+            notes.append(f"{number:,} of {len(sides):,} images are not shown: {why}{remedy}.")
         return cls(view, shown, around, said, keys, found, notes)
 
     def data(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ class Content:
             "calibrated": view.result.has(CALIBRATED),
             "keyColumn": self._key_column(),
             "guarded": GUARDED,
-            "command": self._command(),
+            "commands": self._commands(),
             "classes": class_table(view, named),
             "images": images,
             "flows": changes,
@@ -132,15 +134,17 @@ class Content:
         long = any(len(key or "") > KEY_LENGTH for key in self.keys.values())
         return "row" if long else "key"
 
-    def _command(self) -> str | None:
-        """The command that solves again with the page's corrections; None if there is none."""
+    def _commands(self) -> list[str]:
+        """The commands that solve again with the page's corrections, and show it; none if not."""
         view = self.view
         if not isinstance(view.run.get("features"), str) or view.labelled_by != TRANSCLIP:
-            return None
-        out = f"{os.path.realpath(view.result.folder)}-corrected"
-        words = ["solve", view.path(view.run["features"]), *(self.options or ())]
-        words += ["--corrections", "corrections.csv", "--out", out]
-        return shlex.join(["transclip-fast", *words])
+            return []
+        result = os.path.realpath(view.result.folder)
+        out = f"{result}-corrected"
+        solve = ["solve", view.path(view.run["features"]), *(self.options or ())]
+        solve += ["--corrections", "corrections.csv", "--out", out]
+        look = ["report", out, "--before", result, "--out", "corrected.html"]
+        return [shlex.join(["transclip-fast", *words]) for words in (solve, look)]
 
     @property
     def options(self) -> list[str] | None:

@@ -318,8 +318,10 @@ function save() {
   setTimeout(() => URL.revokeObjectURL(url), 10000);
   state.saved = true;
   keep();
-  $("command").textContent = data.command;
-  $("then").hidden = !data.command;
+  const [solve, look] = data.commands;
+  $("command").textContent = solve;
+  $("look").textContent = look;
+  $("then").hidden = !solve;
 }
 
 /* Start. */
