@@ -32,7 +32,9 @@ def facts(view: View) -> list[Fact]:
     if view.truth is not None and (view.truth >= 0).any():
         found.append(_accuracy(view, view.truth))
     changed = int((view.labels != view.zero_shot).sum())
-    found.append(Fact("labels changed", f"{changed:,}", f"{100 * changed / n:.1f} % of all"))
+    found.append(
+        Fact("labels changed", f"{changed:,}", f"{100 * changed / n:.1f} % of all, from zero-shot")
+    )
     if view.before is not None:
         moved, back = int(view.moved.sum()), int(view.moved_back.sum())
         note = f"{moved:,} others moved, {back:,} of them back"
