@@ -417,17 +417,3 @@ def test_warnings_are_about_the_line_that_called(method, problem):
     assert {warning.filename for warning in found} == {__file__}
     about = {str(warning.message).partition(":")[0] for warning in found}
     assert about >= {"X", "support_features"}
-
-
-@pytest.mark.parametrize("of", ["texts", "prior"])
-def test_new_rows_are_labelled_in_blocks(of, problem, monkeypatch):
-    features, texts, _ = problem(n=77)
-    arrays = {"text_features": texts}
-    if of == "prior":
-        arrays = {"prior": np.random.default_rng(0).dirichlet(np.ones(6), size=77)}
-    model = TransCLIP(device="cpu").fit(features, **arrays)
-    new = {name: array[::-1] for name, array in arrays.items() if of == "prior"}
-    whole = model.predict_proba(features[::-1], **new)
-    monkeypatch.setattr("transclip_fast.solver.loop.product_rows", lambda *_: 10)
-    np.testing.assert_allclose(model.predict_proba(features[::-1], **new), whole, atol=1e-6)
-    np.testing.assert_array_equal(model.predict(features[::-1], **new), whole.argmax(1))

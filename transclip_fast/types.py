@@ -276,38 +276,12 @@ class Assignments:
             # No entry in use may underflow: a list ends at its first 0.
             values.exp_().clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
 
-    def sharpen(self, power: float) -> Assignments:
-        """
-        z <- z^power in place, rows scaled to 1.
-
-        What a list dropped counts as classes with its least z: no others have a larger z^power.
-        """
-        for start in range(0, len(self), BLOCK_ROWS):
-            values = self.values[start : start + BLOCK_ROWS]
-            used = values > 0
-            # In logs, as powers of a soft row underflow.
-            logs = values.log()
-            dropped = (1 - values.sum(1)).clamp_min(0).log()
-            number = (dropped - logs.masked_fill(~used, 0).amin(1)).clamp_min(0)  # of them, its log
-            tail = power * (dropped - number) + number
-            powers = torch.cat([power * logs, tail[:, None]], 1)
-            values.copy_(torch.softmax(powers, 1)[:, :-1])
-            # No entry in use may underflow: a list ends at its first 0.
-            values.clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
-        return self
-
-    def counts(self, power: float = 1.0) -> torch.Tensor:
-        """
-        The mass kept of each class, (K,) float64: the same bits however rows are split.
-
-        With `power`, that of the sharpened z.
-        """
+    def counts(self) -> torch.Tensor:
+        """The mass kept of each class, (K,) float64: the same bits however rows are split."""
         total = torch.zeros(self.n_classes, dtype=torch.float64, device=self.values.device)
         units = total.long()
         for start in range(0, len(self), BLOCK_ROWS):
             z = self.take(slice(start, start + BLOCK_ROWS))
-            if power != 1:
-                z = replace(z, values=z.values.clone()).sharpen(power)
             if z.classes is None:
                 total += z.values.sum(0, dtype=torch.float64)
             else:  # sums of integers do not depend on their order, which a GPU leaves open

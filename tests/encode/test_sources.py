@@ -109,7 +109,7 @@ def test_lists(images, suffix):
 
 
 def test_paths_are_those_of_any_working_directory(images, monkeypatch):
-    """Pages and links are made later, elsewhere."""
+    """Pages and links are made later, in other folders."""
     folder = images(3)
     monkeypatch.chdir(folder.parent)
     expected = [str(folder / key) for key in open_source(folder).keys]

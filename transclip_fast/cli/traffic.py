@@ -20,7 +20,7 @@ from transclip_fast.solver.layout import START_BYTES, Layout, Size
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.problem import ORDER_SAMPLE_ROWS, PRIOR_SAMPLE_ROWS
 from transclip_fast.solver.runs import AGREEMENT_ROWS
-from transclip_fast.solver.state import sharpness_rows
+from transclip_fast.solver.sharpened import sharpness_rows
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from transclip_fast.solver.confidence import calibrated_confidences
 from transclip_fast.solver.mixture import Mixture, Moments, by_classes
 from transclip_fast.solver.prior import Prior
 from transclip_fast.solver.problem import Inputs, Settings
+from transclip_fast.solver.sharpened import sharpen
 from transclip_fast.solver.state import (
     History,
     Solution,
@@ -213,7 +214,7 @@ def start_from_neighbors(state: State) -> None:
     Where few classes occur, the 8 rows that are most confident of an absent class are not its own.
     T is that of `class_cost`, and the cost that of the classes over which z then spreads.
     """
-    state.z.sharpen(state.sharpness)
+    sharpen(state.z, state.sharpness)
     if state.inputs.support is None:
         state.base.set_log(state.z)
     else:

@@ -22,7 +22,8 @@ from transclip_fast.solver.loop import passes_before, solve
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.solver.problem import Inputs, Settings
-from transclip_fast.solver.state import Solution, shared_labels
+from transclip_fast.solver.sharpened import shared_labels
+from transclip_fast.solver.state import Solution
 
 AGREEMENT_ROWS = 1 << 16  # whose neighbours tell how many have the same label
 

@@ -14,22 +14,16 @@ from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.ops import backend_class
 from transclip_fast.ops.ranked import Operations, RankedBackend, RankedRows
-from transclip_fast.solver.class_cost import (
-    ClassCost,
-    agreement,
-    effective_classes,
-    sharpness,
-)
+from transclip_fast.solver.class_cost import ClassCost, effective_classes
 from transclip_fast.solver.known import KNOWN_WEIGHT
 from transclip_fast.solver.mixture import Mixture, Moments
-from transclip_fast.solver.prior import LinearPrior, Prior, log_prior_of
+from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.solver.problem import PRIOR_SAMPLE_ROWS, Inputs, Settings
+from transclip_fast.solver.sharpened import prior_counts, sharpness_of
 from transclip_fast.solver.support import SUPPORT_SCALE
 from transclip_fast.solver.truncation import needed_candidates
 from transclip_fast.types import Affinity, Assignments, Scores
 
-SHARPNESS_ENTRIES = 1 << 22  # of the rows that T is taken from: 4,096 rows of 1,000 classes,
-SHARPNESS_ROWS = 1 << 13  # and at most so many: their features are held
 ABSENT_NATS = 5.0  # cost from which a class without mass is left out
 
 
@@ -224,8 +218,8 @@ def start(inputs: Inputs, graph: NeighborGraph, settings: Settings, gamma: float
     shots = None if inputs.support is None or gamma is None else inputs.support.moments
     mixture = Mixture.start(log_weights, rows, features, shots)
     prior_best, nodes = z.best(), None
-    power = _sharpness(prior, prior_best[0], features, graph)
-    n_effective = effective_classes(_prior_counts(z, features, prior, power))
+    power = sharpness_of(prior, prior_best[0], features, graph)
+    n_effective = effective_classes(prior_counts(z, features, prior, power))
     if settings.truncation is not None:
         # Neighbours mostly share a label: sorted by label, their lists are close in memory.
         order = prior_best[0].argsort(stable=True)
@@ -274,45 +268,6 @@ def _affinity(
         device=features.device,
         exchange=features.exchange if isinstance(features, RankedRows) else None,
     )
-
-
-def _prior_counts(z: Assignments, features: Rows, prior: Prior, power: float) -> torch.Tensor:
-    """Mass (K,) float64 of y_hat^power; z is y_hat, and sparse rows lack its smallest entries."""
-    (counts,) = features.total(lambda rows: (z.take(rows).counts(power),), [(z.n_classes,)])
-    if z.classes is None:
-        return counts
-    # All entries of some rows tell among which classes the dropped mass is spread.
-    ids = evenly_spaced_rows(len(features), PRIOR_SAMPLE_ROWS, z.values.device)
-    log_prior = log_prior_of(prior, ids, features)
-    whole = torch.softmax(power * log_prior, 1)
-    values, classes = features.pick(z.values, ids), features.pick(z.classes, ids)
-    kept = replace(z, values=values, classes=classes).sharpen(power).dense()
-    dropped = (whole - kept).clamp_min(0).sum(0, dtype=torch.float64)
-    share = dropped / dropped.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return counts + (len(features) - counts.sum()).clamp_min(0) * share
-
-
-def sharpness_rows(n_classes: int) -> int:
-    """The most rows from which T is taken."""
-    return max(PRIOR_SAMPLE_ROWS, min(SHARPNESS_ROWS, SHARPNESS_ENTRIES // n_classes))
-
-
-def _sharpness(prior: Prior, labels: torch.Tensor, features: Rows, graph: NeighborGraph) -> float:
-    """T of `class_cost`, from y_hat of some rows, the labels (N,), and the lists of own rows."""
-    sample = sharpness_rows(prior.n_classes)
-    ids = evenly_spaced_rows(len(features), sample, labels.device)
-    shared = shared_labels(labels, ids, features, graph)
-    return sharpness(log_prior_of(prior, ids, features), shared)
-
-
-def shared_labels(
-    labels: torch.Tensor, ids: torch.Tensor, features: Rows, graph: NeighborGraph
-) -> float:
-    """The share of neighbours of some rows (S,) that have their label, of `labels` (N,)."""
-    lists = torch.from_numpy(np.require(graph.neighbors, requirements="W"))
-    neighbors = features.pick(lists, ids.cpu()).to(ids.device)  # (S, k)
-    theirs = features.pick(labels, neighbors.clamp_min(0).flatten()).view(neighbors.shape)
-    return agreement(features.pick(labels, ids), theirs.where(neighbors >= 0, -1))
 
 
 def drop_absent_classes(state: State) -> None:
