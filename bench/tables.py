@@ -270,19 +270,8 @@ def stream(folder: Path) -> str:
     rows = streamed(folder)
     if not rows:
         return "Not recorded yet: `python -m bench.speed.stream`."
-    head = [
-        "N",
-        "K",
-        "classes that occur",
-        "d",
-        "class cost",
-        "time",
-        "time a row",
-        "peak",
-        "planned",
-        "features",
-        "read",
-    ]
+    sizes, costs = ["N", "K", "classes that occur", "d"], ["time", "time a row", "peak", "planned"]
+    head = [*sizes, "class cost", *costs, "features", "read"]
     cells = []
     for row in rows:
         for n, done in zip(row["queries"], row["sizes"], strict=True):
