@@ -149,8 +149,8 @@ def build_graph(
         rows = features
     else:
         device, held = resolve_device(ranks.device(str(device))), None
-        if ranks.size == 1 and holds_files(search, getattr(features, "shape", ()), device):
-            held = True
+        if ranks.size == 1 and isinstance(features, np.memmap | StoredRows):
+            held = holds_files(search, features.shape, device)
         rows = whole_rows(features, "features", device, held=held)
     if ranks.size > 1:
         parameters = repr((n_neighbors, search, recall))

@@ -75,14 +75,17 @@ def test_fits(problem, monkeypatch, case, assignments):
     np.testing.assert_allclose(found.objective_, expected.objective_, rtol=1e-2)
 
 
-@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("where", ["array", "file", "file that fits"])
 @pytest.mark.parametrize("search", ["exact", "faiss"])
-def test_searches(problem, tmp_path, search, held):
+def test_searches(problem, tmp_path, search, where, monkeypatch):
     if search == "faiss":
         pytest.importorskip("faiss")
     features, _, _ = problem(n=60)
     np.save(tmp_path / "features.npy", features)
-    given = features if held else np.load(tmp_path / "features.npy", mmap_mode="r")
+    given = features if where == "array" else np.load(tmp_path / "features.npy", mmap_mode="r")
+    room = {"cpu": 10**9, "cuda": 10**9 if where == "file that fits" else 0}
+    free = "transclip_fast.graph.build.free_bytes"
+    monkeypatch.setattr(free, lambda device: room[device.type])
     with pretend_gpu():
         found = build_graph(given, 3, search=search, device="cuda")
     np.testing.assert_array_equal(found.neighbors, build_graph(features, 3).neighbors)
