@@ -272,11 +272,11 @@ def stream(folder: Path) -> str:
         return "Not recorded yet: `python -m bench.speed.stream`."
     sizes, costs = ["N", "K", "classes that occur", "d"], ["time", "time a row", "peak", "planned"]
     head = [*sizes, "class cost", *costs, "features", "read"]
+    kept = {True: "auto: kept", False: "auto: lifted", None: "auto"}
     cells = []
     for row in rows:
         for n, done in zip(row["queries"], row["sizes"], strict=True):
             present = f"{row['present']:,}" if row.get("present") else "all"
-            kept = {True: "auto: kept", False: "auto: lifted", None: "auto"}
             cost = "off" if row.get("published") else kept[done.get("class_cost")]
             line = [f"{n:,}", f"{row['classes']:,}", present, str(row["dim"]), cost]
             line += [seconds(done["seconds"]), f"{1e6 * done['seconds'] / n:.0f} µs"]

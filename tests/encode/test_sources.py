@@ -112,10 +112,9 @@ def test_paths_are_those_of_any_working_directory(images, monkeypatch):
     """Pages and links are made later, in other folders."""
     folder = images(3)
     monkeypatch.chdir(folder.parent)
-    expected = [str(folder / key) for key in open_source(folder).keys]
-    (folder.parent / "list.txt").write_text(
-        "".join(f"images/{key}\n" for key in open_source(folder).keys)
-    )
+    keys = open_source(folder).keys
+    expected = [str(folder / key) for key in keys]
+    (folder.parent / "list.txt").write_text("".join(f"images/{key}\n" for key in keys))
     for path in ("images", "./images", "list.txt"):
         found = open_source(path).table(None).paths
         monkeypatch.chdir("/")

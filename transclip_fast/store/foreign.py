@@ -125,12 +125,15 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
     d = image_features.shape[-1] if image_features.ndim else 0
     if array.ndim != 2 or len(array) != d:
         return array
-    if array.shape[1] == d and _are_unit(array) == _are_unit(array.T):
+    if array.shape[1] != d:
+        return array.T
+    in_rows = _are_unit(array)
+    if in_rows == _are_unit(array.T):
         raise InputError(
             f"{path}: is {d} x {d}, so that rows cannot be told from columns; give rows of norm 1, "
             "or a .npy, which has a row for each class or shot"
         )
-    return array if array.shape[1] == d and _are_unit(array) else array.T
+    return array if in_rows else array.T
 
 
 def read_prior(path: str | Path) -> Any:
