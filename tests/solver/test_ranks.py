@@ -12,7 +12,7 @@ from scipy import sparse
 
 from tests.conftest import make_problem, unit
 from tests.ranks import on_ranks
-from tests.solver.test_class_cost_choice import weak
+from tests.solver.test_class_cost_choice import apart, weak
 from transclip_fast import InputError, NeighborGraph, TransCLIP
 from transclip_fast.graph.affinity import affinity
 from transclip_fast.graph.build import build_graph
@@ -107,14 +107,62 @@ def test_any_number_of_ranks_gives_the_same_bits():
 
 def test_ranks_decide_alike():
     """With and without a class cost: the choice has the bits of one process, too."""
-    features, texts = weak(0, N_ROWS)
-    graph = build_graph(features, 3)
-    alone = fitted((features, texts), graph, {"max_iter": 3}, {})
-    for size in (2, 3):
-        ranks = on_ranks(size, fitted, (features, texts), graph, {"max_iter": 3}, {})
-        labels = np.concatenate([rows[1] for rows, _ in ranks])
-        np.testing.assert_array_equal(labels, alone[0][1])
-        assert all(whole[3:5] == alone[1][3:5] for _, whole in ranks)
+    for features, texts in (weak(0, N_ROWS), apart(N_ROWS)):  # the latter gives up the cost
+        graph = build_graph(features, 3)
+        alone = fitted((features, texts), graph, {"max_iter": 5}, {})
+        for size in (2, 3):
+            ranks = on_ranks(size, fitted, (features, texts), graph, {"max_iter": 5}, {})
+            labels = np.concatenate([rows[1] for rows, _ in ranks])
+            np.testing.assert_array_equal(labels, alone[0][1])
+            assert all(whole[3:5] == alone[1][3:5] for _, whole in ranks)
+
+
+class Memory:
+    """A checkpoint that keeps every state."""
+
+    def __init__(self, state=None):
+        self.state, self.states = state, []
+
+    def load(self):
+        return self.state
+
+    def keep(self, state):
+        self.states.append({name: np.array(array) for name, array in state().items()})
+
+
+def resumed(problem, graph, values):
+    """A fit, the same resumed after each of its steps, and the states of these."""
+    kept = Memory()
+    whole = fitted(problem, graph, values, {"checkpoint": lambda *_: kept})
+    again = [
+        fitted(problem, graph, values, {"checkpoint": lambda *_, state=state: Memory(state)})
+        for state in kept.states
+    ]
+    return whole, again, kept.states
+
+
+@pytest.mark.parametrize("values", [{}, {"class_cost": True}], ids=["published", "class cost"])
+def test_ranks_resume(values):
+    """The start of a class cost sends lists, too, before the state is there."""
+    features, text, _ = make_problem(n=N_ROWS, k=9, noise=0.06)
+    values = {"assignments": "sparse", "class_cost": False, "max_iter": 4, **values}
+    ranks = on_ranks(2, resumed, (features, text), build_graph(features, 3), values)
+    for whole, again, states in ranks:
+        assert len(again) == len(states) == 4
+        for found in again:
+            for x, y in zip([*found[0], *found[1]], [*whole[0], *whole[1]], strict=True):
+                np.testing.assert_equal(x, y)
+
+
+def test_states_are_in_the_order_of_the_rows():
+    """Lists are kept by label, which another machine may round otherwise."""
+    features, text, _ = make_problem(n=N_ROWS, k=9, noise=0.06)
+    values = {"assignments": "sparse", "max_iter": 4}
+    whole, again, states = resumed((features, text), build_graph(features, 3), values)
+    z = Assignments.empty(N_ROWS, 9, Truncation(9, 9), torch.device("cpu"))
+    z.restore(states[-1])
+    assert (z.best()[0].numpy() == whole[0][1]).mean() > 0.99
+    np.testing.assert_equal(again[1], whole)
 
 
 def test_golden_rows_on_two_ranks(golden_dir):

@@ -325,34 +325,35 @@ def saved(state: State, history: History) -> dict[str, np.ndarray]:
     tensors = {
         "means": state.means(),
         "variances": state.mixture.variances,
-        "counts": state.counts(),
+        "masses": state.counts(),
     }
     if state.in_use is not None:
         tensors["in_use"] = state.in_use
         tensors["candidates"] = torch.tensor(state.base.values.shape[1])
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     arrays |= {name: np.array(values) for name, values in vars(history).items()}
-    # Nodes differ between numbers of processes, rows do not.
-    z = in_row_order(state) if isinstance(state.inputs.features, RankedRows) else state.z
-    return {**arrays, **z.state()}
+    # Rows are the same everywhere. Nodes depend on the number of processes, and on labels that
+    # another machine may round otherwise.
+    return {**arrays, **in_row_order(state).state()}
 
 
 def restore(state: State, arrays: SavedState | None) -> History:
     """Resume from `saved` arrays, if there are any; returns the history of the steps taken."""
-    if arrays is None or "changed" not in arrays:  # or of a version that did not count changes
+    if arrays is None or "masses" not in arrays:  # or of a version that saved nodes
         return History()
     device = state.inputs.features.device
     means, variances, counts = (
-        torch.from_numpy(arrays[name]).to(device) for name in ("means", "variances", "counts")
+        torch.from_numpy(arrays[name]).to(device) for name in ("means", "variances", "masses")
     )
     state.mixture = Mixture(means, variances)
     state.moments = replace(state.moments, counts=counts)
     if "in_use" in arrays:
         classes = torch.from_numpy(arrays["in_use"]).to(device)
         keep_classes(state, classes, int(arrays["candidates"]))
-    if isinstance(state.inputs.features, RankedRows) and state.nodes is not None:
+    if state.nodes is None:
+        state.z.restore(arrays)
+    else:
         state.spare.restore(arrays)
         state.spare.take_into(state.nodes.argsort(), out=state.z)
-    else:
-        state.z.restore(arrays)
+    state.z = state.ops.room(state.z)  # what ranks sent before, at the start, was another z
     return History(arrays["objective"].tolist(), arrays["changed"].tolist())
