@@ -294,6 +294,23 @@ def test_a_killed_search_goes_on(search):
         assert graph.info == expected.info
 
 
+def test_rows_that_were_streamed_before_stay_rounded(tmp_path):
+    """A search of rows in a file compares rows of half precision; with more memory it resumes."""
+    features, _ = clustered(900, 30, noise=0.1)
+    np.save(tmp_path / "rows.npy", features)
+    streamed = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    how = {"search": "faiss", "recall": 1.0}
+    expected = build_graph(features, 3, search="exact")
+    memory = Memory(10)
+    with pytest.raises(Killed):
+        build_graph(streamed, 3, **how, checkpoint=memory)
+    memory.lives = -1
+    graph = build_graph(features, 3, **how, checkpoint=memory)
+    whole = build_graph(streamed, 3, **how)
+    np.testing.assert_array_equal(whole.neighbors, expected.neighbors)
+    np.testing.assert_array_equal(graph.neighbors, expected.neighbors)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,6 +17,7 @@ from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.candidates import Candidates
 from transclip_fast.graph.exact import nearest
 from transclip_fast.graph.int8_products import Int8Rows, Int8Search
+from transclip_fast.graph.job import Job
 
 
 @pytest.fixture
@@ -216,3 +217,19 @@ def test_a_broken_numba_is_named(fast, monkeypatch):
     monkeypatch.setitem(sys.modules, "transclip_fast.graph.int8_products", None)
     with pytest.warns(UserWarning, match="searched in torch, slower: .*int8_products"):
         assert products.int8_products(400, 8, torch.device("cpu")) is None
+
+
+def test_a_panel_that_was_searched_in_part_is_searched_anew(monkeypatch):
+    """Panels of another number of processes end at other rows."""
+    features = rows_of("any", 300, 20, 0)
+    search, state = Int8Search(Rows(features)), {}
+    job = Job.of(300, checkpoint=SimpleNamespace(keep=lambda found: state.update(found())))
+    whole = Candidates.empty(300, 5)
+    job.search_panels(search.panel, whole, 100, 300, None)
+    searched = np.arange(300) < 250
+    expected = whole.ids.clone(), whole.values.clone()
+    for saved in (state | {"searched": searched}, {"done": searched}):  # the latter of FAISS
+        found = Candidates.empty(300, 5)
+        job.search_panels(search.panel, found, 100, 300, saved)
+        assert torch.equal(found.ids, expected[0])
+        assert torch.equal(found.values, expected[1])

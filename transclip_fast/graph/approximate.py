@@ -100,9 +100,13 @@ class IndexSearch:
         ids, order = (members % len(rows)).sort()  # a file is read in order
         lists = members[order].div_(len(rows), rounding_mode="floor")
         self.index, unrounded = list_index(rows, centres, ids, lists)
+        # Resumed candidates may be of rows that were streamed, and so rounded to half precision.
+        unrounded = unrounded and bool(self._state.get("unrounded", not self._state))
         self.unrounded = all(exchange.ranks.all_gather(unrounded))
         self.info["index"] = f"IVF{len(centres)},{'Flat' if rows.held else 'SQfp16'}"
-        self._lists = ListSearch(rows, self.index, blocks, centres, nearest, self._job)
+        self._lists = ListSearch(
+            rows, self.index, blocks, centres, nearest, self._job, unrounded=self.unrounded
+        )
 
     def _rank_lists(self, centres: torch.Tensor, lists: torch.Tensor) -> torch.Tensor:
         """The lists (n, P) that own rows probe; `lists` (S, k) are of the sample's neighbours."""

@@ -42,6 +42,11 @@ class Candidates:
         """Those of consecutive rows, in the same memory."""
         return Candidates(self.ids[rows], self.values[rows])
 
+    def clear(self) -> None:
+        """Leave no candidates."""
+        self.ids.fill_(-1)
+        self.values.fill_(-torch.inf)
+
     def ambiguous_rows(self, k: int, rounding: float) -> torch.Tensor:
         """Rows (n,) int64 whose k best may be misordered: two products differ by that rounding."""
         gaps = -self.values[:, : k + 1].diff(dim=1)

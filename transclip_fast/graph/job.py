@@ -87,7 +87,7 @@ class Job:
         """
         first = self.own.start
         searched = torch.zeros(len(found.ids), dtype=torch.bool)
-        if state is not None:
+        if state is not None and "searched" in state:  # not so if "auto" chose another search
             found.restore(state)
             searched = torch.from_numpy(np.array(state["searched"]))
 
@@ -95,7 +95,9 @@ class Job:
             return slice(panel.start - first, panel.stop - first)
 
         def fill(panel: slice) -> None:
-            search(panel, found.part(place(panel)))
+            part = found.part(place(panel))
+            part.clear()  # panels of another number of processes may have reached into this one
+            search(panel, part)
             searched[place(panel)] = True
 
         panels = blocks(self.own.stop, panel_rows, first)

@@ -118,6 +118,8 @@ class ListSearch:
     nearest : Tensor (n, P) int32
         The lists that each own row probes.
     job : Job
+    unrounded : bool
+        Whether all products, also those that are resumed from, are those of float32 rows.
     """
 
     rows: Rows
@@ -126,6 +128,7 @@ class ListSearch:
     centres: torch.Tensor
     nearest: torch.Tensor
     job: Job
+    unrounded: bool = False
 
     def fill(self, found: Candidates, state: SavedState) -> None:
         """Find the candidates of own rows; `state` is that of the checkpoint, empty for none."""
@@ -146,7 +149,7 @@ class ListSearch:
             return queries[starts[which] : starts[which + 1]][some]
 
         def saved() -> SavedState:
-            arrays = {"done": done, "centres": self.centres.numpy()}
+            arrays = {"done": done, "unrounded": self.unrounded, "centres": self.centres.numpy()}
             return found.state(**arrays, nearest=self.nearest.numpy())
 
         dim = self.rows.shape[1]
