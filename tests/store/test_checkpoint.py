@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from transclip_fast.store import checkpoint
 from transclip_fast.store.checkpoint import FileCheckpoint, files
 
 STATE = {"values": np.arange(6.0).reshape(2, 3), "blocks": np.array(4)}
@@ -35,20 +36,47 @@ def test_not_before_it_is_due(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_slow_states_are_written_less_often(tmp_path, monkeypatch):
+    """Ten times what the last took to write, and 60 intervals at most."""
+    clock = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+
+    def written(seconds, took, waited):
+        times, kept = [], checkpoint_of(tmp_path / f"{seconds} {took} {waited}", {}, seconds)
+
+        def state():
+            times.append(clock[0])
+            clock[0] += took
+            return STATE
+
+        clock[0] += seconds
+        kept.keep(state)
+        clock[0] += waited
+        kept.keep(state)
+        return len(times)
+
+    assert written(0.0, 9.0, 0.0) == 2  # every state
+    assert written(1.0, 0.01, 0.9) == 1
+    assert written(1.0, 0.01, 1.0) == 2
+    assert written(1.0, 4.0, 39.0) == 1
+    assert written(1.0, 4.0, 40.0) == 2
+    assert written(1.0, 99.0, 60.0) == 2
+
+
 def test_damaged(tmp_path):
-    checkpoint = checkpoint_of(tmp_path / "graph", {})
-    checkpoint.keep(lambda: STATE)
-    checkpoint.file.write_bytes(checkpoint.file.read_bytes()[:200])
+    found = checkpoint_of(tmp_path / "graph", {})
+    found.keep(lambda: STATE)
+    found.file.write_bytes(found.file.read_bytes()[:200])
     with pytest.warns(UserWarning, match=r"search\.npz: damaged.*search begins anew"):
-        assert checkpoint.load() is None
+        assert found.load() is None
 
 
 def test_a_state_that_was_changed_is_not_resumed_from(tmp_path):
     """With the checksums of the archive right, as only a writer of archives makes them."""
-    checkpoint = checkpoint_of(tmp_path / "graph", {})
-    checkpoint.keep(lambda: {"values": STATE["values"]})
-    assert checkpoint.load() is not None
-    arrays = dict(np.load(checkpoint.file))
-    np.savez(checkpoint.file, **arrays | {"values": arrays["values"] + 1})
+    found = checkpoint_of(tmp_path / "graph", {})
+    found.keep(lambda: {"values": STATE["values"]})
+    assert found.load() is not None
+    arrays = dict(np.load(found.file))
+    np.savez(found.file, **arrays | {"values": arrays["values"] + 1})
     with pytest.warns(UserWarning, match="damaged, or of an earlier version; search begins anew"):
-        assert checkpoint.load() is None
+        assert found.load() is None

@@ -31,7 +31,7 @@ from transclip_fast.version import __version__
 
 SEARCH_OPTIONS = ("search", "recall", "index")  # of a `GraphSearch`
 CHECKPOINT = "search"  # name of the search's checkpoint
-CHECKPOINT_SECONDS = 30.0  # the most work that a crash costs
+CHECKPOINT_SECONDS = 30.0  # between two states, unless they are slow to write
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from transclip_fast.store.results import (
 )
 from transclip_fast.version import __version__
 
-CHECKPOINT_SECONDS = 1.0  # the most work that a crash costs
+CHECKPOINT_SECONDS = 1.0  # between two states, unless they are slow to write
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from transclip_fast.store.features import LABELLED
 from transclip_fast.store.foreign import is_cache
 from transclip_fast.version import __version__
 
-CHECKPOINT_SECONDS = 5.0  # the most work that a crash costs
+CHECKPOINT_SECONDS = 5.0  # between two states, unless they are slow to write
 CHECKPOINT = "training"  # ends the name of the checkpoint, a hidden file next to the head
 ARRAYS = ("text_features", "class_names", "labels", *LABELLED)
 PROMPT_OPTIONS = (*TOWER, "n_ctx", "start", "class_specific", "position", "epochs", "rate")

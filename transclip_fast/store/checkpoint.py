@@ -7,6 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,32 @@ from transclip_fast.store.arrays import array_sha256, read_arrays
 from transclip_fast.store.atomic import beside, read_json, remove, write_json, writing
 from transclip_fast.whole_files import new_file, partial_of
 
+# Work goes on for ten times as long as its last state took to write, up to 60 intervals: else a
+# large state would be written half of the time.
+TIMES_WRITING, MOST_INTERVALS = 10, 60
 # Arrays of a state, by rows: of a solve (see `Assignments.state`), and of a search for neighbours.
 ENTRY_ARRAYS = ("z", "classes")  # one after the other where there are lengths
 ROW_ARRAYS = (*ENTRY_ARRAYS, "lengths", "ids", "values", "searched", "nearest")
+
+
+class Interval:
+    """The time until the next state: some `seconds`, and longer where states are slow to write."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self._end
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Start anew after the block, which writes a state."""
+        start = time.monotonic()
+        yield
+        now = time.monotonic()
+        longer = min(TIMES_WRITING * (now - start), MOST_INTERVALS * self._seconds)
+        self._end = now + max(self._seconds, longer)
 
 
 class FileCheckpoint:
@@ -30,7 +54,8 @@ class FileCheckpoint:
 
     The caller has locked `path`, the folder to fill; `name` is that of the work. `identity` has all
     that decides the result, input, method and parameters; a state of another identity is not used.
-    A state younger than `seconds` is not replaced, so a crash costs that much work.
+    A state younger than `seconds`, or than `TIMES_WRITING` times what it took to write, is not
+    replaced: a crash costs that much work.
     """
 
     def __init__(
@@ -38,9 +63,8 @@ class FileCheckpoint:
     ) -> None:
         self.path = path
         self.file = beside(path, f"{name}.npz")
-        self.name, self.seconds = name, seconds
+        self.name, self._interval = name, Interval(seconds)
         self.identity = json.dumps(identity, sort_keys=True)
-        self._last = time.monotonic()
 
     def load(self) -> Mapping[str, np.ndarray] | None:
         """The last state of this very work, or None, with a warning if there is an unusable one."""
@@ -57,11 +81,10 @@ class FileCheckpoint:
 
     def keep(self, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Write the state if the last one is old enough."""
-        if time.monotonic() - self._last < self.seconds:
+        if not self._interval.over:
             return
-        with writing(self.path):
+        with self._interval.renewed(), writing(self.path):
             _write_state(self.file, state(), self.identity)
-        self._last = time.monotonic()
 
 
 class RankedCheckpoint:
@@ -83,10 +106,10 @@ class RankedCheckpoint:
         ranks: Ranks,
         rows: slice,
     ) -> None:
-        self.path, self.name, self.seconds = path, name, seconds
+        self.path, self.name, self._interval = path, name, Interval(seconds)
         self.ranks, self.rows = ranks, rows
         self.identity = json.dumps(identity, sort_keys=True)
-        self._last, self._step = time.monotonic(), 0
+        self._step = 0
 
     def load(self) -> Mapping[str, np.ndarray] | None:
         """The last state of this very work that all had written, of own rows; or None."""
@@ -110,12 +133,12 @@ class RankedCheckpoint:
 
     def keep(self, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Write the state if the last one is old enough."""
-        if not self.ranks.broadcast(time.monotonic() - self._last >= self.seconds):
+        if not self.ranks.broadcast(self._interval.over):
             return
         arrays = dict(state())
         by_row = {name: arrays.pop(name) for name in ROW_ARRAYS if name in arrays}
         step, own = self._step + 1, [self.rows.start, self.rows.stop]
-        with writing(self.path):
+        with self._interval.renewed(), writing(self.path):
             if own[0] < own[1]:
                 _write_state(self._file(step, own), by_row)
             if self.ranks.leads:
@@ -123,7 +146,7 @@ class RankedCheckpoint:
             parts = [part for part in self.ranks.all_gather(own) if part[0] < part[1]]
             if self.ranks.leads:
                 self._commit(step, parts)
-        self._last, self._step = time.monotonic(), step
+        self._step = step
 
     def _commit(self, step: int, parts: list[list[int]]) -> None:
         """Make a step that all have written the last one; removes those before it."""
