@@ -1,5 +1,6 @@
 """Compiled loops come from the cache only if they are whole and nobody else could write them."""
 
+import ast
 import hashlib
 import os
 import pickle
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numba
 import pytest
@@ -195,3 +197,21 @@ def test_code_does_not_depend_on_the_order_of_a_set(tmp_path):
         (compiled_file,) = folder.rglob("*.total.*")
         code.add(compiled_file.read_bytes())
     assert len(code) == 1
+
+
+def test_constants_that_loops_compile_in_are_hashed(monkeypatch):
+    """Else a loop that was compiled with others would come from the cache."""
+    package, hashed = Path(compiled_loops.__file__).parent, []
+    monkeypatch.setattr(compiled_loops, "_sources_sha256", lambda files: hashed.append(files))
+    imported = []
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        if "@compiled(" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            ours = isinstance(node, ast.ImportFrom) and node.module.startswith("transclip_fast.")
+            if ours and any(alias.name.isupper() for alias in node.names):
+                imported.append(package.parent / f"{node.module.replace('.', '/')}.py")
+    compiled_loops.LoopCache(double)
+    assert package / "types.py" in imported
+    assert set(imported) <= {*hashed[0]}

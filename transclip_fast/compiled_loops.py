@@ -66,7 +66,9 @@ class LoopCache(caching.NullCache):
         own = Path(loop.__code__.co_filename)
         self.folder = trusted_folder(str(own.parent))
         here = Path(__file__)
-        self.sources = _sources_sha256((own, here, *sorted(here.parent.glob("ops/*.py"))))
+        constants = here.parent / "types.py"  # that loops compile in
+        parts = own, here, constants, *sorted(here.parent.glob("ops/*.py"))
+        self.sources = _sources_sha256(parts)
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         """The compiled loop, or None."""
