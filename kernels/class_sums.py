@@ -26,6 +26,7 @@ from transclip_fast.types import Assignments
 MAX_PIECES = 16384  # of all classes together, beside one a class: they fill a GPU many times over
 PIECE_ENTRIES = 256  # of a piece, at least: a shorter one costs more to launch than to sum
 BLOCK_DIMS, BLOCK_ENTRIES, WARPS = 256, 8, 4
+MAX_ENTRIES = 2**31 - 1  # of z at once: 64-bit divisions are slow
 
 
 @triton.jit
@@ -85,12 +86,12 @@ def class_sums(z: Assignments, features: torch.Tensor) -> tuple[torch.Tensor, to
     Raises
     ------
     ValueError
-        Features that are not contiguous; 2^31 entries or more: 64-bit divisions are slow.
+        Features that are not contiguous; more than `MAX_ENTRIES`.
     """
     n_rows, width, n_classes = len(z), z.values.shape[1], z.n_classes
     if not features.is_contiguous():
         raise ValueError("features must be contiguous")
-    if n_rows * width >= 2**31:
+    if n_rows * width > MAX_ENTRIES:
         raise ValueError(f"{n_rows} rows of {width} entries are too many at once")
     key_type = torch.int16 if n_classes < 2**15 else torch.int32
     values = z.values.contiguous()

@@ -75,9 +75,10 @@ class TritonOps(TorchOps):
         return out
 
     def class_sums(self, z: Assignments, features: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+        size = min(read_rows(features.device), class_sums.MAX_ENTRIES // z.values.shape[1])
         parts = (
             class_sums.class_sums(z.take(self._nodes_of(rows)), features[rows])
-            for rows in blocks(len(features), read_rows(features.device))
+            for rows in blocks(len(features), size)
         )
         sums, counts = next(parts)
         for more_sums, more_counts in parts:

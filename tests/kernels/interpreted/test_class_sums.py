@@ -44,6 +44,14 @@ def test_class_sums(rng, monkeypatch, dtype, n, k, d, rank):
     assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
 
 
+def test_lists_longer_than_a_launch_takes(rng, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_ENTRIES", 100)
+    z, features = random_z(rng, 77, 33, 7), torch.from_numpy(rng.normal(size=(77, 5)))
+    found = TritonOps(affinity_of([], 77)[0]).class_sums(z, features.float())
+    for ours, truth in zip(found, truth_of(z, features.float(), np.arange(77)), strict=True):
+        np.testing.assert_allclose(ours, truth, atol=1e-12)
+
+
 def test_columns_first_are_refused(rng):
     ops = TritonOps(affinity_of([], 30)[0])
     with pytest.raises(ValueError, match="contiguous"):
