@@ -291,10 +291,11 @@ class TransCLIP(Parameters):
             whole = whole_rows(problem.features, "X", features.device, held=held)
             return build_graph(whole, self.n_neighbors, own_rows=True)
         graph = given_graph(graph, features, self.n_neighbors)
-        if isinstance(features, RankedRows):
-            some = evenly_spaced_rows(len(graph), COMPARED_ROWS).numpy()
-            sample = NeighborGraph(graph.neighbors[some], graph.similarities[some])
-            check_same(features.exchange.ranks, {"graph": sample.sha256()})
+        if not isinstance(features, RankedRows):
+            return graph
+        some = evenly_spaced_rows(len(graph), COMPARED_ROWS).numpy()
+        sample = NeighborGraph(graph.neighbors[some], graph.similarities[some])
+        check_same(features.exchange.ranks, {"graph": sample.sha256()})
         return graph.check(len(features), self.n_neighbors, features.own)
 
     def _keep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.ranks import on_ranks
 from transclip_fast.data import feature_rows
 from transclip_fast.errors import InputError
 from transclip_fast.graph import build, centres, list_search, recall
-from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.build import build_graph, whole_rows
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ranks import current_ranks
 
@@ -172,3 +173,18 @@ def test_bytes_are_those_of_the_documentation(search, own_rows, monkeypatch):
     found = on_ranks(4, bytes_sent, rows(2100, copies=30), 3, search, own_rows)
     assert [sent for sent, _ in found] == [expected for _, expected in found]
     assert (sum(sent for sent, _ in found) == 0) == (search == "exact" and own_rows)
+
+
+def device_of(features, search):
+    return whole_rows(features, "features", "meta", search=search).device.type
+
+
+def test_shared_rows_are_where_they_are_searched(monkeypatch):
+    """FAISS searches them on the CPU, so that no GPU gets all of them."""
+    features = torch.zeros(300, 4)
+    monkeypatch.setattr(
+        build, "Rows", lambda rows, name, device, **_: SimpleNamespace(device=torch.device(device))
+    )
+    for search, expected in (("auto", "cpu"), ("faiss", "cpu"), ("exact", "meta")):
+        assert on_ranks(2, device_of, features, search) == [expected] * 2
+    assert device_of(features, "auto") == "meta"

@@ -151,7 +151,7 @@ def build_graph(
         device, held = resolve_device(ranks.device(str(device))), None
         if ranks.size == 1 and isinstance(features, np.memmap | StoredRows):
             held = holds_files(search, features.shape, device)
-        rows = whole_rows(features, "features", device, held=held)
+        rows = whole_rows(features, "features", device, search=search, held=held)
     if ranks.size > 1:
         parameters = repr((n_neighbors, search, recall))
         check_same(ranks, {"version": __version__, "graph parameters": parameters, **_facts(rows)})
@@ -242,18 +242,26 @@ def _candidates(
 
 
 def whole_rows(
-    features: object, name: str, device: torch.device | str, *, held: bool | None = None
+    features: object,
+    name: str,
+    device: torch.device | str,
+    *,
+    search: str = "auto",
+    held: bool | None = None,
 ) -> Rows:
     """
     The `Rows` of a search, of which every process can read any.
 
     Of streamed rows each process checks its own; all are read only where some are no unit rows.
+    Several processes have them on the CPU where FAISS may search.
     """
     ranks, matrix = current_ranks() or ALONE, unread_matrix(features, name)
     if held is None:
         held = not isinstance(features, np.memmap | StoredRows)
     if ranks.size == 1:
         return Rows(features, name, device, held=held)
+    if search != "exact" and faiss_index.faiss_installed():
+        device = "cpu"
     own = Partition(len(matrix), ranks).rows
     checked = all(ranks.all_gather(held or own.start == own.stop or _are_unit(matrix, own)))
     return Rows(features, name, device, held=held, checked=checked and not held)
@@ -281,7 +289,8 @@ def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> Neighbo
     """
     The graph of the `features` that a fit is given, or its own.
 
-    Of a process alone it is checked, and warns of another order of the rows; else `check` follows.
+    Of a process alone a given one is checked, and warns of another order of the rows; of several
+    processes `check` follows.
     """
     if graph is None:
         return build_graph(features, n_neighbors)
@@ -292,8 +301,10 @@ def given_graph(graph: GraphSource, features: Rows, n_neighbors: int) -> Neighbo
         raise InputError(
             f"graph: the function returned {type(found).__name__}, expected a NeighborGraph"
         )
-    if not isinstance(features, RankedRows):
-        _warn_of_other_rows(found.check(len(features), n_neighbors), features)
+    if isinstance(features, RankedRows):
+        return found
+    found = found.check(len(features), n_neighbors)
+    _warn_of_other_rows(found, features)
     return found
 
 
