@@ -130,12 +130,18 @@ def decided(run, log_y, graph, few_shot, p):
     """With `class_cost="auto"`: the published method, with a class cost, or what is plausible."""
     n_classes = log_y.shape[1]
     used = effective_classes(np.exp(log_softmax(sharpness(log_y, graph) * log_y)))
-    free, charged = (partial(run, parameters=replace(p, class_cost=x)) for x in (False, True))
+    with_cost = replace(p, class_cost=True)
+    if used < 0.25 * n_classes and not few_shot:
+        return run(parameters=with_cost)
+    free = run(parameters=replace(p, class_cost=False))
     if few_shot or used >= 0.8 * n_classes:
-        return free()
-    if used < 0.25 * n_classes:
-        return charged()
-    return max((charged(), free()), key=lambda solution: plausibility(solution.z, graph))
+        return free
+    if p.max_iter >= 4:  # the fourth step updates z as the end of three steps does
+        tried = run(parameters=replace(with_cost, max_iter=3))
+        if plausibility(tried.z, graph) < plausibility(free.z, graph) - 0.01:
+            return free
+    both = run(parameters=with_cost), free
+    return max(both, key=lambda solution: plausibility(solution.z, graph))
 
 
 def plausibility(z, graph):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,11 +35,17 @@ class NoCheckpoint:
 
 @dataclass(frozen=True)
 class Step:
-    """A completed outer step: its number, the objective per query, labels that it changed."""
+    """
+    A completed outer step.
+
+    Its number, the objective per query, how many labels it changed, and the labels (n,) of this
+    process's rows, a tensor.
+    """
 
     number: int
     objective: float
     changed: int
+    labels: Any
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where few classes seem to occur: solved with and without a class cost, and one is kept."""
+"""Where few classes seem to occur: solved without and with a class cost, and one is kept."""
 
 from math import log
 
@@ -74,6 +74,44 @@ def test_solved_both_ways_is_the_reference(seed):
     features, texts = weak(seed)
     model = TransCLIP(device="cpu", assignments="dense").fit(features, texts)
     assert 0.25 * 20 <= model.n_effective_classes_ < 0.8 * 20
+    assert_agrees(model, reference.zero_shot(features, texts))
+
+
+def apart(n=600):
+    """Rows of 40 classes beside texts that are far from them: 0.25 K < K_eff < 0.8 K."""
+    draw = np.random.default_rng(2)
+    centres = unit(0.5 * draw.normal(size=(40, 64)) + 1)
+    features = unit(centres[np.arange(n) % 40] + 0.03 * draw.normal(size=(n, 64)))
+    far = unit(draw.normal(size=(1, 64)))
+    texts = unit(0.3 * centres + 0.3 * unit(draw.normal(size=(40, 64))) + far)
+    return features.astype(np.float32), texts.astype(np.float32)
+
+
+def test_a_class_cost_that_is_behind_is_given_up(tmp_path):
+    """After four steps; also where it was killed before."""
+    features, texts = apart()
+    free = TransCLIP(device="cpu", class_cost=False).fit(features, texts)
+
+    class Killed(Exception):
+        pass
+
+    def checkpoint(name, identity):
+        return FileCheckpoint(tmp_path / "out", name, identity, 0.0)
+
+    def kill(seen):
+        if seen.steps == 13:
+            raise Killed
+
+    with pytest.raises(Killed):
+        TransCLIP(device="cpu").fit(features, texts, progress=kill, checkpoint=checkpoint)
+    for resume in (checkpoint, checkpoint, None):  # the second resumes where it was given up
+        model, seen = TransCLIP(device="cpu"), []
+        model.fit(features, texts, progress=seen.append, checkpoint=resume)
+        assert 0.25 * 40 <= model.n_effective_classes_ < 0.8 * 40
+        assert (seen[-1].steps, seen[-1].all_steps) == (14, 20)
+        assert model.class_costs_ is None
+        for name in ("transduction_", "means_", "variances_", "objective_"):
+            np.testing.assert_array_equal(getattr(model, name), getattr(free, name))
     assert_agrees(model, reference.zero_shot(features, texts))
 
 

@@ -24,7 +24,12 @@ from transclip_fast.ops.block_scores import block_scores
 from transclip_fast.ops.blocks import blocks, product_rows
 from transclip_fast.ops.ranked import neighbor_places
 from transclip_fast.parallel import flushed_denormals, single_threaded_torch
-from transclip_fast.solver.class_cost import ClassCost, effective_classes, is_charged
+from transclip_fast.solver.class_cost import (
+    ClassCost,
+    effective_classes,
+    is_charged,
+    is_undecided,
+)
 from transclip_fast.solver.confidence import calibrated_confidences
 from transclip_fast.solver.mixture import Mixture, Moments, by_classes
 from transclip_fast.solver.prior import Prior
@@ -52,7 +57,7 @@ def solve(
     checkpoint: Checkpoint | None = None,
 ) -> Solution:
     """
-    Classify all queries jointly.
+    Classify all queries jointly; without a class cost where "auto" is undecided.
 
     The features are read `passes_before` times before the first step, and twice in every
     outer step and at the end: once for the scores, and once for the class sums, which need z of all
@@ -81,15 +86,16 @@ def solve(
     features, n_classes = inputs.features, inputs.prior.n_classes
     with exact_float32(), flushed_denormals(), single_threaded_torch(features.device):
         state = start(inputs, graph, settings, gamma)
-        class_cost, few_shot = settings.parameters.class_cost, gamma is not None
-        charged = is_charged(class_cost, state.n_effective, n_classes, few_shot=few_shot)
+        few_shot, asked = gamma is not None, (settings.parameters.class_cost, state.n_effective)
+        charged = is_charged(*asked, n_classes, few_shot=few_shot)
+        charged = charged and not is_undecided(*asked, n_classes, few_shot=few_shot)
         if charged and few_shot:
             start_from_shots(state)
         elif charged:
             start_from_neighbors(state)
         history = restore(state, checkpoint.load())
-        _report(progress, history, len(features))
         labels = state.labels()
+        _report(progress, history, state, labels)
         while not _finished(history, settings, len(features)):
             update_assignments(state)
             update_means(state)
@@ -98,7 +104,7 @@ def solve(
             history.append(objective(state), state.count(labels != before))
             drop_absent_classes(state)
             checkpoint.keep(partial(saved, state, history))
-            _report(progress, history, len(features))
+            _report(progress, history, state, labels)
         update_assignments(state, bounded=True)
         history.append(objective(state), state.count(state.labels() != labels))
         _check_finite(state, history)
@@ -341,7 +347,11 @@ def _finished(history: History, settings: Settings, n_rows: int) -> bool:
     return len(last) > 1 and abs(last[1] - last[0]) < parameters.tol * n_rows
 
 
-def _report(progress: Callable[[Step], None] | None, history: History, n_rows: int) -> None:
-    """Report the last outer step, if there was one."""
+def _report(
+    progress: Callable[[Step], None] | None, history: History, state: State, labels: torch.Tensor
+) -> None:
+    """Report the last outer step, if there was one; its labels (n,) are of the nodes."""
     if progress is not None and len(history):
-        progress(Step(len(history), history.objective[-1] / n_rows, history.changed[-1]))
+        objective = history.objective[-1] / len(state.inputs.features)
+        rows = labels if state.nodes is None else labels[state.nodes]
+        progress(Step(len(history), objective, history.changed[-1], rows))

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from transclip_fast.callbacks import Checkpoint, FitProgress, Progress
+from transclip_fast.callbacks import Checkpoint, FitProgress, Progress, Step
 from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.graph.neighbor_graph import NeighborGraph
-from transclip_fast.ops.ranked import RankedRows
-from transclip_fast.solver.class_cost import (
-    is_charged,
-    is_undecided,
-    plausibility,
-)
+from transclip_fast.solver.class_cost import LEAD, is_charged, is_undecided, plausibility
 from transclip_fast.solver.loop import passes_before, solve
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
@@ -26,6 +20,11 @@ from transclip_fast.solver.sharpened import shared_labels
 from transclip_fast.solver.state import Solution
 
 AGREEMENT_ROWS = 1 << 16  # whose neighbours tell how many have the same label
+TRIED_STEPS = 4  # after which a class cost is given up where it is behind
+
+
+class _BehindError(Exception):
+    """The labels with a class cost are less plausible than those without."""
 
 
 def solve_each(
@@ -36,11 +35,9 @@ def solve_each(
     report: Callable[[Progress], None] | None,
     checkpoint: Callable[[str, dict[str, Any]], Checkpoint] | None,
 ) -> Iterator[Solution]:
-    """Solve with each gamma in turn; with and without a class cost where "auto" is undecided."""
+    """Solve with each gamma in turn; without and with a class cost where "auto" is undecided."""
     parameters, features, meter = settings.parameters, inputs.features, None
     sha256 = features.digest(lambda rows: graph.part(rows).sha256()) if checkpoint else ""
-    if report is None and isinstance(features, RankedRows):
-        report = _ignored  # steps are counted by all processes or by none
     if report is not None:
         linear, steps = isinstance(inputs.prior, LinearPrior), parameters.max_iter
         passes = passes_before(linear=linear)
@@ -49,29 +46,54 @@ def solve_each(
     if parameters.precision == "float16":
         inputs = replace(inputs, features=features.half())
 
-    def one_run(run: int, settings: Settings, gamma: float | None) -> Solution:
+    def one_run(
+        run: int, settings: Settings, gamma: float | None, watch: Callable[[Step], None]
+    ) -> Solution:
         identity = settings.identity(gamma, sha256)
         saved = checkpoint(f"solve-{run}", identity) if checkpoint else None
-        step = None if meter is None else meter.run(run)
-        return solve(inputs, graph, settings, gamma, progress=step, checkpoint=saved)
+        count = None if meter is None else meter.run(run)
+
+        def after_step(step: Step) -> None:
+            if count is not None:
+                count(step)
+            watch(step)
+
+        return solve(inputs, graph, settings, gamma, progress=after_step, checkpoint=saved)
+
+    def plausible(labels: torch.Tensor) -> float:
+        return _plausibility(labels, inputs.prior.n_classes, features, graph)
+
+    def charged_or(free: Solution, run: int, gamma: float | None) -> Solution:
+        """The solution with a class cost, unless the `free` one is more plausible."""
+        least = plausible(free.assignments.best()[0])
+        charged = replace(settings, parameters=replace(parameters, class_cost=True))
+
+        def give_up_behind(step: Step) -> None:
+            if step.number == TRIED_STEPS and plausible(step.labels) < least - LEAD:
+                raise _BehindError
+
+        try:
+            found = one_run(len(gammas) + run, charged, gamma, give_up_behind)
+        except _BehindError:
+            return free
+        return found if plausible(found.assignments.best()[0]) >= least else free
 
     try:
         for run, gamma in enumerate(gammas):
-            found = one_run(run, settings, gamma)
+            found = one_run(run, settings, gamma, lambda step: None)
             few_shot = gamma is not None
             effective, n_classes = found.n_effective, inputs.prior.n_classes
             if is_undecided(parameters.class_cost, effective, n_classes, few_shot=few_shot):
-                free = replace(settings, parameters=replace(parameters, class_cost=False))
-                both = found, one_run(len(gammas) + run, free, gamma)
-                found = max(both, key=partial(_plausibility, features=features, graph=graph))
+                found = charged_or(found, run, gamma)
             yield found
     finally:
         features.on_read = None
 
 
-def _plausibility(solution: Solution, features: Rows, graph: NeighborGraph) -> float:
-    """By which `class_cost` chooses between two solutions."""
-    labels, n_classes = solution.assignments.best()[0], solution.assignments.n_classes
+def _plausibility(
+    labels: torch.Tensor, n_classes: int, features: Rows, graph: NeighborGraph
+) -> float:
+    """By which `class_cost` chooses between the labels (n,) of two solutions."""
     (sizes,) = features.total(
         lambda rows: (torch.bincount(labels[rows], minlength=n_classes).double(),), [(n_classes,)]
     )
@@ -97,7 +119,3 @@ def passes_of_fit(
         is_charged(parameters.class_cost, 0.0, 1, few_shot=gamma is not None) for gamma in gammas
     )
     return len(gammas) * run + charged * (1 + support) + support + validation
-
-
-def _ignored(progress: Progress) -> None:
-    pass
