@@ -32,6 +32,7 @@ COLOURS = {
     "sparse_torch": "#3d9970",
     "sparse_numba": OURS,
     "sparse_triton": OURS,
+    "default": "#7d5ba6",
 }
 Rows = list[dict[str, Any]]
 

@@ -14,12 +14,13 @@ SPEED_ARMS = {
     "sparse_torch": "transclip_fast: sparse, torch",
     "sparse_numba": "transclip_fast: sparse, numba",
     "sparse_triton": "transclip_fast: sparse, Triton",
+    "default": "`TransCLIP()` as it comes",
 }
 SPARSE_ARMS = {
     "baseline": "a good dense torch version",
     "dense": "transclip_fast, dense",
     "sparse": "transclip_fast, sparse",
-    "gemms": "its matrix products alone",
+    "gemms": "the products of all rows and classes alone, in float32",
 }
 GRAPH_ARMS = {
     "faiss_exact avx2": "FAISS `knn`, AVX2",

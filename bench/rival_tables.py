@@ -37,14 +37,6 @@ def of_arms(row: Row) -> dict[Arm, Row]:
     return {Arm(found["method"], found["text"]): found for found in row["methods"]}
 
 
-def published(row: Row) -> dict[str, Row]:
-    """Return what each method found with what it learns from as published, by its name."""
-    found: dict[str, Row] = {}
-    for arm, method in of_arms(row).items():
-        found.setdefault(arm.method, method)
-    return found
-
-
 def columns(found: Found) -> Columns:
     """Return the columns of the short table."""
     columns = {name: [row] for (family, name), row in found.items() if family == ZERO_SHOT}
@@ -57,13 +49,17 @@ def columns(found: Found) -> Columns:
 
 
 def means(rows: list[Row]) -> dict[str, float]:
-    """Return the accuracy of each method that ran in all lines: the mean of their means."""
-    by_line = [published(row) for row in rows]
-    return {
-        name: stats.mean(stats.mean(line[name]["accuracy"]) for line in by_line)
-        for name in by_line[0]
-        if all(name in line for line in by_line)
-    }
+    """
+    Return the accuracy of each method that ran in all lines: the mean of their means.
+
+    Of a method that learns from shots alone, and from both shots and text, the better one.
+    """
+    by_line, found = [of_arms(row) for row in rows], dict[str, float]()
+    for arm in by_line[0]:
+        if all(arm in line for line in by_line):
+            mean = stats.mean(stats.mean(line[arm]["accuracy"]) for line in by_line)
+            found[arm.method] = max(mean, found.get(arm.method, mean))
+    return found
 
 
 def tried(rows: list[Row]) -> str:
@@ -77,7 +73,7 @@ def assumed(rows: list[Row]) -> str:
 
 
 def short(folder: Path) -> str:
-    """Tabulate each method as published, in all settings; the best of a column is bold."""
+    """Tabulate each method in all settings; the best of a column is bold."""
     found = recorded(folder)
     if not found:
         return NOTHING
@@ -86,7 +82,7 @@ def short(folder: Path) -> str:
     names.sort(key=lambda name: not name.startswith(TRANSCLIP))
     lines = []
     for name in names:
-        own = [published(row)[name] for row in found.values() if name in published(row)]
+        own = [x for row in found.values() for x in row["methods"] if x["method"] == name]
         cells = [_cell(column, name) for column in by_column.values()]
         lines.append([name, tried(own), assumed(own), *cells])
     head = ["method", "settings tried", "assumes", *by_column]
@@ -135,7 +131,7 @@ def every(folder: Path) -> str:
 
 def _beside_zero_shot(line: Row, row: Row) -> str:
     """The mean accuracy of a method in a line, and its worst draw against zero-shot."""
-    before = published(line)["zero-shot"]["accuracy"]
+    before = of_arms(line)[Arm("zero-shot", "texts")]["accuracy"]
     worst = min(a - b for a, b in zip(row["accuracy"], before, strict=True))
     return f"{stats.mean(row['accuracy']):.2f} ({worst:+.1f})"
 

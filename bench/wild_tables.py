@@ -203,7 +203,7 @@ def calibration_line(draws: list[dict[str, dict[str, float]]]) -> list[str]:
 def calibration(folder: Path) -> str:
     """Tabulate how far confidences can be believed."""
     rows = newest("calibration", "family", "scenario", folder=folder)
-    scenarios = [row for row in rows if "draws" in row]
+    scenarios = [row for row in rows if row.get("draws")]
     if not scenarios:
         return "Not recorded yet: `python -m bench.accuracy.calibration`."
     lines = [[row["scenario"], *calibration_line(row["draws"])] for row in scenarios]

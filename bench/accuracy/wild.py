@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench.accuracy.golden import accuracy
 from bench.accuracy.wild_problems import Pool, made
@@ -27,11 +26,11 @@ from bench.accuracy.wild_scenarios import (
     made_family,
 )
 from bench.common import command_line, print_table, record
-from bench.rivals import stata
 from bench.wild_tables import head, line
 from transclip_fast import TransCLIP
 from transclip_fast.graph.build import build_graph
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.methods import StatA
 
 K = 3
 DENSE_ROWS = 5000  # most for StatA, which is dense
@@ -50,11 +49,8 @@ def drawn(pool: Pool, draw: Draw) -> Pool:
 
 def by_stata(pool: Pool, graph: NeighborGraph) -> np.ndarray:
     """Return StatA's labels."""
-    edges = torch.from_numpy(graph.neighbors).long(), torch.from_numpy(graph.similarities)
-    features, prototypes = torch.from_numpy(pool.features), torch.from_numpy(pool.prototypes)
-    z = stata.solve(features, prototypes, edges, logit_scale=pool.logit_scale)
-    found: np.ndarray = z.argmax(1).numpy()
-    return found
+    model = StatA(device="cpu", logit_scale=pool.logit_scale)
+    return model.fit(pool.features, text_features=pool.prototypes, graph=graph).transduction_
 
 
 def by_transclip(pool: Pool, graph: NeighborGraph, class_cost: bool | str) -> TransCLIP:

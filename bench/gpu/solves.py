@@ -25,6 +25,7 @@ from transclip_fast.solver.layout import Layout
 from transclip_fast.solver.parameters import Parameters
 from transclip_fast.solver.prior import LinearPrior
 from transclip_fast.solver.problem import Inputs, Problem, Settings
+from transclip_fast.solver.runs import solve_each
 from transclip_fast.types import Truncation
 
 WIDTH = 16  # candidates, and entries of z
@@ -104,9 +105,8 @@ def labels_of(
         settings = replace(settings, layout=replace(settings.layout, held=held))
     with current_device(settings.device):
         inputs = problem.load(settings)
-        if parameters.precision == "float16":
-            inputs = replace(inputs, features=inputs.features.half())
-        return solver.solve(inputs, graph, settings).assignments.best()[0]
+        (solution,) = solve_each(inputs, graph, settings, (None,), None, None)
+        return solution.assignments.best()[0]
 
 
 def lists_on(graph: NeighborGraph, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import command_line, in_turns, make_problem, medians, print_table, record
+from bench.common import (
+    command_line,
+    in_turns,
+    make_problem,
+    medians,
+    print_table,
+    ratio,
+    record,
+)
 from bench.processes import Process, process_memory, run_isolated
 from transclip_fast.graph import centres
 from transclip_fast.graph.build import build_graph
@@ -160,13 +168,13 @@ def compare(queries: int, classes: int, dim: int, repeats: int, file: str | None
         runs = in_turns(run, names, repeats)
     seconds = {name: [done["seconds"] for done in runs[name]] for name in names}
     middle = medians(seconds)
-    plain = min(value for name, value in middle.items() if name.startswith("faiss_ivf"))
+    plain = min((name for name in names if name.startswith("faiss_ivf")), key=middle.__getitem__)
     arms = {
         name: {
             "seconds": seconds[name],
             "median": middle[name],
             "recall": found[name],
-            "plain_ivf_over_own": plain / middle[name],
+            "plain_ivf_over_own": ratio(seconds, plain, name),
             "info": runs[name][-1]["info"],
         }
         for name in names

@@ -14,7 +14,8 @@ from bench.rivals.published import VARIABLE
 from bench.speed import compare
 from transclip_fast.solver import loop as solver
 
-ON_CPU = ["baseline", "baseline_compiled", "dense_torch", "sparse_torch", "sparse_numba"]
+PUBLISHED = ["baseline", "baseline_compiled", "dense_torch", "sparse_torch", "sparse_numba"]
+ON_CPU = [*PUBLISHED, "default"]
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def arms(monkeypatch, tmp_path):
             assert device == "cpu"
             asked.append((target.rpartition(":")[2], arm))
             np.save(Path(folder) / f"{arm}.npy", answers[arm])
+            np.save(Path(folder) / "labels.npy", np.ones(2000))
             stages = {"knn": 1.0, "solve": 2.0}
             first = {"stages": stages, "peak_bytes": 3, "device_peak_bytes": None}
             return first if target == "bench.speed.compare:run_arm" else stages
@@ -64,6 +66,7 @@ def test_two_wrong_rows_in_a_thousand_fail(arms, capsys, tmp_path):
 def test_equal_labels_are_timed_in_turns_and_recorded(arms, capsys, tmp_path):
     answers, asked = arms
     answers["sparse_numba"][:2] = 1  # 99.9 % is enough
+    answers["default"][:1000] = 1  # which has a class cost
     assert compare.main(SIZES) == 0
     turns = [("run_again", arm) for arm in ON_CPU]
     assert asked == 2 * [("run_arm", arm) for arm in ON_CPU] + 4 * turns
@@ -73,7 +76,9 @@ def test_equal_labels_are_timed_in_turns_and_recorded(arms, capsys, tmp_path):
     assert "baseline 1.00" in printed
     rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
     assert [row["queries"] for row in rows] == [20, 30]
-    assert rows[0]["default"] == "dense_torch"
+    assert rows[0]["one_solve"] == "dense_torch"
+    accuracies = {arm: found["accuracy"] for arm, found in rows[0]["arms"].items()}
+    assert accuracies == dict.fromkeys(PUBLISHED, 0.0) | {"sparse_numba": 0.1, "default": 50.0}
     assert rows[0]["arms"]["sparse_numba"]["seconds"] == [3.0, 3.0]
     assert rows[0]["arms"]["sparse_numba"]["agreement"] == 0.999
     assert rows[0]["arms"]["sparse_numba"]["device_peak_bytes"] is None
