@@ -27,7 +27,7 @@ MOST_BYTES, MOST_SECONDS = 8 << 30, 600.0
 WARM_UP = 500, 100  # rows and classes
 
 
-def made(name: str) -> tuple[TransCLIP | Method, str, int]:
+def made(name: str) -> tuple[TransCLIP | Method, str | None, int]:
     """Return a method, what it learns the classes from, and its number of neighbours."""
     if name == TRANSCLIP:
         return TransCLIP(device="cpu", memory=MOST_BYTES), "texts", TransCLIP().n_neighbors

@@ -149,8 +149,8 @@ class ListSearch:
             return queries[starts[which] : starts[which + 1]][some]
 
         def saved() -> SavedState:
-            arrays = {"done": done, "unrounded": self.unrounded, "centres": self.centres.numpy()}
-            return found.state(**arrays, nearest=self.nearest.numpy())
+            index = {"centres": self.centres.numpy(), "nearest": self.nearest.numpy()}
+            return found.state(done=done, unrounded=np.array(self.unrounded), **index)
 
         dim = self.rows.shape[1]
         int8 = int8_products(self.blocks.n_products, dim, self.rows.device)
