@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from transclip_fast.data.names import listed
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import file_sha256, inside, npy_bytes, read_table
 from transclip_fast.store.atomic import read_json, writing
@@ -155,10 +156,9 @@ class FeatureWriter:
         rows = [row for number in self.missing() for row in self.rows(number)]
         self.kept = KeptRows.find(self.folder, self.table, rows)
         if absent := self.kept.absent:
-            more = ", ..." if len(absent) > SHOWN_KEYS else ""
             warnings.warn(
                 f"{self.folder}: images that are no longer there lose their rows: {len(absent):,} "
-                f"({', '.join(absent[:SHOWN_KEYS])}{more})",
+                f"({listed(absent, SHOWN_KEYS)})",
                 stacklevel=2,
             )
 
