@@ -305,7 +305,7 @@ def test_only_a_table_is_replaced(save, arrays, refused, succeeds, suffix, tmp_p
     names, out = tmp_path / f"names.{suffix}", tmp_path / f"table.{suffix}"
     names.write_text('["a", "b", "c", "d", "e", "f"]' if suffix == "json" else "a\nb\nc\nd\ne\nf")
     command = "compare", save(arrays), "--methods", "zero-shot", "--out"
-    assert f"{names}: exists and is no table of `compare`" in refused(*command, names)
+    assert f"{names}: is there and is no table of `compare`" in refused(*command, names)
     for _ in range(2):
         succeeds(*command, out)
 

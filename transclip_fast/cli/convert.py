@@ -79,9 +79,4 @@ def _check_out(out: str, checkpoint: Iterable[Path]) -> None:
     """Raise InputError if the checkpoint, or a file that is no converted one, would be replaced."""
     if Path(out).resolve() in {file.resolve() for file in checkpoint}:
         raise InputError(f"{out}: is the checkpoint itself; name another file")
-    check_writable(out, "converted checkpoint", _check_converted)
-
-
-def _check_converted(path: Path) -> None:
-    if ENTRY not in read_metadata(path):
-        raise InputError(f"{path}: was not written by `convert`")
+    check_writable(out, "converted checkpoint", lambda file: ENTRY in read_metadata(file))

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from transclip_fast.errors import InputError, reading
 from transclip_fast.ranks import Ranks
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.whole_files import sync
+from transclip_fast.whole_files import new_file, sync
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 HIDDEN = ("partial", "replaced", "lock")  # hidden neighbours of a folder while it is written
@@ -74,6 +74,16 @@ def shared_folder(
         ranks.broadcast(None)
         yield beside(path, "partial")
     ranks.broadcast("published")
+
+@contextmanager
+def written_file(path: str | Path) -> Iterator[Path]:
+    """A hidden file to write, as of `new_file`, in a folder that is made if need be."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as partial:
+            yield partial
+
 
 
 def beside(path: str | Path, name: str) -> Path:
