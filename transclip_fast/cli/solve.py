@@ -29,7 +29,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import HEADS
 from transclip_fast.heads.files import StoredHead
-from transclip_fast.ranks import Ranks, current_ranks, joined
+from transclip_fast.ranks import ALONE, Ranks, joined
 from transclip_fast.report.sorting import check_paths, check_target, walked_folders
 from transclip_fast.store.corrections import corrected, read_corrections
 from transclip_fast.store.features import LABELLED, Features, load_features
@@ -137,7 +137,7 @@ def _solve(
 ) -> dict[str, Any]:
     """Read what the options name, and solve; run.json."""
     stages, image_map = session.Stages(), values["image_map"]
-    shared = current_ranks() is not None
+    shared = ranks is not ALONE
     if head is not None and shared:
         raise InputError("--head: is trained and applied in one process; run `solve` without ranks")
     if values["method"] != TRANSCLIP and shared:
