@@ -113,6 +113,8 @@ def test_solve_says_what_validation_chose_and_what_a_method_assumes(
     ("change", "options", "message"),
     [
         ({}, ["--method", "stata", "--set", "beta=1"], "stata has no setting 'beta'"),
+        ({}, ["--method", "stata", "--set", "self=1"], "stata has no setting 'self'"),
+        ({}, ["--method", "stata", "--set", "name=1"], "stata has no setting 'name'"),
         ({}, ["--method", "stata", "--set", "alpha"], "--set alpha: expected NAME=VALUE"),
         ({}, ["--method", "stata", "--set", "alpha=much"], "expected NAME=VALUE with a number"),
         ({}, ["--method", "stata", "--set", "alpha=1", "--set", "alpha=2"], "set twice"),
