@@ -56,6 +56,12 @@ def search_of(values: Mapping[str, Any], n_neighbors: int) -> GraphSearch:
     return GraphSearch(n_neighbors, device, *(values[name] for name in SEARCH_OPTIONS))
 
 
+def refuse_search(values: Mapping[str, Any]) -> None:
+    """InputError if the command was given an option of the search, and --graph."""
+    if values["graph_folder"]:
+        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
+
+
 @click.command("graph")
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @options.out_option
