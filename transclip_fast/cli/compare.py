@@ -103,8 +103,7 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
         summary["warnings"] = [*noted, *messages]
         if out is not None:
             write_table(out, summary)
-            for file in leftovers(beside(out, "graph")):
-                remove(file)
+            remove(*leftovers(beside(out, "graph")))
     text = as_text(summary)
     session.print_summary(summary, text if out is None else f"{text}\nwritten to {out}", as_json)
 

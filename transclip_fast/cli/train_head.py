@@ -150,8 +150,7 @@ def command(
             found = summarise_head(head, features, rows, text, truth)
         training = {"shots": shots, "seed": values["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
-        for file in files(out, CHECKPOINT):
-            remove(file)
+        remove(*files(out, CHECKPOINT))
     run = {
         "kind": "train-head",
         "name": name,

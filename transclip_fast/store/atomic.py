@@ -55,8 +55,7 @@ def new_folder(
             with writing(path):
                 check_replaceable(target, path, contents)  # what was put there meanwhile stays
                 _publish(partial, target, replaced)
-            for entry in (replaced, *obsolete):
-                remove(entry)
+            remove(replaced, *obsolete)
         finally:
             remove(partial)
 
@@ -75,6 +74,7 @@ def shared_folder(
         yield beside(path, "partial")
     ranks.broadcast("published")
 
+
 @contextmanager
 def written_file(path: str | Path) -> Iterator[Path]:
     """A hidden file to write, as of `new_file`, in a folder that is made if need be."""
@@ -83,7 +83,6 @@ def written_file(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as partial:
             yield partial
-
 
 
 def beside(path: str | Path, name: str) -> Path:
@@ -167,19 +166,20 @@ def locked(path: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def remove(path: Path) -> None:
+def remove(*paths: Path) -> None:
     """
-    Remove a file or folder that nobody needs any more, if it is there.
+    Remove files and folders that nobody needs any more, if they are there.
 
     A warning if that fails: what was written is whole all the same.
     """
-    try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"cannot remove {path} ({error.strerror}); do so by hand", stacklevel=2)
+    for path in paths:
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(f"cannot remove {path} ({error.strerror}); do so by hand", stacklevel=2)
 
 
 def clean(path: str | Path, obsolete: Iterable[Path]) -> None:
@@ -187,8 +187,7 @@ def clean(path: str | Path, obsolete: Iterable[Path]) -> None:
     entries = [beside(path, name) for name in HIDDEN if name != "lock"] + [*obsolete]
     if any(map(os.path.lexists, [*entries, beside(path, "lock")])):
         with locked(path):
-            for entry in entries:
-                remove(entry)
+            remove(*entries)
 
 
 def _recover(target: Path, partial: Path, replaced: Path) -> None:
