@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from transclip_fast.data.names import listed
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.arrays import file_sha256, inside, npy_bytes, read_table
+from transclip_fast.store.arrays import inside, is_whole, npy_bytes, read_table
 from transclip_fast.store.atomic import read_json, writing
 from transclip_fast.store.json_text import value_of
 from transclip_fast.store.kept_rows import EARLIER, KeptRows, earlier_entries, earlier_file
@@ -359,8 +359,7 @@ class FeatureWriter:
                     file.unlink()
 
     def _is_whole(self, name: str, sha256: str | None) -> bool:
-        file = inside(self.folder, name)
-        return file.is_file() and file_sha256(file) == sha256
+        return is_whole(inside(self.folder, name), sha256)
 
     def _save_record(self, number: int) -> None:
         self._save(RECORD.format(number), (json.dumps(self.shards[number]) + "\n").encode())
