@@ -135,6 +135,12 @@ def test_names_that_are_no_group(arrays, save, cli, tmp_path):
     assert "names.txt: 1 of 2 names are no group of" in ran.err
 
 
+def test_lines_end_at_newlines_alone(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("\ufeffin\u2028on\r\nby\x0cor\n\n in\u2028on\n", encoding="utf-8")
+    assert text_lines(str(file)) == ["in\u2028on", "by\x0cor"]
+
+
 def test_groups_of_a_file_of_features(save, succeeds, refused, tmp_path):
     """Bytes, as of numpy's S, are the texts that --leave-out has."""
     rows = {

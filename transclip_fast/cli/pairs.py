@@ -128,7 +128,7 @@ def text_lines(file: str) -> list[str]:
     """The lines of a text file that are not empty, each once."""
     with reading(file, "cannot be read as a list"):
         content = Path(file).read_text(encoding="utf-8-sig")
-    found = [*dict.fromkeys(line.strip() for line in content.splitlines() if line.strip())]
+    found = [*dict.fromkeys(line.strip() for line in content.split("\n") if line.strip())]
     if not found:
         raise InputError(f"{file}: holds no line; write one a name")
     return found

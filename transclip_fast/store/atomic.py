@@ -102,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; InputError if it is missing, damaged, or not an object."""
     with reading(path, "cannot be read as JSON", "write it again"):
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
