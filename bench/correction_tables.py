@@ -7,14 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from bench.accuracy.corrections import RANDOM
+from bench.names import FEATURES
 from bench.tables import Row, newest, source, table
 
 NAMES = {
-    "whurs19_clip_rn50": "WHU-RS19, CLIP RN50",
-    "whurs19_clip_vit-b-32": "WHU-RS19, CLIP ViT-B/32",
-    "whurs19_clip_vit-l-14": "WHU-RS19, CLIP ViT-L/14",
-    "oxford_pets_vitb32": "Oxford Pets, CLIP ViT-B/32",
-    "dtd_vitb32": "DTD, CLIP ViT-B/32",
+    **FEATURES,
     "caltech101_vitb32": "Caltech101, CLIP ViT-B/32",
     "made": "200,000 made rows",
 }

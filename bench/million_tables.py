@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.tables import Row, newest, seconds, source, streamed, table
+from bench.tables import Row, encodings, newest, seconds, source, streamed, table
 
 MILLION = 10**6
 
@@ -12,8 +12,7 @@ MILLION = 10**6
 def million(folder: Path) -> str:
     """Tabulate the hours of encoding, and the seconds of the search and of solves."""
     lines, used = list[list[str]](), list[Row]()
-    encodes = sorted(newest("encode", "command", folder=folder), key=lambda row: str(row["date"]))
-    for row in encodes[-1:]:
+    for row in encodings(folder)[-1:]:
         hours = MILLION / row["median"]["encode"] / 3600
         model = row["options"]["model"]
         used.append(row)

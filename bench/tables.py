@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics as stats
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,19 @@ def newest(
     *identity: str,
     folder: Path = RESULTS,
     shown: Callable[[Row], bool] = lambda line: True,
+    defaults: Mapping[str, Any] = {},
 ) -> list[Row]:
     """Return the newest clean line of each measurement in `folder`/`name`.jsonl.
 
     The keys `identity` tell one measurement from another, beside the GPU, if any; lines come in the
-    order of their values. Only lines for which `shown` is true count.
+    order of their values. Only lines for which `shown` is true count; `defaults` are the values of
+    keys that early lines lack.
     """
     found: dict[tuple[Any, ...], Row] = {}
     for line in filter(shown, clean_lines(name, folder)):
-        measurement = line["machine"]["gpu"] or "", *(line.get(key) for key in identity)
-        found[measurement] = line
+        row = {**defaults, **line}
+        values = [row["machine"]["gpu"] or "", *(row.get(key) for key in identity)]
+        found[tuple(tuple(x) if isinstance(x, list) else x for x in values)] = row
     return [found[key] for key in sorted(found, key=lambda key: [(x is None, x) for x in key])]
 
 
@@ -273,16 +276,9 @@ def prompt_learners(folder: Path) -> str:
 
 
 def streamed(folder: Path) -> list[Row]:
-    """Return the newest lines of solves of features in files; early ones lack some keys."""
-    lines = (
-        line | {"present": line.get("present") or 0, "published": bool(line.get("published"))}
-        for line in clean_lines("stream", folder)
-    )
-    found = {
-        (line["classes"], line["dim"], line["present"], line["published"], *line["queries"]): line
-        for line in lines
-    }
-    return [found[key] for key in sorted(found)]
+    """Return the newest lines of solves of features in files."""
+    identity = "classes", "dim", "present", "published", "queries"
+    return newest("stream", *identity, folder=folder, defaults={"present": 0, "published": False})
 
 
 def stream(folder: Path) -> str:
@@ -306,10 +302,14 @@ def stream(folder: Path) -> str:
     return "\n\n".join([plot("stream", "Time and memory"), table(head, cells), source(rows)])
 
 
+def encodings(folder: Path) -> list[Row]:
+    """Return the lines of `bench.speed.encode`, the oldest first."""
+    return sorted(newest("encode", "command", folder=folder), key=lambda row: str(row["date"]))
+
+
 def encode(folder: Path) -> str:
     """Tabulate encoding beside its two halves."""
-    lines = sorted(newest("encode", "command", folder=folder), key=lambda row: str(row["date"]))
-    rows = list({row["options"]["model"]: row for row in lines}.values())
+    rows = list({row["options"]["model"]: row for row in encodings(folder)}.values())
     arms = {
         "forward": "model alone",
         "decode": "decoding alone",

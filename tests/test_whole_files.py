@@ -8,7 +8,7 @@ from threading import Barrier
 import pytest
 
 from transclip_fast.errors import InputError
-from transclip_fast.whole_files import new_file
+from transclip_fast.whole_files import check_replaced, new_file, starts_with
 
 
 def write(target, content, before=lambda: None):
@@ -106,3 +106,22 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         write(tmp_path / "a", "new")
     assert not (tmp_path / "other").exists()
+
+
+def test_only_a_file_of_the_kind_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "page").write_text("<p>")
+    (tmp_path / "other").write_text("p")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+
+    def check(name):
+        check_replaced(tmp_path / name, "page", lambda file: starts_with(file, b"<"))
+
+    check("page")
+    check("new")
+    with pytest.raises(InputError, match="folder: is a folder; name a file"):
+        check("folder")
+    for name in ("other", "dangling", "pipe"):
+        with pytest.raises(InputError, match=f"{name}: is there and is no page; name another file"):
+            check(name)

@@ -96,17 +96,17 @@ class Ranks:
             return json.loads(data.numpy().tobytes())
 
 
-ALONE = Ranks()
+ALONE = Ranks()  # a group of one process is another object
 
 
 class LostRankError(InputError):
     """Another rank does not answer."""
 
 
-def current_ranks() -> Ranks | None:
-    """The processes of the group of torch.distributed, if one is initialised."""
+def current_ranks() -> Ranks:
+    """The processes of the group of torch.distributed; `ALONE` itself if none is initialised."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return None
+        return ALONE
     if "cpu:gloo" not in torch.distributed.get_backend_config():
         raise InputError(
             "process group: sends nothing between CPUs; initialise it with backend='gloo', or "
@@ -144,7 +144,7 @@ def joined(*, together: bool = False) -> Iterator[Ranks]:
     reached, or one of them ended early when this one needs it; if they work `together`, all others
     then end at once, with one line that names it.
     """
-    if (ranks := current_ranks()) is not None:
+    if (ranks := current_ranks()) is not ALONE:
         yield ranks
         return
     size = started_ranks()

@@ -1,14 +1,14 @@
-"""Files that appear under their name whole, or not at all."""
+"""Files that appear under their name whole, or not at all, and which may be replaced."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from transclip_fast.errors import InputError
+from transclip_fast.errors import InputError, reading
 
 _locks = set[int]()  # descriptors of the files that this process writes
 
@@ -30,6 +30,27 @@ def new_file(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
             raise
     sync(target.parent)
+
+
+def check_replaced(path: str | Path, kind: str, is_kind: Callable[[Path], object]) -> None:
+    """
+    InputError for a folder, and for a file that is there and is no `kind`: it is not replaced.
+
+    Of such a file `is_kind` is false, or raises any error.
+    """
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; name a file")
+    if os.path.lexists(path):
+        with suppress(InputError), reading(path):
+            if is_kind(Path(path)):
+                return
+        raise InputError(f"{path}: is there and is no {kind}; name another file")
+
+
+def starts_with(path: Path, start: bytes) -> bool:
+    """Whether these are the first bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
 
 
 def partial_of(target: Path) -> Path:

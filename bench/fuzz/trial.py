@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +31,7 @@ from bench.processes import process_memory
 from transclip_fast.cli import main
 from transclip_fast.encode import models
 from transclip_fast.encode.models import load_backbone
+from transclip_fast.encode.weights import WatchedFiles
 
 MOST_SECONDS, MOST_BYTES = 20, 2 << 30  # of a command
 ADDRESS_SPACE = 6 << 30  # beyond what is mapped at the start: a bomb fails instead of the machine
@@ -216,7 +217,8 @@ def known_model() -> Iterator[None]:
 
 @functools.cache
 def _model_of_seeds() -> models.Backbone:
-    return load_backbone("model", None, torch.device("cpu"))
+    loaded = load_backbone("model", None, torch.device("cpu"))
+    return replace(loaded, weights=WatchedFiles({}))  # its files are mutated and put back
 
 
 def limit_memory() -> None:

@@ -141,13 +141,13 @@ def test_what_is_of_another_kind_is_not_replaced(named, succeeds, refused, tmp_p
     succeeds("solve", named, "--out", tmp_path / "result")
     before = Path(named).read_bytes()
     assert "is for a page" in refused("report", tmp_path / "result", "--out", named)
-    assert "is no table of" in refused("suggest", tmp_path / "result", "--csv", named)
+    assert "is there and is no table of" in refused("suggest", tmp_path / "result", "--csv", named)
     assert Path(named).read_bytes() == before
     mine, table = tmp_path / "mine.html", tmp_path / "mine.csv"
     mine.write_text("<html>mine</html>")
     table.write_text("key,label\na,cat\n")
-    assert "is no page" in refused("report", tmp_path / "result", "--out", mine)
-    assert "is no table of" in refused("suggest", tmp_path / "result", "--csv", table)
+    assert "is there and is no page" in refused("report", tmp_path / "result", "--out", mine)
+    assert "is there and is no table of" in refused("suggest", tmp_path / "result", "--csv", table)
     unread = refused("suggest", tmp_path / "result", "--csv", tmp_path / "check.txt")
     assert "check.txt: name a file that ends in .csv" in unread
     assert mine.read_text() == "<html>mine</html>"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import unit
 from tests.tiny import padded_tokenizer, preprocess
-from transclip_fast.encode.weights import WatchedFiles
+from transclip_fast.cli.pairs import text_lines
 
 CAPTIONS = ["a red hat", "a blue hat", "two dogs", "A dog", "nothing at all"]
 GROUPS = ("in", "on", "by")
@@ -21,11 +21,7 @@ MODEL = ("--model", "tiny", "--pretrained", "none", "--workers", 0)
 def pairs(tmp_path, monkeypatch, backbone):
     """A file of 60 pairs of 12 images with boxes, and the numbers that a tiny model gives."""
     backbone.tokenizer = padded_tokenizer
-    for name, found in (
-        ("load_backbone", lambda *_, **__: backbone),
-        ("watch_weights", lambda *_: WatchedFiles({})),
-    ):
-        monkeypatch.setattr(f"transclip_fast.encode.models.{name}", found)
+    monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_, **__: backbone)
     draw = np.random.default_rng(1)
     (tmp_path / "photos").mkdir()
     entries, margins = [], []
@@ -137,6 +133,12 @@ def test_names_that_are_no_group(arrays, save, cli, tmp_path):
     ran = cli("evaluate-pairs", file, "--leave-out", tmp_path / "names.txt")
     assert ran.code == 0
     assert "names.txt: 1 of 2 names are no group of" in ran.err
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("\ufeffin\u2028on\r\nby\x0cor\n\n in\u2028on\n", encoding="utf-8")
+    assert text_lines(str(file)) == ["in\u2028on", "by\x0cor"]
 
 
 def test_groups_of_a_file_of_features(save, succeeds, refused, tmp_path):

@@ -113,6 +113,8 @@ def test_solve_says_what_validation_chose_and_what_a_method_assumes(
     ("change", "options", "message"),
     [
         ({}, ["--method", "stata", "--set", "beta=1"], "stata has no setting 'beta'"),
+        ({}, ["--method", "stata", "--set", "self=1"], "stata has no setting 'self'"),
+        ({}, ["--method", "stata", "--set", "name=1"], "stata has no setting 'name'"),
         ({}, ["--method", "stata", "--set", "alpha"], "--set alpha: expected NAME=VALUE"),
         ({}, ["--method", "stata", "--set", "alpha=much"], "expected NAME=VALUE with a number"),
         ({}, ["--method", "stata", "--set", "alpha=1", "--set", "alpha=2"], "set twice"),
@@ -305,7 +307,7 @@ def test_only_a_table_is_replaced(save, arrays, refused, succeeds, suffix, tmp_p
     names, out = tmp_path / f"names.{suffix}", tmp_path / f"table.{suffix}"
     names.write_text('["a", "b", "c", "d", "e", "f"]' if suffix == "json" else "a\nb\nc\nd\ne\nf")
     command = "compare", save(arrays), "--methods", "zero-shot", "--out"
-    assert f"{names}: exists and is no table of `compare`" in refused(*command, names)
+    assert f"{names}: is there and is no table of `compare`" in refused(*command, names)
     for _ in range(2):
         succeeds(*command, out)
 

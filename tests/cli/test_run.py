@@ -325,6 +325,15 @@ def test_the_demo_replaces_nothing_but_a_demo(cli, refused, tmp_path, monkeypatc
         (tmp_path / "demo/.changed.png.1").write_text("half")
 
 
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_another_page_is_refused_before_any_work(command, images, names, tiny, refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.html").write_text("mine")
+    given = () if command == "demo" else (images(3), "--classes", names, *tiny)
+    message = refused(command, *given, "--out", tmp_path / "out")
+    assert "out/report.html: is there and is no page of a result" in message
+
+
 def test_what_the_demo_warns_of_is_one_line(cli, tmp_path, monkeypatch):
     """Also where it encodes, as of a lock that cannot be removed."""
 

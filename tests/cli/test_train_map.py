@@ -13,7 +13,6 @@ from safetensors import safe_open
 from tests.conftest import unit
 from tests.tiny import padded_tokenizer
 from transclip_fast.data.pairs import PairFeatures
-from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.heads.text_map import MapTraining, train_text_map
 
 MODEL = ("--model", "tiny", "--pretrained", "none", "--workers", 0)
@@ -30,7 +29,6 @@ def captions(tmp_path, monkeypatch, backbone):
 
     backbone.tokenizer = ordered
     monkeypatch.setattr("transclip_fast.encode.models.load_backbone", lambda *_, **__: backbone)
-    monkeypatch.setattr("transclip_fast.encode.models.watch_weights", lambda *_: WatchedFiles({}))
     draw = np.random.default_rng(0)
     rows = ["image,caption,negative"]
     for k in range(10):

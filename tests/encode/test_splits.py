@@ -43,6 +43,13 @@ def test_splits_and_their_classes(split):
     assert open_source(file, split="val").keys == ["dog/001.png"]
 
 
+def test_a_byte_order_mark(split):
+    """As some editors write it."""
+    file = split()
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert open_source(file).keys == ["dog/001.png", "cat/002.png"]
+
+
 def test_other_names_are_joined_by_name(split):
     source = open_source(split())
     assert resolve_labels(source, ["Dog", "bird", "House_cat"]).tolist() == [0, 2]

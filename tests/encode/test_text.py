@@ -96,6 +96,8 @@ def test_bad_templates(tmp_path, name, content, message):
         ("# general", "begins as a comment does ('# general') and is a template"),
         ("a {} in {place}", "has other braces than {} and {c} ('a {} in {place}'), which go into"),
         ("a \t{}", "has characters that do not show, or a tab"),
+        ("a {}\u2028the {}", "has characters that do not show, or a tab"),
+        ("a {}\x0cthe {}", "has characters that do not show, or a tab"),
     ],
 )
 def test_what_is_no_template_is_refused(line, message, tmp_path):

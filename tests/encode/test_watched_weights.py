@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.encode.test_models import a_folder
-from transclip_fast.encode import networks
+from transclip_fast.cli.pairs import load_pairs
+from transclip_fast.encode import models, networks
 from transclip_fast.encode.architectures import network_config
 from transclip_fast.encode.folder import encode_images
 from transclip_fast.encode.models import identify, watch_weights
+from transclip_fast.encode.pairs import encode_pairs
 from transclip_fast.encode.weights import WatchedFiles, read_checkpoint
 from transclip_fast.errors import InputError
 from transclip_fast.store.tensors import unmapped
@@ -81,6 +83,34 @@ def test_cached_weights_of_a_tag_are_watched(weights, save, images, tmp_path, mo
     with pytest.raises(InputError, match=r"open_clip_model\.safetensors: changed while it was in"):
         encode_images(images(3), tmp_path / "out", progress=change, batch_size=1, **options)
     assert not list(tmp_path.glob("out/img_emb/*"))
+
+
+def test_weights_that_are_downloaded_now_are_watched(weights, save, images, tmp_path, monkeypatch):
+    """As in `evaluate-pairs`: there were none to watch before."""
+    hub, elsewhere = tmp_path / "hub", tmp_path / "elsewhere"
+    hub.mkdir()
+    blob = hub_cache(hub, monkeypatch, Path(save(weights)))
+    hub.rename(elsewhere)
+    load = models._from_open_clip
+
+    def download(*arguments):
+        elsewhere.rename(hub)
+        return load(*arguments)
+
+    def change_and_encode(*arguments, **options):
+        blob.write_bytes(blob.read_bytes()[::-1])
+        return encode_pairs(*arguments, **options)
+
+    monkeypatch.setattr(models, "_from_open_clip", download)
+    monkeypatch.setattr("transclip_fast.cli.pairs.encode_pairs", change_and_encode)
+    images(1)
+    (tmp_path / "pairs.csv").write_text("image,caption,negative\nimages/cat/000.png,a cat,a dog\n")
+    values = {"model": "small-clip", "pretrained": "web", "device": "cpu", "workers": 0}
+    values |= {"precision": "fp32", "allow_hub": False, "batch_size": 1}
+    with pytest.raises(InputError, match=r"open_clip_model\.safetensors: changed while it was in"):
+        load_pairs(
+            str(tmp_path / "pairs.csv"), {**values, "features": None, "root": None}, lambda x: x
+        )
 
 
 def test_weights_are_watched_before_they_are_hashed(weights, save, images, tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ def test_an_index_is_saved_whole_or_not_at_all(features, tmp_path):
             build_graph(features, 3, search="faiss", save_index=place)
     np.save(tmp_path / "x.npy", features)
     before = (tmp_path / "x.npy").read_bytes()
-    with pytest.raises(InputError, match="x.npy: exists and is no FAISS index"):
+    with pytest.raises(InputError, match="x.npy: is there and is no FAISS index"):
         build_graph(features, 3, search="faiss", save_index=tmp_path / "x.npy")
     assert (tmp_path / "x.npy").read_bytes() == before
     (tmp_path / "x.npy").unlink()

@@ -11,7 +11,7 @@ import torch
 from transclip_fast.cli.session import counted
 from transclip_fast.data.checks import unit_divisors, unit_sample
 from transclip_fast.data.feature_rows import evenly_spaced_rows
-from transclip_fast.data.names import class_name
+from transclip_fast.data.names import class_name, listed
 from transclip_fast.graph.exact import nearest
 from transclip_fast.solver.class_cost import (
     agreement,
@@ -80,9 +80,8 @@ def describe_outlook(found: dict[str, Any], n_classes: int, names: Sequence[str]
     effective, rare = found["n_effective_classes"], found["rare_classes"]
     line = use_of_classes(effective, n_classes, found["class_cost"], found["by"])
     if rare:
-        some = ", ".join(class_name(k, names) for k in rare[:NAMED])
-        more = ", ..." if len(rare) > NAMED else ""
-        line += f"; {len(rare):,} hardly {'occurs' if len(rare) == 1 else 'occur'}: {some}{more}"
+        some = listed([class_name(k, names) for k in rare], NAMED)
+        line += f"; {len(rare):,} hardly {'occurs' if len(rare) == 1 else 'occur'}: {some}"
     return f"plan: by {counted(found['rows'], 'image')}, {line}"
 
 

@@ -11,7 +11,7 @@ from transclip_fast.cli import RESUMES, options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.comparison import Comparison
 from transclip_fast.cli.comparison_table import SUFFIXES, as_text, check_place, write_table
-from transclip_fast.cli.graph import SEARCH_OPTIONS, leftovers
+from transclip_fast.cli.graph import leftovers, refuse_search
 from transclip_fast.cli.method import METHOD_ARRAYS, NAMES, anchors_option, checked_arrays
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
@@ -44,7 +44,7 @@ ARRAYS = (*METHOD_ARRAYS, "labels", "class_names")
 )
 @click.option("--seed", default=0, type=options.SEED, help="Of the draw.")
 @anchors_option
-@click.option("--graph", "graph_folder", type=options.PATH, help="Graph folder of these features.")
+@options.graph_option
 @options.search_options
 @options.device_option
 @options.json_option
@@ -79,8 +79,7 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     names = _names(methods)
     if out is not None:
         check_place(out)
-    if values["graph_folder"]:
-        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
+    refuse_search(values)
     TransCLIP(**{k: values[k] for k in ("logit_scale", "gamma", "memory")}).check()
     stages, shots = session.Stages(), values["shots"]
     with stages.time("load"), session.collected_warnings({}) as noted:
@@ -104,8 +103,7 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
         summary["warnings"] = [*noted, *messages]
         if out is not None:
             write_table(out, summary)
-            for file in leftovers(beside(out, "graph")):
-                remove(file)
+            remove(*leftovers(beside(out, "graph")))
     text = as_text(summary)
     session.print_summary(summary, text if out is None else f"{text}\nwritten to {out}", as_json)
 

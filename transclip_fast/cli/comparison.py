@@ -13,7 +13,14 @@ import numpy as np
 from transclip_fast.cli import session
 from transclip_fast.cli.comparison_table import KIND, KeptTable
 from transclip_fast.cli.graph import kept_graph, search_of
-from transclip_fast.cli.method import NAMES, USED_ARRAYS, arguments_of, checked_arrays
+from transclip_fast.cli.method import (
+    FOR_ALL,
+    NAMES,
+    USED_ARRAYS,
+    arguments_of,
+    checked_arrays,
+    make_method,
+)
 from transclip_fast.cli.solution import check_class_names, true_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
@@ -128,15 +135,10 @@ class Comparison:
     def _model(self, name: str) -> TransCLIP | Method:
         """The method of that name."""
         values = self.values
-        shared = {option: values[option] for option in ("device", "memory", "logit_scale")}
         if name == TRANSCLIP:
-            return TransCLIP(gamma=values["gamma"], **shared)
-        cls = METHODS[name]
-        texts, shots = (
-            self.features.get(f"{use}_features") is not None for use in ("text", "support")
-        )
-        anchors = values["anchors"] if values["anchors"] in cls.kinds else None
-        return cls(anchors=anchors or cls.possible_anchors(texts=texts, shots=shots), **shared)
+            return TransCLIP(**{option: values[option] for option in ("gamma", *FOR_ALL)})
+        anchors = values["anchors"] if values["anchors"] in METHODS[name].kinds else None
+        return make_method(name, anchors, values, self.features)
 
     def _row(
         self,

@@ -10,11 +10,11 @@ from typing import Any
 from transclip_fast.cli import session
 from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import describe_sizes
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError
 from transclip_fast.memory import show_bytes
-from transclip_fast.store.atomic import beside, read_json, write_json, writing
+from transclip_fast.store.atomic import beside, read_json, write_json, writing, written_file
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.whole_files import new_file
+from transclip_fast.whole_files import check_replaced, new_file
 
 HEADINGS = (
     "method",
@@ -115,28 +115,26 @@ def as_markdown(summary: dict[str, Any]) -> str:
 
 def check_place(out: str) -> None:
     """Raise InputError if a table cannot have this name, or would replace another file."""
-    file = Path(out)
-    if file.suffix not in SUFFIXES or file.is_dir():
+    if Path(out).suffix not in SUFFIXES:
         raise InputError(f"{out}: name a file that ends in {', '.join(SUFFIXES)}")
-    if not file.exists():
-        return
-    with reading(file, "is no table of `compare`", "name another file"):
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            found = parse_json(text)
-            is_table = isinstance(found, dict) and found.get("kind") == KIND
-        else:
-            is_table = text.replace("|", " ").split()[: len(FIRST)] == FIRST
-    if not is_table:
-        raise InputError(f"{out}: exists and is no table of `compare`; name another file")
+    check_replaced(out, "table of `compare`", _is_table)
+
+
+def _is_table(file: Path) -> bool:
+    """Whether a file is a comparison in the format of its suffix."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".json":
+        return text.replace("|", " ").split()[: len(FIRST)] == FIRST
+    found = parse_json(text)
+    return isinstance(found, dict) and found.get("kind") == KIND
 
 
 def write_table(out: str, summary: dict[str, Any]) -> None:
     """Write a comparison in the format of the file's suffix."""
-    file = Path(out)
-    with writing(out), new_file(file) as partial:
-        if file.suffix == ".json":
+    suffix = Path(out).suffix
+    with written_file(out) as partial:
+        if suffix == ".json":
             write_json(partial, summary)
         else:
-            text = as_markdown(summary) if file.suffix == ".md" else as_text(summary)
+            text = as_markdown(summary) if suffix == ".md" else as_text(summary)
             partial.write_text(f"{text}\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from transclip_fast.cli import session
-from transclip_fast.cli.options import PATH, json_option
+from transclip_fast.cli.options import PATH, json_option, tensors_out_option
 from transclip_fast.encode.architectures import network_config
 from transclip_fast.encode.networks import PRECISIONS, empty_network, match_weights
 from transclip_fast.encode.weights import WatchedFiles, checkpoint_files, read_checkpoint
@@ -25,7 +25,7 @@ ENTRY = "transclip_fast.converted"  # key of the model's name in the file's meta
 @click.option(
     "--dtype", default="bf16", type=click.Choice([*PRECISIONS]), help="Type of the written weights."
 )
-@click.option("--out", required=True, type=PATH, help="The .safetensors file to write.")
+@tensors_out_option
 @json_option
 def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) -> None:
     """Convert CHECKPOINT to one .safetensors file in open_clip's names, tensor by tensor.
@@ -79,9 +79,4 @@ def _check_out(out: str, checkpoint: Iterable[Path]) -> None:
     """Raise InputError if the checkpoint, or a file that is no converted one, would be replaced."""
     if Path(out).resolve() in {file.resolve() for file in checkpoint}:
         raise InputError(f"{out}: is the checkpoint itself; name another file")
-    check_writable(out, "converted checkpoint", _check_converted)
-
-
-def _check_converted(path: Path) -> None:
-    if ENTRY not in read_metadata(path):
-        raise InputError(f"{path}: was not written by `convert`")
+    check_writable(out, "converted checkpoint", lambda file: ENTRY in read_metadata(file))

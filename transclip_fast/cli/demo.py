@@ -24,7 +24,7 @@ from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.sources import open_source
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.report.page import write_report
+from transclip_fast.report.page import check_page_file, write_report
 from transclip_fast.store.atomic import read_json, write_json, writing
 from transclip_fast.store.results import load_result
 from transclip_fast.whole_files import new_file
@@ -63,6 +63,7 @@ def _demo(folder: Path, device: str) -> tuple[dict[str, Any], str]:
     """Write all that `command` says; the summary, and its text."""
     started = time.perf_counter()
     _check_place(folder)
+    check_page_file(folder / REPORT)
     shifts = [*reversed(SHIFTS)]  # those with most to gain first, plain last
     runs = {shift: _label(folder / shift.replace(" ", "-"), shift, device) for shift in shifts}
     picture, report = folder / PICTURE, folder / REPORT

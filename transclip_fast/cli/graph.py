@@ -52,9 +52,14 @@ class GraphSearch:
 
 def search_of(values: Mapping[str, Any], n_neighbors: int) -> GraphSearch:
     """The search that --device and the options of `options.search_options` ask for."""
-    ranks = current_ranks() or ALONE
-    device = resolve_device(ranks.device(values["device"]))
+    device = resolve_device(current_ranks().device(values["device"]))
     return GraphSearch(n_neighbors, device, *(values[name] for name in SEARCH_OPTIONS))
+
+
+def refuse_search(values: Mapping[str, Any]) -> None:
+    """InputError if the command was given an option of the search, and --graph."""
+    if values["graph_folder"]:
+        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
 
 
 @click.command("graph")
@@ -129,7 +134,7 @@ def graph_features(
     Ranks that share the rows all call this: each writes and returns the lists of its own, the first
     one writes everything else, and returns the whole manifest.
     """
-    ranks, identity = current_ranks() or ALONE, _identity(features, search)
+    ranks, identity = current_ranks(), _identity(features, search)
     partition = Partition(len(features.get("image_features")), ranks)
     work = {**identity, "faiss": faiss_installed(), "arrays": 2}  # "auto" depends on FAISS
     checkpoint = checkpoint_of(out, CHECKPOINT, work, CHECKPOINT_SECONDS, partition)
@@ -185,8 +190,8 @@ def kept_graph(
 
     Ranks that share the rows all call this; the graph then stays in its files.
     """
-    group, graph = current_ranks(), None
-    ranks, shared = group or ALONE, group is not None
+    ranks, graph = current_ranks(), None
+    shared = ranks is not ALONE
     with contextlib.suppress(InputError):  # no such folder, or a damaged one
         if load_manifest(folder).get("identity") == _identity(features, search):
             graph = load_graph(folder, features.sha256(), mapped=shared)

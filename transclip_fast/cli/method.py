@@ -25,7 +25,7 @@ from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
-from transclip_fast.methods import METHODS, Method, method_class
+from transclip_fast.methods import METHODS, Method
 from transclip_fast.methods.task import ANCHORS, Arrays
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.solver.prior import LinearPrior
@@ -34,10 +34,12 @@ from transclip_fast.store.features import LABELLED, Features
 from transclip_fast.store.results import TRANSCLIP, prediction_tables
 
 NAMES = (TRANSCLIP, *METHODS)
+FOR_ALL = ("device", "memory", "logit_scale")  # options that every method takes
 # Of `solve`, what is there for every method.
 SHARED = {
     *("path", "out", "method", "anchors", "settings", "graph_folder", "search", "index", "recall"),
-    *("device", "memory", "logit_scale", "csv", "as_json", "shots", "text_map", "image_map"),
+    *FOR_ALL,
+    *("csv", "as_json", "shots", "text_map", "image_map"),
 }
 METHOD_ARRAYS = ("text_features", *LABELLED)
 USED_ARRAYS = {*METHOD_ARRAYS, "image_features", "labels", "class_names", "keys"}
@@ -81,14 +83,26 @@ def method_of(values: Mapping[str, Any], features: Features) -> Method | None:
     for array in features.arrays:
         if array not in USED_ARRAYS:
             raise InputError(f"{array}: method {name} takes none; leave it out")
-    texts, shots = (features.get(f"{use}_features") is not None for use in ("text", "support"))
-    anchors = values["anchors"] or method_class(name).possible_anchors(texts=texts, shots=shots)
-    shared: dict[str, Any] = {k: values[k] for k in ("device", "memory", "logit_scale")}
     settings = _settings(values["settings"])
-    if twice := settings.keys() & {"anchors", *shared}:
+    if twice := settings.keys() & {"anchors", *FOR_ALL}:
         flag = options.flag_of(min(twice))
         raise InputError(f"--set {min(twice)}: is no setting; the option for it is {flag}")
-    return method_class(name)(anchors=anchors, **shared, **settings)
+    return make_method(name, values["anchors"], values, features, **settings)
+
+
+def make_method(
+    name: str,
+    anchors: str | None,
+    values: Mapping[str, Any],
+    features: Features,
+    /,  # a user may call a setting anything
+    **settings: Any,
+) -> Method:
+    """A method with the options `FOR_ALL`; its anchors are by default those that features allow."""
+    texts, shots = (features.get(f"{use}_features") is not None for use in ("text", "support"))
+    anchors = anchors or METHODS[name].possible_anchors(texts=texts, shots=shots)
+    shared: dict[str, Any] = {option: values[option] for option in FOR_ALL}
+    return METHODS[name](anchors=anchors, **shared, **settings)
 
 
 def neighbors_of(model: Method | TransCLIP, features: Features) -> int:

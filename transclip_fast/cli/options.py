@@ -174,6 +174,12 @@ out_option = click.option(
     type=PATH,
     help="Folder to write. An earlier result is replaced, a killed run resumed.",
 )
+tensors_out_option = click.option(
+    "--out", required=True, type=PATH, help="The .safetensors file to write."
+)
+graph_option = click.option(
+    "--graph", "graph_folder", type=PATH, help="Graph folder of these features."
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output."
 )

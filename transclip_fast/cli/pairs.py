@@ -95,13 +95,8 @@ def load_pairs(
     if values["model"] is None:
         raise InputError(f"{path}: lists images, so give --model, or a file of {', '.join(ARRAYS)}")
     kept = values["features"]
-    device, precision = resolve_device(values["device"]), values["precision"]
-    named = values["model"], values["pretrained"]
-    weights = models.watch_weights(*named)
-    backbone = models.load_backbone(
-        *named, device, precision=precision, allow_hub=values["allow_hub"]
-    )
-    backbone.weights = weights
+    named = {name: values[name] for name in ("model", "pretrained", "precision", "allow_hub")}
+    backbone = models.load_backbone(device=resolve_device(values["device"]), **named)
     workers = ALONE.cores() if values["workers"] is None else values["workers"]
     with (
         tempfile.TemporaryDirectory() if kept is None else nullcontext(kept) as folder,
@@ -133,7 +128,7 @@ def text_lines(file: str) -> list[str]:
     """The lines of a text file that are not empty, each once."""
     with reading(file, "cannot be read as a list"):
         content = Path(file).read_text(encoding="utf-8-sig")
-    found = [*dict.fromkeys(line.strip() for line in content.splitlines() if line.strip())]
+    found = [*dict.fromkeys(line.strip() for line in content.split("\n") if line.strip())]
     if not found:
         raise InputError(f"{file}: holds no line; write one a name")
     return found

@@ -13,7 +13,7 @@ import torch
 from transclip_fast.cli import options, session
 from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.graph import SEARCH_OPTIONS
+from transclip_fast.cli.graph import refuse_search
 from transclip_fast.cli.traffic import Traffic, bytes_a_second
 from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError
@@ -185,9 +185,9 @@ def command(
         device, values["device"] = torch.device("cuda"), "cpu"
     model = options.model_of(values)
     sizes = [values[name] for name in ("queries", "classes", "dim")]
+    refuse_search(values)
     searched: str | None = "faiss" if values["index"] else search
     if values["graph_folder"]:
-        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
         searched = None
     if features is not None:
         if sizes != [None] * 3:

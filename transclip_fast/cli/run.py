@@ -30,8 +30,8 @@ from transclip_fast.encode.folder import encode_images
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
-from transclip_fast.ranks import ALONE, current_ranks, joined
-from transclip_fast.report.page import write_report
+from transclip_fast.ranks import current_ranks, joined
+from transclip_fast.report.page import check_page_file, write_report
 from transclip_fast.report.sorting import check_target
 from transclip_fast.store.atomic import clean
 from transclip_fast.store.features import Features, load_features
@@ -88,6 +88,7 @@ def command(
     if values["classes"] is None and Path(images).suffix.lower() != ".json":
         raise InputError("run needs --classes: a file of names, or imagenet")
     folder = Path(out)
+    check_page_file(folder / REPORT)
     if sort_into is not None:
         check_target(sort_into, [images, folder / "features", folder / "graph", folder / "result"])
     model = TransCLIP(device=values["device"], memory=memory, class_cost=class_cost)
@@ -149,7 +150,7 @@ def solve_folder(
 
     `stages` has the time of what went before, and receives that of what is done now.
     """
-    ranks = current_ranks() or ALONE
+    ranks = current_ranks()
     stages, output = stages or session.Stages(), output or Output()
     features = load_features(folder / "features")
     result = folder / "result"

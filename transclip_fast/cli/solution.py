@@ -36,7 +36,7 @@ from transclip_fast.metrics import check_assignments, check_class_order, rejecte
 from transclip_fast.ops.exchange import Partition
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.progress_bar import progress_bar, shown_on
-from transclip_fast.ranks import ALONE, Ranks, check_same, current_ranks
+from transclip_fast.ranks import Ranks, check_same, current_ranks
 from transclip_fast.solver.parameters import GAMMAS
 from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, shared_folder, writing
@@ -78,7 +78,7 @@ class Solving:
     out: str
     stages: session.Stages
     output: Output = Output()
-    ranks: Ranks = field(default_factory=lambda: current_ranks() or ALONE)
+    ranks: Ranks = field(default_factory=current_ranks)
 
     @property
     def origins(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
-from transclip_fast.cli.graph import SEARCH_OPTIONS, GraphSearch, search_of
+from transclip_fast.cli.graph import GraphSearch, refuse_search, search_of
 from transclip_fast.cli.head import apply_head, read_choice
 from transclip_fast.cli.method import (
     describe_result,
@@ -29,7 +29,7 @@ from transclip_fast.errors import InputError
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.heads import HEADS
 from transclip_fast.heads.files import StoredHead
-from transclip_fast.ranks import Ranks, current_ranks, joined
+from transclip_fast.ranks import ALONE, Ranks, joined
 from transclip_fast.report.sorting import check_paths, check_target, walked_folders
 from transclip_fast.store.corrections import corrected, read_corrections
 from transclip_fast.store.features import LABELLED, Features, load_features
@@ -45,7 +45,7 @@ from transclip_fast.store.results import TRANSCLIP
 )
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @options.out_option
-@click.option("--graph", "graph_folder", type=options.PATH, help="Graph folder of these features.")
+@options.graph_option
 @options.search_options
 @method_options
 @click.option(
@@ -137,7 +137,7 @@ def _solve(
 ) -> dict[str, Any]:
     """Read what the options name, and solve; run.json."""
     stages, image_map = session.Stages(), values["image_map"]
-    shared = current_ranks() is not None
+    shared = ranks is not ALONE
     if head is not None and shared:
         raise InputError("--head: is trained and applied in one process; run `solve` without ranks")
     if values["method"] != TRANSCLIP and shared:
@@ -147,8 +147,7 @@ def _solve(
     stored = None if head is None else read_choice(head)
     if values["method"] == TRANSCLIP:
         _refuse_unused(head, stored)
-    if values["graph_folder"]:
-        options.refuse_unused(SEARCH_OPTIONS, "the graph of --graph is not searched")
+    refuse_search(values)
     with stages.time("load"), session.collected_warnings({}, shown=ranks.leads) as noted:
         local = stored is not None and stored.head.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}

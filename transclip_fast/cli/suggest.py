@@ -13,10 +13,10 @@ from transclip_fast.cli.session import command_line, counted
 from transclip_fast.data.names import positions
 from transclip_fast.errors import InputError, reading
 from transclip_fast.report.gallery import suggested_rows
-from transclip_fast.store.atomic import writing
+from transclip_fast.store.atomic import written_file
 from transclip_fast.store.results import load_result
 from transclip_fast.store.tables import guarded
-from transclip_fast.whole_files import new_file
+from transclip_fast.whole_files import check_replaced
 
 HEAD = ["label", "now", "zero-shot"]  # of the table, behind the column that names the row
 SHOWN = (  # columns of the predictions
@@ -80,13 +80,7 @@ def _shown(text: str) -> str:
 def _write(path: Path, found: list[dict[str, Any]], name: str) -> None:
     """A table to fill in; the column `name` tells the rows."""
     _check_place(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        writing(path),
-        new_file(path) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
-    ):
+    with written_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         lines.writerow([name, *HEAD])
         for row in found:
@@ -95,21 +89,15 @@ def _write(path: Path, found: list[dict[str, Any]], name: str) -> None:
 
 
 def _check_place(path: Path) -> None:
-    """InputError if another file would be replaced, or for a name that no table has."""
-    if path.is_file():
-        _check_replaced(path)
+    """InputError if labels or another file would be replaced, or for a name that no table has."""
+    check_replaced(path, "table of `suggest`", lambda file: _lines(file)[0][1:] == HEAD)
+    if path.is_file() and any(line[1:2] not in ([], [""]) for line in _lines(path)[1:]):
+        raise InputError(f"{path}: has labels that were filled in; name another file")
     if path.suffix.lower() != ".csv":
         raise InputError(f"{path}: name a file that ends in .csv, as `solve --corrections` reads")
 
 
-def _check_replaced(path: Path) -> None:
-    """InputError for a file of another kind, or labels that were filled in."""
-    with (
-        reading(path, "is no table of `suggest`", "name another file"),
-        open(path, newline="", encoding="utf-8-sig") as file,
-    ):
-        head, *lines = [*csv.reader(file)] or [[]]
-    if head[1:] != HEAD:
-        raise InputError(f"{path}: exists and is no table of `suggest`; name another file")
-    if any(line[1:2] not in ([], [""]) for line in lines):
-        raise InputError(f"{path}: has labels that were filled in; name another file")
+def _lines(path: Path) -> list[list[str]]:
+    """The cells of a table, of which the first line is the head."""
+    with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
+        return [*csv.reader(file)] or [[]]

@@ -40,7 +40,7 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
 @click.argument("name")
 @click.argument("path", metavar="FEATURES", type=options.PATH)
 @click.option("--shots", type=options.POSITIVE, help="Rows of a class.  [default: all]")
-@click.option("--out", required=True, type=options.PATH, help="The .safetensors file to write.")
+@options.tensors_out_option
 @click.option("--seed", default=0, type=options.SEED, help="Of the shots and of the training.")
 @click.option(
     "--logit-scale",
@@ -150,8 +150,7 @@ def command(
             found = summarise_head(head, features, rows, text, truth)
         training = {"shots": shots, "seed": values["seed"], "version": __version__}
         save_head(out, StoredHead(head, name, features.class_names, encoder, training))
-        for file in files(out, CHECKPOINT):
-            remove(file)
+        remove(*files(out, CHECKPOINT))
     run = {
         "kind": "train-head",
         "name": name,

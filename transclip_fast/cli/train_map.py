@@ -64,7 +64,7 @@ class _Negatives:
     shown="out model pretrained precision root features attributes epochs seed device",
 )
 @click.argument("path", metavar="FILE", type=options.PATH)
-@click.option("--out", required=True, type=options.PATH, help="The .safetensors file to write.")
+@options.tensors_out_option
 @click.option(
     "--attributes",
     type=options.PATH,

@@ -203,11 +203,7 @@ def encode_images(
             return _received(sent, ranks)
         with timed(seconds, "load"):
             backbone = models.load_backbone(
-                model, pretrained, torch_device, precision, compiled, identity, allow_hub
-            )
-            # Those of a tag may not have been on disk before.
-            backbone.weights = (
-                weights if weights.states else models.watch_weights(model, pretrained)
+                model, pretrained, torch_device, precision, compiled, identity, allow_hub, weights
             )
             if local_features is not None:
                 backbone.local = LocalEncoder.of(backbone.model, local_features, model)

@@ -145,11 +145,13 @@ def load_backbone(
     compiled: bool = False,
     identity: Mapping[str, Any] | None = None,
     allow_hub: bool = False,
+    weights: WatchedFiles | None = None,
 ) -> Backbone:
     """
     Load an open_clip model in evaluation mode; the parameters are those of `encode_images`.
 
-    With the `identity` that `identify` returned, the checkpoint is not hashed again.
+    With the `identity` that `identify` returned, the checkpoint is not hashed again. The weights
+    are watched from now on, or since `watch_weights` returned `weights`.
 
     Raises
     ------
@@ -159,6 +161,7 @@ def load_backbone(
         the hub without `allow_hub`.
     """
     origin = f"model {model}" + ("" if pretrained is None else f", pretrained {pretrained}")
+    weights = weights or watch_weights(model, pretrained)
     identity = {**(identity or identify(model, pretrained, precision, compiled))}
     ours = model_folder(model) is not None or (eva.CONFIGS / f"{model}.json").is_file()
     try:
@@ -183,7 +186,9 @@ def load_backbone(
     if compiled:
         net.encode_image = torch.compile(net.encode_image, dynamic=False)
     dtype = networks.PRECISIONS[precision]
-    return Backbone(net, preprocess, tokenizer, identity, dtype, pixels)
+    if not weights.states:  # those of a tag may not have been on disk before
+        weights = watch_weights(model, pretrained)
+    return Backbone(net, preprocess, tokenizer, identity, dtype, pixels, weights=weights)
 
 
 def _check_finite(net: Any, origin: str, precision: str) -> None:

@@ -290,7 +290,7 @@ def _warn_of_equal_tokens(tokenizer: Any, text: ClassPrompts, cut: set[str]) -> 
 
 def _from_lines(path: Path, content: str) -> Templates:
     found = []
-    for number, line in enumerate(map(str.strip, content.splitlines()), 1):
+    for number, line in enumerate(map(str.strip, content.split("\n")), 1):
         if not line:
             continue
         for what, remedy, is_odd in ODD_TEMPLATES:

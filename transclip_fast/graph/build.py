@@ -40,7 +40,7 @@ from transclip_fast.memory import free_bytes, show_bytes
 from transclip_fast.ops.exchange import Partition
 from transclip_fast.ops.ranked import RankedRows
 from transclip_fast.parallel import parallel_map, single_threaded_torch
-from transclip_fast.ranks import ALONE, check_same, current_ranks
+from transclip_fast.ranks import check_same, current_ranks
 from transclip_fast.version import __version__
 
 SEARCHES = ("auto", "faiss", "exact", "cuvs")
@@ -140,7 +140,7 @@ def build_graph(
     {'search': 'exact', 'recall': 1.0}
     """
     _check_arguments(n_neighbors, search, recall, index, save_index)
-    ranks = current_ranks() or ALONE
+    ranks = current_ranks()
     if ranks.size > 1:
         _check_shared(search, index, save_index)
     if search == "auto" and (index is not None or save_index is not None):
@@ -255,7 +255,7 @@ def whole_rows(
     Of streamed rows each process checks its own; all are read only where some are no unit rows.
     Several processes have them on the CPU where FAISS may search.
     """
-    ranks, matrix = current_ranks() or ALONE, unread_matrix(features, name)
+    ranks, matrix = current_ranks(), unread_matrix(features, name)
     if held is None:
         held = not isinstance(features, np.memmap | StoredRows)
     if ranks.size == 1:

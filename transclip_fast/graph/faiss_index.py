@@ -21,7 +21,7 @@ from transclip_fast.errors import InputError, check_regular, reading
 from transclip_fast.graph.centres import random_rows
 from transclip_fast.ops.blocks import blocks
 from transclip_fast.parallel import n_threads
-from transclip_fast.whole_files import new_file
+from transclip_fast.whole_files import check_replaced, new_file, starts_with
 
 ADD_ROWS = 1 << 14
 CHECKED_ROWS, CHECKED_NEIGHBORS, CHECKED_SHARE = 100, 8, 0.5
@@ -178,15 +178,9 @@ def is_file(source: Any) -> bool:
 
 def check_place(path: Path) -> None:
     """InputError if no index can be saved there, or one would replace a file of another kind."""
-    if not path.name or os.path.isdir(path):
-        raise InputError(f"{str(path)!r}: is a folder; name a file for the index")
+    check_replaced(path, "FAISS index", lambda file: starts_with(file, FIRST_BYTE))
     if not os.path.isdir(path.absolute().parent):
         raise InputError(f"{path}: its folder does not exist")
-    if os.path.lexists(path):
-        with reading(path), open(path, "rb") as file:
-            start = file.read(1)
-        if start != FIRST_BYTE:
-            raise InputError(f"{path}: exists and is no FAISS index; name another file")
 
 
 def save_index(index: Any, path: Path) -> None:

@@ -123,6 +123,7 @@ class Method(ABC):
 
     def __init__(
         self,
+        /,  # a user may call a setting anything
         *,
         anchors: str | None = None,
         device: str = "auto",

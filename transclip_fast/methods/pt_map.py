@@ -61,7 +61,7 @@ class PTMAP(Method):
         "max_scalings": Setting(1000, least=1, whole=True),
     }
 
-    def __init__(self, *, class_prior: Any = None, **settings: Any) -> None:
+    def __init__(self, /, *, class_prior: Any = None, **settings: Any) -> None:
         super().__init__(**settings)
         self.class_prior = None if class_prior is None else _shares(class_prior)
 

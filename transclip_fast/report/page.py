@@ -12,14 +12,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from transclip_fast.errors import InputError, reading
+from transclip_fast.errors import InputError
 from transclip_fast.report.content import Content
 from transclip_fast.report.facts import facts, legend, settings, stages
 from transclip_fast.report.figures import figures, solve_figures
 from transclip_fast.report.view import View
-from transclip_fast.store.atomic import writing
+from transclip_fast.store.atomic import written_file
 from transclip_fast.store.json_text import script_json
-from transclip_fast.whole_files import new_file
+from transclip_fast.whole_files import check_replaced, starts_with
 
 STYLE, SCRIPTS = "page.css", ("common.js", "images.js", "tables.js")
 FIRST_BYTES = b"<!doctype html>"  # of every page
@@ -48,17 +48,14 @@ def write_report(
         A folder that is no result, results of other images or twice the same, `out` without the
         suffix .html, a file that cannot be written, or one that is no page and would be replaced.
     """
-    _check_place(Path(out))
+    check_page_file(out)
     if before is not None and Path(before).resolve() == Path(result).resolve():
         raise InputError(f"before: {before} is the result itself; give the one before corrections")
     content = Content.of(View.open(result, before), images)
     # A path that is no UTF-8 has half characters, which are no text; they are shown escaped.
     page = render(content).encode("utf-8", "backslashreplace")
-    out = Path(out)
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(out) as partial:
-            partial.write_bytes(page)
+    with written_file(out) as partial:
+        partial.write_bytes(page)
     return {
         "shown": {gallery.name: len(gallery.rows) for gallery in content.galleries},
         "thumbnails": len(content.thumbnails),
@@ -67,14 +64,12 @@ def write_report(
     }
 
 
-def _check_place(out: Path) -> None:
-    """InputError if no browser would open the page, or a file of another kind be replaced."""
+def check_page_file(out: str | Path) -> None:
+    """InputError if no browser would open the page, or it would replace another file."""
+    out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out}: is for a page of HTML; name it {out.with_suffix('.html').name}")
-    if out.is_file():
-        with reading(out), open(out, "rb") as file:
-            if file.read(len(FIRST_BYTES)) != FIRST_BYTES:
-                raise InputError(f"{out}: exists and is no page of a result; name another file")
+    check_replaced(out, "page of a result", lambda file: starts_with(file, FIRST_BYTES))
 
 
 def render(content: Content) -> str:

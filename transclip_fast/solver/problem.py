@@ -30,7 +30,7 @@ from transclip_fast.metrics import check_class_order
 from transclip_fast.ops import choose_backend
 from transclip_fast.ops.exchange import Exchange, Partition
 from transclip_fast.ops.ranked import RankedRows
-from transclip_fast.ranks import Ranks, check_same
+from transclip_fast.ranks import ALONE, Ranks, check_same
 from transclip_fast.solver.class_cost import may_be_undecided
 from transclip_fast.solver.known import KnownRows, known_classes
 from transclip_fast.solver.layout import Layout, Size, choose_layout
@@ -96,7 +96,7 @@ class Problem:
         validation_features: Any = None,
         validation_labels: Any = None,
         known_labels: Any = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> Problem:
         """
         Check the arrays of `TransCLIP.fit`, which documents them; `ranks` share their rows.
@@ -108,7 +108,7 @@ class Problem:
         """
         matrix = unread_matrix(X, "X")
         n_rows, d = matrix.shape
-        exchange = None if ranks is None else Exchange(Partition(n_rows, ranks))
+        exchange = None if ranks is ALONE else Exchange(Partition(n_rows, ranks))
         if sum(x is not None for x in (prior, prior_logits, prototypes)) > 1:
             raise InputError("give one of prior, prior_logits and prototypes, not several")
 

@@ -294,8 +294,8 @@ def drop_absent_classes(state: State) -> None:
 
 def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
     """Go on with some classes (K',) of those in use, and so many candidates of a row."""
-    prior, known, settings = state.inputs.prior, state.inputs.known, state.settings
-    if not isinstance(prior, LinearPrior) or settings.truncation is None:
+    prior, known = state.inputs.prior, state.inputs.known
+    if not isinstance(prior, LinearPrior) or state.z.classes is None:
         raise TypeError("classes are dropped from lists, under a linear prior")
     state.all_means = state.means()
     state.mixture = replace(state.mixture, means=state.mixture.means[classes])
@@ -305,9 +305,7 @@ def keep_classes(state: State, classes: torch.Tensor, candidates: int) -> None:
         prior=LinearPrior(prior.weights[classes]),
         known=None if known is None else known.of_classes(classes),
     )
-    rank = min(settings.truncation.rank, candidates)
-    truncation = replace(settings.truncation, candidates=candidates, rank=rank)
-    state.settings = replace(settings, truncation=truncation)
+    rank = min(state.z.values.shape[1], candidates)
     state.spare = state.z  # so that there are never more than three lists
     state.base = state.base.lists(len(classes), candidates)
     state.z = state.ops.room(state.z.of_classes(classes, rank))

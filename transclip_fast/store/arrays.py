@@ -121,6 +121,11 @@ def file_sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def is_whole(file: Path, sha256: str | None) -> bool:
+    """Whether there is such a file, and its bytes have this hash."""
+    return file.is_file() and file_sha256(file) == sha256
+
+
 def inside(folder: Path, name: str) -> Path:
     """A file of a folder by name; InputError if the name, or a link, leads out of the folder."""
     path = folder / name

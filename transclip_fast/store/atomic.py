@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from transclip_fast.errors import InputError, reading
 from transclip_fast.ranks import Ranks
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.whole_files import sync
+from transclip_fast.whole_files import new_file, sync
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 HIDDEN = ("partial", "replaced", "lock")  # hidden neighbours of a folder while it is written
@@ -55,8 +55,7 @@ def new_folder(
             with writing(path):
                 check_replaceable(target, path, contents)  # what was put there meanwhile stays
                 _publish(partial, target, replaced)
-            for entry in (replaced, *obsolete):
-                remove(entry)
+            remove(replaced, *obsolete)
         finally:
             remove(partial)
 
@@ -76,6 +75,16 @@ def shared_folder(
     ranks.broadcast("published")
 
 
+@contextmanager
+def written_file(path: str | Path) -> Iterator[Path]:
+    """A hidden file to write, as of `new_file`, in a folder that is made if need be."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as partial:
+            yield partial
+
+
 def beside(path: str | Path, name: str) -> Path:
     """The hidden neighbour `.FOLDER.name` of a folder, for its lock and its checkpoints."""
     target = Path(os.path.realpath(path))
@@ -93,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; InputError if it is missing, damaged, or not an object."""
     with reading(path, "cannot be read as JSON", "write it again"):
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
@@ -157,19 +166,20 @@ def locked(path: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def remove(path: Path) -> None:
+def remove(*paths: Path) -> None:
     """
-    Remove a file or folder that nobody needs any more, if it is there.
+    Remove files and folders that nobody needs any more, if they are there.
 
     A warning if that fails: what was written is whole all the same.
     """
-    try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"cannot remove {path} ({error.strerror}); do so by hand", stacklevel=2)
+    for path in paths:
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            warnings.warn(f"cannot remove {path} ({error.strerror}); do so by hand", stacklevel=2)
 
 
 def clean(path: str | Path, obsolete: Iterable[Path]) -> None:
@@ -177,8 +187,7 @@ def clean(path: str | Path, obsolete: Iterable[Path]) -> None:
     entries = [beside(path, name) for name in HIDDEN if name != "lock"] + [*obsolete]
     if any(map(os.path.lexists, [*entries, beside(path, "lock")])):
         with locked(path):
-            for entry in entries:
-                remove(entry)
+            remove(*entries)
 
 
 def _recover(target: Path, partial: Path, replaced: Path) -> None:

@@ -153,9 +153,7 @@ class RankedCheckpoint:
         kept = {self._file(), self._file(step), *(self._file(step, part) for part in parts)}
         with new_file(self._file()) as partial:
             write_json(partial, {"identity": self.identity, "step": step, "parts": parts})
-        for file in ranked_files(self.path, self.name):
-            if file not in kept:
-                remove(file)
+        remove(*(file for file in ranked_files(self.path, self.name) if file not in kept))
 
     def _index(self) -> dict[str, Any] | None:
         """Identity, step and parts of the last state; None if there is no whole one."""

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from transclip_fast.data.names import listed
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.arrays import file_sha256, inside, npy_bytes, read_table
+from transclip_fast.store.arrays import inside, is_whole, npy_bytes, read_table
 from transclip_fast.store.atomic import read_json, writing
 from transclip_fast.store.json_text import value_of
 from transclip_fast.store.kept_rows import EARLIER, KeptRows, earlier_entries, earlier_file
@@ -155,10 +156,9 @@ class FeatureWriter:
         rows = [row for number in self.missing() for row in self.rows(number)]
         self.kept = KeptRows.find(self.folder, self.table, rows)
         if absent := self.kept.absent:
-            more = ", ..." if len(absent) > SHOWN_KEYS else ""
             warnings.warn(
                 f"{self.folder}: images that are no longer there lose their rows: {len(absent):,} "
-                f"({', '.join(absent[:SHOWN_KEYS])}{more})",
+                f"({listed(absent, SHOWN_KEYS)})",
                 stacklevel=2,
             )
 
@@ -359,8 +359,7 @@ class FeatureWriter:
                     file.unlink()
 
     def _is_whole(self, name: str, sha256: str | None) -> bool:
-        file = inside(self.folder, name)
-        return file.is_file() and file_sha256(file) == sha256
+        return is_whole(inside(self.folder, name), sha256)
 
     def _save_record(self, number: int) -> None:
         self._save(RECORD.format(number), (json.dumps(self.shards[number]) + "\n").encode())

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.arrays import file_sha256, inside, read_array, read_table
+from transclip_fast.store.arrays import inside, is_whole, read_array, read_table
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.row_table import RowTable
 
@@ -45,7 +45,7 @@ class KeptRows:
         tables = []
         for name, entry in earlier_entries(folder).items():
             files = [(inside(folder, earlier_file(name, h)), entry[h]) for h in FILES if h in entry]
-            if all(file.is_file() and file_sha256(file) == sha256 for file, sha256 in files):
+            if all(is_whole(file, sha256) for file, sha256 in files):
                 metadata = read_table(folder / earlier_file(name, "metadata_sha256"))
                 shard = np.full(len(metadata), len(kept.names), np.int64)
                 metadata = metadata.append_column("shard", pa.array(shard))

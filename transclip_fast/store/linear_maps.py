@@ -137,13 +137,7 @@ def save_map(path: str | Path, weight: torch.Tensor, about: Mapping[str, Any]) -
 
 def check_map_file(path: str | Path) -> None:
     """Raise InputError if a map cannot have this name, or would replace another file."""
-    check_writable(path, "trained map", _trained)
-
-
-def _trained(path: Path) -> None:
-    """Raise InputError unless a file is a map of `save_map`."""
-    if not _about(path):
-        raise InputError(f"{path}: has no training metadata")
+    check_writable(path, "trained map", _about)
 
 
 def _about(path: Path) -> dict[str, Any]:

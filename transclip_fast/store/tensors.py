@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from transclip_fast.errors import InputError, reading
-from transclip_fast.store.atomic import writing
+from transclip_fast.store.atomic import written_file
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.whole_files import new_file
+from transclip_fast.whole_files import check_replaced
 
 SUFFIX = ".safetensors"
 # Names of the format, https://github.com/huggingface/safetensors#format
@@ -41,20 +41,11 @@ CONVERTED_ENTRIES = 1 << 20  # converted in memory at a time: 8 MiB at most
 COPIED_BYTES = 1 << 20  # at a time, in a file in memory
 
 
-def check_writable(path: str | Path, kind: str, read: Callable[[Path], object]) -> None:
-    """
-    Raise InputError if a file of tensors cannot have this name, or would replace another file.
-
-    `read` refuses what is not of the kind that will be written.
-    """
-    path = Path(path)
-    if path.suffix != SUFFIX:
+def check_writable(path: str | Path, kind: str, is_kind: Callable[[Path], object]) -> None:
+    """InputError if a file of tensors cannot have this name, or as of `check_replaced`."""
+    if Path(path).suffix != SUFFIX:
         raise InputError(f"{path}: name a file that ends in {SUFFIX}")
-    if os.path.lexists(path):
-        try:
-            read(path)
-        except InputError as error:
-            raise InputError(f"{path}: is there and is no {kind}; name another file") from error
+    check_replaced(path, kind, is_kind)
 
 
 def write_tensors(
@@ -72,7 +63,6 @@ def write_tensors(
     tensors are converted to `dtype`, or keep their own if it is None. `step` is called after each
     tensor with the bytes written and the bytes in all; `metadata` is what `read_tensors` returns.
     """
-    path = Path(path)
     types = {
         name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         for name, tensor in tensors.items()
@@ -89,15 +79,13 @@ def write_tensors(
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     kinds = {*types.values(), *(tensor.dtype for tensor in tensors.values())}
     buffers = {kind: torch.empty(CONVERTED_ENTRIES, dtype=kind) for kind in kinds}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as partial, open(partial, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            done = 0
-            for name, tensor in tensors.items():
-                for chunk in _chunks(tensor, buffers, types[name]):
-                    done += file.write(chunk)
-                step(done, end)
+    with written_file(path) as partial, open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        done = 0
+        for name, tensor in tensors.items():
+            for chunk in _chunks(tensor, buffers, types[name]):
+                done += file.write(chunk)
+            step(done, end)
     return 8 + len(text) + end
 
 
