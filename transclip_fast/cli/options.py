@@ -215,6 +215,9 @@ search_options = options_of(
     ),
 )
 text_map_option = click.option(
+shots_option = click.option(
+    "--shots", type=int, help="Which support of a folder of caches; 0 for none."
+)
     "--text-map", type=PATH, help="Matrix (d, d) that maps the text features."
 )
 image_map_option = click.option(
