@@ -13,9 +13,10 @@ import click
 import pytest
 
 from tests import scene
-from transclip_fast import demo
+from transclip_fast import TransCLIP, demo
 from transclip_fast.cli import COMMANDS, _cli
 from transclip_fast.cli import demo as demo_command
+from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.demo.data import SHIFTS
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.heads import SETTINGS
@@ -208,5 +209,9 @@ def test_examples_run(words, copy, monkeypatch, capfd):
         run([*map(str, command[3:])])
 
     monkeypatch.setattr(subprocess, "run", in_this_process)
-    runpy.run_path(str(ROOT / "examples" / words[0]), run_name="__main__")
+    found = runpy.run_path(str(ROOT / "examples" / words[0]), run_name="__main__")
     assert capfd.readouterr().out.count("\n") >= 3
+    if words[0] == "stream.py":  # the million rows of its docstring would take minutes
+        shape = 10**6, found["n_classes"], found["dim"]
+        plan = plan_of_size(shape, TransCLIP(memory=found["memory_of"](10**6)), "faiss")
+        assert not plan.layout.held

@@ -42,56 +42,55 @@ class TransCLIP(Parameters):
 
     Parameters
     ----------
-    n_neighbors : int
+    n_neighbors : int, default 3
         k, neighbours of each query in the graph.
-    max_iter : int
+    max_iter : int, default 10
         Outer steps: assignments, means, variance. One last update of z follows them.
-    inner_iter : int
+    inner_iter : int, default 5
         Sweeps over the assignments in each step.
-    tol : float
+    tol : float, default 0
         Stop when a step changes the objective by less than `tol` per query; 0 takes every step.
-    logit_scale : float
-        tau, the temperature of the text prediction.
+    logit_scale : float, default 100
+        tau, 1 / temperature: the text prediction is the softmax of tau times the cosines.
     kl_weight : float, optional
         lambda, the tie to the prior; by default 0.5 few-shot, where there is a gamma, and else 1.
-    likelihood_weight : float
+    likelihood_weight : float, default 1 / 50
         Weight of the mixture term.
-    unit_means, update_means, update_variance : bool
+    unit_means, update_means, update_variance : bool, default True
         Keep the means on the unit sphere; update them at all; update the variance.
-    covariance : {"diagonal", "isotropic"}
+    covariance : {"diagonal", "isotropic"}, default "diagonal"
         Shape of the covariance that all classes share.
-    graph_mode : {"symmetric", "directed"}
+    graph_mode : {"symmetric", "directed"}, default "symmetric"
         Messages through (W + W^T) / 2k, or through W / k; those of shots always through W / 2k.
-    clamp_similarity : bool
+    clamp_similarity : bool, default False
         Edge weights are max(0, cosine).
     gamma : float, optional
         Few-shot only, without shots it has no effect: weight of the labelled rows. By default the
         best of 0.002, 0.01, 0.02 and 0.2 on a validation set; without one 0.00125 for each shot of
         a class; with few or uneven shots none: see `support_features` of `fit`.
-    class_cost : {"auto", True, False}
+    class_cost : {"auto", True, False}, default "auto"
         Charge for each class in use, so that absent classes take no rows. "auto" does so where the
         prior spreads over less than a quarter of the classes, up to 0.8 of them if its labels are
         more plausible than those without (`solver.class_cost`), and with a gamma never.
-    device : str
+    device : str, default "auto"
         "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1", ...
-    assignments : {"auto", "dense", "sparse"}
+    assignments : {"auto", "dense", "sparse"}, default "auto"
         Keep z whole, or of each row only the largest entries: memory and time of a sweep then do
         not grow with K. "auto" takes the faster one that fits into memory.
     candidates : int, optional
         Sparse only: classes of a row that messages can reach; by default as many as a sample of
         the prior needs and memory allows.
     rank : int, optional
-        Sparse only: entries of z that a row keeps; by default as many as candidates. With both at
-        K nothing is left out.
-    precision : {"float32", "float16"}
+        Sparse only: entries of z that a row keeps, by default all candidates. With both at K, all.
+    precision : {"float32", "float16"}, default "float32"
         Of the features in products; sums are float32 and more. float16 needs backend triton.
     memory : str or int, optional
         Memory that may be used, "8GiB" or a number of bytes: by the process, and on a GPU by what
         is on it; by default what is free. It decides whether features are held on the device or
         read in every pass, and how many candidates there are at most.
-    backend : {"auto", "torch", "triton", "numba"}
+    backend : {"auto", "torch", "triton", "numba"}, default "auto"
         Implementation: triton on a GPU, numba for sparse assignments on a CPU, torch for the rest.
-    verbose : bool
+    verbose : bool, default False
         Show a progress bar, in a terminal or a notebook.
 
     Attributes
@@ -220,15 +219,15 @@ class TransCLIP(Parameters):
             at least four. Otherwise they leave all else as in zero-shot: each counts three times,
             as known labels do, and joins its most similar queries.
         validation_features, validation_labels : array_like (V, d), (V,), optional
-            Labelled rows that choose gamma, few-shot and unless it is set: that with which most of
-            them have the label of their most similar query, the first of equal ones.
+            Labelled rows that choose gamma, few-shot and unless it is set: the one with which most
+            of them have the label of their nearest query; of equal ones the first.
         known_labels : array_like (N,), optional
             Class of each query where it is known, -1 or NaN elsewhere: z is one-hot there, and the
             row counts three times in the means and the variance. Unlike shots, such rows may be few
             and of some classes only.
         graph : NeighborGraph or callable, optional
-            Neighbour lists of X, or a function that makes them from its unit rows, a
-            `transclip_fast.data.feature_rows.Rows`; by default `build_graph`. Those of others warn.
+            Neighbour lists of X, by default of `build_graph`; or a function that makes them from
+            its unit `transclip_fast.data.feature_rows.Rows`. A graph of other rows gives a warning.
         progress : callable, optional
             Called with a `transclip_fast.callbacks.Progress` after every block of rows that is
             read, from any thread, and after every outer step.

@@ -91,6 +91,8 @@ def test_caches(caches, cli, succeeds, refused, tmp_path):
     assert "has no keys_16shots.pt" in refused(
         "solve", caches, "--shots", 16, "--out", tmp_path / "a"
     )
+    planned = json.loads(succeeds("plan", caches, "--shots", 2, "--json"))
+    assert planned["size"]["labelled"] == 2 * 6 + 20  # shots and validation rows
     out = succeeds("solve", caches, "--shots", 2, "--out", tmp_path / "a")
     model = TransCLIP().fit(
         loaded("test_f.pt"),

@@ -42,7 +42,7 @@ ARRAYS = (*METHOD_ARRAYS, "labels", "class_names")
 @click.option(
     "--shots", type=click.IntRange(min=0), help="Labelled rows drawn of a class.  [default: all]"
 )
-@click.option("--seed", default=0, type=options.SEED, help="Of the draw.")
+@click.option("--seed", default=0, type=options.SEED, help="Seed of the draw of shots.")
 @anchors_option
 @options.graph_option
 @options.search_options

@@ -46,7 +46,7 @@ ENCODE = {  # parameters of `encode_images` that are options of every command th
     "templates": "Prompts: simple, openai, a text file with {} in each line, or CuPL JSON.",
     "labels_from_folders": "Sub-folder names are the true labels.",
     "follow_links": "Also encode the images behind links to folders.",
-    "split": "Of a .json of splits.  [default: test]",
+    "split": "Split to encode, of a .json of splits.  [default: test]",
     "root": "Folder that the paths in a .json of splits start at.  [default: found]",
     "by_content": "Compare images with those encoded before by content, not by size and time.",
     "batch_size": "Images at a time.  [default: what fits a GPU, 16 on a CPU]",

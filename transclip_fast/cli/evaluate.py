@@ -27,8 +27,8 @@ SHOWN_ROWS = 5  # of each table
 @click.option(
     "--labels",
     type=options.PATH,
-    help="True labels (N,), if the result has none: positions or "
-    "names in a .npy, .csv, .txt or .parquet; a column key, path or row tells the rows.",
+    help="True labels (N,): positions or names in a .npy, .csv, .txt or .parquet; a column key, "
+    "path or row tells the rows.  [default: those of the result]",
 )
 @options.json_option
 def command(result: str, labels: str | None, as_json: bool) -> None:

@@ -51,7 +51,9 @@ anchors_option = click.option(
     "probabilities, softmax(30 x T'), of all rows.  [default: as published; texts without shots]",
 )
 method_options = options.options_of(
-    click.option("--method", default=TRANSCLIP, type=click.Choice(NAMES), help="What labels."),
+    click.option(
+        "--method", default=TRANSCLIP, type=click.Choice(NAMES), help="Method that labels the rows."
+    ),
     anchors_option,
     click.option(
         "--set",

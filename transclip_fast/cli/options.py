@@ -47,7 +47,7 @@ PARAMETERS = {
     "max_iter": "Outer steps.",
     "inner_iter": "Sweeps over the assignments in each step.",
     "tol": "Stop when a step changes the objective by less than this, per query.",
-    "logit_scale": "Temperature of the text prediction.",
+    "logit_scale": "CLIP's logit scale, 1 / temperature: cosines are multiplied by it.",
     "kl_weight": "Lambda, the weight of the KL term to the prior.  [default: 1, few-shot 0.5]",
     "likelihood_weight": "Weight of the mixture.",
     "unit_means": "Keep class means on the unit sphere.",
@@ -61,11 +61,12 @@ PARAMETERS = {
     "class_cost": "Charge for each class in use: auto where few of the classes seem to occur.",
 }
 COMPUTATION = {
-    "assignments": "Keep all classes of a row, or only its largest.",
+    "assignments": "dense keeps every class of a row, sparse the likeliest.",
     "candidates": "Sparse: classes of a row that messages reach.  [default: measured]",
     "rank": "Sparse: classes kept of a row.  [default: as many as candidates]",
-    "backend": "Implementation that computes.",
-    "memory": "Memory of the process, or its part of a GPU, as 8GiB.  [default: what is free]",
+    "backend": "Library that computes.",
+    "memory": "Most memory that the process may use (on a GPU: GPU memory), as 8GiB.  [default: "
+    "what is free]",
 }
 TYPES = {"kl_weight": float, "gamma": float, "candidates": int, "rank": int, "memory": str}
 ESTIMATOR = PARAMETERS | COMPUTATION  # all but the device
@@ -220,11 +221,16 @@ search_options = options_of(
         help="Least recall of an approximate graph, measured on 1,000 rows.",
     ),
 )
+shots_option = click.option(
+    "--shots", type=int, help="Which support of a folder of caches; 0 for none."
+)
 text_map_option = click.option(
     "--text-map", type=PATH, help="Matrix (d, d) that maps the text features."
 )
 image_map_option = click.option(
-    "--image-map", type=PATH, help="Matrix (d, d) that maps the image features."
+    "--image-map",
+    type=PATH,
+    help="Matrix (d, d) that maps the image features; `predict` needs that of the solve.",
 )
 
 

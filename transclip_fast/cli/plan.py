@@ -151,6 +151,7 @@ class Plan:
 @options.device_option
 @options.json_option
 @options.array_options(*options.ARRAYS)
+@options.shots_option
 @options.parameter_options
 def command(
     features: str | None,
@@ -162,9 +163,10 @@ def command(
 ) -> None:
     """Show the memory, disk traffic and work of solving FEATURES.
 
-    The arguments are FEATURES and the options of `solve`; or, without FEATURES, numbers of rows,
-    classes and dimensions of features in float16 files. Memory is the peak of the process. A solve
-    that needs more than --memory is refused with exit code 2, and with options that would fit.
+    The arguments are FEATURES and the options of `solve`, without heads, maps, other methods and
+    corrections; or, without FEATURES, numbers of rows, classes and dimensions of features in
+    float16 files. Memory is the peak of the process. A solve that needs more than --memory is
+    refused with exit code 2, and with options that would fit.
 
     \b
     Examples:
@@ -193,7 +195,8 @@ def command(
         if sizes != [None] * 3:
             raise InputError("plan takes FEATURES, or --queries, --classes and --dim; not both")
         with session.collected_warnings({}):
-            stored = load_features(features, {name: values[name] for name in options.ARRAYS})
+            arrays = {name: values[name] for name in options.ARRAYS}
+            stored = load_features(features, arrays, shots=values["shots"])
         if values["graph_folder"]:
             _check_graph(values["graph_folder"], len(stored.get("image_features")))
         origins = stored.origins | {"X": stored.origins["image_features"]}

@@ -34,7 +34,12 @@ UNUSED = {"known_labels", "prototypes"}  # arrays that decide labels in a solve
 @click.command("predict")
 @click.argument("result", type=options.PATH)
 @click.argument("path", metavar="NEW_FEATURES", type=options.PATH)
-@options.out_option
+@click.option(
+    "--out",
+    required=True,
+    type=options.PATH,
+    help="Folder to write. An earlier result is replaced.",
+)
 @click.option("--prior", type=options.PATH, help="Probabilities (N, K) of the new rows.")
 @click.option("--prior-logits", type=options.PATH, help="Logits (N, K) of the new rows.")
 @click.option("--labels", type=options.PATH, help="True labels (N,) of the new rows.")
@@ -47,7 +52,8 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     """Label the rows of NEW_FEATURES with the mixture that `solve` wrote to RESULT.
 
     Each row is labelled by itself, from the mixture and the prior. After a solve with a prior or
-    prior logits the new rows need theirs too. --out receives the same files as that of `solve`.
+    prior logits the new rows need theirs too. --out receives the files of `solve`, with fewer
+    columns.
 
     \b
     Example:

@@ -60,7 +60,7 @@ from transclip_fast.store.results import TRANSCLIP
 @options.sort_option
 @options.json_option
 @options.array_options(*options.ARRAYS)
-@click.option("--shots", type=int, help="Which support of a folder of caches; 0 for none.")
+@options.shots_option
 @options.text_map_option
 @options.image_map_option
 @click.option(

@@ -46,7 +46,7 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
     "--logit-scale",
     default=100.0,
     type=options.FiniteRange(0, min_open=True),
-    help="Temperature; `solve` needs the same.",
+    help="CLIP's logit scale, 1 / temperature; `solve` needs the same.",
 )
 @tower_options
 @click.option(
@@ -62,18 +62,18 @@ SHOWN_CLASSES = 5  # contexts whose words are printed
     "--position",
     default="end",
     type=click.Choice(POSITIONS),
-    help="Of the class name in the prompt.",
+    help="Where the class name stands in the prompt.",
 )
 @click.option(
     "--epochs",
     type=options.POSITIVE,
-    help="Over the shots.  [default: coop, prograd: 50 with one shot, 100 up to four, else 200; "
-    f"plot: {SETTINGS['plot'][1].epochs}, cocoop: {SETTINGS['cocoop'][1].epochs}]",
+    help="Passes over the shots.  [default: coop, prograd: 50 with one shot, 100 up to four, else "
+    f"200; plot: {SETTINGS['plot'][1].epochs}, cocoop: {SETTINGS['cocoop'][1].epochs}]",
 )
 @click.option(
     "--rate",
     type=options.FiniteRange(0, min_open=True),
-    help=f"Of the gradient descent.  [default: coop, prograd, plot: {SETTINGS['coop'][1].rate:g}; "
+    help=f"Learning rate.  [default: coop, prograd, plot: {SETTINGS['coop'][1].rate:g}; "
     f"cocoop: {SETTINGS['cocoop'][1].rate:g}]",
 )
 @options.device_option

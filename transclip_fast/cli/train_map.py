@@ -69,9 +69,11 @@ class _Negatives:
     "--attributes",
     type=options.PATH,
     help="Words that change places in a caption without a negative, one a line.  [default: "
-    "colours, materials, sizes]",
+    "colours, materials, sizes, ages, states]",
 )
-@click.option("--epochs", default=DEFAULTS.epochs, type=options.POSITIVE, help="Over the pairs.")
+@click.option(
+    "--epochs", default=DEFAULTS.epochs, type=options.POSITIVE, help="Passes over the pairs."
+)
 @click.option(
     "--batch-pairs", default=DEFAULTS.batch_size, type=options.POSITIVE, help="Pairs of a step."
 )

@@ -103,7 +103,8 @@ def encode_images(
     Parameters
     ----------
     images : path
-        A folder, a list of paths, webdataset tars or a .json of splits, see `open_source`.
+        A folder, a list of paths, webdataset tars or a .json of splits: see
+        `transclip_fast.encode.sources.open_source`.
     out : path
         The folder to write.
     model : str
@@ -114,8 +115,8 @@ def encode_images(
     allow_hub : bool
         Let the configuration of a model folder name parts on the Hugging Face hub.
     classes : path or sequence of str, optional
-        Class names, a file of them (see `read_names`), or "imagenet"; a .json of splits has its
-        own.
+        Class names, a file of them (see `transclip_fast.store.names.read_names`), or "imagenet"; a
+        .json of splits has its own.
     templates : str
         Prompts: "simple", "openai", a text file with {} in each line, or CuPL's JSON.
     labels_from_folders : bool
@@ -123,7 +124,7 @@ def encode_images(
     follow_links : bool
         Also encode the images behind links to folders.
     split, root : str, path, optional
-        Of a .json of splits, see `open_source`.
+        Of a .json of splits.
     by_content : bool
         Compare images with those encoded before by content, not by size and time; reads them all.
     precision : {"fp32", "bf16", "fp16"}

@@ -1,4 +1,4 @@
-"""Checkpoint files as tensors by name, mapped from disk; nothing is ever unpickled."""
+"""Checkpoint files as tensors by name, mapped from disk; none of them runs code."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def build_graph(
     ----------
     features : array_like or Rows (N, d)
         Unit rows of any float type; rows of another norm are normalised, with a warning. A
-        `numpy.memmap` is read block by block; "faiss" holds a float16 copy, other searches none.
+        `numpy.memmap` is read block by block on a CPU, where "faiss" holds a float16 copy; a GPU
+        holds all rows if they take at most half of its free memory.
     n_neighbors : int, default 3
     search : {"auto", "faiss", "exact", "cuvs"}, default "auto"
         "exact" compares all pairs of rows. "faiss" compares each row with the lists of a FAISS

@@ -150,7 +150,7 @@ def fit_head(
     support_local_features, validation_local_features : array_like (M, L, d), (V, L, d), optional
         Features of L patches of each image, for "plot" only.
     logit_scale : float
-        tau; TransCLIP on top needs the same.
+        tau, 1 / temperature: cosines are multiplied by it. TransCLIP on top needs the same.
     seed : int
     progress : callable, optional
         Called with the steps done and the steps in all; by prompt learners also with `loss` and
@@ -169,7 +169,7 @@ def fit_head(
     Raises
     ------
     InputError
-        An unknown name, missing shots, a temperature or seed out of range, or arrays that cannot be
+        An unknown name, missing shots, a logit scale or seed out of range, or arrays that cannot be
         used.
 
     Examples

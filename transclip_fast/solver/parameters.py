@@ -146,7 +146,7 @@ class Parameters:
 
 
 def check_scale(logit_scale: float) -> None:
-    """Raise InputError if a temperature makes all classes equally likely."""
+    """Raise InputError if a logit scale makes all classes equally likely."""
     if logit_scale == 0:
         raise InputError("logit_scale must be greater than 0: at 0 all classes are equally likely")
 

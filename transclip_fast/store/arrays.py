@@ -1,4 +1,4 @@
-"""Arrays and tables from files of every type; nothing is ever unpickled."""
+"""Arrays and tables from files of every type, none of which runs code."""
 
 from __future__ import annotations
 

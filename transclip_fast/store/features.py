@@ -177,8 +177,8 @@ def load_features(
         A feature folder, a folder of few-shot caches (see `transclip_fast.store.foreign`), or a
         .npz, .npy, .pt or .safetensors file; one nameless array in it is the image features.
     overrides : mapping, optional
-        Files that replace single arrays, by the names in `ARRAYS`; see `read_names` for those of
-        class names, `read_labels` for those of labels, `read_keys` for those of keys.
+        Files that replace single arrays, by the names in `ARRAYS`: see `read_names`, `read_labels`
+        and `read_keys` in `transclip_fast.store.names`, `.labels` and `.keys`.
     shots : int, optional
         Which of several supports of a folder of caches; 0 for none.
     n_classes : int, optional
