@@ -220,6 +220,25 @@ MANY = ("--queries", 10**9, "--classes", 21_000, "--dim", 1024, "--graph", "none
 GPU = ("--device", "cuda:1", "--memory", "200GiB")  # not here
 
 
+def test_the_memory_of_a_gpu_is_not_that_of_its_host(succeeds):
+    """Python alone takes more of the host than this GPU has."""
+    shape = ("--queries", 1000, "--classes", 10, "--dim", 64)
+    found = plan_of(succeeds, *shape, "--device", "cuda", "--memory", "800MiB")
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert stages["load"]["host"] > found["limit"]
+    assert stages["load"]["device"] == 0
+    assert found["peak"] == max(stage["device"] for stage in found["stages"]) > 0
+
+
+def test_faiss_searches_on_the_host_of_a_gpu(succeeds):
+    shape = ("--queries", 4_000_000, "--classes", 10, "--dim", 512)
+    options = ("--search", "faiss", "--device", "cuda", "--memory", "24GiB")
+    load, graph, solve, _ = plan_of(succeeds, *shape, *options)["stages"]
+    index = 4 * 512 * 4_000_000  # float32, of the rows that the GPU holds
+    assert graph["device"] == 0 < solve["device"]
+    assert graph["host"] > load["host"] + index
+
+
 def test_of_ranks(succeeds):
     shape = ("--queries", 200_000, "--classes", 1000, "--dim", 512, "--device", "cpu")
     alone, shared = (plan_of(succeeds, *shape, "--graph", "g", "--ranks", x) for x in (1, 4))

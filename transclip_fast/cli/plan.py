@@ -34,6 +34,7 @@ from transclip_fast.store.graphs import load_manifest
 PLAN_ARRAYS = tuple(
     name for name in options.ARRAYS if name not in ("labels", "class_names", "keys")
 )
+CPU = torch.device("cpu")
 CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 NEIGHBORS = {  # by how they are searched
@@ -61,11 +62,6 @@ class Stage:
     host: int  # most bytes of memory of the process
     device: int  # and of a GPU; 0 on the CPU
 
-    @property
-    def peak(self) -> int:
-        """The most memory on the device that does the work."""
-        return self.device or self.host
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,7 +79,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """The most memory on the device that does the work."""
-        return max(stage.peak for stage in self.stages)
+        return _peak(self.stages)
 
     def line(self) -> str:
         """The plan in one line."""
@@ -314,13 +310,18 @@ def make_plan(
     if plan.peak <= limit:
         return plan
     remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
-    if max(stage.peak for stage in stages if stage.name != "graph") <= limit:
+    if _peak([stage for stage in stages if stage.name != "graph"]) <= limit:
         remedies.append("--graph with neighbours from another machine")
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
         f"{show_bytes(plan.peak)}, there are {show_bytes(limit)}; what fits: "
         f"{', or '.join(remedies)}"
     )
+
+
+def _peak(stages: Sequence[Stage]) -> int:
+    """The most memory of a GPU, if one does the work; else of the process."""
+    return max(stage.device for stage in stages) or max(stage.host for stage in stages)
 
 
 def _stages(
@@ -343,7 +344,10 @@ def _stages(
     stages = [stage("load", 0, checks, 0)]
     if search is not None:
         work, lists = 2.0 * d * _search_products(n, search) * own / n, 12 * own * size.n_neighbors
-        stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
+        if search == "faiss":  # on the CPU, wherever the solve is
+            stages.append(stage("graph", work, lists, 0, layout.search_bytes(size, CPU)))
+        else:
+            stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
     work = 2.0 * own * n_classes * d * (steps + 1) * size.runs
     saved = size.runs * steps * own * row_bytes
     stages.append(stage("solve", work, read + saved, solving, travelling))
