@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.conftest import balanced
-from transclip_fast import TransCLIP, build_graph
+from transclip_fast import InputError, TransCLIP, build_graph, memory
 from transclip_fast.cli.plan import plan_of as plan_of_problem
+from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.data.feature_rows import Rows
+from transclip_fast.ranks import Ranks
 from transclip_fast.solver.problem import Problem, Settings
 
 DENSE = "plan: every class of each image (dense), features in memory, exact neighbours, at most "
@@ -112,6 +115,32 @@ def test_the_memory_of_a_search_counts(refused, succeeds):
     assert "memory: searching the neighbours of 2,000,000 rows needs 4.23 GiB" in message
     assert "what fits: --memory 5GiB, or --graph with neighbours" in message
     assert plan_of(succeeds, *shape, "--memory", "5GiB")["peak"] <= 5 << 30
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    """`run` plans before it encodes, with the same part of it as the solve."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 16 << 30)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1 << 30)
+    shape, model = (2_000_000, 4, 512), TransCLIP(device="cpu")
+    assert plan_of_size(shape, model, "faiss").limit == 17 << 30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("transclip_fast.cli.plan.current_ranks", lambda: Ranks(0, 4))
+    assert plan_of_size(shape, model, "faiss", 4).limit == 5 << 30
+    with pytest.raises(InputError, match=r"searching the neighbours .* there are 5 GiB"):
+        plan_of_size((12_000_000, 4, 512), model, "faiss", 4)
+
+
+def test_a_plan_has_the_limit_of_its_layout(problem, monkeypatch):
+    """That of all processes, though less is free when the plan is made."""
+    features, prototypes, _ = problem()
+    model = TransCLIP(device="cpu")
+    checked = Problem.check(features, prototypes, logit_scale=model.logit_scale)
+    settings = Settings.resolve(model, checked)
+    assert settings.limit > 0
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1)
+    agreed = replace(settings, limit=3 << 30)
+    assert plan_of_problem(checked, agreed, "exact").limit == 3 << 30
 
 
 @pytest.mark.parametrize("command", ["plan", "solve"])

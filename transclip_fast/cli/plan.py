@@ -22,7 +22,7 @@ from transclip_fast.graph.build import choose_search
 from transclip_fast.graph.centres import default_n_lists
 from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
 from transclip_fast.memory import limit_of, parse_memory, show_bytes
-from transclip_fast.ranks import current_ranks
+from transclip_fast.ranks import ALONE, current_ranks
 from transclip_fast.solver.class_cost import may_be_undecided
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
@@ -78,8 +78,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most memory on the device that does the work."""
-        return _peak(self.stages)
+        """The most memory of a GPU, if one does the work; else of the process."""
+        on_gpu = max(stage.device for stage in self.stages)
+        return on_gpu or max(stage.host for stage in self.stages)
 
     def line(self) -> str:
         """The plan in one line."""
@@ -247,7 +248,7 @@ def plan_of(
         support=problem.support is not None,
         validation=problem.validation is not None,
     )
-    return make_plan(size, layout, parameters, device, search, passes)
+    return make_plan(size, layout, parameters, device, search, passes, settings.limit)
 
 
 def plan_of_size(
@@ -274,15 +275,17 @@ def plan_of_size(
         undecided=undecided,
         ranks=ranks,
     )
+    processes = (current_ranks() or ALONE).on_this_machine
+    limit = limit_of(device, parse_memory(model.memory), processes)
     layout = choose_layout(
         size,
         device,
         form=model.form,
         candidates=model.candidates,
         rank=model.rank,
-        memory=parse_memory(model.memory),
+        memory=limit,
     )
-    return make_plan(size, layout, model, device, search, passes_of_fit(model))
+    return make_plan(size, layout, model, device, search, passes_of_fit(model), limit)
 
 
 def make_plan(
@@ -292,16 +295,16 @@ def make_plan(
     device: torch.device,
     search: str | None,
     passes: int,
+    limit: int,
 ) -> Plan:
     """
-    Plan a solve that is laid out and reads the features in so many passes.
+    Plan a solve that is laid out within a limit and reads the features in so many passes.
 
     `search` finds the neighbours, None if there is a graph.
     """
     if search == "auto":
         search = choose_search(size.n_rows, device, layout.held and size.ranks == 1)
     stages = _stages(size, layout, device, search, parameters.max_iter + 1, passes)
-    limit = limit_of(device, parse_memory(parameters.memory))
     traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
     seconds = None
     if size.ranks > 1 and multiplies_bytes(size.dim):  # as where it was measured
@@ -309,19 +312,12 @@ def make_plan(
     plan = Plan(size, layout, passes, search or "given", limit, stages, traffic, seconds)
     if plan.peak <= limit:
         return plan
-    remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
-    if _peak([stage for stage in stages if stage.name != "graph"]) <= limit:
-        remedies.append("--graph with neighbours from another machine")
+    # The solve fits, as it was laid out within the same limit.
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
-        f"{show_bytes(plan.peak)}, there are {show_bytes(limit)}; what fits: "
-        f"{', or '.join(remedies)}"
+        f"{show_bytes(plan.peak)}, there are {show_bytes(limit)}; what fits: --memory "
+        f"{math.ceil(plan.peak / 2**30)}GiB, or --graph with neighbours from another machine"
     )
-
-
-def _peak(stages: Sequence[Stage]) -> int:
-    """The most memory of a GPU, if one does the work; else of the process."""
-    return max(stage.device for stage in stages) or max(stage.host for stage in stages)
 
 
 def _stages(
