@@ -204,6 +204,7 @@ def command(
         return
     if None in sizes:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
+    options.refuse_unused((*options.ARRAYS, "gamma"), "is of FEATURES, and there are none")
     plan = plan_of_size(sizes, model, searched, ranks, device)
     session.print_summary(plan.summary(), plan.table(rate), as_json)
 
