@@ -86,6 +86,50 @@ def test_a_graph_that_solve_would_refuse(save, arrays, done, refused, tmp_path):
     assert "is not a graph folder" in refused("plan", features, "--graph", tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--search", "cuvs"), "search 'cuvs' needs rows that a GPU holds, with device='cuda'"),
+        (("--index", "none.index"), "none.index: no such file"),
+        (("--search", "exact", "--index", "Flat"), "search 'exact' uses no FAISS index"),
+    ],
+)
+def test_a_search_that_solve_would_refuse(options, message, save, arrays, refused, tmp_path):
+    features, shape = save(arrays), ("--queries", 50_000, "--classes", 3, "--dim", 64)
+    assert message in refused("plan", features, *options)
+    assert message in refused("plan", *shape, *options)
+    assert message in refused("solve", features, *options, "--out", tmp_path / "result")
+
+
+def test_a_search_that_solve_would_refuse_on_ranks(succeeds, refused):
+    shape = ("--queries", 50_000, "--classes", 3, "--dim", 64)
+    for options, message in (
+        (("--search", "cuvs", *GPU), "search 'cuvs' is for one process"),
+        (("--index", "Flat"), "'Flat' is trained in one process"),
+    ):
+        succeeds("plan", *shape, *options)  # cuVS may be where that GPU is
+        assert message in refused("plan", *shape, *options, "--ranks", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("labels", np.zeros(5, int), "expected 77 labels, one a row"),
+        ("labels", np.full(77, 6), "row 0 has label 6, outside -1 .. 5"),
+        ("class_names", np.array(["cat", "dog"]), "2 names for 6 classes; give one name a class"),
+    ],
+)
+def test_labels_and_names_that_solve_would_refuse(
+    name, values, message, save, arrays, refused, tmp_path
+):
+    features, file = save(arrays), tmp_path / "given.npy"
+    np.save(file, values)
+    command = (features, f"--{name.replace('_', '-')}", file)
+    lines = refused("plan", *command), refused("solve", *command, "--out", tmp_path / "result")
+    assert lines[0] == lines[1]
+    assert message in lines[0]
+
+
 def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
     arrays["image_features"] = np.tile(arrays["image_features"], (3, 1))
     del arrays["labels"]

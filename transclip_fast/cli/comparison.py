@@ -14,7 +14,7 @@ from transclip_fast.cli import session
 from transclip_fast.cli.comparison_table import KIND, KeptTable
 from transclip_fast.cli.graph import kept_graph, search_of
 from transclip_fast.cli.method import NAMES, USED_ARRAYS, arguments_of, checked_arrays
-from transclip_fast.cli.solution import check_class_names, true_labels
+from transclip_fast.cli.truth import check_class_names, true_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP

@@ -15,11 +15,13 @@ from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.graph import SEARCH_OPTIONS
 from transclip_fast.cli.traffic import Traffic, bytes_a_second
+from transclip_fast.cli.truth import check_class_names, true_labels
 from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph.build import choose_search
+from transclip_fast.graph.build import check_search, choose_search
 from transclip_fast.graph.centres import default_n_lists
+from transclip_fast.graph.cuvs import check_cuvs
 from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
 from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.ranks import ALONE, current_ranks
@@ -177,6 +179,7 @@ def command(
     if network is not None and ranks == 1:
         raise InputError("--network: one process sends nothing; give --ranks, too")
     rate = None if network is None else bytes_a_second(network)
+    check_search(values["n_neighbors"], search, values["recall"], values["index"], ranks=ranks)
     device = None
     if features is None and values["memory"] and values["device"].startswith("cuda"):
         device, values["device"] = torch.device("cuda"), "cpu"
@@ -197,6 +200,8 @@ def command(
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
             plan = plan_of(problem, Settings.resolve(model, problem, ranks), searched, ranks)
+            check_class_names(stored, problem.prior.n_classes)
+            true_labels(stored, problem.prior.n_classes)
             found = outlook(problem, model)
         text = describe_outlook(found, problem.prior.n_classes, stored.class_names)
         summary = plan.summary() | {"outlook": found}
@@ -241,6 +246,8 @@ def plan_of(
     parameters, device = settings.parameters, settings.device
     kept = None if settings.truncation is None else settings.truncation.candidates
     layout = replace(settings.layout, candidates=kept)
+    if search == "cuvs":
+        check_cuvs(device, layout.held)
     size = problem.size(parameters, device, ranks)
     passes = passes_of_fit(
         parameters,
@@ -264,6 +271,8 @@ def plan_of_size(
 
     On the model's device, or on one that need not be here.
     """
+    if search == "cuvs" and device is None:
+        check_cuvs(resolve_device(model.device), held=True)
     (n_rows, n_classes, dim), device = shape, device or resolve_device(model.device)
     files = 2 * n_rows * dim
     undecided = may_be_undecided(model.class_cost, few_shot=False)
