@@ -193,10 +193,10 @@ def _chunks(
     whole = tensor if tensor.is_contiguous() else unmapped(tensor).contiguous()
     for part in torch.split(whole.reshape(-1), CONVERTED_ENTRIES):
         chunk = _copy(part, buffers[tensor.dtype][: len(part)])
-        if dtype != tensor.dtype:
+        if len(part) and dtype != tensor.dtype:
             converted = buffers[dtype][: len(part)].copy_(chunk)
-            infinite = converted.isinf()
-            if infinite.any() and chunk[infinite].double().isfinite().any():
+            ends = torch.stack(converted.aminmax()).double()  # of NaN, if there is one
+            if not ends.isfinite().all() and chunk[converted.isinf()].double().isfinite().any():
                 kind = str(dtype).removeprefix("torch.")
                 raise InputError(f"{name}: has values beyond {kind}; bf16 has a wider range")
             chunk = converted
