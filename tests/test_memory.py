@@ -59,6 +59,14 @@ def test_the_peak_begins_anew():
     assert peak_bytes() < before - (128 << 20)
 
 
+def test_a_sandbox_that_writes_no_peak(monkeypatch, tmp_path):
+    """As gVisor, whose status has VmSize and VmRSS alone."""
+    (tmp_path / "status").write_text("Name:\tpython3\nVmSize:\t    2000 kB\nVmRSS:\t    1000 kB\n")
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    assert memory.resident_bytes() == 1000 << 10
+    assert peak_bytes() > 10 << 20  # of Python and torch
+
+
 @pytest.fixture
 def cgroups(monkeypatch, tmp_path):
     """Writes the groups of this process, and files of a group; returns what is free then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from transclip_fast.errors import InputError
 
+STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_PATHS = Path("/proc/self/cgroup")  # the groups of this process
 # Limit, use, and the field of memory.stat that counts the file cache to be reclaimed first.
@@ -74,8 +76,9 @@ def reset_peak() -> bool:
 
 
 def _status(field: str) -> int:
-    status = Path("/proc/self/status").read_text().partition(f"{field}:")[2]
-    return 1024 * int(status.split()[0])
+    """A size in the status of this process; its peak where a sandbox does not write that field."""
+    found = STATUS.read_text().partition(f"{field}:")[2].split()
+    return 1024 * int(found[0] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from bench.rivals import baseline
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.device import current_device
 from transclip_fast.graph.neighbor_graph import NeighborGraph
+from transclip_fast.memory import free_bytes
 from transclip_fast.ops import backend_class
 from transclip_fast.solver import loop as solver
 from transclip_fast.solver import state
@@ -48,9 +49,8 @@ class GpuProblem:
         width, device = min(WIDTH, self.shape[1]), torch.device(self.device)
         rows = features if isinstance(features, Rows) else Rows(features, device=device)
         prior = LinearPrior.from_prototypes(self.prototypes, 100.0)
-        settings = Settings(
-            STEPS, device, 1.0, Layout(width, held=rows.held), Truncation(width, width), "triton"
-        )
+        layout, truncation = Layout(width, held=rows.held), Truncation(width, width)
+        settings = Settings(STEPS, device, 1.0, layout, truncation, "triton", free_bytes(device))
         return solver.solve(Inputs(rows, prior, prior), self.graph, settings)
 
     def labels(self, features: torch.Tensor | Rows) -> torch.Tensor:

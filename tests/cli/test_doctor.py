@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +69,9 @@ def test_a_driver_that_torch_does_not_use(cuda, expected, tmp_path, monkeypatch)
         RuntimeError("operator torchvision::nms does not exist\nmore"),
         ImportError(),
         OSError("libcudart.so"),
+        ValueError("numpy.dtype size changed, may indicate binary incompatibility"),
+        SystemError("initialization of _internal failed without raising an exception"),
+        AttributeError("module 'torch.library' has no attribute 'register_fake'"),
     ],
 )
 @pytest.mark.parametrize("module", ["torchvision", "faiss", "open_clip"])
@@ -87,3 +90,23 @@ def test_imports_that_fail(module, error, distributions, cli, monkeypatch):
     assert ran.code == 1
     assert (str(error).split("\n")[0] or "ImportError") in line
     assert "reinstall" in line
+
+
+def test_the_distribution_that_is_here_is_repaired(distributions, monkeypatch):
+    def fail(name):
+        raise ImportError("libcublas.so.12")
+
+    distributions("faiss-gpu")
+    monkeypatch.setattr(importlib, "import_module", fail)
+    finding = doctor.check_faiss()
+    assert not finding.ok
+    assert finding.message.endswith("pip install --force-reinstall --no-deps faiss-gpu")
+
+
+def test_what_is_left_of_two_faiss(distributions, monkeypatch):
+    distributions("faiss-cpu")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.12")
+    monkeypatch.setattr(importlib, "import_module", ModuleType)
+    finding = doctor.check_faiss()
+    assert not finding.ok
+    assert "uninstall all, install one" in finding.message

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.conftest import balanced
-from transclip_fast import TransCLIP, build_graph
+from transclip_fast import InputError, TransCLIP, build_graph, memory
 from transclip_fast.cli.plan import plan_of as plan_of_problem
+from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.data.feature_rows import Rows
+from transclip_fast.ranks import Ranks
 from transclip_fast.solver.problem import Problem, Settings
 
 DENSE = "plan: every class of each image (dense), features in memory, exact neighbours, at most "
@@ -83,6 +86,50 @@ def test_a_graph_that_solve_would_refuse(save, arrays, done, refused, tmp_path):
     assert "is not a graph folder" in refused("plan", features, "--graph", tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--search", "cuvs"), "search 'cuvs' needs rows that a GPU holds, with device='cuda'"),
+        (("--index", "none.index"), "none.index: no such file"),
+        (("--search", "exact", "--index", "Flat"), "search 'exact' uses no FAISS index"),
+    ],
+)
+def test_a_search_that_solve_would_refuse(options, message, save, arrays, refused, tmp_path):
+    features, shape = save(arrays), ("--queries", 50_000, "--classes", 3, "--dim", 64)
+    assert message in refused("plan", features, *options)
+    assert message in refused("plan", *shape, *options)
+    assert message in refused("solve", features, *options, "--out", tmp_path / "result")
+
+
+def test_a_search_that_solve_would_refuse_on_ranks(succeeds, refused):
+    shape = ("--queries", 50_000, "--classes", 3, "--dim", 64)
+    for options, message in (
+        (("--search", "cuvs", *GPU), "search 'cuvs' is for one process"),
+        (("--index", "Flat"), "'Flat' is trained in one process"),
+    ):
+        succeeds("plan", *shape, *options)  # cuVS may be where that GPU is
+        assert message in refused("plan", *shape, *options, "--ranks", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("labels", np.zeros(5, int), "expected 77 labels, one a row"),
+        ("labels", np.full(77, 6), "row 0 has label 6, outside -1 .. 5"),
+        ("class_names", np.array(["cat", "dog"]), "2 names for 6 classes; give one name a class"),
+    ],
+)
+def test_labels_and_names_that_solve_would_refuse(
+    name, values, message, save, arrays, refused, tmp_path
+):
+    features, file = save(arrays), tmp_path / "given.npy"
+    np.save(file, values)
+    command = (features, f"--{name.replace('_', '-')}", file)
+    lines = refused("plan", *command), refused("solve", *command, "--out", tmp_path / "result")
+    assert lines[0] == lines[1]
+    assert message in lines[0]
+
+
 def test_of_features_is_what_solve_does(save, arrays, succeeds, tmp_path):
     arrays["image_features"] = np.tile(arrays["image_features"], (3, 1))
     del arrays["labels"]
@@ -112,6 +159,32 @@ def test_the_memory_of_a_search_counts(refused, succeeds):
     assert "memory: searching the neighbours of 2,000,000 rows needs 4.23 GiB" in message
     assert "what fits: --memory 5GiB, or --graph with neighbours" in message
     assert plan_of(succeeds, *shape, "--memory", "5GiB")["peak"] <= 5 << 30
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    """`run` plans before it encodes, with the same part of it as the solve."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 16 << 30)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1 << 30)
+    shape, model = (2_000_000, 4, 512), TransCLIP(device="cpu")
+    assert plan_of_size(shape, model, "faiss").limit == 17 << 30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr("transclip_fast.cli.plan.current_ranks", lambda: Ranks(0, 4))
+    assert plan_of_size(shape, model, "faiss", 4).limit == 5 << 30
+    with pytest.raises(InputError, match=r"searching the neighbours .* there are 5 GiB"):
+        plan_of_size((12_000_000, 4, 512), model, "faiss", 4)
+
+
+def test_a_plan_has_the_limit_of_its_layout(problem, monkeypatch):
+    """That of all processes, though less is free when the plan is made."""
+    features, prototypes, _ = problem()
+    model = TransCLIP(device="cpu")
+    checked = Problem.check(features, prototypes, logit_scale=model.logit_scale)
+    settings = Settings.resolve(model, checked)
+    assert settings.limit > 0
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1)
+    agreed = replace(settings, limit=3 << 30)
+    assert plan_of_problem(checked, agreed, "exact").limit == 3 << 30
 
 
 @pytest.mark.parametrize("command", ["plan", "solve"])
@@ -218,6 +291,25 @@ def test_a_rank_needs_as_many_candidates(succeeds):
 
 MANY = ("--queries", 10**9, "--classes", 21_000, "--dim", 1024, "--graph", "none")
 GPU = ("--device", "cuda:1", "--memory", "200GiB")  # not here
+
+
+def test_the_memory_of_a_gpu_is_not_that_of_its_host(succeeds):
+    """Python alone takes more of the host than this GPU has."""
+    shape = ("--queries", 1000, "--classes", 10, "--dim", 64)
+    found = plan_of(succeeds, *shape, "--device", "cuda", "--memory", "800MiB")
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert stages["load"]["host"] > found["limit"]
+    assert stages["load"]["device"] == 0
+    assert found["peak"] == max(stage["device"] for stage in found["stages"]) > 0
+
+
+def test_faiss_searches_on_the_host_of_a_gpu(succeeds):
+    shape = ("--queries", 4_000_000, "--classes", 10, "--dim", 512)
+    options = ("--search", "faiss", "--device", "cuda", "--memory", "24GiB")
+    load, graph, solve, _ = plan_of(succeeds, *shape, *options)["stages"]
+    index = 4 * 512 * 4_000_000  # float32, of the rows that the GPU holds
+    assert graph["device"] == 0 < solve["device"]
+    assert graph["host"] > load["host"] + index
 
 
 def test_of_ranks(succeeds):

@@ -11,6 +11,7 @@ from tests.reference import unit
 
 NO_HEAD = "is of a --head, and there is none"
 NO_SEARCH = "the graph of --graph is not searched"
+NO_FEATURES = "is of FEATURES, and there are none"
 NO_PROMPTS = "learns no prompts"
 NO_IMAGES = "holds features, and lists no images"
 
@@ -27,6 +28,9 @@ NO_IMAGES = "holds features, and lists no images"
         ("solve features.npz --graph graph --method stata", "--index Flat", NO_SEARCH),
         ("compare features.npz --methods stata --graph graph", "--recall 0.5", NO_SEARCH),
         ("plan features.npz --graph graph", "--index Flat", NO_SEARCH),
+        ("plan --queries 5 --classes 3 --dim 3", "--prior p.npy", NO_FEATURES),
+        ("plan --queries 5 --classes 3 --dim 3", "--labels y.npy", NO_FEATURES),
+        ("plan --queries 5 --classes 3 --dim 3", "--gamma 0.02", NO_FEATURES),
         ("train-head taskres features.npz", "--position front", NO_PROMPTS),
         ("train-head taskres features.npz", "--rate 1", NO_PROMPTS),
         ("train-head taskres features.npz", "--context 4", NO_PROMPTS),

@@ -181,6 +181,11 @@ BROKEN["open_clip "] = (
     "install gone_elsewhere",
 )
 
+BROKEN["open_clip  "] = (
+    'raise ValueError("numpy.dtype size changed")',
+    "open_clip: cannot be imported (numpy.dtype size changed); reinstall it: ",
+)
+
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path):

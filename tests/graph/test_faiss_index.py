@@ -283,6 +283,8 @@ def test_a_wrong_product_is_noticed():
     for _ in range(2):
         with pytest.raises(InputError, match="multiplies wrongly"):
             faiss_index.check_products(Module)
+    with pytest.raises(InputError, match="there in part, .* uninstall all, install one: pip"):
+        faiss_index.check_products(object())  # of a folder without its files
 
 
 def test_old_kernels_are_named(monkeypatch):

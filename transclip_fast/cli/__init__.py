@@ -127,7 +127,7 @@ def main() -> None:
         _refuse_words(error)
     except InputError as error:
         _refuse(str(error))
-    except (ImportError, RuntimeError, OSError) as error:  # no mistake of the program
+    except Exception as error:  # no mistake of the program, if a library or a disk is broken
         library = broken_library(error)
         if library is not None:
             found = describe_broken(library, error)

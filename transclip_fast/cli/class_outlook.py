@@ -48,17 +48,18 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     n_classes = problem.prior.n_classes
     widest = max(n_classes, problem.features.shape[1])
     log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // widest))
-    if log_prior.isnan().any():
+    ids = evenly_spaced_rows(len(problem.features), len(log_prior))
+    rows = unit_sample(problem.features, ids)
+    if not rows.isfinite().all():
         unit_divisors(problem.features, "X")  # names the first row that is not finite, or zero
-    power = _sharpness(problem, log_prior, parameters.n_neighbors)
+    power = _sharpness(rows, log_prior, parameters.n_neighbors)
     shares = torch.softmax(power * log_prior.double(), 1).mean(0)
     effective = effective_classes(shares)
     few_shot = None not in problem.gammas(parameters)
     facts = parameters.class_cost, effective, n_classes
     undecided = is_undecided(*facts, few_shot=few_shot)
-    of_texts = isinstance(problem.prior, LinearPrior) and problem.prior is problem.zero_shot
     return {
-        "by": ZERO_SHOT if of_texts else "the prior",
+        "by": counted_by(problem),
         "rows": len(log_prior),
         "n_effective_classes": effective,
         "class_cost": None if undecided else is_charged(*facts, few_shot=few_shot),
@@ -66,11 +67,16 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     }
 
 
-def _sharpness(problem: Problem, log_prior: torch.Tensor, n_neighbors: int) -> float:
+def counted_by(problem: Problem) -> str:
+    """Whose classes are counted: those of the texts alone, or of another prior."""
+    of_texts = isinstance(problem.prior, LinearPrior) and problem.prior is problem.zero_shot
+    return ZERO_SHOT if of_texts else "the prior"
+
+
+def _sharpness(rows: torch.Tensor, log_prior: torch.Tensor, n_neighbors: int) -> float:
     """T of `transclip_fast.solver.class_cost`, from some rows and their neighbours among these."""
-    some = evenly_spaced_rows(len(log_prior), NEIGHBOR_ROWS)
-    ids = evenly_spaced_rows(len(problem.features), len(log_prior))[some]
-    rows, labels = unit_sample(problem.features, ids), log_prior[some].argmax(1)
+    some = evenly_spaced_rows(len(rows), NEIGHBOR_ROWS)
+    rows, labels = rows[some], log_prior[some].argmax(1)
     neighbors, _ = nearest(rows, rows, n_neighbors, own=torch.arange(len(rows)))
     return sharpness(log_prior[some], agreement(labels, labels[neighbors]))
 
@@ -89,7 +95,7 @@ def use_of_classes(
     effective: float,
     n_classes: int,
     charged: bool | None,
-    by: str = ZERO_SHOT,
+    by: str,
     *,
     decided: bool = False,
 ) -> str:

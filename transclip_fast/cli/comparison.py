@@ -21,7 +21,7 @@ from transclip_fast.cli.method import (
     checked_arrays,
     make_method,
 )
-from transclip_fast.cli.solution import check_class_names, true_labels
+from transclip_fast.cli.truth import check_class_names, true_labels
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP

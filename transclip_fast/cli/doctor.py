@@ -102,8 +102,8 @@ def check_import(module: str, distribution: str) -> Finding:
     try:
         importlib.import_module(module)
         return Finding(module, True, f"{distribution} {metadata.version(distribution)}")
-    except (ImportError, RuntimeError, OSError) as error:  # torchvision: unknown operators
-        _, _, message = describe_broken(module, error).partition(": ")
+    except Exception as error:  # noqa: BLE001 - of other versions' parts a module raises anything
+        _, _, message = describe_broken(module, error, distribution).partition(": ")
         return Finding(module, False, message)
 
 

@@ -28,14 +28,18 @@ def broken_library(error: BaseException) -> str | None:
     return found
 
 
-def describe_broken(library: str, error: BaseException) -> str:
-    """One line: a library cannot be imported, why, and the command that repairs it."""
+def describe_broken(library: str, error: BaseException, distribution: str | None = None) -> str:
+    """
+    One line: a library cannot be imported, why, and the command that repairs it.
+
+    `distribution` is the one that has the library here, by default its usual one.
+    """
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"{library}: cannot be imported ({reason}); {_repair(library, error)}"
+    repair = _repair(library, error, distribution or DISTRIBUTIONS[library])
+    return f"{library}: cannot be imported ({reason}); {repair}"
 
 
-def _repair(library: str, error: BaseException) -> str:
-    distribution = DISTRIBUTIONS[library]
+def _repair(library: str, error: BaseException, distribution: str) -> str:
     missing = str(error.name).partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing not in ("", library):
         return f"install what it needs: pip install {DISTRIBUTIONS.get(missing, missing)}"

@@ -15,14 +15,16 @@ from transclip_fast.cli.class_outlook import describe_outlook, outlook
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.graph import refuse_search
 from transclip_fast.cli.traffic import Traffic, bytes_a_second
+from transclip_fast.cli.truth import check_class_names, true_labels
 from transclip_fast.device import multiplies_bytes, resolve_device
 from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
-from transclip_fast.graph.build import choose_search
+from transclip_fast.graph.build import check_search, choose_search
 from transclip_fast.graph.centres import default_n_lists
+from transclip_fast.graph.cuvs import check_cuvs
 from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
 from transclip_fast.memory import limit_of, parse_memory, show_bytes
-from transclip_fast.ranks import current_ranks
+from transclip_fast.ranks import ALONE, current_ranks
 from transclip_fast.solver.class_cost import may_be_undecided
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
@@ -34,6 +36,7 @@ from transclip_fast.store.graphs import load_manifest
 PLAN_ARRAYS = tuple(
     name for name in options.ARRAYS if name not in ("labels", "class_names", "keys")
 )
+CPU = torch.device("cpu")
 CHECK_PASSES = 3  # over features in files: their hash, the manifest's hashes, norms
 PROBED_LISTS = 8  # that a row is compared with, a usual number
 NEIGHBORS = {  # by how they are searched
@@ -61,11 +64,6 @@ class Stage:
     host: int  # most bytes of memory of the process
     device: int  # and of a GPU; 0 on the CPU
 
-    @property
-    def peak(self) -> int:
-        """The most memory on the device that does the work."""
-        return self.device or self.host
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -82,8 +80,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most memory on the device that does the work."""
-        return max(stage.peak for stage in self.stages)
+        """The most memory of a GPU, if one does the work; else of the process."""
+        on_gpu = max(stage.device for stage in self.stages)
+        return on_gpu or max(stage.host for stage in self.stages)
 
     def line(self) -> str:
         """The plan in one line."""
@@ -182,6 +181,7 @@ def command(
     if network is not None and ranks == 1:
         raise InputError("--network: one process sends nothing; give --ranks, too")
     rate = None if network is None else bytes_a_second(network)
+    check_search(values["n_neighbors"], search, values["recall"], values["index"], ranks=ranks)
     device = None
     if features is None and values["memory"] and values["device"].startswith("cuda"):
         device, values["device"] = torch.device("cuda"), "cpu"
@@ -203,6 +203,8 @@ def command(
         with session.collected_warnings(origins), session.errors_about(origins, stored.path):
             problem = problem_of(stored, model)
             plan = plan_of(problem, Settings.resolve(model, problem, ranks), searched, ranks)
+            check_class_names(stored, problem.prior.n_classes)
+            true_labels(stored, problem.prior.n_classes)
             found = outlook(problem, model)
         text = describe_outlook(found, problem.prior.n_classes, stored.class_names)
         summary = plan.summary() | {"outlook": found}
@@ -210,6 +212,7 @@ def command(
         return
     if None in sizes:
         raise InputError("plan needs FEATURES, or --queries, --classes and --dim")
+    options.refuse_unused((*options.ARRAYS, "gamma"), "is of FEATURES, and there are none")
     plan = plan_of_size(sizes, model, searched, ranks, device)
     session.print_summary(plan.summary(), plan.table(rate), as_json)
 
@@ -246,6 +249,8 @@ def plan_of(
     parameters, device = settings.parameters, settings.device
     kept = None if settings.truncation is None else settings.truncation.candidates
     layout = replace(settings.layout, candidates=kept)
+    if search == "cuvs":
+        check_cuvs(device, layout.held)
     size = problem.size(parameters, device, ranks)
     passes = passes_of_fit(
         parameters,
@@ -254,7 +259,7 @@ def plan_of(
         support=problem.support is not None,
         validation=problem.validation is not None,
     )
-    return make_plan(size, layout, parameters, device, search, passes)
+    return make_plan(size, layout, parameters, device, search, passes, settings.limit)
 
 
 def plan_of_size(
@@ -269,6 +274,8 @@ def plan_of_size(
 
     On the model's device, or on one that need not be here.
     """
+    if search == "cuvs" and device is None:
+        check_cuvs(resolve_device(model.device), held=True)
     (n_rows, n_classes, dim), device = shape, device or resolve_device(model.device)
     files = 2 * n_rows * dim
     undecided = may_be_undecided(model.class_cost, few_shot=False)
@@ -281,15 +288,17 @@ def plan_of_size(
         undecided=undecided,
         ranks=ranks,
     )
+    processes = (current_ranks() or ALONE).on_this_machine
+    limit = limit_of(device, parse_memory(model.memory), processes)
     layout = choose_layout(
         size,
         device,
         form=model.form,
         candidates=model.candidates,
         rank=model.rank,
-        memory=parse_memory(model.memory),
+        memory=limit,
     )
-    return make_plan(size, layout, model, device, search, passes_of_fit(model))
+    return make_plan(size, layout, model, device, search, passes_of_fit(model), limit)
 
 
 def make_plan(
@@ -299,16 +308,16 @@ def make_plan(
     device: torch.device,
     search: str | None,
     passes: int,
+    limit: int,
 ) -> Plan:
     """
-    Plan a solve that is laid out and reads the features in so many passes.
+    Plan a solve that is laid out within a limit and reads the features in so many passes.
 
     `search` finds the neighbours, None if there is a graph.
     """
     if search == "auto":
         search = choose_search(size.n_rows, device, layout.held and size.ranks == 1)
     stages = _stages(size, layout, device, search, parameters.max_iter + 1, passes)
-    limit = limit_of(device, parse_memory(parameters.memory))
     traffic = Traffic.of(size, layout, parameters) if size.ranks > 1 else None
     seconds = None
     if size.ranks > 1 and multiplies_bytes(size.dim):  # as where it was measured
@@ -316,13 +325,11 @@ def make_plan(
     plan = Plan(size, layout, passes, search or "given", limit, stages, traffic, seconds)
     if plan.peak <= limit:
         return plan
-    remedies = [f"--memory {math.ceil(plan.peak / 2**30)}GiB"]
-    if max(stage.peak for stage in stages if stage.name != "graph") <= limit:
-        remedies.append("--graph with neighbours from another machine")
+    # The solve fits, as it was laid out within the same limit.
     raise InputError(
         f"memory: searching the neighbours of {size.n_rows:,} rows needs "
-        f"{show_bytes(plan.peak)}, there are {show_bytes(limit)}; what fits: "
-        f"{', or '.join(remedies)}"
+        f"{show_bytes(plan.peak)}, there are {show_bytes(limit)}; what fits: --memory "
+        f"{math.ceil(plan.peak / 2**30)}GiB, or --graph with neighbours from another machine"
     )
 
 
@@ -346,7 +353,10 @@ def _stages(
     stages = [stage("load", 0, checks, 0)]
     if search is not None:
         work, lists = 2.0 * d * _search_products(n, search) * own / n, 12 * own * size.n_neighbors
-        stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
+        if search == "faiss":  # on the CPU, wherever the solve is
+            stages.append(stage("graph", work, lists, 0, layout.search_bytes(size, CPU)))
+        else:
+            stages.append(stage("graph", work, lists, layout.search_bytes(size, device)))
     work = 2.0 * own * n_classes * d * (steps + 1) * size.runs
     saved = size.runs * steps * own * row_bytes
     stages.append(stage("solve", work, read + saved, solving, travelling))

@@ -11,8 +11,8 @@ import torch
 
 from transclip_fast.cli import options, session
 from transclip_fast.cli.session import counted
-from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.summary import describe_accuracy, describe_files, run_summary
+from transclip_fast.cli.truth import true_labels
 from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,15 @@ import torch
 
 from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import session
-from transclip_fast.cli.class_outlook import describe_outlook, outlook
+from transclip_fast.cli.class_outlook import counted_by, describe_outlook, outlook
 from transclip_fast.cli.encode import warn_of_random
 from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
 from transclip_fast.cli.options import path_from
 from transclip_fast.cli.plan import Plan, plan_of, problem_of
-from transclip_fast.cli.session import counted
 from transclip_fast.cli.summary import modality_gap, of_others, run_summary, solver_summary
-from transclip_fast.data.checks import as_labels
+from transclip_fast.cli.truth import check_class_names, true_labels
 from transclip_fast.data.feature_rows import Rows
-from transclip_fast.data.names import odd_names
-from transclip_fast.errors import InputError
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.memory import peak_bytes
@@ -42,7 +37,6 @@ from transclip_fast.solver.problem import Problem, Settings
 from transclip_fast.store.atomic import beside, shared_folder, writing
 from transclip_fast.store.checkpoint import checkpoint_of, files
 from transclip_fast.store.features import Features
-from transclip_fast.store.names import place
 from transclip_fast.store.results import (
     CONTENTS,
     joined_parts,
@@ -293,6 +287,7 @@ def _solver_run(
     return solver_summary(model) | {
         "graph_sha256": graph.sha256() if isinstance(graph, NeighborGraph) else None,
         "modality_gap": modality_gap(problem.features, texts, problem.exchange),
+        "classes_counted_by": counted_by(problem),
         "n_shots": 0 if problem.support is None else len(problem.support),
         "n_validation": 0 if problem.validation is None else len(problem.validation),
         "head": start.head and start.head.summary(start.truth),
@@ -335,30 +330,3 @@ def _of_all_rows(problem: Problem, column: np.ndarray) -> np.ndarray:
         return column
     found: np.ndarray = problem.exchange.join(torch.from_numpy(column)).numpy()
     return found
-
-
-def true_labels(features: Features, n_classes: int) -> np.ndarray | None:
-    """The checked labels (N,) int64 of the queries, -1 where unknown; None if they all are."""
-    labels = features.get("labels")
-    if labels is None:
-        return None
-    n_rows = len(features.get("image_features"))
-    truth = as_labels(labels, "labels", rows=n_rows, n_classes=n_classes, lowest=-1).cpu().numpy()
-    if (truth < 0).all():
-        warnings.warn("labels: no row has one, so that there is no accuracy", stacklevel=2)
-        return None
-    return truth
-
-
-def check_class_names(features: Features, n_classes: int) -> None:
-    """Raise InputError unless there are no class names, or one a class; warn of odd ones."""
-    names = features.class_names
-    if names is not None and len(names) != n_classes:
-        raise InputError(
-            f"class_names: {counted(len(names), 'name')} for {counted(n_classes, 'class')}; give "
-            "one name a class"
-        )
-    origin = features.origins.get("class_names", "class_names")
-    if names is not None and not features.encoded_names:
-        for message in odd_names(names, partial(place, origin), "labels"):
-            warnings.warn(f"class_names: {message}", stacklevel=2)

@@ -13,8 +13,8 @@ import click
 from transclip_fast.cli import options, session
 from transclip_fast.cli.command import Command
 from transclip_fast.cli.session import counted
-from transclip_fast.cli.solution import true_labels
 from transclip_fast.cli.towers import TOWER, Prompter, encoder_of, tower_options
+from transclip_fast.cli.truth import true_labels
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, ensemble, fit_head, method_named
 from transclip_fast.heads.files import StoredHead, check_head_file, save_head

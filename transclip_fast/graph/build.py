@@ -31,7 +31,7 @@ from transclip_fast.graph.candidates import (
     products_float64,
     rerank_float64,
 )
-from transclip_fast.graph.cuvs import cuvs_installed, search_cuvs
+from transclip_fast.graph.cuvs import check_cuvs, cuvs_installed, search_cuvs
 from transclip_fast.graph.exact import search_exact
 from transclip_fast.graph.job import Job
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
@@ -140,10 +140,8 @@ def build_graph(
     >>> graph.info
     {'search': 'exact', 'recall': 1.0}
     """
-    _check_arguments(n_neighbors, search, recall, index, save_index)
     ranks = current_ranks()
-    if ranks.size > 1:
-        _check_shared(search, index, save_index)
+    check_search(n_neighbors, search, recall, index, save_index, ranks=ranks.size)
     if search == "auto" and (index is not None or save_index is not None):
         search = "faiss"
     if isinstance(features, Rows):
@@ -165,8 +163,8 @@ def build_graph(
         )
     if search == "auto":
         search = choose_search(len(rows), rows.device, rows.held and ranks.size == 1)
-    if search == "cuvs" and not (rows.device.type == "cuda" and rows.held):
-        raise InputError("search 'cuvs' needs rows that a GPU holds, with device='cuda'")
+    if search == "cuvs":
+        check_cuvs(rows.device, rows.held)
     if search == "faiss":
         rows = rows.on_cpu()
     job = Job.of(len(rows), ranks, progress, checkpoint)
@@ -182,10 +180,16 @@ def build_graph(
         return NeighborGraph(neighbors, similarities, info)
 
 
-def _check_arguments(
-    n_neighbors: int, search: str, recall: Any, index: Any, save_index: str | Path | None
+def check_search(
+    n_neighbors: int,
+    search: str,
+    recall: Any,
+    index: Any,
+    save_index: str | Path | None = None,
+    *,
+    ranks: int = 1,
 ) -> None:
-    """InputError for arguments of `build_graph` that no rows could be searched with."""
+    """InputError for arguments of `build_graph` with which `ranks` processes could search none."""
     check_number("n_neighbors", n_neighbors, 1)
     if not isinstance(recall, Real) or not 0 <= float(recall) <= 1:
         raise InputError(f"recall must be between 0 and 1, got {recall!r}")
@@ -197,6 +201,10 @@ def _check_arguments(
         faiss_index.check_place(Path(save_index))
         if index is not None and (not isinstance(index, str) or faiss_index.is_file(index)):
             raise InputError("save_index: is for an index that is made here, and index is one")
+    if isinstance(index, str | Path):
+        faiss_index.is_file(index)  # or it may be one that is not there
+    if ranks > 1:
+        _check_shared(search, index, save_index)
 
 
 def _check_memory(n_rows: int, n_neighbors: int) -> None:

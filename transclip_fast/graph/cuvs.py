@@ -22,6 +22,14 @@ def cuvs_installed() -> bool:
     return find_spec("cuvs") is not None
 
 
+def check_cuvs(device: torch.device, held: bool) -> None:
+    """InputError unless a GPU holds the rows, and cuVS is installed."""
+    if not (device.type == "cuda" and held):
+        raise InputError("search 'cuvs' needs rows that a GPU holds, with device='cuda'")
+    if not cuvs_installed():
+        raise InputError("search 'cuvs': cuVS is not installed: pip install cuvs-cu13")
+
+
 def search_cuvs(rows: Rows, found: Candidates) -> None:
     """
     Fill the entries of every row.

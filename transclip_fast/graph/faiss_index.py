@@ -45,7 +45,7 @@ def faiss_installed() -> bool:
 
 
 def load_faiss() -> Any:
-    """The module; InputError if it is not installed, or multiplies wrongly."""
+    """The module; InputError if it is not installed, incomplete, or multiplies wrongly."""
     try:
         with avx2_kernels():
             import faiss
@@ -77,7 +77,12 @@ def avx2_kernels() -> Iterator[None]:
 
 @cache
 def check_products(faiss: Any) -> None:
-    """InputError if FAISS multiplies wrongly, as an old OpenBLAS may on a new CPU."""
+    """InputError if FAISS is incomplete, or multiplies wrongly, as an old OpenBLAS may."""
+    if not hasattr(faiss, "knn"):  # what is left of two that shared a folder
+        raise InputError(
+            "FAISS is there in part, as after two of its packages of which one was uninstalled; "
+            "uninstall all, install one: pip uninstall faiss-cpu faiss-gpu && pip install faiss-cpu"
+        )
     rows = np.random.default_rng(0).standard_normal((64, 64), np.float32)
     found, _ = faiss.knn(rows, rows, 64, metric=faiss.METRIC_INNER_PRODUCT)
     expected = -np.sort(-rows.astype(np.float64) @ rows.T.astype(np.float64), axis=1)

@@ -200,14 +200,11 @@ class Problem:
             **{name: _hash(array) for name, array in arrays.items()},
         }
 
-    def limit(self, parameters: Parameters, device: torch.device) -> int | None:
-        """The bytes that the user allows, or that the processes agree on; None: what is free."""
-        memory = parse_memory(parameters.memory)
-        if self.exchange is None:
-            return memory
-        ranks = self.exchange.ranks
-        limits = ranks.all_gather(limit_of(device, memory, ranks.on_this_machine))
-        return min(map(int, limits))
+    def limit(self, parameters: Parameters, device: torch.device) -> int:
+        """The bytes that the user allows, or that are free; the least of all processes."""
+        ranks = ALONE if self.exchange is None else self.exchange.ranks
+        limit = limit_of(device, parse_memory(parameters.memory), ranks.on_this_machine)
+        return min(map(int, ranks.all_gather(limit)))
 
     @exact_float32()
     def prior_sample(self, rows: int = PRIOR_SAMPLE_ROWS) -> torch.Tensor:
@@ -239,7 +236,7 @@ class Problem:
                 n_neighbors=parameters.n_neighbors,
                 clamp_similarity=parameters.clamp_similarity,
             )
-            _warn_of_order("support", labels, prior, rows, features, support.neighbors[:, 0])
+            _warn_of_order("support", labels, prior, rows, features, support.nearest)
         if self.validation is not None:
             labelled = self.validation.to(device)
             rows, labels = labelled.features, labelled.labels
@@ -274,6 +271,8 @@ class Settings:
         Entries kept of a row; None where z is dense.
     backend : str
         Implementation of the operations.
+    limit : int
+        Bytes that the layout may take: what is free changes as soon as it is used.
     """
 
     parameters: Parameters
@@ -282,6 +281,7 @@ class Settings:
     layout: Layout
     truncation: Truncation | None
     backend: str
+    limit: int
 
     @classmethod
     def resolve(
@@ -303,13 +303,14 @@ class Settings:
             check_same(problem.exchange.ranks, problem.facts(parameters))
             name = problem.exchange.ranks.device(name)
         device = resolve_device(name)
+        limit = problem.limit(parameters, device)
         layout = choose_layout(
             problem.size(parameters, device, ranks),
             device,
             form=parameters.form,
             candidates=parameters.candidates,
             rank=parameters.rank,
-            memory=problem.limit(parameters, device),
+            memory=limit,
         )
         kl_weight = parameters.kl_weight
         if kl_weight is None:
@@ -334,7 +335,7 @@ class Settings:
                 f"precision='float16' is for backend='triton', here {backend} computes; leave "
                 "precision out"
             )
-        return cls(parameters, device, kl_weight, layout, truncation, backend)
+        return cls(parameters, device, kl_weight, layout, truncation, backend, limit)
 
     def identity(self, gamma: float | None, graph_sha256: str) -> dict[str, Any]:
         """All that the result of a run depends on, except the arrays of the problem."""
