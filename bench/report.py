@@ -26,7 +26,7 @@ from bench import (
 )
 from bench.common import ROOT
 from bench.faults import tables as fault_tables
-from bench.tables import Row, compared, newest, streamed
+from bench.tables import Row, compared, newest
 
 BLOCKS = (
     tables.BLOCKS
@@ -86,7 +86,7 @@ def drawn_from(folder: Path) -> dict[str, list[Row]]:
         "graph": [
             row for row in newest("graph", "case", "queries", "dim", folder=folder) if "arms" in row
         ],
-        "stream": streamed(folder),
+        "stream": million_tables.streamed(folder),
     }
 
 

@@ -275,33 +275,6 @@ def prompt_learners(folder: Path) -> str:
     return "\n\n".join([text, table(head, cells), source(rows)])
 
 
-def streamed(folder: Path) -> list[Row]:
-    """Return the newest lines of solves of features in files."""
-    identity = "classes", "dim", "present", "published", "queries"
-    return newest("stream", *identity, folder=folder, defaults={"present": 0, "published": False})
-
-
-def stream(folder: Path) -> str:
-    """Tabulate solves of features that stay on disk."""
-    rows = streamed(folder)
-    if not rows:
-        return "Not recorded yet: `python -m bench.speed.stream`."
-    sizes, costs = ["N", "K", "classes that occur", "d"], ["time", "time a row", "peak", "planned"]
-    head = [*sizes, "class cost", *costs, "features", "read"]
-    kept = {True: "auto: kept", False: "auto: lifted", None: "off"}  # early lines had none
-    cells = []
-    for row in rows:
-        for n, done in zip(row["queries"], row["sizes"], strict=True):
-            present = f"{row['present']:,}" if row.get("present") else "all"
-            cost = "off" if row.get("published") else kept[done.get("class_cost")]
-            line = [f"{n:,}", f"{row['classes']:,}", present, str(row["dim"]), cost]
-            line += [seconds(done["seconds"]), f"{1e6 * done['seconds'] / n:.0f} µs"]
-            line += [size(done["peak_bytes"]), size(done["planned_bytes"])]
-            times = done["read_bytes"] / done["feature_bytes"]
-            cells.append([*line, size(done["feature_bytes"]), f"{times:.1f} times"])
-    return "\n\n".join([plot("stream", "Time and memory"), table(head, cells), source(rows)])
-
-
 def encodings(folder: Path) -> list[Row]:
     """Return the lines of `bench.speed.encode`, the oldest first."""
     return sorted(newest("encode", "command", folder=folder), key=lambda row: str(row["date"]))
@@ -425,7 +398,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "graph-labels": graph_labels,
     "known-labels": known_labels,
     "prompt-learners": prompt_learners,
-    "stream": stream,
     "encode": encode,
     "kills": kills,
     "scaling": scaling,

@@ -16,7 +16,8 @@ from transclip_fast.data.feature_rows import Rows, evenly_spaced_rows
 from transclip_fast.data.texts import texts_of_fit
 from transclip_fast.device import current_device, exact_float32
 from transclip_fast.errors import InputError, not_fitted
-from transclip_fast.graph.build import COMPARED_ROWS, build_graph, given_graph, whole_rows
+from transclip_fast.graph.build import COMPARED_ROWS, build_graph, whole_rows
+from transclip_fast.graph.given import given_graph
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.metrics import outlier_scores
 from transclip_fast.ops.ranked import RankedRows, neighbor_places
@@ -286,9 +287,8 @@ class TransCLIP(Parameters):
     def _graph(self, graph: GraphSource, features: Rows, problem: Problem) -> NeighborGraph:
         """The lists of own rows, checked."""
         if graph is None and isinstance(features, RankedRows):
-            held = not problem.in_file
-            whole = whole_rows(problem.features, "X", features.device, held=held)
-            return build_graph(whole, self.n_neighbors, own_rows=True)
+            rows = whole_rows(problem.features, "X", features.device, held=not problem.in_file)
+            return build_graph(rows, self.n_neighbors, own_rows=True)
         graph = given_graph(graph, features, self.n_neighbors)
         if not isinstance(features, RankedRows):
             return graph

@@ -126,9 +126,9 @@ def stream_line(classes):
 
 
 def test_streams_beside_their_plan(tmp_path):
-    assert "Not recorded yet" in tables.stream(tmp_path)
+    assert "Not recorded yet" in million_tables.stream(tmp_path)
     (tmp_path / "stream.jsonl").write_text(stream_line(1000) + "\n")
-    found = tables.stream(tmp_path)
+    found = million_tables.stream(tmp_path)
     assert "| 50.0 s | 500 µs | 2.00 GB | 2.50 GB | 1.00 GB | 3.0 times |" in found
     assert "| 101 s |" in found
 

@@ -24,7 +24,7 @@ from transclip_fast.graph.centres import default_n_lists
 from transclip_fast.graph.cuvs import check_cuvs
 from transclip_fast.graph.recall import RECALL_SAMPLE_ROWS
 from transclip_fast.memory import limit_of, parse_memory, show_bytes
-from transclip_fast.ranks import ALONE, current_ranks
+from transclip_fast.ranks import current_ranks
 from transclip_fast.solver.class_cost import may_be_undecided
 from transclip_fast.solver.layout import Layout, Size, choose_layout
 from transclip_fast.solver.parameters import Parameters
@@ -288,7 +288,7 @@ def plan_of_size(
         undecided=undecided,
         ranks=ranks,
     )
-    processes = (current_ranks() or ALONE).on_this_machine
+    processes = current_ranks().on_this_machine
     limit = limit_of(device, parse_memory(model.memory), processes)
     layout = choose_layout(
         size,

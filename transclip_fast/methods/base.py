@@ -20,8 +20,8 @@ from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.data.texts import texts_of_fit
 from transclip_fast.device import current_device, exact_float32, resolve_device
 from transclip_fast.errors import InputError
-from transclip_fast.graph.build import given_graph
 from transclip_fast.graph.exact import nearest
+from transclip_fast.graph.given import given_graph
 from transclip_fast.graph.neighbor_graph import GraphSource, NeighborGraph
 from transclip_fast.memory import limit_of, parse_memory, show_bytes
 from transclip_fast.methods.task import ANCHORS, Arrays, Task
