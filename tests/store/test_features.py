@@ -92,9 +92,11 @@ def test_labels_that_are_decimals(folder):
     np.testing.assert_array_equal(load_features(folder).get("labels"), expected)
 
 
-def test_labels_that_are_names(folder):
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int8(), pa.string())])
+def test_labels_that_are_names(kind, folder):
+    """Also categories of pandas, of which a missing one has the code -1."""
     for number, rows in enumerate(ROWS):
-        metadata(folder, number, label=["dog"] + [None] * (rows - 1))
+        metadata(folder, number, label=pa.array(["dog"] + [None] * (rows - 1), kind))
     features = load_features(folder)
     with pytest.raises(InputError, match="labels: row 0: label 'dog' is no position"):
         features.get("labels")
@@ -202,6 +204,10 @@ SPOILT = {
     "odd source rows": (
         lambda f: [metadata(f, i, source_row=["x"] * n) for i, n in enumerate(ROWS)],
         "metadata: ",
+    ),
+    "missing source rows": (
+        lambda f: [metadata(f, i, source_row=pa.nulls(n, pa.int64())) for i, n in enumerate(ROWS)],
+        "metadata: source_row is empty in some rows",
     ),
     "manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: cannot be read"),
     "names": (

@@ -93,7 +93,17 @@ def read_table(
         # Without pyarrow's pool: a process that ends while its threads start is aborted.
         table = pq.ParquetFile(content, pre_buffer=False).read(columns=wanted, use_threads=False)
         table.validate(full=True)  # texts are UTF-8
-        return table
+        return _without_codes(table)
+
+
+def _without_codes(table: pa.Table) -> pa.Table:
+    """A table whose categories, as of pandas, are columns of the values themselves."""
+    # `to_numpy` of codes takes the last category where there is none.
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            values = table.column(place).cast(field.type.value_type)
+            table = table.set_column(place, field.name, values)
+    return table
 
 
 def array_sha256(array: Any) -> str:

@@ -146,6 +146,11 @@ def metadata_columns(
                 columns[name] = columns[name].cast(kind)
         if "label" in columns and pa.types.is_decimal(columns["label"].type):
             columns["label"] = columns["label"].cast(pa.float64())
+    if "source_row" in columns and columns["source_row"].null_count:
+        raise InputError(
+            f"{folder / 'metadata'}: source_row is empty in some rows; give each its number, or "
+            "leave the column out"
+        )
     return columns
 
 
