@@ -124,6 +124,7 @@ def test_imagenet():
         ("n.csv", "name\ncat\n\nbird\n", "class 1 is empty"),
         ("n.csv", "name,label\ncat,0\ncat,dog,1\n", "line 3 has 3 values, the first line 2"),
         ("n.csv", "name, name\ncat,0\n", "several columns 'name'"),
+        ("n.csv", "synset,name\nn02123045,cat\n,dog\n", "class 1 has no synset; give each"),
     ],
 )
 def test_what_is_no_list_of_names(file, content, message, tmp_path):

@@ -196,6 +196,8 @@ def _from_table(path: Path) -> ClassNames:
         for k, value in enumerate(values):
             if not isinstance(value, str):
                 raise InputError(f"{path}: class {k} is {value!r:.60}; expected a text")
+    if empty := [k for k, synset in enumerate(synsets or ()) if not synset.strip()]:
+        raise InputError(f"{path}: class {empty[0]} has no synset; give each class one, or none")
     if "position" in columns:
         with reading(path, "has labels that are no whole numbers", "give each class its position"):
             numbers = [int(number) for number in columns["position"]]
