@@ -57,15 +57,20 @@ def test_labels_in_their_order_beside_what_might_tell_the_rows(content, unread, 
         assert read(tmp_path / "y.csv", None, 5) == WANTED
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("name", ["", "index", "__index_level_0__"])
-def test_lines_that_a_column_numbers_in_another_order(name, tmp_path):
+def test_lines_that_a_column_numbers_in_another_order(name, first, tmp_path):
     """As of a table that was shuffled: neither order is taken without a word."""
     file, order = tmp_path / "y.csv", [3, 0, 4, 1, 2]
-    lines = [f"{row},{TEXTS[row]}" for row in order]
-    file.write_text("\n".join([f"{name},label", *lines]), encoding="utf-8")
+    counted = [f"{first + row},{TEXTS[row]}" for row in order]
+    file.write_text("\n".join([f"{name},label", *counted]), encoding="utf-8")
     message = rf"y\.csv: its column ({name or 'without a name'}) numbers the lines in another order"
     with pytest.raises(InputError, match=message):
         read(file, None, 5)
+    file.write_text("\n".join([f"{name},label", *sorted(counted)]), encoding="utf-8")
+    with pytest.warns(UserWarning, match="labels go to the rows in their order"):
+        assert read(file, None, 5) == WANTED
+    lines = [f"{row},{TEXTS[row]}" for row in order]
     file.write_text("\n".join(["row,label", *lines]), encoding="utf-8")
     assert read(file, None, 5) == WANTED
 

@@ -103,16 +103,16 @@ def check_line_order(path: Path, others: Mapping[str, pa.ChunkedArray]) -> None:
     """
     Refuse lines that a column numbers in another order, as of a table that was shuffled or sorted.
 
-    `others` are the columns that are not read.
+    `others` are the columns that are not read; numbers start at 0, or at 1 as R's do.
     """
     for name, column in others.items():
         cells = [WHOLE.fullmatch(str(cell)) for cell in column.to_pylist()]
         numbers = [int(match[1]) for match in cells if match]
-        in_order = [*range(len(cells))]
-        if numbers != in_order and sorted(numbers) == in_order:
+        orders = [[*range(first, first + len(cells))] for first in (0, 1)]
+        if numbers not in orders and sorted(numbers) in orders:
             raise InputError(
                 f"{path}: its column {name or 'without a name'} numbers the lines in another order "
-                f"than theirs; call it row if that order counts, else take it out"
+                "than theirs; if that order counts, call it row and count from 0, else take it out"
             )
 
 
