@@ -153,14 +153,12 @@ def _placed(
     found: dict[int | None, Any] = {}
     rows = rows_of_lines(path, columns, keys, n_rows)
     for line, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        known = None if label != label else label  # NaN
         if row is None:
             continue
         if row in found and not by_key:
             raise InputError(f"{path}: row {row} is there twice")
-        if found.get(row, known) != known:
+        if found.setdefault(row, label) != label:
             raise InputError(f"{path}: {columns['key'][line]!r} is there with two labels")
-        found[row] = known
     if by_key:
         _check_found(path, columns["key"], rows, keys)
     return [found.get(row) for row in range(n_rows)]

@@ -33,7 +33,7 @@ def read_columns(
     Some columns of a table, and the others by their names in the file.
 
     Values of a .csv are texts without spaces around them, unless they are to be `exact`; its first
-    line has the names. Decimals of a .parquet are numbers.
+    line has the names. Decimals of a .parquet are numbers, NaN is None.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def read_columns(
             if (column := find_column(path, table.column_names, names)) is not None
         }
         found = {
-            name: [*map(_plain_number, table.column(column).to_pylist())]
+            name: [*map(_plain_value, table.column(column).to_pylist())]
             for name, column in chosen.items()
         }
     if needed not in found:
@@ -131,8 +131,10 @@ def unguarded(text: str) -> str:
     return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
 
 
-def _plain_number(value: Any) -> Any:
-    """A decimal, as databases write numbers, as an int where it is whole; others as they are."""
+def _plain_value(value: Any) -> Any:
+    """A decimal, as databases write numbers, as an int where it is whole; NaN as None."""
+    if value != value:
+        return None
     if not isinstance(value, Decimal):
         return value
     return int(value) if value == value.to_integral_value() else float(value)
