@@ -228,6 +228,20 @@ def test_damaged_folders(kind, folder):
 
 
 @pytest.mark.parametrize(
+    ("odd", "expected"),
+    [(np.ones((1, 12)), r"has shape \(1, 12\), the first shard \(2, 8\)"),
+     (np.full((1, 8), "a"), "expected numbers, got an array of <U1")],
+)  # fmt: skip
+def test_shards_of_patches_that_differ(odd, expected, folder):
+    (folder / "local_emb").mkdir()
+    for number, rows in enumerate(ROWS):
+        array = odd if number == 5 else np.ones((rows, 8))
+        np.save(folder / f"local_emb/local_emb_{number}.npy", array)
+    with pytest.raises(InputError, match=f"local_emb_5.npy: {expected}"):
+        load_features(folder, local=True)
+
+
+@pytest.mark.parametrize(
     "name",
     ["img_emb/img_emb_1.npy", "metadata/metadata_1.parquet", "prototypes.npy", "manifest.json"],
 )
