@@ -105,6 +105,13 @@ def test_labels_that_are_names(kind, folder):
     np.testing.assert_array_equal(features.get("labels"), expected)
 
 
+def test_a_mask_with_gaps_is_no_labels(folder):
+    for number, rows in enumerate(ROWS):
+        metadata(folder, number, label=[True] + [None] * (rows - 1))
+    with pytest.raises(InputError, match="metadata: label: is a mask of true and false"):
+        load_features(folder)
+
+
 def test_labels_of_no_row(folder):
     for number, rows in enumerate(ROWS):
         metadata(folder, number, label=pa.nulls(rows, pa.int64()))

@@ -265,6 +265,15 @@ def test_decimals_are_numbers(tmp_path):
     assert read_labels(tmp_path / "y.parquet", "labels") == np.array([0.5])  # refused later
 
 
+@pytest.mark.parametrize(
+    "table", [{"label": [True, None, False]}, {"label": [True, False], "row": [0, 2]}]
+)
+def test_a_mask_with_gaps_is_no_labels(table, tmp_path):
+    pq.write_table(pa.table(table), tmp_path / "y.parquet")
+    with pytest.raises(InputError, match=r"y\.parquet: is a mask of true and false, no labels"):
+        read_labels(tmp_path / "y.parquet", "labels", None, 3)
+
+
 def test_labels_of_odd_types(tmp_path):
     pq.write_table(pa.table({"label": [[1], [2, 3]]}), tmp_path / "y.parquet")
     with pytest.raises(InputError, match="holds neither numbers nor texts"):
