@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from tests.conftest import unit
 from transclip_fast import TransCLIP
 from transclip_fast.errors import InputError
+from transclip_fast.store import arrays
 from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.features import load_features
 
@@ -293,6 +295,29 @@ def test_hash_of_one_column_of_others():
     assert array_sha256(column) == array_sha256(np.ones((5, 1), np.float32))
     one = torch.ones(1, 6).T[:1]  # contiguous for torch, though its stride is not 1
     assert array_sha256(one) == array_sha256(np.ones((1, 1), np.float32))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 0), (3, 4), (2, 3, 5)])
+def test_hash_of_blocks_of_any_size(shape, monkeypatch):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    text = f"float32 {shape} ".encode()
+    for size in (1, 30, 1 << 20):
+        monkeypatch.setattr(arrays, "HASHED_BYTES", size)
+        for given in (array, torch.from_numpy(array)):
+            assert array_sha256(given) == hashlib.sha256(text + array.tobytes()).hexdigest()
+
+
+def test_hash_of_wide_rows_takes_little_memory():
+    class Seen(np.ndarray):
+        def __getitem__(self, rows):
+            found = super().__getitem__(rows)
+            sizes.append(found.nbytes)
+            return found
+
+    sizes, array = [], np.zeros((30, 1 << 17), np.float32)
+    array_sha256(array.view(Seen))
+    assert sum(sizes) == array.nbytes
+    assert max(sizes) == arrays.HASHED_BYTES
 
 
 def test_names_settle_the_axis_of_templates_for_a_fit(tmp_path):
