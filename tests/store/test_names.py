@@ -68,6 +68,15 @@ def test_parquet(tmp_path):
     assert read_names(tmp_path / "n.parquet").names == NAMES
 
 
+@pytest.mark.parametrize(
+    ("names", "message"), [([0, 1], "class 0 is 0; expected a text"), (["a", None], "is empty")]
+)
+def test_parquet_without_names(names, message, tmp_path):
+    pq.write_table(pa.table({"name": names}), tmp_path / "n.parquet")
+    with pytest.raises(InputError, match=message):
+        read_names(tmp_path / "n.parquet")
+
+
 @pytest.mark.parametrize("array", [["a", "ç"], [b"a", "ç".encode()]])
 def test_names_from_arrays(array, tmp_path):
     np.save(tmp_path / "names.npy", array)

@@ -190,7 +190,7 @@ def _from_table(path: Path) -> ClassNames:
     if others and "position" not in columns:
         message = f"{path}: classes are in the order of the lines; {not_read(others)}"
         warnings.warn(message, stacklevel=user_level())
-    names = [name or "" for name in columns["name"]]
+    names = ["" if name is None else name for name in columns["name"]]
     synsets = columns.get("synset")
     for values in (names, synsets or ()):
         for k, value in enumerate(values):

@@ -49,8 +49,8 @@ def read_columns(
     Raises
     ------
     InputError
-        A file that is missing, damaged or no table, a line of another length, two columns of one
-        name, or not the needed one.
+        A file that is missing, damaged or no table, a line of another length, or not the needed
+        column; two columns of one name, of a .csv only if they are wanted.
     """
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise InputError(f"{path}: is no table that is read here; give a .csv or .parquet")
