@@ -277,7 +277,7 @@ class Assignments:
             values.exp_().clamp_(min=torch.finfo(values.dtype).tiny).mul_(used)
 
     def counts(self) -> torch.Tensor:
-        """The mass kept of each class, (K,) float64: the same bits however rows are split."""
+        """The mass of each class, (K,) float64; of sparse z the same bits for any split of rows."""
         total = torch.zeros(self.n_classes, dtype=torch.float64, device=self.values.device)
         units = total.long()
         for start in range(0, len(self), BLOCK_ROWS):

@@ -88,6 +88,16 @@ def test_synsets_of_the_list():
         found(["n01440764"], ["tabby", "goldfish"], synsets)
 
 
+def test_a_synset_of_several_classes_is_none_of_them():
+    names, synsets = ["tabby", "goldfish", "carp"], ["n02123045", "n01443537", "n01443537"]
+    assert found(["n02123045", "carp"], names, synsets) == [0, 2]
+    with pytest.raises(InputError, match="'n01443537' is the name of several classes"):
+        found(["n01443537"], names, synsets)
+    assert found(["Tabby"], names, ["tabby", "x", "y"]) == [0]
+    with pytest.raises(InputError, match="'Tabby' is the name of several classes"):
+        found(["Tabby"], names, ["x", "tabby", "y"])
+
+
 def test_a_synset_goes_to_its_name():
     names = ["goldfish", "Tench", "construction crane", "crane bird"]
     labels = ["n01440764", "n01443537", "n02012849", "n03126707"]

@@ -51,6 +51,13 @@ def test_rows_without_a_label(labels, photos):
     assert resolve_labels(unlabelled, NAMES) is None
 
 
+@pytest.mark.parametrize("paths", [[0, None], [0.0, float("nan")]])
+def test_a_row_without_a_path(paths, photos):
+    pq.write_table(pa.table({"path": paths}), photos / "l.parquet")
+    with pytest.raises(InputError, match="row 1 has no path"):
+        open_source(photos / "l.parquet")
+
+
 def test_columns_that_are_not_read_are_named(photos):
     with pytest.warns(UserWarning, match=r"list\.csv: has no column 'label'; not read: target, x"):
         source = listed(photos, "path,target,x\na.png,1,2\n")

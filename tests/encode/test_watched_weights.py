@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -149,6 +150,19 @@ def test_a_folders_configuration_is_watched(small, tmp_path):
         file.write("\n")
     with pytest.raises(InputError, match="open_clip_config.json: changed"):
         watched.check()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [("safetensors", save_file), ("pt", torch.save),
+     ("pt", partial(torch.save, _use_new_zipfile_serialization=False))],
+)  # fmt: skip
+def test_weights_in_a_path_that_is_no_utf8(suffix, write, tmp_path):
+    file = tmp_path / os.fsdecode(b"\xff") / f"w.{suffix}"
+    file.parent.mkdir()
+    write({"a": torch.arange(3)}, tmp_path / "w")
+    (tmp_path / "w").rename(file)
+    assert read_checkpoint(file)["a"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("length", [None, 0, 9000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from tests.conftest import unit
 from transclip_fast import TransCLIP
 from transclip_fast.errors import InputError
+from transclip_fast.store import arrays
 from transclip_fast.store.arrays import array_sha256
 from transclip_fast.store.features import load_features
 
@@ -92,15 +94,24 @@ def test_labels_that_are_decimals(folder):
     np.testing.assert_array_equal(load_features(folder).get("labels"), expected)
 
 
-def test_labels_that_are_names(folder):
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int8(), pa.string())])
+def test_labels_that_are_names(kind, folder):
+    """Also categories of pandas, of which a missing one has the code -1."""
     for number, rows in enumerate(ROWS):
-        metadata(folder, number, label=["dog"] + [None] * (rows - 1))
+        metadata(folder, number, label=pa.array(["dog"] + [None] * (rows - 1), kind))
     features = load_features(folder)
     with pytest.raises(InputError, match="labels: row 0: label 'dog' is no position"):
         features.get("labels")
     features.class_names = ["cat", "Dog"]
     expected = np.concatenate([[1] + [-1] * (rows - 1) for rows in ROWS])
     np.testing.assert_array_equal(features.get("labels"), expected)
+
+
+def test_a_mask_with_gaps_is_no_labels(folder):
+    for number, rows in enumerate(ROWS):
+        metadata(folder, number, label=[True] + [None] * (rows - 1))
+    with pytest.raises(InputError, match="metadata: label: is a mask of true and false"):
+        load_features(folder)
 
 
 def test_labels_of_no_row(folder):
@@ -203,6 +214,10 @@ SPOILT = {
         lambda f: [metadata(f, i, source_row=["x"] * n) for i, n in enumerate(ROWS)],
         "metadata: ",
     ),
+    "missing source rows": (
+        lambda f: [metadata(f, i, source_row=pa.nulls(n, pa.int64())) for i, n in enumerate(ROWS)],
+        "metadata: source_row is empty in some rows",
+    ),
     "manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: cannot be read"),
     "names": (
         lambda f: (f / "manifest.json").write_text('{"class_names": [["a"], ["b", "c"]]}'),
@@ -219,6 +234,20 @@ def test_damaged_folders(kind, folder):
         load_features(folder)
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("odd", "expected"),
+    [(np.ones((1, 12)), r"has shape \(1, 12\), the first shard \(2, 8\)"),
+     (np.full((1, 8), "a"), "expected numbers, got an array of <U1")],
+)  # fmt: skip
+def test_shards_of_patches_that_differ(odd, expected, folder):
+    (folder / "local_emb").mkdir()
+    for number, rows in enumerate(ROWS):
+        array = odd if number == 5 else np.ones((rows, 8))
+        np.save(folder / f"local_emb/local_emb_{number}.npy", array)
+    with pytest.raises(InputError, match=f"local_emb_5.npy: {expected}"):
+        load_features(folder, local=True)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +295,29 @@ def test_hash_of_one_column_of_others():
     assert array_sha256(column) == array_sha256(np.ones((5, 1), np.float32))
     one = torch.ones(1, 6).T[:1]  # contiguous for torch, though its stride is not 1
     assert array_sha256(one) == array_sha256(np.ones((1, 1), np.float32))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 0), (3, 4), (2, 3, 5)])
+def test_hash_of_blocks_of_any_size(shape, monkeypatch):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    text = f"float32 {shape} ".encode()
+    for size in (1, 30, 1 << 20):
+        monkeypatch.setattr(arrays, "HASHED_BYTES", size)
+        for given in (array, torch.from_numpy(array)):
+            assert array_sha256(given) == hashlib.sha256(text + array.tobytes()).hexdigest()
+
+
+def test_hash_of_wide_rows_takes_little_memory():
+    class Seen(np.ndarray):
+        def __getitem__(self, rows):
+            found = super().__getitem__(rows)
+            sizes.append(found.nbytes)
+            return found
+
+    sizes, array = [], np.zeros((30, 1 << 17), np.float32)
+    array_sha256(array.view(Seen))
+    assert sum(sizes) == array.nbytes
+    assert max(sizes) == arrays.HASHED_BYTES
 
 
 def test_names_settle_the_axis_of_templates_for_a_fit(tmp_path):

@@ -99,6 +99,23 @@ def test_several_views_become_their_unit_mean(tip_adapter, problem_parts):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_texts_of_several_templates(classes_first, tip_adapter, problem_parts, tmp_path):
+    """Their axis is that of a .npy, and no mean is taken of rows that are not unit rows."""
+    texts = torch.stack([half(problem_parts[2]), 3 * half(problem_parts[2]).roll(1, 1)])
+    (tip_adapter / "text_weights_cupl_t.pt").unlink()
+    file = tip_adapter / "text_features.pt"
+    torch.save(texts.swapaxes(0, 1).contiguous() if classes_first else texts, file)
+    (tmp_path / "names.txt").write_text("\n".join("abcdef"))
+    features = load_features(tip_adapter, {"class_names": tmp_path / "names.txt"}, shots=0)
+    assert features.n_classes == K
+    for found, expected in zip(features.get("text_features"), texts, strict=True):
+        assert_same(found, expected)
+    if classes_first:
+        with pytest.warns(UserWarning, match="is taken as 6 templates of 2 classes"):
+            load_features(tip_adapter, shots=0)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_as_many_shots_as_dimensions(transposed, tip_adapter, problem):
     """(d, d): the side of unit length is the row of a shot."""

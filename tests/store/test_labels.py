@@ -57,15 +57,20 @@ def test_labels_in_their_order_beside_what_might_tell_the_rows(content, unread, 
         assert read(tmp_path / "y.csv", None, 5) == WANTED
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("name", ["", "index", "__index_level_0__"])
-def test_lines_that_a_column_numbers_in_another_order(name, tmp_path):
+def test_lines_that_a_column_numbers_in_another_order(name, first, tmp_path):
     """As of a table that was shuffled: neither order is taken without a word."""
     file, order = tmp_path / "y.csv", [3, 0, 4, 1, 2]
-    lines = [f"{row},{TEXTS[row]}" for row in order]
-    file.write_text("\n".join([f"{name},label", *lines]), encoding="utf-8")
+    counted = [f"{first + row},{TEXTS[row]}" for row in order]
+    file.write_text("\n".join([f"{name},label", *counted]), encoding="utf-8")
     message = rf"y\.csv: its column ({name or 'without a name'}) numbers the lines in another order"
     with pytest.raises(InputError, match=message):
         read(file, None, 5)
+    file.write_text("\n".join([f"{name},label", *sorted(counted)]), encoding="utf-8")
+    with pytest.warns(UserWarning, match="labels go to the rows in their order"):
+        assert read(file, None, 5) == WANTED
+    lines = [f"{row},{TEXTS[row]}" for row in order]
     file.write_text("\n".join(["row,label", *lines]), encoding="utf-8")
     assert read(file, None, 5) == WANTED
 
@@ -258,6 +263,15 @@ def test_decimals_are_numbers(tmp_path):
     assert read(tmp_path / "y.parquet", [str(2**60 + k) for k in range(3)]) == [-1, 2, 1]
     pq.write_table(pa.table({"label": [Decimal("0.5")]}), tmp_path / "y.parquet")
     assert read_labels(tmp_path / "y.parquet", "labels") == np.array([0.5])  # refused later
+
+
+@pytest.mark.parametrize(
+    "table", [{"label": [True, None, False]}, {"label": [True, False], "row": [0, 2]}]
+)
+def test_a_mask_with_gaps_is_no_labels(table, tmp_path):
+    pq.write_table(pa.table(table), tmp_path / "y.parquet")
+    with pytest.raises(InputError, match=r"y\.parquet: is a mask of true and false, no labels"):
+        read_labels(tmp_path / "y.parquet", "labels", None, 3)
 
 
 def test_labels_of_odd_types(tmp_path):

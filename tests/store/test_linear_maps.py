@@ -10,7 +10,13 @@ from safetensors.torch import save_file
 from tests.conftest import unit
 from transclip_fast import InputError
 from transclip_fast.store.features import load_features
-from transclip_fast.store.linear_maps import linear_map, map_features, read_map, save_map
+from transclip_fast.store.linear_maps import (
+    check_map_file,
+    linear_map,
+    map_features,
+    read_map,
+    save_map,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -131,6 +137,12 @@ def test_a_trained_map_is_for_its_model(encoder, tmp_path):
     )
     with pytest.raises(InputError, match=expected):
         read_map(path, other)
+
+
+def test_metadata_take_no_tensors_into_memory(tmp_path, monkeypatch):
+    save_map(tmp_path / "map.safetensors", torch.eye(3), {"encoder": ENCODER})
+    monkeypatch.setattr(torch, "empty", None)
+    check_map_file(tmp_path / "map.safetensors")
 
 
 @pytest.mark.parametrize("about", ["[]", "{", '{"encoder": 5}'])

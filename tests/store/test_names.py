@@ -68,6 +68,15 @@ def test_parquet(tmp_path):
     assert read_names(tmp_path / "n.parquet").names == NAMES
 
 
+@pytest.mark.parametrize(
+    ("names", "message"), [([0, 1], "class 0 is 0; expected a text"), (["a", None], "is empty")]
+)
+def test_parquet_without_names(names, message, tmp_path):
+    pq.write_table(pa.table({"name": names}), tmp_path / "n.parquet")
+    with pytest.raises(InputError, match=message):
+        read_names(tmp_path / "n.parquet")
+
+
 @pytest.mark.parametrize("array", [["a", "ç"], [b"a", "ç".encode()]])
 def test_names_from_arrays(array, tmp_path):
     np.save(tmp_path / "names.npy", array)
@@ -124,6 +133,7 @@ def test_imagenet():
         ("n.csv", "name\ncat\n\nbird\n", "class 1 is empty"),
         ("n.csv", "name,label\ncat,0\ncat,dog,1\n", "line 3 has 3 values, the first line 2"),
         ("n.csv", "name, name\ncat,0\n", "several columns 'name'"),
+        ("n.csv", "synset,name\nn02123045,cat\n,dog\n", "class 1 has no synset; give each"),
     ],
 )
 def test_what_is_no_list_of_names(file, content, message, tmp_path):

@@ -14,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save_file as numpy_save_file
 from safetensors.torch import load_file, save_file
 
 from transclip_fast.errors import InputError
 from transclip_fast.store.tensors import (
     CONVERTED_ENTRIES,
+    map_tensors,
+    read_metadata,
     read_tensors,
     unmapped,
     write_tensors,
@@ -63,8 +66,14 @@ def test_a_path_that_is_no_utf8(tmp_path):
     file = tmp_path / os.fsdecode(b"\xff") / "x.safetensors"
     write_tensors(file, {"a": torch.arange(3)}, None, metadata={"of": "b"})
     tensors, metadata = read_tensors(file)
-    assert tensors["a"].tolist() == [0, 1, 2]
-    assert metadata["of"] == "b"
+    assert tensors["a"].tolist() == map_tensors(file)["a"].tolist() == [0, 1, 2]
+    assert metadata == read_metadata(file) == {"format": "pt", "of": "b"}
+
+
+def test_a_file_without_metadata(tmp_path):
+    numpy_save_file({"a": np.arange(3)}, tmp_path / "x.safetensors")
+    assert read_tensors(tmp_path / "x.safetensors")[1] == {}
+    assert read_metadata(tmp_path / "x.safetensors") == {}
 
 
 def test_a_transposed_view(tmp_path):

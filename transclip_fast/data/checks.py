@@ -173,9 +173,7 @@ def as_labels(
             f"{name}: expected {rows} labels, one a row, got shape {tuple(tensor.shape)}"
         )
     if tensor.dtype == torch.bool:
-        raise InputError(
-            f"{name}: is a mask of true and false, no labels; give positions in the list of classes"
-        )
+        raise a_mask(name)
     if tensor.is_floating_point() and lowest < 0:
         tensor = tensor.where(~tensor.isnan(), lowest)
     labels = tensor.to(torch.int64)
@@ -192,6 +190,13 @@ def as_labels(
             + (", -1 where unknown" if lowest == -1 else "")
         )
     return labels
+
+
+def a_mask(name: str) -> InputError:
+    """The error of labels that are true and false."""
+    return InputError(
+        f"{name}: is a mask of true and false, no labels; give positions in the list of classes"
+    )
 
 
 def hot_columns(tensor: torch.Tensor, name: str) -> torch.Tensor:

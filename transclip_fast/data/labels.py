@@ -85,7 +85,8 @@ def _text_positions(
 ) -> dict[str, int | None]:
     """The position of each text, by the first row that has it; None if it is no class."""
     known = positions_by_name(names or ())
-    known |= {plain_name(name): k for k, name in enumerate(ids or ())}
+    for place, text in enumerate(map(plain_name, ids or ())):
+        known[text] = place if known.get(text, place) == place else None
     plain = {text: plain_name(text) for text in rows}
     found: dict[str, int | None] = dict.fromkeys(rows, UNKNOWN)
     texts = [text for text in rows if plain[text] in known or plain[text] not in NO_LABEL]
@@ -103,7 +104,7 @@ def _text_positions(
         if k is None and plain[text] in known:
             raise InputError(
                 f"{where(rows[text])}: label {text!r} is the name of several classes; give each "
-                "class another name"
+                "class its own"
             )
         number = numbers.get(text)
         if number not in (None, k) and number in range(len(names or ())):

@@ -36,9 +36,8 @@ def read_path_list(path: Path) -> tuple[list[str] | None, list[str], list[Any] |
     columns, others = read_columns(path, COLUMNS, "path")
     if others and "label" not in columns:
         warnings.warn(f"{path}: has no column 'label'; {not_read(others)}", stacklevel=4)
-    if None in columns["path"] or "" in columns["path"]:
-        row = next(row for row, value in enumerate(columns["path"]) if not value)
-        raise InputError(f"{path}: row {row} has no path")
+    if empty := [row for row, value in enumerate(columns["path"]) if value in (None, "")]:
+        raise InputError(f"{path}: row {empty[0]} has no path")
     paths = [str(value) for value in columns["path"]]
     keys = _keys(path, columns["key"]) if "key" in columns else None
     return keys, paths, columns.get("label")
@@ -48,7 +47,7 @@ def _keys(path: Path, values: Sequence[Any]) -> list[str]:
     """A column of keys as texts; InputError unless each row has one of its own."""
     rows: dict[str, int] = {}
     for row, value in enumerate(values):
-        key = "" if value is None or value != value else str(value)  # NaN
+        key = "" if value is None else str(value)
         if not key.strip():
             raise InputError(f"{path}: row {row} has no key; give each row one, or drop the column")
         if rows.setdefault(key, row) != row:

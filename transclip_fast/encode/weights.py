@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.archives import check_torch_zip
 from transclip_fast.store.arrays import as_numbers, inside
 from transclip_fast.store.atomic import read_json
-from transclip_fast.store.tensors import check_header
+from transclip_fast.store.tensors import by_number, map_tensors
 
 SUFFIXES = (".safetensors", ".bin", ".pt")
 INDEX_SUFFIX = ".index.json"
@@ -168,8 +167,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     with reading(path, "does not load", "save its state_dict alone"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of damage that the error describes better
         if path.suffix == ".safetensors":
-            check_header(path)
-            return load_file(path)
+            return map_tensors(path)
         mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
         if mapped and _is_torchscript(path):
             raise InputError(
@@ -179,8 +177,10 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             )
         if mapped:
             check_torch_zip(path)
-        with torch.serialization.safe_globals([(_LeftOut, name) for name in BESIDE_WEIGHTS]):
-            tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        left_out = torch.serialization.safe_globals([(_LeftOut, name) for name in BESIDE_WEIGHTS])
+        with left_out, open(path, "rb") as file:
+            file_name = by_number(file)
+            tensors: Any = torch.load(file_name, map_location="cpu", weights_only=True, mmap=mapped)
         while inner := _wrapped(tensors):
             tensors = inner
         if not isinstance(tensors, Mapping) or not tensors:

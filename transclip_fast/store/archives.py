@@ -47,7 +47,7 @@ class NpzArrays(Mapping[str, np.ndarray]):
             zipfile.ZipFile(self._path) as archive,
             archive.open(member) as content,
         ):
-            if member.file_size > max(DEFLATE_RATIO * member.compress_size, member.compress_size):
+            if member.file_size > DEFLATE_RATIO * member.compress_size:
                 raise ValueError(f"{name!r} claims {member.file_size:,} bytes, which cannot be")
             check_npy(content, member.file_size)
             content.seek(0)

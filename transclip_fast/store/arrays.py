@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import warnings
 import zipfile
@@ -22,7 +23,7 @@ from transclip_fast.store.archives import NpzArrays, check_npy, check_torch_zip,
 from transclip_fast.store.tensors import DTYPES, read_tensors, unmapped
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
-HASHED_ROWS, HASHED_BYTES = 1 << 16, 1 << 20  # of an array and of a file, in memory at a time
+HASHED_BYTES = 1 << 20  # of an array, at least a row of it, or of a file; in memory at a time
 SINGLE = ""  # name of the array in a file that holds just one, without a name
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # in which torch computes little
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in which it computes nothing
@@ -93,7 +94,17 @@ def read_table(
         # Without pyarrow's pool: a process that ends while its threads start is aborted.
         table = pq.ParquetFile(content, pre_buffer=False).read(columns=wanted, use_threads=False)
         table.validate(full=True)  # texts are UTF-8
-        return table
+        return _without_codes(table)
+
+
+def _without_codes(table: pa.Table) -> pa.Table:
+    """A table whose categories, as of pandas, are columns of the values themselves."""
+    # `to_numpy` of codes takes the last category where there is none.
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            values = table.column(place).cast(field.type.value_type)
+            table = table.set_column(place, field.name, values)
+    return table
 
 
 def array_sha256(array: Any) -> str:
@@ -101,8 +112,10 @@ def array_sha256(array: Any) -> str:
     dtype = str(array.dtype).removeprefix("torch.")
     digest = hashlib.sha256(f"{dtype} {tuple(array.shape)} ".encode())
     array = array if array.ndim else array.reshape(1)
-    for start in range(0, len(array), HASHED_ROWS):
-        rows = array[start : start + HASHED_ROWS]
+    row_bytes = array.dtype.itemsize * math.prod(array.shape[1:])
+    n_rows = max(1, HASHED_BYTES // max(1, row_bytes))
+    for start in range(0, len(array), n_rows):
+        rows = array[start : start + n_rows]
         if isinstance(rows, torch.Tensor):
             rows = rows.cpu().contiguous()
             # Where there is one column, its stride may be any, which no view of bytes takes.

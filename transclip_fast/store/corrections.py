@@ -63,7 +63,7 @@ def read_corrections(
     columns, others = read_columns(path, {**COLUMNS, "label": LABEL}, "label", exact=True)
     check_no_predictions(path, others, "corrected")
     texts = {
-        name: ["" if cell is None or cell != cell else unguarded(str(cell)) for cell in cells]
+        name: ["" if cell is None else unguarded(str(cell)) for cell in cells]
         for name, cells in columns.items()
     }
     filled = [line for line, label in enumerate(texts["label"]) if label.strip()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from mimetypes import guess_type
 from pathlib import Path
@@ -69,9 +69,9 @@ def numbered(folder: Path, kind: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def image_shards(files: Collection[Path]) -> list[Any]:
-    """The features of each file, numbers in rows of one length."""
-    parts = [open_rows(file, "image_features") for file in files]
+def row_shards(files: Collection[Path], name: str) -> list[Any]:
+    """The array `name` of each file, numbers in rows of one length."""
+    parts = [open_rows(file, name) for file in files]
     for file, part in zip(files, parts, strict=True):
         if part.dtype.kind not in "fiub":
             raise InputError(f"{file}: expected numbers, got an array of {part.dtype}")
@@ -88,14 +88,14 @@ def joined_shards(parts: Sequence[Any]) -> Any:
     return np.concatenate([p.read() if isinstance(p, Shard) else p for p in parts])
 
 
-def joined_local(files: Iterable[Path], images: Sequence[Any]) -> Any:
+def joined_local(files: Collection[Path], images: Sequence[Any]) -> Any:
     """Local features (N, L d) of all shards, checked against the shards of the images."""
-    parts = []
-    for file, image in zip(files, images, strict=True):
-        shape = (part := open_rows(file, "local_features")).shape
-        if len(shape) != 2 or shape[0] != image.shape[0] or shape[1] % image.shape[1]:
-            raise InputError(f"{file}: has shape {shape}, the features of its images {image.shape}")
-        parts.append(part)
+    parts = row_shards(files, "local_features")
+    for file, part, image in zip(files, parts, images, strict=True):
+        if part.shape[0] != image.shape[0] or part.shape[1] % image.shape[1]:
+            raise InputError(
+                f"{file}: has shape {part.shape}, the features of its images {image.shape}"
+            )
     return joined_shards(parts)
 
 
@@ -146,6 +146,11 @@ def metadata_columns(
                 columns[name] = columns[name].cast(kind)
         if "label" in columns and pa.types.is_decimal(columns["label"].type):
             columns["label"] = columns["label"].cast(pa.float64())
+    if "source_row" in columns and columns["source_row"].null_count:
+        raise InputError(
+            f"{folder / 'metadata'}: source_row is empty in some rows; give each its number, or "
+            "leave the column out"
+        )
     return columns
 
 

@@ -33,10 +33,10 @@ from transclip_fast.store.atomic import read_json
 from transclip_fast.store.feature_shards import (
     OWN,
     check_hashes,
-    image_shards,
     joined_local,
     joined_shards,
     metadata_columns,
+    row_shards,
     shard_files,
     warn_of_gap,
 )
@@ -359,7 +359,7 @@ def _load_folder(folder: Path, local: bool) -> Features:
     files = shard_files(folder, local)
     if not ours:
         warn_of_gap(folder, files["img_emb"])
-    parts = image_shards(files["img_emb"].values())
+    parts = row_shards(files["img_emb"].values(), "image_features")
     arrays, origins = {"image_features": joined_shards(parts)}, {}
     if (folder / "prototypes.npy").exists():
         arrays["text_features"] = read_array(inside(folder, "prototypes.npy"), "text_features")

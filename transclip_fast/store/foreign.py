@@ -110,16 +110,17 @@ def as_rows(path: Path, array: Any, image_features: Any) -> Any:
     """
     An array of a cache with one row a shot or class; arrays of other file names are unchanged.
 
-    Keys and texts have the columns of the image features (N, d), several views become their unit
-    mean, one-hot labels become class indices. A square array has the rows that have norm 1;
-    InputError if neither rows nor columns have, or both.
+    Keys and texts have the columns of the image features (N, d), several views of shots become
+    their unit mean, one-hot labels become class indices; texts of several templates, which have
+    three axes, are unchanged. A square array has the rows that have norm 1; InputError if neither
+    rows nor columns have, or both.
     """
     if fnmatch.fnmatch(path.name, SUPPORT["support_labels"]) and array.ndim == 2:
         return hot_columns(array, str(path))
-    turned = SUPPORT["support_features"], *FILES["text_features"]
-    if not any(fnmatch.fnmatch(path.name, pattern) for pattern in turned):
+    is_support = fnmatch.fnmatch(path.name, SUPPORT["support_features"])
+    if not is_support and not any(fnmatch.fnmatch(path.name, p) for p in FILES["text_features"]):
         return array
-    if array.ndim == 3 and len(array):
+    if is_support and array.ndim == 3 and len(array):
         several = len(array) > 1
         array = torch.nn.functional.normalize(array.float().mean(0)) if several else array[0]
     d = image_features.shape[-1] if image_features.ndim else 0

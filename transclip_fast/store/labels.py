@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from transclip_fast.data.checks import a_mask
 from transclip_fast.data.labels import WHOLE, label_positions, number_doubt
 from transclip_fast.errors import InputError, reading, user_level
 from transclip_fast.store.arrays import SUFFIXES, read_array
@@ -126,9 +127,15 @@ def warn_of_numbers(array: Any, names: Sequence[str] | None, name: str) -> None:
 
 
 def as_array(labels: Sequence[Any] | np.ndarray, origin: str) -> np.ndarray:
-    """Labels as an array of numbers, NaN for None; or of texts, "" for None."""
+    """
+    Labels as an array of numbers, NaN for None; or of texts, "" for None.
+
+    InputError of a mask, also if it has gaps, and of what is neither.
+    """
     if isinstance(labels, np.ndarray) and labels.dtype.kind != "O":
         return labels
+    if any(isinstance(label, bool) for label in labels):
+        raise a_mask(origin)  # which NaN in its gaps would turn into numbers
     with reading(origin, "holds neither numbers nor texts", "give one of these a row"):
         if any(isinstance(label, str) for label in labels):
             return np.array(["" if label is None else str(label) for label in labels])
@@ -153,14 +160,12 @@ def _placed(
     found: dict[int | None, Any] = {}
     rows = rows_of_lines(path, columns, keys, n_rows)
     for line, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        known = None if label != label else label  # NaN
         if row is None:
             continue
         if row in found and not by_key:
             raise InputError(f"{path}: row {row} is there twice")
-        if found.get(row, known) != known:
+        if found.setdefault(row, label) != label:
             raise InputError(f"{path}: {columns['key'][line]!r} is there with two labels")
-        found[row] = known
     if by_key:
         _check_found(path, columns["key"], rows, keys)
     return [found.get(row) for row in range(n_rows)]

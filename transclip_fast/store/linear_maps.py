@@ -15,7 +15,7 @@ from transclip_fast.errors import InputError, reading
 from transclip_fast.store.arrays import array_sha256, one_array, open_arrays
 from transclip_fast.store.features import Features, describe_encoder
 from transclip_fast.store.json_text import parse_json
-from transclip_fast.store.tensors import SUFFIX, check_writable, read_tensors, write_tensors
+from transclip_fast.store.tensors import SUFFIX, check_writable, read_metadata, write_tensors
 
 ENTRY = "transclip_fast.text_map"  # key of the JSON in their metadata
 BLOCK_ROWS = 8192  # mapped in float64 at a time
@@ -142,7 +142,7 @@ def check_map_file(path: str | Path) -> None:
 
 def _about(path: Path) -> dict[str, Any]:
     """The JSON about a map in the metadata of its file; {} in other files."""
-    metadata = read_tensors(path)[1]
+    metadata = read_metadata(path)
     with reading(path):
         found = parse_json(metadata.get(ENTRY, "{}"))
     if not isinstance(found, dict) or not isinstance(found.get("encoder"), dict | None):

@@ -190,12 +190,14 @@ def _from_table(path: Path) -> ClassNames:
     if others and "position" not in columns:
         message = f"{path}: classes are in the order of the lines; {not_read(others)}"
         warnings.warn(message, stacklevel=user_level())
-    names = [name or "" for name in columns["name"]]
+    names = ["" if name is None else name for name in columns["name"]]
     synsets = columns.get("synset")
     for values in (names, synsets or ()):
         for k, value in enumerate(values):
             if not isinstance(value, str):
                 raise InputError(f"{path}: class {k} is {value!r:.60}; expected a text")
+    if empty := [k for k, synset in enumerate(synsets or ()) if not synset.strip()]:
+        raise InputError(f"{path}: class {empty[0]} has no synset; give each class one, or none")
     if "position" in columns:
         with reading(path, "has labels that are no whole numbers", "give each class its position"):
             numbers = [int(number) for number in columns["position"]]

@@ -33,7 +33,7 @@ def read_columns(
     Some columns of a table, and the others by their names in the file.
 
     Values of a .csv are texts without spaces around them, unless they are to be `exact`; its first
-    line has the names. Decimals of a .parquet are numbers.
+    line has the names. Decimals of a .parquet are numbers, NaN is None.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def read_columns(
     Raises
     ------
     InputError
-        A file that is missing, damaged or no table, a line of another length, two columns of one
-        name, or not the needed one.
+        A file that is missing, damaged or no table, a line of another length, or not the needed
+        column; two columns of one name, of a .csv only if they are wanted.
     """
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise InputError(f"{path}: is no table that is read here; give a .csv or .parquet")
@@ -63,7 +63,7 @@ def read_columns(
             if (column := find_column(path, table.column_names, names)) is not None
         }
         found = {
-            name: [*map(_plain_number, table.column(column).to_pylist())]
+            name: [*map(_plain_value, table.column(column).to_pylist())]
             for name, column in chosen.items()
         }
     if needed not in found:
@@ -103,16 +103,16 @@ def check_line_order(path: Path, others: Mapping[str, pa.ChunkedArray]) -> None:
     """
     Refuse lines that a column numbers in another order, as of a table that was shuffled or sorted.
 
-    `others` are the columns that are not read.
+    `others` are the columns that are not read; numbers start at 0, or at 1 as R's do.
     """
     for name, column in others.items():
         cells = [WHOLE.fullmatch(str(cell)) for cell in column.to_pylist()]
         numbers = [int(match[1]) for match in cells if match]
-        in_order = [*range(len(cells))]
-        if numbers != in_order and sorted(numbers) == in_order:
+        orders = [[*range(first, first + len(cells))] for first in (0, 1)]
+        if numbers not in orders and sorted(numbers) in orders:
             raise InputError(
                 f"{path}: its column {name or 'without a name'} numbers the lines in another order "
-                f"than theirs; call it row if that order counts, else take it out"
+                "than theirs; if that order counts, call it row and count from 0, else take it out"
             )
 
 
@@ -131,8 +131,10 @@ def unguarded(text: str) -> str:
     return text[1:] if text[:1] == "'" and text[1:2] and text[1] in GUARDED else text
 
 
-def _plain_number(value: Any) -> Any:
-    """A decimal, as databases write numbers, as an int where it is whole; others as they are."""
+def _plain_value(value: Any) -> Any:
+    """A decimal, as databases write numbers, as an int where it is whole; NaN as None."""
+    if value != value:
+        return None
     if not isinstance(value, Decimal):
         return value
     return int(value) if value == value.to_integral_value() else float(value)

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from transclip_fast.errors import InputError, reading
 from transclip_fast.store.atomic import written_file
@@ -100,26 +101,36 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     path = Path(path)
     if path.suffix != SUFFIX:
         raise InputError(f"{path}: expected a file ending in {SUFFIX}")
-    with reading(path):
-        check_header(path)
-    with (
-        reading(path),
-        open(path, "rb") as file,
-        # By its number: the library takes no paths that are not UTF-8.
-        safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as checked,
-    ):
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(begin - 8))
-        tensors = {name: _read(file, begin, header[name]) for name in checked.keys()}  # noqa: SIM118
-        return tensors, dict(checked.metadata() or {})
+    with reading(path), open(path, "rb") as file:
+        begin, entries, metadata = _header(file)
+        return {name: _read(file, begin, entry) for name, entry in entries.items()}, metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a .safetensors file, of which no tensor is read."""
-    with reading(path):
-        check_header(path)
-        with safe_open(path, "pt") as checked:
-            return dict(checked.metadata() or {})
+    with reading(path), open(path, "rb") as file:
+        return _header(file)[2]
+
+
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file by name, mapped from it; any error if it is damaged."""
+    with open(path, "rb") as file:
+        _header(file)
+        return load_file(by_number(file))
+
+
+def _header(file: BinaryIO) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """The byte at which tensors begin, the entry of each by name, and the metadata; checked."""
+    with safe_open(by_number(file), "pt"):
+        begin = 8 + int.from_bytes(file.read(8), "little")
+    # Of a tensor that is named twice the library takes one.
+    entries = parse_json(file.read(begin - 8))
+    return begin, entries, entries.pop("__metadata__", None) or {}
+
+
+def by_number(file: BinaryIO) -> str:
+    """A path of an open file for libraries that take none that is not UTF-8."""
+    return f"/proc/self/fd/{file.fileno()}"
 
 
 def _read(file: BinaryIO, begin: int, entry: Mapping[str, Any]) -> torch.Tensor:
@@ -164,14 +175,6 @@ def _copy(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     finally:
         os.close(through)
     return out
-
-
-def check_header(path: Path) -> None:
-    """ValueError if a .safetensors file names a tensor twice, of which the library takes one."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length <= os.fstat(file.fileno()).st_size:  # or the library refuses it
-            parse_json(file.read(length))
 
 
 def _chunks(
