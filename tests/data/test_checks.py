@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import unit
+from tests.new_tensors import LargestTensor
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.data import checks as inputs
 from transclip_fast.data.checks import (
@@ -236,6 +237,13 @@ def test_probabilities_are_normalised_and_zero_is_minus_infinity():
     np.testing.assert_allclose(result, expected, atol=2e-7)
     assert result[0, 2] == -np.inf
     np.testing.assert_array_equal(prior, before)
+
+
+def test_the_logarithm_needs_no_second_table_in_float64():
+    prior = np.full((5000, 4), 0.25)
+    with LargestTensor(torch.float64, prior) as largest:
+        as_log_probabilities(prior, "X", rows=5000)
+    assert 0 < largest.bytes < prior.nbytes
 
 
 @pytest.mark.parametrize(
