@@ -243,6 +243,24 @@ def test_where_nothing_can_be_written(out, expected, arrays, save, refused, tmp_
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ("graph", "features.npz", "--out", "loop/x"),
+        ("graph", "features.npz", "--out", "graph", "--search", "faiss", "--save-index", "loop/x"),
+        ("predict", "result", "features.npz", "--out", "loop/x"),
+        ("convert", "weights.safetensors", "--model", "ViT-B-32", "--out", "loop/x.safetensors"),
+        ("report", "result", "--before", "loop/x"),
+    ],
+)
+def test_a_link_to_itself_is_one_line(command, solved, refused, tmp_path, monkeypatch):
+    """In place of a folder: `Path.resolve` raises RuntimeError until Python 3.12."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "weights.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert ("weights.safetensors: does" if "convert" in command else "loop/x") in refused(*command)
+
+
+@pytest.mark.parametrize(
     ("owner", "name"),
     [(os, "fsync"), (pq.ParquetWriter, "write_table"), (Path, "write_text"), (Path, "rename")],
 )

@@ -63,13 +63,30 @@ def test_encode_tells_what_it_waited_for(images, tiny, succeeds, tmp_path):
 
 def test_synthetic(tiny, succeeds, refused, monkeypatch):
     monkeypatch.setattr("transclip_fast.encode.batch_size.TIMED_SECONDS", 0)
+    model = tiny[:4]  # without workers
     assert "images a second in batches of 16, the model alone" in succeeds(
-        "encode", "--synthetic", *tiny
+        "encode", "--synthetic", *model
     )
-    summary = json.loads(succeeds("encode", "--synthetic", *tiny, "--batch-size", 5, "--json"))
+    summary = json.loads(succeeds("encode", "--synthetic", *model, "--batch-size", 5, "--json"))
     assert summary["batch_size"] == 5
-    assert summary["images_per_second"] > 0
+    assert (summary["images_per_second"] > 0, summary["warnings"]) == (True, [])
     assert "needs IMAGES and --out" in refused("encode", *tiny)
+    flags = ("--strict", "--labels-from-folders", "--by-content")
+    for unused in ("IMAGES", "--out", "--classes", "--local-features", "--workers", *flags):
+        words = ["1"] if unused == "IMAGES" else [unused] if unused in flags else [unused, "1"]
+        line = refused("encode", "--synthetic", *model, *words)
+        assert line == f"error: {unused}: --synthetic times the model alone; leave it out\n"
+
+
+def test_what_timing_warns_of_is_one_line(tiny, cli, monkeypatch):
+    def rate(*_):
+        warnings.warn("cudnn is old", stacklevel=1)
+        return 5.0
+
+    monkeypatch.setattr("transclip_fast.cli.encode.forward_rate", rate)
+    ran = cli("encode", "--synthetic", *tiny[:4], "--json")
+    assert (ran.code, ran.err) == (0, "warning: cudnn is old\n")
+    assert json.loads(ran.out)["warnings"] == ["cudnn is old"]
 
 
 def test_ranks_share_a_run(images, names, tiny, tmp_path):
@@ -90,6 +107,16 @@ def test_ranks_share_a_run(images, names, tiny, tmp_path):
     np.testing.assert_array_equal(features[0][:], features[1][:])
     folders = [tmp_path / f"3{place}" for place in ("", "/features", "/graph", "/result")]
     assert [file for folder in folders for file in folder.iterdir() if file.name[0] == "."] == []
+
+
+def test_one_rank_warns(images, tiny, tmp_path):
+    """Of what every rank that lists the images finds."""
+    folder = images(4)
+    (folder / "a.heic").touch()
+    command = "encode", folder, *tiny, "--shard-rows", 2, "--device", "cpu"
+    codes, errors = start(2, *command, "--out", tmp_path / "out")
+    assert codes == [0, 0]
+    assert [text.count("left out, not an image that can be read") for text in errors] == [1, 0]
 
 
 def test_a_rank_lost_in_an_encode_ends_a_run(images, names, tiny, tmp_path, monkeypatch):
@@ -384,6 +411,19 @@ def test_a_split_that_is_not_there(images, tiny, refused, tmp_path):
     ):
         out = ("--out", tmp_path / "features")
         assert message in refused("encode", path, "--split", "val", *tiny, *out)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("out", "is for images alone, not for "),
+        ("out/features", "is in "),
+        ("names.txt", "is a file; name a folder"),
+    ],
+)
+def test_a_target_is_refused_before_a_run(target, message, images, tiny, names, refused, tmp_path):
+    command = ("run", images(3), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert message in refused(*command, "--sort-into", tmp_path / target)
 
 
 def test_run_refuses_before_it_encodes(images, tiny, names, cli, tmp_path, monkeypatch):

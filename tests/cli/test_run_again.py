@@ -13,6 +13,7 @@ import pytest
 
 from tests.cli.conftest import contents
 from transclip_fast.cli.session import counted
+from transclip_fast.store.features import load_features
 
 
 def test_run_again_sorts_the_images_that_are_there_now(images, names, tiny, cli, tmp_path):
@@ -181,3 +182,53 @@ def test_other_classes_solve_again_from_the_same_features(images, names, tiny, c
     assert (tmp_path / "out/features/img_emb/img_emb_00000.npy").stat().st_mtime_ns == before
     run = json.loads((tmp_path / "out/result/run.json").read_text())
     assert run["class_names"] == ["bird", "fish", "horse"]
+
+
+@pytest.mark.parametrize("change", ["renamed", "removed"])
+def test_images_of_other_names_or_places_are_those_of_the_result(
+    change, images, names, tiny, cli, tmp_path
+):
+    """Though the features are as before: those of the image that could not be read are none."""
+    command = ("run", images(6), "--classes", names, *tiny, "--out", tmp_path / "out")
+    broken = tmp_path / "images/cat/001.png"
+    broken.write_bytes(b"no picture")
+    assert cli(*command).code == 0
+    before = (tmp_path / "out/features/img_emb/img_emb_00000.npy").read_bytes()
+    if change == "renamed":
+        (tmp_path / "images/dog/003.png").rename(tmp_path / "images/dog/004.png")
+    else:
+        broken.unlink()
+    assert cli(*command).code == 0
+    assert (tmp_path / "out/features/img_emb/img_emb_00000.npy").read_bytes() == before
+    features = load_features(tmp_path / "out/features")
+    table = pq.read_table(tmp_path / "out/result/predictions.parquet")
+    assert table["key"].to_pylist() == features.keys
+    assert table["source_row"].to_pylist() == features.source_rows.tolist()
+    assert features.source_rows.tolist() == ([0, 2, 3, 4, 5, 6] if broken.exists() else [*range(6)])
+    assert ("dog/004.png" in features.keys) == (change == "renamed")
+    done = contents(tmp_path / "out/result")
+    assert cli(*command).code == 0
+    assert contents(tmp_path / "out/result") == done
+
+
+@pytest.mark.parametrize(
+    ("entry", "other"),
+    [
+        ("head", {"name": "taskres", "accuracy": None, "parameters": {}}),
+        ("encoder", {"model": "tiny", "weights": "0" * 64}),
+        ("features", "../elsewhere"),
+        ("maps", {"text_map": "0" * 64}),
+        ("method", "stata"),
+    ],
+)
+def test_a_result_that_was_made_otherwise_is_not_taken(
+    entry, other, images, names, tiny, cli, tmp_path
+):
+    """As by `solve` in the same place: the hashes of the arrays do not tell."""
+    command = ("run", images(6), "--classes", names, *tiny, "--out", tmp_path / "out")
+    assert cli(*command).code == 0
+    file = tmp_path / "out/result/run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps({**run, entry: other}))
+    assert cli(*command).code == 0
+    assert json.loads(file.read_text())[entry] == run[entry] != other

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from transclip_fast import cli as command_line
+from transclip_fast.cli import options, solve
 from transclip_fast.cli.options import SeedType
+from transclip_fast.encode.architectures import FOLDER_CONFIG
 
 
 def commands(command: click.Command, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -44,6 +46,26 @@ def test_what_is_required_and_left_out_is_named(cli):
             assert line.endswith(f"see `{' '.join(('transclip-fast', *path))} --help`")
             tried += 1
     assert tried > len(command_line.COMMANDS)
+
+
+def test_options_are_kept_as_files_or_as_names(tmp_path, monkeypatch):
+    """Files start at the result, by the names they were given: caches link to files without one."""
+    monkeypatch.chdir(tmp_path)
+    for model in ("tuned", "ViT-B-32"):
+        (tmp_path / model).mkdir()
+    (tmp_path / "tuned" / FOLDER_CONFIG).write_text("{}")
+    (tmp_path / "blob").touch()
+    (tmp_path / "weights.pt").symlink_to("blob")
+
+    def kept(*words):
+        arguments = ["features.npz", "--out", "out/result", *words]
+        with solve.command.make_context("solve", arguments):
+            found = options.given_options("out/result", {"model", "pretrained"})
+            return [option.get("file", option.get("value")) for option in found]
+
+    files = ["../../tuned", "../../weights.pt"]
+    assert kept("--model", "tuned", "--pretrained", "weights.pt") == files
+    assert kept("--model", "ViT-B-32", "--pretrained", "openai") == ["ViT-B-32", "openai"]
 
 
 @pytest.mark.parametrize(

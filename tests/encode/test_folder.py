@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 
 import transclip_fast
 from tests.encode.test_encoder import contents
+from tests.encode.test_models import a_folder
 from transclip_fast.encode.weights import WatchedFiles
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
@@ -89,3 +93,39 @@ def test_without_classes_nothing_of_earlier_classes_is_left(images, tiny, tmp_pa
             transclip_fast.encode_images(folder, out, **tiny)
         assert contents(out) == contents(tmp_path / "once")
         assert load_features(out).class_names is None
+
+
+def test_another_tokenizer_of_a_model_folder_makes_other_prototypes(
+    small, images, tmp_path, monkeypatch
+):
+    """Features of images stay, also those of a version that did not note the tokenizer."""
+    model, out, plain = a_folder(tmp_path), tmp_path / "out", open_clip.get_tokenizer(small)
+
+    def tokenizer_of(name):
+        moved = int((Path(name) / "tokenizer.json").read_text())
+        return lambda texts: plain(texts).roll(moved, 1)
+
+    monkeypatch.setattr("transclip_fast.encode.models.tokenizer_of", tokenizer_of)
+    options = {"model": str(model), "pretrained": "none", "workers": 0, "device": "cpu"}
+    folder = images(3)
+
+    def encode(moved):
+        (model / "tokenizer.json").write_text(str(moved))
+        encoded = transclip_fast.encode_images(folder, out, classes=["dog", "cat"], **options)
+        return encoded.n_kept, np.load(out / "prototypes.npy")
+
+    kept, first = encode(0)
+    assert kept == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    kept, second = encode(1)
+    assert kept == 3
+    assert not np.array_equal(first, second)
+    del manifest["tokenizer_sha256"]
+    np.save(out / "prototypes.npy", first)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert load_features(out).class_names == ["dog", "cat"]
+    kept, again = encode(1)
+    assert kept == 3
+    np.testing.assert_array_equal(again, second)
+    monkeypatch.setattr("transclip_fast.encode.models.load_backbone", None)  # nothing is left to do
+    assert encode(1)[0] == 3

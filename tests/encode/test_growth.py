@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from tests.encode.test_patches import towers  # noqa: F401 - a fixture
 from transclip_fast.encode import encoder
 from transclip_fast.encode.folder import encode_source
 from transclip_fast.encode.models import load_backbone
-from transclip_fast.encode.sources import open_source
+from transclip_fast.encode.sources import Source, open_source
 from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
 
@@ -247,6 +248,22 @@ def test_an_image_of_equal_size_and_time_is_noticed_by_content(photos, backbone,
     assert seen == [1]
     encode(photos, backbone, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_features(photos, backbone, tmp_path, monkeypatch):
+    """Where the images are read to compare them."""
+    encode(photos, backbone, tmp_path / "out")
+    read = Source.read
+
+    def failing(source, row):
+        if source.keys[row] == "30.bmp":
+            raise OSError(errno.EIO, "Input/output error", source.files[row])
+        return read(source, row)
+
+    monkeypatch.setattr(Source, "read", failing)
+    message = r"^30.bmp: \[Errno 5\] Input/output error: .*30.bmp'; run again to continue$"
+    with pytest.raises(InputError, match=message):
+        encode(photos, backbone, tmp_path / "out", by_content=True)
 
 
 def test_copied_images_are_kept_by_content(photos, backbone, tmp_path, seen):

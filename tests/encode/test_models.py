@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import socket
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from transclip_fast.encode.batch_size import fitting_batch_size, random_images
-from transclip_fast.encode.models import identify, load_backbone
+from transclip_fast.encode.models import _hub_cache_only, identify, load_backbone
 from transclip_fast.errors import InputError
 
 
@@ -67,6 +69,19 @@ def test_the_hub_is_asked_only_for_what_is_not_in_its_cache(monkeypatch, cached)
     load_backbone("ViT-S-32", "none", torch.device("cpu"))
     assert offline == ([True] if cached else [True, before])
     assert before == constants.HF_HUB_OFFLINE
+
+
+def test_the_hub_can_be_asked_after_its_cache(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    errors = []
+    for block in (_hub_cache_only(), nullcontext()):
+        with block:
+            try:
+                get_session().get("http://127.0.0.1:9")
+            except Exception as error:  # noqa: BLE001 - whatever the library for HTTP raises
+                errors.append(isinstance(error, OfflineModeIsEnabled))
+    assert errors[:1] == [True]
+    assert True not in errors[1:]
 
 
 def saved(tmp_path, wrap, name="tuned.pt"):

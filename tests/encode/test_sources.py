@@ -220,6 +220,22 @@ def test_bad_sources_are_one_line(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["labels_from_folders", "follow_links"])
+@pytest.mark.parametrize("name", ["list.csv", "list.txt", "split.json", "a.tar", "tars"])
+def test_options_of_a_folder_are_refused_elsewhere(name, option, images):
+    folder = images(2)
+    (folder / "list.csv").write_text("path\ncat/000.png\n")
+    (folder / "list.txt").write_text("cat/000.png\n")
+    (folder / "split.json").write_text(json.dumps({"test": [["cat/000.png", 0, "cat"]]}))
+    (folder / "tars").mkdir()
+    for tar in ("a.tar", "tars/a.tar"):
+        write_tar(folder / tar, [("x.png", (folder / "cat/000.png").read_bytes())])
+    message = f"{name}: labels_from_folders and follow_links are for a folder of images; leave"
+    with pytest.raises(InputError, match=message):
+        open_source(folder / name, **{option: True})
+    assert len(open_source(folder / name)) == 1
+
+
 def test_labels_out_of_range(tmp_path):
     (tmp_path / "x.png").touch()
     pq.write_table(pa.table({"path": ["x.png"], "label": np.array([2])}), tmp_path / "l.parquet")

@@ -359,6 +359,19 @@ def test_what_is_left_out_of_a_tar_is_counted(tmp_path):
     assert (source.keys, source.read(0)) == (["a.tar/x"], b"photo")
 
 
+def test_hidden_files_beside_tars_are_left_out(tmp_path):
+    """As macOS and previews leave them: they are neither tars nor images."""
+    write_tar(tmp_path / "a.tar", [("x.jpg", b"photo")])
+    (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".thumb.jpg").write_bytes(b"preview")
+    line = "2 files left out, not images that can be read here: hidden 2"
+    with pytest.warns(UserWarning, match=re.escape(f"{tmp_path}: {line}") + "$"):
+        assert open_source(tmp_path).keys == ["a.tar/x"]
+    (tmp_path / "a.tar").rename(tmp_path / ".a.tar")
+    with pytest.raises(InputError, match="holds no images .* not images .*: hidden 3$"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("x.cls", b"cat"), ("x.json", b"{"), ("x.txt", b"\xff"), ("x.txt", b" " * 2**20 + b"dog")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -279,6 +280,24 @@ def test_an_image_that_always_loses_its_worker_is_a_failure(
     whole = load_features(tmp_path / "whole").get("image_features")
     found = stored.get("image_features")
     np.testing.assert_allclose(found, np.delete(whole, 4, 0), atol=2e-3)
+
+
+def test_deadly_images_are_not_sought_among_those_kept(
+    images, backbone, tmp_path, quick, monkeypatch
+):
+    good, folder, sought = backbone.preprocess, images(7), []
+    encode(folder, backbone, tmp_path / "out", shard_rows=4)
+    shutil.copy(folder / "cat/000.png", folder / "cat/001.png")
+    monkeypatch.setattr(
+        encoder, "deadly_rows", lambda *arguments: sought.extend(arguments[2]) or []
+    )
+    backbone.preprocess = lambda _: die()
+    with pytest.raises(InputError, match="workers hang or die twice"):
+        encode(folder, backbone, tmp_path / "out", workers=1, shard_rows=4)
+    assert sought == [1]
+    backbone.preprocess = good
+    encode(folder, backbone, tmp_path / "out", shard_rows=4)
+    assert load_features(tmp_path / "out").source_rows.tolist() == list(range(8))
 
 
 def test_a_machine_that_loses_every_worker_is_no_fault_of_the_images(

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.encode.test_encoder import encode
 from transclip_fast.encode.pixels import decode, suffixes
 from transclip_fast.encode.sources import open_source
+from transclip_fast.encode.walk import walk_images
 from transclip_fast.errors import InputError
 
 
@@ -81,6 +82,23 @@ def test_hidden_and_system_folders_and_files_are_left_out(images, tmp_path):
     with left_out(folder, line):
         source = open_source(folder)
     assert source.keys == ["cat/000.png", "cat/002.png", "cat/a.b.png", "dog/001.png"]
+
+
+def test_many_subfolders_are_not_compared_with_each_other(monkeypatch, tmp_path):
+    compared = []
+
+    class Name(str):
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    names = [Name(number) for number in range(1000)]
+    monkeypatch.setattr(os, "walk", lambda *_, **__: [(str(tmp_path), [*names], [])])
+    for follow_links in (True, False):
+        walk_images(tmp_path, follow_links)
+    assert len(compared) < 10 * len(names)
 
 
 def test_a_folder_of_hidden_images_says_so(tmp_path):

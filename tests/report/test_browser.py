@@ -229,6 +229,26 @@ def test_every_hostile_key_is_saved_and_read_back(opened, page_file, made_once, 
     assert found == {row: labels[row] for row in given}
 
 
+def test_undo_is_seen_where_the_image_is_not_in_the_gallery(opened, made, tmp_path):
+    n, file = len(made.keys), tmp_path / "page.html"
+    edited(made.result, label=[0] * 4 + [2] * (n - 4), zero_shot_label=[2] * n)
+    write_report(made.result, file)
+    with opened(file) as page:
+        page.get_by_role("tab", name="Least certain").click()
+        card = page.locator(f'.card[data-row="{n - 1}"]')
+        card.click()
+        page.keyboard.type("plain")
+        page.keyboard.press("Enter")
+        card.click()
+        page.get_by_role("tab", name="Changed labels").click()
+        assert card.count() == 0
+        panel = page.locator("#panel .facts2")
+        assert "you corrected" in panel.text_content()
+        page.click("#undo")
+        assert "you corrected" not in panel.text_content()
+        assert panel.locator("bdi").first.text_content() == NAMES[2]
+
+
 def test_only_all_is_100_percent(opened, page_file):
     with opened(page_file) as page:
         shown = page.evaluate("[1, 0.99996, 0.9961, 0, null].map(percent)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -307,6 +308,42 @@ def test_a_target_is_refused_before_the_solve(target, message, made, tmp_path, m
     with pytest.raises(InputError, match=message):
         raise InputError(err)
     assert {path: path.stat().st_mtime_ns for path in made.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("target", "out", "message"),
+    [
+        ("r/sorted", "r", "is in .*r; name a folder outside"),
+        ("r", "r", "is in .*r; name a folder outside"),
+        ("s", "s/r", "is for images alone, not for .*s/r; name a new folder"),
+        ("file", "r", "is a file; name a folder"),
+        ("file/s", "r", "file is a file; name another folder"),
+    ],
+)
+def test_a_target_is_refused_though_nothing_is_there_yet(
+    target, out, message, made, monkeypatch, capsys
+):
+    (made.folder / "file").touch()
+    before = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*")}
+    words = "solve", made.folder / "features", "--out", made.folder / out
+    code, out, err = command(monkeypatch, capsys, *words, "--sort-into", made.folder / target)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    with pytest.raises(InputError, match=message):
+        raise InputError(err)
+    assert {path: path.stat().st_mtime_ns for path in made.folder.rglob("*")} == before
+
+
+def test_what_is_left_out_is_in_the_json(made_once, tmp_path, monkeypatch, capsys):
+    shutil.copytree(made_once.folder / "images", tmp_path / "images")
+    made = label(tmp_path / "images", tmp_path)
+    os.remove(tmp_path / "images/plain/00.png")
+    words = "solve", made.folder / "features", "--out", tmp_path / "again", "--json"
+    code, out, err = command(monkeypatch, capsys, *words, "--sort-into", tmp_path / "sorted")
+    assert code == 0
+    *earlier, last = json.loads(out)["warnings"]
+    assert last.endswith("plain/00.png; they are left out")
+    assert earlier == read_json(tmp_path / "again/run.json")["warnings"]
+    assert err.count(last) == 1
 
 
 def test_a_target_in_the_folder_of_images_is_refused(made, monkeypatch, capsys):

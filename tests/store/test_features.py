@@ -266,6 +266,13 @@ def test_paths_that_lead_out(name, folder, tmp_path):
         load_features(folder)
 
 
+def test_a_link_to_itself_is_one_line(folder):
+    (folder / "img_emb/img_emb_1.npy").unlink()
+    (folder / "img_emb/img_emb_1.npy").symlink_to("img_emb_1.npy")
+    with pytest.raises(InputError, match=r"img_emb_1.npy: no such file$"):
+        load_features(folder)
+
+
 def test_a_folder_that_leads_out(folder, tmp_path):
     (folder / "img_emb").rename(tmp_path / "elsewhere")
     (folder / "img_emb").symlink_to(tmp_path / "elsewhere")

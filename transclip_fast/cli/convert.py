@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -77,6 +78,6 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
 
 def _check_out(out: str, checkpoint: Iterable[Path]) -> None:
     """Raise InputError if the checkpoint, or a file that is no converted one, would be replaced."""
-    if Path(out).resolve() in {file.resolve() for file in checkpoint}:
+    if os.path.realpath(out) in map(os.path.realpath, checkpoint):
         raise InputError(f"{out}: is the checkpoint itself; name another file")
     check_writable(out, "converted checkpoint", lambda file: ENTRY in read_metadata(file))

@@ -19,6 +19,7 @@ from transclip_fast.cli.options import (
     flag_of,
     json_option,
     options_of,
+    refuse_unused,
 )
 from transclip_fast.device import resolve_device
 from transclip_fast.encode import models
@@ -30,6 +31,7 @@ from transclip_fast.encode.pixels import decoder
 from transclip_fast.encode.sources import SPLITS
 from transclip_fast.errors import InputError
 from transclip_fast.progress_bar import progress_bar
+from transclip_fast.ranks import joined
 from transclip_fast.store.feature_writer import Failure
 
 SHOWN_FAILURES = 5
@@ -53,6 +55,10 @@ ENCODE = {  # parameters of `encode_images` that are options of every command th
     "workers": "Processes that decode images.  [default: one a core, at most 16]",
     "shard_rows": "Images a shard; a killed run loses at most the shard it was at.",
 }
+TIMED = (  # options that --synthetic takes
+    *("model", "pretrained", "precision", "compiled", "allow_hub", "device"),
+    *("batch_size", "shard_rows"),
+)
 TYPES: dict[str, Any] = {
     "precision": click.Choice([*PRECISIONS]),
     "split": click.Choice(SPLITS),
@@ -135,11 +141,19 @@ def command(
     resumes from the last whole shard; failures are tried again.
     """
     if synthetic:
-        session.print_summary(*time_model(values), as_json)
+        unused = {*values, "images", "out", "strict"} - {*TIMED}
+        refuse_unused(unused, "--synthetic times the model alone")
+        with session.collected_warnings({}) as messages:
+            summary, text = time_model(values)
+        session.print_summary({**summary, "warnings": messages}, text, as_json)
         return
     if images is None or out is None:
         raise InputError("encode needs IMAGES and --out (or --synthetic, which needs neither)")
-    with session.collected_warnings({}) as messages, encode_progress() as progress:
+    with (
+        joined() as ranks,
+        session.collected_warnings({}, shown=ranks.leads) as messages,
+        encode_progress() as progress,
+    ):
         encoded = encode_images(images, out, progress=progress, **values)
     if not encoded.leads:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def command(
     the graph has the same bits for any number of them, also when another number resumes.
     """
     stages = session.Stages()
-    if save_index is not None and Path(save_index).resolve().is_relative_to(Path(out).resolve()):
+    real = os.path.realpath(out)
+    if save_index is not None and Path(os.path.realpath(save_index)).is_relative_to(real):
         raise InputError(
             f"{save_index}: is in --out, which is replaced as a whole; name another file"
         )

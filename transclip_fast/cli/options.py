@@ -23,7 +23,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 POSITIVE = click.IntRange(min=1)
 PATH = click.Path(readable=False)  # why a file cannot be read is known, in one line, on reading it
-FILE_OR_NAME = ("index", "head")  # options that take a file, too
+FILE_OR_NAME = ("index", "head", "pretrained")  # options that take a file, too
 
 ARRAYS = {
     "text_features": "Text embeddings (K, d), or of several templates (P, K, d).",
@@ -249,7 +249,8 @@ def requested(model: TransCLIP) -> dict[str, Any]:
 
 def path_from(folder: str, path: str) -> str:
     """A path relative to a folder, so that both can move together."""
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    above, name = os.path.split(path)  # a link's own name: its target may lack the suffix
+    return os.path.relpath(os.path.join(os.path.realpath(above), name), os.path.realpath(folder))
 
 
 def is_given(option: click.Parameter) -> bool:
@@ -259,10 +260,21 @@ def is_given(option: click.Parameter) -> bool:
 
 
 def refuse_unused(names: Collection[str], why: str) -> None:
-    """Raise InputError if the command was given one of these options, which it would ignore."""
+    """Raise InputError if the command was given one of these, which it would ignore."""
     for option in click.get_current_context().command.params:
         if option.name in names and is_given(option):
-            raise InputError(f"{option.opts[0]}: {why}; leave it out")
+            argument = isinstance(option, click.Argument)
+            shown = option.human_readable_name if argument else option.opts[0]
+            raise InputError(f"{shown}: {why}; leave it out")
+
+
+def _is_path(name: str, value: Any) -> bool:
+    """Whether the value of an option that takes a name, too, is a file or a model's folder."""
+    from transclip_fast.encode.architectures import FOLDER_CONFIG  # needs pyarrow
+
+    if name == "model":
+        return os.path.isfile(os.path.join(value, FOLDER_CONFIG))
+    return name in FILE_OR_NAME and os.path.isfile(value)
 
 
 def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
@@ -281,7 +293,7 @@ def given_options(out: str, names: Collection[str]) -> Iterator[dict[str, str]]:
             yield {"option": (option.opts if value else option.secondary_opts)[0]}
             continue
         for one in value if option.multiple else [value]:
-            if option.type is PATH or (name in FILE_OR_NAME and os.path.isfile(one)):
+            if option.type is PATH or _is_path(name, one):
                 yield {"option": option.opts[0], "file": path_from(out, one)}
             else:
                 text = ("on" if one else "off") if isinstance(one, bool) else str(one)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import click
@@ -59,7 +59,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     Example:
       transclip-fast predict result more.npz --out more
     """
-    if Path(out).resolve() == Path(result).resolve():
+    if os.path.realpath(out) == os.path.realpath(result):
         raise InputError(f"{out}: is the result to predict from; name another folder")
     if results.is_result(path) and not results.is_result(result):
         raise InputError(f"{path}: is a result folder; the order is RESULT NEW_FEATURES")

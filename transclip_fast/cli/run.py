@@ -35,7 +35,7 @@ from transclip_fast.report.page import check_page_file, write_report
 from transclip_fast.report.sorting import check_target
 from transclip_fast.store.atomic import clean
 from transclip_fast.store.features import Features, load_features
-from transclip_fast.store.results import CSV_FILE, load_mixture, load_result
+from transclip_fast.store.results import CSV_FILE, TRANSCLIP, load_mixture, load_result
 from transclip_fast.version import __version__
 
 REPORT = "report.html"
@@ -187,9 +187,12 @@ def _finished_run(
     One of another version of the package warns, and is none: its labels may be others.
     """
     try:
-        run = load_result(result).run
+        loaded = load_result(result, ("row", "source_row", "key"))
         load_mixture(result)
     except InputError:
+        return None
+    run = loaded.run
+    if not loaded.has_rows_of(features):  # names of images change without the hashes of arrays
         return None
     if output.csv and not (result / CSV_FILE).is_file():
         return None
@@ -203,6 +206,11 @@ def _finished_run(
         return None
     known = {
         "kind": "solve",
+        "method": TRANSCLIP,
+        "head": None,
+        "features": options.path_from(str(result), features.path),
+        "encoder": features.encoder,
+        "maps": features.maps,
         "parameters": options.requested(model),
         "inputs_sha256": features.inputs_sha256(),
         "class_names": features.class_names,

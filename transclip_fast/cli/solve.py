@@ -127,9 +127,10 @@ def command(
             describe_solution(run, out, planned=True),
             f"to look at it: {command_line('report', out)}",
         ]
-    with session.collected_warnings({}):
+    with session.collected_warnings({}) as messages:
         found, sorted_lines = sorted_into(sort_into, out, path)
-    session.print_summary({**run, **found}, "\n".join([*lines, *sorted_lines]), as_json)
+    summary = {**run, **found, "warnings": [*dict.fromkeys([*run["warnings"], *messages])]}
+    session.print_summary(summary, "\n".join([*lines, *sorted_lines]), as_json)
 
 
 def _solve(

@@ -47,6 +47,7 @@ SCHEME = re.compile(r"\s*(hf[-_]hub|local-dir):")  # of names outside a folder
 FILE_OPTIONS = frozenset(  # of tokenizers, which take any path
     {"bpe_path", "vocab_file", "merges_file", "tokenizer_file", "gguf_file", "subfolder"}
 )
+TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".bpe", ".codes", ".spm", ".tiktoken", ".vocab")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # that weights decide
 
 
@@ -209,6 +210,12 @@ def tokenizer_of(model: str) -> Any:
     # open_clip passes on a folder's tokenizer_kwargs; these replace them.
     safe = {REMOTE_CODE: False} if of_transformers else {}
     return open_clip.get_tokenizer(f"local-dir:{folder}", **safe)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model folder that a tokenizer may be in, sorted."""
+    found = (file for file in folder.iterdir() if file.suffix in TOKENIZER_SUFFIXES)
+    return sorted(filter(os.path.isfile, found))
 
 
 def hub_remedy(repository: str) -> str:

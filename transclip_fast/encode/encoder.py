@@ -144,7 +144,7 @@ def encode_shards(
             # Not while the error is handled: it would be the context of those that follow.
             if lost and not retry:
                 lost_shard = pending[0]
-            elif lost and not _refused(source, backbone, writer.rows(pending[0])):
+            elif lost and not _refused(source, backbone, writer.rows_to_encode(pending[0])):
                 rows = writer.rows(pending[0])
                 raise InputError(
                     f"{source.keys[rows[0]]} to {source.keys[rows[-1]]}: workers hang or die "

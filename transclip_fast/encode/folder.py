@@ -198,7 +198,8 @@ def encode_images(
             identity = models.identify(model, pretrained, precision, compiled)
         known = _config(identity, torch_device, source, local_features)
         table = _row_table(source, text)
-        finished = _finished(out, known, table, text) if ranks.leads else None
+        wanted = _text_identity(text, identity)
+        finished = _finished(out, known, table, wanted) if ranks.leads else None
         found = None if finished is None else asdict(_encoded(finished, seconds, None))
         if (sent := ranks.broadcast(found)) is not None:
             return _received(sent, ranks)
@@ -253,9 +254,10 @@ def encode_source(
         if ranks.leads and text is None:
             writer.remove_prototypes()
         with fixed_threads(writer.config["threads"]):
-            if ranks.leads and text is not None and not writer.has_prototypes(text.identity()):
+            wanted = _text_identity(text, backbone.identity)
+            if ranks.leads and text is not None and not writer.has_prototypes(wanted):
                 with timed(seconds, "text"):
-                    writer.write_prototypes(encode_text(backbone, text), text.identity())
+                    writer.write_prototypes(encode_text(backbone, text), wanted)
             with timed(seconds, "images"):
                 throughput = encode_shards(
                     source,
@@ -289,13 +291,19 @@ def _config(
 ) -> dict[str, Any]:
     """All that decides the features; a folder of another configuration is refused."""
     return {
-        **identity,
+        **{name: value for name, value in identity.items() if name != models.TOKENIZER},
         "device": device.type,
         "source": source.identity(),
         "pixels": RULES,
         "dtype": "float16",
         "local_features": local_features,
     }
+
+
+def _text_identity(text: ClassPrompts | None, identity: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the prototypes beside the model; those of another identity are replaced."""
+    tokenizer = {name: value for name, value in identity.items() if name == models.TOKENIZER}
+    return {} if text is None else {**text.identity(), **tokenizer}
 
 
 def _open_folder(
@@ -326,7 +334,7 @@ def _open_folder(
 
 
 def _finished(
-    out: str | Path, known: dict[str, Any], table: RowTable, text: ClassPrompts | None
+    out: str | Path, known: dict[str, Any], table: RowTable, wanted: dict[str, Any]
 ) -> FeatureWriter | None:
     """The folder if it is finished and no image failed, so that no model needs to be loaded."""
     if not os.path.isfile(os.path.join(out, MANIFEST)):
@@ -334,9 +342,9 @@ def _finished(
     with locked(out):
         writer = FeatureWriter(out, known, table)
         whole = writer.complete and not any(writer.failures())
-        if whole and text is None:
+        if whole and not wanted:
             writer.remove_prototypes()
-    return writer if whole and (text is None or writer.has_prototypes(text.identity())) else None
+    return writer if whole and (not wanted or writer.has_prototypes(wanted)) else None
 
 
 def _row_table(source: Source, text: ClassPrompts | None) -> RowTable:

@@ -26,6 +26,7 @@ from transclip_fast.encode.architectures import (
     model_folder,
     network_config,
     preprocessing_of,
+    tokenizer_files,
     tokenizer_of,
     unknown,
 )
@@ -43,6 +44,7 @@ from transclip_fast.progress_bar import announced
 from transclip_fast.store.arrays import file_sha256
 
 RANDOM = "none"  # pretrained: random weights from a fixed seed
+TOKENIZER = "tokenizer_sha256"  # entry of an identity
 NOT_FINITE_REMEDIES = {
     "fp16": "give --precision bf16 or fp32, and a new --out",
     "bf16": "give --precision fp32, and a new --out",
@@ -57,7 +59,8 @@ class Backbone:
 
     `model` has `encode_image` (B, 3, H, W) -> (B, d) and `encode_text` (B, L) -> (B, d).
     `preprocess` turns a PIL image into a tensor (3, H, W) float32, `tokenizer` a list of strings
-    into token ids (B, L) int64. `identity` has all that decides the features, as in the manifest.
+    into token ids (B, L) int64. `identity` has all that decides the features, as in the manifest,
+    and of a model folder `TOKENIZER`, which decides those of texts alone.
     """
 
     model: Any
@@ -312,9 +315,10 @@ def identify(
     """
     The identity of a backbone as far as it is known before loading.
 
-    Model, weights (tag or file hash), activation, precision, whether compiled. A checkpoint file
-    does not name its activation: QuickGELU follows the model's name ("ViT-B-32-quickgelu") or the
-    folder's configuration. InputError if the model, the tag or the file does not exist.
+    Model, weights (tag or file hash), activation, precision, whether compiled, a folder's
+    tokenizer. A checkpoint file does not name its activation: QuickGELU follows the model's name
+    ("ViT-B-32-quickgelu") or the folder's configuration. InputError if the model, the tag or the
+    file does not exist.
     """
     import open_clip
 
@@ -335,7 +339,14 @@ def identify(
         "quick_gelu": quick_gelu,
         "precision": precision,
         "compiled": compiled,
+        **({} if folder is None else {TOKENIZER: _hash_of(tokenizer_files(folder))}),
     }
+
+
+def _hash_of(files: Sequence[Path]) -> str:
+    """Hash of the names and contents of files."""
+    found = "".join(f"{file.name!a} {file_sha256(file)}\n" for file in files)
+    return hashlib.sha256(found.encode()).hexdigest()
 
 
 def _weights_file(model: str, pretrained: str | None) -> Path:

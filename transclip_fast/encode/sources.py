@@ -21,8 +21,8 @@ from transclip_fast.data.names import first_difference
 from transclip_fast.encode.path_lists import check_any_there, check_repeats, read_path_list
 from transclip_fast.encode.pixels import Box, suffixes
 from transclip_fast.encode.tars import Sample, is_tar, read_samples, takes_in_next
-from transclip_fast.encode.walk import NO_SUFFIX, left_out_words, utf8_name, walk_images
-from transclip_fast.errors import InputError, check_regular, reading
+from transclip_fast.encode.walk import HIDDEN, NO_SUFFIX, left_out_words, utf8_name, walk_images
+from transclip_fast.errors import InputError, check_regular, one_line, reading
 from transclip_fast.parallel import parallel_map
 from transclip_fast.store.atomic import read_json
 from transclip_fast.store.row_table import RowTable
@@ -104,14 +104,22 @@ class Source:
 
     @functools.cached_property
     def contents(self) -> list[str]:
-        """The sha256 of each image; of one that cannot be read, nothing."""
+        """
+        The sha256 of each image; of one that cannot be read, nothing.
+
+        InputError if the machine fails to read one; a later run may not.
+        """
 
         def hashed(rows: Sequence[int]) -> list[str]:
             found = []
             for row in rows:
                 found.append("")
-                with failing_later():
-                    found[-1] = hashlib.sha256(self.read(row)).hexdigest()
+                try:
+                    with failing_later():
+                        found[-1] = hashlib.sha256(self.read(row)).hexdigest()
+                except OSError as error:  # no fault of the folder that is written meanwhile
+                    reason = f"{self.keys[row]}: {one_line(error)}; run again to continue"
+                    raise InputError(reason) from error
             return found
 
         rows = range(len(self))
@@ -166,19 +174,23 @@ def open_source(
     ------
     InputError
         Nothing there, no images, or a list, tar or split that cannot be read; a split's path that
-        leads out of its folder.
+        leads out of its folder; a parameter that is for another kind of source.
     """
     path = Path(path)
     if path.suffix.lower() != ".json" and (split or root):
         raise InputError(f"{path}: split and root are for a .json of splits; leave them out")
     if not os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
         raise InputError(f"{path}: no such file or folder")
-    if path.is_dir():
-        tars = sorted(file for file in path.iterdir() if is_tar(file) and not file.is_dir())
-        if tars:
-            source = _webdataset(tars, _beside_tars(path))
-        else:
-            source = _folder(path, labels_from_folders, follow_links)
+    tars = _tars_in(path) if path.is_dir() else []
+    if (labels_from_folders or follow_links) and (tars or not path.is_dir()):
+        raise InputError(
+            f"{path}: labels_from_folders and follow_links are for a folder of images; leave them "
+            "out"
+        )
+    if tars:
+        source = _webdataset(tars, _beside_tars(path))
+    elif path.is_dir():
+        source = _folder(path, labels_from_folders, follow_links)
     else:
         source = _file(path, split, root)
     if not len(source):
@@ -350,11 +362,20 @@ def _webdataset(tars: Sequence[Path], left_out: Counter[str]) -> Source:
     return source
 
 
+def _tars_in(folder: Path) -> list[Path]:
+    """The tars in a folder; hidden ones are of the system, as macOS writes beside each file."""
+    found = (file for file in folder.iterdir() if is_tar(file) and file.name[0] != ".")
+    return sorted(file for file in found if not file.is_dir())
+
+
 def _beside_tars(folder: Path) -> Counter[str]:
     """What a folder of tars holds besides, by suffix."""
     left_out = Counter[str]()
     for entry in folder.iterdir():
-        suffix = "folders" if entry.is_dir() else entry.suffix.lower() or NO_SUFFIX
+        if entry.is_dir():
+            suffix = "folders"
+        else:
+            suffix = HIDDEN if entry.name[0] == "." else entry.suffix.lower() or NO_SUFFIX
         if suffix in suffixes():
             raise InputError(f"{folder}: holds images and .tar files; name one of the .tar files")
         left_out[suffix] += suffix != ".tar"

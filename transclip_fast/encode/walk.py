@@ -35,8 +35,9 @@ def walk_images(root: Path, follow_links: bool) -> tuple[list[tuple[str, str]], 
         paths = {name: os.path.join(folder, name) for name in subfolders}
         hidden += [path for name, path in paths.items() if _is_hidden_folder(name)]
         seen = {name: path for name, path in paths.items() if not _is_hidden_folder(name)}
-        subfolders[:] = [name for name, path in seen.items() if not skip(path)]
-        links += [path for name, path in seen.items() if name not in subfolders]
+        skipped = {name: path for name, path in seen.items() if skip(path)}
+        subfolders[:] = [name for name in seen if name not in skipped]
+        links += skipped.values()
         for name in files:
             file = Path(folder, name)
             if name.startswith("."):

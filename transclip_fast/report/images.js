@@ -139,8 +139,8 @@ function said(heading, opinion) {
   if (!opinion || !opinion.length) return element("div");
   const lines = opinion.flatMap(([k, p]) => [
     element("span", {}, isolated(nameOf(k))),
-    p === null ? element("span") : element("meter", { value: p, max: 1, attributes: { "aria-label": percent(p) } }),
-    element("span", { className: "percent", textContent: p === null ? "" : percent(p) }),
+    element("meter", { value: p, max: 1, attributes: { "aria-label": percent(p) } }),
+    element("span", { className: "percent", textContent: percent(p) }),
   ]);
   return element("div", {}, element("h3", { textContent: heading }), element("div", { className: "say" }, ...lines));
 }
@@ -253,7 +253,8 @@ function undo() {
   if (k === undefined) given.delete(row);
   else given.set(row, k);
   changed(row);
-  if (rowsShown().includes(row)) select(row, document.activeElement === $("right"));
+  const next = rowsShown().includes(row) ? row : state.row; // the panel may name the row, too
+  if (next !== null) select(next, document.activeElement === $("right"));
 }
 
 function changed(row) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -49,7 +50,7 @@ def write_report(
         suffix .html, a file that cannot be written, or one that is no page and would be replaced.
     """
     check_page_file(out)
-    if before is not None and Path(before).resolve() == Path(result).resolve():
+    if before is not None and os.path.realpath(before) == os.path.realpath(result):
         raise InputError(f"before: {before} is the result itself; give the one before corrections")
     content = Content.of(View.open(result, before), images)
     # A path that is no UTF-8 has half characters, which are no text; they are shown escaped.
@@ -86,7 +87,7 @@ def render(content: Content) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = view.result.folder.resolve()
+    shown = Path(os.path.realpath(view.result.folder))
     template = environment.get_template("page.html.j2")
     return template.render(
         title=f"{shown.parent.name}/{shown.name}",

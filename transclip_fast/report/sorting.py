@@ -18,7 +18,13 @@ from transclip_fast.encode.walk import path_of
 from transclip_fast.errors import InputError
 from transclip_fast.report.thumbnails import Pictures, metadata_of, pictures_of
 from transclip_fast.store.arrays import read_table
-from transclip_fast.store.atomic import new_folder, read_json, write_json, writing
+from transclip_fast.store.atomic import (
+    check_replaceable,
+    new_folder,
+    read_json,
+    write_json,
+    writing,
+)
 from transclip_fast.store.feature_shards import numbered
 from transclip_fast.store.feature_writer import MANIFEST
 from transclip_fast.store.results import load_result
@@ -43,18 +49,25 @@ class Sorted:
 
 def check_target(target: str | Path, apart: Iterable[str | Path]) -> None:
     """
-    Refuse a folder that holds anything but what `sort_images` wrote, or is in one of `apart`.
+    Refuse a file, and a folder that holds anything but what `sort_images` wrote.
 
-    Images below a folder of images would be found there the next time.
+    Or that is in one of `apart`, as images below a folder of images would be found there the next
+    time; or is to hold one of them. They need not be there yet.
     """
-    real = Path(os.path.realpath(target))
-    for folder in apart:
-        if os.path.isdir(folder) and real.is_relative_to(os.path.realpath(folder)):
+    real, others = Path(os.path.realpath(target)), [*apart]
+    for folder in others:
+        if real.is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{target}: is in {folder}; name a folder outside of it")
-    if os.path.isdir(real) and os.listdir(real) and not _is_ours(real):
+    with writing(target):
+        there = _names_in(real)
+        check_replaceable(real, target, there)
+    if there and not _is_ours(real):
         raise InputError(
             f"{target}: holds other files, or was changed since it was written; name a new folder"
         )
+    for folder in others:
+        if Path(os.path.realpath(folder)).is_relative_to(real):
+            raise InputError(f"{target}: is for images alone, not for {folder}; name a new folder")
 
 
 def walked_folders(features: str | Path) -> list[Path]:
@@ -98,8 +111,7 @@ def sort_images(result: str | Path, features: str | Path, target: str | Path) ->
     names = folder_names(loaded.run["class_names"] or map(str, range(loaded.run["n_classes"])))
     folders = [REJECTED if out else names[k] for k, out in zip(labels, rejected, strict=True)]
     pictures = pictures_of(Path(features), dict(enumerate(keys)))
-    there = frozenset(os.listdir(target)) if os.path.isdir(target) else frozenset()
-    with new_folder(target, there) as folder:
+    with new_folder(target, _names_in(target)) as folder:
         placed, copied, missing = _place(folder, folders, pictures, target)
         if not placed:
             reason = " or ".join(missing)
@@ -190,6 +202,11 @@ def _free(name: str, number: str, taken: set[str], suffix: str = "") -> str:
 
 def _cut(name: str, n_bytes: int) -> str:
     return name.encode()[:n_bytes].decode(errors="ignore")
+
+
+def _names_in(folder: str | Path) -> frozenset[str]:
+    """The names in a folder; none if there is no such folder."""
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
 def _is_ours(folder: Path) -> bool:

@@ -142,9 +142,9 @@ def is_whole(file: Path, sha256: str | None) -> bool:
 def inside(folder: Path, name: str) -> Path:
     """A file of a folder by name; InputError if the name, or a link, leads out of the folder."""
     path = folder / name
-    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{path}: leads out of {folder}")
-    return path
+    if "\0" not in name and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return path
+    raise InputError(f"{path}: leads out of {folder}")
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

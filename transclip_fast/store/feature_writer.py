@@ -40,7 +40,7 @@ SHARD_FILES = {"features_sha256": IMAGES, "local_sha256": LOCAL, "metadata_sha25
 FOLDERS = ("img_emb", "local_emb", "metadata", "records", EARLIER)
 # Settings of the first run, which resumed runs keep: other values change some last bits.
 SETTLED = {"batch_size": 2**31, "threads": 4096, "shard_rows": 2**31}  # the most each can be
-TEXT = ("class_names", "templates", "prompts_sha256", "prototypes_sha256")
+TEXT = ("class_names", "templates", "prompts_sha256", "tokenizer_sha256", "prototypes_sha256")
 SHOWN_KEYS = 3  # of images, in a warning
 
 

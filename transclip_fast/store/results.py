@@ -69,6 +69,12 @@ class Result:
             lowest=-1 if name == TRUTH else 0,
         ).numpy()
 
+    def has_rows_of(self, features: Features) -> bool:
+        """Whether its rows have the names, and the places in the source, that features say."""
+        own = pa.table(_row_columns(features, slice(0, len(features.get("image_features")))))
+        names = own.column_names
+        return all(map(self.has, names)) and self.predictions.select(names).equals(own)
+
     def shares(self, name: str) -> np.ndarray:
         """A column of numbers between 0 and 1, (N,) float64; InputError if it holds others."""
         column = self._column(name)
@@ -147,14 +153,10 @@ def prediction_tables(
     for start in range(0, n_rows, TABLE_ROWS):
         block = slice(start, min(start + TABLE_ROWS, n_rows))
         here = slice(first + block.start, first + block.stop)
-        rows = np.arange(here.start, here.stop)
         values, classes = _top(distributions[block])
         label = classes[:, 0]
-        keys = None if features.keys is None else features.keys[here]
         found = {
-            "row": rows,
-            "source_row": rows if features.source_rows is None else features.source_rows[here],
-            "key": pa.array(keys or [None] * len(rows), pa.string()),
+            **_row_columns(features, here),
             "label": label,
             "label_name": names.take(pa.array(label)),
             "confidence": values[:, 0],
@@ -172,6 +174,17 @@ def prediction_tables(
         if labels is not None:
             found[TRUTH] = pa.array(labels[block], mask=labels[block] < 0)
         yield pa.table(found)
+
+
+def _row_columns(features: Features, here: slice) -> dict[str, Any]:
+    """The columns that say which images some rows are."""
+    rows = np.arange(here.start, here.stop)
+    keys = None if features.keys is None else features.keys[here]
+    return {
+        "row": rows,
+        "source_row": rows if features.source_rows is None else features.source_rows[here],
+        "key": pa.array(keys or [None] * len(rows), pa.string()),
+    }
 
 
 def save_result(
