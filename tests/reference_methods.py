@@ -170,7 +170,7 @@ def nearest_weights(similarity, k, power):
 def zlap(x, s, y, k, *, n_neighbors=4, n_labels=5, gamma=5.0, alpha=0.3):
     images = x @ x.T
     np.fill_diagonal(images, -np.inf)
-    edges = [nearest_weights(images, n_neighbors, gamma), nearest_weights(x @ s.T, n_labels, gamma)]
+    edges = [nearest_weights(images, n_neighbors, 1), nearest_weights(x @ s.T, n_labels, gamma)]
     return normalised(label_propagation(np.concatenate(edges, 1), y, k, alpha=alpha))
 
 

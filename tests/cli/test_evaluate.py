@@ -82,6 +82,16 @@ def test_warns_of_classes_in_another_order(solved, cli, tmp_path):
     assert json.loads(ran.out)["warnings"] == [ran.err.removeprefix("warning: ").rstrip()]
 
 
+def test_warnings_of_a_labels_file_are_in_the_summary(solved, cli, tmp_path):
+    lines = [f"{label},0.5" for label in table_of(solved)["label"].to_pylist()]
+    (tmp_path / "labels.csv").write_text("\n".join(["label,score", *lines]))
+    ran = cli("evaluate", solved, "--labels", tmp_path / "labels.csv", "--json")
+    assert ran.code == 0
+    (message,) = json.loads(ran.out)["warnings"]
+    assert ran.err == f"warning: {message}\n"
+    assert message.startswith(f"{tmp_path / 'labels.csv'}: labels go to the rows in their order")
+
+
 def gap_of(images, texts):
     """The distance of the means of unit rows and their cosine, in float64."""
     image, text = (unit(np.asarray(rows, np.float64)).mean(0) for rows in (images, texts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -113,7 +114,6 @@ def test_solve_says_what_validation_chose_and_what_a_method_assumes(
     ("change", "options", "message"),
     [
         ({}, ["--method", "stata", "--set", "beta=1"], "stata has no setting 'beta'"),
-        ({}, ["--method", "stata", "--set", "self=1"], "stata has no setting 'self'"),
         ({}, ["--method", "stata", "--set", "name=1"], "stata has no setting 'name'"),
         ({}, ["--method", "stata", "--set", "alpha"], "--set alpha: expected NAME=VALUE"),
         ({}, ["--method", "stata", "--set", "alpha=much"], "expected NAME=VALUE with a number"),
@@ -130,6 +130,12 @@ def test_solve_says_what_validation_chose_and_what_a_method_assumes(
         ({"known_labels": [0] * 77}, ["--method", "stata"], "known_labels: method stata takes"),
         ({"text_features": None}, ["--method", "bd-cspn"], "no text features and no shots"),
         ({"class_names": ["a"]}, ["--method", "stata"], "1 name for 6 classes"),
+        ({}, ["--method", "stata", "--set", "self=1"], "stata has no setting 'self'"),
+        (
+            {},
+            ["--method", "bd-cspn", "--set", "eps=1000"],
+            "features.npz: bd-cspn: row 0 has no finite answer with n_rows 8, eps 1000",
+        ),
     ],
 )
 def test_solve_refuses(save, arrays, refused, change, options, message, tmp_path):
@@ -285,6 +291,20 @@ def test_other_anchors_run_again_only_what_they_change(save, few_shot, succeeds,
         rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
         assert (rows["zero-shot"]["anchors"], rows["zlap"]["anchors"]) == ("texts", anchors)
     assert counted == ["zero-shot", "zlap", "zlap"]
+
+
+def test_rows_of_an_index_that_was_replaced_are_not_kept(
+    save, arrays, done, cli, counted, tmp_path
+):
+    pytest.importorskip("faiss")
+    features, index = save(arrays), tmp_path / "image.index"
+    search = "--search", "faiss", "--index", "Flat", "--save-index", index
+    done("graph", features, *search, "--out", tmp_path / "graph")
+    command = "compare", features, "--methods", "stata", "--out", tmp_path / "table.md"
+    for time in (1, 1, 2):
+        os.utime(index, (time, time))
+        assert cli(*command, "--index", index).code == 0
+    assert counted == ["stata", "stata"]
 
 
 def test_rows_of_other_class_names_are_not_kept(save, arrays, cli, counted, tmp_path):

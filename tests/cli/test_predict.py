@@ -88,6 +88,12 @@ def test_a_prior_in_the_file_that_the_result_has_no_use_for(
     assert f"{file}: {kind}: the result was solved with prototypes, not with a prior" in message
 
 
+def test_more_rows_than_memory_has_room_for(solved, new, refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("transclip_fast.cli.predict.free_bytes", lambda device: 43 * 6 * 8 - 1)
+    message = refused("predict", solved, new[2], "--out", tmp_path / "more")
+    assert "image_features: probabilities of 43 rows and 6 classes take 2.02 KiB" in message
+
+
 def test_what_does_not_fit_the_result_is_warned_of(arrays, save, succeeds, cli, tmp_path):
     """Labels in another order, other classes, and known labels, which a solve would keep."""
     text = unit(

@@ -133,12 +133,6 @@ def test_plot_without_patches_says_so(save, digits, patched, cli, tmp_path):  # 
     ran = cli("solve", bare, "--head", other, "--out", tmp_path / "again")
     assert ran.code == 2
     assert "plot was trained with them, and these rows have none" in ran.err
-    np.save(tmp_path / "map.npy", np.eye(512))
-    ran = cli(
-        "solve", tmp_path / "features.npz", "--head", other, "--image-map", tmp_path / "map.npy",
-        "--out", tmp_path / "again",
-    )  # fmt: skip
-    assert (ran.code, "maps no local features" in ran.err) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["cocoop", "plot"])

@@ -328,6 +328,10 @@ def test_a_folder_with_other_files_is_left_alone(pets, refused, tmp_path):
         (("domains", "pets.npz", "bare.npz", "--subset", "none", "s.txt"), "none: is no target"),
         (("domains", "pets.npz", "bare.npz", "--subset", "bare", "s.txt"), "line 2: label '9'"),
         (("domains", "pets.npz", "bare.npz", "--subset", "bare", "t.txt"), "t.txt: 2 classes"),
+        (
+            ("domains", "pets.npz", "bare.npz", *("--subset", "bare", "s.txt") * 2),
+            "--subset bare: is given twice",
+        ),
         (("domains", "pets.npz", "bare.npz"), "bare: has 4 classes, pets 6"),
         (("domains", "pets.npz", "narrow.npz"), "narrow: has 20 dimensions, pets 33"),
         (

@@ -1,4 +1,4 @@
-"""`encode`, `run` and `demo`: images to labels in one command."""
+"""`encode` and `run`: images to labels in one command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import warnings
 
 import numpy as np
@@ -20,19 +19,7 @@ from tests.cli.conftest import contents
 from tests.cli.test_plan import DENSE
 from tests.cli.test_ranks import start
 from transclip_fast.encode import encoder
-from transclip_fast.errors import InputError
 from transclip_fast.store.features import load_features
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Any attempt to connect fails the test."""
-
-    def refuse(*arguments):
-        raise AssertionError(f"a connection was tried: {arguments}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def test_encode_makes_a_folder_that_solve_opens(images, names, tiny, succeeds, cli, tmp_path):
@@ -313,45 +300,6 @@ def test_what_is_left_out_is_one_line_and_links_are_followed_on_request(
     assert load_features(tmp_path / "more").keys == ["dog/001.png", "linked/a.png"]
 
 
-def test_demo(cli, tmp_path, no_network):
-    ran = cli("demo", "--out", tmp_path / "demo", "--json")
-    assert ran.code == 0
-    summary = json.loads(ran.out)
-    assert json.loads((tmp_path / "demo/run.json").read_text()) == summary
-    sets = summary["sets"]
-    assert list(sets) == ["blur", "thin strokes", "thick strokes", "plain"]
-    assert summary["accuracy"] > summary["zero_shot_accuracy"] + 2
-    for name, numbers in sets.items():
-        result = tmp_path / "demo" / name.replace(" ", "-") / "result"
-        truth, label, zero_shot = (
-            pq.read_table(result / "predictions.parquet")[column].to_numpy()
-            for column in ("true_label", "label", "zero_shot_label")
-        )
-        assert numbers["accuracy"] == round(100 * (label == truth).mean(), 4)
-        assert numbers["zero_shot_accuracy"] == round(100 * (zero_shot == truth).mean(), 4)
-    assert (tmp_path / "demo/changed.png").stat().st_size > 10_000
-    assert summary["report"] == str(tmp_path / "demo/report.html")
-    assert (tmp_path / "demo/report.html").read_text().count('"picture":') > 100
-
-
-def test_the_demo_replaces_nothing_but_a_demo(cli, refused, tmp_path, monkeypatch):
-    """A result folder has a run.json, too; what a killed demo left is written again."""
-
-    def fail(*_, **__):
-        raise InputError("features: cannot be written")
-
-    monkeypatch.setattr("transclip_fast.cli.demo.encode_source", fail)
-    for name in ("run.json", "changed.txt"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("{}")
-        message = refused("demo", "--out", tmp_path / name)
-        assert f"{tmp_path / name}: holds other files ({name}); name a new folder" in message
-        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
-    for _ in range(2):
-        assert "cannot be written" in cli("demo", "--out", tmp_path / "demo").err
-        (tmp_path / "demo/.changed.png.1").write_text("half")
-
-
 @pytest.mark.parametrize("command", ["run", "demo"])
 def test_another_page_is_refused_before_any_work(command, images, names, tiny, refused, tmp_path):
     (tmp_path / "out").mkdir()
@@ -359,20 +307,6 @@ def test_another_page_is_refused_before_any_work(command, images, names, tiny, r
     given = () if command == "demo" else (images(3), "--classes", names, *tiny)
     message = refused(command, *given, "--out", tmp_path / "out")
     assert "out/report.html: is there and is no page of a result" in message
-
-
-def test_what_the_demo_warns_of_is_one_line(cli, tmp_path, monkeypatch):
-    """Also where it encodes, as of a lock that cannot be removed."""
-
-    def fail(*_, **__):
-        warnings.warn("cannot remove .features.lock", stacklevel=2)
-        raise InputError("features: cannot be written")
-
-    monkeypatch.setattr("transclip_fast.cli.demo.encode_source", fail)
-    ran = cli("demo", "--out", tmp_path / "demo")
-    assert ran.code == 2
-    lines = ["warning: cannot remove .features.lock", "error: features: cannot be written"]
-    assert ran.err.splitlines() == lines
 
 
 def test_a_split_json_from_images_to_a_protocol(images, tiny, succeeds, cli, tmp_path):

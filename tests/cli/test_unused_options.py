@@ -13,6 +13,7 @@ NO_HEAD = "is of a --head, and there is none"
 NO_SEARCH = "the graph of --graph is not searched"
 NO_FEATURES = "is of FEATURES, and there are none"
 NO_PROMPTS = "learns no prompts"
+NO_DRAW = "no shots are drawn"
 NO_IMAGES = "holds features, and lists no images"
 
 
@@ -37,6 +38,14 @@ NO_IMAGES = "holds features, and lists no images"
         ("protocol few-shot features.npz --head taskres", "--epochs 3", "learns prompts"),
         ("evaluate-pairs pairs.safetensors", "--model RN50", NO_IMAGES),
         ("train-map pairs.safetensors", "--attributes words.txt", NO_IMAGES),
+        ("solve features.npz --head head.safetensors", "--image-map m.npy", "rows without one"),
+        ("compare features.npz --methods stata", "--seed 3", NO_DRAW),
+        ("compare features.npz --methods stata --shots 0", "--seed 3", NO_DRAW),
+        ("compare caches --methods stata --shots 2", "--seed 3", NO_DRAW),
+        ("train-head taskres features.npz", "--device cpu", NO_PROMPTS),
+        ("train-head coop features.npz --epochs 1", "--rate 1", "the only epoch is the warm-up"),
+        ("evaluate-pairs pairs.safetensors", "--device cpu", NO_IMAGES),
+        ("train-map pairs.safetensors", "--device cpu", NO_IMAGES),
     ],
 )
 def test_it_is_refused(
@@ -48,6 +57,9 @@ def test_it_is_refused(
     names = ("image_features", "caption_features", "negative_features")
     save_file(dict(zip(names, pairs, strict=True)), "pairs.safetensors")
     (tmp_path / "words.txt").write_text("red\nblue\n")
+    if "caches" in command:
+        (tmp_path / "caches").mkdir()
+        (tmp_path / "caches/test_f.pt").touch()
     if "head.safetensors" in command:
         done("train-head", "taskres", "features.npz", "--out", "head.safetensors")
     if "--graph" in command:

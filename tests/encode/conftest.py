@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 
@@ -41,3 +43,18 @@ def save(tmp_path):
         return str(tmp_path / name)
 
     return write
+
+
+def draw_image(file, seed, size=(12, 10)):
+    """An image of noise; one of another seed and the same size takes as many bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of seven bitmaps, of equal sizes, 00.bmp, 10.bmp .. 60.bmp."""
+    for k in range(7):
+        draw_image(tmp_path / f"photos/{k}0.bmp", k)
+    return tmp_path / "photos"

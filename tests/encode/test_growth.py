@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
+from tests.encode.conftest import draw_image
 from tests.encode.test_encoder import Killed, contents
 from tests.encode.test_patches import towers  # noqa: F401 - a fixture
 from transclip_fast.encode import encoder
@@ -33,21 +33,6 @@ def encode(folder, backbone, out, by_content=False, **options):
     options = {"batch_size": 2, "workers": 0, "shard_rows": 3, **options}
     source = replace(open_source(folder), by_content=by_content)
     return encode_source(source, backbone, out, None, **options)
-
-
-def draw_image(file, seed, size=(12, 10)):
-    """An image of noise; one of another seed and the same size takes as many bytes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(file)
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """A folder of seven bitmaps, of equal sizes, 00.bmp, 10.bmp .. 60.bmp."""
-    for k in range(7):
-        draw_image(tmp_path / f"photos/{k}0.bmp", k)
-    return tmp_path / "photos"
 
 
 @pytest.fixture
@@ -401,37 +386,3 @@ def test_an_earlier_versions_folder(photos, backbone, tmp_path, seen):
     draw_image(photos / "15.bmp", 7)
     assert encode(photos, backbone, tmp_path / "out").n_kept == 7
     assert seen == [1]
-
-
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [
-        ("threads", 0), ("threads", -1), ("threads", 10**9), ("threads", True), ("threads", "1"),
-        ("batch_size", 0), ("batch_size", 2.0), ("shard_rows", -3), ("shard_rows", None),
-    ],
-)  # fmt: skip
-def test_settings_in_a_manifest_that_cannot_be(entry, value, photos, backbone, tmp_path):
-    encode(photos, backbone, tmp_path / "out")
-    file = tmp_path / "out/manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["config"][entry] = value
-    file.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=rf"manifest\.json: {entry} is "):
-        encode(photos, backbone, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rows": -1}, {"rows": "3"}, {"failures": [[0, "a"]]}, {"failures": {}},
-        {"features_sha256": 3}, {"batch_size": 0}, {"metadata_sha256": []},
-    ],
-)  # fmt: skip
-def test_shards_in_a_manifest_that_cannot_be(change, photos, backbone, tmp_path):
-    encode(photos, backbone, tmp_path / "out")
-    file = tmp_path / "out/manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["shards"]["1"] |= change
-    file.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"manifest\.json: "):
-        encode(photos, backbone, tmp_path / "out")

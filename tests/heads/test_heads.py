@@ -10,6 +10,7 @@ from bench.accuracy import heads as bench_heads
 from bench.rivals.plain_heads import fit as fit_plainly
 from tests.conftest import unit
 from tests.heads.shots import TAU, fitted, logits_of, without_validation
+from tests.kernels.pretend_gpu import PretendGpu
 from tests.ordered_sums import OrderedSums
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.data.labelled_rows import LabelledRows
@@ -47,6 +48,23 @@ def test_as_good_as_the_plain_fit(name, task, monkeypatch):
     if name in TRAINED:
         zero_shot = right(TAU * task["image_features"] @ task["text_features"].T, task)
         assert right(head, task) > zero_shot + 5
+
+
+@pytest.mark.parametrize("name", ["prompt-ensemble", "tip-adapter"])  # without training
+def test_arrays_on_a_gpu(name, task):
+    with PretendGpu():
+        there = {key: torch.from_numpy(array).to("cuda") for key, array in task.items()}
+        head = fitted(name, there)
+    expected = fitted(name, task)
+    np.testing.assert_array_equal(logits_of(head, task), logits_of(expected, task))
+
+
+def test_patches_on_a_gpu():
+    rows, patches = torch.eye(3), torch.ones(3, 2, 3)
+    expected = PatchedRows(rows, patches, "patches")[:]
+    with PretendGpu():
+        found = PatchedRows(rows, patches.to("cuda"), "patches")[:]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["tip-adapter", "taskres", "linear-probe"])

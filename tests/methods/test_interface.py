@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import balanced, make_problem
+from tests.kernels.pretend_gpu import PretendGpu
 from transclip_fast import InputError, TransCLIP, build_graph
 from transclip_fast.methods import METHODS, StatA
 
@@ -169,6 +170,41 @@ def test_without_texts_the_shots_tell_the_classes(arrays):
     )
 
 
+@EVERY_METHOD
+def test_arrays_on_a_gpu(name, arrays):
+    given = {**arrays, "validation_features": arrays["X"][:9], "validation_labels": [0, 1, 2] * 3}
+    settings = METHODS[name].grid.keys() - {"max_iter", "alpha"}
+    settings = {setting: METHODS[name].grid[setting].default for setting in settings}
+    expected = fit(name, given, **settings).label_distributions_
+    with PretendGpu():
+        there = {key: torch.as_tensor(array).to("cuda") for key, array in given.items()}
+        found = fit(name, there, **settings).label_distributions_
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sizes"),
+    [
+        ("em-dirichlet", {}, (50, 2000, 0)),  # (K, K) arrays
+        ("tim-adm", {}, (50, 500, 20_000)),  # (M, K) arrays
+        ("bd-cspn", {"n_rows": 1000}, (1000, 200, 200)),  # rows that join a class
+        ("zlap", {"n_labels": 1000, "anchors": "shots"}, (1500, 5, 1000)),  # edges
+        ("ecalp", {"n_shots": 1000}, (1500, 5, 1000)),
+        ("stata", {"n_neighbors": 1000}, (1500, 5, 0)),
+    ],
+)
+def test_memory_of_arrays_other_than_those_of_rows_and_classes(name, settings, sizes, monkeypatch):
+    """A fit with N, K and M that takes most for these is refused before it makes them."""
+    n, k, m = sizes
+    draw, method = np.random.default_rng(0), METHODS[name]
+    monkeypatch.setattr(method, "solve", lambda *_: pytest.fail("fitted"))
+    rows = [draw.normal(size=(size, 64)).astype(np.float32) for size in (n, k, m)]
+    x, texts, shots = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows)
+    labelled = {"support_features": shots, "support_labels": np.arange(m) % k} if m else {}
+    with pytest.raises(InputError, match=f"memory: {name} keeps .*; there are 1 GiB"):
+        method(device="cpu", memory="1GiB", **settings).fit(x, text_features=texts, **labelled)
+
+
 def replaced(arrays, **changes):
     return {k: v for k, v in {**arrays, **changes}.items() if v is not None}
 
@@ -206,6 +242,7 @@ def without_shots(arrays):
         ("zero-shot", {"memory": "1MiB"}, dict, "zero-shot keeps 1 arrays of"),
         ("zero-shot", {}, lambda a: replaced(a, X=a["X"] * np.nan), "X: row 0 contains NaN"),
         ("zlap", {}, lambda a: replaced(a, support_labels=None), "support_features and support_l"),
+        ("bd-cspn", {"eps": 1000}, dict, "row 0 has no finite answer with n_rows 8, eps 1000"),
     ],
 )
 def test_refused_arrays(arrays, name, settings, change, message):
@@ -232,6 +269,8 @@ def test_refused_arrays(arrays, name, settings, change, message):
         ("pt-map", {"class_prior": [[1, 2]]}, r"expected shares \(K,\), got shape \(1, 2\)"),
         ("pt-map", {"class_prior": "even"}, "class_prior: expected numbers"),
         ("stata", {"class_prior": [1, 2]}, "stata has no setting 'class_prior'"),
+        ("stata", {"self": 1}, "stata has no setting 'self'"),
+        ("pt-map", {"self": 1}, "pt-map has no setting 'self'"),
         ("stata", {"logit_scale": 0}, "logit_scale must be greater than 0"),
         ("stata", {"memory": "lots"}, "memory must be a size"),
     ],

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch.nn.functional import normalize, one_hot
 
 from tests.methods.published import checkout, imported
@@ -15,6 +16,7 @@ from transclip_fast.methods import METHODS
 
 STATA_STUBS = {"clip": {}, "tqdm": {"tqdm": iter}, "yaml": {}, "ftfy": {}}  # that do no work
 TC, STATA, EMD, ECALP = "transduction-for-vlms", "StatA", "transductive-CLIP", "ECALP"
+ZLAP = "ZLaP"
 
 
 def needs(repository):
@@ -176,3 +178,45 @@ def test_ecalp(few_shot, shots):
         )
         answer = published.Y_0  # the largest entry of each row alone
     same(ours("ecalp", few_shot, anchors="both" if shots else "texts"), answer.argmax(1))
+
+
+class CupyArray(np.ndarray):
+    """An array that a GPU would have."""
+
+    def get(self):
+        return np.asarray(self)
+
+
+def exactly(matrix, seeds, tol, maxiter):
+    """In place of conjugate gradients."""
+    return sparse.linalg.spsolve(matrix.tocsc(), seeds), 0
+
+
+CUPY_STUBS = {  # numpy and scipy, which have the same names
+    "cupy": {
+        **{name: getattr(np, name) for name in ("array", "sqrt", "isnan", "isinf")},
+        "zeros": lambda shape: np.zeros(shape).view(CupyArray),
+    },
+    "cupyx.scipy.sparse": {
+        **{name: getattr(sparse, name) for name in ("csr_matrix", "diags", "eye")},
+        "linalg": SimpleNamespace(cg=exactly),
+    },
+    "faiss": {},
+}
+
+
+def searched(rows, queries, k):
+    """The k nearest rows of each query and their cosines, as FAISS returns them."""
+    found = torch.topk(torch.from_numpy(queries @ rows.T), k)
+    return found.indices.numpy(), found.values.numpy()
+
+
+@needs(ZLAP)
+@pytest.mark.parametrize("settings", [{}, {"gamma": 2.0, "alpha": 0.9}])
+def test_zlap(few_shot, settings):
+    x, t, *_ = few_shot
+    with imported(ZLAP, "zlap", CUPY_STUBS) as published:
+        given = {"k": 5, "gamma": 5.0, "alpha": 0.3, **settings}
+        with mock.patch.object(published, "search_faiss", searched):
+            answer = published.do_transductive_lp(x.numpy(), t.numpy(), **given)
+    same(ours("zlap", few_shot, texts=True, **settings), answer.argmax(1))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from transclip_fast.errors import InputError
+from transclip_fast.protocols import data
 from transclip_fast.protocols.data import load_data
 
 
@@ -60,6 +61,19 @@ def test_what_there_is_is_taken(pets):
 def test_what_is_missing(changes, expected, pets):
     with pytest.raises(InputError, match=expected):
         load_data([pets(**changes)], pools=True)
+
+
+@pytest.mark.parametrize("message", ["has no labels", "labels: has no labels"])
+def test_an_error_names_its_file_once(monkeypatch, message):
+    """Also where the name of the file happens to be in the message."""
+
+    def failing(*_):
+        raise InputError(message)
+
+    monkeypatch.setattr(data, "_load", failing)
+    with pytest.raises(InputError) as error:
+        load_data(["labels"], pools=True)
+    assert str(error.value) == "labels: has no labels"
 
 
 def test_names_are_unique(pets):

@@ -82,6 +82,8 @@ def command(path: str, methods: str | None, out: str | None, as_json: bool, **va
     refuse_search(values)
     TransCLIP(**{k: values[k] for k in ("logit_scale", "gamma", "memory")}).check()
     stages, shots = session.Stages(), values["shots"]
+    if not shots or is_cache(path):
+        options.refuse_unused(("seed",), "no shots are drawn")
     with stages.time("load"), session.collected_warnings({}) as noted:
         arrays = {array: values[array] for array in ARRAYS}
         features = load_splits(path, arrays, shots=shots if is_cache(path) else None)

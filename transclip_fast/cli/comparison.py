@@ -12,7 +12,7 @@ import numpy as np
 
 from transclip_fast.cli import session
 from transclip_fast.cli.comparison_table import KIND, KeptTable
-from transclip_fast.cli.graph import kept_graph, search_of
+from transclip_fast.cli.graph import index_file, kept_graph, search_of
 from transclip_fast.cli.method import (
     FOR_ALL,
     NAMES,
@@ -39,7 +39,8 @@ from transclip_fast.store.graphs import load_graph
 from transclip_fast.store.results import TRANSCLIP
 from transclip_fast.version import __version__
 
-# Options on which all rows depend, beside the arrays; a row has its anchors.
+# Options on which all rows depend, beside the arrays; a row has its anchors. Not --memory: who
+# allows more for a method that was refused keeps the rows of the others.
 IDENTITY = ("gamma", "logit_scale", "device", "search", "index", "recall")
 
 
@@ -96,6 +97,7 @@ class Comparison:
         graph = self.values["graph_folder"]
         return {
             **{name: self.values[name] for name in IDENTITY},
+            "index_file": index_file(self.values["index"]),
             "graph_sha256": None if graph is None else self._given_graph.sha256(),
             "inputs_sha256": self.features.inputs_sha256(),
             "maps": self.features.maps,

@@ -41,11 +41,12 @@ def command(result: str, labels: str | None, as_json: bool) -> None:
     Example:
       transclip-fast evaluate result --labels labels.npy
     """
-    with session.collected_warnings({}):
+    with session.collected_warnings({}) as warnings:
         found = evaluate_result(result, labels)
     for message in found.scores.warnings:
-        session.warn([], message)
+        session.warn(warnings, message)
     summary = asdict(found.scores) | {"modality_gap": found.gap, "known_labels": found.others}
+    summary["warnings"] = warnings
     session.print_summary(summary, describe_evaluation(found), as_json)
 
 

@@ -217,16 +217,20 @@ def leftovers(folder: Path) -> list[Path]:
     return [folder, *(beside(folder, name) for name in HIDDEN), *search_leftovers(folder)]
 
 
+def index_file(index: str | None) -> list[int] | None:
+    """Size and time of the file that --index names; None for a factory string, and for nothing."""
+    if index is None or not is_file(index):
+        return None
+    status = Path(index).stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def _identity(features: Features, search: GraphSearch) -> dict[str, Any]:
     """All that decides the neighbours."""
-    index = None
-    if search.index is not None and is_file(search.index):
-        status = Path(search.index).stat()
-        index = [status.st_size, status.st_mtime_ns]
     return {
         "features_sha256": features.sha256(),
         **vars(search),
-        "index_file": index,
+        "index_file": index_file(search.index),
         "device": search.device.type,
         "version": __version__,
     }

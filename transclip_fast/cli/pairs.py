@@ -32,7 +32,7 @@ ARRAYS = ("image_features", "caption_features", "negative_features")
 # Options that features need not.
 OF_IMAGES = (
     *("model", "pretrained", "allow_hub", "precision", "root", "features", "batch_size", "workers"),
-    "attributes",
+    *("device", "attributes"),
 )
 pair_options = options.options_of(
     encode_option("model", optional=True),

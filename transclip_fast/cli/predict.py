@@ -17,6 +17,7 @@ from transclip_fast.data.checks import as_unit_rows
 from transclip_fast.data.names import first_difference
 from transclip_fast.device import resolve_device
 from transclip_fast.errors import InputError
+from transclip_fast.memory import free_bytes, show_bytes
 from transclip_fast.metrics import check_class_order
 from transclip_fast.solver.loop import predict
 from transclip_fast.solver.mixture import Mixture
@@ -65,7 +66,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
         raise InputError(f"{path}: is a result folder; the order is RESULT NEW_FEATURES")
     stages, device = session.Stages(), resolve_device(values["device"])
     with stages.time("load"), session.collected_warnings({}) as noted:
-        solved, mixture, weights = _load_solved(result, values["prior"] or values["prior_logits"])
+        solved, mixture, weights = _load_solved(result)
         arrays = {name: values[name] for name in ("prior", "prior_logits", "labels", "keys")}
         n_classes, dim = mixture.means.shape
         features = load_features(path, arrays, shots=0, n_classes=n_classes)
@@ -84,6 +85,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
             rows = as_unit_rows(features.get("image_features"), "image_features", columns=dim)
             row_prior, zero_shot_prior = _priors(features, weights, len(rows), n_classes, device)
             truth = true_labels(features, n_classes)
+            _check_memory(len(rows), n_classes, device)
         with stages.time("predict"):
             rows = rows.to(device)
             strengths = {name: _weight(solved, result, name) for name in WEIGHTS}
@@ -106,9 +108,7 @@ def command(result: str, path: str, out: str, as_json: bool, **values: Any) -> N
     session.print_summary(run, f"{_describe(run)}\n{describe_files(out)}", as_json)
 
 
-def _load_solved(
-    result: str, prior: str | None
-) -> tuple[dict[str, Any], Mixture, dict[str, torch.Tensor]]:
+def _load_solved(result: str) -> tuple[dict[str, Any], Mixture, dict[str, torch.Tensor]]:
     """run.json, mixture and weights of a result; InputError if these label no other rows."""
     solved = results.load_run(result)
     if (method := solved.get("method", results.TRANSCLIP)) != results.TRANSCLIP:
@@ -116,12 +116,18 @@ def _load_solved(
             f"{result}: was solved by {method}, which has no mixture to label other rows with; "
             f"name a result of {results.TRANSCLIP}"
         )
-    mixture, weights = results.load_mixture(result)
-    if "prior_weights" in weights and prior:
+    return solved, *results.load_mixture(result)
+
+
+def _check_memory(n_rows: int, n_classes: int, device: torch.device) -> None:
+    """Raise InputError unless z (N, K) fits into memory twice: in blocks, and as a whole."""
+    needed = 2 * 4 * n_rows * n_classes
+    free = min(free_bytes(place) for place in (device, torch.device("cpu")))
+    if needed > free:
         raise InputError(
-            f"{prior}: {result} was solved with prototypes, not with a prior; leave the option out"
+            f"image_features: probabilities of {n_rows:,} rows and {n_classes:,} classes take "
+            f"{show_bytes(needed)}, there are {show_bytes(free)}; predict fewer rows at a time"
         )
-    return solved, mixture, weights
 
 
 def _describe(run: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from transclip_fast.cli.options import (
     refuse_unused,
 )
 from transclip_fast.cli.towers import TOWER, Prompter, tower_options
+from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, LEARNERS
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols import plans
@@ -196,7 +197,11 @@ def domains(
       transclip-fast protocol domains imagenet.npz imagenet-v2.npz imagenet-a.npz \\
           --subset imagenet-a classes-of-a.txt --head taskres --out table
     """
-    _carry_out(partial(plans.domains, source, targets, dict(subsets)), options)
+    files = dict(subsets)
+    if len(files) < len(subsets):
+        target = next(name for name in files if sum(name == named for named, _ in subsets) > 1)
+        raise InputError(f"--subset {target}: is given twice; give one file a target")
+    _carry_out(partial(plans.domains, source, targets, files), options)
 
 
 def _carry_out(plan: Callable[[plans.Trials], list[Run]], options: Mapping[str, Any]) -> None:

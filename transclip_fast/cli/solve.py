@@ -137,8 +137,7 @@ def _solve(
     path: str, out: str, head: str | None, ranks: Ranks, *, quiet: bool, **values: Any
 ) -> dict[str, Any]:
     """Read what the options name, and solve; run.json."""
-    stages, image_map = session.Stages(), values["image_map"]
-    shared = ranks is not ALONE
+    stages, shared = session.Stages(), ranks is not ALONE
     if head is not None and shared:
         raise InputError("--head: is trained and applied in one process; run `solve` without ranks")
     if values["method"] != TRANSCLIP and shared:
@@ -153,9 +152,7 @@ def _solve(
         local = stored is not None and stored.head.wants_patches
         arrays = {name: values[name] for name in options.ARRAYS}
         features = load_features(path, arrays, shots=values["shots"], local=local)
-        if local and image_map is not None:
-            raise InputError(f"{image_map}: maps no local features, which the head {head} needs")
-        map_features(features, text=values["text_map"], image=image_map)
+        map_features(features, text=values["text_map"], image=values["image_map"])
         features = corrected_features(features, values["corrections"])
         method = method_of(values, features)
         graph: NeighborGraph | GraphSearch
@@ -180,13 +177,14 @@ def _solve(
 
 
 def _refuse_unused(head: str | None, stored: StoredHead | None) -> None:
-    """Raise InputError for an option that the head, in the file or to be fitted, would ignore."""
+    """Raise InputError for options that the head, in the file or to be fitted, has no use for."""
     if head is None:
         options.refuse_unused(("seed", *TOWER), "is of a --head, and there is none")
     if stored is None or not stored.head.runs_tower:
         options.refuse_unused(TOWER, f"the head {head} runs no text tower")
     if stored is not None:
         options.refuse_unused(("seed", *LABELLED), f"the head in {head} is trained already")
+        options.refuse_unused(("image_map",), f"the head in {head} was trained on rows without one")
 
 
 def corrected_features(features: Features, files: Sequence[str]) -> Features:

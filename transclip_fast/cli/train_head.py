@@ -18,7 +18,7 @@ from transclip_fast.cli.truth import true_labels
 from transclip_fast.errors import InputError
 from transclip_fast.heads import HEADS, LEARNERS, SETTINGS, ensemble, fit_head, method_named
 from transclip_fast.heads.files import StoredHead, check_head_file, save_head
-from transclip_fast.heads.prompting import POSITIONS
+from transclip_fast.heads.prompting import POSITIONS, WARM_UP_EPOCHS
 from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.progress_bar import progress_bar
 from transclip_fast.protocols.data import load_splits
@@ -32,7 +32,10 @@ from transclip_fast.version import __version__
 CHECKPOINT_SECONDS = 5.0  # between two states, unless they are slow to write
 CHECKPOINT = "training"  # ends the name of the checkpoint, a hidden file next to the head
 ARRAYS = ("text_features", "class_names", "labels", *LABELLED)
-PROMPT_OPTIONS = (*TOWER, "n_ctx", "start", "class_specific", "position", "epochs", "rate")
+PROMPT_OPTIONS = (
+    *(*TOWER, "device", "n_ctx", "start"),
+    *("class_specific", "position", "epochs", "rate"),
+)
 SHOWN_CLASSES = 5  # contexts whose words are printed
 
 
@@ -108,6 +111,8 @@ def command(
     check_head_file(out)
     if name in HEADS:
         options.refuse_unused(PROMPT_OPTIONS, f"head {name} learns no prompts")
+    if values["epochs"] == WARM_UP_EPOCHS:
+        options.refuse_unused(("rate",), "the only epoch is the warm-up, which has its own rate")
     stages = session.Stages()
     with stages.time("load"), session.collected_warnings({}) as noted:
         arrays = {array: values[array] for array in ARRAYS}

@@ -46,4 +46,4 @@ def as_labelled_rows(
         raise InputError(f"{name}_features and {name}_labels come together; one is missing")
     features = as_unit_rows(rows, f"{name}_features", columns=dim)
     checked = as_labels(labels, f"{name}_labels", rows=len(features), n_classes=n_classes)
-    return LabelledRows(features, checked.cpu())
+    return LabelledRows(features.cpu(), checked.cpu())

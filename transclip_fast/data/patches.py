@@ -56,11 +56,11 @@ class PatchedRows:
         places = self._places(which)
         part = self._patches[places]
         read = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.asarray(part))
-        patches = read.float().reshape(len(rows), self.number, rows.shape[1])
+        patches = read.to(rows.device).float().reshape(len(rows), self.number, rows.shape[1])
         norms = patches.norm(dim=2, keepdim=True)
         wrong = ((norms == 0) | ~norms.isfinite()).flatten(1).any(1)
         if wrong.any():
-            row = np.arange(len(self._patches))[places][wrong.numpy()][0]
+            row = np.arange(len(self._patches))[places][wrong.cpu().numpy()][0]
             raise InputError(f"{self._name}: row {row} has a patch that is zero or not finite")
         near = (norms - 1).abs() <= UNIT_NORM_TOLERANCE  # used as they are, like images
         return torch.cat([rows[:, None], patches / norms.where(~near, 1)], 1)

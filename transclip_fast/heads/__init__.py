@@ -193,7 +193,7 @@ def fit_head(
     check_number("seed", seed, 0)
     method = method_named(name)
     known = None if prompting is None else len(prompting.class_names)
-    text = own_copy(ensemble(text_features, n_classes=known))
+    text = own_copy(ensemble(text_features, n_classes=known).cpu())
     shots = labelled_rows("support", support_features, support_labels, support_local_features, text)
     validation = labelled_rows(
         "validation", validation_features, validation_labels, validation_local_features, text

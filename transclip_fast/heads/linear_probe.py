@@ -23,8 +23,10 @@ def fit(task: HeadTask) -> PrototypeHead:
     the mean c of the others.
 
     Source: Silva-Rodriguez et al. 2024, A Closer Look at the Few-Shot Adaptation of Large
-    Vision-Language Models (CLAP), on unit rows. The minimum is found by L-BFGS,
-    as CLIP's own linear probe was (Radford et al. 2021), instead of 300 epochs of SGD.
+    Vision-Language Models (CLAP). The authors' code (jusiro/CLAP) takes the mean over the K classes
+    instead of the sum, and texts as the model gives them instead of unit rows: where these have
+    norm r, its penalty is r^2 / K times this one. The minimum is found by L-BFGS, as CLIP's own
+    linear probe was (Radford et al. 2021), instead of 300 epochs of SGD.
     """
     features, labels = task.shots.features, task.shots.labels
     penalties = constraints(task)

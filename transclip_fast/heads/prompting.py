@@ -32,14 +32,14 @@ class Schedule:
 
     epochs: int | None = None  # by default as in EPOCHS_BY_SHOTS
     batch_size: int = 32
-    rate: float = 2e-3  # learning rate after the warm-up, where a cosine starts
+    rate: float = 2e-3  # learning rate where a cosine starts; the warm-up is its first epoch
 
     def of(self, shots: int) -> int:
         """Number of epochs for that many shots a class."""
         return self.epochs or next(epochs for most, epochs in EPOCHS_BY_SHOTS if shots <= most)
 
     def rates(self, epochs: int) -> list[float]:
-        """The learning rate of each epoch: one epoch of warm-up, then a cosine towards zero."""
+        """The learning rate of each epoch: a cosine towards zero, its first epoch the warm-up."""
         cosine = [self.rate * (1 + math.cos(math.pi * e / epochs)) / 2 for e in range(epochs)]
         return [WARM_UP_RATE] * min(WARM_UP_EPOCHS, epochs) + cosine[WARM_UP_EPOCHS:]
 

@@ -13,6 +13,15 @@ ATTRIBUTES = (
     *("small", "little", "tiny", "large", "big", "huge", "tall", "short", "long", "round"),
     *("old", "young", "empty", "wet", "dry", "clean", "dirty"),
 )
+# To these the words before them are equal: swapped, a caption would still be true.
+EQUAL = {
+    "grey": "gray",
+    "metallic": "metal",
+    "big": "large",
+    "huge": "large",
+    "little": "small",
+    "tiny": "small",
+}
 WORD = re.compile(r"[^\W_]+")
 LINKS = frozenset({"a", "an", "and", "or", "the"})  # between attributes of one thing
 
@@ -21,10 +30,10 @@ def attribute_swapper(words: Iterable[str] = ATTRIBUTES) -> Callable[[str], str 
     """
     Return a function from a caption to the same with two attributes swapped.
 
-    They are the first two different ones with a word between them that is neither an attribute nor
-    one of `LINKS`: "large red car" and "black and white cat" describe one thing each, and say the
-    same in another order. Where there are no two such attributes it returns None. Case stays at
-    its place, and "a" and "an" follow the words.
+    They are the first two that differ, by `EQUAL` too, with a word between them that is neither an
+    attribute nor one of `LINKS`: "large red car" and "black and white cat" describe one thing each,
+    and say the same in another order. Where there are no two such attributes it returns None. Case
+    stays at its place, and "a" and "an" follow the words.
 
     Examples
     --------
@@ -42,12 +51,18 @@ def attribute_swapper(words: Iterable[str] = ATTRIBUTES) -> Callable[[str], str 
             for second in found[place + 1 :]:
                 between = caption[first.end() : second.start()]
                 other = {word.casefold() for word in WORD.findall(pattern.sub(" ", between))}
-                if other - LINKS and first[3].casefold() != second[3].casefold():
+                if other - LINKS and _meaning(first[3]) != _meaning(second[3]):
                     start = caption[: first.start()] + _instead(second[3], first)
                     return start + between + _instead(first[3], second) + caption[second.end() :]
         return None
 
     return swapped
+
+
+def _meaning(word: str) -> str:
+    """The word that stands for this one and those equal to it."""
+    word = word.casefold()
+    return EQUAL.get(word, word)
 
 
 def _instead(word: str, match: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from transclip_fast.callbacks import Count
+from transclip_fast.data.checks import first_row
 from transclip_fast.data.feature_rows import Rows
 from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.data.texts import texts_of_fit
@@ -31,6 +32,8 @@ from transclip_fast.solver.parameters import Chosen, check_scale, check_weight
 
 Fitted = TypeVar("Fitted", bound="Method")
 Values = SimpleNamespace  # settings by name, all of them set
+EDGE_BYTES = 128  # of a neighbour in a graph: both ends of the edge, and copies of sorting them
+LEARNED_COPIES = 6  # float64, of the rows that classes are learned from
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,10 @@ class Method(ABC):
     balanced: ClassVar[bool] = False  # assumes that all classes are equally frequent
     needs_graph: ClassVar[bool] = True  # where it has the setting n_neighbors
     every_class: ClassVar[bool] = True  # needs a labelled row of every class
-    matrices: ClassVar[int] = 2  # (N, K) float32 that are held at a time
+    # Arrays that are held at a time, of N rows and of M that classes are learned from,
+    matrices: ClassVar[int] = 2  # (N, K) float32,
+    class_arrays: ClassVar[int] = 10  # (K, d) float64,
+    learned_arrays: ClassVar[int] = 0  # and (M, K) float64.
 
     def __init__(
         self,
@@ -235,7 +241,7 @@ class Method(ABC):
         runs = list(self.runs(searched=arrays.validation is not None))
         device = resolve_device(self.device)
         with current_device(device), flushed_denormals(), single_threaded_torch(device):
-            held = self._check_memory(arrays, len(runs), device)
+            held = self._check_memory(arrays, runs, device)
             features = Rows(X, "X", device, held=held)
             task = self._task(arrays, features, graph)
             on_validation = _accuracy(arrays.validation, features)
@@ -243,6 +249,7 @@ class Method(ABC):
             for number, settings in enumerate(runs):
                 run = replace(task, progress=_of_run(progress, number, len(runs)))
                 found = self.solve(run, SimpleNamespace(**settings))
+                self._check_finite(found.z, settings)
                 if (score := on_validation(found.z)) > best:
                     best, solution, chosen = score, found, settings
         self.label_distributions_ = solution.z.cpu().numpy()
@@ -270,13 +277,37 @@ class Method(ABC):
         )
         return task.anchored(self.anchors, self.name, every_class=self.every_class)
 
-    def _check_memory(self, arrays: Arrays, n_runs: int, device: torch.device) -> bool:
+    def _check_finite(self, z: torch.Tensor, settings: Mapping[str, Any]) -> None:
+        """Raise InputError if a row of z (N, K) is not finite."""
+        if (row := first_row(~z.sum(1).isfinite())) is not None:
+            shown = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+            raise InputError(
+                f"{self.name}: row {row} has no finite answer with {shown}; choose others"
+            )
+
+    def learned_rows(self, arrays: Arrays, run: Mapping[str, Any]) -> int:
+        """Rows that the classes of a run are learned from."""
+        return arrays.n_labelled(self.anchors)
+
+    def other_bytes(self, arrays: Arrays, run: Mapping[str, Any]) -> int:
+        """The most bytes of a run beside the features and its (N, K) arrays."""
+        (n_rows, dim), n_classes = arrays.features.shape, arrays.n_classes
+        dim = n_classes if self.anchors == "probabilities" else dim
+        one = LEARNED_COPIES * dim + self.learned_arrays * n_classes
+        entries = self.class_arrays * n_classes * dim + self.learned_rows(arrays, run) * one
+        edges: int = n_rows * run.get("n_neighbors", 0)
+        return 8 * entries + EDGE_BYTES * edges
+
+    def _check_memory(
+        self, arrays: Arrays, runs: list[dict[str, Any]], device: torch.device
+    ) -> bool:
         """Whether the features are held on the device; InputError if nothing fits."""
         (n_rows, dim), n_classes = arrays.features.shape, arrays.n_classes
         on_cpu = device.type == "cpu"
-        matrices = self.matrices + (n_runs > 1)  # the best run is kept
+        matrices = self.matrices + (len(runs) > 1)  # the best run is kept
         own = 0 if arrays.in_file else n_rows * dim * arrays.features.dtype.itemsize
         needed = 4 * matrices * n_rows * n_classes + (PROCESS_BYTES + own if on_cpu else 0)
+        needed += max(self.other_bytes(arrays, run) for run in runs)
         limit = limit_of(device, parse_memory(self.memory))
         if needed > limit:
             raise InputError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,7 +12,7 @@ from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.graph.exact import nearest
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, mean_row, softmax_
-from transclip_fast.methods.task import Task
+from transclip_fast.methods.task import Arrays, Task
 from transclip_fast.solver.mixture import Moments
 
 
@@ -48,6 +49,10 @@ class BDCSPN(Method):
         "n_rows": Setting(8, tuple(range(11)), whole=True),
         "eps": Setting(10.0, (2.5, 5.0, 10.0, 20.0, 40.0)),
     }
+
+    def learned_rows(self, arrays: Arrays, run: Mapping[str, Any]) -> int:
+        joined = min(int(run["n_rows"]), len(arrays.features))
+        return super().learned_rows(arrays, run) + arrays.n_classes * joined
 
     def solve(self, task: Task, s: Values) -> Answer:
         prototypes = rectified_prototypes(task, s.n_rows, s.eps)

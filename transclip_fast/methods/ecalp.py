@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,9 +14,10 @@ from transclip_fast.methods.label_graph import (
     as_distributions,
     nearest_labelled,
     normalised,
+    spread_bytes,
     spread_labels,
 )
-from transclip_fast.methods.task import Task
+from transclip_fast.methods.task import Arrays, Task
 
 DAMPING = 1e-6  # joins the square roots of the degrees
 SMALLEST_VARIANCE = 1e-12  # of a dimension of the shots
@@ -52,6 +54,7 @@ class ECALP(Method):
 
     name = "ecalp"
     kinds = ("both", "texts", "shots")
+    matrices = 1
     needs_graph = False
     grid: ClassVar[Grid] = {
         "n_neighbors": Setting(8, least=1, most=1000, whole=True),
@@ -60,6 +63,15 @@ class ECALP(Method):
         "gamma": Setting(10.0),
         "sweeps": Setting(3, least=1, whole=True),
     }
+
+    def other_bytes(self, arrays: Arrays, run: Mapping[str, Any]) -> int:
+        edges = sum(
+            min(run[f"n_{name}"], arrays.n_labelled(name))
+            for name in ("texts", "shots")
+            if self.anchors in (name, "both")
+        )
+        graph = spread_bytes(len(arrays.features), arrays.n_classes, edges)
+        return super().other_bytes(arrays, run) + graph
 
     def solve(self, task: Task, s: Values) -> Answer:
         labelled, rows, n_rows = task.labelled, task.rows, len(task.rows)
@@ -74,7 +86,8 @@ class ECALP(Method):
             metric = 1 / _variances(shots).clamp_min(SMALLEST_VARIANCE)
             ids, cosines = nearest_labelled(_weighted(rows, metric), shots.features, s.n_shots)
             lists.append((n_rows + len(labelled) - len(shots) + ids, cosines))
-        matrix = normalised(lists, n_rows + len(labelled), s.gamma, DAMPING)
+        edges = [(found, s.gamma) for found in lists]
+        matrix = normalised(edges, n_rows + len(labelled), DAMPING)
         z = spread_labels(
             matrix, labelled.labels, task.n_classes, alpha=1.0, sweeps=s.sweeps, clamped=True
         )

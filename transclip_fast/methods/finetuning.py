@@ -8,7 +8,12 @@ import torch
 
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks
-from transclip_fast.methods.gradients import Adam, shannon_slope, to_logit_gradients
+from transclip_fast.methods.gradients import (
+    Adam,
+    shannon_slope,
+    to_label_gradients,
+    to_logit_gradients,
+)
 from transclip_fast.methods.task import Task
 
 SMALLEST = 1e-12  # of a squared distance
@@ -40,6 +45,7 @@ class TransductiveFinetuning(Method):
     """
 
     name = "transductive-finetuning"
+    learned_arrays = 4
     grid: ClassVar[Grid] = {
         "tau": Setting(1.0, (0.25, 0.5, 1.0, 2.0, 4.0)),
         "max_iter": Setting(25, (10, 15, 20, 25, 30, 35, 40), whole=True),
@@ -47,7 +53,7 @@ class TransductiveFinetuning(Method):
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        (rows, own), w = task.labelled_float64(), task.means
+        rows, labels, w = task.labelled.features.double(), task.labelled.labels, task.means
         dense = Dense(task.features, task.n_classes)
         norms = torch.cat([task.features[b].square().sum(1) for b in task.features.blocks()])
         scores, p = dense.new_scores(), dense.new_scores().values
@@ -69,7 +75,7 @@ class TransductiveFinetuning(Method):
             in_blocks(p, to_weights)
             sums, counts = dense.class_sums(p)
             of_shots = torch.cdist(rows, w)
-            errors = ((-s.tau * of_shots).softmax(1) - own) / len(rows)
+            errors = to_label_gradients((-s.tau * of_shots).softmax(1), labels)
             errors = torch.where(of_shots > 0, errors / of_shots, 0.0)
             total = counts + errors.sum(0)
             w = adam.step(s.tau * (sums + errors.T @ rows - w * total[:, None]))

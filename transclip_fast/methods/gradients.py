@@ -48,6 +48,16 @@ def to_logit_gradients(
     in_blocks(p, part)
 
 
+def to_label_gradients(p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Probabilities (M, K) to the gradient, by the logits, of the mean cross-entropy of labels (M,).
+
+    In place; returned.
+    """
+    p[torch.arange(len(p), device=p.device), labels] -= 1
+    return p.div_(len(p))
+
+
 class Adam:
     """Adam with its usual constants: torch's takes seconds to import."""
 

@@ -10,6 +10,7 @@ import torch
 from transclip_fast.data.feature_rows import Rows, UnitRows
 from transclip_fast.errors import user_level
 from transclip_fast.graph.exact import nearest
+from transclip_fast.methods.base import EDGE_BYTES
 from transclip_fast.methods.dense import as_assignments, in_blocks
 from transclip_fast.ops.torch_backend import TorchOps
 from transclip_fast.types import Affinity, row_offsets
@@ -20,6 +21,11 @@ BLOCK_CLASSES = 256  # that are spread at a time: columns do not depend on each 
 Lists = tuple[torch.Tensor, torch.Tensor]  # nodes of each row (N, k), -1 for none; similarities
 
 
+def spread_bytes(n_rows: int, n_classes: int, edges: int) -> int:
+    """The most bytes of `normalised` and `spread_labels` beside the answer, for edges of a row."""
+    return n_rows * (EDGE_BYTES * edges + 8 * min(n_classes, BLOCK_CLASSES))
+
+
 def nearest_labelled(features: Rows, labelled: UnitRows, k: int) -> Lists:
     """The k most similar labelled rows (M, d) of each row: ids (N, k), similarities float64."""
     found = [nearest(features[block], labelled, k) for block in features.blocks()]
@@ -28,15 +34,16 @@ def nearest_labelled(features: Rows, labelled: UnitRows, k: int) -> Lists:
 
 
 def normalised(
-    lists: Iterable[Lists], n_nodes: int, gamma: float, damping: float = 0.0
+    lists: Iterable[tuple[Lists, float]], n_nodes: int, damping: float = 0.0
 ) -> Affinity:
     """
     D^(-1/2) (G + G^T) D^(-1/2), D its row sums; `damping` joins D^(1/2).
 
-    G has edges of each row to the nodes of its lists, of weight max(0, similarity)^gamma.
+    G has edges of each row to the nodes of its lists, of weight max(0, similarity)^gamma with the
+    gamma beside the list.
     """
     edges = []
-    for nodes, similarities in lists:
+    for (nodes, similarities), gamma in lists:
         present = (nodes >= 0) & (similarities > 0)
         rows = torch.arange(len(nodes), device=nodes.device)[:, None].expand_as(nodes)
         edges.append((rows[present], nodes[present], similarities[present].double() ** gamma))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from transclip_fast.graph.affinity import affinity
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.bd_cspn import rectified_prototypes
 from transclip_fast.methods.dense import Dense
-from transclip_fast.methods.task import Task
+from transclip_fast.methods.task import Arrays, Task
 
 RECTIFIED_ROWS, RECTIFIED_EPS = 8, 10.0  # of the prototypes, as BD-CSPN's defaults
 MAX_SWEEPS = 20
@@ -49,6 +50,9 @@ class LaplacianShot(Method):
         "n_neighbors": Setting(3, (3, 5, 10), least=1, most=1000, whole=True),
         "smoothness": Setting(0.7, (0.1, 0.3, 0.5, 0.7, 0.8, 1.0, 1.2, 1.5)),
     }
+
+    def learned_rows(self, arrays: Arrays, run: Mapping[str, Any]) -> int:
+        return super().learned_rows(arrays, run) + arrays.n_classes * RECTIFIED_ROWS
 
     def solve(self, task: Task, s: Values) -> Answer:
         prototypes = rectified_prototypes(task, RECTIFIED_ROWS, RECTIFIED_EPS)

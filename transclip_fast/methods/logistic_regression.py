@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, softmax_
+from transclip_fast.methods.gradients import to_label_gradients
 from transclip_fast.methods.task import Task
 
 MAX_ITERATIONS = 1000
@@ -37,12 +38,14 @@ class LogisticRegression(Method):
 
     name = "logistic-regression"
     matrices = 1
+    class_arrays = 32  # of which L-BFGS keeps 25
+    learned_arrays = 4
     grid: ClassVar[Grid] = {
         "c": Setting(0.316, (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6), least=1e-12)
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        rows, own = (array.cpu() for array in task.labelled_float64())
+        rows, labels = task.labelled.features.cpu().double(), task.labelled.labels.cpu()
         shape = task.n_classes, rows.shape[1] + 1  # the last column is b
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -50,8 +53,9 @@ class LogisticRegression(Method):
             parameters = torch.from_numpy(flat).view(shape)
             weights, offset = parameters[:, :-1], parameters[:, -1]
             log_p = (rows @ weights.T + offset).log_softmax(1)
-            errors, penalty = (log_p.exp() - own) / len(rows), 1 / (s.c * len(rows))
-            value = -(own * log_p).sum() / len(rows) + penalty * weights.square().sum() / 2
+            errors, penalty = to_label_gradients(log_p.exp(), labels), 1 / (s.c * len(rows))
+            cross = -log_p.gather(1, labels[:, None]).mean()
+            value = cross + penalty * weights.square().sum() / 2
             gradient = torch.cat([errors.T @ rows + penalty * weights, errors.sum(0)[:, None]], 1)
             return float(value), gradient.flatten().numpy()
 

@@ -12,8 +12,7 @@ from transclip_fast.data.labelled_rows import LabelledRows
 from transclip_fast.errors import InputError
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, in_blocks, softmax_
-from transclip_fast.methods.task import Task
-from transclip_fast.solver.mixture import Moments
+from transclip_fast.methods.task import Task, class_means, moments_of
 
 SHARPNESS = 10.0  # of exp(-10 |f - p|^2)
 SMALLEST = 1e-30  # of what a row or a class receives
@@ -73,8 +72,8 @@ class PTMAP(Method):
         dim, n_classes = task.features.shape[1], task.n_classes
         mass = self._masses(len(task.features), n_classes).to(task.device)
         labelled = LabelledRows(_powers(task.labelled.features), task.labelled.labels)
-        moments = Moments.of(labelled.features, labelled.labels, n_classes)
-        prototypes = moments.sums / moments.counts[:, None]
+        moments = moments_of(labelled, n_classes)
+        prototypes = class_means(moments)
         dense = Dense(task.features.mapped(_powers, dim), n_classes)
         scores = dense.new_scores()
         for step in range(s.max_iter + 1):

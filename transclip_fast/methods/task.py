@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import one_hot
 
 from transclip_fast.callbacks import Count
 from transclip_fast.data.checks import POSITIONS, as_tensor, unread_matrix
@@ -28,9 +27,13 @@ Pair = tuple[Any, Any]  # rows and labels as given, or None and None
 PROBABILITY_SCALE = 30.0  # of EM-Dirichlet's softmax
 
 
-def class_means(labelled: LabelledRows, n_classes: int) -> torch.Tensor:
+def moments_of(labelled: LabelledRows, n_classes: int) -> Moments:
+    """Sums and numbers of the rows of each class."""
+    return Moments.of(labelled.features, labelled.labels, n_classes)
+
+
+def class_means(moments: Moments) -> torch.Tensor:
     """Mean row of each class, (K, d) float64, not scaled to unit norm."""
-    moments = Moments.of(labelled.features, labelled.labels, n_classes)
     return moments.sums / moments.counts[:, None]
 
 
@@ -52,7 +55,13 @@ class Arrays:
             return self.texts
         if self.shots is None:
             raise TypeError("there are neither texts nor shots")
-        return unit(class_means(self.shots, self.n_classes))
+        return unit(class_means(moments_of(self.shots, self.n_classes)))
+
+    def n_labelled(self, anchors: str) -> int:
+        """Rows that a method with these anchors, one of ANCHORS, learns the classes from."""
+        texts, shots = (0 if x is None else len(x) for x in (self.texts, self.shots))
+        both = {"texts": texts, "both": texts + shots}
+        return both.get(anchors, shots or texts)
 
     @classmethod
     def check(cls, X: Any, text_features: Any, shots: Pair, validation: Pair) -> Arrays:
@@ -66,7 +75,7 @@ class Arrays:
         """
         matrix = unread_matrix(X, "X")
         dim = matrix.shape[1]
-        texts = None if text_features is None else ensemble(text_features, columns=dim)
+        texts = None if text_features is None else ensemble(text_features, columns=dim).cpu()
         n_classes = _classes_of(shots[1]) if texts is None else len(texts)
         if n_classes < 2:
             name = "support_labels" if texts is None else "text_features"
@@ -162,14 +171,14 @@ class Task:
         return self.texts
 
     @cached_property
+    def moments(self) -> Moments:
+        """Sums and numbers of the labelled rows of each class."""
+        return moments_of(self.labelled, self.n_classes)
+
+    @cached_property
     def means(self) -> torch.Tensor:
         """Mean labelled row of each class, (K, d) float64, not scaled to unit norm."""
-        return class_means(self.labelled, self.n_classes)
-
-    def labelled_float64(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The labelled rows (M, d) and their one-hot labels (M, K)."""
-        labels = one_hot(self.labelled.labels, self.n_classes)
-        return self.labelled.features.double(), labels.double()
+        return class_means(self.moments)
 
     def anchored(self, anchors: str, name: str, *, every_class: bool = True) -> Task:
         """

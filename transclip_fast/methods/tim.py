@@ -24,6 +24,9 @@ class TIM(Method):
     (c' Y^T 1 + r Q^T 1), with c' = c / (1 + b) and r = M / N. The answer is the nearest w by
     cosine, z = softmax(tau cos).
 
+    That is TIM_ADM_bis of the published code of TransCLIP's comparison, which its runner calls; the
+    TIM_ADM beside it takes tau cos(x_n, w_k) as logits in its steps, too.
+
     The marginal entropy H(mean p) assumes that all classes are equally frequent: on others, or
     where few of the classes occur, TIM loses much. The number of steps matters in single cases.
     The published search tries 125 settings.
@@ -45,6 +48,7 @@ class TIM(Method):
 
     name = "tim-adm"
     balanced = True
+    learned_arrays = 4
     grid: ClassVar[Grid] = {
         "tau": Setting(15.0, (5.0, 10.0, 15.0, 30.0, 60.0)),
         "shots_weight": Setting(0.1, (0.025, 0.05, 0.1, 0.2, 0.4)),
@@ -53,7 +57,7 @@ class TIM(Method):
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        (rows, own), w = task.labelled_float64(), task.means
+        rows, moments, w = task.labelled.features.double(), task.moments, task.means
         shots_weight = s.shots_weight / (1 + s.entropy_weight)
         ratio = len(rows) / len(task.features)
         dense = Dense(task.features, task.n_classes)
@@ -63,9 +67,9 @@ class TIM(Method):
             masses = _to_differences(scores.values, 1 + s.entropy_weight)
             sums, counts = dense.class_sums(scores.values)
             p = (s.tau * (rows @ w.T - w.square().sum(1) / 2)).softmax(1)
-            of_shots = (own - p).T @ rows + w * p.sum(0)[:, None]
+            of_shots = moments.sums - p.T @ rows + w * p.sum(0)[:, None]
             of_rows = sums + w * masses[:, None]
-            total = shots_weight * own.sum(0) + ratio * (counts + masses)
+            total = shots_weight * moments.counts + ratio * (counts + masses)
             w = (shots_weight * of_shots + ratio * of_rows) / total[:, None]
             task.progress(step + 1, s.max_iter)
         return Answer(cosine_answer(task, w, s.tau), s.max_iter)

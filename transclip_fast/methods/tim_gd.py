@@ -6,7 +6,12 @@ from typing import ClassVar
 
 from transclip_fast.methods.base import Answer, Grid, Method, Setting, Values
 from transclip_fast.methods.dense import Dense, softmax_
-from transclip_fast.methods.gradients import Adam, alpha_slope, to_logit_gradients
+from transclip_fast.methods.gradients import (
+    Adam,
+    alpha_slope,
+    to_label_gradients,
+    to_logit_gradients,
+)
 from transclip_fast.methods.task import Task
 
 
@@ -27,6 +32,8 @@ class TIMGD(Method):
     tau : float
     shots_weight, entropy_weight : float
         c and b.
+    alpha : float
+        a of the entropies, as in `AlphaTIM`; 1 is Shannon's H, that of TIM-GD.
     rate : float
         Of Adam.
     max_iter : int
@@ -39,6 +46,7 @@ class TIMGD(Method):
     name = "tim-gd"
     balanced = True
     matrices = 1
+    learned_arrays = 4
     grid: ClassVar[Grid] = {
         "tau": Setting(15.0),
         "shots_weight": Setting(0.1),
@@ -49,7 +57,7 @@ class TIMGD(Method):
     }
 
     def solve(self, task: Task, s: Values) -> Answer:
-        (rows, own), w = task.labelled_float64(), task.means
+        rows, labels, w = task.labelled.features.double(), task.labelled.labels, task.means
         slope = alpha_slope(s.alpha)
         dense = Dense(task.features, task.n_classes)
         scores, adam = dense.new_scores(), Adam(w, s.rate)
@@ -61,8 +69,8 @@ class TIMGD(Method):
                 break
             to_logit_gradients(values, slope, s.entropy_weight, mean)
             sums, counts = dense.class_sums(values)
-            errors = (s.tau * (rows @ w.T - half)).softmax(1) - own
-            errors *= s.shots_weight / len(rows)
+            errors = to_label_gradients((s.tau * (rows @ w.T - half)).softmax(1), labels)
+            errors *= s.shots_weight
             total = counts + errors.sum(0)
             w = adam.step(s.tau * (sums + errors.T @ rows - w * total[:, None]))
             task.progress(step + 1, s.max_iter)

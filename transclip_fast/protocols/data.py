@@ -162,7 +162,7 @@ def load_data(
         try:
             data = _load(path, pools, chosen, local)
         except InputError as error:
-            if str(path) in str(error):
+            if str(error).startswith(str(path)):
                 raise
             raise InputError(f"{path}: {error}") from error
         if data.name in found:

@@ -25,6 +25,7 @@ from transclip_fast.heads.task import as_fit_arguments
 from transclip_fast.protocols.data import DataSet, draw_shots, load_data
 from transclip_fast.protocols.runs import Run, measure, measure_few_shot
 from transclip_fast.protocols.table import BASE, NEW
+from transclip_fast.store.features import LOCAL
 from transclip_fast.store.names import place, read_names
 
 TRANSCLIP_FS = "transclip-fs"
@@ -259,14 +260,20 @@ def _check_source(source: DataSet, targets: Sequence[Target], trials: Trials) ->
                 )
 
 
+def _hashes(data: DataSet, head: str) -> dict[str, str]:
+    """The hashes of the arrays that a head takes: patches are there if any head takes them."""
+    patches = head != TRANSCLIP_FS and method_named(head).takes_patches
+    return {name: x for name, x in data.sha256.items() if patches or name not in LOCAL}
+
+
 def _inputs(
-    protocol: str, source: DataSet, target: Target, prompting: Prompting | None
+    protocol: str, source: DataSet, target: Target, head: str, prompting: Prompting | None
 ) -> dict[str, Any]:
     """Everything that the outcome of a run depends on, beside its columns."""
-    inputs: dict[str, Any] = {"data": target.data.sha256}
+    inputs: dict[str, Any] = {"data": _hashes(target.data, head)}
     names: list[Any] = [] if prompting is None else [[*prompting.class_names]]
     if protocol != "few-shot":  # there source and target are the same
-        inputs |= {"source": source.sha256, "classes": target.classes}
+        inputs |= {"source": _hashes(source, head), "classes": target.classes}
         names.append(target.data.class_names)
     if prompting is not None:
         inputs["prompting"] = {**prompting.identity, "class_names": names}
@@ -292,7 +299,7 @@ def _runs(protocol: str, source: DataSet, targets: Sequence[Target], trials: Tri
     return [
         Run(
             {"protocol": protocol, **target.columns, "head": name, "shots": n, "seed": seed},
-            _inputs(protocol, source, target, trials.prompting(source, name)),
+            _inputs(protocol, source, target, name, trials.prompting(source, name)),
             partial(work, target, name, n, seed),
         )
         for name in trials.heads
