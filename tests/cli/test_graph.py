@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -158,6 +159,20 @@ def test_approximate(index, save, arrays, succeeds, tmp_path):
     assert {name: manifest[name] for name in given if name != "n_neighbors"} == {
         name: value for name, value in given.items() if name != "n_neighbors"
     }
+
+
+def test_rows_of_a_comparison_by_an_index_that_was_replaced_are_not_kept(
+    save, arrays, done, cli, tmp_path
+):
+    pytest.importorskip("faiss")
+    features, index = save(arrays), tmp_path / "image.index"
+    search = "--search", "faiss", "--index", "Flat", "--save-index", index
+    done("graph", features, *search, "--out", tmp_path / "graph")
+    command = "compare", features, "--methods", "stata", "--out", tmp_path / "table.md"
+    for time, anew in ((1, False), (1, False), (2, True)):
+        os.utime(index, (time, time))
+        ran = cli(*command, "--index", index)
+        assert (ran.code, "begins anew" in ran.err) == (0, anew)
 
 
 def test_a_saved_index_is_searched_again(save, arrays, succeeds, refused, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -291,20 +290,6 @@ def test_other_anchors_run_again_only_what_they_change(save, few_shot, succeeds,
         rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
         assert (rows["zero-shot"]["anchors"], rows["zlap"]["anchors"]) == ("texts", anchors)
     assert counted == ["zero-shot", "zlap", "zlap"]
-
-
-def test_rows_of_an_index_that_was_replaced_are_not_kept(
-    save, arrays, done, cli, counted, tmp_path
-):
-    pytest.importorskip("faiss")
-    features, index = save(arrays), tmp_path / "image.index"
-    search = "--search", "faiss", "--index", "Flat", "--save-index", index
-    done("graph", features, *search, "--out", tmp_path / "graph")
-    command = "compare", features, "--methods", "stata", "--out", tmp_path / "table.md"
-    for time in (1, 1, 2):
-        os.utime(index, (time, time))
-        assert cli(*command, "--index", index).code == 0
-    assert counted == ["stata", "stata"]
 
 
 def test_rows_of_other_class_names_are_not_kept(save, arrays, cli, counted, tmp_path):
