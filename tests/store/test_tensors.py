@@ -17,7 +17,12 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import load_file, save_file
 
 from transclip_fast.errors import InputError
-from transclip_fast.store.tensors import read_tensors, unmapped, write_tensors
+from transclip_fast.store.tensors import (
+    CONVERTED_ENTRIES,
+    read_tensors,
+    unmapped,
+    write_tensors,
+)
 
 
 def ignore(done, total):
@@ -37,6 +42,8 @@ arrays = st.dictionaries(
 @settings(deadline=None)
 @given(arrays)
 def test_what_is_written_is_read(tmp_path_factory, made):
+    for array in made.values():  # finite ones beyond bfloat16 are refused
+        array[np.isfinite(array) & (np.abs(array.astype(float)) > 3e38)] = 0
     tensors = {name: torch.from_numpy(array) for name, array in made.items()}
     file = tmp_path_factory.getbasetemp() / "made.safetensors"
     reported = []
@@ -98,6 +105,20 @@ def test_the_tensors_are_never_all_in_memory(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert int(found.stdout) < 2.5 * 2 * side**2  # all would be 12 times that of one
+
+
+def test_values_beyond_the_type(tmp_path):
+    """Of which the last chunk has one; what is infinite stays so."""
+    tensor = torch.zeros(CONVERTED_ENTRIES + 5)
+    tensor[:2] = torch.tensor([torch.inf, 65504.0])
+    write_tensors(tmp_path / "a.safetensors", {"scale": tensor}, torch.float16, ignore)
+    assert load_file(tmp_path / "a.safetensors")["scale"][:2].tolist() == [torch.inf, 65504.0]
+    tensor[-1] = -7e4
+    for dtype in (torch.float32, torch.bfloat16):
+        write_tensors(tmp_path / "b.safetensors", {"scale": tensor}, dtype, ignore)
+    with pytest.raises(InputError, match="^scale: has values beyond float16; bf16 has a wider"):
+        write_tensors(tmp_path / "c.safetensors", {"scale": tensor}, torch.float16, ignore)
+    assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ def command(checkpoint: str, model: str, dtype: str, out: str, as_json: bool) ->
     """Convert CHECKPOINT to one .safetensors file in open_clip's names, tensor by tensor.
 
     CHECKPOINT is a .safetensors file, a file of torch.save, or the .index.json of either in
-    several files. The written file is for `encode --pretrained`, which maps it from disk; no more
-    than one tensor is in memory at any time.
+    several files. The written file is for `encode --pretrained`, which maps it from disk. No more
+    than one tensor is in memory at any time, but all of a file of torch before 1.6.
 
     \b
     Example:

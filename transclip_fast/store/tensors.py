@@ -71,6 +71,7 @@ def write_tensors(
     memory at a time, so that a mapped checkpoint larger than memory can be converted. Floating
     tensors are converted to `dtype`, or keep their own if it is None. `step` is called after each
     tensor with the bytes written and the bytes in all; `metadata` is what `read_tensors` returns.
+    InputError if a tensor has values beyond the range of `dtype`.
     """
     path = Path(path)
     types = {
@@ -95,7 +96,7 @@ def write_tensors(
             file.write(len(text).to_bytes(8, "little") + text)
             done = 0
             for name, tensor in tensors.items():
-                for chunk in _chunks(tensor, buffers, types[name]):
+                for chunk in _chunks(name, tensor, buffers, types[name]):
                     done += file.write(chunk)
                 step(done, end)
     return 8 + len(text) + end
@@ -185,11 +186,18 @@ def check_header(path: Path) -> None:
             parse_json(file.read(length))
 
 
-def _chunks(tensor: torch.Tensor, buffers: Buffers, dtype: torch.dtype) -> Iterator[memoryview]:
+def _chunks(
+    name: str, tensor: torch.Tensor, buffers: Buffers, dtype: torch.dtype
+) -> Iterator[memoryview]:
     """A tensor's bytes as `dtype`; each chunk overwrites the one before."""
     whole = tensor if tensor.is_contiguous() else unmapped(tensor).contiguous()
     for part in torch.split(whole.reshape(-1), CONVERTED_ENTRIES):
         chunk = _copy(part, buffers[tensor.dtype][: len(part)])
-        if dtype != tensor.dtype:
-            chunk = buffers[dtype][: len(part)].copy_(chunk)
+        if len(part) and dtype != tensor.dtype:
+            converted = buffers[dtype][: len(part)].copy_(chunk)
+            ends = torch.stack(converted.aminmax()).double()  # of NaN, if there is one
+            if not ends.isfinite().all() and chunk[converted.isinf()].double().isfinite().any():
+                kind = str(dtype).removeprefix("torch.")
+                raise InputError(f"{name}: has values beyond {kind}; bf16 has a wider range")
+            chunk = converted
         yield chunk.view(torch.uint8).numpy().data
