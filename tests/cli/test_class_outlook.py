@@ -47,10 +47,14 @@ def test_plan_tells_how_many_classes_are_in_use(few, succeeds):
 
 @pytest.mark.parametrize(("value", "found"), [(np.nan, "contains NaN"), (0, "is all zero")])
 @pytest.mark.parametrize("command", ["plan", "solve"])
+@pytest.mark.parametrize("given", [False, True])
 def test_rows_that_cannot_be_used_are_named_first(
-    command, value, found, arrays, save, cli, tmp_path
+    given, command, value, found, arrays, save, cli, tmp_path
 ):
+    """Also where a prior is given, which has nothing of these rows."""
     arrays["image_features"][7] = value
+    if given:
+        arrays["prior"] = np.full((77, 6), 1 / 6)
     out = ("--out", tmp_path / "result") if command == "solve" else ()
     ran = cli(command, file := save(arrays), *out)
     assert (ran.code, ran.out) == (2, "")

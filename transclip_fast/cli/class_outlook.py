@@ -48,9 +48,11 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     n_classes = problem.prior.n_classes
     widest = max(n_classes, problem.features.shape[1])
     log_prior = problem.prior_sample(max(PRIOR_SAMPLE_ROWS, SAMPLE_ENTRIES // widest))
-    if log_prior.isnan().any():
+    ids = evenly_spaced_rows(len(problem.features), len(log_prior))
+    rows = unit_sample(problem.features, ids)
+    if not rows.isfinite().all():
         unit_divisors(problem.features, "X")  # names the first row that is not finite, or zero
-    power = _sharpness(problem, log_prior, parameters.n_neighbors)
+    power = _sharpness(rows, log_prior, parameters.n_neighbors)
     shares = torch.softmax(power * log_prior.double(), 1).mean(0)
     effective = effective_classes(shares)
     few_shot = None not in problem.gammas(parameters)
@@ -66,11 +68,10 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     }
 
 
-def _sharpness(problem: Problem, log_prior: torch.Tensor, n_neighbors: int) -> float:
+def _sharpness(rows: torch.Tensor, log_prior: torch.Tensor, n_neighbors: int) -> float:
     """T of `transclip_fast.solver.class_cost`, from some rows and their neighbours among these."""
-    some = evenly_spaced_rows(len(log_prior), NEIGHBOR_ROWS)
-    ids = evenly_spaced_rows(len(problem.features), len(log_prior))[some]
-    rows, labels = unit_sample(problem.features, ids), log_prior[some].argmax(1)
+    some = evenly_spaced_rows(len(rows), NEIGHBOR_ROWS)
+    rows, labels = rows[some], log_prior[some].argmax(1)
     neighbors, _ = nearest(rows, rows, n_neighbors, own=torch.arange(len(rows)))
     return sharpness(log_prior[some], agreement(labels, labels[neighbors]))
 
