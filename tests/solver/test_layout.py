@@ -37,8 +37,11 @@ def test_what_does_not_fit():
         choose_layout(MILLION, CPU, form="sparse", memory=3 << 29)
     with pytest.raises(InputError, match="there are 4 GiB; choose assignments='sparse'"):
         choose_layout(MILLION, CPU, form="dense", memory=4 << 30)
-    with pytest.raises(InputError, match="there are 3 GiB"):
-        choose_layout(MILLION, CPU, form="sparse", candidates=100, memory=3 << 30)
+    for longer in ({"candidates": 100}, {"rank": 100}):
+        with pytest.raises(InputError, match="there are 3 GiB; leave .* out, or give at most 64,"):
+            choose_layout(MILLION, CPU, form="sparse", memory=3 << 30, **longer)
+    with pytest.raises(InputError, match=r"there are 1\.5 GiB; allow more, or share"):
+        choose_layout(MILLION, CPU, form="sparse", candidates=100, memory=3 << 29)
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,11 @@ def _remedy(size: Size, layout: Layout, device: torch.device, *, form: str, limi
     """A way to solve a problem for which the least layout is too large."""
     if form == "dense" and size.n_classes > FEWEST_CANDIDATES:
         return "choose assignments='sparse', or allow more"
+    if form == "sparse":  # perhaps with longer lists than fit, as the user has set them
+        fewer = min(_candidates_that_fit(size, device, limit - size.used(device)), size.n_classes)
+        shorter = replace(layout, candidates=fewer)
+        if size.used(device) + shorter.solve_bytes(size, device) <= limit:
+            return f"leave candidates and rank out, or give at most {fewer}, or allow more"
     for ranks in range(size.ranks + 1, size.partition.n_parts + 1):
         shared = replace(size, ranks=ranks)
         if shared.used(device) + layout.solve_bytes(shared, device) <= limit:
