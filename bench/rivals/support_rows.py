@@ -15,6 +15,7 @@ import torch
 
 from transclip_fast.estimator import TransCLIP
 from transclip_fast.graph.build import build_graph
+from transclip_fast.graph.exact import nearest_of_all
 from transclip_fast.graph.neighbor_graph import NeighborGraph
 from transclip_fast.solver.loop import solve
 from transclip_fast.solver.problem import Problem, Settings
@@ -30,20 +31,31 @@ def fit_published_rows(model: TransCLIP, X: Any, text_features: Any, **arrays: A
     inputs = problem.load(settings)
     own = build_graph(inputs.features, model.n_neighbors, device=settings.device)
     graph, support, gamma = own, inputs.support, None
-    if support is not None:
-        graph, support = shifted(own, support, clamp_similarity=model.clamp_similarity)
+    if support is not None and problem.support is not None:
+        shots = problem.support.to(settings.device)
+        lists = nearest_of_all(shots.features, inputs.features, model.n_neighbors + 1)
+        clamp = model.clamp_similarity
+        graph, support = shifted(own, support, shots.labels, lists, clamp_similarity=clamp)
         (gamma,) = problem.gammas(model)
     inputs = replace(inputs, support=support)
     return model._keep(solve(inputs, graph, settings, gamma), inputs, settings, own)
 
 
 def shifted(
-    graph: NeighborGraph, support: Support, *, clamp_similarity: bool = False
+    graph: NeighborGraph,
+    support: Support,
+    labels: torch.Tensor,
+    lists: tuple[torch.Tensor, torch.Tensor],
+    *,
+    clamp_similarity: bool = False,
 ) -> tuple[NeighborGraph, Support]:
-    """Graph and support with both errors."""
-    (n_queries, k), device = graph.neighbors.shape, support.labels.device
-    ids = support.neighbors[:, 1:].cpu().numpy()
-    weights = support.similarities[:, 1:].cpu().numpy()
+    """
+    Graph and support with both errors.
+
+    `lists` are the most similar queries (M, k + 1) of the shots, with labels (M,), and how similar.
+    """
+    (n_queries, k), device = graph.neighbors.shape, labels.device
+    ids, weights = (array[:, 1:].cpu().numpy() for array in lists)
     fewer = ((0, 0), (0, k - ids.shape[1]))
     ids = np.concatenate([np.pad(ids, fewer, constant_values=-1), graph.neighbors])
     weights = np.concatenate([np.pad(weights, fewer), graph.similarities])
@@ -57,7 +69,7 @@ def shifted(
     messages = support_messages(
         torch.from_numpy(ids[n_queries:]).to(device),
         torch.from_numpy(weights[n_queries:]).to(device) / (2 * k),
-        support.labels,
+        labels,
         (n_queries, len(support.moments.counts)),
     )
     return mixed, replace(support, messages=messages)

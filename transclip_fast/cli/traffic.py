@@ -92,7 +92,7 @@ def bytes_sent(sender: Sender, layout: Layout, parameters: Parameters) -> dict[s
     few = min(n, PRIOR_SAMPLE_ROWS)
     charged = parameters.class_cost is not False
 
-    load = sender.to_others(16 * (k + 1) * size.labelled)
+    load = sender.to_others(16 * k * size.labelled)
     if size.known:
         load += 8 * ((n_classes + 1) * (d + 1) - 1) * sums
         load += picked(4 * d * min(n, ORDER_SAMPLE_ROWS))

@@ -39,7 +39,7 @@ To search the graph, of k neighbours a row, a rank with n of the N rows sends, i
 A sum of s bytes goes up the tree, s for each of a rank's subtrees that joins one of another rank,
 and from rank 0 back to all, s (P - 1). A few more sums of one number are taken at the start, after
 every step and at the end, and z of the sample. Few-shot and known labels add class sums, and the
-nearest rows of each shot, 16 (k + 1) (P - 1), at the start. `Exchange.sent` counts all of it but
+nearest rows of each shot, 16 k (P - 1), at the start. `Exchange.sent` counts all of it but
 small JSON messages (`transclip_fast.ranks`). Tensors of a GPU travel through its host's memory.
 
 Beside its rows, and what any process takes, a rank holds z of its halo, twice, 8 R H or 4 K H each;

@@ -236,7 +236,7 @@ class Problem:
                 n_neighbors=parameters.n_neighbors,
                 clamp_similarity=parameters.clamp_similarity,
             )
-            _warn_of_order("support", labels, prior, rows, features, support.neighbors[:, 0])
+            _warn_of_order("support", labels, prior, rows, features, support.nearest)
         if self.validation is not None:
             labelled = self.validation.to(device)
             rows, labels = labelled.features, labelled.labels

@@ -38,19 +38,16 @@ class Support:
 
     Parameters
     ----------
-    labels : Tensor (M,) int64
     moments : Moments
         Of the support rows with their one-hot labels.
-    neighbors, similarities : Tensor (M, k + 1) int64, float64
-        The most similar queries of each row, best first; fewer where there are no more.
+    nearest : Tensor (M,) int64
+        The most similar query of each row.
     messages : Messages
         W_S^T Y / 2k: messages to the queries of this process about each class.
     """
 
-    labels: torch.Tensor
     moments: Moments
-    neighbors: torch.Tensor
-    similarities: torch.Tensor
+    nearest: torch.Tensor
     messages: Messages
 
     @classmethod
@@ -65,20 +62,18 @@ class Support:
         clamp_similarity: bool = False,
     ) -> Support:
         """Support rows (M, d) with labels (M,), each joined to its k most similar queries."""
-        ids, similarities = nearest_of_all(support, features, n_neighbors + 1)
+        ids, similarities = nearest_of_all(support, features, n_neighbors)
         if clamp_similarity:
             similarities = similarities.clamp_min(0)
-        weights = similarities[:, :n_neighbors] / (2 * n_neighbors)
+        weights = similarities / (2 * n_neighbors)
         own = features.own
         shape = (own.stop - own.start, n_classes)
-        queries = ids[:, :n_neighbors]
-        here = (queries >= own.start) & (queries < own.stop)
-        queries = (queries - own.start).where(here, -1)
-        messages = support_messages(queries, weights, labels, shape)
-        return cls(labels, Moments.of(support, labels, n_classes), ids, similarities, messages)
+        here = (ids >= own.start) & (ids < own.stop)
+        messages = support_messages((ids - own.start).where(here, -1), weights, labels, shape)
+        return cls(Moments.of(support, labels, n_classes), ids[:, 0], messages)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.nearest)
 
 
 def support_messages(
