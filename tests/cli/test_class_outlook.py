@@ -126,6 +126,7 @@ def test_solve_tells_what_it_did(few, cli, tmp_path, options, cost):
     assert run["config"]["class_cost"] is charged
     assert run["n_effective_classes"] == pytest.approx(reference.effective_classes(prior), 1e-4)
     said = cost if options else f"{UNDECIDED.removesuffix(' (--class-cost)')}; kept: with it"
+    assert "zero-shot uses" not in ran.out  # but the prior
     assert ran.out.count(f"of 20 classes: {said}") == 1
     labels, before = (np.array(table[name].to_pylist()) for name in ("label", "zero_shot_label"))
     changes = np.bincount(labels, minlength=20) - np.bincount(before, minlength=20)

@@ -58,14 +58,19 @@ def outlook(problem: Problem, parameters: Parameters) -> dict[str, Any]:
     few_shot = None not in problem.gammas(parameters)
     facts = parameters.class_cost, effective, n_classes
     undecided = is_undecided(*facts, few_shot=few_shot)
-    of_texts = isinstance(problem.prior, LinearPrior) and problem.prior is problem.zero_shot
     return {
-        "by": ZERO_SHOT if of_texts else "the prior",
+        "by": counted_by(problem),
         "rows": len(log_prior),
         "n_effective_classes": effective,
         "class_cost": None if undecided else is_charged(*facts, few_shot=few_shot),
         "rare_classes": (n_classes * shares < RARE).nonzero()[:, 0].tolist(),
     }
+
+
+def counted_by(problem: Problem) -> str:
+    """Whose classes are counted: those of the texts alone, or of another prior."""
+    of_texts = isinstance(problem.prior, LinearPrior) and problem.prior is problem.zero_shot
+    return ZERO_SHOT if of_texts else "the prior"
 
 
 def _sharpness(rows: torch.Tensor, log_prior: torch.Tensor, n_neighbors: int) -> float:
@@ -91,7 +96,7 @@ def use_of_classes(
     effective: float,
     n_classes: int,
     charged: bool | None,
-    by: str = ZERO_SHOT,
+    by: str,
     *,
     decided: bool = False,
 ) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from transclip_fast.callbacks import Checkpoint
 from transclip_fast.cli import session
-from transclip_fast.cli.class_outlook import describe_outlook, outlook
+from transclip_fast.cli.class_outlook import counted_by, describe_outlook, outlook
 from transclip_fast.cli.encode import warn_of_random
 from transclip_fast.cli.graph import GraphSearch, kept_graph, leftovers
 from transclip_fast.cli.head import FittedHead
@@ -287,6 +287,7 @@ def _solver_run(
     return solver_summary(model) | {
         "graph_sha256": graph.sha256() if isinstance(graph, NeighborGraph) else None,
         "modality_gap": modality_gap(problem.features, texts, problem.exchange),
+        "classes_counted_by": counted_by(problem),
         "n_shots": 0 if problem.support is None else len(problem.support),
         "n_validation": 0 if problem.validation is None else len(problem.validation),
         "head": start.head and start.head.summary(start.truth),

@@ -12,7 +12,12 @@ import numpy as np
 import torch
 
 from transclip_fast.cli import session
-from transclip_fast.cli.class_outlook import describe_changes, size_changes, use_of_classes
+from transclip_fast.cli.class_outlook import (
+    ZERO_SHOT,
+    describe_changes,
+    size_changes,
+    use_of_classes,
+)
 from transclip_fast.cli.graph import describe
 from transclip_fast.cli.options import requested
 from transclip_fast.cli.session import counted
@@ -138,12 +143,13 @@ def describe_solution(run: dict[str, Any], out: str, *, planned: bool = False) -
     """The run.json of a solve as text, without what its outlook, if it was `planned`, has said."""
     seconds, truncation = run["seconds"], run["truncation"]
     uses, charged = (run["n_effective_classes"], run["n_classes"]), run["config"]["class_cost"]
+    by = run.get("classes_counted_by", ZERO_SHOT)  # of earlier versions without it
     few_shot = run["config"]["gamma"] is not None
     decided = is_undecided(run["parameters"]["class_cost"], *uses, few_shot=few_shot)
     lines = [
         describe_sizes(run),
         f"{counted(run['n_flipped'], 'label')} changed from zero-shot",
-        *([] if planned and not decided else [use_of_classes(*uses, charged, decided=decided)]),
+        *([] if planned and not decided else [use_of_classes(*uses, charged, by, decided=decided)]),
         *describe_changes(run),
     ]
     if truncation is not None:
