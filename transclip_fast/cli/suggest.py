@@ -13,6 +13,7 @@ from transclip_fast.cli.session import command_line, counted
 from transclip_fast.data.names import positions
 from transclip_fast.errors import InputError, reading
 from transclip_fast.report.gallery import suggested_rows
+from transclip_fast.report.view import View
 from transclip_fast.store.atomic import writing
 from transclip_fast.store.results import load_result
 from transclip_fast.store.tables import guarded
@@ -67,7 +68,8 @@ def command(result: str, number: int, table: str | None, as_json: bool) -> None:
         rows_of = positions(loaded.predictions.column("key").to_pylist())
         by_key = all(row["key"] is not None and rows_of[row["key"]] is not None for row in found)
         _write(Path(table), found, "key" if by_key else "row")
-        line = command_line("solve", "FEATURES", "--corrections", table, "--out", "result2")
+        unnamed = ["solve", "FEATURES", "--corrections", table, "--out", "result2"]
+        line = command_line(*(View(loaded).solve_again(table) or unnamed))
         lines.append(f"{counted(len(found), 'image')} to label in {table}; then {line}")
     session.print_summary({"suggested": found}, "\n".join(lines), as_json)
 

@@ -136,33 +136,12 @@ class Content:
 
     def _commands(self) -> list[str]:
         """The commands that solve again with the page's corrections, and show it; none if not."""
-        view = self.view
-        if not isinstance(view.run.get("features"), str) or view.labelled_by != TRANSCLIP:
+        solve = self.view.solve_again("corrections.csv")
+        if solve is None:
             return []
-        result = os.path.realpath(view.result.folder)
-        out = f"{result}-corrected"
-        solve = ["solve", view.path(view.run["features"]), *(self.options or ())]
-        solve += ["--corrections", "corrections.csv", "--out", out]
-        look = ["report", out, "--before", result, "--out", "corrected.html"]
+        result = os.path.realpath(self.view.result.folder)
+        look = ["report", solve[-1], "--before", result, "--out", "corrected.html"]
         return [shlex.join(["transclip-fast", *words]) for words in (solve, look)]
-
-    @property
-    def options(self) -> list[str] | None:
-        """The words of the options that it was solved with; None if the result does not say."""
-        found = self.view.run.get("options")
-        if not isinstance(found, list):
-            return None
-        words = []
-        for option in found:
-            known = isinstance(option, dict) and {*option} <= {"option", "value", "file"}
-            if not known or not all(isinstance(text, str) for text in option.values()):
-                return None
-            words.append(option.get("option", ""))
-            if "file" in option:
-                words.append(self.view.path(option["file"]))
-            elif "value" in option:
-                words.append(option["value"])
-        return words
 
 
 def _about(view: View, features: Features | None) -> list[str]:

@@ -108,7 +108,7 @@ def render(content: Content) -> str:
         warnings=warnings[:WARNINGS],
         more_warnings=max(0, len(warnings) - WARNINGS),
         notes=content.notes,
-        repeats=content.options is not None,
+        repeats=view.options is not None,
     )
 
 

@@ -80,6 +80,37 @@ class View:
         """A path in run.json, which starts at the folder, as an absolute one."""
         return os.path.normpath(os.path.join(os.path.realpath(self.result.folder), path))
 
+    def solve_again(self, corrections: str) -> list[str] | None:
+        """
+        The command that solves again with a file of corrections, into a folder beside the result.
+
+        None if the result does not name its features, or its method takes none.
+        """
+        features = self.run.get("features")
+        if not isinstance(features, str) or self.labelled_by != TRANSCLIP:
+            return None
+        out = f"{os.path.realpath(self.result.folder)}-corrected"
+        words = ["solve", self.path(features), *(self.options or ())]
+        return [*words, "--corrections", corrections, "--out", out]
+
+    @property
+    def options(self) -> list[str] | None:
+        """The words of the options that it was solved with; None if the result does not say."""
+        found = self.run.get("options")
+        if not isinstance(found, list):
+            return None
+        words = []
+        for option in found:
+            known = isinstance(option, dict) and {*option} <= {"option", "value", "file"}
+            if not known or not all(isinstance(text, str) for text in option.values()):
+                return None
+            words.append(option.get("option", ""))
+            if "file" in option:
+                words.append(self.path(option["file"]))
+            elif "value" in option:
+                words.append(option["value"])
+        return words
+
     @functools.cached_property
     def labels(self) -> np.ndarray:
         return self.result.labels("label")
