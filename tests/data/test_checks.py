@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import unit
 from transclip_fast import InputError, TransCLIP
@@ -236,6 +237,23 @@ def test_probabilities_are_normalised_and_zero_is_minus_infinity():
     np.testing.assert_allclose(result, expected, atol=2e-7)
     assert result[0, 2] == -np.inf
     np.testing.assert_array_equal(prior, before)
+
+
+def test_the_logarithm_needs_no_second_table_in_float64():
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+                new = found.untyped_storage().data_ptr() != prior.ctypes.data
+                self.bytes = max(self.bytes, new * found.nbytes)
+            return found
+
+    prior = np.full((5000, 4), 0.25)
+    with Largest() as largest:
+        as_log_probabilities(prior, "X", rows=5000)
+    assert 0 < largest.bytes < prior.nbytes
 
 
 @pytest.mark.parametrize(

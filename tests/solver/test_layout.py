@@ -105,6 +105,17 @@ def test_what_else_takes_memory():
     assert total(halved=True) == plain + 2 * 1000 * 32
     assert total(runs=4) == total(undecided=True) == plain + 8 * 64 * 1000
     assert total(file_bytes=64000) == plain
+    assert total(labelled=10) == plain + 4 * 10 * 32
+
+
+def test_a_given_prior_lies_on_the_gpu():
+    cuda, layout = torch.device("cuda"), Layout(64, held=False)
+    table = replace(MILLION, linear=False)
+    more = layout.solve_bytes(table, cuda) - layout.solve_bytes(MILLION, cuda)
+    assert more == 4 * 1_000_000 * 1000
+    assert layout.solve_bytes(table, CPU) == layout.solve_bytes(MILLION, CPU)
+    with pytest.raises(InputError, match="1,000,000 rows and 1,000 classes"):
+        choose_layout(table, cuda, form="sparse", memory=4 << 30)
 
 
 def test_a_little_less_memory_changes_nothing():

@@ -13,6 +13,7 @@ from transclip_fast.errors import InputError, user_level
 
 PRIORS = ("prior", "prior_logits", "prototypes")  # arrays of which each tells a prior
 PROBABILITY_TOLERANCE = 1e-2  # of the sum of a row
+LOG_ROWS = 512  # at a time: quotients and logarithms of all rows take 16 bytes an entry in float64
 UNLISTED_MASS = 1e-6  # at least, that a row of a sparse prior leaves to the classes it omits
 
 
@@ -42,7 +43,11 @@ def as_log_probabilities(array: Any, name: str, *, rows: int) -> torch.Tensor:
         raise InputError(
             f"{name}: row {row} sums to {totals[row]:.4g}, not 1; scores go in prior_logits"
         )
-    return (matrix / totals[:, None]).log().to(torch.float32).contiguous()
+    log = torch.empty_like(matrix, dtype=torch.float32, memory_format=torch.contiguous_format)
+    parts = (torch.split(array, LOG_ROWS) for array in (log, matrix, totals[:, None]))
+    for out, part, total in zip(*parts, strict=True):
+        out.copy_((part / total).log())
+    return log
 
 
 def as_logits(array: Any, name: str, *, rows: int) -> torch.Tensor:

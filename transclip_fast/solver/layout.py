@@ -99,7 +99,7 @@ class Size:
     @property
     def host_bytes(self) -> int:
         """In the memory of a process before a solve."""
-        # A prior (N, K), its logarithm, and the temporaries of computing it.
+        # A prior (N, K) of up to 8 bytes, its logarithm in 4, and the masks of checking it.
         table = 0 if self.linear else 16 * self.own_rows * self.n_classes
         columns = COLUMNS_BYTES * self.n_rows if self.ranks > 1 else 0
         return PROCESS_BYTES + self.input_bytes + table + columns
@@ -143,6 +143,9 @@ class Layout:
         merged = START_BYTES * size.ranks * n_classes + PART_SUMS * 8 * n_classes * d
         return {
             "features": entry * n * d if self.held else 0,
+            "labelled": 4 * size.labelled * d,
+            # Of a GPU; in the memory of the process it is counted before the solve.
+            "prior": 0 if size.linear or device.type == "cpu" else 4 * n * n_classes,
             "graph": n * (12 * k + 8 + 24 * k),  # lists, and both ends of each edge
             "assignments": n * (lists + best + ROW_BYTES),
             "classes": CLASS_MATRICES * 8 * n_classes * d,
