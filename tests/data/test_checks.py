@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import unit
+from tests.new_tensors import LargestTensor
 from transclip_fast import InputError, TransCLIP
 from transclip_fast.data import checks as inputs
 from transclip_fast.data.checks import (
@@ -240,18 +240,8 @@ def test_probabilities_are_normalised_and_zero_is_minus_infinity():
 
 
 def test_the_logarithm_needs_no_second_table_in_float64():
-    class Largest(TorchDispatchMode):
-        bytes = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            found = function(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and found.dtype == torch.float64:
-                new = found.untyped_storage().data_ptr() != prior.ctypes.data
-                self.bytes = max(self.bytes, new * found.nbytes)
-            return found
-
     prior = np.full((5000, 4), 0.25)
-    with Largest() as largest:
+    with LargestTensor(torch.float64, prior) as largest:
         as_log_probabilities(prior, "X", rows=5000)
     assert 0 < largest.bytes < prior.nbytes
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import unit
+from tests.new_tensors import LargestTensor
 from transclip_fast import TransCLIP, fit_head
 from transclip_fast.data.texts import ensemble, moved_text, templates_first
 from transclip_fast.errors import InputError
@@ -35,6 +36,15 @@ def test_the_mean_of_unit_texts():
     expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
     with pytest.warns(UserWarning, match="were not unit vectors"):
         np.testing.assert_allclose(ensemble(TEXTS, n_classes=5), expected, atol=1e-6)
+
+
+def test_the_mean_needs_no_second_copy_of_all_texts():
+    rows = np.random.default_rng(1).normal(size=(24_000, 4))
+    texts = unit(rows).astype(np.float32).reshape(8, 3000, 4)
+    with LargestTensor(torch.float32, texts) as largest:
+        found = ensemble(texts)
+    assert 0 < largest.bytes < texts.nbytes / 2
+    np.testing.assert_allclose(found, unit(texts.mean(0)), atol=1e-6)
 
 
 def test_more_templates_than_classes_are_named():

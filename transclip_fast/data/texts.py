@@ -14,6 +14,7 @@ from transclip_fast.data.checks import as_unit_rows, n_dimensions, unread_matrix
 from transclip_fast.data.names import more, repeats
 from transclip_fast.errors import InputError, user_level
 
+MEAN_CLASSES = 1024  # at a time: of all classes two more copies of every template would be there
 COMPARED_TEXTS = 1024  # at most; each is compared with all of the other order
 MOVED = 0.5  # more of a cosine, of texts less their mean, than training or templates change
 
@@ -49,8 +50,9 @@ def ensemble(
         raise InputError(f"text_features: templates have different shapes ({shapes}, ...)")
     if len(rows) == 1:
         return rows[0]
-    mean = torch.stack([normalize(row, dim=-1) for row in rows]).mean(0)
-    return as_unit_rows(normalize(mean, dim=-1), "text_features")
+    blocks = zip(*(torch.split(row, MEAN_CLASSES) for row in rows), strict=True)
+    means = [torch.stack([normalize(row, dim=-1) for row in some]).mean(0) for some in blocks]
+    return as_unit_rows(normalize(torch.cat(means), dim=-1), "text_features")
 
 
 def warn_of_equal_rows(prototypes: torch.Tensor, name: str) -> None:
