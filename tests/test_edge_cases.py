@@ -68,9 +68,10 @@ def test_finite_repeatable_and_equal_to_the_reference(problem, name, few_shot):
         shots = {"support": support, "labels": labels, "gamma": 0.02}
         if change is not None:
             rows = torch.from_numpy(np.concatenate([support, features]))
-            found = nearest(rows[:8], rows[8:], model.n_neighbors + 1)  # as the model does
-            lists = (np.asarray(column)[:, : model.n_neighbors] for column in found)
-            free["support_graph"] = dense_weights(NeighborGraph(*lists), len(features))
+            found = nearest(rows[:8], rows[8:], model.n_neighbors)  # as the model does
+            free["support_graph"] = dense_weights(
+                NeighborGraph(*map(np.asarray, found)), len(features)
+            )
     run = reference.solve(
         features,
         zero_shot_log_prior(features, prototypes),
