@@ -17,7 +17,7 @@ VARIANCE_FLOOR = 1e-6  # divided by d
 
 @torch.no_grad()
 def nearest(
-    features: torch.Tensor, n_neighbors: int = 3, block: int = 4096
+    features: torch.Tensor, n_neighbors: int = 3, block: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return neighbours (N, k) int64 and their cosines (N, k) by exact search.
 
