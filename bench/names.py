@@ -14,7 +14,7 @@ SPEED_ARMS = {
     "sparse_torch": "transclip_fast: sparse, torch",
     "sparse_numba": "transclip_fast: sparse, numba",
     "sparse_triton": "transclip_fast: sparse, Triton",
-    "default": "`TransCLIP()` as it comes",
+    "default": "transclip_fast: as it comes",
 }
 SPARSE_ARMS = {
     "baseline": "a good dense torch version",
