@@ -20,7 +20,7 @@ from transclip_fast.encode.sources import open_source
 from transclip_fast.encode.text import ClassPrompts
 from transclip_fast.store.features import load_features
 
-STARTS = re.compile(r"^(torchrun --nproc-per-node \d+ -m transclip_fast.cli|transclip-fast) (?=\w)")
+STARTS = re.compile(r"^(torchrun( --[\w-]+ \w+)+ -m transclip_fast.cli|transclip-fast) (?=\w)")
 IMAGES_PER_CLASS = 20
 MODEL = "--model ViT-B-32 --pretrained openai"  # which the fixture of the tests replaces
 NOT_RUN = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import json
 import os
@@ -9,6 +10,7 @@ import secrets
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -24,17 +26,20 @@ import torch.distributed
 from transclip_fast.errors import InputError, one_line
 
 MAX_WORKERS = 16  # decoding processes a rank starts by itself
+JOINING = timedelta(minutes=10)  # for ranks that start later, or on another machine
 TIMEOUT = timedelta(days=7)  # for slower ranks; gloo reports a rank that dies at once
 MAX_MESSAGE_BYTES = 1 << 31  # places of 100 million rows; more is a stranger's
 MAX_NUMBER = 65535  # of ports and ranks
 # A rank that ends says so in two bytes; other ones are the number of a rank that is lost.
 SAID_BYTES, DONE = 2, MAX_NUMBER
 TOKEN_BYTES = 16
-CONNECTING_SECONDS, LEARNING_SECONDS, TERM_SECONDS = 60, 10, 3
+LEARNING_SECONDS, TERM_SECONDS = 10, 3
 OWN_ERROR_SECONDS = 1
 EXIT_CODE = 2  # as of an InputError
 # A machine that is gone closes no connection: after 10 s of silence it is asked three times.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
+WATCHING = "transclip_fast/watching"  # where rank 0 awaits the others: a key of the store
+IPV4_OF_INTERFACE = 0x8915  # Linux's SIOCGIFADDR
 Item = TypeVar("Item")
 
 
@@ -139,10 +144,10 @@ def joined(*, together: bool = False) -> Iterator[Ranks]:
     this process has joined.
 
     Ranks exchange small JSON messages over gloo; features go through the folder that all of them
-    see. If MASTER_ADDR is this machine's loopback address, ranks listen there alone; the store of
-    `torchrun` is not ours, and listens on all interfaces. InputError if the other ranks cannot be
-    reached, or one of them ended early when this one needs it; if they work `together`, all others
-    then end at once, with one line that names it.
+    see. They listen where this machine reaches MASTER_ADDR, on its loopback address alone if it is
+    that; the store of `torchrun` is not ours, and listens on all interfaces. InputError if not all
+    ranks come within ten minutes, or one of them ended early when this one needs it; if they work
+    `together`, all others then end at once, with one line that names it.
     """
     if (ranks := current_ranks()) is not ALONE:
         yield ranks
@@ -151,22 +156,29 @@ def joined(*, together: bool = False) -> Iterator[Ranks]:
     if size <= 1 and "MASTER_PORT" not in os.environ:
         yield ALONE
         return
-    with lost_rank_as_input_error(), _loopback_store():
-        torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
-    ranks = Ranks(torch.distributed.get_rank(), size)
-    if not together:
-        try:
+    ranks, address = Ranks(_number("RANK"), size), _variable("MASTER_ADDR")
+    if (interface := _interface_to(address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    with _meeting(address, size):
+        store = _met(ranks, address, _number("MASTER_PORT"))
+        connections = _connected(ranks, address, store)
+    with _watched(ranks, connections):
+        with _meeting(address, size):
+            torch.distributed.init_process_group(
+                "gloo", store=store, rank=ranks.rank, world_size=size, timeout=TIMEOUT
+            )
+            torch.distributed.barrier()  # rank 0 may end at once, and its store with it
+        if together:
+            try:
+                yield ranks
+            except LostRankError:
+                time.sleep(LEARNING_SECONDS)  # which one it was: that ends this process
+                raise
+    try:
+        if not together:
             yield ranks
-        finally:
-            torch.distributed.destroy_process_group()
-        return
-    with _watched(ranks, _variable("MASTER_ADDR")):
-        try:
-            yield ranks
-        except LostRankError:
-            time.sleep(LEARNING_SECONDS)  # which one it was: that ends this process
-            raise
-    torch.distributed.destroy_process_group()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
@@ -192,35 +204,37 @@ def _as_bytes(value: Any) -> torch.Tensor:
 
 
 @contextmanager
-def _loopback_store() -> Iterator[None]:
-    """
-    Have torch's store listen on loopback inside, if MASTER_ADDR is that and the store is ours.
+def _meeting(address: str, size: int) -> Iterator[None]:
+    """Turn an error of ranks that cannot reach each other into an InputError."""
+    try:
+        yield
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"ranks: they do not meet at {address} ({one_line(error)}); start all {size} of them "
+            "within ten minutes, where they reach each other (GLOO_SOCKET_IFNAME names the network)"
+        ) from error
 
-    By itself it listens on all interfaces: here it gets a socket that is bound already, and
-    `init_process_group` takes the store of this process that has the port.
+
+def _met(ranks: Ranks, address: str, port: int) -> Any:
     """
-    address, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
-    if not _is_loopback(address):
-        yield
-        return
-    interfaces = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    for name in interfaces[:1]:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    if _number("RANK") or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        yield
-        return
+    The store of torch.distributed at an address, once all ranks have come to it.
+
+    By itself it listens on all interfaces: on loopback, if it is ours, it gets a socket that is
+    bound already.
+    """
+    distributed: Any = torch.distributed
+    ours = ranks.leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not (ours and _is_loopback(address)):
+        return next(distributed.rendezvous("env://", timeout=JOINING))[0]
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
         listener.listen()
         descriptor = listener.detach()  # the store closes it
-    distributed: Any = torch.distributed
-    store = distributed.TCPStore(
-        address, port, is_master=True, multi_tenant=True, master_listen_fd=descriptor
+    return distributed.TCPStore(
+        address, port, ranks.size, is_master=True, timeout=JOINING, master_listen_fd=descriptor
     )
-    yield
-    del store
 
 
 def _is_loopback(address: str) -> bool:
@@ -228,6 +242,28 @@ def _is_loopback(address: str) -> bool:
         return address == "localhost" or ipaddress.ip_address(address).is_loopback
     except ValueError:  # another name
         return False
+
+
+def _interface_to(address: str) -> str | None:
+    """
+    The network interface over which this machine reaches an address; None where that is unknown.
+
+    By itself gloo takes that of the machine's name, which on many is an address of loopback.
+    """
+    names = [name for _, name in socket.if_nameindex()]
+    if _is_loopback(address):
+        return next((name for name in names if name.startswith("lo")), None)
+    if sys.platform != "linux":
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((address, 1))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for name in names:
+            request = struct.pack("256s", name.encode())
+            with suppress(OSError):  # it has no such address
+                if fcntl.ioctl(probe.fileno(), IPV4_OF_INTERFACE, request)[20:24] == own:
+                    return name
+    return None
 
 
 def _variable(name: str) -> str:
@@ -256,17 +292,16 @@ def lost_rank_as_input_error() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(ranks: Ranks, address: str) -> Iterator[None]:
+def _watched(ranks: Ranks, connections: dict[socket.socket, int]) -> Iterator[None]:
     """
     End this process with one line that names the rank, if another one ends before all are done.
 
-    Every rank keeps a connection to rank 0, at `address`, which the system closes when either ends;
-    rank 0 tells the others who it was. A rank that fails inside closes it, too.
+    Every rank keeps a connection to rank 0, which the system closes when either ends; rank 0 tells
+    the others who it was. A rank that fails inside closes it, too.
     """
     if ranks.size == 1:
         yield
         return
-    connections = _connected(ranks, address)
     with _sigterm_socket() as signals:
         watch = threading.Thread(target=_watch, args=(ranks, connections, signals), daemon=True)
         watch.start()
@@ -289,6 +324,9 @@ def _sigterm_socket() -> Iterator[socket.socket]:
     `torchrun` sends it when a rank is lost, perhaps before this one has heard who it was.
     """
     signals, writer = socket.socketpair()
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here
+        yield signals
+        return
     writer.setblocking(False)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     fd = signal.set_wakeup_fd(writer.fileno())
@@ -299,32 +337,26 @@ def _sigterm_socket() -> Iterator[socket.socket]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _connected(ranks: Ranks, address: str) -> dict[socket.socket, int]:
-    """A connection to each rank that this one watches."""
-    listener, where = None, None
-    if ranks.leads:
-        family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((address, 0), family=family, backlog=ranks.size)
-        listener.settimeout(CONNECTING_SECONDS)
-        where = [listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES)]
-    port, token = ranks.broadcast(where)
-    secret = bytes.fromhex(token)
-    try:
-        if listener is None:
-            connection = socket.create_connection((address, port), CONNECTING_SECONDS)
-            connection.sendall(secret + _said(ranks.rank))
-            return {_kept_alive(connection): 0}
-        with listener:
-            found: dict[socket.socket, int] = {}
-            while len(found) < ranks.size - 1:
-                connection = listener.accept()[0]
-                connection.settimeout(CONNECTING_SECONDS)
-                said = connection.recv(TOKEN_BYTES + SAID_BYTES, socket.MSG_WAITALL)
-                if secrets.compare_digest(said[:TOKEN_BYTES], secret):  # else a stranger
-                    found[_kept_alive(connection)] = int.from_bytes(said[TOKEN_BYTES:], "big")
-            return found
-    except OSError as error:
-        raise InputError(f"ranks cannot connect to {address}: {error}; run again") from error
+def _connected(ranks: Ranks, address: str, store: Any) -> dict[socket.socket, int]:
+    """A connection to each rank that this one watches: all to rank 0, which the store tells of."""
+    seconds, found = JOINING.total_seconds(), dict[socket.socket, int]()
+    if not ranks.leads:
+        port, token = json.loads(store.get(WATCHING))
+        connection = socket.create_connection((address, port), seconds)
+        connection.sendall(bytes.fromhex(token) + _said(ranks.rank))
+        return {_kept_alive(connection): 0}
+    family = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][0]
+    secret = secrets.token_bytes(TOKEN_BYTES)
+    with socket.create_server((address, 0), family=family, backlog=ranks.size) as listener:
+        listener.settimeout(seconds)
+        store.set(WATCHING, json.dumps([listener.getsockname()[1], secret.hex()]))
+        while len(found) < ranks.size - 1:
+            connection = listener.accept()[0]
+            connection.settimeout(seconds)
+            said = connection.recv(TOKEN_BYTES + SAID_BYTES, socket.MSG_WAITALL)
+            if secrets.compare_digest(said[:TOKEN_BYTES], secret):  # else a stranger
+                found[_kept_alive(connection)] = int.from_bytes(said[TOKEN_BYTES:], "big")
+    return found
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:
