@@ -17,6 +17,7 @@ METHODS = {
     "stata": "StatA",
 }
 WORSE = 1.0  # points below zero-shot from which on a draw counts as worse
+NEARLY_RIGHT = 90.0  # percent
 SHOWN = ("published", "default", "stata")  # for the families
 TEXT = (
     "Accuracy of zero-shot in percent, and of each method the mean change in points; then the "
@@ -99,6 +100,20 @@ def scenarios(folder: Path) -> str:
         lines.append([f"**{x}**" if x else x for x in ["mean", *line(rows)]])
         parts.append(table([family, *head()], lines))
     return "\n\n".join([*parts, source([row for rows in found.values() for row in rows])])
+
+
+def nearly_right(folder: Path) -> str:
+    """Say what draws gain and lose where zero-shot is nearly right."""
+    rows = [row for family in recorded(folder).values() for row in family]
+    if not rows:
+        return NOTHING
+    before = np.concatenate([row["accuracy"]["zero_shot"] for row in rows])
+    found = np.concatenate([changes(row, "default") for row in rows])[before >= NEARLY_RIGHT]
+    return (
+        f"Of {len(found)} draws with zero-shot at {NEARLY_RIGHT:.0f} % or more, "
+        f"{(found < -WORSE).sum()} lose more than a point, the worst {-found.min():.1f}; the mean "
+        f"gains {found.mean():.1f}."
+    )
 
 
 POOLS = {  # of `recorded`, with their text
@@ -256,6 +271,7 @@ def published(folder: Path) -> str:
 BLOCKS = {
     "published": published,
     "sets": sets,
+    "nearly-right": nearly_right,
     "wild": families,
     "wild-scenarios": scenarios,
     "outliers": outliers,

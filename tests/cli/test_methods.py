@@ -276,7 +276,7 @@ def test_done_methods_are_not_run_again(save, arrays, succeeds, cli, counted, tm
     assert len(counted) == 4
     arrays["labels"][0] = (arrays["labels"][0] + 1) % 6
     ran = cli("compare", save(arrays), "--methods", "zero-shot", "--out", out)
-    assert "is damaged, or of other input or options; begins anew" in ran.err
+    assert "was made with other input or options, or is damaged; begins anew" in ran.err
     assert counted[4:] == ["zero-shot"]
     assert "--logit-scale" not in ran.err
 

@@ -125,8 +125,8 @@ def test_two_classes_of_one_name(images, encode, tmp_path):
     labels, err = encode(images(2), written(tmp_path / "names.txt", "crane\ncat\nCrane\n"))
     assert labels is None
     assert err == (
-        f"warning: {tmp_path / 'names.txt'}: line 3 has the name of line 1 ('Crane'); give each "
-        "class another name, or it gets no images\n"
+        f"warning: {tmp_path / 'names.txt'}: line 3 has the name of line 1 ('Crane'); rename it "
+        "or take it out: it gets no images\n"
     )
 
 

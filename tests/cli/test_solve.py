@@ -381,8 +381,7 @@ def test_odd_class_names_warn(arrays, save, cli, done, tmp_path):
         "line 1 begins as a comment does ('# a') and is a class; take it out if it is none",
         "line 3 has a mark of lists or tables ('owl,'), which goes into the labels; take it off",
         "line 4 is in quotes (\"'x'\"), which go into the labels; take them off",
-        "line 6 has the name of line 5 ('Cat'); give each class another name, or their labels are "
-        "one",
+        "line 6 has the name of line 5 ('Cat'); rename it or take it out: their labels are one",
     ]
     named = {**arrays, "class_names": np.array(["a", "b", "c", "d", "B", "e"])}
     ran = cli("solve", save(named, "named.npz"), *out)

@@ -368,7 +368,9 @@ def test_hidden_files_beside_tars_are_left_out(tmp_path):
     with pytest.warns(UserWarning, match=re.escape(f"{tmp_path}: {line}") + "$"):
         assert open_source(tmp_path).keys == ["a.tar/x"]
     (tmp_path / "a.tar").rename(tmp_path / ".a.tar")
-    with pytest.raises(InputError, match="holds no images .* not images .*: hidden 3$"):
+    with pytest.raises(
+        InputError, match="holds no images .* not images .*: hidden 3; name a folder"
+    ):
         open_source(tmp_path)
 
 

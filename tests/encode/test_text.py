@@ -153,8 +153,8 @@ def test_doubtful_names(tmp_path):
     assert [str(warning.message) for warning in warned] == [
         f"{file}: line 1 has '_' ('polar_bear'), which goes into the prompts, as 1 more do; write "
         "spaces",
-        f"{file}: line 4 has the name of line 2 ('Crane'); give each class another name, or it "
-        "gets no images",
+        f"{file}: line 4 has the name of line 2 ('Crane'); rename it or take it out: it gets "
+        "no images",
     ]
 
 

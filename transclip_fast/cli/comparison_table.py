@@ -54,7 +54,8 @@ class KeptTable:
                 self.rows = rows
                 return
         session.warn(
-            warnings, f"{self._file}: is damaged, or of other input or options; begins anew"
+            warnings,
+            f"{self._file}: was made with other input or options, or is damaged; begins anew",
         )
 
     def add(self, name: str, row: dict[str, Any]) -> None:

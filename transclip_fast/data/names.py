@@ -111,8 +111,8 @@ def odd_names(names: Sequence[str], place: Callable[[int], str], use: str) -> It
         first, k = same[0]
         otherwise = "it gets no images" if use == "prompts" else "their labels are one"
         yield (
-            f"{place(k)} has the name of {place(first)} ({names[k]!r}){more(same)}; give each "
-            f"class another name, or {otherwise}"
+            f"{place(k)} has the name of {place(first)} ({names[k]!r}){more(same)}; rename it or "
+            f"take it out: {otherwise}"
         )
 
 

@@ -195,7 +195,10 @@ def open_source(
         source = _file(path, split, root)
     if not len(source):
         besides = f"; {source.left_out}" if source.left_out else ""
-        raise InputError(f"{path}: holds no images that can be read here{besides}")
+        raise InputError(
+            f"{path}: holds no images that can be read here{besides}; name a folder or list of "
+            ".jpg, .png, .webp or other images"
+        )
     if len(source.refusals) == len(source):
         raise InputError(f"{path}: holds no image that can be read; {source.refusals[0]}")
     if source.left_out:

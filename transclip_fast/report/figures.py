@@ -50,8 +50,8 @@ FONT_SIZE = re.compile(r"(\d+(?:\.\d+)?)px")
 def figures(view: View) -> list[tuple[str, str]]:
     """A title and an SVG of each plot of the labels."""
     with rc_context(STYLE):
-        confidences = _confidences(view.zero_shot_confidence, view.confidence)
-        return [("Confidence", confidences), ("Class sizes, largest first", _sizes(view))]
+        title = view.confidence_name.capitalize()
+        return [(title, _confidences(view)), ("Class sizes, largest first", _sizes(view))]
 
 
 def solve_figures(view: View) -> list[tuple[str, str]]:
@@ -83,11 +83,14 @@ def steps_plot(objective: Sequence[float], changed: Sequence[float]) -> str:
     return _svg(figure)
 
 
-def _confidences(before: np.ndarray, after: np.ndarray) -> str:
+def _confidences(view: View) -> str:
     figure = Figure()
-    axes = figure.add_subplot(xlabel="confidence", ylabel="% of images", xlim=(0, 1))
+    axes = figure.add_subplot(xlabel=view.confidence_name, ylabel="% of images", xlim=(0, 1))
     edges = np.linspace(0, 1, BINS + 1)
-    for values, colour, name in ((before, BEFORE, "zero-shot"), (after, AFTER, "now")):
+    for values, colour, name in (
+        (view.zero_shot_confidence, BEFORE, "zero-shot"),
+        (view.confidence, AFTER, "now"),
+    ):
         shares = np.histogram(values, edges)[0] / len(values) * 100
         axes.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
         axes.stairs(shares, edges, color=colour, linewidth=1.4, label=name)

@@ -78,7 +78,7 @@ def _galleries(view: View) -> Iterator[Gallery]:
         text = "Images that corrections gave the label back that they had by zero-shot."
         yield _marked("back", "Moved back", text, view.moved_back)
     title = "Correct these first"
-    text = "The solution wavers between classes here: to correct these images gains most."
+    text = "The solution is least settled here, however likely a label looks: correct these first."
     if view.labelled_by != TRANSCLIP:  # corrections would not spread
         title, text = "Check these first", "The labels with the lowest confidence."
     first = suggested_rows(view.result, SUGGESTED).tolist()

@@ -2,7 +2,7 @@
 /* The table of classes, and the most frequent changes. */
 
 /* Classes. */
-const COLUMNS = [["name", "class"], ["before", "zero-shot"], ["now", "now"], ["change", "change"], ["confidence", "mean confidence"]];
+const COLUMNS = [["name", "class"], ["before", "zero-shot"], ["now", "now"], ["change", "change"], ["confidence", data.calibrated ? "how likely right, mean" : "mean confidence"]];
 if (classes.accuracy) COLUMNS.push(["accuracyBefore", "zero-shot accuracy"], ["accuracy", "accuracy"]);
 classes.change = classes.now.map((now, i) => now - classes.before[i]);
 const byName = new Intl.Collator("en", { numeric: true });

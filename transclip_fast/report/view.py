@@ -127,6 +127,11 @@ class View:
     def confidence(self) -> np.ndarray:
         return self.result.confidence()
 
+    @property
+    def confidence_name(self) -> str:
+        """What `confidence` is: an estimate, or where there is none the solution's own."""
+        return "how likely right" if self.result.has(CALIBRATED) else "confidence"
+
     @functools.cached_property
     def zero_shot_confidence(self) -> np.ndarray:
         return self.result.shares("zero_shot_confidence")
