@@ -220,9 +220,11 @@ def _version(*names: str) -> str | None:
 def machine_facts() -> dict[str, Any]:
     """Return what a time depends on: processor, memory, GPU, versions, commit (None: absent)."""
     processor = "".join(Path("/proc/cpuinfo").read_text().partition("model name")[2:])
+    flags = processor.partition("flags")[2].partition("\n")[0].split()
     changes = _output("git", "status", "--porcelain", "--", ".", ":(exclude)bench/results")
     return {
         "cpu": processor.partition("\n")[0].strip("\t :") or platform.machine(),
+        "instructions": [x for x in ("avx2", "avx512f", "avx512_vnni") if x in flags],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),

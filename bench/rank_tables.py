@@ -33,11 +33,11 @@ def ranks(folder: Path) -> str:
     cells = [
         [
             *(f"{row[x]:,}" for x in ("queries", "classes", "dim")),
-            "a plain solve" if name == "plain" else name,
+            {"plain": "a plain solve"}.get(name, name),
             seconds(arm["median"]),
             f"{arm['times_one_rank']:.2f}",
             size(arm["peak_bytes"]),
-            size(arm["sweep_bytes"]),
+            "" if name.endswith("apart") else size(arm["sweep_bytes"]),
         ]
         for row in rows
         for name, arm in row["arms"].items()
@@ -49,7 +49,8 @@ def ranks(folder: Path) -> str:
 
 def sent_entries(row: Row) -> int:
     """Entries of z, each with its class, in the bytes that were sent of a row by the most ranks."""
-    arm: dict[str, float] = list(row["arms"].values())[-1]
+    shared = [arm for name, arm in row["arms"].items() if name.isdecimal()]
+    arm: dict[str, float] = shared[-1]
     return math.ceil((arm["sweep_bytes"] / arm["halo_rows"] - HEAD_BYTES) / ENTRY_BYTES)
 
 

@@ -87,7 +87,13 @@ def source(rows: list[Row]) -> str:
     for row in rows:
         facts = row["machine"]
         memory = f"{facts['memory_gb']:.0f} GB"
-        parts = [facts["cpu"], counted_cores(facts), memory, facts["gpu"]]
+        instructions = facts.get("instructions", [])[-1:]  # the widest
+        parts = [
+            " with ".join([facts["cpu"], *instructions]),
+            counted_cores(facts),
+            memory,
+            facts["gpu"],
+        ]
         versions = [f"{x} {facts[x]}" for x in ("python", "torch") if facts[x]]
         machine = ", ".join(str(part) for part in [*parts, *versions] if part)
         run = f"`{row['command']}` at {facts['commit'][:7]}, {row['date'][:10]}"

@@ -1,10 +1,12 @@
 """A solve whose rows several processes share, beside one process.
 
 A plain solve, then 1, 2 and 4 ranks of torch.distributed on this machine, over loopback, in turns:
-core-seconds of all ranks, the most memory of one, and the bytes that they send. Unless all numbers
-of ranks end with the same bits, and with the labels of the plain solve on 99.9 % of the rows,
-nothing is printed and the exit code is 1. Core-seconds and memory are those of the fit, from files
-to labels: before it each rank has imported everything and made a small fit.
+core-seconds of all ranks, the most memory of one, and the bytes that they send. "2 apart" and "4
+apart" are so many processes at a time that share nothing but the machine: each solves a problem of
+its share of the rows, plainly. Unless all numbers of ranks end with the same bits, and with the
+labels of the plain solve on 99.9 % of the rows, nothing is printed and the exit code is 1.
+Core-seconds and memory are those of the fit, from files to labels: before it each process has
+imported everything and made a small fit.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ from transclip_fast.store.features import load_features
 from transclip_fast.types import Assignments
 
 PLAIN = "plain"  # one process, without torch.distributed
+APART = " apart"  # after the number of processes that solve a problem each
+ARMS = [PLAIN, "1", "2", "4", f"2{APART}", f"4{APART}"]
 SMALL = 1 << 13  # rows of the fit that warms up: some for every rank
 
 
@@ -120,7 +124,8 @@ def sha256(model: TransCLIP, rows: slice) -> str:
 
 def run_arm(arm: str, folder: str) -> dict[str, Any]:
     """Solve with so many ranks, or plainly; sums and maxima over the ranks."""
-    size = 1 if arm == PLAIN else int(arm)
+    alone = arm == PLAIN or arm.endswith(APART)
+    size = 1 if arm == PLAIN else int(arm.removesuffix(APART))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -128,14 +133,15 @@ def run_arm(arm: str, folder: str) -> dict[str, Any]:
     with ExitStack() as stack, ThreadPoolExecutor(size) as pool:
         processes = [
             stack.enter_context(
-                Process(threads=1, environment={} if arm == PLAIN else shared | {"RANK": str(rank)})
+                Process(threads=1, environment={} if alone else shared | {"RANK": str(rank)})
             )
             for rank in range(size)
         ]
         call = "bench.speed.ranks:run_rank"
         found = list(pool.map(lambda process: process.call(call, folder=folder), processes))
-    labels = [np.load(Path(folder) / f"labels-{size}-{rank}.npy") for rank in range(size)]
-    np.save(Path(folder) / f"labels-{arm}.npy", np.concatenate(labels))
+    if not arm.endswith(APART):
+        labels = [np.load(Path(folder) / f"labels-{size}-{rank}.npy") for rank in range(size)]
+        np.save(Path(folder) / f"labels-{arm}.npy", np.concatenate(labels))
     return {
         "core_seconds": sum(rank["core_seconds"] for rank in found),
         "before_core_seconds": sum(rank["before_core_seconds"] for rank in found),
@@ -152,13 +158,17 @@ def run_arm(arm: str, folder: str) -> dict[str, Any]:
 def compare(queries: int, classes: int, dim: int, arms: list[str], repeats: int) -> Any:
     """The row to record, or None where results differ."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "problem"
-        write_problem(queries, classes, dim, 0, place)
-        runs = in_turns(lambda arm: run_arm(arm, str(place)), arms, repeats)
-        labels = {arm: np.load(place / f"labels-{arm}.npy") for arm in arms}
-    first = labels[arms[0]]
+        places = {arm: Path(folder) / (arm if arm.endswith(APART) else "all") for arm in arms}
+        for arm, place in places.items():
+            if not place.exists():
+                parts = int(arm.removesuffix(APART)) if arm.endswith(APART) else 1
+                write_problem(queries // parts, classes, dim, 0, place)
+        runs = in_turns(lambda arm: run_arm(arm, str(places[arm])), arms, repeats)
+        shared = [arm for arm in arms if not arm.endswith(APART)]
+        labels = {arm: np.load(places[arm] / f"labels-{arm}.npy") for arm in shared}
+    first = labels[shared[0]]
     same = {arm: float((found == first).mean()) for arm, found in labels.items()}
-    hashes = {run["sha256"] for arm in arms if arm != PLAIN for run in runs[arm]}
+    hashes = {run["sha256"] for arm in shared if arm != PLAIN for run in runs[arm]}
     if min(same.values()) < SAME_LABELS or len(hashes) > 1:
         print(f"not a result to time: labels {same}, {len(hashes)} different results of ranks")
         return None
@@ -173,7 +183,7 @@ def compare(queries: int, classes: int, dim: int, arms: list[str], repeats: int)
                 "core_seconds": core_seconds[arm],
                 "median": medians(core_seconds)[arm],
                 "times_one_rank": ratio(core_seconds, arm, "1") if "1" in runs else None,
-                "same_labels": same[arm],
+                "same_labels": same.get(arm),
             }
             for arm, found in runs.items()
         },
@@ -183,7 +193,7 @@ def compare(queries: int, classes: int, dim: int, arms: list[str], repeats: int)
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison and return the exit code."""
     parser = command_line(__spec__, __doc__, queries=200_000, classes=1000, dim=512, repeats=3)
-    parser.add_argument("--arms", nargs="+", default=[PLAIN, "1", "2", "4"], help="ranks")
+    parser.add_argument("--arms", nargs="+", default=ARMS, help="ranks")
     options = parser.parse_args(arguments)
     row = compare(**vars(options))
     if row is None:

@@ -21,8 +21,9 @@ BYTES_FACTOR, TIME_FACTOR = 1.5, 1.25  # within which a prediction has to hold
 SHAPE = ("queries", "classes", "dim")
 (SHARED,) = newest("ranks", *SHAPE, folder=RESULTS)
 ONE_SOLVE = Parameters(class_cost=True)  # as `bench.speed.ranks` solves
-ARMS = {name: arm for name, arm in SHARED["arms"].items() if name != "plain"}
+ARMS = {name: arm for name, arm in SHARED["arms"].items() if name.isdecimal()}
 CPUS = {line["machine"]["cpu"] for line in clean_lines("ranks", RESULTS)}
+VNNI = "avx512_vnni"  # without which no time is told
 
 
 def of_each_cpu(name, *identity):
@@ -32,7 +33,10 @@ def of_each_cpu(name, *identity):
             name,
             *identity,
             folder=RESULTS,
-            shown=lambda line, cpu=cpu: line["machine"]["cpu"] == cpu,
+            shown=lambda line, cpu=cpu: (
+                line["machine"]["cpu"] == cpu
+                and VNNI in line["machine"].get("instructions", [VNNI])  # older lines all had it
+            ),
         )
 
 
@@ -40,7 +44,7 @@ TIMED = [
     (int(name), arm["median"])
     for row in of_each_cpu("ranks", *SHAPE)
     for name, arm in row["arms"].items()
-    if name != "plain"
+    if name.isdecimal()
 ]
 STREAMED = [
     (row, size)
