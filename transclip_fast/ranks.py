@@ -33,7 +33,7 @@ MAX_NUMBER = 65535  # of ports and ranks
 # A rank that ends says so in two bytes; other ones are the number of a rank that is lost.
 SAID_BYTES, DONE = 2, MAX_NUMBER
 TOKEN_BYTES = 16
-LEARNING_SECONDS, TERM_SECONDS = 10, 3
+SAYING_SECONDS, LEARNING_SECONDS, TERM_SECONDS = 10, 10, 3
 OWN_ERROR_SECONDS = 1
 EXIT_CODE = 2  # as of an InputError
 # A machine that is gone closes no connection: after 10 s of silence it is asked three times.
@@ -208,7 +208,7 @@ def _meeting(address: str, size: int) -> Iterator[None]:
     """Turn an error of ranks that cannot reach each other into an InputError."""
     try:
         yield
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise InputError(
             f"ranks: they do not meet at {address} ({one_line(error)}); start all {size} of them "
             "within ten minutes, where they reach each other (GLOO_SOCKET_IFNAME names the network)"
@@ -352,10 +352,14 @@ def _connected(ranks: Ranks, address: str, store: Any) -> dict[socket.socket, in
         store.set(WATCHING, json.dumps([listener.getsockname()[1], secret.hex()]))
         while len(found) < ranks.size - 1:
             connection = listener.accept()[0]
-            connection.settimeout(seconds)
-            said = connection.recv(TOKEN_BYTES + SAID_BYTES, socket.MSG_WAITALL)
-            if secrets.compare_digest(said[:TOKEN_BYTES], secret):  # else a stranger
+            connection.settimeout(SAYING_SECONDS)
+            said = b""
+            with suppress(OSError):
+                said = connection.recv(TOKEN_BYTES + SAID_BYTES, socket.MSG_WAITALL)
+            if secrets.compare_digest(said[:TOKEN_BYTES], secret):
                 found[_kept_alive(connection)] = int.from_bytes(said[TOKEN_BYTES:], "big")
+            else:
+                connection.close()  # a stranger's
     return found
 
 

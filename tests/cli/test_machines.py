@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
@@ -97,3 +101,35 @@ def test_a_rank_that_does_not_come(rank, monkeypatch):
     message = r"do not meet at 127\.0\.0\.1 .*; start all 2 of them within ten minutes"
     with pytest.raises(InputError, match=message), ranks.joined():
         pass
+
+
+class Store(dict):
+    """What a store of torch.distributed is to one rank."""
+
+    set = dict.__setitem__
+    get = dict.__getitem__
+
+
+def test_strangers_are_not_taken_for_ranks(monkeypatch):
+    """One says nothing, one the wrong words, one goes at once; then the rank comes."""
+    monkeypatch.setattr(ranks, "SAYING_SECONDS", 0.2)
+    store = Store()
+
+    def come():
+        while ranks.WATCHING not in store:
+            time.sleep(0.01)
+        place = "127.0.0.1", json.loads(store[ranks.WATCHING])[0]
+        silent, wrong = (socket.create_connection(place) for _ in range(2))
+        wrong.sendall(bytes(ranks.TOKEN_BYTES) + b"\0\1")
+        socket.create_connection(place).close()
+        found = ranks._connected(ranks.Ranks(1, 2), "127.0.0.1", store)
+        for connection in (silent, wrong, *found):
+            connection.close()
+        return list(found.values())
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(come)
+        found = ranks._connected(ranks.Ranks(0, 2), "127.0.0.1", store)
+        assert (list(found.values()), other.result(SECONDS)) == ([1], [0])
+    for connection in found:
+        connection.close()
