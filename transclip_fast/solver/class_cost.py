@@ -62,9 +62,13 @@ def agreement(labels: torch.Tensor, neighbor_labels: torch.Tensor) -> float:
 def sharpness(log_y_hat: torch.Tensor, confidence: float) -> float:
     """T, at least 1, with which y_hat^T of the rows (S, K) has the mean `confidence`."""
 
+    gaps = log_y_hat - log_y_hat.amax(1, keepdim=True)
+    powers = torch.empty_like(gaps)
+
     def excess(power: float) -> float:
-        mean = torch.softmax(power * log_y_hat, 1).amax(1).mean(dtype=torch.float64)
-        return float(mean) - confidence
+        """By how much the mean of a row's largest y_hat^T is above the confidence."""
+        torch.mul(gaps, power, out=powers).exp_()
+        return float(powers.sum(1).reciprocal().mean(dtype=torch.float64)) - confidence
 
     low, high = 1.0, SHARPEST
     below = excess(low)
