@@ -168,7 +168,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 def remove(*paths: Path) -> None:
     """
-    Remove files and folders that nobody needs any more, if they are there.
+    Remove files and folders that are not needed any more, if they are there.
 
     A warning if that fails: what was written is whole all the same.
     """
