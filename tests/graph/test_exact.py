@@ -15,11 +15,17 @@ from transclip_fast.graph.products import largest
 pytestmark = pytest.mark.usefixtures("products")
 
 
-@pytest.fixture(autouse=True, params=[64, 200])
+@pytest.fixture(autouse=True, params=[(64, 512), (200, 512), (64, 16)], ids=str)
 def _tiles(request, monkeypatch):
-    """Blocks that do not divide the number of rows, nor the groups of columns in them."""
-    monkeypatch.setitem(exact.TILE_ROWS, "cpu", request.param)
-    monkeypatch.setattr(int8_products, "TILE_ROWS", request.param)
+    """
+    Blocks that do not divide the number of rows, nor the groups of columns in them.
+
+    With the small panels half of all products is computed.
+    """
+    tile_rows, half_panel_rows = request.param
+    monkeypatch.setitem(exact.TILE_ROWS, "cpu", tile_rows)
+    monkeypatch.setattr(int8_products, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(exact, "HALF_PANEL_ROWS", half_panel_rows)
     monkeypatch.setattr(int8_products, "BLOCK_ROWS", 24)
     monkeypatch.setitem(exact.PANEL_ROWS, "cpu", 40)
     monkeypatch.setattr(exact, "STEP_ROWS", 80)
@@ -106,6 +112,19 @@ def test_exact_duplicates(problem):
     _, expected = brute_force(features, features, 3)
     np.testing.assert_allclose(graph.similarities, expected, atol=1e-6)
     assert all(len(set(row)) == 3 for row in graph.neighbors.tolist())
+
+
+@pytest.mark.parametrize("n", [32, 47, 300])
+def test_half_of_the_products_finds_the_graph_of_all(problem, monkeypatch, n):
+    """Of many copies the same ones, too; some rows have no others as near."""
+    features, _, _ = problem(n=n)
+    features[n // 2 :] = features[np.arange(n - n // 2) % 3]
+    monkeypatch.setattr(exact, "HALF_PANEL_ROWS", 16)
+    half = build_graph(features, 3)
+    monkeypatch.setattr(exact, "HALF_ROWS", 0)
+    whole = build_graph(features, 3)
+    np.testing.assert_array_equal(half.neighbors, whole.neighbors)
+    np.testing.assert_array_equal(half.similarities, whole.similarities)
 
 
 @pytest.mark.filterwarnings("ignore:n_neighbors")

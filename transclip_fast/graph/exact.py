@@ -1,15 +1,17 @@
 """
 Exact search: every row against all others.
 
-Products in float32, or int8 with a certificate, find the candidates; float64 decides among them,
-and of equal products the lower ids win. If more rows are equal than there are candidates, any of
-them may be found. On a GPU, 16-bit products find the candidates of each row and a bound proves
-them; a row whose bound fails is searched again in float32 (`transclip_fast.kernels.neighbors`).
+Products in float32, or int8 with a certificate, find the candidates; of a few thousand rows on a
+CPU half of the float32 products do (`search_half`). float64 decides among the candidates, and of
+equal products the lower ids win. If more rows are equal than there are candidates, any of them may
+be found. On a GPU, 16-bit products find the candidates of each row and a bound proves them; a row
+whose bound fails is searched again in float32 (`transclip_fast.kernels.neighbors`).
 """
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations_with_replacement
 
 import torch
 
@@ -19,6 +21,7 @@ from transclip_fast.graph.candidates import (
     SPARE_CANDIDATES,
     Candidates,
     best,
+    float32_rounding,
     rerank_float64,
     without_self,
 )
@@ -33,6 +36,9 @@ PANEL_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are searched at a time,
 TILE_ROWS = {"cpu": 8192, "cuda": 16384}  # and that they are compared with
 MERGED_TILES = 32  # that threads may search at a time
 STEP_ROWS = 1 << 14  # between two checkpoints
+# Of `search_half`: rows of a panel, at least (fewer columns are sorted several times slower);
+# panels, at most (rows have room for candidates from each); rows, at most (they take seconds).
+HALF_PANEL_ROWS, HALF_PANELS, HALF_ROWS = 512, 16, 1 << 15
 GPU_STEP_ROWS = 1 << 16  # rows of a certified search between two checkpoints
 GPU_CANDIDATES = 16  # most of each row: with 32 registers spill on sm_100
 
@@ -43,6 +49,9 @@ def search_exact(rows: Rows, found: Candidates, k: int, job: Job) -> None:
         search_certified(rows, found, k, job)
         return
     int8 = int8_products(len(rows) ** 2, rows.shape[1], rows.device) if rows.held else None
+    if int8 is None and job.exchange.ranks.size == 1 and is_halved(rows):
+        search_half(rows, found, k, job)
+        return
     search = partial(_search_panel, rows) if int8 is None else int8.Int8Search(rows).panel
     panel_rows = PANEL_ROWS[rows.device.type]
     if rows.device.type == "cpu":
@@ -50,10 +59,63 @@ def search_exact(rows: Rows, found: Candidates, k: int, job: Job) -> None:
     job.search_panels(search, found, panel_rows, STEP_ROWS, job.checkpoint.load())
 
 
+def is_halved(rows: Rows) -> bool:
+    """Whether `search_half` is for these rows, if one process searches."""
+    there = rows.device.type == "cpu" and rows.held
+    return there and 2 * HALF_PANEL_ROWS <= len(rows) <= HALF_ROWS
+
+
+def search_half(rows: Rows, found: Candidates, k: int, job: Job) -> None:
+    """
+    Fill `found` from half of all products: that of two rows makes each a candidate of the other.
+
+    A pair of panels of rows has a place of its own in the candidates of either. Of rows with too
+    many others as near as the k-th, such as copies, all products decide, as over several processes.
+    """
+    (n_rows, dim), size = rows.shape, found.size
+    panels = list(blocks(n_rows, -(-n_rows // min(HALF_PANELS, n_rows // HALF_PANEL_ROWS))))
+    values = torch.full((n_rows, len(panels), size), -torch.inf)
+    ids = torch.full_like(values, -1, dtype=torch.int32)
+
+    def enter(panel: slice, place: int, products: torch.Tensor) -> None:
+        some, columns = largest(products, size)
+        values[panel, place, : some.shape[1]] = some
+        ids[panel, place, : some.shape[1]] = columns.int() + panels[place].start
+
+    def search(pair: tuple[int, int]) -> None:
+        i, j = pair
+        products = rows[panels[i]] @ rows[panels[j]].T
+        if i == j:
+            products.fill_diagonal_(-torch.inf)  # by id: copies of a row are its neighbours
+        else:
+            enter(panels[j], i, products.T.contiguous())
+        enter(panels[i], j, products)
+
+    def search_again(unclear: torch.Tensor) -> None:
+        part = Candidates.empty(len(unclear), size)
+        _search_rows(rows, unclear, part)
+        found.ids[unclear], found.values[unclear] = part.ids, part.values
+
+    pairs = list(combinations_with_replacement(range(len(panels)), 2))
+    for some in blocks(len(pairs), MERGED_TILES):
+        parallel_map(search, pairs[some], rows.device)
+        job.report(some.stop, len(pairs))
+    found.values[:], places = values.flatten(1).topk(size, dim=1)
+    found.ids[:] = ids.flatten(1).gather(1, places)
+    found.ids[found.values == -torch.inf] = -1
+    gaps = found.values[:, min(k, size) - 1] - found.values[:, -1]
+    unclear = (gaps <= float32_rounding(dim)).nonzero()[:, 0]
+    parallel_map(search_again, torch.split(unclear, PANEL_ROWS["cpu"]), rows.device)
+
+
 def _search_panel(rows: Rows, panel: slice, found: Candidates) -> None:
     """Fill `found` for a panel of rows, from all their products."""
-    block, own = rows[panel], torch.arange(panel.start, panel.stop, device=rows.device)
-    size = found.size + 1  # with the row itself
+    _search_rows(rows, torch.arange(panel.start, panel.stop, device=rows.device), found)
+
+
+def _search_rows(rows: Rows, own: torch.Tensor, found: Candidates) -> None:
+    """Fill `found` for the rows `own` (n,), from all their products."""
+    block, size = rows[own], found.size + 1  # with the row itself
     first, *others = blocks(len(rows), TILE_ROWS[block.device.type])
     values, ids = largest(block @ rows[first].T, size)
     for tile in others:
