@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from bench.tables import Row, newest, seconds, size, source, table
+from bench.tables import Row, clean_lines, newest, seconds, size, source, table, widest
 from transclip_fast import TransCLIP
 from transclip_fast.cli.plan import plan_of_size
 from transclip_fast.cli.traffic import Traffic
@@ -18,6 +19,7 @@ BILLION, RANKS = (10**9, 21_000, 1024), 64  # rows, classes, dimensions
 GPUS = (("80GiB", 16), ("131GiB", 16), ("131GiB", 32))  # memory, and candidates for which it is
 NETWORK = 25e9  # bytes a second that a rank sends
 HEAD_BYTES, ENTRY_BYTES = 4, 8  # of a list, and of a class and its z
+SHAPE = ("queries", "classes", "dim")
 CASES = {  # of `bench.speed.placement`
     "made": "made, of which a third of the neighbours is random",
     "pets, random": "Oxford Pets, in random order",
@@ -25,15 +27,25 @@ CASES = {  # of `bench.speed.placement`
 }
 
 
+def has(kind: str) -> Callable[[Row], bool]:
+    """Return a test for lines of CPUs whose widest instructions are those."""
+    return lambda line: widest(line) == kind
+
+
 def ranks(folder: Path) -> str:
     """Tabulate core-seconds, memory and traffic by the number of processes."""
-    rows = newest("ranks", "queries", "classes", "dim", folder=folder)
+    # They decide what one process takes, beside which the others stand.
+    kinds = sorted({widest(line) for line in clean_lines("ranks", folder)})
+    rows = [
+        row for kind in kinds for row in newest("ranks", *SHAPE, folder=folder, shown=has(kind))
+    ]
     if not rows:
         return "Not recorded yet: `python -m bench.speed.ranks`."
     cells = [
         [
-            *(f"{row[x]:,}" for x in ("queries", "classes", "dim")),
-            {"plain": "a plain solve"}.get(name, name),
+            widest(row),
+            *(f"{row[x]:,}" for x in SHAPE),
+            "a plain solve" if name == "plain" else name,
             seconds(arm["median"]),
             f"{arm['times_one_rank']:.2f}",
             size(arm["peak_bytes"]),
@@ -42,7 +54,7 @@ def ranks(folder: Path) -> str:
         for row in rows
         for name, arm in row["arms"].items()
     ]
-    head = ["N", "K", "d", "processes", "core time of all", "times that of one"]
+    head = ["instructions", "N", "K", "d", "processes", "core time of all", "times that of one"]
     head += ["peak of a process", "sent a sweep, by all"]
     return table(head, cells) + "\n\n" + source(rows)
 
@@ -56,7 +68,7 @@ def sent_entries(row: Row) -> int:
 
 def projection(folder: Path) -> str:
     """Tabulate what a solve of a billion images would take of each GPU."""
-    rows = newest("ranks", "queries", "classes", "dim", folder=folder)
+    rows = newest("ranks", *SHAPE, folder=folder)
     if not rows:
         return "Not recorded yet: `python -m bench.speed.ranks`."
     columns = [_projected(memory, kept, sent_entries(rows[-1])) for memory, kept in GPUS]

@@ -81,15 +81,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def widest(row: Row) -> str:
+    """Return the widest vector instructions of a line's CPU; earlier lines do not name them."""
+    instructions: list[str] = row["machine"].get("instructions", [])
+    return instructions[-1] if instructions else ""
+
+
 def source(rows: list[Row]) -> str:
     """Return the note under a table: machine, command, commit and date of its lines."""
     machines: dict[str, list[str]] = {}
     for row in rows:
         facts = row["machine"]
         memory = f"{facts['memory_gb']:.0f} GB"
-        instructions = facts.get("instructions", [])[-1:]  # the widest
         parts = [
-            " with ".join([facts["cpu"], *instructions]),
+            " with ".join(filter(None, [facts["cpu"], widest(row)])),
             counted_cores(facts),
             memory,
             facts["gpu"],

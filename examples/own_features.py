@@ -31,7 +31,7 @@ else:
 model = TransCLIP().fit(X, text_features=T)
 print(f"{len(X)} rows, {len(T)} classes, {model.n_effective_classes_:.1f} of them in use")
 print(f"{(model.transduction_ != model.zero_shot_labels_).sum()} labels differ from zero-shot")
-print(f"estimated accuracy {model.calibrated_confidences_.mean():.0%}, often more than it is")
+print(f"estimated accuracy {model.calibrated_confidences_.mean():.0%}, often too high")
 if labels is not None:
     before = (model.zero_shot_labels_ == labels).mean()
     print(f"accuracy: zero-shot {before:.1%}, jointly {(model.transduction_ == labels).mean():.1%}")

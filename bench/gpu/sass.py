@@ -131,7 +131,7 @@ def instructions(sass: str) -> tuple[int, int, list[int]]:
 
 
 def dumped(option: str, path: str) -> str:
-    """Return what Triton's own cuobjdump says of a file."""
+    """Return the output of Triton's cuobjdump for a file."""
     return subprocess.run(  # noqa: S603 - ours
         [tool(), option, path], capture_output=True, text=True, check=True
     ).stdout
